@@ -1,0 +1,1 @@
+"""Writing and verifying the FP4-DFlash Hugging Face checkpoint (stage 3 of 4)."""

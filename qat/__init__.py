@@ -1,0 +1,1 @@
+"""Quantization-aware training of MoE expert weights (stage 1 of 4)."""

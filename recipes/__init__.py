@@ -1,0 +1,1 @@
+"""The typed recipe, its loader, the recipes themselves and the embedded seed model."""

@@ -1,0 +1,187 @@
+"""YAML + `section.key=value` overrides -> a checked Recipe, with errors a person can act on.
+
+Every mistake is reported as one line per fault: file:line (or "override"), dotted key, the value, what is expected, and
+the nearest valid key. PyYAML follows YAML 1.1, where `1e-4` is a string and `on`/`no` are booleans; recipes follow
+YAML 1.2 here (numbers as people write them, only true/false are booleans). A key given twice is an error: PyYAML would
+silently keep the last.
+
+No torch or transformers import: a wrong recipe is refused in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from recipes.schema import Recipe
+
+
+class RecipeError(ValueError):
+    """One or more mistakes in a recipe or its overrides; `str()` is the text to print (a line per mistake)."""
+
+
+class _RecipeYaml(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 numbers and booleans."""
+
+
+_RecipeYaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":int", ":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeYaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_RecipeYaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_RecipeYaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf|\.nan)$"),
+    list("-+.0123456789"),
+)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value)  # YAML 1.2: 010 is ten, not eight
+
+
+_RecipeYaml.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: strings `section.key=value`; the value is read as YAML. Later ones win.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or any key or value is wrong; all mistakes in one text.
+    """
+    path = Path(path)
+    data, lines = _read_yaml(path)
+    for override in overrides:
+        _apply_override(data, lines, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        faults = [_describe(fault, str(path), lines) for fault in error.errors()]
+        raise RecipeError("\n".join(faults)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The fully resolved recipe (every default written out) as YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def valid_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a recipe may hold, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for candidate in (field.annotation, *get_args(field.annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                yield from valid_keys(candidate, f"{prefix}{name}.")
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple, str]]:
+    """The document and, for each dotted key, where it stands ("file:line")."""
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
+        hint = f", did you mean {path.parent / near[0]}?" if near else ""
+        raise RecipeError(f"{path}: no such recipe file{hint}")
+    try:
+        loader = _RecipeYaml(path.read_text(encoding="utf-8"))
+        try:
+            node = loader.get_single_node()
+            lines: dict[tuple, str] = {}
+            if node is not None:
+                _walk(node, (), lines, str(path))
+            data = loader.construct_document(node) if node is not None else {}
+        finally:
+            loader.dispose()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not a UTF-8 text file (byte {error.start})") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping of sections, found {type(data).__name__}")
+    return data, lines
+
+
+def _walk(node: yaml.Node, key: tuple, lines: dict[tuple, str], source: str) -> None:
+    where = f"{source}:{node.start_mark.line + 1}"
+    lines.setdefault(key, where)
+    if isinstance(node, yaml.SequenceNode):
+        for i, child in enumerate(node.value):
+            _walk(child, (*key, i), lines, source)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, child in node.value:
+        child_key = (*key, key_node.value)
+        if child_key in lines:
+            dotted = ".".join(map(str, child_key))
+            raise RecipeError(f"{source}:{key_node.start_mark.line + 1}: {dotted}: given twice (first at {lines[child_key]})")
+        lines[child_key] = f"{source}:{key_node.start_mark.line + 1}"
+        _walk(child, child_key, lines, source)
+
+
+def _apply_override(data: dict[str, Any], lines: dict[tuple, str], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: expected section.key=value{_nearest(key)}")
+    if key not in set(valid_keys()):
+        raise RecipeError(f"override {override!r}: unknown key {key}{_nearest(key)}")
+    try:
+        value = yaml.load(text, _RecipeYaml)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML") from None
+    *sections, last = key.split(".")
+    target = data
+    for depth, section in enumerate(sections):
+        child = target.get(section)
+        if child is None:
+            child = target[section] = {}
+        if not isinstance(child, dict):
+            dotted = ".".join(sections[: depth + 1])
+            raise RecipeError(f"override {override!r}: {dotted} is not a section in the recipe")
+        target = child
+    target[last] = value
+    lines[tuple(key.split("."))] = f"override {override!r}"
+
+
+def _describe(fault: ErrorDetails, source: str, lines: dict[tuple, str]) -> str:
+    loc = fault["loc"]
+    key = ".".join(map(str, loc))
+    where = next((lines[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in lines), source)
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: {key}: unknown key{_nearest(key)}"
+    if fault["type"] == "missing":
+        return f"{where}: {key}: required, but missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^Input should be ", "expected ", message)
+    if fault["type"] == "value_error" and isinstance(fault["input"], dict):
+        return f"{where}: {message}"
+    hint = ""
+    if fault["type"] == "literal_error" and isinstance(fault["input"], str):
+        choices = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+        near = difflib.get_close_matches(fault["input"], choices, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+    return f"{where}: {key}: {fault['input']!r}: {message}{hint}"
+
+
+def _nearest(key: str) -> str:
+    """', did you mean qat.steps?': the closest valid key, compared whole and by its last part."""
+    keys = list(valid_keys())
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    if not near:
+        last = key.rsplit(".", 1)[-1]
+        by_last = {k.rsplit(".", 1)[-1]: k for k in keys}
+        near = [by_last[m] for m in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    return f", did you mean {near[0]}?" if near else ""

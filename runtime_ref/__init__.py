@@ -1,0 +1,1 @@
+"""Reference runtime: serves and validates an exported checkpoint (stage 4 of 4)."""
