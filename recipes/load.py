@@ -135,7 +135,7 @@ def _apply_override(data: dict[str, Any], lines: dict[tuple, str], override: str
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise RecipeError(f"override {override!r}: expected section.key=value{_nearest(key)}")
+        raise RecipeError(f"override {override!r}: expected section.key=value")
     if key not in set(valid_keys()):
         raise RecipeError(f"override {override!r}: unknown key {key}{_nearest(key)}")
     try:
@@ -177,11 +177,13 @@ def _describe(fault: ErrorDetails, source: str, lines: dict[tuple, str]) -> str:
 
 
 def _nearest(key: str) -> str:
-    """', did you mean qat.steps?': the closest valid key, compared whole and by its last part."""
+    """', did you mean qat.steps?': the closest valid key, by initials (lr), as a whole, then by its last part."""
     keys = list(valid_keys())
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    section, _, last = key.rpartition(".")
+    siblings = [k for k in keys if k.rpartition(".")[0] == section]
+    near = [k for k in siblings if "".join(word[0] for word in k.rpartition(".")[2].split("_")) == last][:1]
+    near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
     if not near:
-        last = key.rsplit(".", 1)[-1]
-        by_last = {k.rsplit(".", 1)[-1]: k for k in keys}
-        near = [by_last[m] for m in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+        by_last = {k.rpartition(".")[2]: k for k in keys}
+        near = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
     return f", did you mean {near[0]}?" if near else ""
