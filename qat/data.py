@@ -1,0 +1,138 @@
+"""Text -> packed token sequences, in an order that a resumed run can rejoin exactly.
+
+Documents are tokenized, each followed by the end-of-text token, joined, and cut into rows of `sequence_length` tokens;
+no padding, and the rest at the end of a file group is dropped. Loading, tokenizing and caching is the `datasets`
+library's (memory-mapped Arrow: a corpus need not fit in memory). The order of rows in epoch e is a permutation drawn
+from (seed, e), so the position in the data is one integer: rows consumed.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from recipes.schema import Data
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv", ".arrow": "arrow"}
+
+
+def expand(patterns: list[str], key: str) -> list[str]:
+    """Files that the patterns name, sorted.
+
+    Raises:
+        ValueError: a pattern that matches no file, or a file type that cannot be read; names the recipe key.
+    """
+    files: list[str] = []
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise ValueError(f"{key}: {pattern!r} matches no file (looked from {Path.cwd()})")
+        files += matches
+    for file in files:
+        if Path(file).suffix not in _FORMATS:
+            raise ValueError(f"{key}: {file}: unknown file type, expected one of {', '.join(_FORMATS)}")
+    return files
+
+
+def packed_dataset(patterns: list[str], tokenizer, data: Data, *, key: str = "data.train"):
+    """A `datasets.Dataset` with column input_ids: lists of exactly `sequence_length` token ids.
+
+    Args:
+        patterns: local files or globs, or one "hub:NAME" dataset (its train split).
+        tokenizer: transformers tokenizer with an end-of-text token.
+        key: recipe key for error messages.
+
+    Raises:
+        ValueError: no such file, no such column, an empty result, a tokenizer without an end-of-text token.
+    """
+    import datasets
+
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{key}: the tokenizer has no end-of-text token to separate documents with")
+    if len(patterns) == 1 and patterns[0].startswith("hub:"):
+        raw = datasets.load_dataset(patterns[0].removeprefix("hub:"), split="train")
+    else:
+        files = expand(patterns, key)
+        kinds = {_FORMATS[Path(f).suffix] for f in files}
+        if len(kinds) > 1:
+            raise ValueError(f"{key}: files of different types {sorted(kinds)}; give one type")
+        try:
+            raw = datasets.load_dataset(kinds.pop(), data_files=files, split="train")
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"{key}: {', '.join(files)}: cannot be read: {error.__cause__ or error}") from None
+    if data.text_field not in raw.column_names:
+        raise ValueError(f"data.text_field: {data.text_field!r} is not a column of {key}; it has {raw.column_names}")
+
+    packed = raw.map(pack, batched=True, batch_size=1000, remove_columns=raw.column_names,
+                     fn_kwargs={"tokenizer": tokenizer, "length": data.sequence_length, "field": data.text_field})
+    if len(packed) == 0:
+        raise ValueError(f"{key}: fewer than sequence_length={data.sequence_length} tokens in all")
+    return packed.with_format("torch")
+
+
+def pack(batch: dict[str, list[str]], *, tokenizer, length: int, field: str) -> dict[str, list[list[int]]]:
+    """Tokenizes documents, ends each with end-of-text, joins them and cuts rows of `length` (the rest is dropped)."""
+    ids: list[int] = []
+    for document in tokenizer(batch[field], add_special_tokens=False)["input_ids"]:
+        ids += document
+        ids.append(tokenizer.eos_token_id)
+    rows = len(ids) // length
+    return {"input_ids": [ids[i * length:(i + 1) * length] for i in range(rows)]}
+
+
+class EpochOrder(Sampler[int]):
+    """Row indices of one epoch: the identity, or a permutation that depends on (seed, epoch) alone."""
+
+    def __init__(self, rows: int, *, seed: int, shuffle: bool):
+        self.rows, self.seed, self.shuffle, self.epoch = rows, seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        if not self.shuffle:
+            return iter(range(self.rows))
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        return iter(torch.randperm(self.rows, generator=generator).tolist())
+
+
+def make_loader(dataset, *, batch_size: int, seed: int, shuffle: bool, processes: int) -> DataLoader:
+    """DataLoader over packed rows, incomplete batches dropped. Its `sampler` is an `EpochOrder`.
+
+    Raises:
+        ValueError: fewer rows than one batch for every process.
+    """
+    if len(dataset) < batch_size * processes:
+        raise ValueError(f"data.train: {len(dataset)} packed sequences, fewer than one batch of qat.batch_size="
+                         f"{batch_size} on each of {processes} processes")
+    return DataLoader(dataset, batch_size=batch_size, drop_last=True,
+                      sampler=EpochOrder(len(dataset), seed=seed, shuffle=shuffle))
+
+
+def endless_batches(accelerator, loader, *, consumed: int) -> Iterator[torch.Tensor]:
+    """[batch, T] int64 batches for ever, epoch after epoch, beginning after `consumed` batches of this process."""
+    per_epoch = len(loader)
+    epoch, skip = divmod(consumed, per_epoch)
+    while True:
+        loader.set_epoch(epoch)
+        epoch_loader = accelerator.skip_first_batches(loader, skip) if skip else loader
+        for batch in epoch_loader:
+            yield batch["input_ids"]
+        epoch, skip = epoch + 1, 0
+
+
+def heldout_domains(patterns: list[str], tokenizer, data: Data) -> dict[str, torch.Tensor]:
+    """Evaluation rows by domain: file "code.heldout.jsonl" is domain "code". int64 [rows, T], at most eval_sequences."""
+    domains: dict[str, torch.Tensor] = {}
+    for file in expand(patterns, "data.heldout"):
+        rows = packed_dataset([file], tokenizer, data, key="data.heldout")
+        rows = rows.select(range(min(len(rows), data.eval_sequences)))
+        domains[Path(file).name.split(".")[0]] = torch.stack(list(rows["input_ids"]))
+    return domains

@@ -1,0 +1,118 @@
+"""Training losses, computed in chunks so that [tokens, vocabulary] logits of a whole batch never exist.
+
+Shape legend: N tokens of the batch, C tokens of a chunk, H hidden size, V vocabulary.
+
+The logits of a chunk, of the student and of the teacher, are recomputed in the backward pass (activation
+checkpointing), so memory is O(C.V) whatever the batch; teacher logits are computed from the teacher's last hidden state
+and never stored. Default is KL(teacher || student): an already trained model is to keep its behaviour, and cross entropy
+on other text pulls it away (quantization-aware distillation, arXiv 2601.20088).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class TokenStatistics:
+    """Sums over predicted tokens (0-d float32 tensors, nats); `agree` counts equal arg-max tokens."""
+
+    kl: torch.Tensor
+    cross_entropy: torch.Tensor
+    agree: torch.Tensor
+    tokens: int
+
+
+def chunked_statistics(student_NH: torch.Tensor, student_head: nn.Module, labels_N: torch.Tensor, *,
+                       teacher_NH: torch.Tensor | None = None, teacher_head: nn.Module | None = None,
+                       temperature: float = 1.0, chunk_tokens: int = 2048) -> TokenStatistics:
+    """KL to the teacher, cross entropy against labels and top-1 agreement, summed over N tokens.
+
+    Args:
+        student_NH, teacher_NH: last hidden states (after the final norm), any float dtype; the teacher's gets no gradient.
+        student_head, teacher_head: output projections [V, H].
+        labels_N: int64 next tokens; -100 is ignored by the cross entropy (the KL covers every row).
+        temperature: divides both logits in the KL term, whose sum is multiplied by temperature**2.
+        chunk_tokens: rows whose logits are held at once.
+    """
+    zero = student_NH.new_zeros((), dtype=torch.float32)
+    kl, ce, agree = zero, zero, zero
+    for start in range(0, student_NH.shape[0], chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        teacher_CH = None if teacher_NH is None else teacher_NH[rows].detach()
+        args = (student_NH[rows], student_head, labels_N[rows], teacher_CH, teacher_head, temperature)
+        if torch.is_grad_enabled() and student_NH.requires_grad:
+            part = checkpoint(_chunk, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            part = _chunk(*args)
+        kl, ce, agree = kl + part[0], ce + part[1], agree + part[2]
+    return TokenStatistics(kl, ce, agree, student_NH.shape[0])
+
+
+def _chunk(student_CH, student_head, labels_C, teacher_CH, teacher_head, temperature):
+    logits_CV = student_head(student_CH).float()
+    ce = F.cross_entropy(logits_CV, labels_C, ignore_index=-100, reduction="sum")
+    if teacher_CH is None:
+        return torch.zeros_like(ce), ce, torch.zeros_like(ce)
+    with torch.no_grad():
+        teacher_CV = teacher_head(teacher_CH).float()
+        agree = (teacher_CV.argmax(-1) == logits_CV.argmax(-1)).sum().float()
+        target_CV = torch.log_softmax(teacher_CV / temperature, dim=-1)
+    log_student_CV = torch.log_softmax(logits_CV / temperature, dim=-1)
+    kl = F.kl_div(log_student_CV, target_CV, log_target=True, reduction="sum") * temperature**2
+    return kl, ce, agree
+
+
+def hidden_loss(student_layers: list[torch.Tensor], teacher_layers: list[torch.Tensor]) -> torch.Tensor:
+    """Mean over layers of |student - teacher|^2 / variance of the teacher's layer output (dimensionless).
+
+    Args:
+        student_layers, teacher_layers: outputs of the same decoder layers, each [..., H]; the teacher's get no gradient.
+    """
+    terms = []
+    for student, teacher in zip(student_layers, teacher_layers, strict=True):
+        teacher = teacher.detach().float()
+        terms.append((student.float() - teacher).square().mean() / teacher.var().clamp_min(1e-12))
+    return torch.stack(terms).mean()
+
+
+class HiddenCapture:
+    """Context manager: the last hidden state (after the final norm) and, if asked, every decoder layer's output.
+
+    Works on any transformers causal language model by forward hooks on its base model and decoder layers, so that the
+    model is called as a whole (data-parallel wrappers need that) while logits of all positions are never computed.
+    """
+
+    def __init__(self, model: nn.Module, *, layers: bool = False):
+        self.last: torch.Tensor | None = None
+        self.layers: list[torch.Tensor] = []
+        self._base = model.base_model
+        self._layers = list(self._base.layers) if layers else []
+        self._handles: list = []
+
+    def __enter__(self) -> HiddenCapture:
+        self._handles = [self._base.register_forward_hook(self._keep_last)]
+        self._handles += [layer.register_forward_hook(self._keep_layer) for layer in self._layers]
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep_last(self, module, inputs, output) -> None:
+        self.last = output.last_hidden_state
+
+    def _keep_layer(self, module, inputs, output) -> None:
+        self.layers.append(output[0] if isinstance(output, tuple) else output)
+
+
+def run_hidden(model: nn.Module, called: nn.Module, input_ids: torch.Tensor, *, layers: bool = False) -> HiddenCapture:
+    """Runs `called` (the model or its data-parallel wrapper) on [B, T] tokens and returns what was captured of `model`."""
+    with HiddenCapture(model, layers=layers) as seen:
+        called(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+    return seen

@@ -1,0 +1,55 @@
+"""Optimizer and learning-rate schedule of the master weights.
+
+AdamW is torch's. Muon is the `muon-optimizer` package's `SingleDeviceMuon` (batched Newton-Schulz: a fused expert tensor
+[E, out, in] is orthogonalised expert by expert), behind a thin adapter that does two things the package cannot: its
+multi-process class needs a process group and gathers replicated tensors, which data parallelism with equal gradients
+does not need; and its update scale max(1, out/in)^0.5 is turned into 0.2 max(out, in)^0.5 by the group's learning rate,
+so that AdamW's learning rates carry over (arXiv 2502.16982).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from recipes.schema import Optimizer
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
+    """Optimizer over float32 parameters."""
+    if settings.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=tuple(settings.betas),
+                                 weight_decay=settings.weight_decay)
+    from muon import SingleDeviceMuon
+
+    matrices = [p for p in parameters if p.ndim >= 2]
+    if len(matrices) != len(parameters):
+        raise ValueError("qat.optimizer.name: muon is for matrices; with qat.train: all use adamw")
+    by_shape: dict[tuple[int, int], list[torch.nn.Parameter]] = {}
+    for p in matrices:
+        by_shape.setdefault(tuple(p.shape[-2:]), []).append(p)
+    groups = [{"params": ps, "lr": settings.learning_rate * 0.2 * math.sqrt(max(shape)) / max(1, shape[0] / shape[1]) ** 0.5}
+              for shape, ps in by_shape.items()]
+    return SingleDeviceMuon(groups, weight_decay=settings.weight_decay, momentum=settings.betas[0])
+
+
+def learning_rate_factor(step: int, total: int, settings: Optimizer) -> float:
+    """Share of the peak learning rate at optimizer step `step` (0-based) of `total`."""
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    floor = settings.min_learning_rate_ratio
+    progress = min(1.0, (step - settings.warmup_steps) / max(1, total - settings.warmup_steps))
+    if settings.schedule == "constant":
+        return 1.0
+    if settings.schedule == "linear":
+        return floor + (1 - floor) * (1 - progress)
+    if settings.schedule == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    remaining = min(1.0, (1 - progress) / max(settings.decay_fraction, 1e-9))
+    return floor + (1 - floor) * remaining
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, total: int, settings: Optimizer):
+    """Torch LambdaLR that follows `learning_rate_factor`."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, settings))

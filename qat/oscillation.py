@@ -1,0 +1,67 @@
+"""Control of weights that flip back and forth between two codes (weight oscillation).
+
+Late in a run the masters of many weights hover at a rounding threshold: each step flips their codes, the loss sees noise
+that does not vanish with the learning rate, and the weights that happen to be current at the last step are what is
+released. Two remedies, both optional:
+
+- `ema`: the model is given the rounding of a running mean of the master instead of the master itself, so a code changes
+  only when the mean crosses a threshold. This is the idea of TetraJet's Q-EMA (arXiv 2502.20853), which picks between
+  the two neighbours of the master by the mean; here the mean itself is rounded.
+- `freeze`: an element that has flipped `freeze_flips` times is pinned to the code it has held most recently, and its
+  master no longer moves (after Nagel et al., arXiv 2203.11086).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qat.attach import ExpertQuantizer
+from recipes.schema import Oscillation
+
+
+class OscillationControl:
+    """Rounds the masters into the model after each optimizer step, under one of the methods above."""
+
+    def __init__(self, quantizer: ExpertQuantizer, settings: Oscillation, total_steps: int):
+        self.quantizer, self.settings = quantizer, settings
+        self.first_step = int(settings.start * total_steps)
+        self.means: list[torch.Tensor] | None = None
+        self.flips: list[torch.Tensor] | None = None
+        self.frozen: list[torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def requantize(self, step: int) -> None:
+        """Rounds for the state after optimizer step `step` (0-based)."""
+        if self.settings.method == "none" or step < self.first_step:
+            self.quantizer.requantize()
+        elif self.settings.method == "ema":
+            self._requantize_means()
+        else:
+            self._requantize_frozen()
+
+    def _requantize_means(self) -> None:
+        if self.means is None:
+            self.means = [m.data.clone() for m in self.quantizer.masters]
+        for mean, master in zip(self.means, self.quantizer.masters, strict=True):
+            mean.lerp_(master.data, 1 - self.settings.ema_decay)
+        self.quantizer.requantize(self.means)
+
+    def _requantize_frozen(self) -> None:
+        tensors = self.quantizer.tensors
+        if self.flips is None:
+            self.flips = [torch.zeros(t.parameter.shape, dtype=torch.uint8, device=t.parameter.device) for t in tensors]
+            self.frozen = [torch.zeros_like(f, dtype=torch.bool) for f in self.flips]
+        before = [t.parameter.data.clone() for t in tensors]
+        for old, master, frozen in zip(before, self.quantizer.masters, self.frozen, strict=True):
+            master.data[frozen] = old[frozen].float()
+        self.quantizer.requantize()
+        for tensor, old, flips, frozen in zip(tensors, before, self.flips, self.frozen, strict=True):
+            flipped = tensor.parameter.data != old
+            flips += flipped & (flips < 255)
+            frozen |= flips >= self.settings.freeze_flips
+
+    def state_dict(self) -> dict:
+        return {"means": self.means, "flips": self.flips, "frozen": self.frozen}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.means, self.flips, self.frozen = state["means"], state["flips"], state["frozen"]

@@ -1,0 +1,65 @@
+"""The Accelerator, and the launch mistakes it does not notice."""
+
+from __future__ import annotations
+
+import os
+import signal
+from datetime import timedelta
+
+import torch
+
+LAUNCH_HELP = ("several processes on a CPU: ACCELERATE_USE_CPU=true torchrun --nproc-per-node N qat/train.py RECIPE; "
+               "on GPUs: accelerate launch --multi_gpu --num_processes N qat/train.py RECIPE")
+
+
+def make_accelerator(gradient_accumulation: int = 1):
+    """An `Accelerator` whose idea of the number of processes agrees with the launcher's.
+
+    Raises:
+        ValueError: WORLD_SIZE > 1 but Accelerate sees one process. It would run that many independent jobs, each
+            writing the same folder, and report success.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # A CPU group needs gloo by name (DeepSpeed's CPU path otherwise believes that it is alone).
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(minutes=30))
+    accelerator = Accelerator(gradient_accumulation_steps=gradient_accumulation, kwargs_handlers=[group])
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and accelerator.num_processes == 1:
+        raise ValueError(f"launched with WORLD_SIZE={launched}, but Accelerate sees one process: {launched} independent "
+                         f"runs would overwrite each other. Launch {LAUNCH_HELP}")
+    return accelerator
+
+
+class StopRequest:
+    """Context manager: turns SIGTERM and SIGINT into a flag that is read between steps.
+
+    A second signal of the same kind gets the default behaviour (the process ends at once).
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+    def agreed(self, accelerator) -> int | None:
+        """The signal that any process received (all processes get the same answer), or None."""
+        if accelerator.num_processes == 1:
+            return self.signal
+        mine = torch.tensor([self.signal or 0], device=accelerator.device)
+        highest = int(accelerator.gather(mine).max())
+        return highest or None

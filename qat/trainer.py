@@ -1,0 +1,363 @@
+"""The QAT job: load, attach, train, checkpoint, evaluate.
+
+Runs on one process or under data parallelism (Accelerate's DDP); everything that depends on the number of processes
+goes through the `Accelerator`. See `qat.attach` for how weights are quantized.
+
+Output, in <recipe.output>/<recipe.name>/qat/:
+    resolved.yaml environment.json metrics.jsonl curves.png checkpoints/ model/ summary.json
+`model/` is an ordinary Hugging Face folder whose expert weights lie on the MXFP4 grid.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modeling.load import load_model, load_tokenizer
+from qat import checkpoint, evaluate, report
+from qat.attach import ExpertQuantizer, describe, require_finite
+from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset
+from qat.health import Health
+from qat.losses import chunked_statistics, hidden_loss, run_hidden
+from qat.optimizer import make_optimizer, make_schedule
+from qat.oscillation import OscillationControl
+from qat.parallel import StopRequest, make_accelerator
+from qat.warm_start import gptq_warm_start
+from recipes.load import dump_recipe
+from recipes.schema import Recipe
+
+
+class NonFinite(ArithmeticError):
+    """Training met a non-finite loss or gradient; the text names step, tensor, expert and index."""
+
+
+def run(recipe: Recipe, *, resume: bool, max_steps: int | None) -> int:
+    """Runs the job; returns the exit code.
+
+    Raises:
+        ValueError: a mistake in the recipe or its files. OSError: a file cannot be written. NonFinite: see there.
+    """
+    trainer = Trainer(recipe, resume=resume)
+    try:
+        stopped_by = trainer.train(max_steps)
+        if stopped_by is not None:
+            return 128 + stopped_by
+        if trainer.state.step == recipe.qat.steps:
+            trainer.finish()
+        return 0
+    finally:
+        trainer.close()
+
+
+@dataclass
+class TrainingState:
+    """What a checkpoint holds beside weights, optimizer, schedule and generators. `step` counts finished updates."""
+
+    quantizer: ExpertQuantizer
+    oscillation: OscillationControl
+    health: Health
+    step: int = 0
+    batches: int = 0
+    averaged_steps: int = 0
+    average: list[torch.Tensor] = field(default_factory=list)
+
+    def state_dict(self) -> dict:
+        return {"step": self.step, "batches": self.batches, "masters": [m.data for m in self.quantizer.masters],
+                "oscillation": self.oscillation.state_dict(), "health": self.health.state_dict(),
+                "averaged_steps": self.averaged_steps, "average": self.average}
+
+    def load_state_dict(self, state: dict) -> None:
+        for tensor, master, saved in zip(self.quantizer.tensors, self.quantizer.masters, state["masters"], strict=True):
+            if master.shape != saved.shape:
+                raise RuntimeError(f"{tensor.name}: shape {list(saved.shape)} in the checkpoint, {list(master.shape)} here")
+            master.data.copy_(saved)
+        self.step, self.batches = state["step"], state["batches"]
+        self.averaged_steps, self.average = state["averaged_steps"], state["average"]
+        self.oscillation.load_state_dict(state["oscillation"])
+        self.health.load_state_dict(state["health"])
+
+
+class Trainer:
+    """One QAT run, from its recipe to its summary."""
+
+    def __init__(self, recipe: Recipe, *, resume: bool):
+        self.recipe, settings = recipe, recipe.qat
+        if recipe.model.path is None:
+            raise ValueError("model.path: required to train (model.released serves --plan only)")
+        self.accelerator = make_accelerator(settings.gradient_accumulation)
+        self.main = self.accelerator.is_main_process
+        torch.manual_seed(recipe.seed)
+        self.folder = Path(recipe.output) / recipe.name / "qat"
+        self.tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
+        model = load_model(recipe.model.path, dtype=getattr(torch, recipe.model.dtype),
+                           trust_remote_code=recipe.model.trust_remote_code)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        if len(self.tokenizer) > vocabulary:
+            raise ValueError(f"{recipe.model.path}: the tokenizer has {len(self.tokenizer)} entries, the model's "
+                             f"vocabulary {vocabulary}: not this model's tokenizer")
+        self._load_data()
+
+        model.to(self.accelerator.device).train()
+        self._choose_trainable(model)
+        self.teacher = make_teacher(model)
+        self.quantizer = ExpertQuantizer(model, scale_rule=recipe.quantization.scale_rule, ste=recipe.quantization.ste,
+                                         expected_tensors=recipe.quantization.expected_tensors)
+        self.originals = [self.teacher.get_parameter(t.name).data for t in self.quantizer.tensors]
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.others = [p for n, p in model.named_parameters()
+                       if p.requires_grad and n not in {t.name for t in self.quantizer.tensors}]
+        optimizer = make_optimizer([*self.quantizer.masters, *self.others], settings.optimizer)
+        schedule = make_schedule(optimizer, settings.steps, settings.optimizer)
+        self.state = TrainingState(self.quantizer, OscillationControl(self.quantizer, settings.oscillation, settings.steps),
+                                   Health(model, self.quantizer))
+        self.model = model
+        # The schedule is stepped once per update by hand, so Accelerate's per-process multiplication is not wanted.
+        self.schedule = schedule
+        self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, self.loader)
+        self.accelerator.register_for_checkpointing(self.state, schedule)
+        self._open_folder(resume)
+
+    def _load_data(self) -> None:
+        recipe = self.recipe
+        with self.accelerator.main_process_first():
+            rows = packed_dataset(recipe.data.train, self.tokenizer, recipe.data)
+            self.domains = heldout_domains(recipe.data.heldout, self.tokenizer, recipe.data)
+        self.loader = make_loader(rows, batch_size=recipe.qat.batch_size, seed=recipe.seed, shuffle=recipe.data.shuffle,
+                                  processes=self.accelerator.num_processes)
+
+    def _choose_trainable(self, model: nn.Module) -> None:
+        """Freezes what the recipe does not train; expert weights get their gradient from the quantizer."""
+        model.requires_grad_(self.recipe.qat.train == "all")
+        if self.recipe.qat.train == "all" and self.recipe.qat.freeze_router:
+            for name, parameter in model.named_parameters():
+                if any(part in ("gate", "router") for part in name.split(".")):
+                    parameter.requires_grad_(False)
+
+    def _open_folder(self, resume: bool) -> None:
+        """Finds the checkpoint to resume, or sets an earlier run aside and warm-starts; opens the metrics."""
+        newest = (checkpoint.complete_checkpoints(self.folder / "checkpoints") or [None])[-1] if resume else None
+        if self.main and not resume and self.folder.exists():
+            aside = next(p for n in range(1, 10_000) if not (p := self.folder.with_name(f"qat.{n}")).exists())
+            self.folder.rename(aside)
+            print(f"an earlier run was set aside as {aside} (--resume would have continued it)")
+        self.accelerator.wait_for_everyone()
+        if newest is not None:
+            checkpoint.load_checkpoint(self.accelerator, newest)
+        elif self.recipe.qat.warm_start.method == "gptq":
+            gptq_warm_start(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start)
+        self.metrics = None
+        if not self.main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._print_header(newest)
+        checkpoint.write_text(self.folder / "resolved.yaml", dump_recipe(self.recipe))
+        checkpoint.write_text(self.folder / "environment.json", json.dumps(report.environment(), indent=1))
+        wandb = report.start_wandb(self.recipe.tracking.wandb, self.recipe.tracking.project, self.recipe.name,
+                                   self.folder, self.recipe.model_dump(mode="json"))
+        self.metrics = report.Metrics(self.folder / "metrics.jsonl", wandb_run=wandb,
+                                      resumed_step=self.state.step if newest else None)
+
+    def _calibration_rows(self) -> torch.Tensor:
+        rows = self.loader.dataset[:self.recipe.qat.warm_start.sequences]["input_ids"]
+        return torch.stack(list(rows)).to(self.accelerator.device)
+
+    def _print_header(self, newest: Path | None) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"{self.recipe.name}: quantized to MXFP4 (scale rule {self.quantizer.scale_rule})")
+        for column in ("tensors", "shape", "count", "parameters"):
+            table.add_column(column, justify="left" if column in ("tensors", "shape") else "right")
+        for pattern, shape, count, parameters in describe(self.quantizer, self.model):
+            table.add_row(pattern, shape, str(count), f"{parameters:,}")
+        Console().print(table)
+        if newest is not None:
+            print(f"resuming {newest} at step {self.state.step} of {self.recipe.qat.steps}")
+
+    def train(self, max_steps: int | None) -> int | None:
+        """Runs to the recipe's last step (or `max_steps`); returns the signal that stopped it, if one did."""
+        settings, state = self.recipe.qat, self.state
+        last = min(settings.steps, max_steps or settings.steps)
+        bar = report.ProgressBar(settings.steps, state.step, enabled=self.main, every=settings.log_every)
+        batches = endless_batches(self.accelerator, self.loader, consumed=state.batches)
+        saved_at = state.step
+        with StopRequest() as stop:
+            try:
+                while state.step < last:
+                    began = time.perf_counter()
+                    values = self._update(batches)
+                    self._record(values, time.perf_counter() - began, bar)
+                    signal = stop.agreed(self.accelerator)
+                    if state.step % settings.checkpoint_every == 0 or state.step == last or signal:
+                        self._save()
+                        saved_at = state.step
+                    if signal:
+                        self._say(f"stopped by signal {signal} after step {saved_at}; --resume continues")
+                        return signal
+            finally:
+                bar.close()
+        if last < settings.steps:
+            self._say(f"stopped at --max-steps {last}; --resume continues to step {settings.steps}")
+        return None
+
+    def _update(self, batches: Iterator[torch.Tensor]) -> dict[str, torch.Tensor | float]:
+        """One optimizer update; returns its losses (means over the tokens of all processes)."""
+        settings = self.recipe.qat
+        sums: dict[str, torch.Tensor] = {}
+        for _ in range(settings.gradient_accumulation):
+            with self.accelerator.accumulate(self.wrapped):
+                values = self._losses(next(batches))
+                self.accelerator.backward(values["loss"])
+            self.state.batches += 1
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / settings.gradient_accumulation
+        self.quantizer.pull_gradients()
+        names = sorted(sums)
+        means = self.accelerator.reduce(torch.stack([sums[n] for n in names]), reduction="mean")
+        trained = [*self.quantizer.masters, *self.others]
+        norm = torch.nn.utils.clip_grad_norm_(trained, settings.optimizer.max_grad_norm, foreach=False)
+        if not (torch.isfinite(norm) and torch.isfinite(means).all()):
+            self._raise_non_finite(dict(zip(names, means.tolist(), strict=True)))
+        learning_rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.state.oscillation.requantize(self.state.step)
+        self._average()
+        self.state.step += 1
+        return dict(zip(names, means.tolist(), strict=True)) | {"grad_norm": float(norm), "learning_rate": learning_rate}
+
+    def _losses(self, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        weights = self.recipe.qat.loss
+        with torch.no_grad():
+            taught = run_hidden(self.teacher, self.teacher, ids_BT, layers=weights.hidden > 0)
+        seen = run_hidden(self.model, self.wrapped, ids_BT, layers=weights.hidden > 0)
+        # The last position has no next token, but the teacher's distribution there is as good a lesson as any.
+        labels = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=-100)
+        sums = chunked_statistics(seen.last.flatten(0, 1), self.model.get_output_embeddings(), labels.flatten(),
+                                  teacher_NH=taught.last.flatten(0, 1), teacher_head=self.teacher.get_output_embeddings(),
+                                  temperature=weights.temperature, chunk_tokens=weights.chunk_tokens)
+        predicted = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
+        values = {"kl": sums.kl / sums.tokens, "cross_entropy": sums.cross_entropy / predicted,
+                  "top1_agreement": sums.agree / sums.tokens}
+        loss = weights.kl * values["kl"] + weights.cross_entropy * values["cross_entropy"]
+        if weights.hidden:
+            values["hidden"] = hidden_loss(seen.layers, taught.layers)
+            loss = loss + weights.hidden * values["hidden"]
+        return values | {"loss": loss}
+
+    def _average(self) -> None:
+        """Running mean of the masters over the last `average_last` share of the run."""
+        settings, state = self.recipe.qat, self.state
+        if settings.average_last == 0 or state.step < (1 - settings.average_last) * settings.steps:
+            return
+        if not state.average:
+            state.average = [torch.zeros_like(m.data) for m in self.quantizer.masters]
+        state.averaged_steps += 1
+        for mean, master in zip(state.average, self.quantizer.masters, strict=True):
+            mean.lerp_(master.data, 1 / state.averaged_steps)
+
+    def _raise_non_finite(self, losses: dict[str, float]) -> None:
+        kept = checkpoint.complete_checkpoints(self.folder / "checkpoints")
+        advice = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+        what = f"loss {losses['loss']}"
+        try:
+            for tensor, master in self.quantizer:
+                require_finite(f"gradient of {tensor.name}", master.grad)
+        except ValueError as error:
+            what = f"{what}; {error}"
+        raise NonFinite(f"step {self.state.step + 1}: {what}; stopped before the update, {advice}")
+
+    def _record(self, values: dict[str, float], seconds: float, bar: report.ProgressBar) -> None:
+        settings, step = self.recipe.qat, self.state.step
+        tokens = (settings.batch_size * settings.gradient_accumulation * self.recipe.data.sequence_length
+                  * self.accelerator.num_processes)
+        bar.update(step, f"loss {values['loss']:.5f}  {tokens / seconds:,.0f} tok/s")
+        last = step == settings.steps
+        if self.metrics is not None and (step % settings.log_every == 0 or last):
+            self.metrics.write("train", step, tokens=step * tokens, seconds=seconds, tokens_per_second=tokens / seconds,
+                               **values)
+        if step % settings.health_every == 0 or last:
+            records = self.state.health.report()
+            if self.metrics is not None:
+                for record in records:
+                    self.metrics.write("health", step, **record)
+
+    def _save(self) -> None:
+        checkpoint.save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state.step,
+                                   recipe_yaml=dump_recipe(self.recipe), keep_last=self.recipe.qat.keep_last,
+                                   facts={"git_revision": report.git_revision()})
+        if self.main:
+            report.draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", self.recipe.name)
+
+    def finish(self) -> None:
+        """Evaluates BF16, PTQ and QAT on held-out text; writes model/, summary.json and the last curves."""
+        from rich.console import Console
+
+        if self.state.average:
+            self.quantizer.requantize(self.state.average)
+        began = time.perf_counter()
+        summary = evaluate.compare(self.model, self.teacher, self.quantizer, self.originals, self.domains,
+                                   batch_size=self.recipe.qat.batch_size, accelerator=self.accelerator,
+                                   chunk_tokens=self.recipe.qat.loss.chunk_tokens)
+        if not self.main:
+            return
+        settings = self.recipe.qat
+        summary |= {
+            "tokens": self.state.batches * settings.batch_size * self.recipe.data.sequence_length
+            * self.accelerator.num_processes,
+            "seconds": self._training_seconds(), "evaluation_seconds": time.perf_counter() - began,
+            "seed": self.recipe.seed, "steps": settings.steps, "scale_rule": self.quantizer.scale_rule,
+            "environment": report.environment(),
+        }
+        self._save_model()
+        checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
+        report.draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", self.recipe.name)
+        Console().print(evaluate.comparison_table(summary))
+        print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png)")
+
+    def _training_seconds(self) -> float:
+        """Time in updates, from the logged steps: survives resumes, which the process's own clock does not."""
+        records = [r for r in report.read_metrics(self.folder / "metrics.jsonl") if r["kind"] == "train"]
+        return report.mean(r["seconds"] for r in records) * self.recipe.qat.steps
+
+    def _save_model(self) -> None:
+        final, partial = self.folder / "model", self.folder / "model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.model.save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if getattr(self, "metrics", None) is not None:
+            self.metrics.close()
+        self.accelerator.end_training()
+
+
+def make_teacher(model: nn.Module) -> nn.Module:
+    """A frozen copy of `model` that shares every frozen tensor with it: only trained tensors are held twice."""
+    shared = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    experts = {id(t.parameter) for t in _experts(model)}
+    memo = {id(t): t for t in shared if id(t) not in experts}
+    return copy.deepcopy(model, memo).requires_grad_(False).eval()
+
+
+def _experts(model: nn.Module):
+    from qat.attach import find_expert_tensors
+
+    return find_expert_tensors(model)

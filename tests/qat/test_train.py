@@ -1,0 +1,265 @@
+"""The job as a user runs it: `python qat/train.py recipe …` in processes that are killed, stopped, starved and misled."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mxfp4 import fake_quantize
+from qat.checkpoint import complete_checkpoints
+from qat.report import CLOCK_KEYS, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
+
+
+def start(*arguments, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "qat/train.py", *map(str, arguments)], cwd=ROOT, text=True,
+                            env=ENVIRONMENT | options.pop("env", {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def train(*arguments, expect: int = 0, **options) -> str:
+    process = start(*arguments, **options)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == expect, output
+    return output
+
+
+def folder(recipe: Path) -> Path:
+    return recipe.parent / "runs" / "t" / "qat"
+
+
+def computed(recipe: Path) -> list[dict]:
+    """metrics.jsonl without the clock."""
+    return [{k: v for k, v in r.items() if k not in CLOCK_KEYS} for r in read_metrics(folder(recipe) / "metrics.jsonl")]
+
+
+def assert_same_result(a: Path, b: Path) -> None:
+    left, right = (load_file(folder(p) / "model" / "model.safetensors") for p in (a, b))
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+    assert computed(a) == computed(b)
+    first, second = (json.loads((folder(p) / "summary.json").read_text()) for p in (a, b))
+    assert first["qat"] == second["qat"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_checkpoint, text_files, tmp_path_factory):
+    """The reference run of the tiny recipe, made once."""
+    import yaml
+
+    path = tmp_path_factory.mktemp("uninterrupted") / "recipe.yaml"
+    recipe = {
+        "name": "t", "seed": 3, "output": str(path.parent / "runs"), "model": {"path": str(tiny_checkpoint)},
+        "data": {"train": [str(text_files["train"])], "sequence_length": 64, "eval_sequences": 4,
+                 "heldout": [str(text_files["alpha.heldout"]), str(text_files["beta.heldout"])]},
+        "qat": {"steps": 12, "batch_size": 2, "checkpoint_every": 4, "log_every": 1, "health_every": 3,
+                "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2}},
+    }
+    path.write_text(yaml.safe_dump(recipe))
+    output = train(path)
+    return path, output
+
+
+def test_a_run_leaves_model_summary_metrics_curves_and_provenance(uninterrupted, tiny_checkpoint):
+    path, output = uninterrupted
+    run = folder(path)
+    assert "gate_up_proj" in output and "KL gap closed" in output
+    summary = json.loads((run / "summary.json").read_text())
+    for variant in ("bf16", "ptq", "qat"):
+        assert {"loss", "kl", "top1_agreement", "domains"} <= summary[variant].keys()
+        assert set(summary[variant]["domains"]) == {"alpha", "beta"}
+    assert summary["bf16"]["kl"] == 0 < summary["ptq"]["kl"]
+    assert summary["kl_gap_closed"] == 1 - summary["qat"]["kl"] / summary["ptq"]["kl"] > 0
+    assert summary["tokens"] == 12 * 2 * 64 and summary["seconds"] > 0
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    environment = json.loads((run / "environment.json").read_text())
+    assert {"date", "command", "git_revision", "torch", "cpu"} <= environment.keys()
+    assert [r["step"] for r in computed(path) if r["kind"] == "train"] == list(range(1, 13))
+    health = [r for r in computed(path) if r["kind"] == "health"]
+    assert len(health) == 4 * 4 and all(len(r[k]) == 4 for r in health for k in ("sqnr_db", "flipped", "tokens"))
+    per_report = 3 * 2 * 64 * 2  # steps x rows x tokens x top-2
+    assert all(sum(r["tokens"]) == per_report for r in health)
+
+
+def test_only_experts_changed_and_they_lie_on_the_grid(uninterrupted, tiny_checkpoint):
+    path, _ = uninterrupted
+    before, after = load_file(tiny_checkpoint / "model.safetensors"), load_file(folder(path) / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        if ".experts." in name:
+            assert torch.equal(weight, fake_quantize(weight)) and not torch.equal(weight, before[name]), name
+        else:
+            assert torch.equal(weight, before[name]), name
+
+
+def test_the_result_folder_reloads_exactly(uninterrupted):
+    from modeling.load import load_model
+
+    path, _ = uninterrupted
+    model = load_model(folder(path) / "model", dtype=torch.bfloat16)
+    assert any("experts" in n for n, _ in model.named_parameters())
+    saved = load_file(folder(path) / "model" / "model.safetensors")
+    expected = torch.stack([saved[f"model.layers.1.mlp.experts.{e}.down_proj.weight"] for e in range(4)])
+    assert torch.equal(model.get_parameter("model.layers.1.mlp.experts.down_proj"), expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_a_random_moment_and_resumed_equals_uninterrupted(uninterrupted, tiny_recipe, seed):
+    rng = random.Random(seed)
+    for _ in range(2):
+        process = start(tiny_recipe, "--resume")
+        target = rng.randint(2, 9)
+        while process.poll() is None:
+            line = process.stdout.readline()
+            if line.startswith(f"step {target}/"):
+                time.sleep(rng.random() * 0.2)
+                process.send_signal(signal.SIGKILL)
+        process.communicate()
+    train(tiny_recipe, "--resume")
+    assert_same_result(uninterrupted[0], tiny_recipe)
+
+
+def test_max_steps_stops_with_a_checkpoint_and_resume_finishes_the_same_run(uninterrupted, tiny_recipe):
+    output = train(tiny_recipe, "--max-steps", 5)
+    assert "stopped at --max-steps 5" in output
+    assert [p.name for p in complete_checkpoints(folder(tiny_recipe) / "checkpoints")] == ["step-00000004", "step-00000005"]
+    assert not (folder(tiny_recipe) / "summary.json").exists()
+    assert "at step 5 of 12" in train(tiny_recipe, "--resume")
+    assert_same_result(uninterrupted[0], tiny_recipe)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_saves_a_checkpoint_first(tiny_recipe, number):
+    process = start(tiny_recipe, "qat.steps=1000", "qat.checkpoint_every=1000")
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(number)
+            break
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert f"stopped by signal {int(number)}" in output
+    assert len(complete_checkpoints(folder(tiny_recipe) / "checkpoints")) == 1
+
+
+def test_an_earlier_run_is_set_aside_not_overwritten(tiny_recipe):
+    train(tiny_recipe, "--max-steps", 1)
+    output = train(tiny_recipe, "--max-steps", 1)
+    assert "an earlier run was set aside as" in output
+    assert (folder(tiny_recipe).with_name("qat.1") / "checkpoints" / "step-00000001").is_dir()
+
+
+def test_two_processes_train_together(tiny_recipe):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533",
+               "qat/train.py", str(tiny_recipe), "qat.steps=4", "qat.gradient_accumulation=2"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((folder(tiny_recipe) / "summary.json").read_text())
+    assert summary["tokens"] == 4 * 2 * 2 * 2 * 64  # steps x accumulation x processes x rows x tokens
+    assert summary["kl_gap_closed"] > 0
+
+
+def test_a_launch_that_accelerate_does_not_see_is_refused(tiny_recipe):
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "ACCELERATE_USE_CPU"} | {
+        "WORLD_SIZE": "2", "RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "qat/train.py", str(tiny_recipe)], cwd=ROOT, env=environment, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert "WORLD_SIZE=2, but Accelerate sees one process" in done.stderr and "torchrun" in done.stderr
+
+
+def test_a_non_finite_gradient_stops_with_step_tensor_expert_and_keeps_the_checkpoint(tiny_recipe):
+    script = (
+        "import sys; sys.argv = ['qat/train.py']; sys.path.insert(0, '.')\n"
+        "import torch, runpy\n"
+        "from qat import attach, trainer\n"
+        "original = attach.ExpertQuantizer.pull_gradients\n"
+        "def poisoned(self, count=[0]):\n"
+        "    original(self); count[0] += 1\n"
+        "    if count[0] == 6: self.masters[1].grad[2, 3, 4] = float('nan')\n"
+        "attach.ExpertQuantizer.pull_gradients = poisoned\n"
+        "from qat.train import main\n"
+        f"sys.exit(main([{str(tiny_recipe)!r}]))\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True,
+                          timeout=120)
+    assert done.returncode == 1
+    error = done.stderr.strip().splitlines()[-1]
+    assert "step 6" in error and "down_proj" in error and "expert 2, index [3, 4]" in error and "step-00000004" in error
+    assert [p.name for p in complete_checkpoints(folder(tiny_recipe) / "checkpoints")] == ["step-00000004"]
+
+
+MISTAKES = {
+    "qat.stepz=3": "unknown key qat.stepz, did you mean qat.steps",
+    "qat.optimizer.lr=1e-4": "did you mean qat.optimizer.learning_rate",
+    "quantization.scale_rule=evn": "did you mean even",
+    "qat.batch_size=0": "greater than 0",
+    "data.train=[nowhere.jsonl]": "data.train: 'nowhere.jsonl' matches no file",
+    "model.path=nowhere": "nowhere",
+    "quantization.expected_tensors=138": "138",
+    "data.text_field=body": "'body' is not a column",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_one_helpful_line_and_exit_code_2(tiny_recipe, override):
+    done = subprocess.run([sys.executable, "qat/train.py", str(tiny_recipe), override], cwd=ROOT, env=ENVIRONMENT,
+                          text=True, capture_output=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and MISTAKES[override] in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_of_another_shape_is_one_line(tiny_recipe, tiny_checkpoint, tmp_path):
+    train(tiny_recipe, "--max-steps", 1)
+    state = next(complete_checkpoints(folder(tiny_recipe) / "checkpoints")[0].glob("custom_checkpoint_0.pkl"))
+    content = torch.load(state, weights_only=False)
+    content["masters"][0] = content["masters"][0][:, :-1]
+    torch.save(content, state)
+    done = train(tiny_recipe, "--resume", expect=2)
+    assert "does not fit this recipe's model" in done and "gate_up_proj" in done
+
+
+def test_another_number_of_processes_is_refused_on_resume(tiny_recipe):
+    train(tiny_recipe, "--max-steps", 1)
+    facts = complete_checkpoints(folder(tiny_recipe) / "checkpoints")[0] / "complete.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"processes": 8}))
+    assert "written by 8 processes, now running 1" in train(tiny_recipe, "--resume", expect=2)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_recipe):
+    script = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "import errno, accelerate\n"
+        "original = accelerate.Accelerator.save_state\n"
+        "def full(self, path, **k):\n"
+        "    original(self, path, **k)\n"
+        "    if 'step-00000008' in path: raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "accelerate.Accelerator.save_state = full\n"
+        "sys.argv = ['qat/train.py']\n"
+        "from qat.train import main\n"
+        f"sys.exit(main([{str(tiny_recipe)!r}]))\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True,
+                          timeout=120)
+    assert done.returncode == 1
+    assert "No space left on device; the last good checkpoint is" in done.stderr and "Traceback" not in done.stderr
+    names = [p.name for p in (folder(tiny_recipe) / "checkpoints").iterdir()]
+    assert names == ["step-00000004"]
+
+
+def test_help_and_recipe_errors_import_no_torch(tiny_recipe):
+    code = ("import sys; sys.argv = ['qat/train.py']; sys.path.insert(0, '.')\n"
+            "from qat.train import main\n"
+            f"code = main([{str(tiny_recipe)!r}, 'qat.stepz=1'])\n"
+            "assert code == 2 and 'torch' not in sys.modules and 'transformers' not in sys.modules\n")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=60)
