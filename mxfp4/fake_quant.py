@@ -1,36 +1,225 @@
-"""Straight-through fake quantization: the values of `dequantize(quantize(w))` with a gradient."""
+"""Fake quantization for training: the values of `dequantize(quantize(w))`, bit for bit, with a straight-through gradient.
+
+Why it is fast without a compiler. Weights pass through in chunks that fit the cache, and each chunk costs about ten
+vectorized operations on a float32 scratch:
+
+    magnitude        a = |w|, and the bits of the block maximum
+    scale            S = exponent bits of 2^s: one integer addition on the maximum (see `MANTISSA_BUMP`), one mask
+    step             c = max(exponent bits of a, S): 2^e, where the E2M1 grid around a has the step 2^(e - 1)
+    rounding         (a + 1.5 * 2^22 * c) - 1.5 * 2^22 * c: the addition drops everything below the step 2^(e - 1), with
+                     the floating-point unit's own round-to-nearest-even
+    sign             back from w, so that -0.0 survives
+
+Saturation needs one more minimum, and only where the rule can saturate: `even` never leaves a maximum that would round
+above 6 units, `rceil` never one above 6. bfloat16 is widened to float32 because bfloat16 additions are emulated by widening
+anyway, twice as slowly (26 against 19 us for 2^17 values, measured on AVX-512).
+
+Two kinds of chunk leave this path for the reference codec: magnitudes of 2^100 and above (the large constant would
+overflow, the exponent cap applies, or they are not finite) and blocks whose maximum is below 2^-100 without being zero
+(their scale may be subnormal). Trained weights have neither; correctness does not depend on it.
+
+Rejected: rounding by comparison or lookup (10 to 20 times slower), int16 arithmetic on bfloat16 bits (int16 maxima along a
+row are not vectorized by torch), torch.compile (a compiler at run time, and slower), a C++ extension (a compiler at install
+time).
+"""
 
 import torch
 
-from mxfp4.codec import dequantize, quantize
-from mxfp4.format import E2M1_MAX, ScaleRule
+from mxfp4.codec import (
+    FLOAT32_MANTISSA_BITS,
+    block_scales,
+    check_blocks,
+    dequantize,
+    quantize,
+    refuse_non_finite,
+    scale_bump,
+    scale_values,
+)
+from mxfp4.format import BLOCK_SIZE, E2M1_MAX, E2M1_MAX_EXPONENT, E8M0_BIAS, ScaleRule
+
+_EXPONENT_BITS = 0x7F800000
+_SIGN_BIT = -0x80000000
+_ONE = 1 << FLOAT32_MANTISSA_BITS
+
+# a + MAGIC * 2^e has a last place of 2^(e - 1); the odd half keeps the sum inside one binade.
+_MAGIC = 1.5 * 2.0 ** (FLOAT32_MANTISSA_BITS - 1)
+
+# Block maxima (as float32 bits) between which no intermediate overflows, no exponent is clamped and no scale is subnormal.
+_SAFE_MIN = (E8M0_BIAS - 100) << FLOAT32_MANTISSA_BITS
+_SAFE_END = {
+    torch.float32: (E8M0_BIAS + 100) << FLOAT32_MANTISSA_BITS,
+    torch.bfloat16: (E8M0_BIAS + 100) << FLOAT32_MANTISSA_BITS,
+    torch.float16: (E8M0_BIAS + 15) << FLOAT32_MANTISSA_BITS,
+}
+
+# Two float32 scratch buffers of this many values fill about half of a 1 MB second-level cache. Per thread.
+_CHUNK = 65536
 
 
-def fake_quantize(w, *, scale_rule: ScaleRule | str = "even", axis: int = -1, ste: str = "identity", nan_scale=False):
+def fake_quantize(
+    w: torch.Tensor,
+    *,
+    scale_rule: ScaleRule | str = "even",
+    axis: int = -1,
+    ste: str = "identity",
+    nan_scale: bool = False,
+) -> torch.Tensor:
+    """Weights rounded to MXFP4, differentiable.
+
+    Args:
+        w: float32, bfloat16 or float16 [..., n, ...], n values along `axis`, a multiple of 32.
+        scale_rule: floor, rceil, even or mse (see `mxfp4.format`).
+        axis: the reduction dimension, along which blocks lie.
+        ste: the gradient with respect to w. "identity" passes the output's gradient on unchanged, also for saturated
+            elements: they belong to a block whose scale follows its maximum, so a step that shrinks them is useful and
+            one that grows them soon raises the scale. "clip" zeroes it where |w| > 6 * 2^s (the derivative of the
+            saturating rounding for a fixed scale).
+        nan_scale: return NaN for a block with a non-finite value instead of refusing it.
+
+    Returns:
+        The shape and dtype of w, contiguous: `dequantize(*quantize(w), dtype=w.dtype)` bit for bit.
+
+    Raises:
+        ValueError: as `quantize`; an unknown `ste`.
+    """
     if ste not in ("identity", "clip"):
         raise ValueError(f"ste {ste!r} is not known; expected identity or clip")
     return _StraightThrough.apply(w, ScaleRule(scale_rule), axis, ste, nan_scale)
 
 
 @torch.no_grad()
-def fake_quantize_(out, w, *, scale_rule: ScaleRule | str = "even", axis: int = -1, nan_scale=False):
-    out.copy_(dequantize(*quantize(w, scale_rule=scale_rule, axis=axis, nan_scale=nan_scale), dtype=out.dtype, axis=axis))
+def fake_quantize_(
+    out: torch.Tensor,
+    w: torch.Tensor,
+    *,
+    scale_rule: ScaleRule | str = "even",
+    axis: int = -1,
+    nan_scale: bool = False,
+) -> torch.Tensor:
+    """Writes the rounded values of `w` into `out`, without a gradient, and returns `out`.
+
+    `out` has the shape of w and any of the three dtypes: float32 masters become bfloat16 compute weights without a
+    tensor in between, equal to `dequantize(*quantize(w), dtype=out.dtype)` bit for bit. `out` may be `w` itself.
+
+    Raises:
+        ValueError: as `quantize`, or another shape. After a refused non-finite value `out` is partly written.
+    """
+    rule = ScaleRule(scale_rule)
+    axis = check_blocks(w, axis)
+    if out.shape != w.shape or out.dtype not in _SAFE_END:
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)}; expected float32, bfloat16 or float16 of shape {list(w.shape)}"
+        )
+    if not out.is_contiguous():
+        return out.copy_(fake_quantize_(torch.empty_like(out, memory_format=torch.contiguous_format), w,
+                                        scale_rule=rule, axis=axis, nan_scale=nan_scale))
+    inner = w.shape[axis + 1:].numel()
+    shape = (-1, BLOCK_SIZE) if inner == 1 else (-1, BLOCK_SIZE, inner)
+    if w.numel():
+        _Rounder(w, rule, nan_scale).run(w.contiguous().view(shape), out.view(shape))
     return out
+
+
+def saturated(w: torch.Tensor, *, scale_rule: ScaleRule | str = "even", axis: int = -1) -> torch.Tensor:
+    """Bool mask of the shape of `w`: True where |w| > 6 * 2^s, beyond the largest value of the element's block."""
+    limits = E2M1_MAX * scale_values(block_scales(w, scale_rule=scale_rule, axis=axis))
+    return w.detach().abs() > limits.repeat_interleave(BLOCK_SIZE, dim=axis)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w, rule, axis, ste, nan_scale):
-        codes, scales = quantize(w, scale_rule=rule, axis=axis, nan_scale=nan_scale)
-        ctx.ste = ste
-        if ste == "clip":
-            from mxfp4.codec import scale_values
-            limit = E2M1_MAX * scale_values(scales)
-            ctx.save_for_backward(w.abs().float() > limit.repeat_interleave(32, dim=axis))
-        return dequantize(codes, scales, dtype=w.dtype, axis=axis)
+        ctx.clip = ste == "clip"
+        if ctx.clip:
+            ctx.save_for_backward(saturated(w, scale_rule=rule, axis=axis))
+        out = torch.empty_like(w, memory_format=torch.contiguous_format)
+        return fake_quantize_(out, w, scale_rule=rule, axis=axis, nan_scale=nan_scale)
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.ste == "clip":
+        if ctx.clip:
             grad = grad.masked_fill(ctx.saved_tensors[0], 0)
         return grad, None, None, None, None
+
+
+class _Rounder:
+    """The chunk loop and its scratch. Blocks lie along dimension 1 of every view."""
+
+    def __init__(self, w: torch.Tensor, rule: ScaleRule, nan_scale: bool):
+        self.w, self.rule, self.nan_scale = w, rule, nan_scale
+        self.safe_end = _SAFE_END[w.dtype]
+        threads = torch.get_num_threads() if w.device.type == "cpu" else 256
+        self.chunk = min(_CHUNK * threads, w.numel())
+        self.scratch = torch.empty((2, self.chunk), dtype=torch.float32, device=w.device)
+        # 0-dim tensors, because torch wraps a Python number anew on every call.
+        self.masks = {
+            "exponent": torch.tensor(_EXPONENT_BITS, dtype=torch.int32, device=w.device),
+            "sign": torch.tensor(_SIGN_BIT, dtype=torch.int32, device=w.device),
+        }
+
+    def run(self, w: torch.Tensor, out: torch.Tensor) -> None:
+        """Rounds w [P, 32] or [P, 32, Q] into out of the same shape."""
+        columns = w.shape[2] if w.ndim == 3 else 1
+        width = min(columns, self.chunk // BLOCK_SIZE)
+        rows = self.chunk // (BLOCK_SIZE * width)
+        for start in range(0, w.shape[0], rows):
+            if w.ndim == 2:
+                self._round(w[start:start + rows], out[start:start + rows])
+                continue
+            for left in range(0, columns, width):
+                part = (slice(start, start + rows), slice(None), slice(left, left + width))
+                self._round(w[part], out[part])
+
+    def _round(self, w: torch.Tensor, out: torch.Tensor) -> None:
+        a, c = (buffer[:w.numel()].view(w.shape) for buffer in self.scratch)
+        a_bits, c_bits = a.view(torch.int32), c.view(torch.int32)
+        if w.dtype is torch.float32:
+            torch.abs(w, out=a)
+        else:
+            a.copy_(w).abs_()
+        top = a_bits.amax(1, keepdim=True)
+        if not self._is_safe(top):
+            out.copy_(dequantize(*quantize(w, scale_rule=self.rule, axis=1, nan_scale=self.nan_scale),
+                                 dtype=out.dtype, axis=1))
+            return
+        scale = top.add_(scale_bump(self.rule)).bitwise_and_(self.masks["exponent"]).sub_(E2M1_MAX_EXPONENT * _ONE)
+        if self.rule is ScaleRule.MSE:
+            scale.sub_(self._prefers_finer_scale(a, scale, c), alpha=_ONE)
+        if self.rule in (ScaleRule.MSE, ScaleRule.FLOOR):
+            six = (scale + (E2M1_MAX_EXPONENT * _ONE + _ONE // 2))
+            torch.minimum(a_bits, six, out=a_bits)
+        torch.bitwise_and(a_bits, self.masks["exponent"], out=c_bits)
+        torch.maximum(c_bits, scale, out=c_bits)
+        a.add_(c, alpha=_MAGIC).sub_(c, alpha=_MAGIC)
+        if w.dtype is out.dtype and w.dtype is not torch.float32:
+            # Reading w after out is written is safe only where they are not the same memory.
+            torch.copysign(a.to(out.dtype), w, out=out)
+            return
+        source = w if w.dtype is torch.float32 else c.copy_(w)
+        torch.bitwise_and(source.view(torch.int32), self.masks["sign"], out=c_bits)
+        if out.dtype is torch.float32:
+            torch.bitwise_or(a_bits, c_bits, out=out.view(torch.int32))
+        else:
+            a_bits.bitwise_or_(c_bits)
+            out.copy_(a)
+
+    def _is_safe(self, top: torch.Tensor) -> bool:
+        """Whether all block maxima (float32 bits) can take the fast path. Raises where one is not finite."""
+        low, high = (int(bound) for bound in torch.aminmax(top))
+        if _SAFE_MIN <= low and high < self.safe_end:
+            return True
+        if high >= _EXPONENT_BITS and not self.nan_scale:
+            refuse_non_finite(self.w)
+        return high < self.safe_end and not bool(((top > 0) & (top < _SAFE_MIN)).any())
+
+    def _prefers_finer_scale(self, a: torch.Tensor, scale: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """`codec.prefers_finer_scale` of the chunk, int32 [P, 1(, Q)]; `u` is scratch."""
+        reciprocal = (2 * E8M0_BIAS * _ONE - scale).view(torch.float32)
+        torch.mul(a, reciprocal, out=u)
+        if self.w.dtype is torch.float32:
+            # Ties-to-even rounding to 2^-13. The other dtypes have no bits there (where it matters, above 1/8).
+            u.add_(1.5 * 2.0**10).sub_(1.5 * 2.0**10)
+        losses = u.clamp(min=3.5).sum(1, keepdim=True).sub_(3.5 * BLOCK_SIZE)
+        u.sub_(0.5).abs_().sub_(0.25).abs_().clamp_(max=0.125)
+        wins = u.sum(1, keepdim=True).neg_().add_(0.125 * BLOCK_SIZE)
+        return (wins > 4 * losses).to(torch.int32)
