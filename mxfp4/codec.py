@@ -64,7 +64,7 @@ def quantize(
         chunk = slice(start, start + BLOCKS_PER_CHUNK)
         units = rows[chunk].to(torch.float32) / scale_values(row_scales[chunk])[:, None]
         codes[chunk] = pack(encode(units)).masked_fill_((row_scales[chunk] == E8M0_NAN)[:, None], 0)
-    codes = codes.view(*lead.shape[:-1], -1)
+    codes = codes.view(*lead.shape[:-1], lead.shape[-1] // 2)
     return codes.movedim(-1, axis).contiguous(), scales.movedim(-1, axis).contiguous()
 
 
@@ -91,7 +91,7 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype,
     for start in range(0, rows.shape[0], BLOCKS_PER_CHUNK):
         chunk = slice(start, start + BLOCKS_PER_CHUNK)
         out[chunk] = decode(unpack(rows[chunk])) * scale_values(row_scales[chunk])[:, None]
-    return out.view(*lead.shape[:-1], -1).movedim(-1, axis).contiguous()
+    return out.view(*lead.shape[:-1], lead.shape[-1] * 2).movedim(-1, axis).contiguous()
 
 
 def block_scales(
@@ -120,7 +120,7 @@ def block_scales(
                 refuse_non_finite(w if original is None else original)
             x = torch.where(finite[:, None], x, 0.0)
         scales[chunk] = _choose_scales(x, rule, _MAX_EXPONENT[w.dtype]).masked_fill_(~finite, E8M0_NAN)
-    return scales.view(*lead.shape[:-1], -1).movedim(-1, axis).contiguous()
+    return scales.view(*lead.shape[:-1], lead.shape[-1] // BLOCK_SIZE).movedim(-1, axis).contiguous()
 
 
 def _choose_scales(x: torch.Tensor, rule: ScaleRule, max_exponent: int) -> torch.Tensor:
@@ -143,14 +143,14 @@ def scale_bump(rule: ScaleRule) -> int:
 def prefers_finer_scale(units: torch.Tensor) -> torch.Tensor:
     """Whether half of rceil's scale has strictly less squared error.
 
-    With u = |w| / 2^r the two grids differ in two places only, and there the difference of the squared errors (coarse
-    minus fine) is piecewise linear in u:
+    With u = |w| / 2^r the two grids differ in two places only, and there the difference of the squared errors is
+    piecewise linear in u:
 
-        u < 1    the fine grid halves the step of 0.5. Coarse wins nothing, and fine wins 1/2 - 4 |u - 1/4| sixteenths
-                 around 1/4 and likewise around 3/4: 0.5 * max(0, 1/8 - | |u - 1/2| - 1/4 |), at most 1/16
-        u > 3.5  the fine grid stops at 3: it loses 2 (u - 3.5) up to u = 5, and more beyond
+        u < 1    the fine grid has the steps 0.25 and the coarse one 0.5. They are equally good near multiples of 0.5, and
+                 fine is better around 1/4 and 3/4, by 0.5 * max(0, 1/8 - | |u - 1/2| - 1/4 |)
+        u > 3.5  the fine grid stops at 3: it is worse by 2 (u - 3.5) up to u = 5, and by more beyond
 
-    All 32 wins together are below 2, and one u of 4.5 loses 2 already, so "more beyond 5" can never change the sign and
+    All 32 wins together are at most 2, and a single u of 5 loses 3, so "more beyond 5" can never change the sign and
     is left out. u is rounded to multiples of 2^-13 first (to nearest, ties to even): then every term is a multiple of
     2^-14 and every partial sum fits 24 bits, so the sum is exact, whatever the order in which a machine adds.
 
