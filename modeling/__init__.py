@@ -1,0 +1,1 @@
+"""The MiMo-V2 decoder, its published geometries and tensor names, and loading of checkpoints."""

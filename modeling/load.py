@@ -1,0 +1,217 @@
+"""Any supported checkpoint folder -> model: MiMo-V2 in bf16, FP8 (128x128 blocks) or native MXFP4; others by transformers.
+
+A checkpoint of a released MiMo-V2 mixes four encodings, told apart tensor by tensor:
+
+    plain              BF16 / F32                                             as it is
+    FP8 E4M3           + `weight_scale_inv` F32, one scale per 128 x 128      multiplied out; the grid of a fused qkv
+                                                                              restarts with each of its chunks
+    MXFP4 experts      uint8 `weight` + uint8 `weight_scale`                  `mxfp4.dequantize`
+    MTP layers         `model.mtp.*`                                          not part of the decoder, left out
+
+Other model types go through `AutoModelForCausalLM` (Qwen3-MoE, gpt-oss, ...), which fuses experts by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from modeling.names import expert_parts, qkv_scale_rows
+from mxfp4 import dequantize
+
+FP8_BLOCK = 128
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False):
+    """The checkpoint's tokenizer.
+
+    Raises:
+        ValueError: no tokenizer there.
+    """
+    from transformers import AutoTokenizer
+
+    _require_folder(path)
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False):
+    """A causal language model with fused 3-D experts, on the CPU, in `dtype` (routers' correction bias stays float32).
+
+    Raises:
+        ValueError: no such folder or config; a missing shard or tensor; a tensor of another shape; unreadable files.
+    """
+    _require_folder(path)
+    config = _read_config(path)
+    if config.get("model_type") != "mimo_v2":
+        from transformers import AutoModelForCausalLM
+
+        try:
+            return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    from modeling.configuration_mimo_v2 import MiMoV2Config
+    from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
+
+    try:
+        settings = MiMoV2Config.from_pretrained(str(path))
+    except ValueError as error:
+        raise ValueError(f"{path}/config.json: {error}") from None
+    with torch.device("meta"):
+        model = MiMoV2ForCausalLM(settings)
+    return _fill(model, Path(path), dtype)
+
+
+def _fill(model, folder: Path, dtype: torch.dtype):
+    """Materialises a meta model tensor by tensor from the checkpoint (peak: one fused expert tensor beside the model)."""
+    files = TensorFiles(folder)
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, empty in targets.items():
+        value = _assemble(name, empty, files, model.config, dtype)
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if leaf in module._buffers:
+            module._buffers[leaf] = value.float()
+        else:
+            module._parameters[leaf] = torch.nn.Parameter(value)
+    unused = sorted(n for n in files.unused() if not n.startswith("model.mtp."))
+    if unused:
+        raise ValueError(f"{folder}: {len(unused)} tensors that this model does not have, the first {unused[0]}")
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    return model.eval()
+
+
+def _assemble(name: str, empty: torch.Tensor, files: TensorFiles, config, dtype: torch.dtype) -> torch.Tensor:
+    parts = expert_parts(name, empty.shape)
+    if parts is None:
+        return _checked(name, _decoded(name, files, config, dtype), empty.shape, files.folder)
+    value = torch.empty(empty.shape, dtype=dtype)
+    for part in parts:
+        tensor = _decoded(part.name, files, config, dtype)
+        value[part.expert, part.rows] = _checked(part.name, tensor, value[part.expert, part.rows].shape, files.folder)
+    return value
+
+
+def _checked(name: str, tensor: torch.Tensor, shape: torch.Size, folder: Path) -> torch.Tensor:
+    if tensor.shape != shape:
+        raise ValueError(f"{folder}: {name}: shape {list(tensor.shape)}, expected {list(shape)}")
+    return tensor
+
+
+def _decoded(name: str, files: TensorFiles, config, dtype: torch.dtype) -> torch.Tensor:
+    raw = files.read(name)
+    if raw.dtype == torch.uint8:
+        return dequantize(raw, files.read(name + "_scale"), dtype=dtype)
+    if raw.dtype == torch.float8_e4m3fn:
+        return dequantize_fp8(name, raw, files.read(name + "_scale_inv"), config).to(dtype)
+    return raw.to(dtype)
+
+
+def dequantize_fp8(name: str, weight: torch.Tensor, scale_inv: torch.Tensor, config) -> torch.Tensor:
+    """Block-quantized FP8 -> float32: each 128 x 128 block times its scale.
+
+    Args:
+        weight: float8_e4m3fn [rows, columns]; scale_inv: float32 [scale rows, ceil(columns / 128)].
+        config: a MiMoV2Config, for tensors whose grid restarts within the rows (fused qkv, per-head k and v).
+
+    Raises:
+        ValueError: a scale grid of an unexpected shape.
+    """
+    rows, columns = weight.shape
+    segments = qkv_scale_rows(name, rows, config)
+    expected = (sum(-(-n // FP8_BLOCK) for n in segments), -(-columns // FP8_BLOCK))
+    if tuple(scale_inv.shape) != expected:
+        raise ValueError(f"{name}_scale_inv: shape {list(scale_inv.shape)}, expected {list(expected)} for weight {[rows, columns]}")
+    out, done, scale_row = torch.empty(rows, columns), 0, 0
+    for n in segments:
+        blocks = -(-n // FP8_BLOCK)
+        scale = scale_inv[scale_row:scale_row + blocks].float()
+        grid = scale.repeat_interleave(FP8_BLOCK, 0)[:n].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
+        out[done:done + n] = weight[done:done + n].float() * grid
+        done, scale_row = done + n, scale_row + blocks
+    return out
+
+
+class TensorFiles:
+    """The tensors of a checkpoint folder, by name, memory-mapped: one safetensors file, or shards with an index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.is_file():
+            self._where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        elif single.is_file():
+            self._where = {name: single.name for name in self._open(single.name).keys()}
+        else:
+            raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
+        self._read: set[str] = set()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def _open(self, file: str):
+        path = self.folder / file
+        if not path.is_file():
+            raise ValueError(f"{self.folder}: shard {file} is missing")
+        try:
+            return safe_open(str(path), framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor.
+
+        Raises:
+            ValueError: it is not in the checkpoint, or its shard is missing or damaged.
+        """
+        if name not in self._where:
+            raise ValueError(f"{self.folder}: tensor {name} is missing{self._nearest(name)}")
+        self._read.add(name)
+        try:
+            return self._open(self._where[name]).get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder / self._where[name]}: {name}: {error}") from None
+
+    def unused(self) -> set[str]:
+        """Names that were never read."""
+        return set(self._where) - self._read
+
+    def _nearest(self, name: str) -> str:
+        import difflib
+
+        near = difflib.get_close_matches(name, [n for n in self._where if n.count(".") == name.count(".")][:2000], n=1)
+        return f" (nearest: {near[0]})" if near else ""
+
+
+def _require_folder(path: str | Path) -> None:
+    if re.match(r"^[.~/]", str(path)) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        if not Path(path).is_dir():
+            raise ValueError(f"model.path: {path}: no such checkpoint folder")
+
+
+def _read_config(path: str | Path) -> dict:
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(str(path)).to_dict()  # a hub name
+        except OSError as error:
+            raise ValueError(f"model.path: {path}: neither a folder nor reachable on the hub: "
+                             f"{str(error).splitlines()[0]}") from None
+    if not file.is_file():
+        raise ValueError(f"{path}: no config.json")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
