@@ -1,7 +1,7 @@
 """The MXFP4 number format: the only place of the project where rounding to four bits exists.
 
-`format` is the format in one page, `codec` the reference, `fake_quant` the same numbers for training, fast. The names are
-loaded on first use, because a recipe names a scale rule and its validation must not wait for torch.
+`format` is the format in one page, `codec` the reference, `fake_quant` the same numbers for training, fast. The names
+are loaded on first use, because a recipe names a scale rule and its validation must not wait for torch.
 """
 
 import importlib

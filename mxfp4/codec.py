@@ -1,15 +1,15 @@
 """Reference codec: weights -> (codes, scales) -> weights.
 
-Written to be compared with the page `mxfp4.format`, line by line, and used wherever bytes are made or read: export, loading,
-health reports. Everything else that rounds to MXFP4 (`mxfp4.fake_quant`, kernels) has this file as its oracle and must equal
-it bit for bit, including the sign of zero.
+Written to be compared with the page `mxfp4.format`, line by line, and used wherever bytes are made or read: export,
+loading, health reports. Everything else that rounds to MXFP4 (`mxfp4.fake_quant`, kernels) has this file as its oracle
+and must equal it bit for bit, including the sign of zero.
 
-Scales come from integer arithmetic on the bits of the block maximum. Logarithms were rejected: log2 of a value just below a
-power of two rounds up to it in float32 (and much sooner in bfloat16), which silently doubles a scale. Elements are rounded
-by comparing with the seven midpoints, which is slower than arithmetic tricks and leaves nothing to trust.
+Scales come from integer arithmetic on the bits of the block maximum. Logarithms were rejected: log2 of a value just
+below a power of two rounds up to it in float32 (and much sooner in bfloat16), which silently doubles a scale. Elements
+are rounded by comparing with the seven midpoints, which is slower than arithmetic tricks and leaves nothing to trust.
 
-Shapes: `w` [..., n, ...] with n values along `axis`, n a multiple of 32. Codes have n / 2 and scales n / 32 entries along the
-same axis; all other dimensions, such as the experts of [E, out, in], are kept.
+Shapes: `w` [..., n, ...] with n values along `axis`, n a multiple of 32. Codes have n / 2 and scales n / 32 entries
+along the same axis; all other dimensions, such as the experts of [E, out, in], are kept.
 """
 
 import torch
@@ -71,8 +71,9 @@ def quantize(
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, *, dtype: torch.dtype, axis: int = -1) -> torch.Tensor:
     """Decodes MXFP4 into a contiguous tensor of `dtype`.
 
-    Every code under every scale byte up to 252 is exact in float32 and bfloat16. Under 253 and 254, which `quantize` never
-    writes, large codes decode to infinity there, and float16 over- and underflows as its range demands. Byte 255 is NaN.
+    Every code under every scale byte up to 252 is exact in float32 and bfloat16. Under 253 and 254, which `quantize`
+    never writes, large codes decode to infinity there, and float16 over- and underflows as its range demands. Byte 255
+    is NaN.
 
     Args:
         codes: uint8 [..., n / 2, ...].
@@ -146,8 +147,8 @@ def prefers_finer_scale(units: torch.Tensor) -> torch.Tensor:
     With u = |w| / 2^r the two grids differ in two places only, and there the difference of the squared errors is
     piecewise linear in u:
 
-        u < 1    the fine grid has the steps 0.25 and the coarse one 0.5. They are equally good near multiples of 0.5, and
-                 fine is better around 1/4 and 3/4, by 0.5 * max(0, 1/8 - | |u - 1/2| - 1/4 |)
+        u < 1    the fine grid has the steps 0.25 and the coarse one 0.5. They are equally good near multiples of 0.5,
+                 and fine is better around 1/4 and 3/4, by 0.5 * max(0, 1/8 - | |u - 1/2| - 1/4 |)
         u > 3.5  the fine grid stops at 3: it is worse by 2 (u - 3.5) up to u = 5, and by more beyond
 
     All 32 wins together are at most 2, and a single u of 5 loses 3, so "more beyond 5" can never change the sign and
@@ -173,7 +174,7 @@ def encode(x: torch.Tensor) -> torch.Tensor:
     rounds_up = torch.tensor([up for _, up in E2M1_ROUND_UP_FROM], device=x.device)
     # bucketize counts the boundaries strictly below a magnitude; one float lower, a midpoint counts for itself.
     boundaries = torch.where(rounds_up, torch.nextafter(midpoints, torch.zeros_like(midpoints)), midpoints)
-    codes = torch.bucketize(magnitude, boundaries, out_int32=True).to(torch.uint8)
+    codes = torch.bucketize(magnitude.contiguous(), boundaries, out_int32=True).to(torch.uint8)
     return codes | (torch.signbit(x).to(torch.uint8) << 3)
 
 
@@ -184,7 +185,7 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Two codes per byte along the last dimension, the even element in the low nibble: uint8 [..., n] -> [..., n / 2]."""
+    """Two codes per byte along the last dimension, even element in the low nibble: uint8 [..., n] -> [..., n / 2]."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 

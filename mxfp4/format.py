@@ -12,8 +12,8 @@ What the specification leaves open, and what this package does:
 
       floor   k - 2                       the specification's suggestion; magnitudes above 6 * 2^s saturate (m > 1.5)
       rceil   k - 2, or k - 1 if m > 1.5  the least s with a <= 6 * 2^s: nothing ever saturates
-      even    k - 2, or k - 1 if m >= 1.75  the default: bumps only where a rounds to 8 rather than to 6, so the block
-                                          maximum always becomes 4 or 6 units and nothing is cut by more than rounding
+      even    k - 2, or k - 1 if m >= 1.75  the default: bumps only where a rounds to 8 rather than to 6, so a block's
+                                          maximum always becomes 4 or 6 units, and nothing is cut by more than rounding
       mse     r or r - 1, r being rceil's exponent: whichever has the smaller squared error. r saturates nothing and
               r - 1 has every step halved but cuts the top. r + 1 is not a candidate (its grid below 6 * 2^r is a subset
               of r's), and neither is r - 2 (it would cut the maximum to less than half). A tie takes r.

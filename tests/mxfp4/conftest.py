@@ -1,4 +1,4 @@
-"""Blocks that have broken somebody's MXFP4 code, shared by the tests of the codec, of its peers and of fake quantization."""
+"""Blocks that have broken somebody's MXFP4 code, shared by the tests of codec, peers and fake quantization."""
 
 import pytest
 import torch
