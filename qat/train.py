@@ -45,12 +45,23 @@ def main(argv: list[str]) -> int:
 
         return trainer.run(recipe, resume=args.resume, max_steps=args.max_steps)
     except (RecipeError, ValueError) as error:
-        code, text = 2, str(error)
+        code, text = 2, _own_message(error)
     except (OSError, ArithmeticError) as error:
-        code, text = 1, str(error)
+        code, text = 1, _own_message(error)
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {text}", file=sys.stderr)
     return code
+
+
+def _own_message(error: Exception) -> str:
+    """The text of an error that this project raised on purpose; anything else is a defect and keeps its traceback."""
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    origin = Path(frame.tb_frame.f_code.co_filename).resolve()
+    if not origin.is_relative_to(sys.path[0]) or "site-packages" in origin.parts:
+        raise error
+    return str(error)
 
 
 if __name__ == "__main__":

@@ -3,3 +3,10 @@
 # Squared error, in units of the coarse scale, by which the `mse` rule may miss the better of its two candidates. It decides
 # on magnitudes rounded to multiples of 2^-13: an error of 2^-14 in each of 32 values, on a slope of at most 2.
 MSE_CHOICE = 32 * 2 * 2.0**-14
+
+# Logits and gradients of a tiny float32 decoder against another implementation or another order of the same sums:
+# logits of magnitude 10 differ in their last two of 24 bits (measured maximum 4e-5).
+MODEL_FP32 = {"atol": 2e-4, "rtol": 1e-4}
+
+# Relative error (Frobenius) of a bf16 expert against float32: three roundings of at most 2^-8 (gate-up, activation, down).
+EXPERTS_BF16 = 3 * 2.0**-8
