@@ -7,9 +7,12 @@ repaired. All variants run through the same code in the same dtype on the same r
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
+from mxfp4.fake_quant import fake_quantize_
 from qat.attach import ExpertQuantizer
 from qat.losses import chunked_statistics, run_hidden
 
@@ -56,26 +59,37 @@ def _means(sums: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, originals: list[torch.Tensor],
-            domains: dict[str, torch.Tensor], **options) -> dict:
+            domains: dict[str, torch.Tensor], *, dtype: str = "model", **options) -> dict:
     """Evaluates BF16, PTQ and QAT weights; the model holds the QAT weights again afterwards.
 
     Args:
         originals: the unquantized expert weights, in the quantizer's order.
+        dtype: "model", or "float32": run float32 copies of both models, so that what differs is the weights alone and
+            not also the rounding of activations (a bf16 model differs from its own float32 run by a KL of the order
+            of a tenth of what MXFP4 rounding does). Needs memory for two float32 copies.
         options: passed to `evaluate_domains`.
 
     Returns:
         {"bf16": ..., "ptq": ..., "qat": ...} (each with loss, kl, top1_agreement, domains) and kl_gap_closed.
     """
-    was_training = model.training
-    model.eval()
-    trained = [t.parameter.data.clone() for t in quantizer.tensors]
-    variants = {"bf16": evaluate_domains(teacher, teacher, domains, **options)}
-    quantizer.requantize(originals)
-    variants["ptq"] = evaluate_domains(model, teacher, domains, **options)
-    for tensor, weights in zip(quantizer.tensors, trained, strict=True):
-        tensor.parameter.data.copy_(weights)
-    variants["qat"] = evaluate_domains(model, teacher, domains, **options)
-    model.train(was_training)
+    trained = [t.parameter.data for t in quantizer.tensors]
+    plain = [torch.empty_like(weights) for weights in trained]
+    for tensor, out, original in zip(quantizer.tensors, plain, originals, strict=True):
+        fake_quantize_(out, original.data, scale_rule=quantizer.scale_rule, axis=tensor.axis)
+    student, judge = model, teacher
+    if dtype == "float32":
+        student, judge = copy.deepcopy(model).float(), copy.deepcopy(teacher).float()
+    was_training = student.training
+    student.eval()
+    variants = {"bf16": evaluate_domains(judge, judge, domains, **options)}
+    for name, weights in (("ptq", plain), ("qat", trained)):
+        saved = [student.get_parameter(t.name).data for t in quantizer.tensors]
+        for tensor, value, old in zip(quantizer.tensors, weights, saved, strict=True):
+            student.get_parameter(tensor.name).data = value.to(old.dtype)
+        variants[name] = evaluate_domains(student, judge, domains, **options)
+        for tensor, old in zip(quantizer.tensors, saved, strict=True):
+            student.get_parameter(tensor.name).data = old
+    student.train(was_training)
     summary = {name: {**result.pop("all"), "domains": result} for name, result in variants.items()}
     summary["kl_gap_closed"] = 1 - summary["qat"]["kl"] / summary["ptq"]["kl"] if summary["ptq"]["kl"] > 0 else 0.0
     return summary

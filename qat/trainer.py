@@ -24,7 +24,7 @@ from torch import nn
 
 from modeling.load import load_model, load_tokenizer
 from qat import checkpoint, evaluate, report
-from qat.attach import ExpertQuantizer, describe, require_finite
+from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite
 from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset
 from qat.health import Health
 from qat.losses import chunked_statistics, hidden_loss, run_hidden
@@ -309,7 +309,8 @@ class Trainer:
         began = time.perf_counter()
         summary = evaluate.compare(self.model, self.teacher, self.quantizer, self.originals, self.domains,
                                    batch_size=self.recipe.qat.batch_size, accelerator=self.accelerator,
-                                   chunk_tokens=self.recipe.qat.loss.chunk_tokens)
+                                   chunk_tokens=self.recipe.qat.loss.chunk_tokens,
+                                   dtype=self.recipe.qat.evaluation_dtype)
         if not self.main:
             return
         settings = self.recipe.qat
@@ -351,13 +352,9 @@ class Trainer:
 
 def make_teacher(model: nn.Module) -> nn.Module:
     """A frozen copy of `model` that shares every frozen tensor with it: only trained tensors are held twice."""
-    shared = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
-    experts = {id(t.parameter) for t in _experts(model)}
-    memo = {id(t): t for t in shared if id(t) not in experts}
-    return copy.deepcopy(model, memo).requires_grad_(False).eval()
-
-
-def _experts(model: nn.Module):
-    from qat.attach import find_expert_tensors
-
-    return find_expert_tensors(model)
+    frozen = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    experts = {id(t.parameter) for t in find_expert_tensors(model)}
+    teacher = copy.deepcopy(model, {id(t): t for t in frozen if id(t) not in experts}).eval()
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
+    return teacher

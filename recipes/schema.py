@@ -30,8 +30,8 @@ class Section(BaseModel):
 class Model(Section):
     """The base checkpoint: a Hugging Face folder or hub name, or (for `--plan` only) a released geometry by name."""
 
-    path: str | None = Field(None, description="folder or hub name of the base checkpoint; relative to the working directory")
-    released: str | None = Field(None, description="published geometry used by --plan when there are no weights, e.g. MiMo-V2.5-Pro")
+    path: str | None = Field(None, description="folder (from the working directory) or hub name of the base checkpoint")
+    released: str | None = Field(None, description="published geometry for --plan without weights, e.g. MiMo-V2.5-Pro")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of activations and compute weights")
     trust_remote_code: bool = Field(False, description="allow modeling code shipped inside the checkpoint to run")
 
@@ -56,9 +56,9 @@ class Data(Section):
 class Quantization(Section):
     """How expert weights are rounded. What is rounded is not an option: routed experts only."""
 
-    scale_rule: Literal["floor", "rceil", "even", "mse"] = Field("even", description="how a block's power-of-two scale is chosen")
+    scale_rule: Literal["floor", "rceil", "even", "mse"] = Field("even", description="choice of a block's power-of-two scale")
     ste: Literal["identity", "clip"] = Field("identity", description="gradient of saturated elements: passed, or zeroed")
-    expected_tensors: PositiveInt | None = Field(None, description="refuse to run unless exactly this many expert tensors match")
+    expected_tensors: PositiveInt | None = Field(None, description="refuse unless this many tensors match")
 
 
 class WarmStart(Section):
@@ -123,6 +123,7 @@ class QAT(Section):
     warm_start: WarmStart = Field(default_factory=WarmStart)
     oscillation: Oscillation = Field(default_factory=Oscillation)
     average_last: Fraction = Field(0.0, description="round the mean of the masters over this last share of the run")
+    evaluation_dtype: Literal["model", "float32"] = Field("model", description="float32: final evaluation on float32 copies")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
     health_every: PositiveInt = Field(50, description="steps between per-layer, per-expert health lines")

@@ -1,8 +1,8 @@
 """The codec against torchao and compressed-tensors, byte for byte; and who is right where they differ.
 
-Measured with torchao 0.18 and compressed-tensors 0.20. OCP Microscaling Formats v1.0: section 5.3 (E8M0 holds 2^-127 to
-2^127, E2M1 has subnormals and no infinity), section 6.3 (conversion: scale from the largest magnitude, elements rounded to
-nearest, ties to even, magnitudes beyond the largest element clamped).
+Measured with torchao 0.18 and compressed-tensors 0.20. OCP Microscaling Formats v1.0: section 5.3 (E8M0 holds 2^-127
+to 2^127, E2M1 has subnormals and no infinity), section 6.3 (conversion: scale from the largest magnitude, elements
+rounded to nearest, ties to even, magnitudes beyond the largest element clamped).
 """
 
 import math
@@ -79,7 +79,7 @@ def test_bytes_equal_compressed_tensors_on_edge_blocks(dtype, edge_blocks):
 
 
 def test_torchao_misreads_its_own_smallest_scale_and_we_do_not(dtype):
-    """2^-126 is 2 units of 2^-127, an E2M1 value, so 6.3 makes it exact. torchao writes byte 0, divides by 2^-126."""
+    """2^-126 is 2 units of 2^-127, an E2M1 value, so 6.3 makes it exact. torchao writes byte 0, uses 2^-126."""
     w = torch.full((32,), 2.0**-126, dtype=dtype)
     for rule in ("floor", "rceil", "even"):
         assert torch.equal(dequantize(*quantize(w, scale_rule=rule), dtype=dtype), w)
