@@ -96,7 +96,8 @@ class MiMoV2Config(PreTrainedConfig):
     def _check(self) -> None:
         for key in ("hybrid_layer_pattern", "moe_layer_freq"):
             if len(getattr(self, key)) != self.num_hidden_layers:
-                raise ValueError(f"{key}: {len(getattr(self, key))} entries, expected num_hidden_layers={self.num_hidden_layers}")
+                raise ValueError(f"{key}: {len(getattr(self, key))} entries, "
+                                 f"expected num_hidden_layers={self.num_hidden_layers}")
         for prefix in ("", "swa_"):
             heads, kv = getattr(self, f"{prefix}num_attention_heads"), getattr(self, f"{prefix}num_key_value_heads")
             if heads % kv:
@@ -107,7 +108,8 @@ class MiMoV2Config(PreTrainedConfig):
         if self.attention_projection_layout not in ("split", "fused_qkv"):
             raise ValueError(f"attention_projection_layout={self.attention_projection_layout!r}: expected split or fused_qkv")
         if self.scoring_func != "sigmoid" or self.topk_method != "noaux_tc":
-            raise ValueError(f"scoring_func={self.scoring_func!r}, topk_method={self.topk_method!r}: expected sigmoid, noaux_tc")
+            raise ValueError(f"scoring_func={self.scoring_func!r}, topk_method={self.topk_method!r}: "
+                             "expected sigmoid, noaux_tc")
         if self.n_shared_experts:
             raise ValueError(f"n_shared_experts={self.n_shared_experts}: MiMo-V2 has no shared experts")
         if any(self.moe_layer_freq) and not self.num_experts_per_tok <= self.n_routed_experts:

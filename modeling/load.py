@@ -131,7 +131,8 @@ def dequantize_fp8(name: str, weight: torch.Tensor, scale_inv: torch.Tensor, con
     segments = qkv_scale_rows(name, rows, config)
     expected = (sum(-(-n // FP8_BLOCK) for n in segments), -(-columns // FP8_BLOCK))
     if tuple(scale_inv.shape) != expected:
-        raise ValueError(f"{name}_scale_inv: shape {list(scale_inv.shape)}, expected {list(expected)} for weight {[rows, columns]}")
+        raise ValueError(f"{name}_scale_inv: shape {list(scale_inv.shape)}, expected {list(expected)} "
+                         f"for a weight of {[rows, columns]}")
     out, done, scale_row = torch.empty(rows, columns), 0, 0
     for n in segments:
         blocks = -(-n // FP8_BLOCK)

@@ -31,8 +31,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mxfp4 import BLOCK_SIZE, fake_quantize
-from mxfp4.fake_quant import fake_quantize_
+from mxfp4 import BLOCK_SIZE
+from mxfp4.fake_quant import fake_quantize_, saturated
 
 # Fused-experts classes without transformers' `is_transposed` mark -> axis of the reduction (input) dimension.
 _UNMARKED_CLASSES = {"Llama4TextExperts": 1}
@@ -194,16 +194,8 @@ class ExpertQuantizer:
                 gradient = torch.zeros_like(master)
             gradient = gradient.to(torch.float32)
             if self.ste == "clip":
-                gradient = gradient * unsaturated(master, self.scale_rule, tensor.axis)
+                gradient.masked_fill_(saturated(master, scale_rule=self.scale_rule, axis=tensor.axis), 0)
             master.grad = gradient
-
-
-def unsaturated(master: torch.Tensor, scale_rule: str, axis: int) -> torch.Tensor:
-    """Bool mask of the shape of `master`: False where rounding clipped the element to the largest code of its block."""
-    probe = master.detach().clone().requires_grad_(True)
-    with torch.enable_grad():
-        fake_quantize(probe, scale_rule=scale_rule, axis=axis, ste="clip").sum().backward()
-    return probe.grad != 0
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mxfp4 import dequantize, quantize
-from qat.attach import ExpertQuantizer, unsaturated
+from mxfp4.fake_quant import saturated
+from qat.attach import ExpertQuantizer
 
 
 class RoutedTokens:
@@ -63,14 +64,14 @@ class Health:
             error = (now.float() - master).square().flatten(1).sum(1)
             signal = master.square().flatten(1).sum(1)
             sqnr = 10 * torch.log10(signal / error.clamp_min(torch.finfo(torch.float32).tiny))
-            saturated = ~unsaturated(master, self.quantizer.scale_rule, tensor.axis)
+            clipped = saturated(master, scale_rule=self.quantizer.scale_rule, axis=tensor.axis)
             if tensor.module not in taken:
                 taken[tensor.module] = self.routed.take(tensor.module)
             records.append({
                 "tensor": tensor.name,
                 "sqnr_db": _rounded(sqnr),
                 "flipped": _share(now != before),
-                "saturated": _share(saturated),
+                "saturated": _share(clipped),
                 "zeroed": _share((now == 0) & (master != 0)),
                 "tokens": taken[tensor.module],
             })

@@ -109,7 +109,8 @@ def test_band_and_dense_attention_agree(model, ids):
 
 def test_taps_are_layer_outputs_in_the_order_asked(model, ids):
     seen = {}
-    handles = [layer.register_forward_hook(lambda m, a, o, i=i: seen.__setitem__(i, o)) for i, layer in enumerate(model.model.layers)]
+    handles = [layer.register_forward_hook(lambda m, a, o, i=i: seen.__setitem__(i, o))
+               for i, layer in enumerate(model.model.layers)]
     out = model(input_ids=ids, tap_layers=(2, 0, -1), use_cache=False)
     for handle in handles:
         handle.remove()

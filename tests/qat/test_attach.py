@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mxfp4 import fake_quantize
-from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite, unsaturated
+from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite
 
 
 def tiny_transformers_moe(kind: str):
@@ -134,7 +134,6 @@ def test_clip_zeroes_the_gradient_of_saturated_elements_only():
     weight.sum().backward()
     quantizer.pull_gradients()
     assert quantizer.masters[0].grad.flatten().tolist() == [0.0] + [1.0] * 31
-    assert unsaturated(quantizer.masters[0], "floor", -1).flatten().tolist() == [False] + [True] * 31
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
