@@ -1,4 +1,4 @@
-"""Fake quantization for training: the values of `dequantize(quantize(w))`, bit for bit, with a straight-through gradient.
+"""Fake quantization for training: the values of `dequantize(quantize(w))`, bit for bit, with a gradient.
 
 Why it is fast without a compiler. Weights pass through in chunks that fit the cache, and each chunk costs about ten
 vectorized operations on a float32 scratch:
@@ -10,17 +10,17 @@ vectorized operations on a float32 scratch:
                      the floating-point unit's own round-to-nearest-even
     sign             back from w, so that -0.0 survives
 
-Saturation needs one more minimum, and only where the rule can saturate: under `even` the maximum always rounds to 4 or 6
-units, and under `rceil` it is not above 6. bfloat16 is widened to float32 because bfloat16 additions are emulated by
-widening anyway, each time (26 against 19 us for 2^17 values, measured with AVX-512).
+Saturation needs one more minimum, and only where the rule can saturate: under `even` the maximum always rounds to 4
+or 6 units, and under `rceil` it is not above 6. bfloat16 is widened to float32 because bfloat16 additions are emulated
+by widening anyway, each time (26 against 19 us for 2^17 values, measured with AVX-512).
 
 Two kinds of chunk leave this path for the reference codec: magnitudes of 2^100 and above (the large constant would
 overflow, the exponent cap applies, or they are not finite) and blocks whose maximum is below 2^-100 without being zero
 (their scale may be subnormal). Trained weights have neither; correctness does not depend on it.
 
-Rejected: comparison with midpoints, as the codec does (60 times slower); bfloat16 arithmetic in place (int16 maxima along
-a row are not vectorized: 55 against 12 us); torch.compile (needs a compiler at run time); a C++ extension (needs one at
-install time).
+Rejected: comparison with midpoints, as the codec does (60 times slower); bfloat16 arithmetic in place (int16 maxima
+along a row are not vectorized: 55 against 12 us); torch.compile (needs a compiler at run time); a C++ extension (needs
+one at install time).
 """
 
 import torch
@@ -44,7 +44,7 @@ _ONE = 1 << FLOAT32_MANTISSA_BITS
 # a + MAGIC * 2^e has a last place of 2^(e - 1); the odd half keeps the sum inside one binade.
 _MAGIC = 1.5 * 2.0 ** (FLOAT32_MANTISSA_BITS - 1)
 
-# Block maxima (as float32 bits) between which no intermediate overflows, no exponent is clamped and no scale is subnormal.
+# Block maxima (float32 bits) between which no intermediate overflows, no exponent is clamped, no scale is subnormal.
 _SAFE_MIN = (E8M0_BIAS - 100) << FLOAT32_MANTISSA_BITS
 _SAFE_END = {
     torch.float32: (E8M0_BIAS + 100) << FLOAT32_MANTISSA_BITS,
@@ -52,8 +52,8 @@ _SAFE_END = {
     torch.float16: (E8M0_BIAS + 15) << FLOAT32_MANTISSA_BITS,
 }
 
-# Values per chunk and thread. Larger chunks spread the cost of starting an operation, smaller ones need less scratch (8 to
-# 12 bytes per value) and cache. Measured on one thread, bfloat16, `even`: 2^16 15.2 ms, 2^17 11.0, 2^18 9.3, 2^19 7.8.
+# Values per chunk. Larger chunks spread the cost of starting an operation, smaller ones need less scratch (8 bytes per
+# value, 12 under `mse`) and cache. Measured on one thread, bfloat16, `even`: 2^16 15.2 ms, 2^17 11.0, 2^18 9.3, 2^19 7.8.
 _CHUNK = 1 << 18
 
 
@@ -150,7 +150,8 @@ class _Rounder:
         self.w, self.rule, self.nan_scale = w, rule, nan_scale
         self.safe_end = _SAFE_END[w.dtype]
         self.chunk = min(_chunk_values(w.device), w.numel())
-        self.scratch = torch.empty((3 if rule is ScaleRule.MSE else 2, self.chunk), dtype=torch.float32, device=w.device)
+        buffers = 3 if rule is ScaleRule.MSE else 2
+        self.scratch = torch.empty((buffers, self.chunk), dtype=torch.float32, device=w.device)
         # 0-dim tensors: an integer operation with a Python number converts it anew on every call.
         self.exponent_mask = torch.tensor(_EXPONENT_BITS, dtype=torch.int32, device=w.device)
         self.sign_mask = torch.tensor(_SIGN_BIT, dtype=torch.int32, device=w.device)
@@ -190,8 +191,9 @@ class _Rounder:
         torch.maximum(c_bits, scale, out=c_bits)
         a.add_(c, alpha=_MAGIC).sub_(c, alpha=_MAGIC)
         if w.dtype is out.dtype and w.dtype is not torch.float32:
-            # Not out.copy_(a) first: out may be w, whose signs are still needed.
-            torch.copysign(a.to(out.dtype), w, out=out)
+            # Through scratch, because out may be w, whose signs are still needed.
+            narrow = c.view(-1).view(out.dtype)[:w.numel()].view(w.shape).copy_(a)
+            torch.copysign(narrow, w, out=out)
             return
         source = w if w.dtype is torch.float32 else c.copy_(w)
         torch.bitwise_and(source.view(torch.int32), self.sign_mask, out=c_bits)
@@ -226,5 +228,5 @@ class _Rounder:
 def _chunk_values(device: torch.device) -> int:
     if device.type != "cpu":
         return 1 << 26
-    # Two threads share one chunk: with a 16 MB tensor, scratch beyond 4 MB would break the promise of a quarter on top.
+    # One or two threads share a chunk, so that scratch stays below a quarter of a 16 MB tensor.
     return max(_CHUNK, torch.get_num_threads() * _CHUNK // 2)

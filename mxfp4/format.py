@@ -16,18 +16,19 @@ What the specification leaves open, and what this package does:
                                           maximum always becomes 4 or 6 units, and nothing is cut by more than rounding
       mse     r or r - 1, r being rceil's exponent: whichever has the smaller squared error. r saturates nothing and
               r - 1 has every step halved but cuts the top. r + 1 is not a candidate (its grid below 6 * 2^r is a subset
-              of r's), and neither is r - 2 (it would cut the maximum to less than half). A tie takes r.
+              of r's), and neither is r - 2 (it would cut the maximum by half or more). A tie takes r.
 
 - Range. The exponent is clamped to [-127, 125]. The bytes 253 and 254 can be decoded, but 4 * 2^126 is already beyond
-  the largest float32 or bfloat16, so a quantizer that wrote them would turn finite weights into infinities. With 125 the
-  largest magnitudes saturate at 6 * 2^125 = 2.55e38 instead. An all-zero block gets the byte 0.
+  the largest float32 or bfloat16, so a quantizer that wrote them would turn finite weights into infinities. With 125
+  the largest magnitudes saturate at 6 * 2^125 = 2.55e38 instead (float16: at most 2^13, where 6 * 2^13 = 49152 is the
+  largest). An all-zero block gets the byte 0.
 - Rounding. To nearest, ties to the even code, then saturation at 6.
 - Negative zero is a value of E2M1 (code 8) and the sign is kept: -0.0 and every negative value that rounds to zero
   become code 8 and decode to -0.0. This is what hardware conversions do, and it makes Q(-w) = -Q(w) hold bit for bit.
 - Nibbles. Two codes per byte, the even element in the low nibble, as in every known consumer of packed MXFP4.
 
-Rejected: the `ceil` rule (k - 2, or k - 1 if m > 1), which wastes half of the grid: 1.7 dB worse than `even` on Gaussian
-weights.
+Rejected: the `ceil` rule (k - 2, or k - 1 if m > 1), which wastes half of the grid: 1.7 dB worse than `even` on
+Gaussian weights.
 """
 
 from enum import StrEnum

@@ -88,7 +88,7 @@ def test_torchao_misreads_its_own_smallest_scale_and_we_do_not(dtype):
 
 
 def test_peers_turn_the_largest_finite_weights_into_infinity_or_zero_and_we_saturate(dtype):
-    """Section 6.3 clamps normal values beyond the largest representable one; 6 * 2^125 is that value in these dtypes."""
+    """Section 6.3 clamps values beyond the largest representable one; in these dtypes that is 6 * 2^125."""
     w = torch.full((1, 32), torch.finfo(dtype).max, dtype=dtype)
     for rule in ("rceil", "even"):
         assert float(dequantize(*quantize(w, scale_rule=rule), dtype=dtype)[0, 0]) == 6 * 2.0**125
