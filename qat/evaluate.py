@@ -44,8 +44,8 @@ def evaluate_domains(model: nn.Module, teacher: nn.Module, domains: dict[str, to
 
 
 def _sums(model, teacher, ids_BT, chunk_tokens) -> torch.Tensor:
-    student_h = run_hidden(model, model, ids_BT).last[:, :-1].flatten(0, 1)
-    teacher_h = student_h if teacher is model else run_hidden(teacher, teacher, ids_BT).last[:, :-1].flatten(0, 1)
+    student_h = run_hidden(model, ids_BT).last[:, :-1].flatten(0, 1)
+    teacher_h = student_h if teacher is model else run_hidden(teacher, ids_BT).last[:, :-1].flatten(0, 1)
     sums = chunked_statistics(student_h, model.get_output_embeddings(), ids_BT[:, 1:].flatten(), teacher_NH=teacher_h,
                               teacher_head=teacher.get_output_embeddings(), chunk_tokens=chunk_tokens)
     values = [sums.cross_entropy, sums.kl, sums.agree, torch.tensor(float(sums.tokens))]

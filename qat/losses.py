@@ -84,8 +84,8 @@ def hidden_loss(student_layers: list[torch.Tensor], teacher_layers: list[torch.T
 class HiddenCapture:
     """Context manager: the last hidden state (after the final norm) and, if asked, every decoder layer's output.
 
-    Works on any transformers causal language model by forward hooks on its base model and decoder layers, so that the
-    model is called as a whole (data-parallel wrappers need that) while logits of all positions are never computed.
+    Works on any transformers causal language model, by forward hooks on its base model and decoder layers: the model is
+    called as a whole, while logits of all positions are never computed.
     """
 
     def __init__(self, model: nn.Module, *, layers: bool = False):
@@ -111,8 +111,8 @@ class HiddenCapture:
         self.layers.append(output[0] if isinstance(output, tuple) else output)
 
 
-def run_hidden(model: nn.Module, called: nn.Module, input_ids: torch.Tensor, *, layers: bool = False) -> HiddenCapture:
-    """Runs `called` (the model or its data-parallel wrapper) on [B, T] tokens and returns what was captured of `model`."""
+def run_hidden(model: nn.Module, input_ids: torch.Tensor, *, layers: bool = False) -> HiddenCapture:
+    """Runs the model on [B, T] tokens and returns its hidden states."""
     with HiddenCapture(model, layers=layers) as seen:
-        called(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
     return seen

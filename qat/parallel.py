@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from datetime import timedelta
 
 import torch
 
@@ -20,17 +19,12 @@ def make_accelerator(gradient_accumulation: int = 1):
             writing the same folder, and report success.
     """
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+    from accelerate.utils import GradientAccumulationPlugin
 
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    handlers = []
-    if launched > 1:
-        # A CPU group needs gloo by name (DeepSpeed's CPU path otherwise believes that it is alone).
-        on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
-        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(minutes=30)))
     # Epochs end in the middle of an update when they like: only the number of micro-steps decides when to step.
     accumulation = GradientAccumulationPlugin(num_steps=gradient_accumulation, sync_with_dataloader=False)
-    accelerator = Accelerator(gradient_accumulation_plugin=accumulation, kwargs_handlers=handlers)
+    accelerator = Accelerator(gradient_accumulation_plugin=accumulation)
     if launched > 1 and accelerator.num_processes == 1:
         raise ValueError(f"launched with WORLD_SIZE={launched}, but Accelerate sees one process: {launched} independent "
                          f"runs would overwrite each other. Launch {LAUNCH_HELP}")

@@ -1,7 +1,9 @@
 """The QAT job: load, attach, train, checkpoint, evaluate.
 
-Runs on one process or under data parallelism (Accelerate's DDP); everything that depends on the number of processes
-goes through the `Accelerator`. See `qat.attach` for how weights are quantized.
+Runs on one process or under data parallelism; everything that depends on the number of processes goes through the
+`Accelerator`. Gradients are averaged here, in float32 and once per update, instead of by DistributedDataParallel, whose
+buckets take the parameters' dtype (bf16) and refuse gradients that accumulate in another. See `qat.attach` for how
+weights are quantized.
 
 Output, in <recipe.output>/<recipe.name>/qat/:
     resolved.yaml environment.json metrics.jsonl curves.png checkpoints/ model/ summary.json
@@ -106,6 +108,9 @@ class Trainer:
                              f"vocabulary {vocabulary}: not this model's tokenizer")
         self._load_data()
 
+        if settings.train == "all" and recipe.model.dtype != "float32":
+            raise ValueError("qat.train: all needs model.dtype: float32 (only experts have float32 masters; small updates of "
+                             "other bf16 weights would be rounded away)")
         model.to(self.accelerator.device).train()
         self._choose_trainable(model)
         self.teacher = make_teacher(model)
@@ -120,10 +125,11 @@ class Trainer:
         schedule = make_schedule(optimizer, settings.steps, settings.optimizer)
         self.state = TrainingState(self.quantizer, OscillationControl(self.quantizer, settings.oscillation, settings.steps),
                                    Health(model, self.quantizer))
-        self.model = model
         # The schedule is stepped once per update by hand, so Accelerate's per-process multiplication is not wanted.
         self.schedule = schedule
-        self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, self.loader)
+        # evaluation_mode: no DistributedDataParallel wrapper (see the module's text).
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
         self.accelerator.register_for_checkpointing(self.state, schedule)
         self._open_folder(resume)
 
@@ -215,7 +221,7 @@ class Trainer:
         settings = self.recipe.qat
         sums: dict[str, torch.Tensor] = {}
         for _ in range(settings.gradient_accumulation):
-            with self.accelerator.accumulate(self.wrapped):
+            with self.accelerator.accumulate(self.model):
                 values = self._losses(next(batches))
                 self.accelerator.backward(values["loss"])
             self.state.batches += 1
@@ -224,10 +230,14 @@ class Trainer:
         self.quantizer.pull_gradients()
         names = sorted(sums)
         means = self.accelerator.reduce(torch.stack([sums[n] for n in names]), reduction="mean")
-        trained = [*self.quantizer.masters, *self.others]
-        norm = torch.nn.utils.clip_grad_norm_(trained, settings.optimizer.max_grad_norm, foreach=False)
+        trained = [p for p in (*self.quantizer.masters, *self.others) if p.grad is not None]
+        if self.accelerator.num_processes > 1:
+            for parameter in trained:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
         if not (torch.isfinite(norm) and torch.isfinite(means).all()):
             self._raise_non_finite(dict(zip(names, means.tolist(), strict=True)))
+        torch.nn.utils.clip_grads_with_norm_(trained, settings.optimizer.max_grad_norm, norm)
         learning_rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -240,8 +250,8 @@ class Trainer:
     def _losses(self, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         weights = self.recipe.qat.loss
         with torch.no_grad():
-            taught = run_hidden(self.teacher, self.teacher, ids_BT, layers=weights.hidden > 0)
-        seen = run_hidden(self.model, self.wrapped, ids_BT, layers=weights.hidden > 0)
+            taught = run_hidden(self.teacher, ids_BT, layers=weights.hidden > 0)
+        seen = run_hidden(self.model, ids_BT, layers=weights.hidden > 0)
         # The last position has no next token, but the teacher's distribution there is as good a lesson as any.
         labels = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=-100)
         sums = chunked_statistics(seen.last.flatten(0, 1), self.model.get_output_embeddings(), labels.flatten(),
