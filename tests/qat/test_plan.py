@@ -1,0 +1,88 @@
+"""--plan: published counts for the released geometries, figures that add up, and a refusal that names need and have."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qat.plan import GIB, as_json, make_plan, refuse_if_too_large
+from recipes.load import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def plan(recipe: str, *overrides: str):
+    return make_plan(load_recipe(ROOT / "recipes" / recipe, overrides))
+
+
+@pytest.fixture(scope="module")
+def pro():
+    return plan("mimo.yaml")
+
+
+def test_the_pro_plan_quantizes_the_published_matrices(pro):
+    assert pro.matrices == 69 * 384 * 3 == 79_488
+    assert pro.groups["experts (MXFP4)"] == 69 * 384 * 3 * 2048 * 6144
+    assert sum(pro.groups.values()) == pytest.approx(1.02e12, rel=0.005)
+
+
+def test_the_pro_plan_exports_the_published_bytes(pro):
+    assert pro.export["U8"] == 531_351_207_936
+    assert pro.export["F8_E4M3"] == 13_378_781_184
+    # The router is F32 here (69 x 384 x 6144), as in the base; the other F32 elements are the published 857,088.
+    assert pro.export["F32"] == 4 * (857_088 + 69 * 384 * 6144)
+    assert sum(pro.export.values()) == pytest.approx(570e9, rel=0.02)  # the release, which also holds the drafter
+
+
+def test_rows_and_groups_account_for_every_parameter(pro):
+    assert sum(row[3] for row in pro.quantized) == sum(pro.groups.values())
+
+
+@pytest.mark.parametrize("recipe", ["mimo.yaml", "mimo-flash.yaml"])
+def test_the_shipped_recipes_fit_the_cluster_they_name_but_not_half_of_it(recipe):
+    loaded = load_recipe(ROOT / "recipes" / recipe)
+    refuse_if_too_large(make_plan(loaded), loaded)
+    half = load_recipe(ROOT / "recipes" / recipe, [f"cluster.nodes={loaded.cluster.nodes // 2}"])
+    with pytest.raises(ValueError, match=r"per rank [\d.]+ GiB needed, 129\.7 GiB available of 141.*try more"):
+        refuse_if_too_large(make_plan(half), half)
+
+
+def test_offloading_moves_masters_and_moments_to_host_memory(pro):
+    moved = plan("mimo.yaml", "cluster.offload_optimizer=true", "cluster.host_memory_gib=2000")
+    assert sum(pro.memory.values()) == sum(moved.memory.values()) + sum(moved.host_memory.values())
+    assert set(moved.host_memory) == {"masters (float32)", "optimizer (adamw)"}
+
+
+def test_muon_needs_one_moment_less(pro):
+    muon = plan("mimo.yaml", "qat.optimizer.name=muon")
+    assert 2 * muon.memory["optimizer (muon)"] == pro.memory["optimizer (adamw)"]
+
+
+def test_a_plan_is_plain_data(pro):
+    assert json.loads(json.dumps(as_json(pro)))["matrices"] == 79_488
+
+
+def test_the_command_prints_the_plan_and_writes_nothing(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "qat/train.py", ROOT / "recipes/mimo.yaml", "--plan"], cwd=tmp_path,
+                          text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "79,488" in done.stdout and "memory per rank" in done.stdout and "531.35" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_too_small_is_exit_code_2_with_one_line(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "qat/train.py", ROOT / "recipes/mimo.yaml", "--plan", "cluster.nodes=1"],
+                          cwd=tmp_path, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: does not fit")]
+
+
+def test_memory_of_one_process_is_the_documented_sum():
+    small = plan("tiny.yaml", "model.path=null", "model.released=MiMo-V2-Flash")
+    experts, total = small.groups["experts (MXFP4)"], sum(small.groups.values())
+    assert small.memory["compute weights (bf16)"] == 2 * total
+    assert small.memory["masters (float32)"] == small.memory["gradients (float32)"] == 4 * experts
+    assert small.memory["optimizer (adamw)"] == 8 * experts
+    assert small.available is None and small.communication == {} and GIB == 2**30

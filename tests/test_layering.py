@@ -1,0 +1,67 @@
+"""The house keeps its layers: imports point downwards, entry scripts are leaves, file names shadow nothing."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ALLOWED = {
+    "mxfp4": set(),
+    "recipes": {"mxfp4", "modeling"},  # modeling: recipes/seed trains the embedded model; see the test below
+    "modeling": {"mxfp4"},
+    "qat": {"mxfp4", "modeling", "recipes"},
+    "dflash_train": {"mxfp4", "modeling", "recipes", "qat"},
+    "export": {"mxfp4", "modeling", "recipes", "qat"},
+    "runtime_ref": {"mxfp4", "modeling", "recipes"},
+}
+ENTRY_SCRIPTS = {"qat.train", "dflash_train.train", "dflash_train.regenerate", "export.to_hf", "export.verify",
+                 "runtime_ref.serve", "runtime_ref.validate", "runtime_ref.bench"}
+FILES = sorted(p for package in ALLOWED for p in (ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+    package = path.relative_to(ROOT).parts[0]
+    used = {name.split(".")[0] for name in imports(path)} & ALLOWED.keys() - {package}
+    assert used <= ALLOWED[package]
+
+
+def test_recipes_proper_import_only_the_number_format():
+    for path in (ROOT / "recipes").glob("*.py"):
+        assert "modeling" not in {name.split(".")[0] for name in imports(path)}
+
+
+def test_export_uses_only_the_trainers_checkpoint_reader():
+    for path in (ROOT / "export").rglob("*.py"):
+        assert {n for n in imports(path) if n.startswith("qat.")} <= {"qat.checkpoint"} | {
+            n for n in imports(path) if n.startswith("qat.checkpoint.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nobody_imports_an_entry_script(path):
+    assert not imports(path) & ENTRY_SCRIPTS
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_file_names_shadow_nothing_and_say_something(path):
+    third_party = {"torch", "transformers", "accelerate", "datasets", "safetensors", "muon", "pydantic", "yaml", "rich",
+                   "numpy", "matplotlib", "wandb", "deepspeed", "triton", "tokenizers", "huggingface_hub"}
+    assert path.stem not in third_party | set(sys.stdlib_module_names) | {"utils", "common", "helpers", "misc"}
+
+
+def test_remote_code_files_are_self_contained():
+    for name in ("configuration_mimo_v2", "modeling_mimo_v2"):
+        used = {n.split(".")[0] for n in imports(ROOT / "modeling" / f"{name}.py")}
+        assert used <= {"__future__", "dataclasses", "torch", "transformers"}
