@@ -27,9 +27,10 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])  # launched by path: import from the root, not from this folder
+if __name__ == "__main__":  # launched by path: import from the root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from recipes.seed import tasks  # noqa: E402  (the line above must come first)
+from recipes.seed import tasks
 
 TEXT_DIR = Path(__file__).resolve().parent / "text"
 DOMAINS = ("code", "prose", "math")

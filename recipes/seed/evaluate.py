@@ -23,7 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)  # launched by path: import from the root, not from this folder
+if __name__ == "__main__":  # launched by path: import from the root, not from this folder
+    sys.path[0] = str(ROOT)
 
 import torch
 import torch.nn.functional as F

@@ -21,6 +21,10 @@ from recipes.seed.build_tokenizer import ASSISTANT, END, USER
 STREAMS = ("code", "prose", "math", "tasks")
 MAX_DOCUMENT = {"code": 12_000, "prose": 60_000, "math": 12_000}
 TASK_COUNT = 80_000
+# Shares of the pretraining draws, by what each task costs to learn: a sentence is right after 1 million task tokens, when
+# renaming and arithmetic are still wrong. (Held-out prompts are drawn evenly over domains.)
+TASK_MIX = {tasks.rename_task: 7, tasks.constant_task: 4, tasks.sentence_task: 1, tasks.docstring_task: 3,
+            tasks.json_task: 3, tasks.arithmetic_task: 9}
 TOKENS_WANTED = 8_000_000  # per stream; more than any run of an hour or two on CPU reads
 
 
@@ -61,10 +65,11 @@ def build_streams(work: Path, tokenizer: Tokenizer, out: Path, *, seed: int, tas
 
 
 def draw_tasks(seed: int, pool: list[str], count: int) -> list[tasks.Task]:
-    """The pretraining tasks: `count` draws less the ones that are frozen as held-out prompts."""
+    """The pretraining tasks: `count` draws in the shares of `TASK_MIX`, less the ones frozen as held-out prompts."""
     frozen = {p["instruction"] for p in read_prompts() if p["kind"] == "task"}
     rng = random.Random(f"{seed}/tasks")
-    drawn = (tasks.sample_task(rng.choice(("code", "prose", "math")), rng, pool) for _ in range(count))
+    makers = rng.choices(list(TASK_MIX), weights=list(TASK_MIX.values()), k=count)
+    drawn = (make(rng, pool) if make in tasks.GENERATORS["code"] else make(rng) for make in makers)
     return [task for task in drawn if task.instruction not in frozen]
 
 

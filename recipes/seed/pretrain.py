@@ -25,8 +25,10 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])  # launched by path: import from the root, not from this folder
+if __name__ == "__main__":  # launched by path: import from the root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 import torch.nn.functional as F
@@ -274,26 +276,33 @@ class Pretraining:
         return {"loss": by_stream, "norm": norm, "load": load}
 
     def run(self) -> None:
-        budget, log = self.args.minutes * 60, (self.args.out / "log.jsonl").open("a")
+        """Train until the budget is spent, then write the last checkpoint and `model/`."""
+        budget = self.args.minutes * 60
         began, saved = time.monotonic() - self.clock, self.clock
         window: list[dict] = []
-        while (spent := (time.monotonic() - began) / budget) < 1.0:
-            window.append(self.train_step(spent))
-            self.clock = time.monotonic() - began
-            if self.step % LOG_STEPS == 0:
-                mean = {s: round(sum(w["loss"][s] for w in window) / len(window), 4) for s in self.loader.rows}
-                line = {"step": self.step, "tokens": self.tokens, "seconds": round(self.clock, 1), "loss": mean,
-                        "norm": round(window[-1]["norm"], 3), "load": round(window[-1]["load"], 2),
-                        "share": round(learning_rate_share(spent), 4),
-                        "tokens_per_second": round(self.tokens / self.clock), "epochs": self.loader.epochs()}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                window = []
-            if self.clock - saved > CHECKPOINT_SECONDS:
-                saved = self.clock
-                atomic_save(self.state(), self.args.out / "checkpoint.pt")
+        with (self.args.out / "log.jsonl").open("a") as log:
+            while (spent := (time.monotonic() - began) / budget) < 1.0:
+                window.append(self.train_step(spent))
+                self.clock = time.monotonic() - began
+                if len(window) == LOG_STEPS:
+                    self._write_line(log, window, spent)
+                    window = []
+                if self.clock - saved > CHECKPOINT_SECONDS:
+                    saved = self.clock
+                    atomic_save(self.state(), self.args.out / "checkpoint.pt")
+            if window:
+                self._write_line(log, window, spent)
         atomic_save(self.state(), self.args.out / "checkpoint.pt")
         save_model(self.model, self.tokenizer, self.args.out / "model")
+
+    def _write_line(self, log: TextIO, window: list[dict], spent: float) -> None:
+        mean = {s: round(sum(w["loss"][s] for w in window) / len(window), 4) for s in self.loader.rows}
+        line = {"step": self.step, "tokens": self.tokens, "seconds": round(self.clock, 1), "loss": mean,
+                "norm": round(window[-1]["norm"], 3), "load": round(window[-1]["load"], 2),
+                "share": round(learning_rate_share(spent), 4),
+                "tokens_per_second": round(self.tokens / self.clock), "epochs": self.loader.epochs()}
+        log.write(json.dumps(line) + "\n")
+        log.flush()
 
 
 def draw_curve(log: Path, picture: Path) -> None:

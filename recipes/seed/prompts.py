@@ -22,7 +22,8 @@ import random
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])  # launched by path: import from the root, not from this folder
+if __name__ == "__main__":  # launched by path: import from the root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from recipes.seed import tasks
 from recipes.seed.build_tokenizer import ASSISTANT, USER
