@@ -14,8 +14,11 @@ Conventions, each in one place only:
 - fused qkv rows are `num_key_value_heads` chunks of [queries | keys | values] (`Attention._project`);
 - experts are chosen by sigmoid score + correction bias and weighted by the score alone (`Router`).
 
-Training and prefill without padding take fast paths (SDPA for full layers; window layers compute W x 2W bands instead of
-T x T); everything else (cache, padding, sinks on full layers) is one dense masked softmax.
+Training and prefill without padding take fast paths. Full layers: SDPA, or on a CPU, up to BLOCKED_UP_TO tokens, blocks
+of queries that meet only the keys before their end (half the work of T x T, and its backward pass runs at the speed of
+matrix products: 3 times faster than the CPU's SDPA, measured at 16 x 512 tokens in bf16). Window layers: bands of W
+queries x 2W keys instead of T x T. Everything else (cache, padding, sinks on full layers) is one dense masked softmax.
+Rejected for the bands: float32 scores and an extra column for the sink (3 times slower: copies that no kernel can use).
 """
 
 from __future__ import annotations
@@ -33,6 +36,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_mimo_v2 import MiMoV2Config
+
+# Queries per block of a full-attention layer on a CPU, and the length from which SDPA's constant memory wins over speed.
+QUERY_BLOCK = 128
+BLOCKED_UP_TO = 2048
 
 
 @dataclass
@@ -75,6 +82,11 @@ def _visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> t
     return mask if window is None else mask & (keys > queries - window)
 
 
+def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where `visible`, minus infinity elsewhere (no row may be all hidden)."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of the first 2R entries of x [B, T, heads, D]; cos, sin [B or 1, T, 1, R]."""
     half = cos.shape[-1]
@@ -89,6 +101,33 @@ def _attend(scores: torch.Tensor, visible: torch.Tensor, sink: torch.Tensor | No
         return scores.softmax(-1)
     sink = sink.to(scores.dtype).expand(*scores.shape[:-1], 1)
     return torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
+
+
+class _SinkSoftmax(torch.autograd.Function):
+    """Softmax of scores + mask whose column 0 is replaced by the sink's logit.
+
+    By hand because autograd would spend more on that one column than on the softmax: a full-size zero tensor for its
+    slice and a full-size sum for its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, scores: torch.Tensor, mask: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+        """scores [..., queries, keys]; mask broadcasts against it, sink against [..., queries]."""
+        scores = scores + mask
+        scores[..., 0] = sink
+        weights = scores.softmax(-1)
+        ctx.save_for_backward(weights)
+        ctx.types = scores.dtype, sink.dtype, sink.shape
+        return weights
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (weights,) = ctx.saved_tensors
+        scores_dtype, sink_dtype, sink_shape = ctx.types
+        grad = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+        grad_sink = grad[..., 0].sum_to_size(sink_shape).to(sink_dtype)
+        grad[..., 0] = 0
+        return grad.to(scores_dtype), None, grad_sink
 
 
 class Attention(nn.Module):
@@ -125,7 +164,7 @@ class Attention(nn.Module):
         B, T, _ = x_BTH.shape
         q, k, v = self._project(x_BTH)
         cos, sin = self._cos_sin(positions_BT, T, x_BTH)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q, k = _rotate(q, cos, sin) * self.qk_dim**-0.5, _rotate(k, cos, sin)
         if self.value_scale is not None:
             v = v * self.value_scale
         q_BQTD, k_BKSD, v_BKSV = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -163,31 +202,56 @@ class Attention(nn.Module):
         return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
     def _full(self, q_BQTD, k_BKSD, v_BKSV):
+        if q_BQTD.device.type == "cpu" and q_BQTD.shape[2] <= BLOCKED_UP_TO:
+            return self._blocked(q_BQTD, k_BKSD, v_BKSV)
         repeats = self.query_heads // self.key_heads
         k, v = k_BKSD.repeat_interleave(repeats, dim=1), v_BKSV.repeat_interleave(repeats, dim=1)
-        return F.scaled_dot_product_attention(q_BQTD, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q_BQTD, k, v, is_causal=True, scale=1.0)
+
+    def _blocked(self, q_BQTD, k_BKSD, v_BKSV):
+        """Blocks of queries, each against the keys up to its end."""
+        B, Q, T, D = q_BQTD.shape
+        K, G = self.key_heads, self.query_heads // self.key_heads
+        q, k, v = q_BQTD.reshape(B * K, G, T, D), k_BKSD.flatten(0, 1), v_BKSV.flatten(0, 1)
+        blocks = []
+        for start in range(0, T, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, T)
+            positions = torch.arange(end, device=q.device)
+            mask = _additive(_visible(positions[start:, None], positions, None), q.dtype)
+            scores = q[:, :, start:end].flatten(1, 2) @ k[:, :end].transpose(-1, -2)
+            weights = (scores.view(B * K, G, end - start, end) + mask).softmax(-1).to(v.dtype)
+            out = weights.view(B * K, G * (end - start), end) @ v[:, :end]
+            blocks.append(out.view(B, Q, end - start, -1))
+        return torch.cat(blocks, dim=2)
 
     def _banded(self, q_BQTD, k_BKSD, v_BKSV):
-        """Each block of W queries meets its own and the previous block of keys."""
+        """Each block of W queries meets its own and the previous block of keys.
+
+        The first key of the previous block lies W before the first query, out of everybody's window: its slot is left
+        empty (a zero key and value) and holds the sink.
+        """
         B, Q, T, D = q_BQTD.shape
         K, W = self.key_heads, self.window
         G, blocks = Q // K, -(-T // W)
         pad = blocks * W - T
-        # Queries of one key head and block side by side: [B, K, blocks, G * W, D].
-        q = F.pad(q_BQTD, (0, 0, 0, pad)).view(B, K, G, blocks, W, D).transpose(2, 3).reshape(B, K, blocks, G * W, D)
+        # Queries of one key head and block side by side: [B * K * blocks, G * W, D].
+        q = F.pad(q_BQTD, (0, 0, 0, pad)).view(B, K, G, blocks, W, D).transpose(2, 3).reshape(-1, G * W, D)
 
-        def pairs(x):  # [B, K, S, .] -> [B, K, blocks, 2W, .]: previous block and own
-            x = F.pad(x, (0, 0, W, pad)).view(B, K, blocks + 1, W, -1)
-            return torch.cat((x[:, :, :-1], x[:, :, 1:]), dim=3)
+        def pairs(x):  # [B, K, S, .] -> [B * K * blocks, 2W, .]: previous block and own
+            x = F.pad(x, (0, 0, 0, pad)).view(B, K, blocks, W, -1)
+            return torch.cat((F.pad(x[:, :, :-1, 1:], (0, 0, 1, 0, 1, 0)), x), dim=3).flatten(0, 2)
 
-        scores = (q @ pairs(k_BKSD).transpose(-1, -2)).float() * D**-0.5
+        scores = (q @ pairs(k_BKSD).transpose(-1, -2)).view(B, K, blocks, G, W, 2 * W)
         queries = torch.arange(W, 2 * W, device=q.device)[:, None]
         keys = torch.arange(2 * W, device=q.device)
         visible = _visible(queries, keys, W).repeat(blocks, 1, 1)
         visible[0] &= keys >= W  # the first block has no previous one
-        sink = None if self.attention_sink_bias is None else self.attention_sink_bias.view(1, K, 1, G, 1, 1)
-        weights = _attend(scores.view(B, K, blocks, G, W, 2 * W), visible[:, None], sink).to(q.dtype)
-        out = weights.view(B, K, blocks, G * W, 2 * W) @ pairs(v_BKSV)
+        mask = _additive(visible, q.dtype)[:, None]
+        if self.attention_sink_bias is None:
+            weights = (scores + mask).softmax(-1)
+        else:
+            weights = _SinkSoftmax.apply(scores, mask, self.attention_sink_bias.view(K, 1, G, 1))
+        out = weights.to(v_BKSV.dtype).view(-1, G * W, 2 * W) @ pairs(v_BKSV)
         out = out.view(B, K, blocks, G, W, -1).transpose(2, 3).reshape(B, Q, blocks * W, -1)
         return out[:, :, :T]
 
@@ -195,7 +259,7 @@ class Attention(nn.Module):
         B, Q, T, D = q_BQTD.shape
         K, S = self.key_heads, k_BKSD.shape[2]
         G = Q // K
-        scores = (q_BQTD.reshape(B, K, G * T, D) @ k_BKSD.transpose(-1, -2)).float().view(B, K, G, T, S) * D**-0.5
+        scores = (q_BQTD.reshape(B, K, G * T, D) @ k_BKSD.transpose(-1, -2)).float().view(B, K, G, T, S)
         queries = torch.arange(start, start + T, device=q_BQTD.device)[:, None]
         keys = torch.arange(start + T - S, start + T, device=q_BQTD.device)  # a window cache has dropped the first ones
         visible = _visible(queries, keys, self.window)
