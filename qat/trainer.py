@@ -174,7 +174,10 @@ class Trainer:
                                       resumed_step=self.state.step if newest else None)
 
     def _calibration_rows(self) -> torch.Tensor:
-        rows = self.loader.dataset[:self.recipe.qat.warm_start.sequences]["input_ids"]
+        """Rows spread evenly over the training set: its files, and so its domains, stand one after the other."""
+        dataset, wanted = self.loader.dataset, self.recipe.qat.warm_start.sequences
+        spread = torch.linspace(0, len(dataset) - 1, min(wanted, len(dataset))).long().tolist()
+        rows = dataset.select(spread)["input_ids"]
         return torch.stack(list(rows)).to(self.accelerator.device)
 
     def _print_header(self, newest: Path | None) -> None:
