@@ -12,7 +12,8 @@ Why this way:
 - A name split alone leaks: model files and reference pages are copied and edited. A held-out document is dropped
   when more than `MAX_SHARED_LINES` of its longer lines also occur in some training document.
 - Licence headers are cut from code. They are long, identical in every file and would flatter bits per byte.
-- Only the sources of `SOURCES` are read; each has its licence written down here rather than guessed from metadata.
+- Only the sources of `CODE_SOURCES` and `PROSE_SOURCES` are read; each has its licence written down here rather than
+  guessed from metadata, and the licence text of every frozen source is kept in `text/licences/`.
 
 Rejected: a random split by line or by chunk (the same file on both sides); copyleft documentation (Debian policy,
 git); freezing all of the text (tens of megabytes for no gain, since QAT sees about one megabyte).

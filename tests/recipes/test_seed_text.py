@@ -181,3 +181,12 @@ def test_short_functions_are_whole_functions_without_docstrings():
     source = 'class A:\n    def f(self, x):\n        return x\n\n    def g(self):\n        """Doc."""\n        return 1\n'
     assert tasks.short_functions(source) == ["def f(self, x):\n    return x"]
     assert tasks.short_functions("def broken(:\n") == []
+
+
+def test_the_licence_text_of_every_source_lies_beside_the_text():
+    names = {"stdlib": "python", "python3.11": "python"}
+    for domain in ("code", "prose"):
+        for document in (d for side in SIDES for d in read_frozen(domain, side)):
+            source = document["source"].split("/")[0]
+            package = names.get(source, source.removeprefix("python-").removesuffix("-doc"))
+            assert (SEED / "text" / "licences" / f"{package}.txt").stat().st_size > 500, source
