@@ -1,10 +1,10 @@
 """Optimizer and learning-rate schedule of the master weights.
 
 AdamW is torch's. Muon is the `muon-optimizer` package's `SingleDeviceMuon` (batched Newton-Schulz: a fused expert tensor
-[E, out, in] is orthogonalised expert by expert), behind a thin adapter that does two things the package cannot: its
-multi-process class needs a process group and gathers replicated tensors, which data parallelism with equal gradients
-does not need; and its update scale max(1, out/in)^0.5 is turned into 0.2 max(out, in)^0.5 by the group's learning rate,
-so that AdamW's learning rates carry over (arXiv 2502.16982).
+[E, out, in] is orthogonalised expert by expert) behind a thin adapter: its update scale max(1, out/in)^0.5 is turned into
+0.2 max(out, in)^0.5 by the group's learning rate, so that AdamW's learning rates carry over (arXiv 2502.16982). The
+package's multi-process class is not used: it needs a process group, and shares out work that data parallelism with equal
+gradients may as well repeat.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ def make_optimizer(parameters: list[torch.nn.Parameter], settings: Optimizer) ->
                                  weight_decay=settings.weight_decay)
     from muon import SingleDeviceMuon
 
+    class Muon(SingleDeviceMuon):
+        """The package's `step` takes no closure, which Accelerate's optimizer wrapper always passes (None)."""
+
+        def step(self, closure=None):
+            return super().step()
+
     matrices = [p for p in parameters if p.ndim >= 2]
     if len(matrices) != len(parameters):
         raise ValueError("qat.optimizer.name: muon is for matrices; with qat.train: all use adamw")
@@ -31,7 +37,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], settings: Optimizer) ->
         by_shape.setdefault(tuple(p.shape[-2:]), []).append(p)
     groups = [{"params": ps, "lr": settings.learning_rate * 0.2 * math.sqrt(max(shape)) / max(1, shape[0] / shape[1]) ** 0.5}
               for shape, ps in by_shape.items()]
-    return SingleDeviceMuon(groups, weight_decay=settings.weight_decay, momentum=settings.betas[0])
+    return Muon(groups, weight_decay=settings.weight_decay, momentum=settings.betas[0])
 
 
 def learning_rate_factor(step: int, total: int, settings: Optimizer) -> float:

@@ -65,3 +65,18 @@ def test_adamw_follows_the_schedule():
         optimizer.step()
         schedule.step()
     assert seen == pytest.approx([0.125, 0.25, 0.375, 0.5])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_both_optimizers_step_under_accelerate_and_a_schedule(name):
+    from accelerate import Accelerator
+
+    parameter = torch.nn.Parameter(torch.ones(2, 4, 8))
+    settings = Optimizer(name=name, learning_rate=0.1, warmup_steps=0)
+    optimizer = make_optimizer([parameter], settings)
+    schedule = make_schedule(optimizer, 10, settings)
+    prepared = Accelerator(cpu=True).prepare(optimizer)
+    parameter.grad = torch.randn(2, 4, 8)
+    prepared.step()
+    schedule.step()
+    assert not torch.equal(parameter, torch.ones(2, 4, 8))
