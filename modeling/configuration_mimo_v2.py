@@ -28,7 +28,8 @@ class MiMoV2Config(PreTrainedConfig):
         routed_scaling_factor: factor on the routing weights (null = 1).
 
     Raises:
-        ValueError: lists of the wrong length, heads that do not divide, unknown router functions.
+        ValueError: a geometry that cannot be: lists of the wrong length, heads or groups that do not divide, sizes that
+            grouped matrix products do not take, three different windows, unknown functions.
     """
 
     model_type = "mimo_v2"
@@ -59,9 +60,9 @@ class MiMoV2Config(PreTrainedConfig):
         self.swa_head_dim = swa_head_dim or head_dim
         self.swa_v_head_dim = swa_v_head_dim or (v_head_dim if swa_head_dim is None else None) or self.swa_head_dim
         self.hybrid_layer_pattern = list(hybrid_layer_pattern or [0] * num_hidden_layers)
-        self.sliding_window = kwargs.pop("sliding_window_size", None) or sliding_window
-        self.sliding_window_size = self.attention_chunk_size = self.sliding_window
-        kwargs.pop("attention_chunk_size", None)
+        self.sliding_window = sliding_window
+        self.sliding_window_size = kwargs.pop("sliding_window_size", sliding_window)
+        self.attention_chunk_size = kwargs.pop("attention_chunk_size", sliding_window)
         self.add_full_attention_sink_bias = add_full_attention_sink_bias
         self.add_swa_attention_sink_bias = add_swa_attention_sink_bias
         self.attention_value_scale = attention_value_scale
@@ -94,23 +95,64 @@ class MiMoV2Config(PreTrainedConfig):
                          eos_token_id=eos_token_id, **kwargs)
 
     def _check(self) -> None:
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+            _positive(self, key)
         for key in ("hybrid_layer_pattern", "moe_layer_freq"):
-            if len(getattr(self, key)) != self.num_hidden_layers:
-                raise ValueError(f"{key}: {len(getattr(self, key))} entries, "
-                                 f"expected num_hidden_layers={self.num_hidden_layers}")
+            values = getattr(self, key)
+            if len(values) != self.num_hidden_layers:
+                raise ValueError(f"{key}: {len(values)} entries, expected num_hidden_layers={self.num_hidden_layers}")
+            if not set(values) <= {0, 1}:
+                raise ValueError(f"{key}: {next(v for v in values if v not in (0, 1))!r}, expected only 0 and 1")
+        self._check_attention()
+        if any(self.moe_layer_freq):
+            self._check_experts()
+
+    def _check_attention(self) -> None:
+        if self.attention_projection_layout not in ("split", "fused_qkv"):
+            raise ValueError(f"attention_projection_layout={self.attention_projection_layout!r}: expected split or fused_qkv")
         for prefix in ("", "swa_"):
+            for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim"):
+                _positive(self, prefix + key)
             heads, kv = getattr(self, f"{prefix}num_attention_heads"), getattr(self, f"{prefix}num_key_value_heads")
             if heads % kv:
                 raise ValueError(f"{prefix}num_attention_heads={heads} is not a multiple of {prefix}num_key_value_heads={kv}")
             if self.attention_projection_layout == "fused_qkv" and kv % self.num_key_value_heads:
                 raise ValueError(f"{prefix}num_key_value_heads={kv} cannot be divided into the {self.num_key_value_heads} "
                                  "chunks (num_key_value_heads) of a fused qkv projection")
-        if self.attention_projection_layout not in ("split", "fused_qkv"):
-            raise ValueError(f"attention_projection_layout={self.attention_projection_layout!r}: expected split or fused_qkv")
+            width = getattr(self, f"{prefix}head_dim")
+            rotated = int(width * self.partial_rotary_factor)
+            if rotated % 2 or not 0 < rotated <= width:
+                raise ValueError(f"partial_rotary_factor={self.partial_rotary_factor} rotates {rotated} of {prefix}head_dim="
+                                 f"{width} entries, expected an even number from 2 to {width}")
+        if any(self.hybrid_layer_pattern):
+            _positive(self, "sliding_window")
+            for key in ("sliding_window_size", "attention_chunk_size"):
+                if getattr(self, key) != self.sliding_window:  # other engines read the other keys
+                    raise ValueError(f"{key}={getattr(self, key)} differs from sliding_window={self.sliding_window}")
+
+    def _check_experts(self) -> None:
         if self.scoring_func != "sigmoid" or self.topk_method != "noaux_tc":
             raise ValueError(f"scoring_func={self.scoring_func!r}, topk_method={self.topk_method!r}: "
                              "expected sigmoid, noaux_tc")
         if self.n_shared_experts:
             raise ValueError(f"n_shared_experts={self.n_shared_experts}: MiMo-V2 has no shared experts")
-        if any(self.moe_layer_freq) and not self.num_experts_per_tok <= self.n_routed_experts:
-            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} of n_routed_experts={self.n_routed_experts}")
+        for key in ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "moe_intermediate_size"):
+            _positive(self, key)
+        for key in ("hidden_size", "moe_intermediate_size"):
+            if getattr(self, key) % 8:  # rows of 16 bytes in bf16
+                raise ValueError(f"{key}={getattr(self, key)}: expected a multiple of 8, which grouped matrix products need")
+        if self.n_group > 1 and (self.n_routed_experts % self.n_group or self.n_routed_experts < 2 * self.n_group):
+            raise ValueError(f"n_group={self.n_group}: expected equal groups of two or more of the n_routed_experts="
+                             f"{self.n_routed_experts}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} of n_group={self.n_group}")
+        allowed = self.n_routed_experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > allowed:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: only {allowed} experts can be chosen "
+                             f"(n_routed_experts={self.n_routed_experts}, {self.topk_group} of {self.n_group} groups)")
+
+
+def _positive(config: MiMoV2Config, key: str) -> None:
+    value = getattr(config, key)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key}={value!r}: expected a positive integer")

@@ -45,28 +45,60 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False):
 def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False):
     """A causal language model with fused 3-D experts, on the CPU, in `dtype` (routers' correction bias stays float32).
 
+    Memory: the model in `dtype` and one tensor more; a checkpoint larger than that needs an expert-parallel reader.
+
     Raises:
         ValueError: no such folder or config; a missing shard or tensor; a tensor of another shape; unreadable files.
     """
     _require_folder(path)
     config = _read_config(path)
-    if config.get("model_type") != "mimo_v2":
-        from transformers import AutoModelForCausalLM
-
-        try:
-            return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trust_remote_code)
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    if not _is_mimo(config):
+        return _load_by_transformers(path, dtype, trust_remote_code)
+    if not Path(path).is_dir():
+        raise ValueError(f"model.path: {path}: a MiMo-V2 checkpoint is read from a folder, download it first")
     from modeling.configuration_mimo_v2 import MiMoV2Config
     from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
 
+    # What is returned is decoded: a configuration that still promised packed weights would break the next save.
+    stale = ("quantization_config", "model_type", "dtype", "torch_dtype")
+    config = {key: value for key, value in config.items() if key not in stale}
     try:
-        settings = MiMoV2Config.from_pretrained(str(path))
-    except ValueError as error:
-        raise ValueError(f"{path}/config.json: {error}") from None
+        settings = MiMoV2Config.from_dict(config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}/config.json: {str(error).splitlines()[0]}") from None
+    settings.dtype, settings.name_or_path = dtype, str(path)
     with torch.device("meta"):
         model = MiMoV2ForCausalLM(settings)
     return _fill(model, Path(path), dtype)
+
+
+def _is_mimo(config: dict) -> bool:
+    """Released configurations of the family, V2-Flash included.
+
+    transformers has a class for V2-Flash, but takes the block height of an FP8 matrix to be rows / scale rows, which is
+    wrong, silently, for the per-head grids of its key projections. Folders that this class saved have no
+    `hybrid_layer_pattern` and stay with it.
+    """
+    kind = config.get("model_type")
+    return kind == "mimo_v2" or kind == "mimo_v2_flash" and "hybrid_layer_pattern" in config
+
+
+def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_code: bool):
+    """As AutoModelForCausalLM loads it, except that what it would initialise at random with a warning is an error."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
+            ignore_mismatched_sizes=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(f"{path}: {name}: shape {list(found)}, expected {list(expected)}")
+    if info["missing_keys"]:
+        raise ValueError(f"{path}: {len(info['missing_keys'])} tensors are missing, the first {min(info['missing_keys'])}")
+    return model
 
 
 def _fill(model, folder: Path, dtype: torch.dtype):
@@ -114,6 +146,8 @@ def _decoded(name: str, files: TensorFiles, config, dtype: torch.dtype) -> torch
         return dequantize(raw, files.read(name + "_scale"), dtype=dtype)
     if raw.dtype == torch.float8_e4m3fn:
         return dequantize_fp8(name, raw, files.read(name + "_scale_inv"), config).to(dtype)
+    if raw.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"{files.folder}: {name}: dtype {raw.dtype}, expected a float, FP8 E4M3 or packed MXFP4 (uint8)")
     return raw.to(dtype)
 
 
@@ -148,6 +182,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._handles: dict[str, safe_open] = {}
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.is_file():
             self._where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -161,11 +196,13 @@ class TensorFiles:
         return iter(self._where)
 
     def _open(self, file: str):
+        if file in self._handles:  # a shard's header lists thousands of tensors: parse it once
+            return self._handles[file]
         path = self.folder / file
         if not path.is_file():
             raise ValueError(f"{self.folder}: shard {file} is missing")
         try:
-            return safe_open(str(path), framework="pt")
+            return self._handles.setdefault(file, safe_open(str(path), framework="pt"))
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
 

@@ -280,6 +280,14 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
+    def _apply(self, fn, recurse=True):
+        """Moves as any module does, but the correction bias, which decides what runs, stays float32: so it is published."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
     def forward(self, x_NH):
         """Expert indices [N, A] int64 and weights [N, A] float32."""
         config = self.config
@@ -297,6 +305,12 @@ class Router(nn.Module):
         return index_NA, weight_NA * (config.routed_scaling_factor or 1.0)
 
 
+def _activation(name: str) -> nn.Module:
+    if name not in ACT2FN:
+        raise ValueError(f"hidden_act={name!r}: expected an activation that transformers knows, e.g. silu")
+    return ACT2FN[name]
+
+
 class Experts(nn.Module):
     """All routed experts of a layer as fused tensors, run by grouped matrix products over tokens sorted by expert."""
 
@@ -309,7 +323,7 @@ class Experts(nn.Module):
         self.num_experts = E
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, H))  # gate rows first
         self.down_proj = nn.Parameter(torch.empty(E, H, I))
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = _activation(config.hidden_act)
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -347,7 +361,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = _activation(config.hidden_act)
 
     def forward(self, x):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -411,27 +425,38 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
             position_ids: [B, T]; by default counted over what is not padding.
             past_key_values: cache; a new DynamicCache if use_cache. Window layers keep W - 1 positions.
             tap_layers: indices of decoder layers whose outputs are returned (before the final norm), in this order.
+
+        Raises:
+            ValueError: inputs, masks, caches or tap layers that do not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        layers = len(self.layers)
+        for layer in tap_layers:
+            if not -layers <= layer < layers:
+                raise ValueError(f"tap_layers: layer {layer}, expected {-layers} to {layers - 1}")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        # A recomputed layer would append its keys twice.
+        use_cache = use_cache and not (self.gradient_checkpointing and self.training)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        cache = past_key_values if use_cache or past_key_values is not None else None
+        cache = past_key_values
+        if cache is not None and cache.is_compileable:
+            raise ValueError(f"past_key_values: {type(cache).__name__}, expected a cache that grows (DynamicCache)")
         start = cache.get_seq_length() if cache is not None else 0
         visible_from = self._padding(attention_mask, start + x.shape[1])
         positions = self._positions(position_ids, visible_from, start, x)
-        wanted = {layer % len(self.layers): None for layer in tap_layers}
+        wanted = {layer % layers: None for layer in tap_layers}
         hidden = [x] if output_hidden_states else None
         for i, layer in enumerate(self.layers):
             x = layer(x, positions, visible_from, cache)
             if i in wanted:
                 wanted[i] = x
-            if hidden is not None and i + 1 < len(self.layers):
+            if hidden is not None and i + 1 < layers:
                 hidden.append(x)
         x = self.norm(x)
-        taps = tuple(wanted[layer % len(self.layers)] for layer in tap_layers) or None
+        taps = tuple(wanted[layer % layers] for layer in tap_layers) or None
         return MiMoV2Output(last_hidden_state=x, past_key_values=cache, taps=taps,
                             hidden_states=(*hidden, x) if hidden is not None else None)
 
@@ -439,6 +464,8 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
     def _padding(attention_mask, length):
         if attention_mask is None:
             return None
+        if not isinstance(attention_mask, torch.Tensor):
+            raise ValueError(f"attention_mask: {type(attention_mask).__name__}, expected a tensor [batch, keys]")
         if attention_mask.ndim != 2 or attention_mask.shape[1] != length:
             raise ValueError(f"attention_mask: shape {tuple(attention_mask.shape)}, expected [batch, {length}]")
         mask = attention_mask.bool()

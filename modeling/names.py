@@ -6,6 +6,9 @@ Everything else has the same name in both. The tables:
                                                 mlp.experts.{e}.up_proj.weight   [I, H] (rows I..2I-1)
     mlp.experts.down_proj    [E, H, I]    <->   mlp.experts.{e}.down_proj.weight [H, I]
 
+    self_attn.qkv_proj.weight, chunks of      <->   self_attn.{q,k,v}_proj.weight (`split_qkv`, `fuse_qkv`): the same
+    [queries | keys | values] rows                  rows in another order, for clients that know one layout only
+
 `published_tensors` lists every tensor (name, shape, dtype) of a release of a given geometry and precision, from the
 configuration alone: what an exporter must write and a verifier must find.
 """
@@ -16,6 +19,8 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import torch
 
 FP8_BLOCK = 128
 MXFP4_BLOCK = 32
@@ -50,6 +55,48 @@ def fused_name(name: str) -> tuple[str, int, str] | None:
         return None
     leaf = "down_proj" if match[3] == "down" else "gate_up_proj"
     return f"{match[1]}.{leaf}", int(match[2]), match[3]
+
+
+def qkv_rows(config, layer: int) -> dict[str, list[slice]]:
+    """Rows of the fused qkv matrix of a layer that make up its "q", "k" and "v", in order (whatever layout it is in).
+
+    The matrix is `num_key_value_heads` chunks (also in window layers, which may have more key heads), each
+    [queries | keys | values] of an equal share of the layer's heads.
+    """
+    kind = "swa_" if config.hybrid_layer_pattern[layer] else ""
+    chunks = config.num_key_value_heads
+    keys = getattr(config, f"{kind}num_key_value_heads") // chunks
+    sizes = {"q": getattr(config, f"{kind}num_attention_heads") // chunks * getattr(config, f"{kind}head_dim"),
+             "k": keys * getattr(config, f"{kind}head_dim"), "v": keys * getattr(config, f"{kind}v_head_dim")}
+    rows: dict[str, list[slice]] = {"q": [], "k": [], "v": []}
+    start = 0
+    for _ in range(chunks):
+        for part, size in sizes.items():
+            rows[part].append(slice(start, start + size))
+            start += size
+    return rows
+
+
+def split_qkv(fused, config, layer: int):
+    """(q, k, v) of a fused qkv weight [rows, H] or bias [rows] of decoder layer `layer`; values are copied."""
+    rows = qkv_rows(config, layer)
+    last = rows["v"][-1].stop
+    if fused.shape[0] != last:
+        raise ValueError(f"layer {layer}: fused qkv of {fused.shape[0]} rows, expected {last}")
+    return tuple(torch.cat([fused[s] for s in rows[part]]) for part in "qkv")
+
+
+def fuse_qkv(q, k, v, config, layer: int):
+    """The fused qkv of separate projections: inverse of `split_qkv`."""
+    rows = qkv_rows(config, layer)
+    fused = q.new_empty(rows["v"][-1].stop, *q.shape[1:])
+    for part, tensor in zip("qkv", (q, k, v), strict=True):
+        sizes = [s.stop - s.start for s in rows[part]]
+        if tensor.shape[0] != sum(sizes):
+            raise ValueError(f"layer {layer}: {part} of {tensor.shape[0]} rows, expected {sum(sizes)}")
+        for s, piece in zip(rows[part], tensor.split(sizes), strict=True):
+            fused[s] = piece
+    return fused
 
 
 def qkv_scale_rows(name: str, rows: int, config) -> list[int]:

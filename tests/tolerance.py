@@ -14,3 +14,11 @@ EXPERTS_BF16 = 3 * 2.0**-8
 # Bits per byte of a short slice of every held-out document over the figure published for the whole documents: beginnings have
 # less context and are the least predictable part of a file. It catches a broken load or forward, which doubles the figure.
 SEED_SLICE_SLACK = 1.35
+
+# Relative error (Frobenius) of attention in bf16 against float32, outputs and gradients: scores, weights, their gradients
+# and the result are each rounded once, by at most 2^-8.
+ATTENTION_BF16 = 4 * 2.0**-8
+
+# KL per token summed in float32 in another order: each term p (log p - log q) of log-probabilities of magnitude 8 carries
+# an absolute error of 2^-21, averaged over tokens.
+EVALUATION_KL = 1e-7

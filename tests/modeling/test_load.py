@@ -1,6 +1,7 @@
 """Loading mixed-precision checkpoints: decoded values are exact, damage is named in one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -88,9 +89,84 @@ def test_a_loaded_model_runs_and_keeps_its_routing_bias_in_float32(folders):
     assert torch.isfinite(model(input_ids=torch.arange(20)[None]).logits).all()
 
 
-def damaged(folders, tmp_path, change):
-    import shutil
+def test_a_decoded_model_is_saved_without_a_promise_of_packed_weights(folders, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folders[1], copy)
+    config = json.loads((copy / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    model = load_model(copy, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved")
+    again = MiMoV2ForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
 
+
+def test_v2_flash_in_fp8_decodes_by_the_per_head_grid_of_its_keys(tmp_path):
+    torch.manual_seed(0)
+    config = MiMoV2Config(**tiny_config().to_dict() | {"attention_projection_layout": "split", "head_dim": 192,
+                                                       "v_head_dim": 128, "swa_head_dim": 192, "swa_v_head_dim": 128})
+    MiMoV2ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    codes, scales = to_fp8(name, tensors[name].float(), config)
+    assert scales.shape == (4, 2)  # two heads of 192 rows: 128 + 64 each
+    save_file(tensors | {name: codes, name + "_scale_inv": scales}, tmp_path / "model.safetensors")
+    settings = json.loads((tmp_path / "config.json").read_text()) | {
+        "model_type": "mimo_v2_flash", "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    loaded = load_model(tmp_path, dtype=torch.float32).state_dict()[name]
+    for head in range(2):
+        for top, height, row in ((0, 128, 0), (128, 64, 1)):
+            band = slice(head * 192 + top, head * 192 + top + height)
+            expected = codes[band].float() * scales[2 * head + row].repeat_interleave(128)[:160]
+            assert torch.equal(loaded[band], expected)
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A tiny Qwen3-MoE, and its folder."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=3, num_experts_per_tok=2))
+    model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def test_other_models_load_exactly_through_transformers(foreign):
+    model, folder = foreign
+    loaded = load_model(folder, dtype=torch.float32).state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.pop("model.norm.weight"), "1 tensors are missing, the first model.norm.weight"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(63)}), r"model\.norm\.weight: shape \[63\], expected \[64\]"),
+    (lambda t: t.pop("model.layers.0.mlp.experts.1.up_proj.weight"), "cannot be loaded"),
+])
+def test_other_models_never_start_from_random_weights(foreign, change, message):
+    file = foreign[1] / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(foreign[1], dtype=torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dtype_that_needs_a_scale_is_not_read_as_plain_numbers(folders, tmp_path):
+    def relabel(copy):
+        for file in ("a.safetensors", "b.safetensors"):
+            rewrite(copy, file, lambda t: t.update({"model.norm.weight": torch.ones(160, dtype=torch.int8)})
+                    if "model.norm.weight" in t else None)
+
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: dtype torch\.int8, expected"):
+        load_model(damaged(folders, tmp_path, relabel), dtype=torch.bfloat16)
+
+
+def damaged(folders, tmp_path, change):
     copy = tmp_path / "copy"
     shutil.copytree(folders[1], copy)
     change(copy)

@@ -1,10 +1,15 @@
 """The decoder: parity with transformers' own class, caches equal to one full forward, taps, generation, round trips."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from tolerance import EXPERTS_BF16, MODEL_FP32
+from tolerance import ATTENTION_BF16, EXPERTS_BF16, MODEL_FP32
 from transformers import MiMoV2FlashConfig, MiMoV2FlashForCausalLM
 
+import modeling.modeling_mimo_v2
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.load import load_model
 from modeling.modeling_mimo_v2 import Experts, MiMoV2ForCausalLM, Router, _visible
@@ -39,13 +44,15 @@ def ids():
     return torch.randint(0, 160, (2, 37), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("length", [1, 8, 9, 10, 37])
-def test_logits_and_gradients_equal_transformers_own_class(length):
+@pytest.mark.parametrize(("length", "groups"), [(1, 1), (8, 1), (9, 1), (10, 1), (37, 2), (150, 1)])
+def test_logits_and_gradients_equal_transformers_own_class(length, groups):
     theirs = randomised(MiMoV2FlashForCausalLM(MiMoV2FlashConfig(
-        **SIZES, n_routed_experts=4, num_local_experts=4, sliding_window=9, attention_value_scale=0.7,
+        **SIZES, n_routed_experts=4, num_local_experts=4, n_group=groups, sliding_window=9, attention_value_scale=0.7,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
         mlp_layer_types=["dense", "sparse", "sparse"], attn_implementation="eager")))
-    ours = MiMoV2ForCausalLM(config(sliding_window=theirs.config.sliding_window)).eval()
+    for layer in theirs.model.layers[1:]:
+        layer.mlp.gate.e_score_correction_bias.copy_(torch.tensor([0.1, -0.1, 0.2, 0.0]))
+    ours = MiMoV2ForCausalLM(config(sliding_window=theirs.config.sliding_window, n_group=groups)).eval()
     ours.load_state_dict({k.replace("sinks", "attention_sink_bias"): v for k, v in theirs.state_dict().items()})
     ids = torch.randint(0, 160, (2, length), generator=torch.Generator().manual_seed(1))
     target = torch.randn(2, length, 160, generator=torch.Generator().manual_seed(2))
@@ -71,6 +78,14 @@ def test_cached_decoding_equals_one_full_forward_and_window_layers_keep_their_wi
         pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **MODEL_FP32)
     assert [layer.keys.shape[2] for layer in cache.layers] == [37, 8, 37]
+
+
+def test_right_padding_changes_nothing(model, ids):
+    mask = torch.ones_like(ids)
+    mask[0, 30:] = 0
+    padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(padded[0, :30], model(input_ids=ids[:1, :30], use_cache=False).logits[0], **MODEL_FP32)
+    torch.testing.assert_close(padded[1], model(input_ids=ids[1:], use_cache=False).logits[0], **MODEL_FP32)
 
 
 @pytest.mark.parametrize("padding", [1, 5, 20])
@@ -99,12 +114,55 @@ def test_window_counts_the_query_itself():
     assert visible.sum(1).tolist() == [1, 2, 3, 3, 3, 3] and visible[5].tolist() == [False] * 3 + [True] * 3
 
 
-def test_band_and_dense_attention_agree(model, ids):
-    attention = model.model.layers[1].self_attn
-    torch.manual_seed(0)
-    for length in (10, 18, 19, 37):
-        q, k, v = (torch.randn(2, h, length, d) for h, d in ((4, 48), (4, 48), (4, 32)))
-        torch.testing.assert_close(attention._banded(q, k, v), attention._dense(q, k, v, 0, None), **MODEL_FP32)
+def attention_inputs(attention, length, dtype=torch.float32):
+    """Random queries (scaled), keys, values and output gradient of one attention layer."""
+    torch.manual_seed(length)
+    heads, keys = attention.query_heads, attention.key_heads
+    shapes = ((heads, 48), (keys, 48), (keys, 32), (heads, 32))
+    q, k, v, gradient = (torch.randn(2, h, length, d) for h, d in shapes)
+    return [(x * scale).to(dtype).requires_grad_() for x, scale in ((q, 48**-0.5), (k, 1), (v, 1))], gradient.to(dtype)
+
+
+def output_and_gradients(run, inputs, gradient, sink=None):
+    wanted = inputs if sink is None else [*inputs, sink]
+    out = run(*inputs)
+    return [out, *torch.autograd.grad(out, wanted, gradient)]
+
+
+@pytest.mark.parametrize("length", [10, 18, 19, 63, 100])
+@pytest.mark.parametrize("with_sink", [True, False])
+def test_bands_equal_dense_attention_in_outputs_and_gradients(length, with_sink):
+    attention = randomised(MiMoV2ForCausalLM(config(add_swa_attention_sink_bias=with_sink))).model.layers[1].self_attn
+    inputs, gradient = attention_inputs(attention, length)
+    dense = output_and_gradients(lambda *x: attention._dense(*x, 0, None), inputs, gradient, attention.attention_sink_bias)
+    bands = output_and_gradients(attention._banded, inputs, gradient, attention.attention_sink_bias)
+    for mine, expected in zip(bands, dense, strict=True):
+        torch.testing.assert_close(mine, expected, **MODEL_FP32)
+
+
+@pytest.mark.parametrize("length", [2, 100, 128, 129, 300])
+def test_blocks_and_sdpa_equal_dense_attention_in_outputs_and_gradients(model, length, monkeypatch):
+    attention = model.model.layers[0].self_attn
+    inputs, gradient = attention_inputs(attention, length)
+    dense = output_and_gradients(lambda *x: attention._dense(*x, 0, None), inputs, gradient)
+    blocks = output_and_gradients(attention._full, inputs, gradient)
+    monkeypatch.setattr(modeling.modeling_mimo_v2, "BLOCKED_UP_TO", 0)
+    sdpa = output_and_gradients(attention._full, inputs, gradient)
+    for other in (blocks, sdpa):
+        for mine, expected in zip(other, dense, strict=True):
+            torch.testing.assert_close(mine, expected, **MODEL_FP32)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_bf16_attention_is_the_float32_one_up_to_its_roundings(model, layer):
+    attention = model.model.layers[layer].self_attn
+    inputs, gradient = attention_inputs(attention, 100, torch.bfloat16)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    run = attention._full if attention.window is None else attention._banded
+    expected = output_and_gradients(lambda *x: attention._dense(*x, 0, None), exact, gradient.float())
+    for mine, reference in zip(output_and_gradients(run, inputs, gradient), expected, strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.float() - reference).norm() / reference.norm() < ATTENTION_BF16
 
 
 def test_taps_are_layer_outputs_in_the_order_asked(model, ids):
@@ -182,13 +240,59 @@ def test_save_and_both_loaders_round_trip_exactly_under_published_names(model, d
             assert torch.equal(loaded.state_dict()[name].to(tensor.dtype), tensor), name
 
 
-def test_gradient_checkpointing_changes_no_gradient(ids):
+def test_the_correction_bias_stays_float32_in_memory_and_in_the_file(tmp_path):
+    from safetensors.torch import load_file
+
+    model = MiMoV2ForCausalLM(config())
+    bias = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(bias)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert torch.equal(model.model.layers[1].mlp.gate.e_score_correction_bias, bias)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["model.layers.1.mlp.gate.e_score_correction_bias"], bias)
+    assert saved["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
+
+
+def test_the_two_files_run_as_remote_code_of_a_checkpoint(model, ids, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    for name in ("configuration_mimo_v2", "modeling_mimo_v2"):
+        shutil.copy(Path(modeling.modeling_mimo_v2.__file__).with_name(f"{name}.py"), folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["auto_map"] = {"AutoConfig": "configuration_mimo_v2.MiMoV2Config",
+                            "AutoModelForCausalLM": "modeling_mimo_v2.MiMoV2ForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    remote, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert type(remote).__module__.startswith("transformers_modules") and not any(info.values())
+    assert torch.equal(remote(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    ({"tap_layers": (0, 3)}, "tap_layers: layer 3, expected -3 to 2"),
+    ({"attention_mask": torch.ones(2, 36)}, r"attention_mask: shape \(2, 36\), expected \[batch, 37\]"),
+    ({"attention_mask": {}}, "attention_mask: dict, expected a tensor"),
+    ({"inputs_embeds": torch.zeros(2, 37, 128)}, "either input_ids or inputs_embeds"),
+])
+def test_inputs_that_do_not_fit_are_one_line(model, ids, call, message):
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=ids, **call)
+
+
+def test_a_cache_of_fixed_size_is_refused(model, ids):
+    with pytest.raises(ValueError, match="past_key_values: StaticCache, expected a cache that grows"):
+        model.generate(ids, max_new_tokens=2, do_sample=False, cache_implementation="static")
+
+
+def test_gradient_checkpointing_changes_no_gradient_even_when_a_cache_is_asked_for(ids):
     gradients = []
     for checkpointing in (False, True):
         model = randomised(MiMoV2ForCausalLM(config())).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model(input_ids=ids, use_cache=False, labels=ids).loss.backward()
+        model(input_ids=ids, use_cache=True, labels=ids).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -198,6 +302,16 @@ def test_gradient_checkpointing_changes_no_gradient(ids):
     ({"num_attention_heads": 3}, "num_attention_heads=3 is not a multiple of num_key_value_heads=2"),
     ({"attention_projection_layout": "qkv"}, "expected split or fused_qkv"),
     ({"n_shared_experts": 1}, "no shared experts"),
+    ({"hybrid_layer_pattern": [0, 2, 0]}, "hybrid_layer_pattern: 2, expected only 0 and 1"),
+    ({"sliding_window": 0}, "sliding_window=0: expected a positive integer"),
+    ({"sliding_window_size": 128}, "sliding_window_size=128 differs from sliding_window=9"),
+    ({"partial_rotary_factor": 0.4}, "rotates 19 of head_dim=48 entries, expected an even number"),
+    ({"moe_intermediate_size": 63}, "moe_intermediate_size=63: expected a multiple of 8"),
+    ({"n_group": 3}, "n_group=3: expected equal groups"),
+    ({"num_experts_per_tok": 5}, "num_experts_per_tok=5: only 4 experts can be chosen"),
+    ({"num_experts_per_tok": 3, "n_group": 2}, "num_experts_per_tok=3: only 2 experts can be chosen"),
+    ({"num_key_value_heads": 4, "swa_num_key_value_heads": 2, "attention_projection_layout": "fused_qkv"}, "chunks"),
+    ({"hidden_size": None}, "hidden_size=None: expected a positive integer"),
     ({"scoring_func": "softmax"}, "expected sigmoid"),
 ])
 def test_impossible_configurations_are_one_line(changes, message):

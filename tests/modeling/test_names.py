@@ -4,10 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
+from tolerance import MODEL_FP32
 
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
-from modeling.names import expert_parts, fused_name, published_tensors
+from modeling.names import expert_parts, fuse_qkv, fused_name, published_tensors, split_qkv
 from modeling.released import MTP_LAYERS, released_config
 
 
@@ -94,6 +95,40 @@ def test_expert_names_are_a_two_way_table_that_covers_the_fused_tensor_once(leaf
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.gate.weight", "lm_head.weight"])
 def test_other_tensors_keep_their_names(name):
     assert expert_parts(name, (4, 4)) is None and fused_name(name) is None
+
+
+QKV = MiMoV2Config(
+    vocab_size=64, hidden_size=64, num_hidden_layers=2, hybrid_layer_pattern=[0, 1], num_attention_heads=8,
+    num_key_value_heads=2, swa_num_key_value_heads=4, head_dim=24, v_head_dim=16, intermediate_size=64, sliding_window=5,
+    partial_rotary_factor=0.5, attention_projection_layout="fused_qkv")
+
+
+def test_split_and_fused_projections_are_the_same_model():
+    torch.manual_seed(0)
+    fused = MiMoV2ForCausalLM(QKV).eval()
+    settings = QKV.to_dict() | {"attention_projection_layout": "split"}
+    split = MiMoV2ForCausalLM(MiMoV2Config(**settings)).eval()
+    weights = fused.state_dict()
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.self_attn"
+        projections = split_qkv(weights.pop(f"{prefix}.qkv_proj.weight"), QKV, layer)
+        weights |= {f"{prefix}.{p}_proj.weight": w for p, w in zip("qkv", projections, strict=True)}
+    split.load_state_dict(weights)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(split(input_ids=ids).logits, fused(input_ids=ids).logits, **MODEL_FP32)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_fusing_inverts_splitting(layer, shape):
+    rows = 8 * 24 + (2, 4)[layer] * (24 + 16)
+    fused = torch.randn(rows, *shape)
+    parts = split_qkv(fused, QKV, layer)
+    assert torch.equal(fuse_qkv(*parts, QKV, layer), fused)
+    with pytest.raises(ValueError, match=f"layer {layer}: fused qkv of {rows - 1} rows, expected {rows}"):
+        split_qkv(fused[:-1], QKV, layer)
+    with pytest.raises(ValueError, match=f"layer {layer}: k of"):
+        fuse_qkv(parts[0], parts[1][:-1], parts[2], QKV, layer)
 
 
 def test_an_unknown_release_names_the_nearest():
