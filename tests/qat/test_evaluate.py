@@ -1,0 +1,61 @@
+"""The final comparison: equal weights show no damage, the model is left as it was, sums do not depend on batching."""
+
+import pytest
+import torch
+from tolerance import EVALUATION_KL
+
+from mxfp4 import fake_quantize
+from qat.attach import ExpertQuantizer
+from qat.evaluate import compare, comparison_table, evaluate_domains
+from qat.trainer import make_teacher
+
+
+@pytest.fixture
+def domains():
+    generator = torch.Generator().manual_seed(0)
+    return {"a": torch.randint(0, 250, (5, 24), generator=generator), "b": torch.randint(0, 250, (3, 24), generator=generator)}
+
+
+@pytest.fixture
+def attached(model):
+    model.requires_grad_(False)
+    teacher = make_teacher(model)
+    quantizer = ExpertQuantizer(model)
+    return model, teacher, quantizer, [teacher.get_parameter(t.name).data for t in quantizer.tensors]
+
+
+def test_a_teacher_shares_what_is_frozen_and_keeps_the_original_experts(attached):
+    model, teacher, quantizer, originals = attached
+    assert teacher.get_parameter("lm_head.weight") is model.get_parameter("lm_head.weight")
+    for tensor, original in zip(quantizer.tensors, originals, strict=True):
+        assert torch.equal(tensor.parameter, fake_quantize(original)) and not torch.equal(tensor.parameter, original)
+
+
+@pytest.mark.parametrize("dtype", ["model", "float32"])
+def test_untrained_qat_weights_are_plain_rounding(attached, domains, dtype):
+    model, teacher, quantizer, originals = attached
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    summary = compare(model, teacher, quantizer, originals, domains, batch_size=2, dtype=dtype)
+    assert summary["bf16"]["kl"] == 0 and summary["bf16"]["top1_agreement"] == 1
+    assert summary["qat"] == summary["ptq"] and summary["ptq"]["kl"] > 0 and summary["kl_gap_closed"] == 0
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert comparison_table(summary).row_count == 9
+
+
+def test_original_weights_close_the_whole_gap(attached, domains):
+    model, teacher, quantizer, originals = attached
+    with torch.no_grad():
+        for tensor, original in zip(quantizer.tensors, originals, strict=True):
+            tensor.parameter.copy_(original)
+    summary = compare(model, teacher, quantizer, originals, domains, batch_size=2)
+    assert summary["qat"]["kl"] == pytest.approx(0, abs=EVALUATION_KL) and summary["kl_gap_closed"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+def test_sums_do_not_depend_on_the_batch_size(attached, domains, batch_size):
+    model, teacher, _, _ = attached
+    reference = evaluate_domains(model, teacher, domains, batch_size=3)
+    other = evaluate_domains(model, teacher, domains, batch_size=batch_size, chunk_tokens=17)
+    for domain, row in reference.items():
+        assert other[domain] == pytest.approx(row, rel=1e-4, abs=EVALUATION_KL)
+    assert reference["all"]["eval_tokens"] == 8 * 23
