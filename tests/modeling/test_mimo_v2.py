@@ -12,7 +12,7 @@ from transformers import MiMoV2FlashConfig, MiMoV2FlashForCausalLM
 import modeling.modeling_mimo_v2
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.load import load_model
-from modeling.modeling_mimo_v2 import Experts, MiMoV2ForCausalLM, Router, _visible
+from modeling.modeling_mimo_v2 import Experts, MiMoV2ForCausalLM, Router, _SinkSoftmax, _visible
 
 SIZES = dict(vocab_size=160, hidden_size=128, intermediate_size=256, moe_intermediate_size=64, num_hidden_layers=3,
              num_attention_heads=4, num_key_value_heads=2, head_dim=48, v_head_dim=32, num_experts_per_tok=2)
@@ -138,6 +138,13 @@ def test_bands_equal_dense_attention_in_outputs_and_gradients(length, with_sink)
     bands = output_and_gradients(attention._banded, inputs, gradient, attention.attention_sink_bias)
     for mine, expected in zip(bands, dense, strict=True):
         torch.testing.assert_close(mine, expected, **MODEL_FP32)
+
+
+def test_sink_softmax_has_the_gradients_of_its_definition():
+    torch.manual_seed(0)
+    scores, sink = torch.randn(2, 3, 4, 7, dtype=torch.float64), torch.randn(3, 1, dtype=torch.float64)
+    mask = torch.zeros(4, 7, dtype=torch.float64).masked_fill_(torch.arange(7) > torch.arange(2, 6)[:, None], float("-inf"))
+    assert torch.autograd.gradcheck(_SinkSoftmax.apply, (scores.requires_grad_(), mask, sink.requires_grad_()))
 
 
 @pytest.mark.parametrize("length", [2, 100, 128, 129, 300])
