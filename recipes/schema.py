@@ -141,6 +141,8 @@ class Cluster(Section):
     expert_parallel: PositiveInt = Field(1, description="ranks that divide the experts of a layer among them")
     offload_optimizer: bool = Field(False, description="keep master weights and optimizer state in host memory")
     host_memory_gib: PositiveFloat | None = Field(None, description="host memory of one node, for offload_optimizer")
+    network_gb_per_s: PositiveFloat | None = Field(None, description="GB/s that one accelerator receives from other nodes")
+    link_gb_per_s: PositiveFloat | None = Field(None, description="GB/s that one accelerator receives within its node")
 
     @model_validator(mode="after")
     def _divides(self):
