@@ -18,11 +18,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # The recipe without what it adds to plain quantization-aware distillation.
-PLAIN = ["qat.warm_start.method=none", "qat.oscillation.method=none", "qat.average_last=0.0", "qat.loss.hidden=0.0"]
+PLAIN = ["qat.warm_start.method=none", "qat.oscillation.method=none", "qat.average_last=0.0", "qat.loss.hidden=0.0",
+         "qat.optimizer.name=adamw", "qat.optimizer.learning_rate=2e-4"]
 VARIANTS: dict[str, list[str]] = {
     "demo": [],
     "plain-rceil": [*PLAIN, "quantization.scale_rule=rceil"],
     "plain-even": [*PLAIN],
+    "no-gptq": ["qat.warm_start.method=none"],
+    "adamw": ["qat.optimizer.name=adamw", "qat.optimizer.learning_rate=2e-4"],
+    "ema": ["qat.oscillation.method=ema", "qat.oscillation.ema_decay=0.9"],
+    "freeze": ["qat.oscillation.method=freeze", "qat.oscillation.freeze_flips=4"],
+    "long": ["qat.steps=1000"],
 }
 
 
@@ -58,7 +64,8 @@ def main(argv: list[str]) -> int:
         print(f"{variant:24} gap closed {statistics.mean(gaps):.3f} +- {spread:.3f}   KL "
               f"{statistics.mean(r['qat']['kl'] for r in runs):.6f} (plain rounding {runs[0]['ptq']['kl']:.6f})   "
               f"{runs[0]['tokens']:,} tokens, {statistics.mean(r['seconds'] for r in runs):.0f} s", flush=True)
-    args.json.write_text(json.dumps({"command": "python benchmarks/qat_variants.py " + " ".join(argv), "variants": table}, indent=1))
+    record = {"command": " ".join(["python benchmarks/qat_variants.py", *argv]), "variants": table}
+    args.json.write_text(json.dumps(record, indent=1))
     return 0
 
 

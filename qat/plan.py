@@ -2,19 +2,22 @@
 
 Builds the model on the meta device (no memory), finds the expert tensors with the function that training uses, and adds
 up memory per rank, bytes on disk and communication for the cluster that the recipe names. The arithmetic is a model:
-activations are an estimate (stated below), everything else is exact for the layout described in `qat.attach`.
+activations and communication are estimates (stated where they are computed), everything else is exact for the layout
+described in `qat.attach`. Rejected: measuring a small model and extrapolating (hides what grows with what).
 
-Memory of one rank, in bytes, for P_e expert weights and P_o other weights, R ranks, shards of S ranks (S = R when
-sharded, 1 under plain data parallelism):
+Memory of one rank, in bytes, for P_e expert weights and P_o other weights of w bytes each (`model.dtype`), R ranks, shards
+of S ranks (S = R when sharded, 1 under plain data parallelism), T trained weights (P_e, or all):
 
-    compute weights     (P_e + P_o) x 2 / S        bf16; experts on the MXFP4 grid
-    teacher's experts   P_e x 2 / S                frozen tensors are shared with the student
+    compute weights     (P_e + P_o) x w / S        experts on the MXFP4 grid
+    teacher's weights   T x w / S                  frozen tensors are shared with the student
     masters             P_e x 4 / S                float32 (host memory if offloaded)
-    optimizer           P_e x 8 / S  (muon: x 4)   float32 moments (host memory if offloaded)
-    gradients           P_e x 4 / S                float32
-    gathered layers     largest layer x 2 x 2      sharded: one layer's weights, the next prefetched; with expert
-                                                   parallelism only the rank's share of the experts
-    activations         see `_activation_bytes`
+    optimizer           T x 8 / S  (muon: x 4)     float32 moments (host memory if offloaded)
+    control             P_e x 4 / S                float32 running means of the masters, for each that the recipe asks for
+    gradients           T x 4 / S                  float32
+    last codes          P_e x 17/32 / S            what health reports compare with
+    gathered layers     largest layer x 2 x w      sharded: one layer's weights, the next prefetched; with expert
+    one layer's grads   its trained weights x 4    parallelism only the rank's share of the experts
+    activations         `activation_bytes`
     logits              chunk_tokens x vocabulary x 4 x 4    student and teacher, forward and backward
 """
 
@@ -24,32 +27,56 @@ import re
 from dataclasses import asdict, dataclass, field
 
 from qat.attach import find_expert_tensors
+from qat.geometry import meta_model
 from recipes.schema import Recipe
 
 GIB = 2**30
 SHARD_BYTES = 5 * 10**9
 # What the allocator, NCCL and fragmentation take of an accelerator before the first tensor.
 RESERVED_SHARE = 0.08
+EXPERTS, MTP = "experts", "MTP layers (copied, not in the decoder)"
+CODE_BYTES = 17 / 32  # half a byte a code, one scale byte per 32
 
 
 @dataclass
 class Plan:
-    """Everything `--plan` prints; counts in elements, memory in bytes."""
+    """Everything `--plan` prints; parameters in elements, memory, disk and communication in bytes."""
 
     model: str
+    ranks: int
+    tokens_per_step: int
+    steps: int
     quantized: list[tuple[str, str, int, int]]
     matrices: int
     groups: dict[str, int]
+    precision: dict[str, tuple[str, str]]
     memory: dict[str, int]
     host_memory: dict[str, int]
     disk: dict[str, int]
     export: dict[str, int]
     communication: dict[str, int]
-    tokens_per_step: int
-    ranks: int
+    mtp_parameters: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
     available: int | None = None
     host_available: int | None = None
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Weights by what happens to them, and how they are divided; see the module's text for the letters."""
+
+    experts: int
+    others: int
+    trained: int
+    width: int
+    ranks: int
+    shards: int
+    expert_parallel: int
+
+    @property
+    def total(self) -> int:
+        return self.experts + self.others
 
 
 def run(recipe: Recipe) -> int:
@@ -68,88 +95,86 @@ def make_plan(recipe: Recipe) -> Plan:
     """Adds everything up.
 
     Raises:
-        ValueError: no geometry to plan with; nothing to quantize.
+        ValueError: no geometry to plan with; nothing to quantize; experts that the ranks cannot divide.
     """
-    model, name, release = _meta_model(recipe)
+    model, name, inventory = meta_model(recipe)
     tensors = find_expert_tensors(model)
-    experts = sum(t.parameter.numel() for t in tensors)
     groups = _groups(model, {t.name for t in tensors})
-    total = sum(groups.values())
+    sizes = _sizes(recipe, groups)
+    uneven = [t for t in tensors if t.num_experts % sizes.expert_parallel]
+    if uneven:
+        raise ValueError(f"cluster.expert_parallel: {sizes.expert_parallel} does not divide the {uneven[0].num_experts} "
+                         f"experts of {uneven[0].name}")
     cluster, qat = recipe.cluster, recipe.qat
-    ranks = cluster.nodes * cluster.accelerators_per_node if cluster else 1
-    shards = ranks if cluster and cluster.sharding != "ddp" else 1
-    expert_parallel = cluster.expert_parallel if cluster else 1
-    trained = total if qat.train == "all" else experts
-    moments = 4 if qat.optimizer.name == "muon" else 8
-    tokens = qat.batch_size * recipe.data.sequence_length
-    states = {"masters (float32)": trained * 4 // shards, f"optimizer ({qat.optimizer.name})": trained * moments // shards}
-    memory = {
-        "compute weights (bf16)": total * 2 // shards,
-        "teacher's trained weights (bf16)": trained * 2 // shards,
-        "gradients (float32)": trained * 4 // shards,
-        "gathered layers (two)": 2 * 2 * _largest_layer(model, expert_parallel) if shards > 1 else 0,
-        f"activations ({tokens:,} tokens{', recomputed' if qat.gradient_checkpointing else ''})":
-            _activation_bytes(model.config, tokens, qat.gradient_checkpointing),
-        "logits (one chunk)": qat.loss.chunk_tokens * model.config.vocab_size * 4 * 4,
-    }
     offload = bool(cluster and cluster.offload_optimizer)
-    rows = _pattern_rows(tensors, total - experts)
-    per_step = qat.gradient_accumulation
+    state = _state_bytes(recipe, sizes)
+    working = _working_bytes(recipe, sizes, model)
+    communication, over_link = _communication(recipe, sizes, model.config, len({t.module for t in tensors}))
+    whole = sum(_state_bytes(recipe, sizes, shards=1).values())
+    checkpoint = sizes.total * sizes.width + int(sizes.experts * CODE_BYTES) + whole
     return Plan(
-        model=name, quantized=rows, matrices=_matrices(tensors), groups=groups,
-        memory=memory | ({} if offload else states), host_memory=states if offload else {},
-        disk={"training checkpoint (weights, masters, optimizer)": total * 2 + trained * (4 + moments),
-              "checkpoints kept": (total * 2 + trained * (4 + moments)) * qat.keep_last},
-        export=_export_bytes(model.config, release, experts, total),
-        communication=_communication(shards, ranks, total - experts + experts // expert_parallel, trained, per_step),
-        tokens_per_step=tokens * per_step * ranks, ranks=ranks,
+        model=name, ranks=sizes.ranks, steps=qat.steps,
+        tokens_per_step=qat.batch_size * recipe.data.sequence_length * qat.gradient_accumulation * sizes.ranks,
+        quantized=_pattern_rows(tensors, model), matrices=_matrices(tensors), groups=groups,
+        precision=_precision(groups, inventory, recipe.model.dtype),
+        mtp_parameters=sum(t.elements for t in inventory or () if _kind(t.name) == MTP and "scale" not in t.name),
+        memory=working | ({} if offload else state), host_memory=state if offload else {},
+        disk={"training checkpoint": checkpoint, f"checkpoints kept ({qat.keep_last})": checkpoint * qat.keep_last},
+        export=_export_bytes(inventory, sizes),
+        communication=communication, seconds=_seconds(recipe, communication, over_link),
         available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None,
         host_available=int(cluster.host_memory_gib * GIB / cluster.accelerators_per_node) if offload else None,
         notes=_notes(recipe))
 
 
-def _meta_model(recipe: Recipe):
-    """The model on the meta device, its name, and whether it is a published MiMo-V2 release."""
-    import torch
-
-    from modeling.configuration_mimo_v2 import MiMoV2Config
-    from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
-    from modeling.released import released_config
-
-    if recipe.model.released is not None:
-        config = MiMoV2Config(**released_config(recipe.model.released))
-        with torch.device("meta"):
-            return MiMoV2ForCausalLM(config), recipe.model.released, True
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    AutoConfig.register("mimo_v2", MiMoV2Config, exist_ok=True)
-    AutoModelForCausalLM.register(MiMoV2Config, MiMoV2ForCausalLM, exist_ok=True)
-    try:
-        config = AutoConfig.from_pretrained(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path: {recipe.model.path}: no config.json to plan with: "
-                         f"{str(error).splitlines()[0]}") from None
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config), recipe.model.path, False
+def _kind(name: str) -> str:
+    """The group that a tensor is counted in, by its (training or published) name."""
+    kinds = ((MTP, r"\.mtp\."), ("expert biases", r"experts\..*bias"), (EXPERTS, r"\.experts\."), ("embedding", r"embed"),
+             ("output head", r"lm_head"), ("router", r"\.(gate|router)\."), ("norms", r"norm"), ("attention", r"attn"),
+             ("dense MLP", r"mlp"))
+    return next((kind for kind, pattern in kinds if re.search(pattern, name)), "other")
 
 
 def _groups(model, experts: set[str]) -> dict[str, int]:
     """Parameters by group, in the order of first appearance."""
-    kinds = (("experts (MXFP4)", None), ("embedding", r"embed"), ("output head", r"lm_head"), ("attention", r"attn"),
-             ("router", r"\.(gate|router)\."), ("norms", r"norm"), ("dense MLP", r"mlp"))
     groups: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        kind = "experts (MXFP4)" if name in experts else next(
-            (k for k, pattern in kinds[1:] if re.search(pattern, name)), "other")
+        kind = EXPERTS if name in experts else _kind(name)
         groups[kind] = groups.get(kind, 0) + parameter.numel()
     return groups
 
 
-def _pattern_rows(tensors, others: int) -> list[tuple[str, str, int, int]]:
+def _precision(groups: dict[str, int], inventory, dtype: str) -> dict[str, tuple[str, str]]:
+    """(in training, in the exported files) of each group."""
+    exported: dict[str, list[str]] = {}
+    for tensor in inventory or ():
+        kinds = exported.setdefault(_kind(tensor.name), [])
+        if tensor.dtype not in kinds:
+            kinds.append(tensor.dtype)
+    rows = {kind: (dtype, "BF16") for kind in groups}
+    rows[EXPERTS] = (f"{dtype}, on the MXFP4 grid", "U8")
+    for kind, dtypes in exported.items():
+        rows[kind] = (rows[kind][0] if kind in rows else "not loaded", ", ".join(dtypes))
+    return rows
+
+
+def _sizes(recipe: Recipe, groups: dict[str, int]) -> _Sizes:
+    cluster, experts, total = recipe.cluster, groups[EXPERTS], sum(groups.values())
+    ranks = cluster.nodes * cluster.accelerators_per_node if cluster else 1
+    return _Sizes(experts=experts, others=total - experts, trained=total if recipe.qat.train == "all" else experts,
+                  width=4 if recipe.model.dtype == "float32" else 2, ranks=ranks,
+                  shards=ranks if cluster and cluster.sharding != "ddp" else 1,
+                  expert_parallel=cluster.expert_parallel if cluster else 1)
+
+
+def _pattern_rows(tensors, model) -> list[tuple[str, str, int, int]]:
     rows: dict[tuple[str, str], list[int]] = {}
     for t in tensors:
         rows.setdefault((re.sub(r"\.\d+\.", ".*.", t.name), str(list(t.parameter.shape))), []).append(t.parameter.numel())
-    return [*((p, s, len(n), sum(n)) for (p, s), n in rows.items()), ("everything else (kept)", "", 0, others)]
+    kept = [p.numel() for p in model.parameters()]
+    quantized = sum(sum(n) for n in rows.values())
+    return [*((p, s, len(n), sum(n)) for (p, s), n in rows.items()),
+            ("everything else (kept)", "", len(kept) - len(tensors), sum(kept) - quantized)]
 
 
 def _matrices(tensors) -> int:
@@ -157,48 +182,118 @@ def _matrices(tensors) -> int:
     return sum(t.num_experts * (2 if "gate_up" in t.name else 1) for t in tensors)
 
 
-def _largest_layer(model, expert_parallel: int) -> int:
-    """Weights of the largest layer that one rank must hold to compute it: all but the experts, and its share of those."""
-    def share(parameter) -> int:
-        return parameter.numel() // (expert_parallel if parameter.ndim == 3 else 1)
+def _state_bytes(recipe: Recipe, sizes: _Sizes, shards: int | None = None) -> dict[str, int]:
+    """What the optimizer's side holds on one of `shards` ranks (default: the plan's)."""
+    qat, shards = recipe.qat, shards or sizes.shards
+    moments = 4 if qat.optimizer.name == "muon" else 8
+    state = {"masters (float32)": sizes.experts * 4, f"optimizer ({qat.optimizer.name})": sizes.trained * moments}
+    if qat.oscillation.method != "none":
+        state[f"oscillation control ({qat.oscillation.method})"] = sizes.experts * (
+            4 if qat.oscillation.method == "ema" else 2)  # a mean; or a flip counter and a mark
+    if qat.average_last:
+        state["average of the masters"] = sizes.experts * 4
+    return {name: size // shards for name, size in state.items()}
 
-    return max(sum(share(p) for p in layer.parameters()) for layer in model.base_model.layers)
+
+def _working_bytes(recipe: Recipe, sizes: _Sizes, model) -> dict[str, int]:
+    """What always lies on the accelerator of one rank."""
+    qat, S, w = recipe.qat, sizes.shards, sizes.width
+    tokens = qat.batch_size * recipe.data.sequence_length
+    config = model.config.get_text_config()
+    memory = {
+        f"compute weights ({recipe.model.dtype})": sizes.total * w // S,
+        "teacher's own weights": sizes.trained * w // S,
+        "gradients (float32)": sizes.trained * 4 // S,
+        "last codes (health)": int(sizes.experts * CODE_BYTES) // S,
+    }
+    if S > 1:
+        layer_experts, layer_others = _largest_layer(model, sizes.expert_parallel)
+        memory["gathered layers (two)"] = 2 * w * (layer_experts + layer_others)
+        memory["one layer's gradients (float32)"] = 4 * (layer_experts + (layer_others if qat.train == "all" else 0))
+    memory[f"activations ({tokens:,} tokens{', recomputed' if qat.gradient_checkpointing else ''})"] = activation_bytes(
+        config, tokens, w, recomputed=qat.gradient_checkpointing, hidden_loss=qat.loss.hidden > 0)
+    memory["logits (one chunk)"] = min(qat.loss.chunk_tokens, tokens) * config.vocab_size * 4 * 4
+    return memory
 
 
-def _activation_bytes(config, tokens: int, recomputed: bool) -> int:
-    """Estimate. With recomputation: each layer's input (bf16) plus one layer in full. Without: every layer in full.
+def _largest_layer(model, expert_parallel: int) -> tuple[int, int]:
+    """(expert weights of one rank's share, other weights) of the largest decoder layer."""
+    layers = []
+    for layer in model.base_model.layers:
+        experts = sum(p.numel() for p in layer.parameters() if p.ndim == 3) // expert_parallel
+        layers.append((experts, sum(p.numel() for p in layer.parameters() if p.ndim != 3)))
+    return max(layers, key=sum)
 
-    A layer in full holds about 34 hidden-sized bf16 values per token outside the experts (Korthikanti et al.,
-    arXiv 2205.05198, without stored attention scores), and 4 intermediate-sized ones for each of the token's experts.
+
+def activation_bytes(config, tokens: int, width: int, *, recomputed: bool, hidden_loss: bool = False) -> int:
+    """Estimate of what autograd keeps for `tokens` tokens, in bytes, with fused attention (no stored scores).
+
+    A layer keeps, for each token: two norms (input, its float32 copy, output); queries, keys and values before and after
+    rotation, attention's output; and for each of the token's experts the gathered input, gate and up, the activated gate,
+    their product and the output. With recomputation only each layer's input stays, plus one layer in full. A loss on
+    hidden states adds the teacher's layer outputs and the float32 differences.
     """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    keys = getattr(config, "head_dim", None) or hidden // heads
+    values = getattr(config, "v_head_dim", None) or keys
+    groups = config.num_key_value_heads
     inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    one = tokens * (34 * hidden + 2 * 4 * inner * config.num_experts_per_tok)
-    return layers * tokens * hidden * 2 + one if recomputed else layers * one
+    norms = 2 * hidden * (2 * width + 4)
+    attention = (2 * keys * (heads + groups) + values * (heads + groups)) * width
+    experts = config.num_experts_per_tok * (2 * hidden + 4 * inner) * width
+    one = tokens * (norms + attention + experts)
+    captured = layers * tokens * hidden * (width + 4) if hidden_loss else 0
+    return captured + (layers * tokens * hidden * width + one if recomputed else layers * one)
 
 
-def _export_bytes(config, release: bool, experts: int, total: int) -> dict[str, int]:
-    """Bytes of the exported FP4 checkpoint by dtype; for releases from the published inventory, with their MTP layers."""
-    if not release:
-        return {"U8 (codes and scales)": experts * 17 // 32, "BF16 (everything else)": (total - experts) * 2}
-    from modeling.names import published_tensors
-    from modeling.released import MTP_LAYERS
-
-    sizes: dict[str, int] = {}
-    for tensor in published_tensors(config, mtp_layers=MTP_LAYERS):
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.bytes
-    return sizes
+def _export_bytes(inventory, sizes: _Sizes) -> dict[str, int]:
+    """Bytes of the exported FP4 checkpoint by dtype: from the published inventory, or everything but experts in BF16."""
+    if inventory is None:
+        return {"U8": sizes.experts * 17 // 32, "BF16": sizes.others * 2}
+    by_dtype: dict[str, int] = {}
+    for tensor in inventory:
+        by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.bytes
+    return by_dtype
 
 
-def _communication(shards: int, ranks: int, gathered: int, trained: int, accumulation: int) -> dict[str, int]:
-    """Bytes that one rank receives per step; `gathered` weights pass through each rank in one sweep over the layers."""
-    if ranks == 1:
+def _communication(recipe: Recipe, sizes: _Sizes, config, moe_layers: int) -> tuple[dict[str, int], set[str]]:
+    """Bytes that one rank receives per step, and which rows stay within a node when expert parallelism does.
+
+    Sharded weights pass through every rank three times per micro-step: teacher's forward, student's forward, backward.
+    With expert parallelism each rank gathers its share of the experts only, from the ranks that hold the same share, and
+    tokens travel instead: out and back in each forward (teacher, student, recomputation) and in the backward pass.
+    """
+    qat, R, w, E = recipe.qat, sizes.ranks, sizes.width, sizes.expert_parallel
+    if R == 1:
+        return {}, set()
+    twins = R // E  # ranks that hold the same share of the experts
+    trained_others = sizes.trained - sizes.experts
+    if sizes.shards == 1:
+        return {"all-reduce of gradients (float32)": 2 * (sizes.experts // E * 4 * (twins - 1) // twins
+                                                          + trained_others * 4 * (R - 1) // R)}, set()
+    micro, config = qat.gradient_accumulation, config.get_text_config()
+    rows = {
+        f"all-gather of experts ({recipe.model.dtype})": 3 * micro * (sizes.experts // E) * w * (twins - 1) // twins,
+        f"all-gather of everything else ({recipe.model.dtype})": 3 * micro * sizes.others * w * (R - 1) // R,
+        "reduce-scatter of gradients (float32)": micro * 4 * (sizes.experts // E * (twins - 1) // twins
+                                                              + trained_others * (R - 1) // R),
+    }
+    if E == 1:
+        return rows, set()
+    passes = 3 + qat.gradient_checkpointing
+    sent = qat.batch_size * recipe.data.sequence_length * config.num_experts_per_tok * config.hidden_size * w
+    rows["all-to-all of tokens (experts)"] = 2 * passes * micro * moe_layers * sent * (E - 1) // E
+    return rows, {"all-to-all of tokens (experts)"} if E <= recipe.cluster.accelerators_per_node else set()
+
+
+def _seconds(recipe: Recipe, communication: dict[str, int], over_link: set[str]) -> dict[str, float]:
+    """Seconds per step at the recipe's bandwidths, nothing overlapped; between nodes as if no byte had a nearer source."""
+    cluster = recipe.cluster
+    if cluster is None:
         return {}
-    if shards == 1:
-        return {"all-reduce of gradients (float32)": 2 * trained * 4 * (ranks - 1) // ranks}
-    gathers = 3 * accumulation  # forward, backward, and the teacher's forward
-    return {"all-gather of weights (bf16)": gathers * gathered * 2 * (shards - 1) // shards,
-            "reduce-scatter of gradients (float32)": accumulation * trained * 4 * (shards - 1) // shards}
+    speeds = {name: cluster.link_gb_per_s if cluster.nodes == 1 or name in over_link else cluster.network_gb_per_s
+              for name in communication}
+    return {name: size / (speeds[name] * 1e9) for name, size in communication.items() if speeds[name]}
 
 
 def _notes(recipe: Recipe) -> list[str]:
@@ -207,8 +302,8 @@ def _notes(recipe: Recipe) -> list[str]:
         notes.append("the recipe names no cluster: figures are for one process and are not checked against memory")
     elif recipe.cluster.sharding != "ddp":
         notes.append(f"sharding {recipe.cluster.sharding} is planned here; qat/train.py itself runs data parallelism so far")
-    if recipe.cluster and recipe.cluster.expert_parallel > 1:
-        notes.append("expert parallelism moves tokens instead of expert weights: its all-to-all is not counted")
+    if recipe.qat.warm_start.method == "gptq":
+        notes.append("second moments of the GPTQ start (one layer at a time, before training) are not counted")
     return notes
 
 
@@ -235,20 +330,18 @@ def render(plan: Plan) -> None:
     from rich.table import Table
 
     console = Console(width=110)
-    total = sum(plan.groups.values())
-    experts = plan.groups["experts (MXFP4)"]
+    total, experts = sum(plan.groups.values()), plan.groups[EXPERTS]
     console.print(f"[bold]{plan.model}[/]: {total / 1e9:,.2f} B parameters, {experts / 1e9:,.2f} B of them in "
-                  f"{plan.matrices:,} expert matrices quantized to MXFP4; {plan.ranks} ranks, "
-                  f"{plan.tokens_per_step:,} tokens per step")
-    table = Table(title="what is quantized")
-    for column in ("tensors", "shape", "count", "parameters"):
-        table.add_column(column, no_wrap=column == "tensors", overflow="fold")
+                  f"{plan.matrices:,} expert matrices quantized to MXFP4", highlight=False, soft_wrap=True)
+    console.print(f"{plan.ranks} ranks, {plan.tokens_per_step:,} tokens per step, "
+                  f"{plan.tokens_per_step * plan.steps / 1e9:,.2f} B tokens in {plan.steps:,} steps", highlight=False)
+    table = Table("tensors", "shape", "count", "parameters", title="what is quantized")
     for pattern, shape, count, parameters in plan.quantized:
-        table.add_row(pattern, shape, str(count or ""), f"{parameters:,}")
+        table.add_row(pattern, shape, str(count), f"{parameters:,}")
     console.print(table)
-    table = Table("group", "parameters", "precision in training", title="what stays")
-    for group, parameters in plan.groups.items():
-        table.add_row(group, f"{parameters:,}", "MXFP4 values in bf16" if "MXFP4" in group else "bf16, as loaded")
+    table = Table("group", "parameters", "in training", "in the exported files", title="precision")
+    for group, (training, exported) in plan.precision.items():
+        table.add_row(group, f"{plan.groups.get(group, plan.mtp_parameters):,}", training, exported)
     console.print(table)
     _bytes_table(console, "memory per rank", plan.memory, plan.available)
     if plan.host_memory:
@@ -257,19 +350,24 @@ def render(plan: Plan) -> None:
     _bytes_table(console, "exported FP4 checkpoint", plan.export, None)
     console.print(f"shards of 5 GB: {-(-sum(plan.export.values()) // SHARD_BYTES)}")
     if plan.communication:
-        _bytes_table(console, "communication of one rank per step", plan.communication, None)
+        _bytes_table(console, "communication: what one rank receives per step", plan.communication, None,
+                     seconds=plan.seconds)
     for note in plan.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
-def _bytes_table(console, title: str, rows: dict[str, int], available: int | None, *, total: bool = True) -> None:
+def _bytes_table(console, title: str, rows: dict[str, int], available: int | None, *, total: bool = True,
+                 seconds: dict[str, float] | None = None) -> None:
     from rich.table import Table
 
-    table = Table("", "GiB", "GB", title=title)
+    table = Table("", "GiB", "GB", *(["seconds, not overlapped"] if seconds else []), title=title)
+    last = [f"{sum(seconds.values()):.1f}"] if seconds else []
     for name, size in rows.items():
-        table.add_row(name, f"{size / GIB:,.2f}", f"{size / 1e9:,.2f}")
+        cells = [f"{seconds[name]:.1f}" if name in seconds else "?"] if seconds else []
+        table.add_row(name, f"{size / GIB:,.2f}", f"{size / 1e9:,.2f}", *cells)
     if total:
-        table.add_row("[bold]total[/]", f"{sum(rows.values()) / GIB:,.2f}", f"{sum(rows.values()) / 1e9:,.2f}")
+        size = sum(rows.values())
+        table.add_row("[bold]total[/]", f"{size / GIB:,.2f}", f"{size / 1e9:,.2f}", *last)
     if available is not None:
         table.add_row("available", f"{available / GIB:,.2f}", f"{available / 1e9:,.2f}")
     console.print(table)
