@@ -11,7 +11,7 @@ MODEL_FP32 = {"atol": 2e-4, "rtol": 1e-4}
 # Relative error (Frobenius) of a bf16 expert against float32: three roundings of at most 2^-8 (gate-up, activation, down).
 EXPERTS_BF16 = 3 * 2.0**-8
 
-# Bits per byte of a short slice of every held-out document over the figure published for the whole documents: beginnings have
+# Bits per byte of the beginnings of some held-out documents over the figure published for the whole documents: beginnings have
 # less context and are the least predictable part of a file. It catches a broken load or forward, which doubles the figure.
 SEED_SLICE_SLACK = 1.35
 
