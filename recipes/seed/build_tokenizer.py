@@ -11,8 +11,8 @@ Special tokens: `<|endoftext|>` ends an answer and separates documents, `<|pad|>
 for block drafters (it never occurs in text, so the model is never trained on it), and three roles carry the chat form
 `<|user|>…<|assistant|>…<|endoftext|>`.
 
-Rejected: 1024 entries (2.7 instead of 3.0 bytes per token on code for 5 % fewer parameters); the pattern of GPT-4,
-which glues `_`, `.` and `(` to the following word and triples the forms of one identifier.
+Rejected: the pattern of GPT-4, which glues `_`, `.` and `(` to the following word: 3.00 instead of 2.93 bytes per token on
+held-out code, at the price of several forms of one identifier.
 """
 
 import json
