@@ -1,0 +1,106 @@
+"""The model of a recipe on the meta device: all shapes, no weights, in seconds for a trillion parameters.
+
+The geometry is that of the checkpoint folder `model.path` if there is one, else the published one named by
+`model.released`, else the configuration of the hub name `model.path`. Rejected: always asking the hub (a plan must work
+where there is no network).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from recipes.schema import Recipe
+
+# Published geometries of other families, as differences from transformers' defaults. Sources: the config.json files of
+# Qwen/Qwen3-30B-A3B, openai/gpt-oss-20b and openai/gpt-oss-120b (whose geometry is the default one).
+_OTHER_RELEASES = {
+    "Qwen3-30B-A3B": ("qwen3_moe", {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True,
+                                    "max_position_embeddings": 40960}),
+    "gpt-oss-20b": ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}),
+    "gpt-oss-120b": ("gpt_oss", {}),
+}
+
+
+def meta_model(recipe: Recipe):
+    """The recipe's model without weights.
+
+    Returns:
+        model: on the meta device. name: where its geometry comes from. inventory: every tensor of its FP4 release
+        (list of `modeling.names.PublishedTensor`), or None for other families than MiMo-V2.
+
+    Raises:
+        ValueError: no configuration at `model.path`, or `model.released` is not a known release.
+    """
+    import torch
+
+    path, released = recipe.model.path, recipe.model.released
+    with torch.device("meta"):
+        if path is not None and (released is None or Path(path).is_dir()):
+            model, mtp_layers, fp8 = _model_at(path, recipe.model.trust_remote_code)
+            name = path
+        else:
+            model, mtp_layers, fp8 = _released_model(released)
+            name = released
+    if model.config.model_type != "mimo_v2":
+        return model, name, None
+    from modeling.names import published_tensors
+
+    router = "F32" if fp8 and getattr(model.config, "moe_router_dtype", None) != "bfloat16" else "BF16"
+    return model, name, list(published_tensors(model.config, mtp_layers=mtp_layers, dense="fp8" if fp8 else "bf16",
+                                               router=router))
+
+
+def _released_model(name: str):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from modeling.configuration_mimo_v2 import MiMoV2Config
+    from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
+    from modeling.released import MTP_LAYERS, released_config
+
+    if name in _OTHER_RELEASES:
+        kind, difference = _OTHER_RELEASES[name]
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**difference)), 0, False
+    try:
+        geometry = released_config(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; other families: {', '.join(_OTHER_RELEASES)}") from None
+    return MiMoV2ForCausalLM(MiMoV2Config(**geometry)), MTP_LAYERS, True
+
+
+def _model_at(path: str, trust_remote_code: bool):
+    """(model, MTP layers in its files, whether its dense weights are FP8) of a folder or hub name; reads no weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from modeling.configuration_mimo_v2 import MiMoV2Config
+    from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
+
+    folder = Path(path)
+    if folder.is_dir() and (folder / "config.json").is_file():
+        try:
+            keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{folder / 'config.json'}:{error.lineno}: not valid JSON: {error.msg}") from None
+        # The test that `modeling.load` makes: V2-Flash as released is read by this project's class.
+        if keys.get("model_type") == "mimo_v2" or keys.get("model_type") == "mimo_v2_flash" and "hybrid_layer_pattern" in keys:
+            fp8 = (keys.get("quantization_config") or {}).get("quant_method") == "fp8"
+            geometry = {k: v for k, v in keys.items() if k not in ("quantization_config", "model_type", "dtype", "torch_dtype")}
+            return MiMoV2ForCausalLM(MiMoV2Config.from_dict(geometry)), _mtp_layers(folder), fp8
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        raise ValueError(f"model.path: {path}: no config.json to plan with (not a checkpoint folder, and no hub model that "
+                         "can be reached from here); a published geometry can be planned with model.released") from None
+    # A packed base is decoded before training; its declaration would make transformers look for kernels.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), 0, False
+
+
+def _mtp_layers(folder: Path) -> int:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return 0
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return len({m[1] for m in (re.match(r"model\.mtp\.layers\.(\d+)\.", n) for n in names) if m})
