@@ -29,7 +29,7 @@ VARIANTS: dict[str, list[str]] = {
     "muon": ["qat.optimizer.name=muon", "qat.optimizer.learning_rate=3e-4"],
     "ema": ["qat.oscillation.method=ema", "qat.oscillation.ema_decay=0.9"],
     "freeze": ["qat.oscillation.method=freeze", "qat.oscillation.freeze_flips=4"],
-    "long": ["qat.steps=1000"],
+    "long": ["qat.steps=450"],
 }
 
 

@@ -33,9 +33,12 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False):
     Raises:
         ValueError: no tokenizer there.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+
+    from modeling.configuration_mimo_v2 import MiMoV2Config
 
     _require_folder(path)
+    AutoConfig.register("mimo_v2", MiMoV2Config, exist_ok=True)  # or transformers warns of a type that it does not know
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
