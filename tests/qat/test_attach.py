@@ -159,3 +159,20 @@ def test_description_accounts_for_every_parameter(model):
 
 def test_require_finite_accepts_finite_tensors():
     require_finite("x", torch.zeros(2, 3, 4))
+
+
+def test_forward_backward_and_recomputation_round_nothing(model, monkeypatch):
+    import qat.attach
+
+    quantizer = ExpertQuantizer(model)
+    calls = []
+    original = qat.attach.fake_quantize_
+    monkeypatch.setattr(qat.attach, "fake_quantize_", lambda *a, **k: calls.append(1) or original(*a, **k))
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for _ in range(3):  # micro-steps
+        model(input_ids=torch.arange(20)[None], use_cache=False).logits.float().mean().backward()
+    quantizer.pull_gradients()
+    assert not calls
+    quantizer.requantize()
+    assert len(calls) == len(quantizer.tensors)
