@@ -48,7 +48,11 @@ class Health:
     def __init__(self, model: nn.Module, quantizer: ExpertQuantizer):
         self.quantizer = quantizer
         self.routed = RoutedTokens(model, quantizer)
-        self._last = [self._packed(tensor) for tensor in quantizer.tensors]
+        self.rebase()
+
+    def rebase(self) -> None:
+        """Makes the present codes those that the next report compares with."""
+        self._last = [self._packed(tensor) for tensor in self.quantizer.tensors]
 
     def _packed(self, tensor):
         return quantize(tensor.parameter.data, scale_rule=self.quantizer.scale_rule, axis=tensor.axis)

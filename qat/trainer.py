@@ -161,6 +161,7 @@ class Trainer:
             checkpoint.load_checkpoint(self.accelerator, newest)
         elif self.recipe.qat.warm_start.method == "gptq":
             gptq_warm_start(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start)
+            self.state.health.rebase()  # what the start changed is not training's doing
         self.metrics = None
         if not self.main:
             return

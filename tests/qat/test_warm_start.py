@@ -77,3 +77,19 @@ def test_warm_start_moves_masters_and_model_together(model):
     for (tensor, master), before in zip(quantizer, plain, strict=True):
         assert torch.equal(tensor.parameter, fake_quantize(master.data))
         assert not torch.equal(tensor.parameter, before)
+
+
+def test_health_counts_code_changes_from_the_last_report_or_rebase(model):
+    from qat.health import Health
+
+    teacher = make_teacher(model)
+    quantizer = ExpertQuantizer(model)
+    health = Health(model, quantizer)
+    gptq_warm_start(teacher, quantizer, torch.randint(0, 250, (8, 64)), WarmStart(method="gptq"))
+    assert all(min(record["flipped"]) > 0.02 for record in health.report())
+    assert all(max(record["flipped"]) == 0 for record in health.report())
+    with torch.no_grad():
+        quantizer.masters[0][1].mul_(-1)
+    quantizer.requantize()
+    health.rebase()
+    assert all(max(record["flipped"]) == 0 for record in health.report())
