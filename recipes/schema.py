@@ -131,6 +131,115 @@ class QAT(Section):
     keep_last: PositiveInt = Field(2, description="complete checkpoints kept")
 
 
+class Drafter(Section):
+    """Architecture of the DFlash drafter; hidden size, embedding and head are the target's."""
+
+    num_hidden_layers: PositiveInt = 5
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    v_head_dim: PositiveInt | None = Field(None, description="width of values, if not head_dim")
+    intermediate_size: PositiveInt
+    target_layer_ids: list[NonNegativeInt] | None = Field(None, description="target layers whose outputs are the context; "
+                                                          "none: five (or all), evenly from the first to the last")
+    block_size: Annotated[int, Field(ge=2)] = Field(8, description="anchor and drafted tokens of a round")
+    window: PositiveInt | None = Field(1024, description="keys nearer than this many positions are seen; none: all")
+    causal: bool = Field(False, description="positions of a block see only those before them")
+    attention_sink_bias: bool = Field(True, description="one learned extra logit per head")
+    attention_value_scale: float | None = Field(None, description="factor on the values")
+    partial_rotary_factor: Fraction = Field(0.5, description="share of head_dim that is rotated")
+    rotary_base: PositiveFloat | None = Field(None, description="none: the target's base of full-attention layers")
+    mask_token: str | int | None = Field(None, description="reserved entry of the vocabulary; none: the tokenizer's mask token")
+    rms_norm_eps: PositiveFloat = 1e-5
+    convolution_rank: NonNegativeInt = Field(0, description="in-block dynamic convolution (DFlash 2); 0: off")
+    markov_rank: NonNegativeInt = Field(0, description="low-rank Markov head (DSpark); 0: off")
+    selector_top_k: NonNegativeInt = Field(0, description="greedy drafts by the best path through this many candidates per "
+                                           "position (DFlash 2; needs markov_rank); 0: token by token")
+
+
+class Pass(Section):
+    """One pass of the target over the prompts."""
+
+    temperature: NonNegativeFloat = Field(0.0, description="0: greedy")
+    samples: PositiveInt = Field(1, description="answers per prompt")
+    where: dict[str, str] = Field(default_factory=dict, description="only prompts with these fields, e.g. kind: task")
+
+
+class Regenerate(Section):
+    """Self-distillation: prompts answered by the target itself, at the temperatures it will be served with."""
+
+    prompts: list[str] = Field(default_factory=list, description="JSONL files (globs allowed) of prompts")
+    prompt_field: str = "prompt"
+    passes: list[Pass] = Field(default_factory=lambda: [Pass()])
+    max_new_tokens: PositiveInt = 256
+    batch_size: PositiveInt = Field(64, description="prompts answered side by side")
+    endpoint: str | None = Field(None, description="base URL of an OpenAI-compatible server of the target; none: in this process")
+    endpoint_model: str | None = Field(None, description="model name to ask that server for")
+
+
+class DraftLoss(Section):
+    """Weights of the drafter's losses per masked position; at least one must be positive."""
+
+    cross_entropy: NonNegativeFloat = Field(1.0, description="of the text's token")
+    kl: NonNegativeFloat = Field(0.0, description="KL(target || drafter)")
+    tv: NonNegativeFloat = Field(0.0, description="total variation distance = rejection probability")
+    lk: NonNegativeFloat = Field(0.0, description="-log of the acceptance probability (LK, arXiv 2602.23881)")
+    weighting: Literal["decay", "dpace"] = Field("decay", description="decay: exp(-(k-1)/gamma); dpace: by the expected number "
+                                                 "of accepted tokens that depend on position k (arXiv 2605.18810)")
+    decay_gamma: PositiveFloat = Field(7.0, description="positions over which the decay falls to 1/e")
+    dpace_alpha: Fraction = Field(0.5, description="smoothing of the confidences")
+    chunk_anchors: PositiveInt = Field(256, description="anchors whose logits are held at once")
+
+    @model_validator(mode="after")
+    def _not_all_zero(self):
+        if self.cross_entropy == self.kl == self.tv == self.lk == 0:
+            raise ValueError("dflash.loss: cross_entropy, kl, tv and lk are all 0: nothing would be trained")
+        return self
+
+
+class DraftOptimizer(Optimizer):
+    """Muon for the matrices, AdamW for the rest (or AdamW for all)."""
+
+    name: Literal["adamw", "muon"] = Field("muon", description="update of the matrices; everything else has AdamW")
+    learning_rate: PositiveFloat = Field(3e-3, description="peak for the matrices; for muon in units of AdamW (RMS matched)")
+    adamw_learning_rate: PositiveFloat = Field(3e-3, description="peak for norms, sinks, mask embedding and vocabulary tables")
+    warmup_steps: NonNegativeInt = Field(20, description="linear warm-up from 0")
+    betas: tuple[Fraction, Fraction] = Field((0.95, 0.95), strict=False, description="moment decays; muon uses the first")
+
+
+class Acceptance(Section):
+    """Measurement on held-out prompts."""
+
+    prompts: list[str] = Field(default_factory=list, description="JSONL files of prompts; rows may have domain and kind "
+                               "(task: judged at temperature 0; open: at 1; neither: at both)")
+    prompt_field: str = "prompt"
+    prompts_per_group: PositiveInt = Field(64, description="prompts of each domain and kind")
+    max_new_tokens: PositiveInt = 160
+    timed_prompts: NonNegativeInt = Field(12, description="prompts of each group decoded for wall-clock and measured length")
+
+
+class DFlash(Section):
+    """The drafter's training job."""
+
+    steps: PositiveInt = Field(description="optimizer updates")
+    batch_size: PositiveInt = Field(8, description="packed rows per process and step")
+    sequence_length: Annotated[int, Field(ge=16)] = Field(512, description="tokens per packed row")
+    anchors: PositiveInt = Field(64, description="blocks trained per row and step, at fresh positions each epoch")
+    target: Literal["qat", "ptq", "base"] = Field("qat", description="qat: the result of qat/train.py; ptq: model.path, experts "
+                                                  "rounded; base: model.path as it is")
+    data: list[str] = Field(default_factory=list, description="own dialogues instead of regenerated ones: JSONL with prompt "
+                            "and response, or text")
+    features: Literal["online", "disk"] = Field("online", description="target features: computed in the loop, or once to disk")
+    features_gib: PositiveFloat = Field(8.0, description="limit of the cache on disk")
+    loss: DraftLoss = Field(default_factory=DraftLoss)
+    optimizer: DraftOptimizer = Field(default_factory=DraftOptimizer)
+    regenerate: Regenerate = Field(default_factory=Regenerate)
+    acceptance: Acceptance = Field(default_factory=Acceptance)
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt = 100
+    keep_last: PositiveInt = 2
+
+
 class Cluster(Section):
     """The machines the recipe is written for; read by --plan only (Accelerate's own file launches the run)."""
 
@@ -171,5 +280,7 @@ class Recipe(Section):
     data: Data
     quantization: Quantization = Field(default_factory=Quantization)
     qat: QAT
+    drafter: Drafter | None = None
+    dflash: DFlash | None = None
     cluster: Cluster | None = None
     tracking: Tracking = Field(default_factory=Tracking)
