@@ -16,6 +16,12 @@ import torch
 from recipes.schema import Optimizer
 
 
+def matched_rate(learning_rate: float, shape: tuple[int, ...]) -> float:
+    """The package's learning rate at which a Muon update of a [., out, in] matrix has the RMS of AdamW's at `learning_rate`."""
+    out, into = shape[-2:]
+    return learning_rate * 0.2 * math.sqrt(max(out, into)) / max(1, out / into) ** 0.5
+
+
 def make_optimizer(parameters: list[torch.nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
     """Optimizer over float32 parameters."""
     if settings.name == "adamw":
@@ -35,8 +41,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], settings: Optimizer) ->
     by_shape: dict[tuple[int, int], list[torch.nn.Parameter]] = {}
     for p in matrices:
         by_shape.setdefault(tuple(p.shape[-2:]), []).append(p)
-    groups = [{"params": ps, "lr": settings.learning_rate * 0.2 * math.sqrt(max(shape)) / max(1, shape[0] / shape[1]) ** 0.5}
-              for shape, ps in by_shape.items()]
+    groups = [{"params": ps, "lr": matched_rate(settings.learning_rate, shape)} for shape, ps in by_shape.items()]
     return Muon(groups, weight_decay=settings.weight_decay, momentum=settings.betas[0])
 
 

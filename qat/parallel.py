@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import torch
 
-LAUNCH_HELP = ("several processes on a CPU: ACCELERATE_USE_CPU=true torchrun --nproc-per-node N qat/train.py RECIPE; "
-               "on GPUs: accelerate launch --multi_gpu --num_processes N qat/train.py RECIPE")
+LAUNCH_HELP = ("several processes on a CPU: ACCELERATE_USE_CPU=true torchrun --nproc-per-node N {script} RECIPE; "
+               "on GPUs: accelerate launch --multi_gpu --num_processes N {script} RECIPE")
 
 
 def make_accelerator(gradient_accumulation: int = 1):
@@ -27,7 +28,7 @@ def make_accelerator(gradient_accumulation: int = 1):
     accelerator = Accelerator(gradient_accumulation_plugin=accumulation)
     if launched > 1 and accelerator.num_processes == 1:
         raise ValueError(f"launched with WORLD_SIZE={launched}, but Accelerate sees one process: {launched} independent "
-                         f"runs would overwrite each other. Launch {LAUNCH_HELP}")
+                         f"runs would overwrite each other. Launch {LAUNCH_HELP.format(script=sys.argv[0])}")
     return accelerator
 
 

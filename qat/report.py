@@ -156,7 +156,7 @@ def mean(values: Iterable[float]) -> float:
 class ProgressBar:
     """Rich progress bar on the main process of a terminal; a plain line every `every` steps elsewhere (logs, CI)."""
 
-    def __init__(self, total: int, start: int, *, enabled: bool, every: int):
+    def __init__(self, total: int, start: int, *, enabled: bool, every: int, label: str = "QAT"):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -166,10 +166,10 @@ class ProgressBar:
         console = Console()
         self._bar = None
         if enabled and console.is_terminal:
-            self._bar = Progress(TextColumn("[bold]QAT"), BarColumn(), MofNCompleteColumn(),
+            self._bar = Progress(TextColumn(f"[bold]{label}"), BarColumn(), MofNCompleteColumn(),
                                  TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=console)
             self._bar.start()
-            self._task = self._bar.add_task("qat", total=total, completed=start, text="")
+            self._task = self._bar.add_task(label, total=total, completed=start, text="")
 
     def update(self, step: int, text: str) -> None:
         if self._bar is not None:

@@ -173,7 +173,7 @@ class Regenerate(Section):
     passes: list[Pass] = Field(default_factory=lambda: [Pass()])
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = Field(64, description="prompts answered side by side")
-    endpoint: str | None = Field(None, description="base URL of an OpenAI-compatible server of the target; none: in this process")
+    endpoint: str | None = Field(None, description="base URL of an OpenAI-compatible server of the target; none: this process")
     endpoint_model: str | None = Field(None, description="model name to ask that server for")
 
 
@@ -225,8 +225,8 @@ class DFlash(Section):
     batch_size: PositiveInt = Field(8, description="packed rows per process and step")
     sequence_length: Annotated[int, Field(ge=16)] = Field(512, description="tokens per packed row")
     anchors: PositiveInt = Field(64, description="blocks trained per row and step, at fresh positions each epoch")
-    target: Literal["qat", "ptq", "base"] = Field("qat", description="qat: the result of qat/train.py; ptq: model.path, experts "
-                                                  "rounded; base: model.path as it is")
+    target: Literal["qat", "ptq", "base"] = Field("qat", description="qat: the result of qat/train.py; ptq: model.path, "
+                                                  "experts rounded; base: model.path as it is")
     data: list[str] = Field(default_factory=list, description="own dialogues instead of regenerated ones: JSONL with prompt "
                             "and response, or text")
     features: Literal["online", "disk"] = Field("online", description="target features: computed in the loop, or once to disk")

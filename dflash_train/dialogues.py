@@ -1,0 +1,148 @@
+"""Dialogues (prompt and response, as token ids) and their packing into rows.
+
+A row holds whole dialogues side by side; its tensors say, for each token, where its dialogue begins and whether it is
+part of a response. Anchors are drawn from response tokens that have a successor in the same dialogue: what the drafter
+meets when it serves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qat.data import expand
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Token ids of a prompt (may be empty) and its response."""
+
+    prompt: list[int]
+    response: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.response
+
+
+def read_jsonl(patterns: list[str], key: str) -> list[dict]:
+    """Rows of JSONL files.
+
+    Raises:
+        ValueError: a pattern without a file, or a line that is not a JSON object; names recipe key, file and line.
+    """
+    rows = []
+    for file in expand(patterns, key):
+        if Path(file).suffix != ".jsonl":
+            raise ValueError(f"{key}: {file}: expected a .jsonl file")
+        for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{key}: {file}:{number}: not valid JSON: {error.msg}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{key}: {file}:{number}: expected an object, found {type(row).__name__}")
+            rows.append(row | {"_where": f"{file}:{number}"})
+    return rows
+
+
+def prompt_ids(row: dict, field: str, tokenizer, key: str) -> list[int]:
+    """Tokens of a row's prompt: `messages` through the chat template, or the text of `field`.
+
+    Raises:
+        ValueError: neither is there, or the prompt is empty.
+    """
+    if "messages" in row:
+        ids = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    elif isinstance(row.get(field), str):
+        ids = tokenizer(row[field], add_special_tokens=False)["input_ids"]
+    else:
+        raise ValueError(f"{key}: {row['_where']}: no {field!r} (text) and no 'messages'; it has {sorted(row)[1:]}")
+    if not ids:
+        raise ValueError(f"{key}: {row['_where']}: empty prompt")
+    return list(ids)
+
+
+def own_dialogues(patterns: list[str], prompt_field: str, tokenizer) -> list[Dialogue]:
+    """A user's own data: rows with `response` (and a prompt or messages), or `text` alone; an end token is appended.
+
+    Raises:
+        ValueError: a row with neither.
+    """
+    found = []
+    for row in read_jsonl(patterns, "dflash.data"):
+        text = row.get("response", row.get("text"))
+        if not isinstance(text, str):
+            raise ValueError(f"dflash.data: {row['_where']}: neither 'response' nor 'text'; it has {sorted(row)[1:]}")
+        prompt = prompt_ids(row, prompt_field, tokenizer, "dflash.data") if "response" in row else []
+        found.append(Dialogue(prompt, [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]))
+    return found
+
+
+@dataclass
+class PackedRows:
+    """R rows of S tokens.
+
+    Attributes:
+        tokens: int32 [R, S]; unused places at the end hold 0.
+        starts: int32 [R, S], index at which the token's dialogue begins (unused places: their own index).
+        ends: int32 [R, S], index after the token's dialogue (unused places: their own index + 1).
+        response: bool [R, S].
+        members: for each row the (dialogue, first index, tokens) in it.
+    """
+
+    tokens: torch.Tensor
+    starts: torch.Tensor
+    ends: torch.Tensor
+    response: torch.Tensor
+    members: list[list[tuple[int, int, int]]]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def may_anchor(self) -> torch.Tensor:
+        """Bool [R, S]: response tokens with a successor in their dialogue."""
+        return self.response & (torch.arange(self.tokens.shape[1]) + 1 < self.ends)
+
+
+def pack(dialogues: list[Dialogue], length: int, say: Callable[[str], None] = print) -> PackedRows:
+    """Packs dialogues into rows of `length`, longest first, each into the fullest row that has room for it.
+
+    Dialogues longer than a row are cut at its end; how many is said once.
+
+    Raises:
+        ValueError: no response token anywhere.
+    """
+    order = sorted(range(len(dialogues)), key=lambda i: (-len(dialogues[i].tokens), i))
+    rows: list[list[tuple[int, int, int]]] = []
+    by_room: dict[int, list[int]] = {}
+    cut = 0
+    for i in order:
+        size = min(len(dialogues[i].tokens), length)
+        cut += size < len(dialogues[i].tokens)
+        room = next((r for r in range(size, length + 1) if by_room.get(r)), None)
+        row = by_room[room].pop() if room is not None else len(rows)
+        if row == len(rows):
+            rows.append([])
+            room = length
+        rows[row].append((i, length - room, size))
+        by_room.setdefault(room - size, []).append(row)
+    if cut:
+        say(f"{cut} of {len(dialogues)} dialogues are longer than dflash.sequence_length={length} and were cut there")
+    tokens, response = torch.zeros(len(rows), length, dtype=torch.int32), torch.zeros(len(rows), length, dtype=torch.bool)
+    starts = torch.arange(length, dtype=torch.int32).repeat(len(rows), 1)
+    ends = starts + 1
+    for r, members in enumerate(rows):
+        for i, begin, size in members:
+            place = slice(begin, begin + size)
+            tokens[r, place] = torch.tensor(dialogues[i].tokens[:size], dtype=torch.int32)
+            starts[r, place], ends[r, place] = begin, begin + size
+            response[r, begin + min(len(dialogues[i].prompt), size):begin + size] = True
+    packed = PackedRows(tokens, starts, ends, response, rows)
+    if not packed.may_anchor().any():
+        raise ValueError(f"no response of two or more tokens in {len(dialogues)} dialogues: there is nothing to draft")
+    return packed

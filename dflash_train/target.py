@@ -1,0 +1,193 @@
+"""The target: the model that will be served, frozen, with the features that the drafter reads.
+
+By default the result of quantization-aware training, whose expert weights *are* the MXFP4 values that will be served;
+for comparison also `model.path` with rounded experts (`ptq`) or as it is (`base`). Works on any transformers causal
+language model whose base model has `layers`: features are caught by forward hooks on the tapped layers.
+
+Shape legend: B sequences, T tokens, H hidden size, n tapped layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modeling.drafter import DFlashDraftModel, drafter_config
+from modeling.load import load_model, load_tokenizer
+from mxfp4.fake_quant import fake_quantize_
+from qat.attach import find_expert_tensors
+from recipes.schema import Drafter, Recipe
+
+DEFAULT_TAPS = 5
+
+
+class Target:
+    """A frozen causal language model, its tokenizer, and hooks that collect the outputs of the layers `taps`."""
+
+    def __init__(self, model: nn.Module, tokenizer, taps: list[int], path: Path):
+        self.model, self.tokenizer, self.taps, self.path = model.eval().requires_grad_(False), tokenizer, taps, path
+        self.base = model.base_model
+        self.embed_tokens, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.hidden_size = self.embed_tokens.weight.shape[1]
+        self.vocabulary = self.head.weight.shape[0]
+        self.end_ids = end_ids(model, tokenizer)
+        self._caught: dict[int, torch.Tensor] = {}
+        for layer in taps:
+            self.base.layers[layer].register_forward_hook(lambda module, args, output, i=layer: self._catch(i, output))
+
+    def _catch(self, layer: int, output) -> None:
+        self._caught[layer] = output[0] if isinstance(output, tuple) else output
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @torch.no_grad()
+    def run(self, ids_BT: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """(features [B, T, n * H], last hidden state after the final norm [B, T, H]); kwargs go to the base model."""
+        self._caught.clear()
+        kwargs.setdefault("use_cache", False)
+        last = self.base(input_ids=ids_BT, **kwargs).last_hidden_state
+        return torch.cat([self._caught[layer] for layer in self.taps], dim=-1), last
+
+    def fingerprint(self) -> str:
+        """Identity of the weights on disk: config.json, and names, sizes and evenly spaced samples of the weight files."""
+        digest = hashlib.sha256()
+        for file in sorted([*self.path.glob("*.safetensors"), self.path / "config.json"]):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as stream:
+                for begin in range(0, size, max(1 << 16, size // 64)):
+                    stream.seek(begin)
+                    digest.update(stream.read(1 << 16))
+        return digest.hexdigest()[:16]
+
+
+def end_ids(model: nn.Module, tokenizer) -> list[int]:
+    """Tokens that end an answer."""
+    generation = getattr(model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return sorted({int(e) for e in (ends if isinstance(ends, (list, tuple)) else [ends]) if e is not None})
+
+
+def target_folder(recipe: Recipe) -> Path:
+    """Where the target's weights are.
+
+    Raises:
+        ValueError: no such folder, with the command that makes it.
+    """
+    if recipe.dflash.target == "qat":
+        folder = Path(recipe.output) / recipe.name / "qat" / "model"
+        if not folder.is_dir():
+            raise ValueError(f"dflash.target: qat: no {folder}; run qat/train.py with this recipe first, or set dflash.target: "
+                             "ptq or base")
+        return folder
+    if recipe.model.path is None:
+        raise ValueError("model.path: required to train a drafter (model.released serves --plan only)")
+    return Path(recipe.model.path)
+
+
+def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:
+    """The target that `dflash.target` names.
+
+    Raises:
+        ValueError: no such folder; tapped layers that it does not have; a tokenizer without an end token.
+    """
+    folder = target_folder(recipe)
+    model = load_model(folder, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
+    if recipe.dflash.target == "ptq":
+        for tensor in find_expert_tensors(model):
+            fake_quantize_(tensor.parameter.data, tensor.parameter.data, scale_rule=recipe.quantization.scale_rule,
+                           axis=tensor.axis)
+    layers = len(model.base_model.layers)
+    taps = tapped_layers(recipe.drafter.target_layer_ids, layers)
+    target = Target(model.to(device), tokenizer, taps, folder)
+    if not target.end_ids:
+        raise ValueError(f"{folder}: neither generation_config nor the tokenizer names a token that ends an answer")
+    return target
+
+
+def tapped_layers(wanted: list[int] | None, layers: int) -> list[int]:
+    """Layers whose outputs are the features: those asked for, or up to five, evenly from the first to the last.
+
+    Raises:
+        ValueError: a layer that the target does not have.
+    """
+    if wanted is None:
+        count = min(DEFAULT_TAPS, layers)
+        return sorted({round(i * (layers - 1) / max(1, count - 1)) for i in range(count)})
+    for layer in wanted:
+        if layer >= layers:
+            raise ValueError(f"drafter.target_layer_ids: layer {layer}, but the target has layers 0 to {layers - 1}")
+    return list(wanted)
+
+
+def mask_token_id(setting: str | int | None, tokenizer, vocabulary: int) -> int:
+    """Id of the reserved mask entry.
+
+    Raises:
+        ValueError: no such entry.
+    """
+    if setting is None:
+        setting = tokenizer.mask_token_id
+        if setting is None:
+            raise ValueError("drafter.mask_token: the tokenizer has no mask token; name a reserved vocabulary entry (text or "
+                             "id) that never occurs in text")
+    if isinstance(setting, str):
+        found = tokenizer.get_vocab().get(setting)
+        if found is None:
+            raise ValueError(f"drafter.mask_token: {setting!r} is not an entry of the tokenizer")
+        setting = found
+    if not 0 <= setting < vocabulary:
+        raise ValueError(f"drafter.mask_token: {setting}, expected an id from 0 to {vocabulary - 1}")
+    return setting
+
+
+def configure_drafter(settings: Drafter, dflash, *, config, taps: list[int], mask_id: int):
+    """The drafter's configuration from the recipe and the target's transformers configuration.
+
+    Args:
+        settings, dflash: recipe sections `drafter` and `dflash`.
+        config: the target's (its text part).
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    base = settings.rotary_base or getattr(config, "rope_theta", None) or rope.get("rope_theta") or 10_000.0
+    return drafter_config(
+        hidden_size=config.hidden_size, vocab_size=config.vocab_size, num_target_layers=config.num_hidden_layers,
+        target_layer_ids=taps, mask_token_id=mask_id, rotary_base=float(base),
+        max_position_embeddings=getattr(config, "max_position_embeddings", 262144),
+        num_anchors=dflash.anchors if dflash else 512, loss_decay_gamma=dflash.loss.decay_gamma if dflash else 7.0,
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id,
+        **settings.model_dump(exclude={"target_layer_ids", "mask_token", "rotary_base"}))
+
+
+def new_drafter(recipe: Recipe, target: Target) -> DFlashDraftModel:
+    """A fresh float32 drafter for `target`; the mask embedding starts as the mean of the vocabulary's embeddings.
+
+    Raises:
+        ValueError: no mask token, or a geometry that cannot be (the recipe key is named).
+    """
+    mask_id = mask_token_id(recipe.drafter.mask_token, target.tokenizer, target.vocabulary)
+    try:
+        config = configure_drafter(recipe.drafter, recipe.dflash, config=target.model.config.get_text_config(),
+                                   taps=target.taps, mask_id=mask_id)
+    except ValueError as error:
+        raise ValueError(f"drafter: {error}") from None
+    torch.manual_seed(recipe.seed)
+    model = DFlashDraftModel(config).float()
+    with torch.no_grad():
+        model.mask_embedding.copy_(target.embed_tokens.weight.float().mean(0))
+    return model
+
+
+def describe_target(target: Target, recipe: Recipe) -> dict:
+    """Facts for provenance: folder, kind, weights' fingerprint, tapped layers."""
+    return {"folder": str(target.path), "kind": recipe.dflash.target, "dtype": recipe.model.dtype,
+            "weights": target.fingerprint(), "taps": target.taps,
+            "model_type": json.loads((target.path / "config.json").read_text())["model_type"]}
