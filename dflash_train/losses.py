@@ -98,7 +98,7 @@ def _chunk(logits_CTV, labels_CT, teacher_CTH, head, settings):
     # A gradient through the overlap only where a loss needs it.
     with torch.set_grad_enabled(torch.is_grad_enabled() and (settings.tv > 0 or settings.lk > 0)):
         overlap = torch.minimum(p, log_q.exp()).sum(-1)
-        losses = losses + settings.tv * (1 - overlap) - settings.lk * overlap.clamp_min(1e-6).log()
+    losses = losses + settings.tv * (1 - overlap) - settings.lk * overlap.clamp_min(1e-6).log()
     weights = position_weights(log_q_label.detach().exp(), valid, settings)
     value = torch.where(valid, weights * losses, 0).sum()
     with torch.no_grad():

@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""The target answers the recipe's prompts: `accelerate launch dflash_train/regenerate.py recipes/tiny.yaml`.
+
+A leaf, for doing this step alone (on other machines, or through a serving engine with
+`dflash.regenerate.endpoint=http://127.0.0.1:8000/v1`); `dflash_train/train.py` does it by itself when the answers are
+not there. Resumable: run it again after an interruption.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# Launched by path, Python puts this script's folder first on sys.path, where dflash_train/'s files would shadow others.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from recipes.command import run_command
+from recipes.schema import Recipe
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="dflash_train/regenerate.py", description="Answers of the target to the recipe's "
+                                     "prompts: the drafter's training data.")
+    parser.add_argument("recipe", help="YAML recipe, e.g. recipes/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the recipe")
+    args = parser.parse_args(argv)
+
+    def job(recipe: Recipe) -> int:
+        from dflash_train import answers, trainer
+        from dflash_train.target import load_target
+        from qat.parallel import make_accelerator
+
+        trainer.require_sections(recipe)
+        accelerator = make_accelerator()
+        target = load_target(recipe, accelerator.device)
+        folder = trainer.run_folder(recipe)
+        answers.regenerated(recipe, target, folder, accelerator=accelerator, say=accelerator.print)
+        accelerator.print(f"written: {answers.answer_file(recipe, target, folder)}")
+        return 0
+
+    return run_command(args.recipe, args.overrides, job)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,35 @@
+#!/usr/bin/env python
+"""Drafter training: `accelerate launch dflash_train/train.py recipes/tiny.yaml`.
+
+A leaf: reads arguments and the recipe, answers mistakes at once (no torch import before the recipe is known to be
+right), and hands over to `dflash_train.plan` or `dflash_train.trainer`. Exit codes: see `recipes.command`.
+"""
+
+import sys
+from pathlib import Path
+
+# Launched by path, Python puts this script's folder first on sys.path, where dflash_train/'s files would shadow others.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from recipes.command import job_parser, parse_job, run_command
+from recipes.schema import Recipe
+
+
+def main(argv: list[str]) -> int:
+    args = parse_job(job_parser("dflash_train/train.py", "Trains a DFlash drafter on the quantized target's own answers.",
+                                "dflash_train/train.py recipes/tiny.yaml dflash.steps=200"), argv)
+
+    def job(recipe: Recipe) -> int:
+        if args.plan:
+            from dflash_train import plan
+
+            return plan.run(recipe)
+        from dflash_train import trainer
+
+        return trainer.run(recipe, resume=args.resume, max_steps=args.max_steps)
+
+    return run_command(args.recipe, args.overrides, job)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,317 @@
+"""The drafter's job: the target answers prompts, the drafter learns to foresee the answers, its acceptance is measured.
+
+Runs on one process or under data parallelism, as `qat.trainer` does (same Accelerator, checkpoints, metrics, signals);
+gradients are averaged here, in float32. The drafter's weights are float32; its forward pass runs in the target's dtype
+(autocast), because that is what will be served.
+
+Output, in <recipe.output>/<recipe.name>/dflash/:
+    resolved.yaml environment.json metrics.jsonl curves.png checkpoints/ data/ features/ model/ summary.json
+`model/` holds config.json, model.safetensors (published names) and mask_embedding.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dflash_train import acceptance, figures
+from dflash_train.anchors import block_labels, sample_anchors, teacher_index
+from dflash_train.answers import regenerated
+from dflash_train.dialogues import own_dialogues, pack
+from dflash_train.features import OnlineFeatures, cached_features
+from dflash_train.losses import draft_loss
+from dflash_train.optimizer import make_optimizer
+from dflash_train.target import describe_target, load_target, new_drafter
+from modeling.drafter import load_drafter, save_drafter
+from qat import checkpoint, report
+from qat.data import EpochOrder
+from qat.optimizer import make_schedule
+from qat.parallel import StopRequest, make_accelerator
+from recipes.load import dump_recipe
+from recipes.schema import Recipe
+
+
+class NonFinite(ArithmeticError):
+    """Training met a non-finite loss or gradient; the text names step and tensor."""
+
+
+def run_folder(recipe: Recipe) -> Path:
+    return Path(recipe.output) / recipe.name / "dflash"
+
+
+def require_sections(recipe: Recipe) -> None:
+    """Raises ValueError if the recipe says nothing about a drafter."""
+    for name in ("drafter", "dflash"):
+        if getattr(recipe, name) is None:
+            raise ValueError(f"{name}: the recipe has no such section, which drafter training needs (see recipes/tiny.yaml)")
+
+
+def run(recipe: Recipe, *, resume: bool, max_steps: int | None) -> int:
+    """Runs the job; returns the exit code.
+
+    Raises:
+        ValueError: a mistake in the recipe or its files. OSError: a file cannot be written. NonFinite: see there.
+    """
+    require_sections(recipe)
+    trainer = Trainer(recipe, resume=resume)
+    try:
+        stopped_by = trainer.train(max_steps)
+        if stopped_by:
+            return 128 + stopped_by
+        if trainer.state.step == recipe.dflash.steps:
+            trainer.finish()
+        return 0
+    finally:
+        trainer.close()
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside weights, optimizer, schedule and generators; `step` counts finished updates."""
+
+    step: int = 0
+
+    def state_dict(self) -> dict:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+
+
+class Trainer:
+    """One drafter run, from its recipe to its summary."""
+
+    def __init__(self, recipe: Recipe, *, resume: bool):
+        self.recipe, self.settings = recipe, recipe.dflash
+        self.accelerator = make_accelerator()
+        self.main = self.accelerator.is_main_process
+        self.folder = run_folder(recipe)
+        self.target = load_target(recipe, self.accelerator.device)
+        self.drafter = new_drafter(recipe, self.target).to(self.accelerator.device).train()
+        newest = self._find_earlier(resume)
+        self._load_data()
+        optimizer = make_optimizer(self.drafter, self.settings.optimizer)
+        self.schedule = make_schedule(optimizer, self.settings.steps, self.settings.optimizer)
+        self.state = Progress()
+        # evaluation_mode: no DistributedDataParallel wrapper; gradients are averaged in `_update`.
+        self.accelerator.prepare_model(self.drafter, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.accelerator.register_for_checkpointing(self.state, self.schedule)
+        if newest is not None:
+            checkpoint.load_checkpoint(self.accelerator, newest)
+            self._say(f"resuming {newest} at step {self.state.step} of {self.settings.steps}")
+        self.metrics = None
+        if self.main:
+            self._open_records(newest is not None)
+
+    def _find_earlier(self, resume: bool) -> Path | None:
+        """The checkpoint to resume; without --resume an earlier run is set aside (its answers and features stay in use)."""
+        if resume:
+            return (checkpoint.complete_checkpoints(self.folder / "checkpoints") or [None])[-1]
+        if self.main and (self.folder / "resolved.yaml").exists():
+            aside = next(p for n in range(1, 10_000) if not (p := self.folder.with_name(f"dflash.{n}")).exists())
+            self.folder.rename(aside)
+            self.folder.mkdir()
+            for kept in ("data", "features"):
+                if (aside / kept).exists():
+                    (aside / kept).rename(self.folder / kept)
+            print(f"an earlier run was set aside as {aside} (--resume would have continued it)")
+        self.accelerator.wait_for_everyone()
+        return None
+
+    def _load_data(self) -> None:
+        settings, target = self.settings, self.target
+        if settings.data:
+            self.dialogues = own_dialogues(settings.data, settings.regenerate.prompt_field, target.tokenizer)
+        else:
+            self.dialogues = regenerated(self.recipe, target, self.folder, accelerator=self.accelerator, say=self._say)
+        self.rows = pack(self.dialogues, settings.sequence_length, say=self._say)
+        per_step = settings.batch_size * self.accelerator.num_processes
+        if len(self.rows) < per_step:
+            raise ValueError(f"{len(self.rows)} packed rows of {settings.sequence_length} tokens, fewer than one batch of "
+                             f"dflash.batch_size={settings.batch_size} on each of {self.accelerator.num_processes} processes")
+        self.allowed = self.rows.may_anchor()
+        if settings.features == "online":
+            self.features = OnlineFeatures(target, self.dialogues, self.rows)
+            return
+        with self.accelerator.main_process_first():
+            self.features = cached_features(target, self.dialogues, self.rows, self.folder / "features" / self._features_key(),
+                                            limit_gib=settings.features_gib, batch_size=settings.regenerate.batch_size,
+                                            say=self._say)
+
+    def _features_key(self) -> str:
+        """Digest of what determines the features: target, tapped layers, dialogues and where they are cut."""
+        import hashlib
+
+        facts = [self.target.fingerprint(), self.target.taps, self.recipe.dflash.target, self.recipe.model.dtype,
+                 self.settings.sequence_length, [d.tokens for d in self.dialogues]]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+    def _open_records(self, resumed: bool) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._print_header()
+        checkpoint.write_text(self.folder / "resolved.yaml", dump_recipe(self.recipe))
+        checkpoint.write_text(self.folder / "environment.json", json.dumps(report.environment(), indent=1))
+        wandb = report.start_wandb(self.recipe.tracking.wandb, self.recipe.tracking.project, f"{self.recipe.name}-dflash",
+                                   self.folder, self.recipe.model_dump(mode="json"))
+        self.metrics = report.Metrics(self.folder / "metrics.jsonl", wandb_run=wandb,
+                                      resumed_step=self.state.step if resumed else None)
+
+    def _print_header(self) -> None:
+        parameters = sum(p.numel() for p in self.drafter.parameters())
+        tokens = sum(len(d.response) for d in self.dialogues)
+        self._say(f"{self.recipe.name}: drafter of {parameters:,} parameters, block {self.drafter.block_size}, window "
+                  f"{self.drafter.window}, features of layers {self.target.taps} of {self.target.path}; "
+                  f"{len(self.dialogues)} dialogues, {tokens:,} response tokens, {len(self.rows)} rows")
+
+    def train(self, max_steps: int | None) -> int | None:
+        """Runs to the recipe's last step (or `max_steps`); returns the signal that stopped it, if one did."""
+        settings, state = self.settings, self.state
+        last = min(settings.steps, max_steps or settings.steps)
+        bar = report.ProgressBar(settings.steps, state.step, enabled=self.main, every=settings.log_every, label="drafter")
+        batches = self._batches()
+        with StopRequest() as stop:
+            try:
+                while state.step < last:
+                    began = time.perf_counter()
+                    values = self._update(next(batches))
+                    self._record(values, time.perf_counter() - began, bar)
+                    signal = stop.agreed(self.accelerator)
+                    if state.step % settings.checkpoint_every == 0 or state.step == last or signal:
+                        self._save()
+                    if signal:
+                        self._say(f"stopped by signal {signal} after step {state.step}; --resume continues")
+                        return signal
+            finally:
+                bar.close()
+        if last < settings.steps:
+            self._say(f"stopped at --max-steps {last}; --resume continues to step {settings.steps}")
+        return None
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Rows of each step of this process; the position is a function of the step alone."""
+        count, processes = self.settings.batch_size, self.accelerator.num_processes
+        order = EpochOrder(len(self.rows), seed=self.recipe.seed, shuffle=True)
+        per_epoch = len(self.rows) // (count * processes)
+        while True:
+            epoch, position = divmod(self.state.step, per_epoch)
+            order.set_epoch(epoch)
+            begin = (position * processes + self.accelerator.process_index) * count
+            yield list(order)[begin:begin + count]
+
+    def _update(self, indices: list[int]) -> dict[str, float]:
+        """One optimizer update; returns its metrics (means over the anchors of all processes)."""
+        loss, sums = self._loss(indices)
+        self.accelerator.backward(loss)
+        trained = [(n, p) for n, p in self.drafter.named_parameters() if p.grad is not None]
+        if self.accelerator.num_processes > 1:
+            for _, parameter in trained:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        names = sorted(sums)
+        flat = self.accelerator.reduce(torch.cat([sums[n].float().flatten() for n in names]), reduction="sum")
+        parts = flat.split([sums[n].numel() for n in names])
+        sums = {n: part.view(sums[n].shape) for n, part in zip(names, parts, strict=True)}
+        norm = torch.nn.utils.get_total_norm([p.grad for _, p in trained])
+        if not (torch.isfinite(norm) and torch.isfinite(sums["loss"])):
+            self._raise_non_finite(float(sums["loss"]), trained)
+        torch.nn.utils.clip_grads_with_norm_([p for _, p in trained], self.settings.optimizer.max_grad_norm, norm)
+        learning_rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.state.step += 1
+        return self._means(sums) | {"grad_norm": float(norm), "learning_rate": learning_rate}
+
+    def _loss(self, indices: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        settings, device, drafter = self.settings, self.accelerator.device, self.drafter
+        block = drafter.block_size
+        seed = (self.recipe.seed * 1_000_003 + self.state.step) * 4096 + self.accelerator.process_index
+        anchors = sample_anchors(self.allowed[indices], settings.anchors, torch.Generator().manual_seed(seed))
+        labels = block_labels(self.rows.tokens[indices], self.rows.ends[indices], anchors, block)
+        ids = self.rows.tokens[indices].long().gather(1, anchors.clamp_min(0))
+        previous = torch.cat((ids[:, :, None], labels[:, :, :-1].clamp_min(0)), dim=2)
+        index = teacher_index(anchors, block, self.rows.tokens.shape[1])
+        taps, last = self.features.of_rows(indices)
+        teacher = last.gather(1, index.flatten(1)[:, :, None].expand(-1, -1, last.shape[-1]).to(device))
+        dtype = getattr(torch, self.recipe.model.dtype)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            hidden = drafter(taps.to(dtype), ids.to(device), anchors.to(device), self.rows.starts[indices].long().to(device),
+                             self.target.embed_tokens)
+        flat = (hidden[:, :, 1:].flatten(0, 1), labels.flatten(0, 1).to(device), teacher.view(-1, block - 1, last.shape[-1]),
+                previous.flatten(0, 1).to(device))
+        return draft_loss(*flat, self.target.head, drafter, settings.loss)
+
+    def _means(self, sums: dict[str, torch.Tensor]) -> dict:
+        valid = sums["valid"].clamp_min(1)
+        anchors = float(sums["anchors"])
+        return {"loss": float(sums["loss"]) / anchors, "cross_entropy": float(sums["cross_entropy"] / valid.sum()),
+                "greedy_length": float(sums["greedy_length"]) / anchors,
+                "sampled_length": float(sums["sampled_length"]) / anchors,
+                "accuracy": (sums["correct"] / valid).tolist(), "overlap": (sums["overlap"] / valid).tolist()}
+
+    def _raise_non_finite(self, loss: float, trained: list[tuple[str, nn.Parameter]]) -> None:
+        kept = checkpoint.complete_checkpoints(self.folder / "checkpoints")
+        advice = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+        bad = next((n for n, p in trained if not torch.isfinite(p.grad).all()), None)
+        what = f"loss {loss}" + (f"; gradient of {bad}" if bad else "")
+        raise NonFinite(f"step {self.state.step + 1}: {what} is not finite; stopped before the update, {advice}")
+
+    def _record(self, values: dict, seconds: float, bar: report.ProgressBar) -> None:
+        settings, step = self.settings, self.state.step
+        tokens = settings.batch_size * settings.sequence_length * self.accelerator.num_processes
+        bar.update(step, f"loss {values['loss']:.3f}  length {values['greedy_length']:.2f}  {tokens / seconds:,.0f} tok/s")
+        if self.metrics is not None and (step % settings.log_every == 0 or step == settings.steps):
+            self.metrics.write("train", step, seconds=seconds, tokens_per_second=tokens / seconds, **values)
+
+    def _save(self) -> None:
+        checkpoint.save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state.step,
+                                   recipe_yaml=dump_recipe(self.recipe), keep_last=self.settings.keep_last,
+                                   facts={"git_revision": report.git_revision()})
+        if self.main:
+            figures.draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", self.recipe.name)
+
+    def finish(self) -> None:
+        """Writes model/, measures it as read back from disk, writes summary.json and prints the table."""
+        from rich.console import Console
+
+        if not self.main:
+            return
+        final, partial = self.folder / "model", self.folder / "model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        save_drafter(self.drafter, partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        self._say("measuring acceptance on held-out prompts")
+        began = time.perf_counter()
+        drafter = load_drafter(final, getattr(torch, self.recipe.model.dtype)).to(self.accelerator.device)
+        summary = acceptance.measure(self.recipe, self.target, drafter, say=self._say)
+        train = [r for r in report.read_metrics(self.folder / "metrics.jsonl") if r["kind"] == "train"]
+        summary |= {
+            "steps": self.settings.steps, "seed": self.recipe.seed, "target": describe_target(self.target, self.recipe),
+            "parameters": sum(p.numel() for p in self.drafter.parameters()),
+            "response_tokens": sum(len(d.response) for d in self.dialogues),
+            "seconds": report.mean(r["seconds"] for r in train) * self.settings.steps,
+            "measuring_seconds": time.perf_counter() - began, "environment": report.environment(),
+        }
+        checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
+        figures.draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", self.recipe.name)
+        figures.draw_acceptance(summary, self.folder / "acceptance.png", self.recipe.name)
+        Console().print(acceptance.table(summary))
+        print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png, acceptance.png)")
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if getattr(self, "metrics", None) is not None:
+            self.metrics.close()
+        self.accelerator.end_training()
