@@ -9,7 +9,9 @@ with one definite answer that ends with the end-of-text token, to be decoded gre
 One JSON object a line: `id`, `domain`, `kind`, `prompt` (the exact text to tokenize, special tokens included), and
 
 - open: `reference` (how the document goes on), `source`, `licence`;
-- task: `task` (the generator), `instruction` (the user turn without template), `answer` (without the end token).
+- task: `task` (the generator), `instruction` (the user turn without template), `answer` (without the end token);
+
+held-out prompts only: the training side is for the model to answer.
 
 Held-out open prompts come from the frozen held-out files, held-out code tasks from functions of held-out files. A task
 whose instruction occurs in the pretraining draws or in a training document is not taken; pretraining skips, the other
@@ -31,7 +33,7 @@ from recipes.seed.corpus import DOMAINS, read_frozen
 from recipes.seed.packing import TASK_COUNT, draw_tasks, function_pool, load_documents
 
 OPEN_CHARACTERS, REFERENCE_CHARACTERS = (200, 600), 400
-COUNTS = {"heldout": {"open": 80, "task": 128}, "train": {"open": 80, "task": 200}}
+COUNTS = {"heldout": {"open": 80, "task": 128}, "train": {"open": 300, "task": 1200}}
 
 
 def open_prompts(domain: str, side: str, count: int) -> list[dict]:
@@ -78,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
         for domain in DOMAINS:
             rows += open_prompts(domain, side, COUNTS[side]["open"])
             rows += task_prompts(domain, side, COUNTS[side]["task"], pools[side], known)
+        if side == "train":  # prompts for the model to answer: what others would have answered is not needed
+            rows = [{key: row[key] for key in ("id", "domain", "kind", "prompt")} for row in rows]
         path = Path(__file__).resolve().parent / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         print(f"{name}: {len(rows)} prompts, {path.stat().st_size / 1e3:.0f} kB")
