@@ -240,6 +240,19 @@ class DFlash(Section):
     keep_last: PositiveInt = 2
 
 
+class Export(Section):
+    """The exported checkpoint."""
+
+    layout: Literal["native", "hf-fp8", "compressed-tensors", "gpt-oss"] = Field(
+        "native", description="names and containers of the same codes: native is what SGLang and vLLM load for MiMo-V2")
+    dense: Literal["base", "fp8"] = Field("base", description="weights besides experts: as in the base checkpoint, or (native) "
+                                          "qkv and dense MLP of a bf16 base rounded to FP8 in 128 x 128 blocks")
+    shard_bytes: PositiveInt = Field(5_000_000_000, description="a file is closed before it would exceed this")
+    processes: PositiveInt = Field(1, description="processes that write different files side by side")
+    reference_gib: NonNegativeFloat = Field(8.0, description="checkpoints up to this size are loaded once to record the "
+                                            "drafter's reference from real features")
+
+
 class Cluster(Section):
     """The machines the recipe is written for; read by --plan only (Accelerate's own file launches the run)."""
 
@@ -282,5 +295,6 @@ class Recipe(Section):
     qat: QAT
     drafter: Drafter | None = None
     dflash: DFlash | None = None
+    export: Export = Field(default_factory=Export)
     cluster: Cluster | None = None
     tracking: Tracking = Field(default_factory=Tracking)
