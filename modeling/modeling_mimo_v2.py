@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -390,6 +390,20 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"model\.mtp\."]
     # The correction bias decides which experts run; half precision would move it.
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """As in transformers; checkpoints with FP8 or MXFP4 weights are decoded while they are read."""
+        if pretrained_model_name_or_path is not None:
+            if not isinstance(config, PreTrainedConfig):
+                hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+                config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path,
+                                                          **{k: kwargs[k] for k in hub if k in kwargs})
+            if getattr(config, "quantization_config", None) is not None:
+                from .native_loading import translated
+
+                config = translated(config)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     def _init_weights(self, module):
         """Normal(0, initializer_range) for every matrix; norms 1, sinks and correction biases 0."""

@@ -1,0 +1,196 @@
+"""Where weights come from: a checkpoint folder of any kind the trainers leave, tensor by tensor and row by row.
+
+    model/                    Hugging Face folder, one file or shards (names of the published model, one matrix per expert)
+    step-.../                 Accelerate checkpoint of a data-parallel run: model.safetensors (names of training, fused experts)
+    pytorch_model*.bin        what `zero_to_fp32.py` and older tools write; mapped from disk, not read whole
+    .metadata + *.distcp      torch.distributed.checkpoint (FSDP), also as the sub-folder that Accelerate makes
+
+Nothing is gathered: a matrix of one expert is a slice of the file, except for torch.distributed.checkpoint, whose unit is
+one tensor (the last one read is kept). A raw DeepSpeed folder is refused: its shards can only be joined by the script
+that DeepSpeed left in it, and guessing at that would be pretending.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from modeling.names import fused_name
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
+          "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Source:
+    """Named tensors of one checkpoint. `infos`: name -> (shape, dtype name as safetensors writes it)."""
+
+    def __init__(self, folder: Path, infos: dict[str, tuple[tuple[int, ...], str]]):
+        self.folder, self.infos = folder, infos
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor; ValueError if it is missing or its file is damaged."""
+        raise NotImplementedError
+
+    def read_rows(self, name: str, expert: int, rows: slice) -> torch.Tensor:
+        """`tensor[expert, rows]` of a fused tensor, without reading the rest where the format allows."""
+        return self.read(name)[expert, rows]
+
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(torch.Size(shape).numel() * DTYPES[dtype].itemsize for shape, dtype in self.infos.values())
+
+    def identity(self) -> list:
+        """What tells these files from others: names, sizes, times of change."""
+        files = sorted(p for p in self.folder.rglob("*") if p.is_file())
+        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+    def _missing(self, name: str) -> ValueError:
+        return ValueError(f"{self.folder}: tensor {name} is missing")
+
+
+class SafetensorsSource(Source):
+    """One safetensors file, or shards with an index."""
+
+    def __init__(self, folder: Path, files: list[str]):
+        self._handles = {}
+        self._where: dict[str, str] = {}
+        infos = {}
+        for file in files:
+            for name, (shape, dtype) in self._header(folder / file).items():
+                self._where[name], infos[name] = file, (shape, dtype)
+        super().__init__(folder, infos)
+
+    @staticmethod
+    def _header(path: Path) -> Iterator:
+        if not path.is_file():
+            raise ValueError(f"{path.parent}: shard {path.name} is missing")
+        try:
+            with safe_open(str(path), framework="pt") as file:  # checks that the file is whole
+                names = set(file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        unknown = sorted({entry["dtype"] for name, entry in header.items() if name in names} - DTYPES.keys())
+        if unknown:
+            raise ValueError(f"{path}: tensors of dtype {unknown[0]}, expected one of {', '.join(DTYPES)}")
+        return {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items() if name in names}
+
+    def _file(self, name: str):
+        if name not in self._where:
+            raise self._missing(name)
+        file = self._where[name]
+        if file not in self._handles:
+            self._handles[file] = safe_open(str(self.folder / file), framework="pt")
+        return self._handles[file]
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._file(name).get_tensor(name)
+
+    def read_rows(self, name: str, expert: int, rows: slice) -> torch.Tensor:
+        return self._file(name).get_slice(name)[expert, rows]
+
+
+class TorchSource(Source):
+    """pytorch_model*.bin, mapped from disk."""
+
+    def __init__(self, folder: Path, files: list[str]):
+        self._tensors: dict[str, torch.Tensor] = {}
+        for file in files:
+            try:
+                state = torch.load(folder / file, map_location="cpu", mmap=True, weights_only=True)
+            except (RuntimeError, OSError, EOFError) as error:
+                raise ValueError(f"{folder / file}: not a whole torch file: {str(error).splitlines()[0]}") from None
+            self._tensors |= {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+        super().__init__(folder, {n: (tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in self._tensors.items()})
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise self._missing(name)
+        return self._tensors[name]
+
+
+class DistributedSource(Source):
+    """torch.distributed.checkpoint: shards of any number of ranks, joined tensor by tensor."""
+
+    def __init__(self, folder: Path):
+        from torch.distributed.checkpoint import FileSystemReader
+
+        metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        tensors = {name: entry for name, entry in metadata.items() if hasattr(entry, "size")}
+        # Accelerate and others nest the model's state under "model".
+        nested = all(name.startswith("model.") for name in tensors) and "model.lm_head.weight" in tensors
+        self._stored = {name.removeprefix("model.") if nested else name: name for name in tensors}
+        super().__init__(folder, {name: (tuple(tensors[stored].size), DTYPE_NAMES[tensors[stored].properties.dtype])
+                                  for name, stored in self._stored.items()})
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._stored:
+            raise self._missing(name)
+        if self._last is None or self._last[0] != name:
+            from torch.distributed import checkpoint
+
+            shape, dtype = self.infos[name]
+            state = {self._stored[name]: torch.empty(shape, dtype=DTYPES[dtype])}
+            checkpoint.load(state, checkpoint_id=str(self.folder), no_dist=True)
+            self._last = (name, state[self._stored[name]])
+        return self._last[1]
+
+
+def open_source(folder: str | Path) -> Source:
+    """The weights in a folder.
+
+    Raises:
+        ValueError: no folder, no weights in it, weights of a kind that cannot be read tensor by tensor, or a missing or
+            damaged file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such checkpoint folder")
+    for stem, suffix, kind in (("model", "safetensors", SafetensorsSource), ("pytorch_model", "bin", TorchSource)):
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.is_file():
+            return kind(folder, sorted(set(read_json(index)["weight_map"].values())))
+        if single.is_file():
+            return kind(folder, [single.name])
+    for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
+        if (candidate / ".metadata").is_file():
+            return DistributedSource(candidate)
+    if any(folder.glob("global_step*")) or (folder / "zero_to_fp32.py").is_file() or (folder / "latest").is_file():
+        raise ValueError(f"{folder}: shards of DeepSpeed ZeRO; join them first (python zero_to_fp32.py . joined "
+                         "--safe_serialization, in that folder) and export the joined folder")
+    raise ValueError(f"{folder}: no weights (model.safetensors, model.safetensors.index.json, pytorch_model.bin or a "
+                     "torch.distributed.checkpoint)")
+
+
+def read_expert(source: Source, name: str) -> torch.Tensor:
+    """The matrix of one expert by its published name, whether the source holds it alone or within a fused tensor."""
+    if name in source.infos:
+        return source.read(name)
+    fused, expert, part = fused_name(name)
+    if fused not in source.infos:
+        raise source._missing(name)
+    rows = source.infos[fused][0][1]
+    half = slice(0, rows) if part == "down" else slice(0, rows // 2) if part == "gate" else slice(rows // 2, rows)
+    return source.read_rows(fused, expert, half)
+
+
+def read_json(path: Path) -> dict:
+    """ValueError with file and line if it is missing or no JSON object."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
