@@ -28,7 +28,7 @@ def block_positions(anchors: torch.Tensor, block: int) -> torch.Tensor:
 
 def visible_context(query: torch.Tensor, key: torch.Tensor, anchor: torch.Tensor, window: int | None) -> torch.Tensor:
     """Bool: a context feature at position `key` is seen by a query at `query` whose block begins at `anchor` (broadcast)."""
-    seen = key < anchor
+    seen = (key < anchor) & (query >= anchor)
     return seen if window is None else seen & (query - key < window)
 
 

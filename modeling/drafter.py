@@ -260,14 +260,17 @@ class DFlashDraftModel(PreTrainedModel):
                 nn.init.ones_(parameter)
             else:
                 nn.init.normal_(parameter, std=self.config.initializer_range)
-        if isinstance(module, (Attention, MLP)):
-            out = module.o_proj if isinstance(module, Attention) else module.down_proj
-            with torch.no_grad():
-                out.weight.mul_((2 * self.config.num_hidden_layers) ** -0.5)
-        if isinstance(module, Convolution):
-            nn.init.zeros_(module.up_proj.weight)
-        if isinstance(module, DFlashDraftModel) and module.markov_next is not None:
-            nn.init.zeros_(module.markov_next.weight)
+        if module is not self:  # transformers skips modules without parameters of their own, so the rest is done at the root
+            return
+        with torch.no_grad():
+            for layer in self.layers:
+                for out in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                    out.weight.mul_((2 * self.config.num_hidden_layers) ** -0.5)
+                for convolution in (layer.attention_convolution, layer.mlp_convolution):
+                    if isinstance(convolution, Convolution):
+                        convolution.up_proj.weight.zero_()
+            if self.markov_next is not None:
+                self.markov_next.weight.zero_()
 
     def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 [..., R] of integer positions [...]."""
