@@ -41,9 +41,13 @@ def make_optimizer(model: nn.Module, settings: DraftOptimizer) -> torch.optim.Op
     from muon import SingleDeviceMuonWithAuxAdam
 
     class Muon(SingleDeviceMuonWithAuxAdam):
-        """The package's `step` takes no closure, which Accelerate's optimizer wrapper always passes (None)."""
+        """The package's `step` takes no closure, which Accelerate's wrapper always passes, and no missing gradients."""
 
         def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
             return super().step()
 
     groups = [{"params": ps, "lr": matched_rate(settings.learning_rate, shape), "momentum": settings.betas[0],

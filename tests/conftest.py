@@ -1,4 +1,4 @@
-"""A tiny MiMo-V2 checkpoint with tokenizer, text and recipe, made once: what the QAT tests train for a few steps."""
+"""A tiny MiMo-V2 checkpoint with tokenizer, text and recipes, made once: what the training tests train for a few steps."""
 
 import json
 import random
@@ -7,29 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-
-
-def write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {symbol: i + 1 for i, symbol in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
-
-
-def tiny_config():
-    from modeling.configuration_mimo_v2 import MiMoV2Config
-
-    return MiMoV2Config(
-        vocab_size=264, hidden_size=64, num_hidden_layers=3, hybrid_layer_pattern=[0, 1, 0], moe_layer_freq=[0, 1, 1],
-        num_attention_heads=4, num_key_value_heads=1, swa_num_attention_heads=4, swa_num_key_value_heads=2,
-        head_dim=16, v_head_dim=16, swa_head_dim=16, swa_v_head_dim=16, sliding_window=16, intermediate_size=96,
-        moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, partial_rotary_factor=0.5,
-        add_swa_attention_sink_bias=True, attention_value_scale=0.7, max_position_embeddings=256)
+from tiny_models import draft_recipe_text, tiny_config, write_tokenizer
 
 
 @pytest.fixture
@@ -84,3 +62,36 @@ def tiny_recipe(tiny_checkpoint, text_files, tmp_path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+@pytest.fixture(scope="session")
+def prompt_files(tmp_path_factory) -> dict[str, Path]:
+    """30 training prompts, and held-out ones of two domains and both kinds."""
+    folder = tmp_path_factory.mktemp("prompts")
+    rng = random.Random(1)
+    words = "expert router block scale code token window sink anchor draft".split()
+    rows = {"train": [{"id": f"t{i}", "prompt": " ".join(rng.choices(words, k=rng.randint(1, 4)))} for i in range(30)],
+            "heldout": [{"id": f"h{i}", "domain": "alpha" if i % 2 else "beta", "kind": "task" if i % 4 < 2 else "open",
+                         "prompt": " ".join(rng.choices(words, k=3))} for i in range(12)]}
+    files = {name: folder / f"{name}.jsonl" for name in rows}
+    for name, path in files.items():
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows[name]))
+    return files
+
+
+@pytest.fixture
+def draft_recipe(tiny_checkpoint, prompt_files, text_files, tmp_path) -> Path:
+    path = tmp_path / "draft.yaml"
+    path.write_text(yaml.safe_dump(draft_recipe_text(tiny_checkpoint, prompt_files, text_files, tmp_path / "runs")))
+    return path
+
+
+@pytest.fixture
+def loaded(draft_recipe):
+    """(recipe, target, fresh drafter) of `draft_recipe`, in this process."""
+    from dflash_train.target import load_target, new_drafter
+    from recipes.load import load_recipe
+
+    recipe = load_recipe(draft_recipe)
+    target = load_target(recipe)
+    return recipe, target, new_drafter(recipe, target).eval()

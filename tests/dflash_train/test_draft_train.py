@@ -1,0 +1,156 @@
+"""The drafter's job as a user runs it, in processes that are killed and misled."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_models import draft_recipe_text, write_tokenizer
+
+from modeling.drafter import load_drafter
+from qat.report import CLOCK_KEYS, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
+
+
+def start(*arguments, script="dflash_train/train.py", launcher=()) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *launcher, script, *map(str, arguments)], cwd=ROOT, text=True, env=ENVIRONMENT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def train(*arguments, expect: int = 0, **options) -> str:
+    process = start(*arguments, **options)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == expect, output
+    return output
+
+
+def folder(recipe: Path) -> Path:
+    return recipe.parent / "runs" / "t" / "dflash"
+
+
+def computed(recipe: Path) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in CLOCK_KEYS} for r in read_metrics(folder(recipe) / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_checkpoint, prompt_files, text_files, tmp_path_factory):
+    path = tmp_path_factory.mktemp("uninterrupted") / "draft.yaml"
+    path.write_text(yaml.safe_dump(draft_recipe_text(tiny_checkpoint, prompt_files, text_files, path.parent / "runs")))
+    return path, train(path)
+
+
+def test_a_run_leaves_drafter_summary_metrics_pictures_and_provenance(uninterrupted):
+    path, output = uninterrupted
+    run = folder(path)
+    assert "acceptance length" in output and "features of layers [0, 1, 2]" in output
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["acceptance"].keys() == summary["speedup"].keys() == {"alpha", "beta"}
+    for row in summary["acceptance"].values():
+        assert {"task_t0", "open_t1", "lookup_task_t0", "lookup_open_t1", "distinct_8gram"} <= row.keys()
+        assert all(1 <= row[k] <= 8 for k in ("task_t0", "open_t1", "lookup_task_t0", "lookup_open_t1"))
+    decoded = summary["detail"]["alpha"]["task_t0"]["decoded"]
+    assert decoded["same_text"] == 1.0
+    assert summary["target"]["kind"] == "ptq" and summary["steps"] == 12 and summary["seconds"] > 0
+    for picture in ("curves.png", "acceptance.png"):
+        assert (run / picture).read_bytes()[:4] == b"\x89PNG"
+    assert [r["step"] for r in computed(path)] == list(range(1, 13))
+    losses = [r["loss"] for r in computed(path)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    load_drafter(run / "model")
+
+
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(uninterrupted, draft_recipe):
+    rng = random.Random()
+    for _ in range(2):
+        process = start(draft_recipe, "--resume")
+        delay = rng.random() * 0.5
+        for line in process.stdout:
+            if line.startswith("step ") and "loss" in line:
+                time.sleep(delay)
+                process.send_signal(signal.SIGKILL)
+                break
+        process.communicate()
+        print(f"killed {delay:.3f} s after the first step")
+    train(draft_recipe, "--resume")
+    left, right = (load_file(folder(p) / "model" / "model.safetensors") for p in (uninterrupted[0], draft_recipe))
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+    assert computed(uninterrupted[0]) == computed(draft_recipe)
+    a, b = (json.loads((folder(p) / "summary.json").read_text())["acceptance"] for p in (uninterrupted[0], draft_recipe))
+    assert a == b
+
+
+def test_a_second_run_sets_the_first_aside_and_keeps_its_answers(uninterrupted, draft_recipe):
+    train(draft_recipe, "--max-steps", 2)
+    output = train(draft_recipe, "dflash.acceptance.timed_prompts=0")
+    assert "set aside" in output and "the target answers" not in output
+    assert (folder(draft_recipe).with_name("dflash.1") / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_sigterm_saves_and_says_how_to_go_on(draft_recipe):
+    process = start(draft_recipe, "dflash.steps=500")
+    for line in process.stdout:
+        if line.startswith("step ") and "loss" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.stdout.read()
+    assert process.wait() == 128 + signal.SIGTERM and "--resume continues" in output
+    assert list((folder(draft_recipe) / "checkpoints").glob("step-*"))
+
+
+def test_two_processes_train_one_drafter(draft_recipe):
+    train(draft_recipe, "dflash.features=online", "dflash.steps=3", "dflash.batch_size=1", "dflash.acceptance.timed_prompts=0",
+          launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2"))
+    assert len(computed(draft_recipe)) == 3 and (folder(draft_recipe) / "summary.json").exists()
+
+
+def test_a_qwen3_moe_target_trains_a_drafter_through_the_same_sections(draft_recipe, tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        vocab_size=264, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=0))
+    model.save_pretrained(tmp_path / "qwen")
+    write_tokenizer(tmp_path / "qwen")
+    output = train(draft_recipe, f"model.path={tmp_path / 'qwen'}", "dflash.steps=3", "dflash.features=online")
+    assert "acceptance length" in output
+    summary = json.loads((folder(draft_recipe) / "summary.json").read_text())
+    assert summary["target"]["model_type"] == "qwen3_moe"
+    assert summary["detail"]["alpha"]["task_t0"]["decoded"]["same_text"] == 1.0
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (["dflash.loss.decay=3"], "did you mean dflash.loss.decay_gamma"),
+    (["drafter.mask_token=999"], "drafter.mask_token: 999, expected an id from 0 to 263"),
+    (["drafter.num_key_value_heads=3"], "drafter: num_attention_heads=4 is not a multiple"),
+    (["drafter.target_layer_ids=[0, 7]"], "drafter.target_layer_ids: layer 7, but the target has layers 0 to 2"),
+    (["dflash.target=qat"], "run qat/train.py with this recipe first"),
+    (["dflash.regenerate.prompts=[nowhere/*.jsonl]"], "dflash.regenerate.prompts: 'nowhere/*.jsonl' matches no file"),
+    (["dflash.batch_size=5000"], "fewer than one batch of dflash.batch_size=5000"),
+], ids=lambda v: v[0] if isinstance(v, list) else "")
+def test_mistakes_are_one_line(draft_recipe, overrides, words):
+    output = train(draft_recipe, *overrides, expect=2)
+    assert words in output and "Traceback" not in output
+
+
+def test_a_recipe_without_a_drafter_says_so(tiny_recipe):
+    assert "drafter: the recipe has no such section" in train(tiny_recipe, expect=2)
+
+
+def test_regenerate_alone_writes_what_training_then_uses(draft_recipe):
+    output = train(draft_recipe, script="dflash_train/regenerate.py")
+    assert "written:" in output
+    assert "the target answers" not in train(draft_recipe, "--max-steps", 1)
