@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from export.sources import read_json
@@ -150,10 +151,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
                   if p.is_file() and p.name != CHECKSUMS and "__pycache__" not in p.parts)
 
 
-def write_checksums(folder: Path, sums: dict[str, str]) -> None:
+def write_checksums(folder: Path, sums: dict[str, str], *, skip: Callable[[Path], bool] = lambda path: False) -> None:
     """checksums.json (CRC-32 of every tensor) and checksums.sha256 (every file; `sha256sum -c` reads it)."""
     write_json(folder / TENSOR_SUMS, {"tensors_crc32": sums})
-    lines = [f"{sha256(folder / path)}  {path.as_posix()}\n" for path in checkpoint_files(folder)]
+    lines = [f"{sha256(folder / path)}  {path.as_posix()}\n" for path in checkpoint_files(folder) if not skip(path)]
     write_bytes(folder / CHECKSUMS, "".join(lines).encode())
 
 

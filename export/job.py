@@ -1,0 +1,273 @@
+"""One export: from a run's trained weights (or a base checkpoint) to a verified Hugging Face folder.
+
+    plan     units, files and the drafter from names and shapes; a fingerprint of plan and sources
+    write    into `<out>.partial`, file by file; processes share the files out by their number and do not talk: process 0
+             prepares the folder, the others wait for its plan.json, and it waits for all files before it goes on
+    finish   index, configuration, code, tokenizer, drafter, card, checksums (process 0)
+    verify   the folder is inspected from disk as `export/verify.py` does, against the trained weights
+    rename   only now the folder gets its name; what had it before is set aside as `<out>.1`, `.2`, ...
+
+A killed export is continued if the fingerprint is the same: complete files stay. Otherwise `<out>.partial` is cleared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from export import config_files, drafter_files, model_card
+from export.config_files import write_bytes, write_json
+from export.layouts import Weights, units_of
+from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
+from export.sources import open_source, read_json
+from modeling.names import fused_name
+from qat.checkpoint import complete_checkpoints
+from recipes.load import dump_recipe
+from recipes.schema import Recipe
+
+WAIT_SECONDS = 0.2
+
+
+@dataclass
+class Request:
+    """What the command line asks for; None = by the recipe."""
+
+    out: Path | None = None
+    base: Path | None = None
+    weights: Path | None = None
+    rank: int = 0
+    world: int = 1
+
+
+class Export:
+    """Sources, plan and folders of one export."""
+
+    def __init__(self, recipe: Recipe, request: Request):
+        self.recipe, self.request, self.layout = recipe, request, recipe.export.layout
+        self.run_folder = Path(recipe.output) / recipe.name
+        self.rounded = request.base is not None
+        self._open_weights()
+        self.drafter = None
+        if self.layout == "native" and not self.rounded:
+            self.drafter = drafter_files.open_drafter(self.run_folder / "dflash" / "model", self.weights.config)
+        units = units_of(self.layout, self.weights, recipe.export.dense)
+        if self.drafter is not None:
+            if self.weights.config.tie_word_embeddings:
+                raise ValueError("tie_word_embeddings: the mask embedding cannot be written into a vocabulary row that is also "
+                                 "the output head's; expected an untied target")
+            units = drafter_files.with_mask_row(units, self.drafter)
+        self.shards: list[Shard] = plan_shards(units, recipe.export.shard_bytes)
+        default = ("model" if self.layout == "native" else self.layout) + ("-ptq" if self.rounded else "")
+        self.out = request.out or self.run_folder / "export" / default
+        self.partial = self.out.with_name(self.out.name + ".partial")
+
+    def _open_weights(self) -> None:
+        recipe, request = self.recipe, self.request
+        self.trained_folder = request.base or request.weights or trained_weights(self.run_folder / "qat")
+        trained = open_source(self.trained_folder)
+        base_folder = request.base or Path(recipe.model.path or self.trained_folder)
+        base = trained if base_folder == self.trained_folder else open_source(base_folder)
+        self.homes = [f for f in dict.fromkeys((self.trained_folder, base_folder)) if f.is_dir()]
+        described = next((f for f in self.homes if (f / "config.json").is_file()), None)
+        if described is None:
+            raise ValueError(f"{base_folder}: no config.json there, nor in {self.trained_folder}")
+        self.config = read_json(described / "config.json")
+        self.weights = Weights(trained, base, source_configuration(self.config), on_grid=not self.rounded,
+                               scale_rule=recipe.quantization.scale_rule, changed=recipe.qat.train == "all")
+
+    @property
+    def bytes(self) -> int:
+        return sum(s.bytes for s in self.shards)
+
+    def dtypes(self) -> dict[str, str]:
+        return {t.name: t.dtype for s in self.shards for t in s.tensors}
+
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the weight files' bytes."""
+        facts = {"shards": [[s.name, s.bytes, hashlib.sha256(s.header).hexdigest()] for s in self.shards],
+                 "sources": [self.weights.trained.identity(), self.weights.base.identity()], "rounded": self.rounded,
+                 "rule": self.weights.scale_rule, "changed": self.weights.changed,
+                 "mask": None if self.drafter is None else self.drafter.embedding.float().tolist()}
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def prepare(self) -> None:
+        """Process 0 makes or keeps the partial folder; the others wait until it has."""
+        plan, mark = self.partial / "plan.json", self.fingerprint()
+        if self.request.rank:
+            while not (plan.is_file() and read_json(plan).get("fingerprint") == mark):
+                time.sleep(WAIT_SECONDS)
+            return
+        kept = plan.is_file() and read_json(plan).get("fingerprint") == mark
+        if kept:
+            done = sum((self.partial / s.name).is_file() for s in self.shards)
+            print(f"continuing {self.partial}: {done} of {len(self.shards)} files are there", flush=True)
+            return
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        write_json(plan, {"fingerprint": mark, "files": [s.name for s in self.shards]})
+
+    def write(self) -> None:
+        """Writes this process's files (every `world`-th)."""
+        own = self.shards[self.request.rank::self.request.world]
+        progress = ByteProgress(sum(s.bytes for s in own), "export", enabled=self.request.rank == 0)
+        try:
+            for shard in own:
+                write_shard(shard, self.partial, progress)
+        finally:
+            progress.close()
+
+    def await_all(self, alive) -> None:
+        """Waits until every file is there; `alive` raises if a writer is gone."""
+        while not all((self.partial / s.name).is_file() for s in self.shards):
+            alive()
+            time.sleep(WAIT_SECONDS)
+
+    def finish(self) -> None:
+        """Everything beside the weights; then checksums."""
+        out, sums = self.partial, {}
+        for shard in self.shards:
+            sums |= read_json(out / f"{shard.name}.sums")
+        write_bytes(out / INDEX, index_json(self.shards).encode())
+        config = config_files.model_config(self.config, self.layout, self.dtypes())
+        write_json(out / "config.json", config)
+        config_files.copy_companions(self.homes, out, self.layout)
+        shutil.rmtree(out / "dflash", ignore_errors=True)
+        if self.drafter is not None:
+            sums |= drafter_files.write_drafter(self.drafter, out / "dflash", self.recipe.export.shard_bytes)
+            fits = drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30
+            drafter_files.write_reference(out, real_features=fits)
+        write_bytes(out / "resolved.yaml", dump_recipe(self.recipe).encode())
+        write_json(out / "export.json", self.manifest())
+        write_bytes(out / "README.md", model_card.card(self.facts(config)).encode())
+        for leftover in (*out.glob("*.sums"), *out.glob("*.tmp")):
+            if leftover.suffix != ".sums":
+                leftover.unlink()
+        config_files.write_checksums(out, sums, skip=_internal)
+
+    def manifest(self) -> dict:
+        """export.json: what a verifier must know and config.json does not say."""
+        return {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule,
+                "dense": self.recipe.export.dense, "drafter": self.drafter is not None, "format": 1}
+
+    def facts(self, config: dict) -> model_card.Facts:
+        sizes: dict[str, int] = {}
+        for tensor in (t for s in self.shards for t in s.tensors):
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor_bytes(tensor)
+        matrices = {n.removesuffix("_packed").removesuffix("_scale") for n in self.dtypes()}
+        special = self.drafter.config["dflash_config"] if self.drafter else {}
+        return model_card.Facts(
+            name=self.recipe.name, layout=self.layout, base=str(self.request.base or self.recipe.model.path),
+            scale_rule=self.weights.scale_rule, rounded=self.rounded, dense_rounded=self.recipe.export.dense == "fp8",
+            expert_matrices=sum(fused_name(n) is not None for n in matrices) or self._fused_matrices(),
+            bytes_by_dtype=sizes, block_size=special.get("block_size"),
+            qat=_summary(self.run_folder / "qat"), drafter=_summary(self.run_folder / "dflash"),
+            config=config | {"drafter_window": special.get("swa_window_size")})
+
+    def _fused_matrices(self) -> int:
+        return sum(t.shape[0] for s in self.shards for t in s.tensors if t.name.endswith("_blocks"))
+
+    def verify(self) -> list[str]:
+        """Findings of the inspection of the partial folder, against the weights it was made from."""
+        from export.inspection import Checkpoint
+
+        for leftover in self.partial.glob("*.sums"):
+            leftover.unlink()
+        plan = self.partial / "plan.json"
+        aside = self.partial.with_name(self.partial.name + ".plan")
+        os.replace(plan, aside)
+        try:
+            return Checkpoint(self.partial, self.trained_folder).run()
+        finally:
+            os.replace(aside, plan)
+
+    def rename(self) -> Path | None:
+        """Gives the folder its name; returns where an earlier one was set aside, if there was one."""
+        (self.partial / "plan.json").unlink()
+        aside = None
+        if self.out.exists():
+            aside = next(p for n in range(1, 10_000) if not (p := self.out.with_name(f"{self.out.name}.{n}")).exists())
+            self.out.rename(aside)
+        self.partial.rename(self.out)
+        return aside
+
+
+def _internal(path: Path) -> bool:
+    """Files of a running export that are not part of the checkpoint."""
+    return path.name == "plan.json" or path.suffix == ".sums"
+
+
+def _summary(folder: Path) -> dict | None:
+    return read_json(folder / "summary.json") if (folder / "summary.json").is_file() else None
+
+
+def trained_weights(folder: Path) -> Path:
+    """The trained weights of a run: its result, or its newest complete checkpoint.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if (folder / "model").is_dir():
+        return folder / "model"
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    if not checkpoints:
+        raise ValueError(f"{folder}: neither model/ nor a complete checkpoint; run qat/train.py first, or round a base "
+                         "checkpoint with --from FOLDER")
+    return checkpoints[-1]
+
+
+def source_configuration(config: dict):
+    """Configuration object of the weights to export.
+
+    Raises:
+        ValueError: a model type that transformers does not know, or a geometry that cannot be.
+    """
+    from transformers import CONFIG_MAPPING
+
+    from modeling.configuration_mimo_v2 import MiMoV2Config
+
+    kind = config.get("model_type")
+    drop = ("quantization_config", "model_type", "dtype", "torch_dtype", "auto_map", "transformers_version")
+    keys = {k: v for k, v in config.items() if k not in drop}
+    if kind == "mimo_v2" or kind == "mimo_v2_flash" and "hybrid_layer_pattern" in config:
+        return MiMoV2Config.from_dict(keys)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type {kind!r}: transformers does not know it, expected mimo_v2, qwen3_moe or gpt_oss")
+    return CONFIG_MAPPING[kind].from_dict(keys)
+
+
+def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:
+    """Exports; returns the exit code (1: the result did not verify; it is left under its partial name).
+
+    Args:
+        alive: called while waiting for other processes; raises if one has failed.
+
+    Raises:
+        ValueError: weights, base or layout that cannot be exported, with the reason.
+    """
+    began = time.monotonic()
+    export = Export(recipe, request)
+    export.prepare()
+    export.write()
+    if request.rank:
+        return 0
+    export.await_all(alive)
+    written = time.monotonic() - began
+    export.finish()
+    findings = export.verify()
+    if findings:
+        for finding in findings[:50]:
+            print(f"FOUND  {finding}")
+        print(f"{export.partial}: {len(findings)} findings; not renamed to {export.out}")
+        return 1
+    aside = export.rename()
+    if aside is not None:
+        print(f"an earlier export was set aside as {aside}")
+    drafter = "with a drafter" if export.drafter is not None else "no drafter"
+    print(f"written and verified: {export.out} ({export.layout}, {export.bytes / 1e9:.3f} GB in {len(export.shards)} files, "
+          f"{drafter}; {written:.1f} s writing, {time.monotonic() - began:.1f} s in all)")
+    return 0

@@ -1,0 +1,118 @@
+"""README.md of an exported checkpoint: what it is, what was measured, how to serve it. Nothing that was not measured.
+
+Numbers come from the summary.json files of the runs that made the weights; a run that did not happen has no table. The text
+depends on nothing else (no date, no timing of the export), so the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import yaml
+
+GB = 1e9
+
+
+@dataclass
+class Facts:
+    """What a card is made of; `qat` and `drafter` are the runs' summaries, if they exist and made these weights."""
+
+    name: str
+    layout: str
+    base: str
+    scale_rule: str
+    rounded: bool
+    dense_rounded: bool
+    expert_matrices: int
+    bytes_by_dtype: dict[str, int]
+    block_size: int | None = None
+    qat: dict | None = None
+    drafter: dict | None = None
+    config: dict = field(default_factory=dict)
+
+
+def card(facts: Facts) -> str:
+    """The whole README.md."""
+    parts = [_front_matter(facts), f"# {facts.name}, experts in MXFP4", _what(facts)]
+    parts += [_qat_table(facts.qat)] if facts.qat and not facts.rounded else []
+    parts += [_acceptance_table(facts)] if facts.drafter and facts.block_size else []
+    parts += [_serving(facts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(facts: Facts) -> str:
+    tags = ["mxfp4", "fp4-quantization", "moe", facts.config.get("model_type", "moe"),
+            "quantization-aware-training" if not facts.rounded else "post-training-quantization"]
+    tags += ["custom_code"] if facts.layout == "native" else []
+    tags += ["dflash", "speculative-decoding"] if facts.block_size else []
+    fields = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": facts.base,
+              "base_model_relation": "quantized", "tags": tags}
+    return "---\n" + yaml.safe_dump(fields, sort_keys=False) + "---"
+
+
+def _what(facts: Facts) -> str:
+    sizes = ", ".join(f"{dtype} {size / GB:.3f} GB" for dtype, size in sorted(facts.bytes_by_dtype.items()))
+    how = (f"They were rounded after training (scale rule `{facts.scale_rule}`), without further training."
+           if facts.rounded else "They were trained on that grid (quantization-aware distillation); nothing was rounded when this "
+           "checkpoint was written: the stored codes decode to the trained weights bit for bit.")
+    rest = ("Everything else is in the precision of the base checkpoint." if facts.layout == "native"
+            else "Everything else is in bfloat16 (router biases in float32).")
+    if facts.dense_rounded:
+        rest = ("The attention projections and the dense MLP were also rounded, to FP8 E4M3 with one scale per 128 x 128 block; "
+                "this was not part of training, and no table below includes its effect.")
+    text = (f"The {facts.expert_matrices:,} matrices of the routed experts are stored in MXFP4: 4-bit E2M1 codes and one "
+            f"power-of-two scale per 32 inputs. {how} {rest}\n\nLayout `{facts.layout}`. Bytes: {sizes}.")
+    if facts.layout != "native":
+        return text
+    return text + (f"\n\n`dflash/` holds a DFlash drafter (block of {facts.block_size})." if facts.block_size
+                   else "\n\nThis checkpoint has no drafter.")
+
+
+def _qat_table(summary: dict) -> str:
+    rows = ["## Held-out text", "", "| weights | loss (nats/token) | KL to original (nats/token) | top-1 agreement |",
+            "|---|---|---|---|"]
+    names = {"bf16": "original", "ptq": "experts rounded, untrained", "qat": "this checkpoint"}
+    for key, label in names.items():
+        row = summary[key]
+        rows.append(f"| {label} | {row['loss']:.4f} | {row['kl']:.5f} | {100 * row['top1_agreement']:.2f} % |")
+    environment = summary.get("environment", {})
+    rows += ["", f"Share of the KL of plain rounding that training removed: {summary['kl_gap_closed']:.3f} "
+             f"({summary['qat']['eval_tokens']:,} tokens; {summary.get('steps')} steps, seed {summary.get('seed')}; "
+             f"{environment.get('cpu', 'unknown hardware')}, revision {environment.get('git_revision', 'unknown')}, "
+             f"{environment.get('date', 'undated')})."]
+    return "\n".join(rows)
+
+
+def _acceptance_table(facts: Facts) -> str:
+    tables = facts.drafter.get("acceptance") or {}
+    kinds = {"task_t0": "tasks, greedy", "open_t0": "open text, greedy", "open_t1": "open text, temperature 1"}
+    rows = ["## Drafter", "", f"Mean number of tokens committed per target pass (block of {facts.block_size}):", "",
+            "| domain | prompts | drafter | prompt lookup |", "|---|---|---|---|"]
+    for domain, values in tables.items():
+        rows += [f"| {domain} | {label} | {values[key]:.2f} | {values[f'lookup_{key}']:.2f} |"
+                 for key, label in kinds.items() if key in values and f"lookup_{key}" in values]
+    return "\n".join(rows)
+
+
+def _serving(facts: Facts) -> str:
+    lines = ["## Use", "", "Transformers:", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
+             f'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="bfloat16"{_trust(facts)})',
+             'tokenizer = AutoTokenizer.from_pretrained("PATH")', "```"]
+    if facts.layout != "native":
+        return "\n".join(lines)
+    block = facts.block_size
+    sglang = "python3 -m sglang.launch_server --model PATH --quantization fp8 --trust-remote-code --dtype bfloat16"
+    vllm = "vllm serve PATH --trust-remote-code"
+    if block:
+        window = (facts.config.get("drafter_window") or 0)
+        sglang += (" \\\n  --speculative-algorithm DFLASH --speculative-draft-model-path PATH/dflash "
+                   f"--speculative-num-draft-tokens {block}")
+        sglang += f" --speculative-draft-window-size {window}" if window else ""
+        vllm += (' \\\n  --speculative-config \'{"method": "dflash", "model": "PATH/dflash", "num_speculative_tokens": '
+                 f"{block - 1}}}'")
+    return "\n".join([*lines, "", "Engines (commands for these files' format; not run for this card):", "", "```bash", sglang, vllm,
+                      "python runtime_ref/serve.py PATH --port 8000", "```"])
+
+
+def _trust(facts: Facts) -> str:
+    return ", trust_remote_code=True" if facts.layout == "native" else ""

@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+"""Exports an FP4 checkpoint: `python export/to_hf.py recipes/tiny.yaml [section.key=value ...]`.
+
+    --layout native|hf-fp8|compressed-tensors|gpt-oss    names and containers for a client (default: the recipe's)
+    --from BASE          round the experts of an untrained checkpoint instead (the baseline of training)
+    --weights DIR        these trained weights instead of the run's result: any checkpoint folder
+    --processes N        N writers side by side (or start this script by torchrun); the bytes are the same
+    --plan               tensors, bytes, files and memory, without weights
+    --push REPO          afterwards upload the verified folder to a hub repository; nothing leaves the machine without it
+
+Exit code: 0 done and verified; 2 a mistake in arguments, recipe or input files; 1 the result did not verify, or the job broke.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Launched by path, Python puts this script's folder first on sys.path, where export/'s files would shadow real packages.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from recipes.command import run_command
+from recipes.schema import Recipe
+
+LAYOUTS = ("native", "hf-fp8", "compressed-tensors", "gpt-oss")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="export/to_hf.py", description="Write and verify an FP4 Hugging Face checkpoint.",
+                                     epilog="example: python export/to_hf.py recipes/tiny.yaml --layout native")
+    parser.add_argument("recipe", help="YAML recipe, e.g. recipes/tiny.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the recipe")
+    parser.add_argument("--layout", choices=LAYOUTS, help="client to write for (export.layout)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="result (default: <output>/<name>/export/model)")
+    parser.add_argument("--from", dest="base", type=Path, metavar="BASE", help="round this untrained checkpoint")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="trained weights (default: the run's model/)")
+    parser.add_argument("--processes", type=int, metavar="N", help="writers side by side (export.processes)")
+    parser.add_argument("--plan", action="store_true", help="print what would be written; write nothing")
+    parser.add_argument("--push", metavar="REPO", help="upload the verified folder to this hub repository (private)")
+    args = parser.parse_intermixed_args(argv)
+    if args.processes is not None and args.processes < 1:
+        parser.error(f"--processes {args.processes}: expected a positive number")
+    if args.base is not None and args.weights is not None:
+        parser.error("--from and --weights exclude each other: weights are either untrained or trained")
+    if args.layout is not None:
+        args.overrides.append(f"export.layout={args.layout}")
+    if args.processes is not None:
+        args.overrides.append(f"export.processes={args.processes}")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+
+    def job(recipe: Recipe) -> int:
+        if args.plan:
+            from export import plan
+
+            return plan.run(recipe)
+        return _export(recipe, args, argv)
+
+    return run_command(args.recipe, args.overrides, job)
+
+
+def _export(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> int:
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    helpers: list[subprocess.Popen] = []
+    if world == 1 and recipe.export.processes > 1:
+        world = recipe.export.processes
+        helpers = [subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *argv],
+                                    env=os.environ | {"RANK": str(r), "WORLD_SIZE": str(world)}) for r in range(1, world)]
+
+    def alive() -> None:
+        for r, helper in enumerate(helpers, start=1):
+            if helper.poll() not in (None, 0):
+                raise OSError(f"writer {r} of {world} ended with code {helper.returncode}")
+
+    from export import job
+
+    try:
+        code = job.run(recipe, job.Request(args.out, args.base, args.weights, rank, world), alive)
+    finally:
+        for helper in helpers:
+            if helper.poll() is None:
+                helper.terminate()
+            helper.wait()
+    if code == 0 and rank == 0 and args.push:
+        from export.push import push
+
+        out = args.out or job.Export(recipe, job.Request(args.out, args.base, args.weights)).out
+        push(out, args.push)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
