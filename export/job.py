@@ -141,7 +141,10 @@ class Export:
             sums |= drafter_files.write_drafter(self.drafter, out / "dflash", self.recipe.export.shard_bytes)
             fits = drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30
             drafter_files.write_reference(out, real_features=fits)
-        write_bytes(out / "resolved.yaml", dump_recipe(self.recipe).encode())
+        # How many processes wrote it is no part of the result.
+        settled = self.recipe.export.model_copy(update={"processes": 1})
+        text = dump_recipe(self.recipe.model_copy(update={"export": settled}))
+        write_bytes(out / "resolved.yaml", text.encode())
         write_json(out / "export.json", self.manifest())
         write_bytes(out / "README.md", model_card.card(self.facts(config)).encode())
         for leftover in (*out.glob("*.sums"), *out.glob("*.tmp")):

@@ -53,13 +53,13 @@ def _front_matter(facts: Facts) -> str:
 def _what(facts: Facts) -> str:
     sizes = ", ".join(f"{dtype} {size / GB:.3f} GB" for dtype, size in sorted(facts.bytes_by_dtype.items()))
     how = (f"They were rounded after training (scale rule `{facts.scale_rule}`), without further training."
-           if facts.rounded else "They were trained on that grid (quantization-aware distillation); nothing was rounded when this "
-           "checkpoint was written: the stored codes decode to the trained weights bit for bit.")
+           if facts.rounded else "They were trained on that grid (quantization-aware distillation); nothing was rounded when "
+           "this checkpoint was written: the stored codes decode to the trained weights bit for bit.")
     rest = ("Everything else is in the precision of the base checkpoint." if facts.layout == "native"
             else "Everything else is in bfloat16 (router biases in float32).")
     if facts.dense_rounded:
-        rest = ("The attention projections and the dense MLP were also rounded, to FP8 E4M3 with one scale per 128 x 128 block; "
-                "this was not part of training, and no table below includes its effect.")
+        rest = ("The attention projections and the dense MLP were also rounded, to FP8 E4M3 with one scale per 128 x 128 "
+                "block; this was not part of training, and no table below includes its effect.")
     text = (f"The {facts.expert_matrices:,} matrices of the routed experts are stored in MXFP4: 4-bit E2M1 codes and one "
             f"power-of-two scale per 32 inputs. {how} {rest}\n\nLayout `{facts.layout}`. Bytes: {sizes}.")
     if facts.layout != "native":
@@ -110,8 +110,8 @@ def _serving(facts: Facts) -> str:
         sglang += f" --speculative-draft-window-size {window}" if window else ""
         vllm += (' \\\n  --speculative-config \'{"method": "dflash", "model": "PATH/dflash", "num_speculative_tokens": '
                  f"{block - 1}}}'")
-    return "\n".join([*lines, "", "Engines (commands for these files' format; not run for this card):", "", "```bash", sglang, vllm,
-                      "python runtime_ref/serve.py PATH --port 8000", "```"])
+    return "\n".join([*lines, "", "Engines (commands for these files' format; not run for this card):", "", "```bash", sglang,
+                      vllm, "python runtime_ref/serve.py PATH --port 8000", "```"])
 
 
 def _trust(facts: Facts) -> str:
