@@ -1,0 +1,371 @@
+"""The ops of a step: pure functions with one reference meaning each, row-invariant on a CPU.
+
+Row-invariant: what an op computes for a row (a token) has the same bits alone, in any position and in any company. Then
+tokens decoded with a drafter equal those decoded without, and a batch equals its members. What it takes:
+
+- every matrix product is a batch of products of fixed shape [8 n rows, K] x [K, N]: rows are padded to a multiple of 8. A
+  CPU's library then gives a row the same bits wherever it stands (measured for n = 1 to 16; 1, 2 or 3 rows differ).
+  `probe_rows` measures it again on the machine at hand; where it fails, products run strictly eight rows at a time;
+- the number of parts of a matrix (`parallel.shares`) never depends on the number of ranks, and parts are added in order;
+- attention reduces each page of keys by itself and adds the pages in the order of their positions: hidden or missing pages
+  add exact zeros, so the length of a table and the place of a window in its ring do not matter;
+- experts are added in ascending order; a row that did not choose an expert is given weight zero or not computed at all.
+
+Numbers: the residual stream and the cache are held in the engine's dtype (bf16 or fp32), everything inside an op is
+float32, weights are the exact values of the file. Logits are float32, so bf16 makes no ties among them.
+
+Shape legend: R rows (tokens, padded to 8 n), B blocks of 8 rows of one sequence each, Q and K own query and key heads,
+G = Q / K, D and V widths, n pages, P parts, H hidden size, E experts, A experts of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from runtime_ref.kv_cache import PAGE, Pool, Table
+from runtime_ref.parallel import Ranks
+from runtime_ref.weights import Attention, Dense, Experts, Moe
+
+ROWS = 8
+_WIDEST_PROBED = 16
+_strict = False
+
+
+def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Batched product [b, R, K] x [b, K, N], R a multiple of 8 (see the module's text)."""
+    if not _strict or x.shape[1] == ROWS:
+        return torch.bmm(x, w)
+    return torch.cat([torch.bmm(x[:, i:i + ROWS], w) for i in range(0, x.shape[1], ROWS)], dim=1)
+
+
+def probe_rows(shapes: set[tuple[int, int, int]], seed: int = 0) -> bool:
+    """Whether products of more than eight rows give each row the bits of a product of eight; if not, they are not used.
+
+    Args:
+        shapes: (batch, K, N) of the products that will run.
+    """
+    global _strict
+    generator = torch.Generator().manual_seed(seed)
+    same = True
+    for batch, K, N in sorted(shapes):
+        w = torch.randn(batch, N, K, generator=generator).transpose(1, 2)
+        x = torch.randn(batch, ROWS, K, generator=generator)
+        alone = torch.bmm(x, w)
+        for blocks in (2, 3, 8, _WIDEST_PROBED):
+            wide = torch.randn(batch, blocks * ROWS, K, generator=generator)
+            wide[:, -ROWS - 1:-1] = x
+            same = same and torch.equal(torch.bmm(wide, w)[:, -ROWS - 1:-1], alone)
+    _strict = not same
+    return same
+
+
+def padded(rows: int) -> int:
+    return -(-rows // ROWS) * ROWS
+
+
+class Rotary:
+    """Tables of one rotary base: rows cos [D] and sin [D] with the sign and the unrotated rest folded in."""
+
+    def __init__(self, base: float, rotated: int, width: int):
+        self.base, self.rotated, self.width = base, rotated, width
+        half = rotated // 2
+        swap = list(range(width))
+        swap[:half], swap[half:rotated] = range(half, rotated), range(half)
+        self.swap = torch.tensor(swap)
+        self._cos, self._sin = torch.empty(0, width), torch.empty(0, width)
+
+    def rows(self, positions: torch.Tensor, highest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if highest >= self._cos.shape[0]:
+            self._grow(max(1024, 2 * highest))
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+    def _grow(self, size: int) -> None:
+        exponents = torch.arange(0, self.rotated, 2, dtype=torch.float32) / self.rotated
+        angles = torch.arange(size, dtype=torch.float32)[:, None] * self.base**-exponents
+        rest = torch.zeros(size, self.width - self.rotated)
+        self._cos = torch.cat((angles.cos(), angles.cos(), rest + 1), dim=1)
+        self._sin = torch.cat((-angles.sin(), angles.sin(), rest), dim=1)
+
+    def apply(self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """x [heads, R, D]."""
+        return torch.addcmul(x * table[0], x.index_select(-1, self.swap), table[1])
+
+
+@dataclass
+class Reach:
+    """What the blocks of a step see of one kind of cache.
+
+    tables [B * n] page ids; hidden [B, n, 8, PAGE] is 0 or minus infinity; slots [real rows] is where rows are written.
+    """
+
+    blocks: int
+    tables: torch.Tensor
+    hidden: torch.Tensor
+    slots: torch.Tensor | None
+
+
+@dataclass
+class Span:
+    """Consecutive tokens of one sequence in a step: their ids begin at position `start`."""
+
+    tables: dict[str, Table]
+    start: int
+    tokens: list[int]
+    logits: str = "all"  # "all", "last" or "none"
+    row: int = 0  # first row, set by `plan_rows`
+
+
+@dataclass
+class Step:
+    """Everything about the rows of one step that no layer changes."""
+
+    ids: torch.Tensor  # [R]
+    positions: torch.Tensor  # [R]
+    real: int
+    highest: int
+    head_rows: torch.Tensor | None  # rows whose logits are wanted, padded; None = all
+    wanted: int  # how many of them are real
+    block_rows: torch.Tensor | None  # [B * 8] rows of the blocks; None: rows are one block as they are
+    row_slots: torch.Tensor | None  # [R] where a row stands among the blocks' rows
+    starts: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    reach: dict[str, Reach] = field(default_factory=dict)
+    rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+def plan_rows(spans: list[Span]) -> tuple[Step, list[tuple[Span, int, int]]]:
+    """Rows of the spans side by side, and the blocks (span, first position, count) they make."""
+    ids: list[int] = []
+    positions: list[int] = []
+    head: list[int] = []
+    blocks, block_rows = [], []
+    for span in spans:
+        span.row = len(ids)
+        n = len(span.tokens)
+        ids += span.tokens
+        positions += range(span.start, span.start + n)
+        head += range(span.row, span.row + n) if span.logits == "all" else [span.row + n - 1] if span.logits == "last" else []
+        for begin in range(0, n, ROWS):
+            count = min(ROWS, n - begin)
+            blocks.append((span, span.start + begin, count))
+            block_rows += [span.row + begin + min(i, count - 1) for i in range(ROWS)]
+    real, R = len(ids), padded(len(ids))
+    highest = max(positions)
+    ids += [ids[-1]] * (R - real)
+    positions += [positions[-1]] * (R - real)
+    wanted = len(head)
+    whole = head == list(range(real))
+    if not whole:
+        head += [head[-1] if head else 0] * (padded(max(1, wanted)) - wanted)
+    row_slots = None
+    if len(blocks) > 1:
+        slot_of = {row: slot for slot, row in reversed(list(enumerate(block_rows)))}
+        row_slots = torch.tensor([slot_of.get(row, 0) for row in range(R)])
+    step = Step(torch.tensor(ids), torch.tensor(positions), real, highest, None if whole else torch.tensor(head), wanted,
+                torch.tensor(block_rows) if len(blocks) > 1 else None, row_slots,
+                [start for _, start, _ in blocks], [count for _, _, count in blocks])
+    return step, blocks
+
+
+def reach(pool: Pool, kind: str, blocks: list[tuple[Span, int, int]], write: bool = True) -> Reach:
+    """Pages and mask of a target's kind for the blocks of `plan_rows`."""
+    first = [pool.first_needed(start) for _, start, _ in blocks]
+    last = [(start + count - 1) // PAGE for _, start, count in blocks]
+    n = max(b - a for a, b in zip(first, last, strict=True)) + 1
+    tables, slots = [], []
+    for (span, start, count), low, high in zip(blocks, first, last, strict=True):
+        table = span.tables[kind]
+        held = table.pages[low - table.first:high + 1 - table.first]
+        tables += held + [0] * (n - len(held))
+        slots += [table.page(p // PAGE) * PAGE + p % PAGE for p in range(start, start + count)] if write else []
+    queries = torch.tensor([[start + min(i, count - 1) for i in range(ROWS)] for _, start, count in blocks])[:, None, :, None]
+    keys = torch.tensor(first)[:, None] * PAGE + torch.arange(n * PAGE)
+    keys = keys.view(len(blocks), n, 1, PAGE)
+    seen = keys <= queries if pool.window is None else (keys <= queries) & (keys > queries - pool.window)
+    hidden = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+    return Reach(len(blocks), torch.tensor(tables), hidden, torch.tensor(slots) if write else None)
+
+
+def embed(table: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Residual stream [R, H] of token ids."""
+    return table.index_select(0, ids).to(dtype)
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMS norm over the last dimension, float32."""
+    x = x.float()
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1.0 / x.shape[-1]).add_(epsilon).rsqrt_()
+    return (x * scale).mul_(weight)
+
+
+def spread(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Column-parallel product: x [R, K] with every part of w [P, N, K] -> [P, R, N]."""
+    return product(x.expand(w.shape[0], *x.shape), w.transpose(1, 2))
+
+
+def project_qkv(x: torch.Tensor, a: Attention, rotary: Rotary, table) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotated, scaled queries [Q, R, D], rotated keys [K, R, D], scaled values [K, R, V]."""
+    qk = rotary.apply(spread(x, a.qk), table)
+    v = spread(x, a.v)
+    q, k = qk[:a.query_heads] * a.qk_dim**-0.5, qk[a.query_heads:]
+    return q, k, v if a.value_scale is None else v.mul_(a.value_scale)
+
+
+def write_cache(pool: Pool, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+    """Stores the first len(slots) rows."""
+    n, dtype = slots.shape[0], pool.keys[layer].dtype
+    pool.keys[layer].index_copy_(1, slots, k[:, :n].to(dtype))
+    pool.values[layer].index_copy_(1, slots, v[:, :n].to(dtype))
+
+
+def attend(q: torch.Tensor, pool: Pool, layer: int, seen: Reach, sink: torch.Tensor | None, step: Step) -> torch.Tensor:
+    """Heads [Q, R, V] of queries [Q, R, D] over the cache (which holds the rows' own keys already)."""
+    K, B, n = pool.keys[layer].shape[0], seen.blocks, seen.hidden.shape[1]
+    Q, D = q.shape[0], q.shape[2]
+    if step.block_rows is not None:
+        q = q.index_select(1, step.block_rows)
+    q = q.view(K, Q // K, B, ROWS, D).transpose(1, 2).reshape(K, B, 1, Q // K * ROWS, D)
+    keys, values = (_pages(store[layer], seen.tables) for store in (pool.keys, pool.values))
+    out = attend_pages(q, keys, values, seen.hidden, sink)
+    out = out.view(K, B, Q // K, ROWS, -1).transpose(1, 2).reshape(Q, B * ROWS, -1)
+    return out if step.row_slots is None else out.index_select(1, step.row_slots)
+
+
+def _pages(store: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """[K, pages, PAGE, width] in float32."""
+    K, _, width = store.shape
+    return store.view(K, -1, PAGE, width).index_select(1, tables).float()
+
+
+def attend_pages(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor,
+                 sink: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over pages with an optional sink per head.
+
+    Args:
+        q: [K, B, 1, G * 8, D], scaled. keys, values: [K, B * n, PAGE, .]. hidden: [B, n, 8, PAGE]. sink: [K * G].
+
+    Returns:
+        [K, B, G * 8, V].
+    """
+    K, B, _, M, D = q.shape
+    n = hidden.shape[1]
+    scores = product(q.expand(K, B, n, M, D).reshape(-1, M, D), keys.flatten(0, 1).transpose(1, 2))
+    scores = scores.view(K, B, n, M // ROWS, ROWS, PAGE)
+    scores += hidden[None, :, :, None]
+    scores = scores.view(K, B, n, M, PAGE)
+    top = scores.amax((2, 4), keepdim=True)
+    if sink is not None:
+        sink = sink.view(K, 1, 1, -1, 1).repeat_interleave(ROWS, 3)
+        top = torch.maximum(top, sink)
+    weights = scores.sub_(top).exp_()
+    sums = weights.sum(-1, keepdim=True)
+    parts = product(weights.view(-1, M, PAGE), values.flatten(0, 1)).view(K, B, n, M, -1)
+    total, below = parts[:, :, 0], sums[:, :, 0]
+    for i in range(1, n):
+        total, below = total + parts[:, :, i], below + sums[:, :, i]
+    if sink is not None:
+        below = below + (sink - top)[:, :, 0].exp_()
+    return total / below
+
+
+def merge_heads(heads: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+    """Partial outputs [P, R, H] of heads [Q, R, V] through own parts of the output projection [P, Q V / P, H]."""
+    P, (Q, R, V) = o.shape[0], heads.shape
+    if Q != P:
+        heads = heads.view(P, Q // P, R, V).transpose(1, 2).reshape(P, R, -1)
+    return product(heads, o)
+
+
+def add_parts(x: torch.Tensor, partial: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Residual stream plus the parts of all ranks, added in their order: the one all-reduce of the model."""
+    parts = ranks.gather(partial)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return (x + total).to(x.dtype)
+
+
+def gated(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of [..., 2 I]; without any clamp."""
+    half = gate_up.shape[-1] // 2
+    return F.silu(gate_up[..., :half]).mul_(gate_up[..., half:])
+
+
+def dense_mlp(x: torch.Tensor, w: Dense) -> torch.Tensor:
+    """Partial outputs [P, R, H]."""
+    return product(gated(spread(x, w.gate_up)), w.down)
+
+
+def route(x: torch.Tensor, w: Moe, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expert indices [R, A] and weights [R, A] float32: sigmoid scores, the best by score + correction, weighted by score."""
+    scores = spread(x, w.router[None])[0].sigmoid_()
+    choice = scores + w.correction
+    if config.n_group > 1:
+        grouped = choice.view(-1, config.n_group, config.n_routed_experts // config.n_group)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(config.topk_group, dim=-1).indices
+        allowed = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
+        choice = grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(1)
+    index = choice.topk(config.num_experts_per_tok, dim=-1).indices
+    weight = scores.gather(1, index)
+    if config.norm_topk_prob:
+        total = weight[:, 0]
+        for i in range(1, weight.shape[1]):
+            total = total + weight[:, i]
+        weight = weight / (total[:, None] + 1e-20)
+    factor = config.routed_scaling_factor
+    return index, weight if factor in (None, 1.0) else weight * factor
+
+
+def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, experts: Experts, real: int) -> torch.Tensor:
+    """Partial outputs [P, R, H] of the chosen experts, weighted, added in ascending order of experts.
+
+    Up to eight rows meet every touched expert together, those that did not choose it with weight zero; more rows are
+    gathered by expert. Both give a row the same bits.
+    """
+    if x.shape[0] == ROWS:
+        return _experts_together(x, index, weight, experts, real)
+    R, H = x.shape
+    chosen = index[:real].tolist()
+    rows_of: dict[int, list[tuple[int, int]]] = {}
+    for row, picks in enumerate(chosen):
+        for place, expert in enumerate(picks):
+            rows_of.setdefault(expert, []).append((row, place))
+    out = x.new_zeros(experts.parts, R, H)
+    for expert in sorted(rows_of):
+        gate_up, down = experts.decoded(expert)
+        places = rows_of[expert]
+        rows = torch.tensor([row for row, _ in places])
+        scale = weight[rows, torch.tensor([place for _, place in places])]
+        count = len(places)
+        mine = x.new_zeros(padded(count), H)
+        mine[:count] = x.index_select(0, rows)
+        inner = gated(spread(mine, gate_up))
+        inner[:, :count] *= scale[:, None]
+        out.index_add_(1, rows, product(inner, down)[:, :count])
+    return out
+
+
+def _experts_together(x, index, weight, experts: Experts, real: int) -> torch.Tensor:
+    touched = sorted({e for picks in index[:real].tolist() for e in picks})
+    decoded = [experts.decoded(e) for e in touched]
+    parts, width = experts.parts, decoded[0][0].shape[1]
+    gate_up = x.new_empty(len(touched), parts, ROWS, width)
+    rows = x.expand(parts, *x.shape)
+    for i, (w, _) in enumerate(decoded):
+        torch.bmm(rows, w.transpose(1, 2), out=gate_up[i])
+    dense = x.new_zeros(ROWS, experts.count).scatter_(1, index, weight)
+    inner = gated(gate_up)
+    inner *= dense[:, touched].T[:, None, :, None]
+    out = torch.bmm(inner[0], decoded[0][1])
+    for i in range(1, len(touched)):
+        out += torch.bmm(inner[i], decoded[i][1])
+    return out
+
+
+def head_logits(x: torch.Tensor, head: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """float32 logits [R, vocabulary] of normed rows: each rank multiplies its share of the vocabulary."""
+    parts = ranks.gather(spread(x, head))
+    return parts.transpose(0, 1).reshape(x.shape[0], -1)

@@ -1,0 +1,195 @@
+"""A step of the target as a list of tasks: the schedule is data.
+
+`target_tasks` writes down, once per model, which op reads and writes which buffer of which layer. The torch backend
+(`TorchBackend.run`) executes the list task by task; a backend that runs a whole step in one launch reads the same list, and a
+test can compare the two after any task. Ops are looked up by name, so a backend may also replace single ones.
+
+Buffers by name: x (residual stream), y (normed), q, k, v, heads, partial, index, weight (routing), logits, tap.<layer>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from runtime_ref import model as ops
+from runtime_ref.kv_cache import Pool
+from runtime_ref.model import Rotary, Span, Step
+from runtime_ref.parallel import shares
+from runtime_ref.weights import Dense, TargetWeights
+
+
+@dataclass(frozen=True)
+class Task:
+    """One op of a layer (-1: outside the layers), the buffers that it reads and those that it writes."""
+
+    op: str
+    layer: int
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        where = f"layer {self.layer}: " if self.layer >= 0 else ""
+        return f"{where}{self.op}({', '.join(self.reads)}) -> {', '.join(self.writes) or 'cache'}"
+
+
+def target_tasks(config, taps: Iterable[int] = ()) -> list[Task]:
+    """The tasks of one step, in an order in which every buffer is written before it is read."""
+    taps = set(taps)
+    tasks = [Task("embed", -1, ("ids",), ("x",))]
+    for i in range(config.num_hidden_layers):
+        kind = "window" if config.hybrid_layer_pattern[i] else "full"
+        tasks += [Task("input_norm", i, ("x",), ("y",)),
+                  Task(f"project_{kind}", i, ("y",), ("q", "k", "v")),
+                  Task(f"write_{kind}", i, ("k", "v"), ()),
+                  Task(f"attend_{kind}", i, ("q",), ("heads",)),
+                  Task("merge_heads", i, ("heads",), ("partial",)),
+                  Task("add_parts", i, ("x", "partial"), ("x",)),
+                  Task("post_norm", i, ("x",), ("y",))]
+        if config.moe_layer_freq[i]:
+            tasks += [Task("route", i, ("y",), ("index", "weight")),
+                      Task("experts", i, ("y", "index", "weight"), ("partial",))]
+        else:
+            tasks.append(Task("dense_mlp", i, ("y",), ("partial",)))
+        tasks.append(Task("add_parts", i, ("x", "partial"), ("x",)))
+        if i in taps:
+            tasks.append(Task("tap", i, ("x",), (f"tap.{i}",)))
+    return [*tasks, Task("pick_rows", -1, ("x",), ("x",)), Task("final_norm", -1, ("x",), ("y",)),
+            Task("head", -1, ("y",), ("logits",))]
+
+
+def check_tasks(tasks: list[Task]) -> None:
+    """Asserts that every buffer is written before it is read."""
+    known = {"ids"}
+    for task in tasks:
+        assert known.issuperset(task.reads), f"{task}: {set(task.reads) - known} was never written"
+        known |= set(task.writes)
+
+
+class TorchBackend:
+    """Runs task lists on one rank's weights with torch, on the CPU.
+
+    Args:
+        dtype: of the residual stream and the cache, bfloat16 or float32.
+        pages: pages by kind ("full", "window"); a kind that the model does not have gets no pool.
+    """
+
+    name = "torch"
+
+    def __init__(self, weights: TargetWeights, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int]):
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"dtype {dtype}: expected bfloat16 or float32")
+        self.weights, self.config, self.dtype = weights, weights.config, dtype
+        self.pools = self._pools(pages)
+        config = self.config
+        self.rotary = {
+            "full": Rotary(config.rope_theta, int(config.head_dim * config.partial_rotary_factor), config.head_dim),
+            "window": Rotary(config.swa_rope_theta, int(config.swa_head_dim * config.partial_rotary_factor), config.swa_head_dim)}
+        self.ops: dict[str, Callable] = {name.removeprefix("op_"): getattr(self, name)
+                                         for name in dir(self) if name.startswith("op_")}
+        self.wide = ops.probe_rows(self.product_shapes())
+
+    def _pools(self, pages: dict[str, int]) -> dict[str, Pool]:
+        pools = {}
+        for kind, window in (("full", None), ("window", self.config.sliding_window)):
+            own = {i: (a.key_heads, a.qk_dim, a.v_dim) for i, layer in enumerate(self.weights.layers)
+                   if ((a := layer.attention).window is not None) == (kind == "window")}
+            if own:
+                pools[kind] = Pool(own, pages[kind], self.dtype, window)
+        return pools
+
+    def product_shapes(self) -> set[tuple[int, int, int]]:
+        """(batch, K, N) of the products of a step."""
+        w, config = self.weights, self.config
+        found = {(w.head.shape[0], w.head.shape[2], w.head.shape[1])}
+        for layer in w.layers:
+            a = layer.attention
+            found |= {(t.shape[0], t.shape[2], t.shape[1]) for t in (a.qk, a.v)} | {tuple(a.o.shape)}
+            found |= {(a.key_heads, a.qk_dim, ops.PAGE), (a.key_heads, ops.PAGE, a.v_dim)}
+            if isinstance(layer.mlp, Dense):
+                up, down = layer.mlp.gate_up, layer.mlp.down
+                found |= {(up.shape[0], up.shape[2], up.shape[1]), tuple(down.shape)}
+            else:
+                parts, inner = layer.mlp.experts.parts, config.moe_intermediate_size // shares(config.moe_intermediate_size)
+                found |= {(1, config.hidden_size, config.n_routed_experts), (parts, config.hidden_size, 2 * inner),
+                          (parts, inner, config.hidden_size)}
+        return found
+
+    def plan(self, spans: list[Span]) -> Step:
+        """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
+        step, blocks = ops.plan_rows(spans)
+        for kind, pool in self.pools.items():
+            step.reach[kind] = ops.reach(pool, kind, blocks)
+            step.rotary[kind] = self.rotary[kind].rows(step.positions, step.highest)
+        return step
+
+    @torch.inference_mode()
+    def run(self, tasks: list[Task], step: Step, watch: Callable[[Task, dict], None] | None = None) -> dict[str, torch.Tensor]:
+        """Executes the tasks in order; returns the buffers. `watch` sees the buffers after each task."""
+        buffers = {"ids": step.ids}
+        for task in tasks:
+            found = self.ops[task.op](step, task.layer, *[buffers[name] for name in task.reads])
+            if len(task.writes) == 1:
+                buffers[task.writes[0]] = found
+            else:
+                buffers.update(zip(task.writes, found or (), strict=True))
+            if watch is not None:
+                watch(task, buffers)
+        return buffers
+
+    def op_embed(self, step, layer, ids):
+        return ops.embed(self.weights.embed, ids, self.dtype)
+
+    def op_input_norm(self, step, layer, x):
+        return ops.norm(x, self.weights.layers[layer].input_norm, self.config.layernorm_epsilon)
+
+    def op_post_norm(self, step, layer, x):
+        return ops.norm(x, self.weights.layers[layer].post_norm, self.config.layernorm_epsilon)
+
+    def op_final_norm(self, step, layer, x):
+        return ops.norm(x, self.weights.norm, self.config.layernorm_epsilon)
+
+    def op_project_full(self, step, layer, y, kind="full"):
+        return ops.project_qkv(y, self.weights.layers[layer].attention, self.rotary[kind], step.rotary[kind])
+
+    def op_project_window(self, step, layer, y):
+        return self.op_project_full(step, layer, y, "window")
+
+    def op_write_full(self, step, layer, k, v, kind="full"):
+        ops.write_cache(self.pools[kind], layer, k, v, step.reach[kind].slots)
+
+    def op_write_window(self, step, layer, k, v):
+        self.op_write_full(step, layer, k, v, "window")
+
+    def op_attend_full(self, step, layer, q, kind="full"):
+        return ops.attend(q, self.pools[kind], layer, step.reach[kind], self.weights.layers[layer].attention.sink, step)
+
+    def op_attend_window(self, step, layer, q):
+        return self.op_attend_full(step, layer, q, "window")
+
+    def op_merge_heads(self, step, layer, heads):
+        return ops.merge_heads(heads, self.weights.layers[layer].attention.o)
+
+    def op_add_parts(self, step, layer, x, partial):
+        return ops.add_parts(x, partial, self.weights.ranks)
+
+    def op_dense_mlp(self, step, layer, y):
+        return ops.dense_mlp(y, self.weights.layers[layer].mlp)
+
+    def op_route(self, step, layer, y):
+        return ops.route(y, self.weights.layers[layer].mlp, self.config)
+
+    def op_experts(self, step, layer, y, index, weight):
+        return ops.run_experts(y, index, weight, self.weights.layers[layer].mlp.experts, step.real)
+
+    def op_tap(self, step, layer, x):
+        return x
+
+    def op_pick_rows(self, step, layer, x):
+        return x if step.head_rows is None else x.index_select(0, step.head_rows)
+
+    def op_head(self, step, layer, y):
+        return ops.head_logits(y, self.weights.head, self.weights.ranks)
+
