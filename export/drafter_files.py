@@ -210,8 +210,10 @@ def write_reference(folder: Path, *, real_features: bool) -> None:
         taps = torch.randn((1, REFERENCE_TOKENS, len(layers), table.shape[1]), generator=generator)
     hidden = draft_round(drafter, taps, ids, table)
     logits = hidden[:, 1:] @ head.T
-    metadata = {"target_layer_ids": json.dumps(layers), "anchor_position": str(REFERENCE_TOKENS), "dtype": "float32",
-                "features": "target" if real_features else "seeded normal numbers"}
+    facts = {"target_layer_ids": layers, "anchor_position": REFERENCE_TOKENS, "dtype": "float32",
+             "features": "target" if real_features else "seeded normal numbers"}
+    # One entry: the writer puts several in an order of its own, different each time.
+    metadata = {"reference": json.dumps(facts, sort_keys=True)}
     save_file({"input_ids": ids, "taps": taps.contiguous(), "draft_hidden": hidden.contiguous(),
                "draft_logits": logits.contiguous()}, folder / "dflash" / REFERENCE, metadata=metadata)
     torch.set_num_threads(threads)
@@ -226,10 +228,10 @@ def draft_round(drafter, taps: torch.Tensor, ids: torch.Tensor, table: torch.Ten
     return drafter.block_hidden(embeds, S + torch.arange(drafter.block_size)[None], context, positions)
 
 
-def read_reference(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, metadata) of a reference file."""
+def read_reference(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, facts) of a reference file."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata() or {}
-    return load_file(path), metadata
+    return load_file(path), json.loads(metadata.get("reference", "{}"))

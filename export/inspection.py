@@ -7,9 +7,9 @@ all of them. Where a file is too broken to go on, that is a finding and the chec
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
+import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ from mxfp4.format import BLOCK_SIZE, E8M0_NAN
 
 # What reading damaged files and configurations may raise, and no more: anything else is a defect of this file.
 DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RuntimeError, SafetensorError, EOFError,
-          pickle.UnpicklingError, UnicodeDecodeError)
+          pickle.UnpicklingError, struct.error, UnicodeDecodeError)
 # Tables, norms and matrices of a reference drafted again on another machine: float32 sums in another order.
 REFERENCE_ERROR = 1e-3
 
@@ -268,11 +268,10 @@ class Checkpoint:
     def _check_reference(self, folder: Path, config: dict) -> None:
         from modeling.drafter import load_drafter
 
-        tensors, metadata = read_reference(folder / REFERENCE)
+        tensors, facts = read_reference(folder / REFERENCE)
         layers = config["dflash_config"]["target_layer_ids"]
-        if json.loads(metadata["target_layer_ids"]) != layers:
-            self.add(f"dflash/{REFERENCE}: recorded with target_layer_ids {metadata['target_layer_ids']}, config.json has "
-                     f"{layers}")
+        if facts["target_layer_ids"] != layers:
+            self.add(f"dflash/{REFERENCE}: recorded with target_layer_ids {facts['target_layer_ids']}, config.json has {layers}")
             return
         drafter = load_drafter(folder, torch.float32)
         with torch.no_grad():

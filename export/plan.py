@@ -107,8 +107,8 @@ def run(recipe: Recipe) -> int:
     from rich.table import Table
 
     plan = make_plan(recipe)
-    table = Table(title=f"{plan.name}, layout {plan.layout}: {plan.tensors:,} tensors, {plan.expert_matrices:,} expert matrices "
-                  "in MXFP4")
+    table = Table(title=f"{plan.name}, layout {plan.layout}: {plan.tensors:,} tensors, {plan.expert_matrices:,} expert "
+                  "matrices in MXFP4")
     for column in ("dtype", "elements", "bytes", "GB"):
         table.add_column(column, justify="left" if column == "dtype" else "right")
     for dtype in sorted(plan.bytes):
@@ -119,7 +119,7 @@ def run(recipe: Recipe) -> int:
     Console(width=120).print(table)
     limit = recipe.export.shard_bytes
     print(f"files: {len(plan.shards)} of at most {limit / 1e9:g} GB (largest {max(s.bytes for s in plan.shards):,} bytes), "
-          f"model.safetensors.index.json, {', '.join(REMOTE_CODE)}, tokenizer")
+          f"index, {', '.join(REMOTE_CODE)}, tokenizer")
     print(f"peak memory of one writer: {plan.peak_bytes / 1e9:.3f} GB above the interpreter's, for {plan.largest_unit.name} "
           f"{list(plan.largest_unit.shape)}; writers: {recipe.export.processes}")
     return 0

@@ -1,0 +1,228 @@
+"""Every kind of damage to a checkpoint is found, named, and never a crash."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from export.config_files import read_checksums, write_checksums
+from export.inspection import Checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERT = "model.layers.1.mlp.experts.0.gate_proj.weight"
+FLOAT = "model.layers.2.self_attn.o_proj.weight"
+
+
+def holder(folder: Path, name: str) -> Path:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / index["weight_map"][name]
+
+
+def change(name, edit):
+    """Rewrites the file that holds `name` with `edit` applied to its tensors."""
+
+    def damage(folder: Path) -> None:
+        home = folder / "dflash" if name.startswith("dflash/") else folder
+        path = holder(home, name.removeprefix("dflash/"))
+        tensors = load_file(path)
+        edit(tensors, name.removeprefix("dflash/"))
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+
+    return damage
+
+
+def tensor(name, edit):
+    return change(name, lambda tensors, n: tensors.__setitem__(n, edit(tensors[n].clone())))
+
+
+def flip_bit(t):
+    t.view(-1).view(torch.uint8)[5] ^= 1
+    return t
+
+
+def put(t, value, index=0):
+    t.view(-1)[index] = value
+    return t
+
+
+def swap_nibbles(t):
+    return (t >> 4) | (t << 4)
+
+
+def json_edit(file, edit):
+    def damage(folder: Path) -> None:
+        value = json.loads((folder / file).read_text())
+        edit(value)
+        (folder / file).write_text(json.dumps(value))
+
+    return damage
+
+
+def remove(file):
+    return lambda folder: (folder / file).unlink()
+
+
+def cut(file, keep):
+    def damage(folder: Path) -> None:
+        path = next(folder.glob(file))
+        path.write_bytes(path.read_bytes()[:keep])
+
+    return damage
+
+
+def mask(edit):
+    def damage(folder: Path) -> None:
+        path = folder / "dflash/mask_embedding.pt"
+        value = torch.load(path, weights_only=True)
+        edit(value)
+        torch.save(value, path)
+
+    return damage
+
+
+def swap_files(folder: Path) -> None:
+    a, b = sorted(folder.glob("model-*.safetensors"))[:2]
+    a.rename(folder / "x"), b.rename(a), (folder / "x").rename(b)
+
+
+def rename_tensor(tensors, name):
+    tensors["model." + name] = tensors.pop(name)
+
+
+def shift_taps(config):
+    config["dflash_config"]["target_layer_ids"] = [i + 1 for i in config["dflash_config"]["target_layer_ids"]]
+
+
+# damage -> what a finding must say. With `sealed` the checksums are made to fit afterwards: an exporter's own mistake.
+DAMAGE = {
+    "flipped bit of codes": (tensor(EXPERT, flip_bit), f"{EXPERT}: bytes changed", False),
+    "flipped bit of a float tensor": (tensor(FLOAT, flip_bit), f"{FLOAT}: bytes changed", False),
+    "flipped bit of the drafter": (tensor("dflash/fc.weight", flip_bit), "dflash: fc.weight: bytes changed", False),
+    "swapped nibbles": (tensor(EXPERT, swap_nibbles), f"{EXPERT}: ", True),
+    "codes of another expert": (change(EXPERT, lambda t, n: t.__setitem__(n, t[n].roll(1, 0))), f"{EXPERT}: ", True),
+    "scale of 255": (tensor(EXPERT + "_scale", lambda t: put(t, 255)), f"{EXPERT}_scale: 1 scales are 255", True),
+    "scale that overflows": (tensor(EXPERT + "_scale", lambda t: put(t, 254)), "overflows bf16", True),
+    "scales shifted by one block": (tensor(EXPERT + "_scale", lambda t: t.roll(1, 1)), f"{EXPERT}: ", True),
+    "scales one too high": (tensor(EXPERT + "_scale", lambda t: t + 1), "differ from training", True),
+    "block below the rule's maximum": (tensor(EXPERT, lambda t: put(t, 0, slice(0, 16)).bitwise_or(
+        torch.zeros_like(t).index_fill_(0, torch.tensor([0]), 0x11))), "blocks", True),
+    "codes as int8": (tensor(EXPERT, lambda t: t.view(torch.int8)), f"{EXPERT}: dtype I8, expected U8", True),
+    "scales as floats": (tensor(EXPERT + "_scale", lambda t: t.float()), f"{EXPERT}_scale: dtype F32, expected U8", True),
+    "bf16 stored as float32": (tensor(FLOAT, lambda t: t.float()), f"{FLOAT}: dtype F32, expected BF16", True),
+    "transposed matrix": (tensor(FLOAT, lambda t: t.T), f"{FLOAT}: shape", True),
+    "rows lost": (tensor(EXPERT, lambda t: t[:-1]), f"{EXPERT}: shape", True),
+    "tensor lost": (change(EXPERT, lambda t, n: t.pop(n)), f"{EXPERT}: tensor is missing", True),
+    "tensor too many": (change(EXPERT, lambda t, n: t.__setitem__("model.extra", torch.ones(2))), "model.extra: unexpected", True),
+    "scale by another name": (change(EXPERT, lambda t, n: t.__setitem__(n + "_scale_inv", t.pop(n + "_scale"))),
+                              f"{EXPERT}_scale: tensor is missing", True),
+    "not a number": (tensor(FLOAT, lambda t: put(t, float("nan"))), f"{FLOAT}: 1 values are not finite", True),
+    "infinite norm": (tensor("model.norm.weight", lambda t: put(t, float("inf"))), "model.norm.weight: 1 values", True),
+    "norm of zeros": (tensor("model.norm.weight", torch.zeros_like), "model.norm.weight: a norm", True),
+    "file cut short": (cut("model-00002-*.safetensors", -7), "model-00002-of", False),
+    "file cut in its header": (cut("model-00002-*.safetensors", 100), "model-00002-of", False),
+    "file of no bytes": (cut("model-00002-*.safetensors", 0), "model-00002-of", False),
+    "file lost": (lambda f: next(f.glob("model-00003-*")).unlink(), "model-00003-of", False),
+    "two files exchanged": (swap_files, "but it is in", True),
+    "index lost": (remove("model.safetensors.index.json"), "model.safetensors.index.json", True),
+    "index lists too much": (json_edit("model.safetensors.index.json", lambda v: v["weight_map"].__setitem__("ghost", "a")),
+                             "lists ghost", True),
+    "index lists too little": (json_edit("model.safetensors.index.json", lambda v: v["weight_map"].pop(FLOAT)),
+                               f"does not list {FLOAT}", True),
+    "wrong total size": (json_edit("model.safetensors.index.json", lambda v: v["metadata"].__setitem__("total_size", 1)),
+                         "total_size 1", True),
+    "config lost": (remove("config.json"), "config.json", False),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json:1: not valid JSON", True),
+    "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), "not UTF-8", True),
+    "config without quantization": (json_edit("config.json", lambda v: v.pop("quantization_config")), "quant_method None", True),
+    "other store dtype": (json_edit("config.json", lambda v: v["quantization_config"].__setitem__("store_dtype", "fp8")),
+                          "store_dtype='fp8'", True),
+    "other block size": (json_edit("config.json", lambda v: v["quantization_config"].__setitem__("mxfp4_block_size", 16)),
+                         "mxfp4_block_size=16", True),
+    "ignored layer lost": (json_edit("config.json", lambda v: v["quantization_config"]["ignored_layers"].remove(
+        "model.layers.2.self_attn.o_proj")), "ignored_layers lacks model.layers.2.self_attn.o_proj", True),
+    "impossible geometry": (json_edit("config.json", lambda v: v.__setitem__("num_key_value_heads", 3)), "config.json", True),
+    "one expert less": (json_edit("config.json", lambda v: v.__setitem__("n_routed_experts", 4)),
+                        "experts.4.down_proj.weight: unexpected tensor", True),
+    "code lost": (remove("modeling_mimo_v2.py"), "modeling_mimo_v2.py: missing", True),
+    "card lost": (remove("README.md"), "README.md: missing", True),
+    "checksums lost": (remove("checksums.sha256"), "checksums.sha256: missing", False),
+    "stray file": (lambda f: (f / "model.bin").write_bytes(b"x"), "model.bin: not listed", False),
+    "drafter tensor lost": (change("dflash/hidden_norm.weight", lambda t, n: t.pop(n)), "hidden_norm.weight: tensor is missing",
+                            True),
+    "drafter tensor with a prefix": (change("dflash/fc.weight", rename_tensor), "no model. prefix", True),
+    "drafter in float32": (tensor("dflash/fc.weight", lambda t: t.float()), "fc.weight: F32", True),
+    "drafter not finite": (tensor("dflash/norm.weight", lambda t: put(t, float("nan"))), "norm.weight: not finite", True),
+    "drafter of another training": (tensor("dflash/fc.weight", lambda t: t * 1.5), "other logits than recorded", True),
+    "taps off by one": (json_edit("dflash/config.json", shift_taps), "target_layer_ids", True),
+    "tap beyond the last layer": (json_edit("dflash/config.json", lambda v: v["dflash_config"].__setitem__(
+        "target_layer_ids", [0, 4])), "target_layer_ids=[0, 4]", True),
+    "mask token beyond the vocabulary": (json_edit("dflash/config.json", lambda v: v["dflash_config"].__setitem__(
+        "mask_token_id", 90)), "mask_token_id=90: expected 0 to 89", True),
+    "mask token that differs": (json_edit("dflash/config.json", lambda v: v["dflash_config"].__setitem__("mask_token_id", 5)),
+                                "mask_token_id=5, mask_embedding.pt has 89", True),
+    "window in one dialect only": (json_edit("dflash/config.json", lambda v: v.pop("layer_types")), "layer_types is missing",
+                                   True),
+    "drafter made causal": (json_edit("dflash/config.json", lambda v: v.__setitem__("is_causal", True)), "is_causal=True", True),
+    "mask embedding lost": (remove("dflash/mask_embedding.pt"), "dflash/mask_embedding.pt: missing", True),
+    "mask embedding not a torch file": (lambda f: (f / "dflash/mask_embedding.pt").write_bytes(b"junk"), "dflash: cannot", True),
+    "mask embedding of another size": (mask(lambda v: v.__setitem__("embedding", v["embedding"][:5])), "shape [5]", True),
+    "mask embedding differs from the vocabulary row": (mask(lambda v: v["embedding"].mul_(2)), "row 89 (mask token)", True),
+    "vocabulary row overwritten": (tensor("model.embed_tokens.weight", lambda t: put(t, 9.0, slice(-96, None))),
+                                   "row 89 (mask token)", True),
+    "reference lost": (remove("dflash/dflash_reference.safetensors"), "dflash_reference.safetensors: missing", True),
+    "drafter lost": (lambda f: shutil.rmtree(f / "dflash"), "dflash/config.json", True),
+}
+
+
+def seal(folder: Path) -> None:
+    """Makes the checksums fit what is there."""
+    _, sums = read_checksums(folder)
+    for prefix, files in (("", folder.glob("*.safetensors")), ("dflash/", folder.glob("dflash/dflash_draft*.safetensors"))):
+        for file in files:
+            for name, t in load_file(file).items():
+                data = t.contiguous().view(-1).view(torch.uint8).numpy() if t.numel() else b""
+                sums[prefix + name] = f"{zlib.crc32(data):08x}"
+    write_checksums(folder, sums)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_named(kind, toy_run, exported, tmp_path):
+    damage, needle, sealed = DAMAGE[kind]
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    damage(folder)
+    if sealed:
+        seal(folder)
+    findings = Checkpoint(folder, toy_run.parent / "runs/toy/qat/model").run()
+    assert any(needle in finding for finding in findings), findings
+
+
+def test_there_are_at_least_25_kinds_of_damage_and_each_changes_something():
+    assert len(DAMAGE) >= 25 and len({id(d[0]) for d in DAMAGE.values()}) == len(DAMAGE)
+
+
+def test_all_damage_is_reported_in_one_run(exported, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    for kind in ("not a number", "scale of 255", "taps off by one", "card lost"):
+        DAMAGE[kind][0](folder)
+    report = tmp_path / "findings.json"
+    done = subprocess.run([sys.executable, str(ROOT / "export/verify.py"), str(folder), "--json", str(report)],
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for needle in (FLOAT, EXPERT + "_scale", "target_layer_ids", "README.md"):
+        assert needle in done.stdout
+    assert len(json.loads(report.read_text())["findings"]) >= 4
+
+
+def test_a_whole_checkpoint_has_exit_code_0_and_a_missing_one_2(exported, tmp_path):
+    command = [sys.executable, str(ROOT / "export/verify.py")]
+    assert subprocess.run([*command, str(exported)], capture_output=True).returncode == 0
+    done = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True)
+    assert done.returncode == 2 and "no such folder" in done.stderr
