@@ -173,14 +173,15 @@ class Attention(nn.Module):
     def weigh(self, context_scores: torch.Tensor, own_scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Softmax over context, own block and sink; masked scores [..., K, G, rows, keys], -inf where hidden.
 
-        Returns the weights of the context and of the block in the scores' dtype.
+        Returns the weights of the context and of the block. Scores keep their dtype (torch's softmax works in float32
+        inside): float32 copies of them are a third of a training step on a CPU.
         """
         S = context_scores.shape[-1]
-        parts = [context_scores.float(), own_scores.float()]
+        parts = [context_scores, own_scores]
         if self.attention_sink_bias is not None:
-            sink = self.attention_sink_bias.float().view(self.key_heads, -1, 1, 1)
+            sink = self.attention_sink_bias.to(own_scores.dtype).view(self.key_heads, -1, 1, 1)
             parts.append(sink.expand(*own_scores.shape[:-1], 1))
-        weights = torch.cat(parts, dim=-1).softmax(-1).to(context_scores.dtype)
+        weights = torch.cat(parts, dim=-1).softmax(-1)
         return weights[..., :S], weights[..., S:S + own_scores.shape[-1]]
 
 
@@ -261,6 +262,8 @@ class DFlashDraftModel(PreTrainedModel):
             else:
                 nn.init.normal_(parameter, std=self.config.initializer_range)
         if module is not self:  # transformers skips modules without parameters of their own, so the rest is done at the root
+            return
+        if getattr(self.fc.weight, "_is_hf_initialized", False):  # from_pretrained, come by for the mask embedding alone
             return
         with torch.no_grad():
             for layer in self.layers:
@@ -378,28 +381,28 @@ def _blocked(anchors_BA, starts_BS, block, window, causal):
     """Attention of chunks of anchors against their slice of the context. Returns a function of
     (attention, q [B, A, T, Q, D], context k, v [B, S, K, .], block k, v [B, A, T, K, .]) -> [B, A, T, Q, V]."""
     plans = []
-    own_mask = visible_block(block, causal, anchors_BA.device)
+    own_hidden = _hidden(visible_block(block, causal, anchors_BA.device))
     for part, first, length in key_ranges(anchors_BA, starts_BS, window, ANCHOR_CHUNK):
         index = (first[:, None] + torch.arange(length, device=first.device)).clamp_max(starts_BS.shape[1] - 1)
         anchors = anchors_BA[:, part]
         begins = starts_BS.gather(1, anchors.clamp_min(0))[:, :, None, None]
         key = first[:, None, None, None] + torch.arange(length, device=first.device)
         seen = visible_context(block_positions(anchors, block)[..., None], key, anchors[:, :, None, None], window)
-        plans.append((part, index, (seen & (key >= begins)).flatten(1, 2)))
+        plans.append((part, index, _hidden((seen & (key >= begins)).flatten(1, 2))[:, None, None]))
 
     def run(attention, q, k, v, own_k, own_v):
         B, A, T, Q, D = q.shape
         K, V = attention.key_heads, attention.v_dim
         pieces = []
-        for part, index, seen in plans:
+        for part, index, hidden in plans:
             a = q[:, part].shape[1]
             qs = q[:, part].reshape(B, a * T, K, Q // K, D).permute(0, 2, 3, 1, 4)  # [B, K, G, a T, D]
             ks, vs = (t.gather(1, index[:, :, None, None].expand(-1, -1, K, t.shape[-1])).permute(0, 2, 1, 3) for t in (k, v))
             context = (qs.flatten(2, 3) @ ks.mT).view(B, K, Q // K, a * T, -1)
-            context = context.masked_fill(~seen[:, None, None], float("-inf"))
+            context = context + hidden.to(context.dtype)
             blocks = qs.reshape(B, K, Q // K, a, T, D)
             own = blocks @ own_k[:, part].permute(0, 3, 1, 4, 2)[:, :, None]
-            own = own.masked_fill(~own_mask, float("-inf")).flatten(3, 4)
+            own = (own + own_hidden.to(own.dtype)).flatten(3, 4)
             weights, own = attention.weigh(context, own)
             out = (weights.flatten(2, 3) @ vs).view(B, K, Q // K, a, T, V)
             out = out + own.view(B, K, Q // K, a, T, T) @ own_v[:, part].permute(0, 3, 1, 2, 4)[:, :, None]
@@ -407,6 +410,11 @@ def _blocked(anchors_BA, starts_BS, block, window, causal):
         return torch.cat(pieces, dim=1)
 
     return run
+
+
+def _hidden(visible: torch.Tensor) -> torch.Tensor:
+    """What is added to scores: 0 where visible, -inf elsewhere (its gradient is free, unlike that of masked_fill)."""
+    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 def _joined(q, k, v, own_k, own_v):

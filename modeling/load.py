@@ -109,11 +109,12 @@ def _fill(model, folder: Path, dtype: torch.dtype):
     files = TensorFiles(folder)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, empty in targets.items():
-        value = _assemble(name, empty, files, model.config, dtype)
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
+        # The routers' correction bias is published in float32 and decides which experts run: it is never rounded.
+        value = _assemble(name, empty, files, model.config, torch.float32 if leaf in module._buffers else dtype)
         if leaf in module._buffers:
-            module._buffers[leaf] = value.float()
+            module._buffers[leaf] = value
         else:
             module._parameters[leaf] = torch.nn.Parameter(value)
     unused = sorted(n for n in files.unused() if not n.startswith("model.mtp."))

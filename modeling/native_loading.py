@@ -116,21 +116,6 @@ class Decode(ConversionOps):
             return tensor.to(dtype)
         raise ValueError(f"{name}: a tensor of {tensor.dtype} with {'scale weight' + kind if kind else 'no scale'}")
 
-    @property
-    def reverse_op(self):
-        return _Nothing()
-
-
-class _Nothing(ConversionOps):
-    """Saving a decoded model stores decoded weights."""
-
-    def convert(self, input_dict, **kwargs):
-        return input_dict
-
-    @property
-    def reverse_op(self):
-        return self
-
 
 class NativeConfig(QuantizationConfigMixin):
     """The checkpoint's quantization_config under this file's method name."""
@@ -158,6 +143,10 @@ class NativeQuantizer(HfQuantizer):
                 conversion = WeightConverter(names, list(conversion.target_patterns), [Decode(self), *conversion.operations])
             updated.append(conversion)
         return updated + self.get_weight_conversions()
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        model._weight_conversions = None  # what is saved from here on are plain weights, by the model's own table
+        return model
 
     def is_serializable(self, *args, **kwargs):
         return True
