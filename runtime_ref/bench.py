@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Limits, static facts and measurements of the runtime's kernels.
+
+    python runtime_ref/bench.py --roofline                     limit model of the published geometries, from arithmetic
+    python runtime_ref/bench.py --static [--json F --page F]   ahead-of-time compilation: registers, spills, instructions
+    python runtime_ref/bench.py --suite gpu --json FILE        correctness, then speed, on one GPU, in under ten minutes
+
+A leaf: reads arguments and hands over. A speed is printed only after every check before it was green. Exit codes: 0, 1 if
+a check failed, 2 for a mistake in the arguments or a machine that cannot run what was asked.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# Launched by path, Python puts this script's folder first on sys.path, where runtime_ref/'s files would shadow real packages.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+MODELS = ("MiMo-V2.5-Pro", "MiMo-V2.5", "MiMo-V2-Flash")
+
+
+def parser() -> argparse.ArgumentParser:
+    parse = argparse.ArgumentParser(prog="runtime_ref/bench.py", description=__doc__.splitlines()[0])
+    what = parse.add_mutually_exclusive_group(required=True)
+    what.add_argument("--roofline", action="store_true", help="print the limit model (needs nothing installed)")
+    what.add_argument("--static", action="store_true", help="compile every kernel ahead of time and check its gates (triton)")
+    what.add_argument("--suite", choices=["gpu"], help="check and measure every kernel on this machine's GPU")
+    parse.add_argument("--model", action="append", help="published geometry of the limit model (default: all)")
+    parse.add_argument("--tokens", type=int, default=8, help="tokens of a verification block (default 8)")
+    parse.add_argument("--acceptance", type=float, default=6.30, help="tokens accepted per step (default 6.30)")
+    parse.add_argument("--gpus", type=int, default=8, help="tensor-parallel GPUs (default 8)")
+    parse.add_argument("--distinct-share", type=float, default=1.0, help="distinct experts relative to independent routing")
+    parse.add_argument("--json", type=Path, metavar="FILE", help="write the numbers of --static or --suite here")
+    parse.add_argument("--page", type=Path, metavar="FILE", help="write the table of --static here")
+    return parse
+
+
+def _roofline(args: argparse.Namespace) -> int:
+    from modeling.released import released_config
+    from runtime_ref import roofline
+
+    if args.tokens < 1 or args.gpus < 1 or args.acceptance <= 0 or args.distinct_share <= 0:
+        raise ValueError("--tokens, --gpus, --acceptance and --distinct-share must be positive")
+    texts = [roofline.report(name, released_config(name), tokens=args.tokens, acceptance=args.acceptance, gpus=args.gpus,
+                             distinct_share=args.distinct_share) for name in args.model or MODELS]
+    print("\n\n".join(texts))
+    return 0
+
+
+def _static(args: argparse.Namespace) -> int:
+    from runtime_ref.kernels import static_gates
+
+    return static_gates.run(json_path=args.json, page_path=args.page)
+
+
+def _suite(args: argparse.Namespace) -> int:
+    from runtime_ref.kernels import gpu_suite
+
+    if args.json is None:
+        raise ValueError("--suite gpu: --json FILE is missing; expected a file for the numbers")
+    return gpu_suite.run(args.json)
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return (_roofline if args.roofline else _static if args.static else _suite)(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

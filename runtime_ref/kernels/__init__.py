@@ -1,0 +1,1 @@
+"""Triton kernels of the runtime. Each names its reference twin; `bench.py` proves and measures them."""
