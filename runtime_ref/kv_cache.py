@@ -39,13 +39,13 @@ class Pool:
     Args:
         layers: layer number -> (key heads K, key width D, value width V).
         pages: number of pages besides page 0, which stays empty: tables are padded with it.
+        dtype: to which stored values are rounded (they are held in float32, see `model`).
     """
 
-    def __init__(self, layers: dict[int, tuple[int, int, int]], pages: int, dtype: torch.dtype, window: int | None,
-                 device: str = "cpu"):
-        self.window, self.pages = window, pages
-        self.keys = {i: torch.zeros(K, (pages + 1) * PAGE, D, dtype=dtype, device=device) for i, (K, D, _) in layers.items()}
-        self.values = {i: torch.zeros(K, (pages + 1) * PAGE, V, dtype=dtype, device=device) for i, (K, _, V) in layers.items()}
+    def __init__(self, layers: dict[int, tuple[int, int, int]], pages: int, dtype: torch.dtype, window: int | None):
+        self.window, self.pages, self.dtype = window, pages, dtype
+        self.keys = {i: torch.zeros(K, (pages + 1) * PAGE, D) for i, (K, D, _) in layers.items()}
+        self.values = {i: torch.zeros(K, (pages + 1) * PAGE, V) for i, (K, _, V) in layers.items()}
         self.free = list(range(pages, 0, -1))
         self.references = [0] * (pages + 1)
 

@@ -3,18 +3,20 @@
 Row-invariant: what an op computes for a row (a token) has the same bits alone, in any position and in any company. Then
 tokens decoded with a drafter equal those decoded without, and a batch equals its members. What it takes:
 
-- every matrix product is a batch of products of fixed shape [8 n rows, K] x [K, N]: rows are padded to a multiple of 8. A
-  CPU's library then gives a row the same bits wherever it stands (measured for n = 1 to 16; 1, 2 or 3 rows differ).
-  `probe_rows` measures it again on the machine at hand; where it fails, products run strictly eight rows at a time;
+- every matrix product is a batch of products of fixed shape [n rows, K] x [K, N], rows padded to a multiple of 8: a CPU's
+  library then gives a row the same bits wherever it stands. What holds beyond 8 rows, or for steps of at most 4, depends
+  on the library (MKL: any number from 4 on gives the same bits; 1, 2 and 3 do not), so `probe_rows` measures it on the
+  machine at hand with the shapes that will run, and only what gave the bits of 8 rows is used;
 - the number of parts of a matrix (`parallel.shares`) never depends on the number of ranks, and parts are added in order;
 - attention reduces each page of keys by itself and adds the pages in the order of their positions: hidden or missing pages
   add exact zeros, so the length of a table and the place of a window in its ring do not matter;
 - experts are added in ascending order; a row that did not choose an expert is given weight zero or not computed at all.
 
-Numbers: the residual stream and the cache are held in the engine's dtype (bf16 or fp32), everything inside an op is
-float32, weights are the exact values of the file. Logits are float32, so bf16 makes no ties among them.
+Numbers: the residual stream, keys and values are rounded to the engine's dtype (bf16 or fp32) wherever they are written,
+everything inside an op is float32, weights are the exact values of the file. Logits are float32, so bf16 makes no ties
+among them. Tensors are float32 also where they hold bf16 values: a CPU would only convert them back and forth.
 
-Shape legend: R rows (tokens, padded to 8 n), B blocks of 8 rows of one sequence each, Q and K own query and key heads,
+Shape legend: R rows (tokens, padded), B blocks of T (4 or 8) consecutive rows of one sequence each, Q and K own query and key heads,
 G = Q / K, D and V widths, n pages, P parts, H hidden size, E experts, A experts of a token.
 """
 
@@ -30,40 +32,63 @@ from runtime_ref.parallel import Ranks
 from runtime_ref.weights import Attention, Dense, Experts, Moe
 
 ROWS = 8
-_WIDEST_PROBED = 16
-_strict = False
+NARROW = 4
+_WIDE_BLOCKS = (2, 3, 8, 16)
+
+
+@dataclass
+class RowRules:
+    """What `probe_rows` found: `wide`, more than eight rows at once; `narrow`, multiples of four rows."""
+
+    wide: bool = True
+    narrow: bool = True
+
+    @property
+    def quantum(self) -> int:
+        return NARROW if self.wide and self.narrow else ROWS
+
+
+rules = RowRules()
 
 
 def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Batched product [b, R, K] x [b, K, N], R a multiple of 8 (see the module's text)."""
-    if not _strict or x.shape[1] == ROWS:
+    """Batched product [b, R, K] x [b, K, N], R a multiple of the quantum (see the module's text)."""
+    if rules.wide or x.shape[1] == ROWS:
         return torch.bmm(x, w)
     return torch.cat([torch.bmm(x[:, i:i + ROWS], w) for i in range(0, x.shape[1], ROWS)], dim=1)
 
 
-def probe_rows(shapes: set[tuple[int, int, int]], seed: int = 0) -> bool:
-    """Whether products of more than eight rows give each row the bits of a product of eight; if not, they are not used.
+def probe_rows(shapes: set[tuple[int, int, int]], seed: int = 0) -> RowRules:
+    """Measures whether products of more than eight rows, and of four, give each row the bits of a product of eight.
 
     Args:
         shapes: (batch, K, N) of the products that will run.
     """
-    global _strict
     generator = torch.Generator().manual_seed(seed)
-    same = True
+    wide_same = narrow_same = True
     for batch, K, N in sorted(shapes):
-        w = torch.randn(batch, N, K, generator=generator).transpose(1, 2)
+        w = torch.randn(batch, K, N, generator=generator)
         x = torch.randn(batch, ROWS, K, generator=generator)
         alone = torch.bmm(x, w)
-        for blocks in (2, 3, 8, _WIDEST_PROBED):
+        for blocks in _WIDE_BLOCKS:
             wide = torch.randn(batch, blocks * ROWS, K, generator=generator)
             wide[:, -ROWS - 1:-1] = x
-            same = same and torch.equal(torch.bmm(wide, w)[:, -ROWS - 1:-1], alone)
-    _strict = not same
-    return same
+            wide_same = wide_same and torch.equal(torch.bmm(wide, w)[:, -ROWS - 1:-1], alone)
+        for rows in (NARROW, 3 * NARROW):
+            some = torch.randn(batch, rows, K, generator=generator)
+            some[:, -NARROW:] = x[:, 1:1 + NARROW]
+            narrow_same = narrow_same and torch.equal(torch.bmm(some, w)[:, -NARROW:], alone[:, 1:1 + NARROW])
+    rules.wide, rules.narrow = wide_same, narrow_same
+    return rules
 
 
 def padded(rows: int) -> int:
-    return -(-rows // ROWS) * ROWS
+    return -(-rows // rules.quantum) * rules.quantum
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 with the values of `dtype`."""
+    return x if dtype is torch.float32 else x.to(dtype).float()
 
 
 class Rotary:
@@ -98,13 +123,13 @@ class Rotary:
 class Reach:
     """What the blocks of a step see of one kind of cache.
 
-    tables [B * n] page ids; hidden [B, n, 8, PAGE] is 0 or minus infinity; slots [real rows] is where rows are written.
+    tables [B * n] page ids; hidden [B, n, T, PAGE] is 0 or minus infinity; slots [real rows] is where rows are written.
     """
 
     blocks: int
     tables: torch.Tensor
     hidden: torch.Tensor
-    slots: torch.Tensor | None
+    slots: torch.Tensor
 
 
 @dataclass
@@ -128,7 +153,8 @@ class Step:
     highest: int
     head_rows: torch.Tensor | None  # rows whose logits are wanted, padded; None = all
     wanted: int  # how many of them are real
-    block_rows: torch.Tensor | None  # [B * 8] rows of the blocks; None: rows are one block as they are
+    block: int  # rows of a block, T
+    block_rows: torch.Tensor | None  # [B * T] rows of the blocks; None: rows are one block as they are
     row_slots: torch.Tensor | None  # [R] where a row stands among the blocks' rows
     starts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -142,17 +168,19 @@ def plan_rows(spans: list[Span]) -> tuple[Step, list[tuple[Span, int, int]]]:
     positions: list[int] = []
     head: list[int] = []
     blocks, block_rows = [], []
+    T = NARROW if rules.quantum == NARROW and max(len(span.tokens) for span in spans) <= NARROW else ROWS
     for span in spans:
         span.row = len(ids)
         n = len(span.tokens)
         ids += span.tokens
         positions += range(span.start, span.start + n)
         head += range(span.row, span.row + n) if span.logits == "all" else [span.row + n - 1] if span.logits == "last" else []
-        for begin in range(0, n, ROWS):
-            count = min(ROWS, n - begin)
+        for begin in range(0, n, T):
+            count = min(T, n - begin)
             blocks.append((span, span.start + begin, count))
-            block_rows += [span.row + begin + min(i, count - 1) for i in range(ROWS)]
-    real, R = len(ids), padded(len(ids))
+            block_rows += [span.row + begin + min(i, count - 1) for i in range(T)]
+    real = len(ids)
+    R = T if len(blocks) == 1 else padded(real)
     highest = max(positions)
     ids += [ids[-1]] * (R - real)
     positions += [positions[-1]] * (R - real)
@@ -164,13 +192,13 @@ def plan_rows(spans: list[Span]) -> tuple[Step, list[tuple[Span, int, int]]]:
     if len(blocks) > 1:
         slot_of = {row: slot for slot, row in reversed(list(enumerate(block_rows)))}
         row_slots = torch.tensor([slot_of.get(row, 0) for row in range(R)])
-    step = Step(torch.tensor(ids), torch.tensor(positions), real, highest, None if whole else torch.tensor(head), wanted,
+    step = Step(torch.tensor(ids), torch.tensor(positions), real, highest, None if whole else torch.tensor(head), wanted, T,
                 torch.tensor(block_rows) if len(blocks) > 1 else None, row_slots,
                 [start for _, start, _ in blocks], [count for _, _, count in blocks])
     return step, blocks
 
 
-def reach(pool: Pool, kind: str, blocks: list[tuple[Span, int, int]], write: bool = True) -> Reach:
+def reach(pool: Pool, kind: str, blocks: list[tuple[Span, int, int]], T: int) -> Reach:
     """Pages and mask of a target's kind for the blocks of `plan_rows`."""
     first = [pool.first_needed(start) for _, start, _ in blocks]
     last = [(start + count - 1) // PAGE for _, start, count in blocks]
@@ -180,30 +208,30 @@ def reach(pool: Pool, kind: str, blocks: list[tuple[Span, int, int]], write: boo
         table = span.tables[kind]
         held = table.pages[low - table.first:high + 1 - table.first]
         tables += held + [0] * (n - len(held))
-        slots += [table.page(p // PAGE) * PAGE + p % PAGE for p in range(start, start + count)] if write else []
-    queries = torch.tensor([[start + min(i, count - 1) for i in range(ROWS)] for _, start, count in blocks])[:, None, :, None]
+        slots += [table.page(p // PAGE) * PAGE + p % PAGE for p in range(start, start + count)]
+    queries = torch.tensor([[start + min(i, count - 1) for i in range(T)] for _, start, count in blocks])[:, None, :, None]
     keys = torch.tensor(first)[:, None] * PAGE + torch.arange(n * PAGE)
     keys = keys.view(len(blocks), n, 1, PAGE)
     seen = keys <= queries if pool.window is None else (keys <= queries) & (keys > queries - pool.window)
     hidden = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-    return Reach(len(blocks), torch.tensor(tables), hidden, torch.tensor(slots) if write else None)
+    return Reach(len(blocks), torch.tensor(tables), hidden, torch.tensor(slots))
 
 
 def embed(table: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Residual stream [R, H] of token ids."""
-    return table.index_select(0, ids).to(dtype)
+    return rounded(table.index_select(0, ids), dtype)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """RMS norm over the last dimension, float32."""
-    x = x.float()
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1.0 / x.shape[-1]).add_(epsilon).rsqrt_()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = length.mul_(length).mul_(1.0 / x.shape[-1]).add_(epsilon).rsqrt_()
     return (x * scale).mul_(weight)
 
 
 def spread(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Column-parallel product: x [R, K] with every part of w [P, N, K] -> [P, R, N]."""
-    return product(x.expand(w.shape[0], *x.shape), w.transpose(1, 2))
+    """Column-parallel product: x [R, K] with every part of w [P, K, N] -> [P, R, N]."""
+    return product(x.expand(w.shape[0], *x.shape), w)
 
 
 def project_qkv(x: torch.Tensor, a: Attention, rotary: Rotary, table) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -215,29 +243,29 @@ def project_qkv(x: torch.Tensor, a: Attention, rotary: Rotary, table) -> tuple[t
 
 
 def write_cache(pool: Pool, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-    """Stores the first len(slots) rows."""
-    n, dtype = slots.shape[0], pool.keys[layer].dtype
-    pool.keys[layer].index_copy_(1, slots, k[:, :n].to(dtype))
-    pool.values[layer].index_copy_(1, slots, v[:, :n].to(dtype))
+    """Stores the first len(slots) rows, rounded to the cache's dtype."""
+    n = slots.shape[0]
+    pool.keys[layer].index_copy_(1, slots, rounded(k[:, :n], pool.dtype))
+    pool.values[layer].index_copy_(1, slots, rounded(v[:, :n], pool.dtype))
 
 
 def attend(q: torch.Tensor, pool: Pool, layer: int, seen: Reach, sink: torch.Tensor | None, step: Step) -> torch.Tensor:
     """Heads [Q, R, V] of queries [Q, R, D] over the cache (which holds the rows' own keys already)."""
-    K, B, n = pool.keys[layer].shape[0], seen.blocks, seen.hidden.shape[1]
+    K, B, T = pool.keys[layer].shape[0], seen.blocks, step.block
     Q, D = q.shape[0], q.shape[2]
     if step.block_rows is not None:
         q = q.index_select(1, step.block_rows)
-    q = q.view(K, Q // K, B, ROWS, D).transpose(1, 2).reshape(K, B, 1, Q // K * ROWS, D)
+    q = q.view(K, Q // K, B, T, D).transpose(1, 2).reshape(K, B, 1, Q // K * T, D)
     keys, values = (_pages(store[layer], seen.tables) for store in (pool.keys, pool.values))
     out = attend_pages(q, keys, values, seen.hidden, sink)
-    out = out.view(K, B, Q // K, ROWS, -1).transpose(1, 2).reshape(Q, B * ROWS, -1)
+    out = out.view(K, B, Q // K, T, -1).transpose(1, 2).reshape(Q, B * T, -1)
     return out if step.row_slots is None else out.index_select(1, step.row_slots)
 
 
 def _pages(store: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """[K, pages, PAGE, width] in float32."""
+    """[K, pages, PAGE, width]."""
     K, _, width = store.shape
-    return store.view(K, -1, PAGE, width).index_select(1, tables).float()
+    return store.view(K, -1, PAGE, width).index_select(1, tables)
 
 
 def attend_pages(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor,
@@ -245,20 +273,20 @@ def attend_pages(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidd
     """Softmax over pages with an optional sink per head.
 
     Args:
-        q: [K, B, 1, G * 8, D], scaled. keys, values: [K, B * n, PAGE, .]. hidden: [B, n, 8, PAGE]. sink: [K * G].
+        q: [K, B, 1, G * T, D], scaled. keys, values: [K, B * n, PAGE, .]. hidden: [B, n, T, PAGE]. sink: [K * G].
 
     Returns:
-        [K, B, G * 8, V].
+        [K, B, G * T, V].
     """
     K, B, _, M, D = q.shape
-    n = hidden.shape[1]
+    n, T = hidden.shape[1:3]
     scores = product(q.expand(K, B, n, M, D).reshape(-1, M, D), keys.flatten(0, 1).transpose(1, 2))
-    scores = scores.view(K, B, n, M // ROWS, ROWS, PAGE)
+    scores = scores.view(K, B, n, M // T, T, PAGE)
     scores += hidden[None, :, :, None]
     scores = scores.view(K, B, n, M, PAGE)
     top = scores.amax((2, 4), keepdim=True)
     if sink is not None:
-        sink = sink.view(K, 1, 1, -1, 1).repeat_interleave(ROWS, 3)
+        sink = sink.view(K, 1, 1, -1, 1).repeat_interleave(T, 3)
         top = torch.maximum(top, sink)
     weights = scores.sub_(top).exp_()
     sums = weights.sum(-1, keepdim=True)
@@ -279,13 +307,13 @@ def merge_heads(heads: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
     return product(heads, o)
 
 
-def add_parts(x: torch.Tensor, partial: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+def add_parts(x: torch.Tensor, partial: torch.Tensor, ranks: Ranks, dtype: torch.dtype) -> torch.Tensor:
     """Residual stream plus the parts of all ranks, added in their order: the one all-reduce of the model."""
     parts = ranks.gather(partial)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return (x + total).to(x.dtype)
+    total = parts[0].clone() if parts.shape[0] > 1 else parts[0]
+    for i in range(1, parts.shape[0]):
+        total += parts[i]
+    return rounded(x + total, dtype)
 
 
 def gated(gate_up: torch.Tensor) -> torch.Tensor:
@@ -301,7 +329,7 @@ def dense_mlp(x: torch.Tensor, w: Dense) -> torch.Tensor:
 
 def route(x: torch.Tensor, w: Moe, config) -> tuple[torch.Tensor, torch.Tensor]:
     """Expert indices [R, A] and weights [R, A] float32: sigmoid scores, the best by score + correction, weighted by score."""
-    scores = spread(x, w.router[None])[0].sigmoid_()
+    scores = spread(x, w.router)[0].sigmoid_()
     choice = scores + w.correction
     if config.n_group > 1:
         grouped = choice.view(-1, config.n_group, config.n_routed_experts // config.n_group)
@@ -325,7 +353,7 @@ def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, expe
     Up to eight rows meet every touched expert together, those that did not choose it with weight zero; more rows are
     gathered by expert. Both give a row the same bits.
     """
-    if x.shape[0] == ROWS:
+    if x.shape[0] <= ROWS:
         return _experts_together(x, index, weight, experts, real)
     R, H = x.shape
     chosen = index[:real].tolist()
@@ -351,12 +379,12 @@ def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, expe
 def _experts_together(x, index, weight, experts: Experts, real: int) -> torch.Tensor:
     touched = sorted({e for picks in index[:real].tolist() for e in picks})
     decoded = [experts.decoded(e) for e in touched]
-    parts, width = experts.parts, decoded[0][0].shape[1]
-    gate_up = x.new_empty(len(touched), parts, ROWS, width)
+    parts, width = experts.parts, decoded[0][0].shape[2]
+    gate_up = x.new_empty(len(touched), parts, x.shape[0], width)
     rows = x.expand(parts, *x.shape)
     for i, (w, _) in enumerate(decoded):
-        torch.bmm(rows, w.transpose(1, 2), out=gate_up[i])
-    dense = x.new_zeros(ROWS, experts.count).scatter_(1, index, weight)
+        torch.bmm(rows, w, out=gate_up[i])
+    dense = x.new_zeros(x.shape[0], experts.count).scatter_(1, index, weight)
     inner = gated(gate_up)
     inner *= dense[:, touched].T[:, None, :, None]
     out = torch.bmm(inner[0], decoded[0][1])

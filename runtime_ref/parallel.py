@@ -83,6 +83,9 @@ class Ranks:
             raise RankLost(f"rank {self.rank}: another of the {self.count} ranks ended or does not answer ({reason})") from None
 
 
+ALONE = Ranks()
+
+
 def ranks_from_environment(timeout_seconds: float = PEER_TIMEOUT_SECONDS) -> Ranks:
     """The ranks that torchrun started (gloo), or a single one when it did not.
 

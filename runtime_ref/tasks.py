@@ -83,13 +83,13 @@ class TorchBackend:
             raise ValueError(f"dtype {dtype}: expected bfloat16 or float32")
         self.weights, self.config, self.dtype = weights, weights.config, dtype
         self.pools = self._pools(pages)
-        config = self.config
-        self.rotary = {
-            "full": Rotary(config.rope_theta, int(config.head_dim * config.partial_rotary_factor), config.head_dim),
-            "window": Rotary(config.swa_rope_theta, int(config.swa_head_dim * config.partial_rotary_factor), config.swa_head_dim)}
+        geometry = {"full": (self.config.rope_theta, self.config.head_dim),
+                    "window": (self.config.swa_rope_theta, self.config.swa_head_dim)}
+        self.rotary = {kind: Rotary(base, int(width * self.config.partial_rotary_factor), width)
+                       for kind, (base, width) in geometry.items()}
         self.ops: dict[str, Callable] = {name.removeprefix("op_"): getattr(self, name)
                                          for name in dir(self) if name.startswith("op_")}
-        self.wide = ops.probe_rows(self.product_shapes())
+        self.row_rules = ops.probe_rows(self.product_shapes())
 
     def _pools(self, pages: dict[str, int]) -> dict[str, Pool]:
         pools = {}
@@ -103,17 +103,16 @@ class TorchBackend:
     def product_shapes(self) -> set[tuple[int, int, int]]:
         """(batch, K, N) of the products of a step."""
         w, config = self.weights, self.config
-        found = {(w.head.shape[0], w.head.shape[2], w.head.shape[1])}
+        found = {tuple(w.head.shape)}
         for layer in w.layers:
             a = layer.attention
-            found |= {(t.shape[0], t.shape[2], t.shape[1]) for t in (a.qk, a.v)} | {tuple(a.o.shape)}
+            found |= {tuple(a.qk.shape), tuple(a.v.shape), tuple(a.o.shape)}
             found |= {(a.key_heads, a.qk_dim, ops.PAGE), (a.key_heads, ops.PAGE, a.v_dim)}
             if isinstance(layer.mlp, Dense):
-                up, down = layer.mlp.gate_up, layer.mlp.down
-                found |= {(up.shape[0], up.shape[2], up.shape[1]), tuple(down.shape)}
+                found |= {tuple(layer.mlp.gate_up.shape), tuple(layer.mlp.down.shape)}
             else:
                 parts, inner = layer.mlp.experts.parts, config.moe_intermediate_size // shares(config.moe_intermediate_size)
-                found |= {(1, config.hidden_size, config.n_routed_experts), (parts, config.hidden_size, 2 * inner),
+                found |= {tuple(layer.mlp.router.shape), (parts, config.hidden_size, 2 * inner),
                           (parts, inner, config.hidden_size)}
         return found
 
@@ -121,7 +120,7 @@ class TorchBackend:
         """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
         step, blocks = ops.plan_rows(spans)
         for kind, pool in self.pools.items():
-            step.reach[kind] = ops.reach(pool, kind, blocks)
+            step.reach[kind] = ops.reach(pool, kind, blocks, step.block)
             step.rotary[kind] = self.rotary[kind].rows(step.positions, step.highest)
         return step
 
@@ -173,7 +172,7 @@ class TorchBackend:
         return ops.merge_heads(heads, self.weights.layers[layer].attention.o)
 
     def op_add_parts(self, step, layer, x, partial):
-        return ops.add_parts(x, partial, self.weights.ranks)
+        return ops.add_parts(x, partial, self.weights.ranks, self.dtype)
 
     def op_dense_mlp(self, step, layer, y):
         return ops.dense_mlp(y, self.weights.layers[layer].mlp)

@@ -1,0 +1,151 @@
+"""From logits to tokens: penalties, temperature, top-k, top-p, min-p, log-probabilities.
+
+Randomness is counted, not streamed: the uniform number for a position of a request is a hash of (seed, position, purpose).
+So a sampled answer does not depend on the batch, on preemption, or (with target-sample equality) on drafting, and needs no
+generator state. Tokens are drawn by inverting the cumulative distribution in float64.
+
+Order, as OpenAI-style servers have it: penalties on the logits, temperature, then top-k, top-p and min-p on what remains.
+Log-probabilities are those of the raw logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+
+RULES = ("equality", "rejection")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a request may ask for.
+
+    Attributes:
+        temperature: 0 = greedy. top_k: 0 = off. min_p: relative to the most likely token.
+        seed: of this request; every rank must be given the same.
+        presence_penalty, frequency_penalty: subtracted from logits of tokens of the answer; repetition_penalty: divides
+            (multiplies, if negative) logits of tokens of prompt and answer.
+        logprobs: None, or how many alternatives to return beside the chosen token.
+        stop: strings that end the answer (not part of it); stop_ids: tokens that do. ignore_eos: the model's end is none.
+        speculate: use the drafter, if there is one. drafts: at most so many per round (None: the drafter's block).
+        adaptive: choose the number of drafts by what was accepted so far.
+        rule: "equality" (emit the target's own sample; drafts are greedy) or "rejection" (drafts are sampled).
+    """
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    speculate: bool = True
+    drafts: int | None = None
+    adaptive: bool = False
+    rule: str = "equality"
+
+    def __post_init__(self):
+        checks = [("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
+                  ("temperature", self.temperature, 0 <= self.temperature <= 100, "0 to 100"),
+                  ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, up to 1"),
+                  ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+                  ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
+                  ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= 2, "-2 to 2"),
+                  ("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 2, "-2 to 2"),
+                  ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 100, "more than 0, up to 100"),
+                  ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "0 or more"),
+                  ("drafts", self.drafts, self.drafts is None or self.drafts >= 0, "0 or more"),
+                  ("stop", self.stop, all(self.stop), "no empty string"),
+                  ("rule", self.rule, self.rule in RULES, " or ".join(RULES))]
+        for name, value, fine, expected in checks:
+            if not fine:
+                raise ValueError(f"{name}: {value!r}, expected {expected}")
+
+    @property
+    def plain_greedy(self) -> bool:
+        """The arg-max of the logits is the token, whatever came before."""
+        return self.temperature == 0 and not self.penalized
+
+    @property
+    def penalized(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+
+@dataclass
+class Logprob:
+    """Of one emitted token; `top` holds (token, log-probability), most likely first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+def uniform(seed: int, position: int, purpose: str) -> float:
+    """In [0, 1), the same for the same arguments."""
+    digest = hashlib.blake2b(f"{seed} {position} {purpose}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+
+
+def penalize(logits: torch.Tensor, params: SamplingParams, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Logits [V] after the penalties for what was said so far."""
+    if not params.penalized:
+        return logits
+    logits = logits.clone()
+    if params.repetition_penalty != 1.0 and (prompt or answer):
+        seen = torch.tensor(sorted({*prompt, *answer}))
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if answer and (params.presence_penalty or params.frequency_penalty):
+        tokens, counts = torch.tensor(answer).unique(return_counts=True)
+        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts.float()
+    return logits
+
+
+def distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """float64 probabilities [V] that sum to 1: what a token is drawn from (one-hot at temperature 0)."""
+    if params.temperature == 0:
+        return torch.zeros(logits.shape, dtype=torch.float64).index_fill_(0, logits.argmax(), 1.0)
+    p = (logits.double() / params.temperature).softmax(-1)
+    if params.top_k and params.top_k < p.shape[0]:
+        p = torch.where(p < p.topk(params.top_k).values[-1], 0.0, p)
+    if params.min_p:
+        p = torch.where(p < params.min_p * p.max(), 0.0, p)
+    if params.top_p < 1:
+        # Keep the most likely ones up to and including the one that reaches top_p.
+        ordered, index = p.sort(descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        p = torch.zeros_like(p).scatter_(0, index, torch.where(before < params.top_p * p.sum(), ordered, 0.0))
+    return p / p.sum()
+
+
+def draw(p: torch.Tensor, u: float) -> int:
+    """The token at which the cumulative distribution of p [V] passes u; never one of probability 0."""
+    total = p.cumsum(-1)
+    found = int(torch.searchsorted(total, torch.tensor(u * float(total[-1]), dtype=torch.float64), right=True))
+    if found < p.shape[0] and p[found] > 0:
+        return found
+    return int(p.nonzero()[-1])
+
+
+def sample(logits: torch.Tensor, params: SamplingParams, position: int, prompt: list[int], answer: list[int]) -> int:
+    """The target's own token at `position` given logits [V]."""
+    logits = penalize(logits, params, prompt, answer)
+    if params.temperature == 0:
+        return int(logits.argmax())
+    return draw(distribution(logits, params), uniform(params.seed, position, "token"))
+
+
+def logprob_of(logits: torch.Tensor, token: int, top: int) -> Logprob:
+    """Log-probability of a token under the raw logits, and the `top` most likely ones."""
+    values = logits.double().log_softmax(-1)
+    best = values.topk(min(top, values.shape[0])) if top else None
+    pairs = [] if best is None else list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Logprob(token, float(values[token]), pairs)

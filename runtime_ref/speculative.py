@@ -1,0 +1,140 @@
+"""Draft, verify, accept: what a round of speculation emits.
+
+The target is asked about [anchor, drafts]; row i of its answer is its distribution after i accepted drafts. Two rules, both
+with exactly the target's distribution:
+
+    equality    The target samples its own token at every position and the draft is accepted if it is that token. The emitted
+                tokens *are* the target's samples: with counted randomness they are the same tokens as without a drafter.
+    rejection   A draft x, sampled from q, is accepted with probability min(1, p(x) / q(x)); a rejected position emits a token
+                from max(p - q, 0). Accepts more often when q is close to p but not sharp.
+
+At temperature 0 both are "equal to the arg-max".
+
+How many drafts to ask for (`DraftLength`): from running means of the conditional acceptance by position follow the tokens
+expected of a round; the count with the most tokens per unit of cost wins, 0 (plain decoding) included. Costs are relative
+to a plain step and fixed when the engine starts, so that all ranks decide alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from runtime_ref.drafter import Wanted
+from runtime_ref.sampler import SamplingParams, distribution, draw, penalize, sample, uniform
+
+# Plain tokens after which a sequence that stopped drafting tries again, and the weight of the newest round in its means.
+RETRY_AFTER = 32
+NEWEST = 0.15
+
+
+class Proposer(Protocol):
+    """What the engine asks for drafts."""
+
+    block: int
+    taps: list[int]
+
+    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+        """Draft logits [count, vocabulary] of each sequence."""
+
+
+@dataclass
+class Proposal:
+    """Drafted tokens; `q` [n, vocabulary] float64 is what they were sampled from (rule "rejection" above temperature 0)."""
+
+    tokens: list[int]
+    q: torch.Tensor | None = None
+
+
+def propose(logits: torch.Tensor, params: SamplingParams, position: int) -> Proposal:
+    """Drafts from draft logits [n, V] for the positions after the anchor's `position`."""
+    if params.temperature == 0 or params.rule == "equality":
+        return Proposal(logits.argmax(-1).tolist())
+    q = torch.stack([distribution(row, params) for row in logits])
+    return Proposal([draw(row, uniform(params.seed, position + 1 + i, "draft")) for i, row in enumerate(q)], q)
+
+
+@dataclass
+class Verdict:
+    """Tokens that a round emits (the last one is the target's own), and how many of them were drafts."""
+
+    tokens: list[int]
+    accepted: int
+
+
+def accept(logits: torch.Tensor, proposal: Proposal, params: SamplingParams, position: int, prompt: list[int],
+           answer: list[int]) -> Verdict:
+    """Judges drafts.
+
+    Args:
+        logits: the target's [1 + drafts, V] float32: row i is its answer after i drafts.
+        position: of the anchor; the token of row i stands at position + 1 + i.
+        prompt, answer: the request's tokens up to the anchor (for penalties).
+    """
+    drafts = proposal.tokens
+    if params.plain_greedy:
+        own = logits.argmax(-1).tolist()
+        n = next((i for i, draft in enumerate(drafts) if draft != own[i]), len(drafts))
+        return Verdict(own[:n + 1], n)
+    said = list(answer)
+    for i, draft in enumerate(drafts):
+        token = _judge(logits[i], draft, proposal, i, params, position, prompt, said)
+        said.append(token)
+        if token != draft:
+            return Verdict(said[len(answer):], i)
+    said.append(sample(logits[len(drafts)], params, position + 1 + len(drafts), prompt, said))
+    return Verdict(said[len(answer):], len(drafts))
+
+
+def _judge(logits, draft, proposal, i, params, position, prompt, said) -> int:
+    """The token emitted at draft i: the draft itself, or the one that takes its place."""
+    where = position + 1 + i
+    if proposal.q is None:
+        return sample(logits, params, where, prompt, said)
+    p, q = distribution(penalize(logits, params, prompt, said), params), proposal.q[i]
+    if uniform(params.seed, where, "accept") * float(q[draft]) < float(p[draft]):
+        return draft
+    rest = (p - q).clamp_min_(0)
+    # p and q differ by rounding only: the draft was rejected with a probability of about 0, and p is the answer.
+    return draw(rest if float(rest.sum()) > 0 else p, uniform(params.seed, where, "token"))
+
+
+@dataclass
+class DraftLength:
+    """Number of drafts of a sequence's next round.
+
+    Attributes:
+        costs: number of drafts -> cost of a round of that many (drafting and verifying), a plain step being 1.
+    """
+
+    costs: dict[int, float]
+    rates: list[float] = field(default_factory=list)  # P(draft i accepted | all before it were)
+    plain: int = 0
+
+    def next(self) -> int:
+        most = max(self.costs)
+        if not self.rates:
+            return most
+        if self.plain >= RETRY_AFTER:
+            return min((c for c in self.costs if c), default=0)
+        return max(self.costs, key=lambda count: self.expected(count) / self.costs[count])
+
+    def expected(self, count: int) -> float:
+        """Tokens of a round of `count` drafts."""
+        reached, total = 1.0, 1.0
+        for rate in self.rates[:count]:
+            reached *= rate
+            total += reached
+        return total
+
+    def update(self, drafted: int, accepted: int) -> None:
+        if not drafted:
+            self.plain += 1
+            return
+        self.plain = 0
+        if not self.rates:
+            self.rates = [0.7] * max(self.costs)
+        for i in range(min(accepted + 1, drafted)):
+            self.rates[i] += NEWEST * ((i < accepted) - self.rates[i])
