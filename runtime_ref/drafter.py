@@ -47,16 +47,8 @@ class Drafter:
     """Weights, pool and the two passes: `extend` by context features, `logits` of blocks."""
 
     def __init__(self, model: DFlashDraftModel, backend: TorchBackend, pages: int):
-        config, special = model.config, model.config.dflash_config
-        for option in ("convolution_rank", "markov_rank"):
-            if special.get(option):
-                raise ValueError(f"dflash/config.json: {option}: {special[option]}, the runtime runs the published form only (0)")
-        if config.hidden_size != backend.config.hidden_size:
-            raise ValueError(f"dflash/config.json: hidden_size: {config.hidden_size}, the target has {backend.config.hidden_size}")
-        worst = max(model.target_layer_ids)
-        if worst >= backend.config.num_hidden_layers:
-            raise ValueError(f"dflash_config.target_layer_ids: layer {worst}, the target has layers 0 to "
-                             f"{backend.config.num_hidden_layers - 1}")
+        config = model.config
+        _check(model, backend.config)
         self.backend, self.taps, self.block = backend, list(model.target_layer_ids), model.block_size
         self.window, self.causal, self.epsilon = model.window, model.causal, config.rms_norm_eps
         self.Q, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -209,6 +201,20 @@ class _Blocks:
 
 def _slot(table: Table, position: int) -> int:
     return table.page(position // PAGE) * PAGE + position % PAGE
+
+
+def _check(model: DFlashDraftModel, target) -> None:
+    """Refuses a drafter that does not belong to this target, or an option that only trainers know."""
+    where = "dflash/config.json"
+    for option in ("convolution_rank", "markov_rank"):
+        value = model.config.dflash_config.get(option)
+        if value:
+            raise ValueError(f"{where}: {option}: {value}, expected 0 (the runtime runs the published form only)")
+    if model.config.hidden_size != target.hidden_size:
+        raise ValueError(f"{where}: hidden_size: {model.config.hidden_size}, expected the target's {target.hidden_size}")
+    last = target.num_hidden_layers - 1
+    if max(model.target_layer_ids) > last:
+        raise ValueError(f"{where}: target_layer_ids: layer {max(model.target_layer_ids)}, expected 0 to {last}")
 
 
 def load_runtime_drafter(folder: str | Path, backend: TorchBackend, pages: int) -> Drafter:

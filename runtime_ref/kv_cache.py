@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -184,6 +185,10 @@ class KvCache:
             _, entry = self._known.popitem()
             for kind, page in entry.pages.items():
                 self.pools[kind].give_back(page)
+
+    def entries(self) -> Iterable[_Entry]:
+        """Known pages."""
+        return self._known.values()
 
     def used(self) -> dict[str, int]:
         """Pages in use by kind (sequences and prefix cache)."""

@@ -16,8 +16,8 @@ Numbers: the residual stream, keys and values are rounded to the engine's dtype 
 everything inside an op is float32, weights are the exact values of the file. Logits are float32, so bf16 makes no ties
 among them. Tensors are float32 also where they hold bf16 values: a CPU would only convert them back and forth.
 
-Shape legend: R rows (tokens, padded), B blocks of T (4 or 8) consecutive rows of one sequence each, Q and K own query and key heads,
-G = Q / K, D and V widths, n pages, P parts, H hidden size, E experts, A experts of a token.
+Shape legend: R rows (tokens, padded), B blocks of T (4 or 8) consecutive rows of one sequence each, Q and K own query and
+key heads, G = Q / K, D and V widths, n pages, P parts, H hidden size, E experts, A experts of a token.
 """
 
 from __future__ import annotations

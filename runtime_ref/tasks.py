@@ -89,7 +89,13 @@ class TorchBackend:
                        for kind, (base, width) in geometry.items()}
         self.ops: dict[str, Callable] = {name.removeprefix("op_"): getattr(self, name)
                                          for name in dir(self) if name.startswith("op_")}
-        self.row_rules = ops.probe_rows(self.product_shapes())
+        self._probed: set[tuple[int, int, int]] = set()
+        self.probe(self.product_shapes())
+
+    def probe(self, shapes: set[tuple[int, int, int]]) -> None:
+        """Fits the row rules to these products too (see `model.probe_rows`)."""
+        self._probed |= shapes
+        ops.probe_rows(self._probed)
 
     def _pools(self, pages: dict[str, int]) -> dict[str, Pool]:
         pools = {}

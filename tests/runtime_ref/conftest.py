@@ -1,0 +1,181 @@
+"""A small exported folder (native layout) with a random drafter, and engines on it.
+
+The folder is written here and not by the exporter, on purpose: names and bytes follow the format, so a mistake that exporter
+and runtime shared would show.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from modeling.names import expert_parts
+from mxfp4 import quantize
+
+
+def tensors_of(model) -> dict[str, torch.Tensor]:
+    """Published tensors of a MiMoV2ForCausalLM: experts packed, the rest BF16, correction bias F32."""
+    out = {}
+    for name, value in model.state_dict().items():
+        parts = expert_parts(name, value.shape)
+        if parts is None:
+            keep = name.endswith("e_score_correction_bias")
+            out[name] = value.float() if keep else value.to(torch.bfloat16)
+            continue
+        for part in parts:
+            codes, scales = quantize(value[part.expert, part.rows].to(torch.bfloat16))
+            out[part.name], out[part.name + "_scale"] = codes, scales
+    return {name: t.contiguous().clone() for name, t in out.items()}
+
+
+def write_native(folder: Path, model, drafter=None, tokenizer: Path | None = None) -> Path:
+    """config.json, model.safetensors, and dflash/ and tokenizer files if given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config.to_dict()
+    config |= {"architectures": ["MiMoV2ForCausalLM"], "torch_dtype": "bfloat16", "quantization_config": {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        "store_dtype": "mxfp4", "mxfp4_block_size": 32,
+        "ignored_layers": [f"model.layers.{i}.self_attn.o_proj" for i in range(model.config.num_hidden_layers)]}}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
+    save_file(tensors_of(model), folder / "model.safetensors", metadata={"format": "pt"})
+    if drafter is not None:
+        from modeling.drafter import save_drafter
+
+        save_drafter(drafter, folder / "dflash")
+    if tokenizer is not None:
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
+            if (tokenizer / name).is_file():
+                (folder / name).write_bytes((tokenizer / name).read_bytes())
+    return folder
+
+
+def runtime_config(**changes):
+    from modeling.configuration_mimo_v2 import MiMoV2Config
+
+    return MiMoV2Config(**{
+        "vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 4, "hybrid_layer_pattern": [0, 1, 1, 0],
+        "moe_layer_freq": [0, 1, 1, 1], "num_attention_heads": 8, "num_key_value_heads": 2, "swa_num_attention_heads": 8,
+        "swa_num_key_value_heads": 4, "head_dim": 16, "v_head_dim": 8, "swa_head_dim": 16, "swa_v_head_dim": 8,
+        "sliding_window": 16, "intermediate_size": 128, "moe_intermediate_size": 256, "n_routed_experts": 8,
+        "num_experts_per_tok": 2, "partial_rotary_factor": 0.5, "add_swa_attention_sink_bias": True,
+        "attention_value_scale": 0.7, "attention_projection_layout": "fused_qkv", "max_position_embeddings": 1024,
+        "rope_theta": 10000, "swa_rope_theta": 1000, "eos_token_id": 0, **changes})
+
+
+def random_target(config, seed=0):
+    from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
+
+    torch.manual_seed(seed)
+    model = MiMoV2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.35 if "lm_head" in name else 0.15)
+            elif "sink" in name:
+                parameter.normal_()
+        for layer in model.model.layers:
+            if hasattr(layer.mlp, "gate"):
+                layer.mlp.gate.e_score_correction_bias.normal_(0, 0.1)
+    return model.to(torch.bfloat16)
+
+
+def random_drafter(config, seed=1, **changes):
+    from modeling.drafter import DFlashDraftModel, drafter_config
+
+    torch.manual_seed(seed)
+    last = config.num_hidden_layers - 1
+    model = DFlashDraftModel(drafter_config(**{
+        "hidden_size": config.hidden_size, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": config.vocab_size, "target_layer_ids": [0, 2, last],
+        "num_target_layers": config.num_hidden_layers, "mask_token_id": 262, "rotary_base": float(config.rope_theta),
+        "window": 24, "partial_rotary_factor": 0.5, "attention_value_scale": 0.7, **changes})).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.15)
+        model.mask_embedding.normal_(0, 0.15)
+        for layer in model.layers:
+            if layer.self_attn.attention_sink_bias is not None:
+                layer.self_attn.attention_sink_bias.normal_()
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Exported folder of a random target and drafter, with a byte tokenizer."""
+    from conftest import write_tokenizer
+
+    config = runtime_config()
+    out = tmp_path_factory.mktemp("native")
+    write_native(out, random_target(config), random_drafter(config))
+    write_tokenizer(out)
+    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    return out
+
+
+@pytest.fixture(scope="session")
+def make_engine(folder):
+    """Engine.from_folder on the small folder; keyword arguments as there, or of EngineOptions."""
+    from runtime_ref.engine import Engine, EngineOptions
+
+    fields = set(EngineOptions.__dataclass_fields__)
+
+    def make(**kwargs):
+        options = EngineOptions(**{"max_context": 512, **{k: kwargs.pop(k) for k in list(kwargs) if k in fields}})
+        return Engine.from_folder(folder, options=options, **kwargs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Twelve prompts of 1 to 150 random tokens."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(1, 260, (n,), generator=generator).tolist() for n in (1, 2, 7, 8, 9, 20, 33, 63, 64, 65, 100, 150)]
+
+
+class OracleProposer:
+    """Drafts that are often right: the known answer, wrong at a share of the positions (no network, no features)."""
+
+    block, taps = 8, []
+
+    def __init__(self, answers: dict[tuple, list[int]], vocabulary: int, wrong: float = 0.25, seed: int = 0):
+        self.answers, self.vocabulary, self.wrong = answers, vocabulary, wrong
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def know(self, engine):
+        """Where the engine's sequences are looked up."""
+        self.engine = engine
+
+    def logits(self, wanted):
+        by_place = {(s.computed, s.tokens[-1], id(s.tables)): s for s in self.engine._sequences.values()}
+        out = []
+        for w in wanted:
+            sequence = by_place[w.position, w.anchor, id(w.tables)]
+            said = len(sequence.tokens) - len(sequence.prompt)
+            text = self.answers[tuple(sequence.prompt)]
+            rows = torch.zeros(w.count, self.vocabulary)
+            for i in range(w.count):
+                token = text[said + i] if said + i < len(text) else 0
+                if float(torch.rand((), generator=self.generator)) < self.wrong:
+                    token = (token + 1) % self.vocabulary
+                rows[i, token] = 5.0
+            out.append(rows)
+        return out
+
+
+@pytest.fixture
+def with_oracle(make_engine):
+    """(engine whose drafts are known answers, often right)."""
+    from runtime_ref.engine import Engine
+
+    def make(prompts, answers, wrong=0.25, **kwargs):
+        plain = make_engine(drafter=False, **kwargs)
+        oracle = OracleProposer({tuple(p): a for p, a in zip(prompts, answers, strict=True)}, 264, wrong)
+        engine = Engine(plain.backend, oracle, plain.options, end_ids=plain.end_ids)
+        oracle.know(engine)
+        return engine
+
+    return make
