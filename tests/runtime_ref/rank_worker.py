@@ -1,0 +1,88 @@
+"""Started by test_ranks.py: runs the same requests on 1, 2, 4 and 8 ranks (forked, gloo) and prints what rank 0 saw.
+
+    rank_worker.py FOLDER same 1 2 4 8      one JSON line per number of ranks: tokens, and a hash of the logits
+    rank_worker.py FOLDER die 2             the last rank ends in the middle; what the others say goes to stderr
+"""
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+
+from runtime_ref.engine import Engine, EngineOptions
+from runtime_ref.model import Span
+from runtime_ref.parallel import RankLost, leave, ranks_from_environment
+from runtime_ref.sampler import SamplingParams
+
+
+def prompts():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, 260, (n,), generator=generator).tolist() for n in (3, 17, 70)]
+
+
+def same(folder, ranks, pipe):
+    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256))
+    params = [SamplingParams(max_tokens=8, ignore_eos=True), SamplingParams(max_tokens=8, temperature=0.8, seed=1),
+              SamplingParams(max_tokens=8, temperature=0.8, seed=2, rule="rejection")]
+    tokens = engine.generate(prompts(), params)
+    engine.cache.forget_prefixes()
+    tables = engine.cache.tables()
+    engine.cache.extend(tables, list(tables), 17)
+    step = engine.backend.plan([Span(tables, 0, prompts()[1])])
+    logits = engine.backend.run(engine.tasks, step)["logits"][:17]
+    if ranks.rank == 0:
+        found = {"ranks": ranks.count, "tokens": tokens, "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
+                 "experts": engine.backend.weights.packed_bytes}
+        os.write(pipe, (json.dumps(found) + "\n").encode())
+
+
+def die(folder, ranks, pipe):
+    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256))
+    for prompt in prompts():
+        engine.add(prompt, SamplingParams(max_tokens=100, ignore_eos=True))
+    for number in range(100):
+        if number == 3 and ranks.rank == ranks.count - 1:
+            os._exit(9)
+        engine.step()
+
+
+def child(job, folder, rank, count, port, pipe):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    ranks = ranks_from_environment()
+    try:
+        job(folder, ranks, pipe)
+    except RankLost as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+    leave(ranks)
+    os._exit(0)
+
+
+def run(job, folder, count):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    began = time.monotonic()
+    children = []
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            child(job, folder, rank, count, port, 1)
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    return codes, time.monotonic() - began
+
+
+if __name__ == "__main__":
+    _, folder, name, *counts = sys.argv
+    for count in map(int, counts):
+        codes, seconds = run({"same": same, "die": die}[name], folder, count)
+        print(json.dumps({"codes": codes, "seconds": round(seconds, 1)}), flush=True)

@@ -1,0 +1,59 @@
+"""Contract C5: any number of ranks gives the tokens and the logits of one; a rank that dies takes the others along."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime_ref.parallel import Ranks, shares
+from runtime_ref.weights import load_target
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+
+
+def run_worker(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run([sys.executable, str(WORKER), *map(str, arguments)], capture_output=True, text=True, timeout=300,
+                          env=environment)
+
+
+def test_tokens_and_logits_of_2_4_and_8_ranks_are_those_of_one(folder):
+    done = run_worker(folder, "same", 1, 2, 4, 8)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [line for line in lines if "tokens" in line]
+    assert [line["ranks"] for line in found] == [1, 2, 4, 8]
+    assert all(code == 0 for line in lines if "codes" in line for code in line["codes"])
+    for line in found[1:]:
+        assert line["tokens"] == found[0]["tokens"]
+        assert line["logits"] == found[0]["logits"]
+    assert [found[0]["experts"] / line["experts"] for line in found] == [1, 2, 4, 8]
+
+
+def test_a_dead_rank_ends_the_others_within_seconds_with_one_line(folder):
+    done = run_worker(folder, "die", 2)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["codes"] == [1, 9]
+    said = [line for line in done.stderr.splitlines() if "another of the 2 ranks ended" in line]
+    assert len(said) == 1 and "Traceback" not in done.stderr
+    assert report["seconds"] < 30
+
+
+@pytest.mark.parametrize("size, parts", [(8, 8), (64, 8), (12, 4), (6, 2), (33, 1)])
+def test_parts_do_not_depend_on_the_number_of_ranks(size, parts):
+    assert shares(size) == parts
+    for count in (1, 2, 4, 8):
+        if parts % count:
+            with pytest.raises(ValueError, match=f"{count} ranks.*{parts} parts"):
+                Ranks(0, count).part(size)
+        else:
+            covered = [i for rank in range(count) for i in range(*Ranks(rank, count).part(size).indices(parts))]
+            assert covered == list(range(parts))
+
+
+def test_ranks_together_hold_every_packed_byte_once(folder):
+    whole = load_target(folder).packed_bytes
+    assert sum(load_target(folder, Ranks(rank, 4)).packed_bytes for rank in range(4)) == whole
