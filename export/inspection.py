@@ -158,7 +158,7 @@ class Checkpoint:
 
     def _check_index(self) -> None:
         index = read_json(self.folder / INDEX)
-        weight_map, where = index.get("weight_map", {}), self.source._where
+        weight_map, where = index.get("weight_map", {}), self.source.where
         for name in sorted(weight_map.keys() - where.keys()):
             self.add(f"{INDEX}: lists {name}, which is in no file")
         for name in sorted(where.keys() - weight_map.keys()):
@@ -271,7 +271,8 @@ class Checkpoint:
         tensors, facts = read_reference(folder / REFERENCE)
         layers = config["dflash_config"]["target_layer_ids"]
         if facts["target_layer_ids"] != layers:
-            self.add(f"dflash/{REFERENCE}: recorded with target_layer_ids {facts['target_layer_ids']}, config.json has {layers}")
+            self.add(f"dflash/{REFERENCE}: recorded with target_layer_ids {facts['target_layer_ids']}, "
+                     f"config.json has {layers}")
             return
         drafter = load_drafter(folder, torch.float32)
         with torch.no_grad():

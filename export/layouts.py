@@ -177,6 +177,7 @@ def native_units(weights: Weights, dense: str) -> Iterator[Unit]:
         name = tensor.name
         done |= {name, name + "_scale_inv", name + "_scale"}
         if fused_name(name):
+            done.add(fused_name(name)[0])
             yield expert_unit(weights, name, tensor.shape, (name, name + "_scale"))
             continue
         if name not in trained:

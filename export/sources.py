@@ -13,8 +13,8 @@ that DeepSpeed left in it, and guessing at that would be pretending.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,46 +54,70 @@ class Source:
 
 
 class SafetensorsSource(Source):
-    """One safetensors file, or shards with an index."""
+    """One safetensors file, or shards with an index.
+
+    Tensors are read into memory of their own, not mapped: pages of a mapped file count as this process's memory for as long
+    as the file is open, and a source of a terabyte would fill the machine.
+    """
 
     def __init__(self, folder: Path, files: list[str]):
-        self._handles = {}
-        self._where: dict[str, str] = {}
+        self.where: dict[str, str] = {}
+        self._starts: dict[str, int] = {}
+        self._open: tuple[str, BinaryIO] | None = None
         infos = {}
         for file in files:
-            for name, (shape, dtype) in self._header(folder / file).items():
-                self._where[name], infos[name] = file, (shape, dtype)
+            for name, (shape, dtype, start) in _header(folder / file).items():
+                self.where[name], self._starts[name], infos[name] = file, start, (shape, dtype)
         super().__init__(folder, infos)
 
-    @staticmethod
-    def _header(path: Path) -> Iterator:
-        if not path.is_file():
-            raise ValueError(f"{path.parent}: shard {path.name} is missing")
-        try:
-            with safe_open(str(path), framework="pt") as file:  # checks that the file is whole
-                names = set(file.keys())
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        unknown = sorted({entry["dtype"] for name, entry in header.items() if name in names} - DTYPES.keys())
-        if unknown:
-            raise ValueError(f"{path}: tensors of dtype {unknown[0]}, expected one of {', '.join(DTYPES)}")
-        return {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items() if name in names}
-
-    def _file(self, name: str):
-        if name not in self._where:
-            raise self._missing(name)
-        file = self._where[name]
-        if file not in self._handles:
-            self._handles[file] = safe_open(str(self.folder / file), framework="pt")
-        return self._handles[file]
+    def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> torch.Tensor:
+        """`shape` elements of a tensor, from its element number `skipped` on."""
+        file, dtype = self.where[name], DTYPES[self.infos[name][1]]
+        if self._open is None or self._open[0] != file:
+            if self._open is not None:
+                self._open[1].close()
+            self._open = (file, (self.folder / file).open("rb", buffering=0))
+        out = torch.empty(shape, dtype=dtype)
+        view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        handle = self._open[1]
+        handle.seek(self._starts[name] + skipped * dtype.itemsize)
+        while view.nbytes:
+            got = handle.readinto(view)
+            if not got:
+                raise ValueError(f"{self.folder / file}: ends within tensor {name}")
+            view = view[got:]
+        return out
 
     def read(self, name: str) -> torch.Tensor:
-        return self._file(name).get_tensor(name)
+        if name not in self.where:
+            raise self._missing(name)
+        return self._read(name, self.infos[name][0], 0)
 
     def read_rows(self, name: str, expert: int, rows: slice) -> torch.Tensor:
-        return self._file(name).get_slice(name)[expert, rows]
+        if name not in self.where:
+            raise self._missing(name)
+        (_, height, *rest), _ = self.infos[name]
+        first, last, _ = rows.indices(height)
+        width = torch.Size(rest).numel()
+        return self._read(name, (last - first, *rest), (expert * height + first) * width)
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
+    """name -> (shape, dtype, first byte in the file) of a whole safetensors file."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent}: shard {path.name} is missing")
+    try:
+        with safe_open(str(path), framework="pt") as file:  # checks that header and length agree
+            names = set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    unknown = sorted({entry["dtype"] for name, entry in header.items() if name in names} - DTYPES.keys())
+    if unknown:
+        raise ValueError(f"{path}: tensors of dtype {unknown[0]}, expected one of {', '.join(DTYPES)}")
+    return {n: (tuple(e["shape"]), e["dtype"], 8 + length + e["data_offsets"][0]) for n, e in header.items() if n in names}
 
 
 class TorchSource(Source):

@@ -90,8 +90,8 @@ def test_exported_experts_decode_to_the_trained_weights_and_the_rest_is_the_base
 def test_two_processes_and_repeated_runs_write_the_same_bytes(toy_run, exported, tmp_path):
     for i, processes in enumerate(("1", "2")):
         out = tmp_path / str(i)
-        done = subprocess.run([*COMMAND, str(toy_run), "export.shard_bytes=100000", "--out", str(out), "--processes", processes],
-                              capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run([*COMMAND, str(toy_run), "export.shard_bytes=100000", "--out", str(out), "--processes",
+                               processes], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         assert same_folder(exported, out)
 

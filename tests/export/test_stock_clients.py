@@ -63,7 +63,8 @@ def test_the_shipped_decoder_equals_the_codec_on_every_code_and_scale():
 
 @pytest.mark.parametrize("name, rows", [("model.layers.1.self_attn.qkv_proj.weight", 448),
                                         ("model.layers.0.self_attn.qkv_proj.weight", 320),
-                                        ("model.layers.1.self_attn.k_proj.weight", 768), ("model.layers.0.mlp.up_proj.weight", 200)])
+                                        ("model.layers.1.self_attn.k_proj.weight", 768),
+                                        ("model.layers.0.mlp.up_proj.weight", 200)])
 def test_the_shipped_fp8_decoder_equals_the_loaders(name, rows):
     config = toy_config()
     torch.manual_seed(0)
@@ -157,7 +158,8 @@ def test_our_packing_is_that_of_compressed_tensors():
     codes, scales = quantize(torch.randn(40, 96).bfloat16())
     weight = dequantize(codes, scales, dtype=torch.bfloat16)
     scheme: QuantizationScheme = preset_name_to_scheme("MXFP4A16", ["Linear"])
-    packed = MXFP4PackedCompressor.compress({"weight": weight, "weight_scale": (scales.float() - 127).exp2().bfloat16()}, scheme)
+    given = {"weight": weight, "weight_scale": (scales.float() - 127).exp2().bfloat16()}
+    packed = MXFP4PackedCompressor.compress(given, scheme)
     # A quantizer may write a negative zero or a positive one: compare what the nibbles say.
     assert torch.equal(dequantize(packed["weight_packed"], packed["weight_scale"], dtype=torch.float32),
                        dequantize(codes, scales, dtype=torch.float32))
