@@ -30,7 +30,8 @@ def test_answers_come_with_provenance_and_are_the_targets_own(loaded, tmp_path):
     greedy = [r for r in rows if r["temperature"] == 0][3]
     assert plain(target, greedy["prompt_ids"], max_new_tokens=40, temperature=0.0).tokens == greedy["response_ids"]
     facts = json.loads(path.with_suffix(".json").read_text())
-    assert facts["answers"] == 60 and facts["target"]["kind"] == "ptq" and {"git_revision", "seed", "environment"} <= facts.keys()
+    assert facts["answers"] == 60 and facts["target"]["kind"] == "ptq"
+    assert {"git_revision", "seed", "environment"} <= facts.keys()
     assert facts["tokens"] == sum(len(r["response_ids"]) for r in rows)
 
 
@@ -221,7 +222,8 @@ def test_taps_are_the_layers_outputs_in_the_recipes_order(loaded):
 
 
 def test_default_taps_are_even_and_include_first_and_last():
-    assert tapped_layers(None, 70) == [0, 17, 34, 52, 69] and tapped_layers(None, 3) == [0, 1, 2] and tapped_layers(None, 1) == [0]
+    assert tapped_layers(None, 70) == [0, 17, 34, 52, 69]
+    assert tapped_layers(None, 3) == [0, 1, 2] and tapped_layers(None, 1) == [0]
     assert tapped_layers([5, 2], 6) == [5, 2]
     with pytest.raises(ValueError, match="layer 6, but the target has layers 0 to 5"):
         tapped_layers([6], 6)

@@ -223,7 +223,7 @@ def test_port_bugs_show(rows, embed, bug):
     assert (wrong - right).norm() > 1e-2 * right.norm()
 
 
-@pytest.mark.parametrize("wrong", [{"shift": 1}, {"taps": "rolled"}], ids=["context-positions-off-by-one", "taps-in-wrong-order"])
+@pytest.mark.parametrize("wrong", [{"shift": 1}, {"taps": "rolled"}], ids=["context-positions", "taps-in-wrong-order"])
 def test_port_bugs_of_the_context_show(rows, embed, wrong):
     model = build()
     if "taps" in wrong:

@@ -1,0 +1,156 @@
+"""`--plan` of the drafter's job: tensors, memory per rank, disk and signals per step, without weights or accelerator.
+
+Exact from shapes: parameters, weights, masters' gradients and moments, features on disk. Estimated (and said so):
+activations, as the hidden states, head inputs and MLP inner states that autograd keeps for every block position and
+context position of a rank's rows. The target is counted as divided evenly over the ranks of the cluster that the recipe
+names, in the precision it is served in (experts MXFP4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dflash_train.target import configure_drafter, tapped_layers
+from dflash_train.trainer import require_sections
+from qat.attach import find_expert_tensors
+from qat.geometry import meta_model
+from recipes.schema import Recipe
+
+GIB = 2**30
+RESERVED_SHARE = 0.08  # what the allocator and communication buffers take of an accelerator
+
+
+@dataclass
+class Plan:
+    """What is printed; bytes unless named otherwise."""
+
+    target: str
+    taps: list[int]
+    ranks: int
+    tensors: int
+    parameters: int
+    muon_parameters: int
+    drafter_bytes: int
+    signals_per_step: int
+    tokens_per_step: int
+    memory: dict[str, int]
+    feature_bytes_per_token: int
+    available: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def run(recipe: Recipe) -> int:
+    """Prints the plan; returns the exit code.
+
+    Raises:
+        ValueError: a recipe without a drafter, or one that cannot fit the cluster it names.
+    """
+    require_sections(recipe)
+    plan = make_plan(recipe)
+    render(plan, recipe)
+    total = sum(plan.memory.values())
+    if plan.available is not None and total > plan.available:
+        largest = max(plan.memory, key=plan.memory.get)
+        raise ValueError(f"cluster.memory_gib: a rank needs {total / GIB:.1f} GiB and has {plan.available / GIB:.1f} usable; "
+                         f"the largest part is {largest} ({plan.memory[largest] / GIB:.1f} GiB): use more ranks, smaller "
+                         "dflash.batch_size, dflash.anchors or dflash.loss.chunk_anchors")
+    return 0
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Adds everything up, on the meta device."""
+    import torch
+
+    from dflash_train.optimizer import is_matrix
+    from modeling.drafter import DFlashDraftModel
+
+    model, name, _ = meta_model(recipe)
+    config = model.config.get_text_config()
+    taps = tapped_layers(recipe.drafter.target_layer_ids, config.num_hidden_layers)
+    mask_id = recipe.drafter.mask_token if isinstance(recipe.drafter.mask_token, int) else 0
+    try:
+        drafter_config = configure_drafter(recipe.drafter, recipe.dflash, config=config, taps=taps, mask_id=mask_id)
+    except ValueError as error:
+        raise ValueError(f"drafter: {error}") from None
+    with torch.device("meta"):
+        drafter = DFlashDraftModel(drafter_config)
+    sizes = {n: p.numel() for n, p in drafter.named_parameters()}
+    muon = sum(p.numel() for n, p in drafter.named_parameters() if is_matrix(n, p))
+    cluster, job = recipe.cluster, recipe.dflash
+    ranks = cluster.nodes * cluster.accelerators_per_node if cluster else 1
+    parameters = sum(sizes.values())
+    experts = sum(t.parameter.numel() for t in find_expert_tensors(model))
+    others = sum(p.numel() for p in model.parameters()) - experts
+    moments = 4 * muon + 8 * (parameters - muon) if job.optimizer.name == "muon" else 8 * parameters
+    memory = {"target, divided (experts MXFP4, rest bf16)": int(experts * 17 / 32 + others * 2) // ranks,
+              "drafter's weights (float32)": 4 * parameters, "gradients (float32)": 4 * parameters,
+              f"moments ({job.optimizer.name})": moments,
+              "activations (estimate)": _activation_bytes(recipe, config, len(taps)),
+              "logits of a chunk": job.loss.chunk_anchors * (recipe.drafter.block_size - 1) * config.vocab_size * 4 * 5}
+    return Plan(
+        target=name, taps=taps, ranks=ranks, tensors=len(sizes) - 1, parameters=parameters, muon_parameters=muon,
+        drafter_bytes=2 * (parameters - sizes["mask_embedding"]), memory=memory,
+        signals_per_step=job.batch_size * job.anchors * (recipe.drafter.block_size - 1) * ranks,
+        tokens_per_step=job.batch_size * job.sequence_length * ranks,
+        feature_bytes_per_token=2 * config.hidden_size * (len(taps) + 1),
+        available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None, notes=_notes(recipe))
+
+
+def _activation_bytes(recipe: Recipe, config, taps: int) -> int:
+    """bf16: per layer and block position input, normed input twice, queries, values out, three MLP inner states; per context
+    position the features, the fused state and each layer's keys and values."""
+    drafter, job, H = recipe.drafter, recipe.dflash, config.hidden_size
+    heads = drafter.num_attention_heads * (drafter.head_dim + (drafter.v_head_dim or drafter.head_dim))
+    pairs = drafter.num_key_value_heads * (drafter.head_dim + (drafter.v_head_dim or drafter.head_dim))
+    blocks = job.batch_size * job.anchors * drafter.block_size
+    context = job.batch_size * job.sequence_length
+    per_block = drafter.num_hidden_layers * (4 * H + heads + pairs + 3 * drafter.intermediate_size)
+    keys = min(drafter.window or job.sequence_length, job.sequence_length) + drafter.block_size
+    scores = drafter.num_attention_heads * keys * drafter.num_hidden_layers  # flex_attention keeps none of them
+    on_cpu = recipe.cluster is None
+    return 2 * (blocks * (per_block + scores * on_cpu) + context * ((taps + 3) * H + drafter.num_hidden_layers * pairs))
+
+
+def _notes(recipe: Recipe) -> list[str]:
+    notes = []
+    if isinstance(recipe.drafter.mask_token, str) or recipe.drafter.mask_token is None:
+        notes.append("drafter.mask_token is looked up in the tokenizer when the job starts")
+    if recipe.dflash.features == "disk":
+        notes.append(f"features on disk: at most {recipe.dflash.features_gib} GiB (dflash.features_gib)")
+    if not recipe.dflash.data and not recipe.dflash.regenerate.prompts:
+        notes.append("neither dflash.data nor dflash.regenerate.prompts is set: required to train")
+    return notes
+
+
+def render(plan: Plan, recipe: Recipe) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    drafter, job = recipe.drafter, recipe.dflash
+    console.print(f"[bold]{recipe.name}[/]: drafter for {plan.target}, features of layers {plan.taps}, block "
+                  f"{drafter.block_size}, window {drafter.window}, {'causal' if drafter.causal else 'not causal'} in the block")
+    table = Table(title="drafter")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for what, value in (
+        ("published tensors", f"{plan.tensors}"), ("parameters", f"{plan.parameters:,}"),
+        (f"of them updated by {job.optimizer.name} as matrices", f"{plan.muon_parameters:,}"),
+        ("bytes on disk (bf16)", f"{plan.drafter_bytes:,}"), ("ranks", f"{plan.ranks}"),
+        ("steps", f"{job.steps:,}"), ("tokens per step", f"{plan.tokens_per_step:,}"),
+        ("predictions per step (anchors x masked positions)", f"{plan.signals_per_step:,}"),
+        ("features per token (tapped layers and last state)", f"{plan.feature_bytes_per_token:,} bytes"),
+    ):
+        table.add_row(what, value)
+    console.print(table)
+    memory = Table(title="memory of one rank")
+    memory.add_column("what")
+    memory.add_column("GiB", justify="right")
+    for what, value in plan.memory.items():
+        memory.add_row(what, f"{value / GIB:.3f}")
+    memory.add_row("total", f"{sum(plan.memory.values()) / GIB:.3f}", style="bold")
+    if plan.available is not None:
+        memory.add_row("usable", f"{plan.available / GIB:.1f}")
+    console.print(memory)
+    for note in plan.notes:
+        console.print(f"note: {note}")
