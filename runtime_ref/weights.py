@@ -34,7 +34,7 @@ from mxfp4 import BLOCK_SIZE, dequantize
 from runtime_ref.parallel import ALONE, Ranks, shares
 
 DECODED_BYTES = 4 << 30
-CHECKSUM_FILE = "SHA256SUMS"
+CHECKSUM_FILE = "checksums.sha256"
 
 
 @dataclass
@@ -186,7 +186,7 @@ def load_target(folder: str | Path, ranks: Ranks = ALONE, *, decoded_bytes: int 
 
     Args:
         decoded_bytes: limit of decoded experts in memory.
-        checksum: compare the shards with the folder's SHA256SUMS first.
+        checksum: compare the shards with the folder's checksums.sha256 first.
         progress: called with (layers done, layers).
 
     Raises:
@@ -210,7 +210,7 @@ def load_target(folder: str | Path, ranks: Ranks = ALONE, *, decoded_bytes: int 
 
 
 def verify_checksums(folder: str | Path) -> None:
-    """Compares every file that SHA256SUMS lists.
+    """Compares every file that checksums.sha256 lists.
 
     Raises:
         ValueError: no list, a missing file, or one whose bytes differ.

@@ -174,10 +174,10 @@ def test_checksums_find_a_changed_byte(folder, tmp_path):
     import shutil
 
     copy = shutil.copytree(folder, tmp_path / "copy")
-    with pytest.raises(ValueError, match="no SHA256SUMS"):
+    with pytest.raises(ValueError, match="no checksums.sha256"):
         verify_checksums(copy)
     file = copy / "model.safetensors"
-    (copy / "SHA256SUMS").write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  model.safetensors\n")
+    (copy / "checksums.sha256").write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  model.safetensors\n")
     verify_checksums(copy)
     data = bytearray(file.read_bytes())
     data[-5] ^= 1

@@ -126,8 +126,9 @@ def test_logprobs_are_those_of_the_raw_logits():
     assert found.top[0][0] == 0 and logprob_of(logits, 2, 0).top == []
 
 
-@pytest.mark.parametrize("wrong, named", [({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"max_tokens": 0}, "max_tokens"), ({"rule": "maybe"}, "rule"),
-                                          ({"temperature": float("nan")}, "temperature"), ({"stop": ("",)}, "stop")])
+@pytest.mark.parametrize("wrong, named", [
+    ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"max_tokens": 0}, "max_tokens"),
+    ({"rule": "maybe"}, "rule"), ({"temperature": float("nan")}, "temperature"), ({"stop": ("",)}, "stop")])
 def test_parameters_out_of_range_are_refused_by_name(wrong, named):
     with pytest.raises(ValueError, match=f"^{named}: .*expected"):
         SamplingParams(**wrong)

@@ -1,0 +1,124 @@
+"""Every op of a step once more, in float64 and without any trick: what a backend's ops are checked against.
+
+Written from the model's definition, not from `model.py`: no parts, no pages, no padding; one matrix product per projection,
+one softmax over all keys that a query may see.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from runtime_ref.kv_cache import PAGE
+from runtime_ref.model import Span
+from runtime_ref.tasks import Task, TorchBackend
+from runtime_ref.weights import Dense
+
+
+def expected(backend: TorchBackend, task: Task, inputs: dict[str, torch.Tensor], span: Span, real: int) -> torch.Tensor | None:
+    """float64 result of a task on the buffers that it read, comparable with `found`; None for tasks that only move data.
+
+    Args:
+        span: the one sequence of the step, from position 0 on.
+        real: rows that are not padding.
+    """
+    w, config = backend.weights, backend.config
+    x = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    layer = w.layers[task.layer] if task.layer >= 0 else None
+    if task.op in ("input_norm", "post_norm", "final_norm"):
+        weight = w.norm if layer is None else layer.input_norm if task.op == "input_norm" else layer.post_norm
+        value = x["x"]
+        return value / (value.square().mean(-1, keepdim=True) + config.layernorm_epsilon).sqrt() * weight.double()
+    if task.op.startswith("project"):
+        return _projected(x["y"], layer.attention, backend.rotary[task.op.removeprefix("project_")], real)
+    if task.op.startswith("attend"):
+        return _attended(x["q"], backend, task, span, real)
+    if task.op == "merge_heads":
+        return torch.einsum("qrv,qvh->rh", x["heads"], layer.attention.o.double().reshape(x["heads"].shape[0],
+                                                                                     x["heads"].shape[2], -1))
+    if task.op == "dense_mlp":
+        return _mlp(x["y"], layer.mlp)
+    if task.op == "route":
+        return _routed(x["y"], layer.mlp, config)
+    if task.op == "experts":
+        return _experts(x["y"], x["index"], x["weight"], layer.mlp.experts)
+    if task.op == "head":
+        return torch.cat([x["y"] @ part.double() for part in w.head], dim=-1)
+    return None
+
+
+def found(task: Task, buffers: dict[str, torch.Tensor], before: torch.Tensor | None = None) -> torch.Tensor:
+    """What the backend computed, in the form of `expected`."""
+    if task.op.startswith("project"):
+        return torch.cat([buffers["q"].flatten(), buffers["k"].flatten(), buffers["v"].flatten()])
+    if task.op in ("merge_heads", "dense_mlp", "experts"):
+        return buffers["partial"].double().sum(0)
+    if task.op == "route":
+        dense = torch.zeros(buffers["index"].shape[0], int(buffers["index"].max()) + 1, dtype=torch.float64)
+        return dense.scatter_(1, buffers["index"], buffers["weight"].double())
+    return buffers[task.writes[0]]
+
+
+def _projected(y, a, rotary, real):
+    qk = torch.einsum("rh,nhd->nrd", y, a.qk.double())
+    half, positions = rotary.rotated // 2, torch.arange(y.shape[0]).clamp_max(real - 1).double()
+    angles = positions[:, None] * rotary.base ** -(torch.arange(half, dtype=torch.float64) * 2 / rotary.rotated)
+    first, second = qk[..., :half].clone(), qk[..., half:2 * half].clone()
+    qk[..., :half] = first * angles.cos() - second * angles.sin()
+    qk[..., half:2 * half] = second * angles.cos() + first * angles.sin()
+    v = torch.einsum("rh,khv->krv", y, a.v.double()) * (1.0 if a.value_scale is None else a.value_scale)
+    q = qk[:a.query_heads] * a.qk_dim**-0.5
+    return torch.cat([q.flatten(), qk[a.query_heads:].flatten(), v.flatten()])
+
+
+def _attended(q, backend, task, span, real):
+    kind = task.op.removeprefix("attend_")
+    pool, a = backend.pools[kind], backend.weights.layers[task.layer].attention
+    slots = torch.tensor([span.tables[kind].page(p // PAGE) * PAGE + p % PAGE for p in range(real)])
+    keys, values = (store[task.layer].index_select(1, slots).double() for store in (pool.keys, pool.values))
+    groups = q.shape[0] // keys.shape[0]
+    scores = torch.einsum("qrd,qsd->qrs", q[:, :real], keys.repeat_interleave(groups, 0))
+    rows, columns = torch.arange(real)[:, None], torch.arange(real)[None]
+    seen = columns <= rows if a.window is None else (columns <= rows) & (columns > rows - a.window)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if a.sink is not None:
+        scores = torch.cat((scores, a.sink.double()[:, None, None].expand(-1, real, 1)), dim=-1)
+    weights = scores.softmax(-1)[..., :real]
+    return torch.einsum("qrs,qsv->qrv", weights, values.repeat_interleave(groups, 0))
+
+
+def _silu(x):
+    return x / (1 + (-x).exp())
+
+
+def _mlp(y, w: Dense):
+    total = 0
+    for gate_up, down in zip(w.gate_up.double(), w.down.double(), strict=True):
+        gate, up = (y @ gate_up).chunk(2, -1)
+        total = total + (_silu(gate) * up) @ down
+    return total
+
+
+def _routed(y, moe, config):
+    scores = 1 / (1 + (-(y @ moe.router[0].double())).exp())
+    choice = scores + moe.correction.double()
+    if config.n_group > 1:
+        grouped = choice.unflatten(1, (config.n_group, -1))
+        best = grouped.sort(-1, descending=True).values[..., :2].sum(-1).topk(config.topk_group, -1).indices
+        allowed = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter_(1, best, True)
+        choice = grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(1)
+    index = choice.sort(-1, descending=True, stable=True).indices[:, :config.num_experts_per_tok]
+    weight = scores.gather(1, index)
+    if config.norm_topk_prob:
+        weight = weight / weight.sum(-1, keepdim=True)
+    dense = torch.zeros(y.shape[0], scores.shape[1], dtype=torch.float64)
+    return dense.scatter_(1, index, weight * (config.routed_scaling_factor or 1.0))
+
+
+def _experts(y, index, weight, experts):
+    out = torch.zeros(y.shape, dtype=torch.float64)
+    for row in range(y.shape[0]):
+        for expert, share in zip(index[row].tolist(), weight[row].tolist(), strict=True):
+            gate_up, down = (t.double() for t in experts.decoded(expert))
+            gate, up = torch.einsum("h,phi->pi", y[row], gate_up).chunk(2, -1)
+            out[row] += share * torch.einsum("pi,pih->h", _silu(gate) * up, down)
+    return out
