@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,10 @@ class Export:
         try:
             for shard in own:
                 write_shard(shard, self.partial, progress)
+        except (ValueError, OSError) as error:
+            if self.request.rank:  # only process 0 has its mistakes printed by the command line
+                print(f"error: writer {self.request.rank} of {self.request.world}: {error}", file=sys.stderr)
+            raise
         finally:
             progress.close()
 

@@ -5,7 +5,8 @@ would exceed the limit, and a file's header follows from its units. So processes
 talking, the bytes do not depend on how many they are, and a killed export is continued: a file under its final name is
 whole (it is written aside, flushed and renamed).
 
-Memory: one unit (a matrix of one expert; one fused tensor for gpt-oss) and what the operating system buffers.
+Memory: two units (a matrix of one expert each; one fused tensor each for gpt-oss), the one being written and the next, which
+another thread reads and encodes meanwhile, and what the operating system buffers.
 
 Within a file, tensors stand by falling width of their elements (readers map them, and a 4-byte value must be aligned), and
 in published order among equals: down, down scale, gate, gate scale, up, up scale. CRC-32 sums of all tensors are kept beside
@@ -20,7 +21,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,9 +110,9 @@ def write_shard(shard: Shard, folder: Path, progress: Callable[[int], None] = la
     partial, sums = final.with_name(final.name + ".partial"), {}
     with partial.open("wb") as file:
         file.write(shard.header)
-        for unit in shard.units:
+        for unit, tensors in _made_ahead(shard.units):
             written = 0
-            for spec, tensor in zip(unit.tensors, unit.make(), strict=True):
+            for spec, tensor in zip(unit.tensors, tensors, strict=True):
                 data = _raw(spec, tensor)
                 file.seek(shard.offsets[spec.name])
                 file.write(data)
@@ -122,6 +124,17 @@ def write_shard(shard: Shard, folder: Path, progress: Callable[[int], None] = la
     write_aside(sums_path, json.dumps(sums))
     os.replace(partial, final)
     return sums
+
+
+def _made_ahead(units: tuple[Unit, ...]) -> Iterator[tuple[Unit, list[torch.Tensor]]]:
+    """Units with their tensors; while one is written, the next is read and encoded by another thread."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(units[0].make)
+        for unit, following in zip(units, (*units[1:], None), strict=True):
+            tensors = coming.result()
+            if following is not None:
+                coming = thread.submit(following.make)
+            yield unit, tensors
 
 
 def _raw(spec: PublishedTensor, tensor: torch.Tensor) -> memoryview:

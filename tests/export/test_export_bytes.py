@@ -157,6 +157,23 @@ def test_an_earlier_export_is_set_aside(toy_run, tmp_path):
     assert same_folder(first, tmp_path / "out.1")
 
 
+def test_a_second_writers_mistake_is_named_and_ends_the_export(tmp_path):
+    path = make_run(tmp_path, drafter=False)
+    file = tmp_path / "runs/toy/qat/model/model.safetensors"
+    state = load_file(file)
+    recipe = load_recipe(path, ["export.shard_bytes=100000"])
+    from export.job import Export
+
+    seconds = Export(recipe, Request(out=tmp_path / "out")).shards[1::2]
+    name = next(t.name for shard in seconds for t in shard.tensors if fused_name(t.name))
+    state[name][0, :2] = torch.tensor([1.0, 1.0078125])
+    save_file(state, file, metadata={"format": "pt"})
+    done = subprocess.run([*COMMAND, str(path), "export.shard_bytes=100000", "--out", str(tmp_path / "out"), "--processes",
+                           "2"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1 and f"{name}: " in done.stderr and "not on the MXFP4 grid" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def fused_state():
     """A model's state dict as training holds it: experts fused."""
