@@ -39,19 +39,23 @@ _PTX = tl.constexpr(DECODE_PTX)
 
 
 @triton.jit
-def scale_tile(page, code_bytes: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, UPPER: tl.constexpr,
-               PTX: tl.constexpr):
-    """Scales of one half of K, spread over [ROWS, DEPTH / 2]: bf16 2^(b - 1) with PTX, else float32 of the same value."""
+def scale_tiles(scales, ROWS: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr):
+    """A page's scales (a pointer to the first), both halves of K, each spread over [ROWS, DEPTH / 2].
+
+    bf16 2^(b - 1) with PTX, else float32 of the same value.
+    """
     BLOCKS: tl.constexpr = DEPTH // 64
-    at = tl.arange(0, ROWS)[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
-    if UPPER:
-        at += ROWS * BLOCKS
-    stored = tl.load(page + code_bytes + at)
+    at = scales + tl.arange(0, ROWS)[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :]
+    lower = tl.load(at)
+    upper = tl.load(at + ROWS * BLOCKS)
     if PTX:
-        value = (stored.to(tl.uint16) << 7).to(tl.bfloat16, bitcast=True)
+        lower = (lower.to(tl.uint16) << 7).to(tl.bfloat16, bitcast=True)
+        upper = (upper.to(tl.uint16) << 7).to(tl.bfloat16, bitcast=True)
     else:
-        value = (stored.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
-    return tl.broadcast_to(value[:, :, None], (ROWS, BLOCKS, 32)).reshape(ROWS, DEPTH // 2)
+        lower = (lower.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+        upper = (upper.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+    return (tl.broadcast_to(lower[:, :, None], (ROWS, BLOCKS, 32)).reshape(ROWS, DEPTH // 2),
+            tl.broadcast_to(upper[:, :, None], (ROWS, BLOCKS, 32)).reshape(ROWS, DEPTH // 2))
 
 
 @triton.jit
@@ -72,7 +76,7 @@ def _unit(half, PAIR: tl.constexpr):
 def decode_tile(codes, lower_scale, upper_scale, ROWS: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr):
     """Weights of both halves of K, each [ROWS, DEPTH / 2]: bfloat16 with PTX, else float32.
 
-    codes is uint8 [ROWS, DEPTH / 2] of a page, the scales come from `scale_tile`.
+    codes is uint8 [ROWS, DEPTH / 2] of a page, the scales come from `scale_tiles`.
     """
     if PTX:
         lower, upper = tl.inline_asm_elementwise(_PTX, "=r,=r,=r,=r,r,r,r,r,r", [codes, lower_scale, upper_scale],
@@ -95,7 +99,7 @@ def decode_kernel(pages, lower_out, upper_out, ROWS: tl.constexpr, DEPTH: tl.con
     p = tl.program_id(0)
     page = pages + p * (CODE_BYTES + ROWS * DEPTH // 32)
     at = tl.arange(0, ROWS)[:, None] * (DEPTH // 2) + tl.arange(0, DEPTH // 2)[None, :]
-    lower, upper = decode_tile(tl.load(page + at), scale_tile(page, CODE_BYTES, ROWS, DEPTH, False, PTX),
-                               scale_tile(page, CODE_BYTES, ROWS, DEPTH, True, PTX), ROWS, DEPTH, PTX)
+    lower_scale, upper_scale = scale_tiles(page + CODE_BYTES, ROWS, DEPTH, PTX)
+    lower, upper = decode_tile(tl.load(page + at), lower_scale, upper_scale, ROWS, DEPTH, PTX)
     tl.store(lower_out + p * CODE_BYTES + at, lower.to(tl.float32))
     tl.store(upper_out + p * CODE_BYTES + at, upper.to(tl.float32))

@@ -148,9 +148,9 @@ def repack_experts(gate_up: tuple[torch.Tensor, torch.Tensor], down: tuple[torch
     mine = slice(rank * share, (rank + 1) * share)
     up = [_alternate(t.unflatten(1, (2, inner))[:, :, mine], up_tile.rows) for t in (codes, scales.view(torch.uint8))]
     codes, scales = down
-    low = slice(rank * share // 2, (rank + 1) * share // 2), slice(rank * share // BLOCK_SIZE, (rank + 1) * share // BLOCK_SIZE)
-    return ExpertPages(pack_pages(*up, up_tile), pack_pages(codes[..., low[0]], scales.view(torch.uint8)[..., low[1]], down_tile),
-                       up_tile, down_tile, hidden, share)
+    codes = codes[..., rank * share // 2:(rank + 1) * share // 2]
+    scales = scales.view(torch.uint8)[..., rank * share // BLOCK_SIZE:(rank + 1) * share // BLOCK_SIZE]
+    return ExpertPages(pack_pages(*up, up_tile), pack_pages(codes, scales, down_tile), up_tile, down_tile, hidden, share)
 
 
 def _alternate(gate_up: torch.Tensor, rows: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ def random_weights(*shape, seed=0):
     """(codes, scales) of a random [..., n, K] matrix with every code and scales from the whole allowed range."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), generator=generator, dtype=torch.uint8)
-    scales = torch.randint(0, MAX_SCALE_BYTE + 1, (*shape[:-1], shape[-1] // BLOCK_SIZE), generator=generator, dtype=torch.uint8)
+    blocks = (*shape[:-1], shape[-1] // BLOCK_SIZE)
+    scales = torch.randint(0, MAX_SCALE_BYTE + 1, blocks, generator=generator, dtype=torch.uint8)
     return codes, scales
 
 

@@ -1,0 +1,377 @@
+"""MXFP4 experts in one launch: router result -> gate and up -> SwiGLU -> down -> weighted sum.
+
+Reference twin: `modeling.modeling_mimo_v2.Experts` with the weights `mxfp4.dequantize` returns. The kernel rounds less (once,
+to bf16, between SwiGLU and down; the twin rounds after every operation), so they agree within a tolerance, not in bits.
+
+*Slots.* A slot is an expert together with up to eight of its tokens; an expert with nine tokens has two slots. Slots are the
+unit of work because tokens lie on the narrow side (8 columns) of a tensor-core instruction whose wide side are 16 rows of
+weights. Every program derives the same slots from the router result and writes the same bytes into `plan`.
+
+*Work list.* First the gate-up tiles of all slots, then their down chunks, in an order that is data (`order`): a program takes
+every P-th entry, or draws a ticket for the next one. A down chunk waits until its own slot's gate-up tiles are counted in
+`ready`; no grid barrier. Whoever delivers the last slot of a chunk of output columns forms the weighted sum of that chunk, in
+the order of the router's choices, whoever that is: bits do not depend on timing. With tickets, a waiting program only
+ever waits for entries that others already run, so it cannot deadlock even if programs are not all resident.
+
+*Row invariance* (C4): a row meets the same instructions in the same order whether its slot holds one token or eight.
+
+Scratch is reused between launches; the last program to leave puts all counters back to zero.
+
+Shapes: N tokens, A choices, H hidden, I inner of this rank; S slots (at most N A); see `repack` for pages.
+
+Rejected: one thread block per (token, expert) (reads an expert's weights once per token); a grid barrier between phases (1 to
+2 us each, and the slowest program sets the pace); atomically adding into the output (order of sums not fixed).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from runtime_ref.kernels.decode import decode_tile, scale_tiles
+from runtime_ref.kernels.repack import ExpertPages
+from runtime_ref.kernels.sync import wait_for
+
+TOKENS_PER_SLOT = 8
+MAX_TOKENS = 64
+_WIDE = tl.constexpr(TOKENS_PER_SLOT)
+
+# Polls before a wait counts as failed: seconds on a GPU.
+POLLS = 1 << 22
+
+
+@triton.jit
+def _plan_slots(index, plan, assignments, E, M: tl.constexpr):
+    """Slots of a router result; returns their number. M >= assignments is the stride of `plan`'s five parts:
+
+    rank of each assignment among its expert's, its slot; per slot the expert and the number of rows; M x 8 assignments.
+    """
+    CHUNK: tl.constexpr = 8
+    i = tl.arange(0, M)
+    mine = tl.load(index + i, mask=i < assignments, other=-1)
+    valid = (mine >= 0) & (mine < E)
+    rank = tl.zeros((M,), tl.int32)
+    total = tl.zeros((M,), tl.int32)
+    for start in range(0, assignments, CHUNK):
+        j = start + tl.arange(0, CHUNK)
+        same = mine[:, None] == tl.load(index + j, mask=j < assignments, other=-1)[None, :]
+        rank += tl.sum((same & (j[None, :] < i[:, None])).to(tl.int32), 1)
+        total += tl.sum(same.to(tl.int32), 1)
+    opens = (valid & (rank % _WIDE == 0)).to(tl.int32)
+    slot = tl.cumsum(opens, 0) - opens
+    tl.store(plan + i, tl.where(valid, rank, -1))
+    tl.store(plan + M + i, slot)
+    tl.store(plan + 2 * M + slot, mine, mask=opens > 0)
+    tl.store(plan + 3 * M + slot, tl.minimum(total - rank, _WIDE), mask=opens > 0)
+    tl.debug_barrier()
+    own = tl.zeros((M,), tl.int32)
+    for start in range(0, assignments, CHUNK):
+        j = start + tl.arange(0, CHUNK)
+        there = tl.load(index + j, mask=j < assignments, other=-1)
+        opener = tl.load(plan + j, mask=j < assignments, other=-1)
+        match = (mine[:, None] == there[None, :]) & (opener[None, :] == (rank - rank % _WIDE)[:, None])
+        own += tl.sum(tl.where(match, tl.load(plan + M + j, mask=j < assignments, other=0)[None, :], 0), 1)
+    tl.store(plan + 4 * M + own * _WIDE + rank % _WIDE, i, mask=valid)
+    tl.debug_barrier()
+    return tl.sum(opens, 0)
+
+
+@triton.jit
+def _narrow(value, dtype: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """float32 -> dtype, nearest even. The interpreter would cut bf16 off, so the bits are rounded by hand there."""
+    if FLOAT_DOT and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
+def _multiply(page, lower_x, upper_x, acc, at, ROWS: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
+              FLOAT_DOT: tl.constexpr):
+    """acc [ROWS, 8] += page x (lower_x, upper_x), each [DEPTH / 2, 8]."""
+    codes = tl.load(page + at)
+    lower_scale, upper_scale = scale_tiles(page + ROWS * DEPTH // 2, ROWS, DEPTH, PTX)
+    lower, upper = decode_tile(codes, lower_scale, upper_scale, ROWS, DEPTH, PTX)
+    if FLOAT_DOT:
+        acc = tl.dot(lower.to(tl.float32), lower_x.to(tl.float32), acc)
+        return tl.dot(upper.to(tl.float32), upper_x.to(tl.float32), acc)
+    else:
+        acc = tl.dot(lower.to(tl.bfloat16), lower_x, acc)
+        return tl.dot(upper.to(tl.bfloat16), upper_x, acc)
+
+
+@triton.jit
+def _prefetch(page, BYTES: tl.constexpr, PTX: tl.constexpr):
+    """Asks for a power of two of bytes to be brought into the second-level cache; changes nothing else."""
+    if PTX and BYTES > 0:
+        lines = page + tl.arange(0, BYTES // 128) * 128
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False,
+                                  pack=1)
+
+
+@triton.jit
+def _weighted_sum(partial, index, weight, out, chunk, N, E, H, A: tl.constexpr, COLUMNS: tl.constexpr,
+                  FLOAT_DOT: tl.constexpr):
+    """Chunk of COLUMNS columns of out = sum over choices of weight * partial, in the router's order."""
+    column = chunk * COLUMNS + tl.arange(0, COLUMNS)
+    for block in range(0, N, _WIDE):
+        token = block + tl.arange(0, _WIDE)
+        total = tl.zeros((_WIDE, COLUMNS), tl.float32)
+        for a in tl.static_range(A):
+            expert = tl.load(index + token * A + a, mask=token < N, other=-1)
+            valid = (expert >= 0) & (expert < E)
+            w = tl.load(weight + token * A + a, mask=valid, other=0.0)
+            part = tl.load(partial + (token * A + a)[:, None] * H + column[None, :],
+                           mask=valid[:, None] & (column < H)[None, :], other=0.0)
+            total += w[:, None] * part
+        tl.store(out + token[:, None] * H + column[None, :], _narrow(total, out.dtype.element_ty, FLOAT_DOT),
+                 mask=(token < N)[:, None] & (column < H)[None, :])
+
+
+@triton.jit
+def _next(position, tickets, TICKETS: tl.constexpr):
+    if TICKETS:
+        return tl.atomic_add(tickets, 1, sem="relaxed")
+    else:
+        return position + tl.num_programs(0)
+
+
+@triton.jit
+def _gate_up_tile(x, up, plan, inner, slot, tile, H, K_UP, A: tl.constexpr, M: tl.constexpr, UP: tl.constexpr,
+                  ROWS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
+                  FLOAT_DOT: tl.constexpr):
+    """SwiGLU of ROWS / 2 inner columns for a slot's rows -> inner[slot] (bf16 [8, UP * ROWS / 2]); empty rows become zeros."""
+    HALF: tl.constexpr = DEPTH // 2
+    PAGE: tl.constexpr = ROWS * DEPTH // 2 + ROWS * DEPTH // 32
+    WIDTH: tl.constexpr = UP * ROWS // 2
+    row = tl.arange(0, _WIDE)
+    k = tl.arange(0, HALF)
+    at = tl.arange(0, ROWS)[:, None] * HALF + k[None, :]
+    filled = row < tl.load(plan + 3 * M + slot)
+    token = tl.load(plan + 4 * M + slot * _WIDE + row, mask=filled, other=0) // A
+    page = up + (tl.load(plan + 2 * M + slot).to(tl.int64) * UP + tile) * K_UP * PAGE
+    source = x + token[None, :] * H + k[:, None]
+    acc = tl.zeros((ROWS, _WIDE), tl.float32)
+    for q in tl.range(0, K_UP, num_stages=STAGES):
+        if EVEN:
+            lower = tl.load(source + q * DEPTH, mask=filled[None, :], other=0.0)
+            upper = tl.load(source + q * DEPTH + HALF, mask=filled[None, :], other=0.0)
+        else:
+            lower = tl.load(source + q * DEPTH, mask=filled[None, :] & (q * DEPTH + k < H)[:, None], other=0.0)
+            upper = tl.load(source + q * DEPTH + HALF, mask=filled[None, :] & (q * DEPTH + HALF + k < H)[:, None], other=0.0)
+        acc = _multiply(page + q * PAGE, lower, upper, acc, at, ROWS, DEPTH, PTX, FLOAT_DOT)
+    gate, up_ = acc.reshape(ROWS // 16, 2, 8, _WIDE).permute(0, 2, 3, 1).split()
+    hidden = (gate / (1.0 + tl.exp(-gate)) * up_).reshape(ROWS // 2, _WIDE)
+    column = tile * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    tl.store(inner + (slot * _WIDE + row)[None, :] * WIDTH + column[:, None], _narrow(hidden, tl.bfloat16, FLOAT_DOT))
+
+
+@triton.jit
+def _down_chunk(down, plan, inner, partial, ready, failed, slot, chunk, H, M: tl.constexpr, UP: tl.constexpr,
+                WIDTH: tl.constexpr, TILES: tl.constexpr, DOWN: tl.constexpr, K_DOWN: tl.constexpr, ROWS: tl.constexpr,
+                DEPTH: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, WAIT: tl.constexpr,
+                POLL_LIMIT: tl.constexpr, PTX: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """TILES row tiles of an expert's down projection for a slot's rows -> partial (float32 [assignments, H])."""
+    HALF: tl.constexpr = DEPTH // 2
+    PAGE: tl.constexpr = ROWS * DEPTH // 2 + ROWS * DEPTH // 32
+    row = tl.arange(0, _WIDE)
+    k = tl.arange(0, HALF)
+    at = tl.arange(0, ROWS)[:, None] * HALF + k[None, :]
+    page = down + (tl.load(plan + 2 * M + slot).to(tl.int64) * DOWN + chunk) * (TILES * K_DOWN) * PAGE
+    _prefetch(page, PREFETCH, PTX)
+    filled = row < tl.load(plan + 3 * M + slot)
+    assignment = tl.load(plan + 4 * M + slot * _WIDE + row, mask=filled, other=0)
+    if WAIT:
+        wait_for(ready + slot, UP, failed, POLL_LIMIT, False)
+        tl.debug_barrier()
+    source = inner + (slot * _WIDE + row)[None, :] * WIDTH + k[:, None]
+    if K_DOWN == 1:
+        lower = tl.load(source, mask=(k < WIDTH)[:, None] & filled[None, :], other=0.0)
+        upper = tl.load(source + HALF, mask=(HALF + k < WIDTH)[:, None] & filled[None, :], other=0.0)
+    target = partial + assignment[None, :] * H + tl.arange(0, ROWS)[:, None]
+    n = chunk * (TILES * ROWS) + tl.arange(0, ROWS)
+    acc = tl.zeros((ROWS, _WIDE), tl.float32)
+    for q in tl.range(0, TILES * K_DOWN, num_stages=STAGES):
+        tile = q // K_DOWN
+        keep = (n + tile * ROWS < H)[:, None] & filled[None, :]
+        if K_DOWN == 1:
+            acc = _multiply(page + q * PAGE, lower, upper, tl.zeros((ROWS, _WIDE), tl.float32), at, ROWS, DEPTH, PTX, FLOAT_DOT)
+            tl.store(target + (chunk * TILES + tile) * ROWS, acc, mask=keep)
+        else:
+            step = q % K_DOWN
+            first = step * DEPTH
+            lower = tl.load(source + first, mask=(first + k < WIDTH)[:, None] & filled[None, :], other=0.0)
+            upper = tl.load(source + first + HALF, mask=(first + HALF + k < WIDTH)[:, None] & filled[None, :], other=0.0)
+            acc = _multiply(page + q * PAGE, lower, upper, acc, at, ROWS, DEPTH, PTX, FLOAT_DOT)
+            tl.store(target + (chunk * TILES + tile) * ROWS, acc, mask=keep & (step == K_DOWN - 1))
+            acc = acc * (step < K_DOWN - 1).to(tl.float32)
+
+
+@triton.jit
+def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, out, ready, arrived, control,
+                   N, H, E, up_entries, down_entries, K_UP,
+                   A: tl.constexpr, M: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, TILES: tl.constexpr,
+                   K_DOWN: tl.constexpr, UP_ROWS: tl.constexpr, UP_DEPTH: tl.constexpr, DOWN_ROWS: tl.constexpr,
+                   DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
+                   TICKETS: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr,
+                   FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr = 0):
+    """One call of the experts. `run_experts` documents and fills the arguments.
+
+    control: int32 [3]: tickets drawn, programs that left, failed. PHASE 1 or 2 runs only gate-up or only down (with WAIT
+    False), for tests that cannot run programs at once.
+    """
+    slots = _plan_slots(index, plan, N * A, E, M)
+    position = tl.program_id(0)
+    if TICKETS:
+        position = tl.atomic_add(control, 1, sem="relaxed")
+    if PHASE == 2:
+        position += up_entries
+    while position < up_entries:
+        following = _next(position, control, TICKETS)
+        entry = tl.load(order + position)
+        slot = entry // UP
+        if slot < slots:
+            _gate_up_tile(x, up, plan, inner, slot, entry % UP, H, K_UP, A, M, UP, UP_ROWS, UP_DEPTH, EVEN, STAGES, PTX,
+                          FLOAT_DOT)
+            tl.debug_barrier()
+            tl.atomic_add(ready + slot, 1, sem="release", scope="gpu")
+        position = following
+    if PHASE != 1:
+        while position < up_entries + down_entries:
+            following = _next(position, control, TICKETS)
+            entry = tl.load(order + position)
+            slot = entry // DOWN
+            chunk = entry % DOWN
+            if slot < slots:
+                _down_chunk(down, plan, inner, partial, ready, control + 2, slot, chunk, H, M, UP, UP * UP_ROWS // 2, TILES,
+                            DOWN, K_DOWN, DOWN_ROWS, DOWN_DEPTH, STAGES, PREFETCH, WAIT, POLL_LIMIT, PTX, FLOAT_DOT)
+                tl.debug_barrier()
+                if tl.atomic_add(arrived + chunk, 1, sem="acq_rel", scope="gpu") == slots - 1:
+                    tl.debug_barrier()
+                    _weighted_sum(partial, index, weight, out, chunk, N, E, H, A, TILES * DOWN_ROWS, FLOAT_DOT)
+            position = following
+        if slots == 0:
+            for chunk in range(tl.program_id(0), DOWN, tl.num_programs(0)):
+                _weighted_sum(partial, index, weight, out, chunk, N, E, H, A, TILES * DOWN_ROWS, FLOAT_DOT)
+        tl.debug_barrier()
+        if tl.atomic_add(control + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+            i = tl.arange(0, M)
+            tl.store(ready + i, tl.zeros((M,), tl.int32))
+            for chunk in range(0, DOWN):
+                tl.store(arrived + chunk, 0)
+            tl.store(control, 0)
+            tl.store(control + 1, 0)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is launched; changes speed, never bits.
+
+    programs: of the persistent grid, all resident unless `tickets`. chunk_tiles: row tiles of a down chunk (rounded down to
+    a divisor of their number). prefetch: bytes of a down chunk asked for before waiting, 0 or a power of two from 128 on.
+    ptx, float_dot: False, True in the interpreter.
+    """
+
+    programs: int
+    warps: int = 4
+    stages: int = 3
+    chunk_tiles: int = 4
+    prefetch: int = 16384
+    tickets: bool = True
+    ptx: bool = True
+    float_dot: bool = False
+    polls: int = POLLS
+
+    def chunk(self, row_tiles: int) -> int:
+        """The largest power of two of tiles, at most `chunk_tiles`, that divides `row_tiles`."""
+        found = 1
+        while found * 2 <= self.chunk_tiles and row_tiles % (found * 2) == 0:
+            found *= 2
+        return found
+
+
+def listed_order(slots: int, up_tiles: int, down_chunks: int) -> torch.Tensor:
+    """The plain work list, int32: every slot's gate-up tiles, slot by slot, then every slot's down chunks."""
+    return torch.cat((torch.arange(slots * up_tiles), torch.arange(slots * down_chunks))).to(torch.int32)
+
+
+class Workspace:
+    """Scratch of one stream of calls: at most `tokens` tokens with `choices` experts each, for pages like `pages`."""
+
+    def __init__(self, pages: ExpertPages, tokens: int, choices: int, launch: Launch):
+        if not 1 <= tokens <= MAX_TOKENS:
+            raise ValueError(f"{tokens} tokens in one call of the experts; expected 1 to {MAX_TOKENS}")
+        device = pages.up.device
+        self.tokens, self.choices, self.launch = tokens, choices, launch
+        self.stride = triton.next_power_of_2(max(tokens * choices, 16))
+        self.slots = min(tokens * choices, pages.experts * -(-tokens // TOKENS_PER_SLOT))
+        row_tiles = pages.down.shape[1]
+        self.chunk_tiles = launch.chunk(row_tiles)
+        self.chunks = row_tiles // self.chunk_tiles
+        width = pages.up.shape[1] * pages.up_tile.rows // 2
+        self.order = listed_order(self.slots, pages.up.shape[1], self.chunks).to(device)
+        self.plan = torch.zeros((4 + TOKENS_PER_SLOT) * self.stride, dtype=torch.int32, device=device)
+        self.inner = torch.empty((self.slots, TOKENS_PER_SLOT, width), dtype=torch.bfloat16, device=device)
+        self.partial = torch.empty((tokens * choices, pages.hidden), dtype=torch.float32, device=device)
+        self.ready = torch.zeros(self.stride, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(self.chunks, dtype=torch.int32, device=device)
+        self.control = torch.zeros(3, dtype=torch.int32, device=device)
+
+    def failed(self) -> bool:
+        """Whether a wait was given up since the scratch was made (its results are then worthless). Synchronizes."""
+        return bool(self.control[2])
+
+
+def kernel_arguments(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, pages: ExpertPages, space: Workspace,
+                     out: torch.Tensor) -> tuple[tuple, dict]:
+    """Positional and compile-time arguments of `experts_kernel`."""
+    launch, up, down = space.launch, pages.up, pages.down
+    entries = space.slots * up.shape[1], space.slots * space.chunks
+    positional = (x, up, down, index, weight, space.order, space.plan, space.inner, space.partial, out, space.ready,
+                  space.arrived, space.control, x.shape[0], pages.hidden, pages.experts, *entries, up.shape[2])
+    return positional, {
+        "A": space.choices, "M": space.stride, "UP": up.shape[1], "DOWN": space.chunks, "TILES": space.chunk_tiles,
+        "K_DOWN": down.shape[2], "UP_ROWS": pages.up_tile.rows, "UP_DEPTH": pages.up_tile.depth,
+        "DOWN_ROWS": pages.down_tile.rows, "DOWN_DEPTH": pages.down_tile.depth,
+        "EVEN": pages.hidden % pages.up_tile.depth == 0, "STAGES": launch.stages, "PREFETCH": launch.prefetch,
+        "TICKETS": launch.tickets, "WAIT": True, "POLL_LIMIT": launch.polls, "PTX": launch.ptx, "FLOAT_DOT": launch.float_dot}
+
+
+def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, pages: ExpertPages, space: Workspace,
+                out: torch.Tensor | None = None) -> torch.Tensor:
+    """The experts' weighted sum for a block of tokens, one launch.
+
+    Args:
+        x: bfloat16 [N, H], contiguous.
+        index: int32 [N, A], the chosen experts; a value outside [0, E) means none.
+        weight: float32 [N, A].
+        pages: this rank's shard, on the device of x.
+        space: scratch made for at least N tokens and exactly A choices.
+        out: bfloat16 or float32 [N, H] to write into; float32 if it is to be summed over ranks.
+
+    Returns:
+        `out`, by default a new bfloat16 tensor: this rank's part of the sum.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+    """
+    N, A = index.shape
+    if x.dtype is not torch.bfloat16 or x.shape != (N, pages.hidden) or not x.is_contiguous():
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}; expected contiguous bfloat16 [{N}, {pages.hidden}]")
+    if index.dtype is not torch.int32 or weight.dtype is not torch.float32 or weight.shape != index.shape:
+        raise ValueError(f"index is {index.dtype} {list(index.shape)}, weight {weight.dtype} {list(weight.shape)}; expected "
+                         f"int32 and float32 of one shape")
+    if N > space.tokens or A != space.choices:
+        raise ValueError(f"{N} tokens with {A} choices; this scratch holds {space.tokens} tokens with {space.choices}")
+    out = torch.empty_like(x) if out is None else out
+    positional, options = kernel_arguments(x, index.contiguous(), weight.contiguous(), pages, space, out)
+    if space.launch.float_dot:
+        experts_kernel[(space.launch.programs,)](*positional, **options)
+    else:
+        experts_kernel[(space.launch.programs,)](*positional, **options, num_warps=space.launch.warps,
+                                                 launch_cooperative_grid=not space.launch.tickets)
+    return out

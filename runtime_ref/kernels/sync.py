@@ -1,0 +1,67 @@
+"""How programs of one launch wait for each other: counters that only grow, release when data is ready, acquire before use.
+
+A program that has written data calls `tl.debug_barrier()` (all its threads have stored) and then adds to a counter with
+release semantics; a reader polls the counter with acquire semantics, which also drops its multiprocessor's stale cache
+lines. Polls are limited: a lost signal becomes a flag that the host reads, not a GPU that hangs.
+
+`wait_for` is per datum. `grid_barrier` joins all programs of a launch, which then must all be resident at once: launch
+cooperatively, with no more programs than fit. Its counter is never reset: the caller counts epochs, so there is no race
+between leaving one barrier and entering the next. `all_reduce_rows` joins ranks instead of programs.
+
+Rejected: `tl.atomic_poll` (not in triton 3.6), relaxed or volatile polling (not portable), resetting counters in barriers.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait_for(counter, target, failed, POLLS: tl.constexpr, ACROSS_RANKS: tl.constexpr):
+    """Waits until *counter >= target (int32). After POLLS polls it gives up and raises the flag `failed`."""
+    SCOPE: tl.constexpr = "sys" if ACROSS_RANKS else "gpu"
+    polls = 0
+    while (tl.atomic_add(counter, 0, sem="acquire", scope=SCOPE) < target) & (polls < POLLS):
+        polls += 1
+    if polls == POLLS:
+        tl.atomic_xchg(failed, 1, sem="relaxed")
+
+
+@triton.jit
+def grid_barrier(counter, epoch, failed, POLLS: tl.constexpr):
+    """Joins all programs. `epoch` is 1 for the first barrier on `counter` since it was zero, then 2, …"""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+    wait_for(counter, epoch * tl.num_programs(0), failed, POLLS, False)
+    tl.debug_barrier()
+
+
+@triton.jit
+def all_reduce_rows(buffers, signals, out, rank, epoch, n, failed, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+                    POLLS: tl.constexpr):
+    """One-shot sum of float32 partials over ranks, in rank order: the same bits on every rank.
+
+    Program p of every rank reduces block p of BLOCK values. The rank has already written its partial into its own buffer.
+    Reference twin: the sum over ranks in ascending order (`runtime_ref.parallel`).
+
+    Args:
+        buffers: int64 [RANKS], addresses of each rank's float32 [2, n]; half epoch % 2 is summed. Two halves, because a rank
+            that has passed epoch e + 1 knows that every peer has read epoch e, so no second barrier is needed.
+        signals: int64 [RANKS], addresses of each rank's int32 [programs]: how many partials of that block have arrived
+            there, RANKS more per epoch.
+        out: float32 [n] of this rank.
+        epoch: 1, 2, … (int32): one more on every call.
+    """
+    p = tl.program_id(0)
+    tl.debug_barrier()
+    for peer in tl.static_range(RANKS):
+        there = tl.load(signals + (rank + peer) % RANKS).to(tl.pointer_type(tl.int32))
+        tl.atomic_add(there + p, 1, sem="release", scope="sys")
+    here = tl.load(signals + rank).to(tl.pointer_type(tl.int32))
+    wait_for(here + p, epoch * RANKS, failed, POLLS, True)
+    tl.debug_barrier()
+    at = p * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for source in tl.static_range(RANKS):
+        partial = tl.load(buffers + source).to(tl.pointer_type(tl.float32)) + (epoch % 2) * n
+        total += tl.load(partial + at, mask=at < n, other=0.0)
+    tl.store(out + at, total, mask=at < n)

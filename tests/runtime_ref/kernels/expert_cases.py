@@ -1,0 +1,54 @@
+"""Random experts, their pages and their oracle, for the kernel's tests."""
+
+import torch
+
+from modeling.configuration_mimo_v2 import MiMoV2Config
+from modeling.modeling_mimo_v2 import Experts
+from mxfp4 import dequantize, quantize
+from runtime_ref.kernels.experts import Launch, Workspace
+from runtime_ref.kernels.repack import Tile, repack_experts
+
+E, H, I, A = 4, 160, 96, 2  # no multiples of the tile: 1.25 pages of hidden, 0.75 of inner, 5 tiles of 32 rows
+SMALL = Tile(32, 128)
+
+
+def make_weights(seed=0, experts=E, hidden=H, inner=I):
+    generator = torch.Generator().manual_seed(seed)
+    return (quantize(torch.randn(experts, 2 * inner, hidden, generator=generator) * 0.1),
+            quantize(torch.randn(experts, hidden, inner, generator=generator) * 0.1))
+
+
+def make_pages(weights, rank=0, ranks=1, tile=SMALL):
+    return repack_experts(*weights, rank=rank, ranks=ranks, up_tile=tile, down_tile=tile)
+
+
+def oracle(weights) -> Experts:
+    """The model's experts on the decoded weights, in float32."""
+    gate_up, down = (dequantize(*w, dtype=torch.float32) for w in weights)
+    config = MiMoV2Config(n_routed_experts=down.shape[0], num_experts_per_tok=1, hidden_size=down.shape[1],
+                          moe_intermediate_size=down.shape[2], num_hidden_layers=1,
+                          hybrid_layer_pattern=[0], moe_layer_freq=[1])
+    experts = Experts(config)
+    experts.gate_up_proj.data, experts.down_proj.data = gate_up, down
+    return experts.requires_grad_(False)
+
+
+def make_tokens(count, seed=0, experts=E, hidden=H, choices=A):
+    """x bf16, index int32 (distinct per token; the last expert is never chosen), weight float32."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, hidden, generator=generator).to(torch.bfloat16)
+    index = torch.stack([torch.randperm(experts - 1, generator=generator)[:choices] for _ in range(count)]).to(torch.int32)
+    return x, index, torch.rand(count, choices, generator=generator)
+
+
+def interpreted(**options) -> Launch:
+    return Launch(**({"programs": 1, "ptx": False, "float_dot": True, "prefetch": 0} | options))
+
+
+def poisoned(pages, tokens, choices=A, **options) -> Workspace:
+    """Scratch full of NaN: whatever is read without having been written shows in the result."""
+    space = Workspace(pages, tokens, choices, interpreted(**options))
+    space.inner.fill_(float("nan"))
+    space.partial.fill_(float("nan"))
+    space.plan.fill_(2**30)
+    return space
