@@ -1,8 +1,8 @@
 """Check 1: is the folder what the format says? Names, shapes, dtypes, scale bytes, sidecar, dialects of the drafter.
 
 What is certainly wrong fails here, with the port bug that it looks like. What is merely odd (sinks that are all zero, a
-vocabulary row that is not the mask embedding) is a suspicion: it counts only if the stored reference outputs disagree, or
-if there are none.
+vocabulary row that is not the mask embedding) is a suspicion: it counts if the stored reference outputs disagree, and a
+grave one also if there are none.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Facts:
     """What later checks need of the folder.
 
     Attributes:
-        suspicions: (finding, cause) that count if nothing clears them.
+        suspicions: (finding, cause, grave) that count if nothing clears them.
         reference: tensors and facts of the stored worked example, if there is one.
     """
 
@@ -50,7 +50,7 @@ class Facts:
     config: object = None
     raw: dict = field(default_factory=dict)
     drafter_config: dict = field(default_factory=dict)
-    suspicions: list[tuple[str, str]] = field(default_factory=list)
+    suspicions: list[tuple[str, str, bool]] = field(default_factory=list)
     reference: dict[str, torch.Tensor] | None = None
     reference_facts: dict = field(default_factory=dict)
     loadable: bool = True
@@ -176,13 +176,13 @@ def _scales(check: Check, facts: Facts, files: TensorFiles) -> None:
         check.fail(f"scale bytes reach {high} (2^{high - 127}), expected weights of ordinary size", SCALE_CAUSE)
     if blocks and odd / blocks > 0.2:
         facts.suspicions.append((f"{odd} of {blocks} blocks have a largest value below 4 units",
-                                 "scales and codes do not belong together, or the scale rule is not floor or even"))
+                                 "scales and codes do not belong together, or the scale rule is not floor or even", False))
 
 
 def _sinks(facts: Facts, files: TensorFiles, infos: dict) -> None:
     sinks = [n for n in infos if n.endswith("attention_sink_bias") and not n.startswith("model.mtp.")]
     if sinks and not any(bool(files.read(n).any()) for n in sinks):
-        facts.suspicions.append(("all attention sinks of the target are zero", SINK_CAUSE))
+        facts.suspicions.append(("all attention sinks of the target are zero", SINK_CAUSE, True))
 
 
 def _drafter(check: Check, facts: Facts, files: TensorFiles, folder: Path) -> bool:
@@ -231,7 +231,7 @@ def _drafter_tensors(check: Check, folder: Path, raw: dict) -> bool:
                    "a tensor of the drafter is missing")
     for name in sorted(found.keys() - wanted.keys()):
         cause = (HEAD_CAUSE if re.search(r"lm_head|embed_tokens", name) else
-                 "dflash_config.attention_sink_bias is false although there are sinks: attention sinks of the drafter are dropped"
+                 "attention sinks of the drafter are dropped (dflash_config.attention_sink_bias is false)"
                  if "sink" in name else "the drafter has tensors that the published form does not know")
         check.fail(f"dflash: {name}: unknown tensor", cause)
     for name in wanted.keys() & found.keys():
@@ -258,7 +258,7 @@ def _dialects(check: Check, facts: Facts, raw: dict, special: dict) -> None:
     theta = raw.get("rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta"))
     if base is not None and theta != base:
         facts.suspicions.append((f"dflash/config.json: rope_theta {theta}, dflash_config.backbone_rotary_base {base}",
-                                 "wrong rotary base of the drafter: it is the backbone's"))
+                                 "wrong rotary base of the drafter: it is the backbone's", True))
     last = facts.config.num_hidden_layers - 1
     wrong = [i for i in special.get("target_layer_ids", []) if not 0 <= i <= last]
     if wrong:
@@ -281,9 +281,9 @@ def _mask(check: Check, facts: Facts, files: TensorFiles, folder: Path, special:
         return False
     row = files.read("model.embed_tokens.weight")[token].float() if facts.loadable else vector
     if not bool(vector.any()):
-        facts.suspicions.append((f"dflash/{MASK_FILE}: the embedding is all zero", MASK_CAUSE))
+        facts.suspicions.append((f"dflash/{MASK_FILE}: the embedding is all zero", MASK_CAUSE, True))
     elif not torch.equal(row, vector):
-        facts.suspicions.append((f"vocabulary row {token} is not the embedding of {MASK_FILE}", MASK_CAUSE))
+        facts.suspicions.append((f"vocabulary row {token} is not the embedding of {MASK_FILE}", MASK_CAUSE, False))
     return True
 
 
@@ -298,5 +298,5 @@ def _read_reference(check: Check, facts: Facts, path: Path, special: dict) -> No
         return
     stored = facts.reference_facts.get("target_layer_ids")
     if stored is not None and stored != special.get("target_layer_ids"):
-        check.fail(f"dflash_config.target_layer_ids {special.get('target_layer_ids')}, the stored reference was made with {stored}",
+        check.fail(f"dflash_config.target_layer_ids {special.get('target_layer_ids')}, the stored reference has {stored}",
                    "taps are off by one or of other layers: an id i means the output of decoder layer i, counted from 0")

@@ -46,14 +46,14 @@ def expected(backend: TorchBackend, task: Task, inputs: dict[str, torch.Tensor],
     return None
 
 
-def found(task: Task, buffers: dict[str, torch.Tensor], before: torch.Tensor | None = None) -> torch.Tensor:
+def found(task: Task, buffers: dict[str, torch.Tensor], config) -> torch.Tensor:
     """What the backend computed, in the form of `expected`."""
     if task.op.startswith("project"):
         return torch.cat([buffers["q"].flatten(), buffers["k"].flatten(), buffers["v"].flatten()])
     if task.op in ("merge_heads", "dense_mlp", "experts"):
         return buffers["partial"].double().sum(0)
     if task.op == "route":
-        dense = torch.zeros(buffers["index"].shape[0], int(buffers["index"].max()) + 1, dtype=torch.float64)
+        dense = torch.zeros(buffers["index"].shape[0], config.n_routed_experts, dtype=torch.float64)
         return dense.scatter_(1, buffers["index"], buffers["weight"].double())
     return buffers[task.writes[0]]
 
@@ -106,7 +106,7 @@ def _routed(y, moe, config):
         best = grouped.sort(-1, descending=True).values[..., :2].sum(-1).topk(config.topk_group, -1).indices
         allowed = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter_(1, best, True)
         choice = grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(1)
-    index = choice.sort(-1, descending=True, stable=True).indices[:, :config.num_experts_per_tok]
+    index = choice.sort(dim=-1, descending=True, stable=True).indices[:, :config.num_experts_per_tok]
     weight = scores.gather(1, index)
     if config.norm_topk_prob:
         weight = weight / weight.sum(-1, keepdim=True)

@@ -1,0 +1,169 @@
+"""Is this exported checkpoint right, and does the runtime serve it right? One command, one verdict.
+
+    [torchrun --nproc-per-node 8] python runtime_ref/validate.py CHECKPOINT_DIR [--prompts FILE] [--json FILE] [--html FILE]
+
+Checks, in order: 1 folder, 2 reference outputs and layers, 3 ops, 4 greedy with = without drafting, 5 sampling, 6 acceptance,
+7 cost; for each that fails, the likely cause in one line. Exit code 0: all passed; 1: a check failed; 2: wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+# Launched by path, Python would look for modules beside this script first.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="runtime_ref/validate.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", metavar="CHECKPOINT_DIR", type=Path)
+    parser.add_argument("--prompts", type=Path, help="JSONL file: prompt (text) or messages, and domain")
+    parser.add_argument("--trained", type=Path, help="summary.json of the drafter's training, to compare acceptance with")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer (%(default)s)")
+    parser.add_argument("--prompts-per-domain", type=int, default=8, metavar="N", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="what is served (%(default)s)")
+    parser.add_argument("--reference-gib", type=float, default=16.0, metavar="GIB",
+                        help="run float32 references of models up to this size (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--html", type=Path, metavar="FILE")
+    options = parser.parse_args(argv)
+    for name in ("tokens", "prompts_per_domain"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}, expected 1 or more")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    from runtime_ref.parallel import RankLost, leave, ranks_from_environment
+
+    try:
+        ranks = ranks_from_environment()
+    except ValueError as error:
+        print(f"runtime_ref/validate.py: {error}", file=sys.stderr)
+        return 2
+    try:
+        trained = read_trained(options)
+        if not options.folder.is_dir():
+            raise ValueError(f"{options.folder}: no such folder, expected an exported checkpoint")
+        verdict = run(options, ranks, trained)
+    except ValueError as error:
+        if ranks.rank == 0:
+            print(f"runtime_ref/validate.py: {error}", file=sys.stderr)
+        leave(ranks)
+        return 2
+    except RankLost as error:
+        print(f"runtime_ref/validate.py: {error}", file=sys.stderr, flush=True)
+        return 1
+    passed = ranks.broadcast(verdict.passed)
+    if ranks.rank == 0:
+        report(options, verdict)
+    leave(ranks)
+    return 0 if passed else 1
+
+
+def read_trained(options: argparse.Namespace) -> dict | None:
+    """Acceptance lengths by domain that the trainer stored: of --trained, or of the folder's export.json."""
+    file = options.trained or options.folder / "export.json"
+    if not file.is_file():
+        if options.trained:
+            raise ValueError(f"--trained: {file}: no such file")
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("acceptance")
+    except (json.JSONDecodeError, AttributeError):
+        raise ValueError(f"{file}: not a JSON object") from None
+    if options.trained and not isinstance(found, dict):
+        raise ValueError(f"--trained: {file}: no 'acceptance', expected the summary.json of dflash_train/train.py")
+    return found if isinstance(found, dict) else None
+
+
+def run(options: argparse.Namespace, ranks, trained: dict | None):
+    """All checks of a folder, on all ranks alike (references run on rank 0)."""
+    from runtime_ref.checks_folder import check_folder
+    from runtime_ref.verdict import Verdict
+
+    folder_check, facts = check_folder(options.folder)
+    checks = [folder_check]
+    if facts.loadable:
+        checks += model_checks(options, ranks, facts, trained)
+    return Verdict(str(options.folder), checks, environment(options, ranks))
+
+
+def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None) -> list:
+    """Checks 2 to 7."""
+    import torch
+
+    from runtime_ref.checks_model import check_ops, check_reference, check_runtime, probe_for
+    from runtime_ref.drafter import Drafter, load_runtime_drafter
+    from runtime_ref.engine import Engine, EngineOptions
+    from runtime_ref.tasks import TorchBackend
+    from runtime_ref.verdict import Check
+
+    checks: list[Check] = []
+    probe = probe_for(facts, rank=ranks.rank, limit_gib=options.reference_gib)
+    checks.append(check_reference(facts, probe))
+    served = torch.float32 if options.dtype == "float32" else torch.bfloat16
+    context = min(facts.config.max_position_embeddings, 1024)
+    engine = Engine.from_folder(options.folder, ranks=ranks, dtype=served, drafter=facts.drafter_loadable,
+                                options=EngineOptions(max_context=context))
+    pages = {kind: 16 for kind in ("full", "window")}
+    exact = TorchBackend(engine.backend.weights, dtype=torch.float32, pages=pages)
+    drafter: Drafter | None = None
+    if facts.drafter_loadable:
+        drafter = load_runtime_drafter(options.folder / "dflash", exact, 24)
+        exact.probe(drafter.product_shapes())
+    checks.append(check_runtime(facts, probe, exact, engine.backend if served != torch.float32 else None, drafter))
+    checks.append(check_ops(probe, exact))
+    return checks + decoding_checks(options, facts, engine, trained)
+
+
+def decoding_checks(options: argparse.Namespace, facts, engine, trained: dict | None) -> list:
+    """Checks 4 to 7."""
+    from runtime_ref import checks_decoding as decoding
+
+    vocabulary = facts.config.vocab_size
+    longest = max(1, engine.options.max_context - options.tokens - 8)
+    prompts = decoding.read_prompts(options.prompts, tokenizer_of(options), vocabulary,
+                                    per_domain=options.prompts_per_domain, longest=longest)
+    lossless, answers = decoding.check_lossless(engine, prompts, min(options.tokens, engine.options.max_context // 2))
+    acceptance = decoding.check_acceptance(engine, prompts, options.tokens, trained)
+    measured = [row[1] for row in acceptance.tables.get("acceptance length (1 to block size, bonus token included)", [])[1:]]
+    cost = decoding.check_cost(engine, answers, prompts, sum(measured) / len(measured) if measured else None)
+    return [lossless, decoding.check_sampler(engine, prompts), acceptance, cost]
+
+
+def tokenizer_of(options: argparse.Namespace):
+    """The folder's tokenizer if prompts have to be read, else None."""
+    if options.prompts is None:
+        return None
+    from modeling.load import load_tokenizer
+
+    return load_tokenizer(options.folder)
+
+
+def environment(options: argparse.Namespace, ranks) -> dict:
+    import platform
+
+    import torch
+    import transformers
+
+    return {"ranks": ranks.count, "dtype": options.dtype, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
+
+
+def report(options: argparse.Namespace, verdict) -> None:
+    from runtime_ref.verdict import write_html, write_json
+
+    print("\n".join(verdict.lines()), flush=True)
+    if options.json:
+        write_json(verdict, options.json)
+    if options.html:
+        write_html(verdict, options.html)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""validate.py: a right folder passes, and every port bug of the public ports is found and named by its cause.
+
+Bugs are injected twice: into copies of an exported folder (a wrong file), and into the runtime (a wrong port).
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modeling.names import fused_name, qkv_rows
+from runtime_ref import validate
+from runtime_ref.weights import read_config
+
+ROOT = Path(validate.__file__).resolve().parents[1]
+LAYERS = [0, 2, 3]
+
+
+def write_reference(folder: Path) -> None:
+    """dflash_reference.safetensors as the format has it: features and one drafted block, float32."""
+    from modeling.drafter import load_drafter
+    from modeling.load import load_model
+
+    target, drafter = load_model(folder, dtype=torch.float32), load_drafter(folder / "dflash", torch.float32)
+    ids = torch.randint(0, 260, (1, 41), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        taps = torch.stack(target.model(input_ids=ids[:, :-1], tap_layers=LAYERS, use_cache=False).taps, dim=2)
+        positions = torch.arange(40)[None]
+        context = drafter.context_keys_values(drafter.fuse(taps.flatten(2)), positions)
+        hidden = drafter.block_hidden(drafter.embed_block(ids[:, -1], target.model.embed_tokens),
+                                      40 + torch.arange(8)[None], context, positions)
+        logits = target.lm_head(hidden[:, 1:])
+    save_file({"input_ids": ids, "taps": taps.contiguous(), "draft_hidden": hidden.contiguous(),
+               "draft_logits": logits.contiguous()}, folder / "dflash" / "dflash_reference.safetensors",
+              metadata={"reference": json.dumps({"target_layer_ids": LAYERS, "features": "target"})})
+
+
+@pytest.fixture(scope="module")
+def exported(folder, tmp_path_factory) -> Path:
+    """The small folder, with the mask embedding in its vocabulary row and the stored reference."""
+    out = shutil.copytree(folder, tmp_path_factory.mktemp("exported") / "checkpoint")
+    sidecar = torch.load(out / "dflash" / "mask_embedding.pt", weights_only=True)
+    edit(out / "model.safetensors", lambda t: t["model.embed_tokens.weight"][sidecar["mask_token_id"]].copy_(sidecar["embedding"]))
+    write_reference(out)
+    return out
+
+
+@pytest.fixture
+def copied(exported, tmp_path) -> Path:
+    return shutil.copytree(exported, tmp_path / "copy")
+
+
+def edit(file: Path, change) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def edit_json(file: Path, change) -> None:
+    raw = json.loads(file.read_text())
+    change(raw)
+    file.write_text(json.dumps(raw))
+
+
+def judged(folder: Path, tmp_path: Path, capsys, *more) -> tuple[int, dict]:
+    code = validate.main([str(folder), "--json", str(tmp_path / "v.json"), "--html", str(tmp_path / "v.html"), "--tokens", "8",
+                          "--prompts-per-domain", "2", *more])
+    capsys.readouterr()
+    return code, json.loads((tmp_path / "v.json").read_text())
+
+
+def test_a_right_folder_passes_every_check(exported, tmp_path, capsys):
+    code, verdict = judged(exported, tmp_path, capsys)
+    assert code == 0 and verdict["verdict"] == "passed" and verdict["causes"] == []
+    assert {c["name"]: c["status"] for c in verdict["checks"]} == dict.fromkeys(
+        ("folder", "reference", "logits", "ops", "lossless", "sampling", "acceptance", "cost"), "passed")
+    page = (tmp_path / "v.html").read_text()
+    assert "passed" in page and "acceptance length" in page and "http" not in page
+
+
+def target(change):
+    return lambda folder: edit(folder / "model.safetensors", change)
+
+
+def config(**values):
+    return lambda folder: edit_json(folder / "config.json", lambda raw: raw.update(values))
+
+
+def drafter(top=None, special=None):
+    def change(raw):
+        raw.update(top or {})
+        raw["dflash_config"].update(special or {})
+
+    return lambda folder: edit_json(folder / "dflash" / "config.json", change)
+
+
+def drafter_file(change):
+    return lambda folder: edit(folder / "dflash" / "model.safetensors", change)
+
+
+def each_expert(suffix, change):
+    def apply(tensors):
+        for name in list(tensors):
+            if fused_name(name.removesuffix("_scale")) is not None and name.endswith(suffix):
+                tensors[name] = change(tensors[name])
+
+    return apply
+
+
+def numbers_for_scales(tensors):
+    each_expert("_scale", lambda t: torch.exp2(t.float() - 127))(tensors)
+
+
+def scales_with_another_name(tensors):
+    for name in [n for n in tensors if n.endswith("weight_scale")]:
+        tensors[name + "_inv"] = tensors.pop(name)
+
+
+def unchunked(folder):
+    geometry, _ = read_config(folder)
+
+    def change(tensors):
+        for layer in range(geometry.num_hidden_layers):
+            name = f"model.layers.{layer}.self_attn.qkv_proj.weight"
+            tensors[name] = torch.cat([tensors[name][s] for rows in qkv_rows(geometry, layer).values() for s in rows])
+
+    edit(folder / "model.safetensors", change)
+
+
+def gate_for_up(tensors):
+    for name in [n for n in tensors if ".gate_proj.weight" in n and ".experts." in n]:
+        other = name.replace("gate_proj", "up_proj")
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+
+
+def mask_of(change):
+    def apply(folder):
+        file = folder / "dflash" / "mask_embedding.pt"
+        sidecar = torch.load(file, weights_only=True)
+        torch.save(change(sidecar), file)
+
+    return apply
+
+
+WRONG_FILES = {
+    "scales as floats": (target(numbers_for_scales), "scale bytes"),
+    "scales called weight_scale_inv": (target(scales_with_another_name), "scale bytes"),
+    "scales off by one power": (target(each_expert("_scale", lambda t: t + 1)), "a scale byte b means"),
+    "codes as int8": (target(each_expert("proj.weight", lambda t: t.view(torch.int8))), "uint8"),
+    "nibbles swapped": (target(each_expert("proj.weight", lambda t: (t >> 4) | (t << 4))), "nibbles are swapped"),
+    "gate and up exchanged": (target(gate_for_up), "gate and up"),
+    "mask embedding missing": (lambda f: (f / "dflash" / "mask_embedding.pt").unlink(), "mask_embedding.pt"),
+    "mask embedding zero": (mask_of(lambda s: s | {"embedding": s["embedding"] * 0}), "mask_embedding.pt"),
+    "mask token of another id": (mask_of(lambda s: s | {"mask_token_id": 5}), "mask_embedding.pt"),
+    "target sinks missing": (target(lambda t: [t.pop(n) for n in list(t) if "sink" in n]), "sinks are dropped"),
+    "target sinks zero": (target(lambda t: [t[n].zero_() for n in t if "sink" in n]), "sinks are dropped"),
+    "drafter sinks missing": (drafter_file(lambda t: [t.pop(n) for n in list(t) if "sink" in n]), "sinks of the drafter"),
+    "drafter sinks switched off": (drafter(special={"attention_sink_bias": False}), "sinks of the drafter"),
+    "drafter window in one dialect": (drafter({"sliding_window": None}), "window of the drafter"),
+    "drafter window in all dialects": (drafter({"sliding_window": 48}, {"swa_window_size": 48}), "window of the drafter"),
+    "drafter causal in one dialect": (drafter({"is_causal": True}), "causality"),
+    "drafter causal in all dialects": (drafter({"is_causal": True}, {"causal": True}), "causality"),
+    "taps off by one": (drafter(special={"target_layer_ids": [1, 3, 4]}), "taps are off by one"),
+    "taps of other layers": (drafter(special={"target_layer_ids": [0, 1, 3]}), "taps are off by one"),
+    "swiglu clamp": (config(swiglu_limit=7.0), "no clamp"),
+    "drafter rotary base": (drafter({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
+                                     "partial_rotary_factor": 0.5}}, {"backbone_rotary_base": 1e6}), "rotary base of the drafter"),
+    "drafter rotary width": (drafter({"partial_rotary_factor": 1.0, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 1.0}}), "rotary width of the drafter"),
+    "drafter value scale": (drafter(special={"attention_value_scale": None}), "attention_value_scale of the drafter"),
+    "target rotary base": (config(rope_theta=5e6), "rotary base of the full layers"),
+    "rotary bases exchanged": (config(rope_theta=1000, swa_rope_theta=10000), "exchanged"),
+    "target rotary width": (config(partial_rotary_factor=1.0), "rotary width"),
+    "target value scale": (config(attention_value_scale=None), "attention_value_scale"),
+    "target window": (config(sliding_window=17, sliding_window_size=17, attention_chunk_size=17), "window is off by one"),
+    "separate head": (drafter_file(lambda t: t.update({"lm_head.weight": torch.zeros(264, 64)})), "head or embedding of its own"),
+    "qkv not in chunks": (unchunked, "KV layout"),
+    "routing weights not normalised": (config(norm_topk_prob=False), "norm_topk_prob"),
+    "another quantization method": (config(quantization_config={"quant_method": "mxfp4"}), "store_dtype mxfp4"),
+    "embedding for head": (target(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})), "head"),
+}
+
+
+@pytest.mark.parametrize("bug", WRONG_FILES)
+def test_a_wrong_file_is_found_and_named(copied, tmp_path, capsys, bug):
+    inject, cause = WRONG_FILES[bug]
+    inject(copied)
+    code, verdict = judged(copied, tmp_path, capsys)
+    assert code == 1
+    assert any(cause in c for c in verdict["causes"]), verdict["causes"]
+
+
+def _port_drops_sinks(patch):
+    from runtime_ref import model
+
+    right = model.attend_pages
+    patch.setattr(model, "attend_pages", lambda q, k, v, hidden, sink: right(q, k, v, hidden, None))
+
+
+def _port_clamps(patch):
+    from runtime_ref import model
+
+    def clamped(gate_up):
+        half = gate_up.shape[-1] // 2
+        return torch.nn.functional.silu(gate_up[..., :half].clamp(max=7.0)) * gate_up[..., half:].clamp(-7, 7)
+
+    patch.setattr(model, "gated", clamped)
+
+
+def _port_window(patch):
+    from runtime_ref import model
+
+    right = model.reach
+
+    def wrong(pool, kind, blocks, T):
+        saved = pool.window
+        pool.window = None if saved is None else saved + 1
+        try:
+            return right(pool, kind, blocks, T)
+        finally:
+            pool.window = saved
+
+    patch.setattr(model, "reach", wrong)
+
+
+def _port_value_scale(patch):
+    from runtime_ref import model
+
+    right = model.project_qkv
+
+    def wrong(x, a, rotary, table):
+        q, k, v = right(x, a, rotary, table)
+        return q, k, v if a.value_scale is None else v / a.value_scale
+
+    patch.setattr(model, "project_qkv", wrong)
+
+
+def _port_nibbles(patch):
+    from runtime_ref.weights import Packed
+
+    right = Packed.decode
+    patch.setattr(Packed, "decode", lambda self: right(self).unflatten(-1, (-1, 2)).flip(-1).flatten(-2))
+
+
+def _port_router(patch):
+    from runtime_ref import model
+
+    right = model.route
+
+    def wrong(x, w, config):
+        import dataclasses
+
+        return right(x, dataclasses.replace(w, correction=torch.zeros_like(w.correction)), config)
+
+    patch.setattr(model, "route", wrong)
+
+
+def _port_drafter_causal(patch):
+    from runtime_ref.drafter import Drafter
+
+    right = Drafter.__init__
+
+    def wrong(self, *args):
+        right(self, *args)
+        self.causal = True
+
+    patch.setattr(Drafter, "__init__", wrong)
+
+
+def _port_mask(patch):
+    from runtime_ref.drafter import Drafter
+
+    right = Drafter._take
+
+    def wrong(self, model):
+        right(self, model)
+        self.mask = torch.zeros_like(self.mask)
+
+    patch.setattr(Drafter, "_take", wrong)
+
+
+WRONG_PORTS = {"drops sinks": (_port_drops_sinks, "sinks"), "clamps SwiGLU": (_port_clamps, "no clamp"),
+               "counts the window otherwise": (_port_window, "window is off by one"),
+               "forgets the value scale": (_port_value_scale, "attention_value_scale"),
+               "swaps nibbles": (_port_nibbles, "nibbles are swapped"), "forgets the router's bias": (_port_router, "e_score"),
+               "drafts causally": (_port_drafter_causal, "causality"), "forgets the mask embedding": (_port_mask, "mask_embedding")}
+
+
+@pytest.mark.parametrize("bug", WRONG_PORTS)
+def test_a_wrong_port_is_found_and_named(exported, tmp_path, capsys, monkeypatch, bug):
+    inject, cause = WRONG_PORTS[bug]
+    inject(monkeypatch)
+    code, verdict = judged(exported, tmp_path, capsys)
+    assert code == 1
+    assert any(cause in c for c in verdict["causes"]), verdict["causes"]
+
+
+def test_ops_that_depend_on_the_company_are_found(exported, tmp_path, capsys, monkeypatch):
+    from runtime_ref import model
+
+    right = model.norm
+    monkeypatch.setattr(model, "norm", lambda x, w, e: right(x, w, e) * (1 + 1e-4 * (x.shape[0] > 8)))
+    code, verdict = judged(exported, tmp_path, capsys, "--dtype", "float32")
+    assert code == 1 and any("row-invariant" in c or "op" in c for c in verdict["causes"])
+
+
+def test_acceptance_below_what_training_measured_fails(exported, tmp_path, capsys):
+    trained = tmp_path / "summary.json"
+    trained.write_text(json.dumps({"acceptance": {"random tokens": {"task_t0": 4.0}}}))
+    code, verdict = judged(exported, tmp_path, capsys, "--trained", str(trained))
+    assert code == 1 and any("than in training" in c for c in verdict["causes"])
+
+
+def test_prompts_of_a_file_are_grouped_by_domain(exported, tmp_path, capsys):
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(json.dumps({"domain": d, "prompt": f"{d} text {i}"}) for d in ("code", "math") for i in range(3)))
+    code, verdict = judged(exported, tmp_path, capsys, "--prompts", str(file))
+    table = next(c for c in verdict["checks"] if c["name"] == "acceptance")["tables"]
+    assert code == 0 and [row[0] for row in next(iter(table.values()))[1:]] == ["code", "math"]
+
+
+@pytest.mark.parametrize("wrong, named", [(["nowhere"], "no such folder"), (["{}", "--prompts", "nowhere"], "no such file"),
+                                          (["{}", "--trained", "nowhere"], "no such file"), (["{}", "--tokens", "0"], "--tokens")])
+def test_mistakes_in_arguments_are_one_line_and_code_2(exported, wrong, named, capsys):
+    arguments = [a.format(exported) for a in wrong]
+    try:
+        code = validate.main(arguments)
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2 and named in said and "Traceback" not in said
+
+
+def test_help_needs_no_torch():
+    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "runtime_ref" / "validate.py"), "--help"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "CHECKPOINT_DIR" in done.stdout and " torch" not in done.stderr
