@@ -191,7 +191,7 @@ def _drafter(check: Check, facts: Facts, files: TensorFiles, folder: Path) -> bo
     special = raw.get("dflash_config") or {}
     facts.drafter_config = raw
     fine = _drafter_tensors(check, folder, raw)
-    _dialects(check, facts, raw, special)
+    fine &= _dialects(check, facts, raw, special)
     if not (folder / MASK_FILE).is_file():
         check.fail("dflash/mask_embedding.pt is missing", MASK_CAUSE)
         fine = False
@@ -242,8 +242,8 @@ def _drafter_tensors(check: Check, folder: Path, raw: dict) -> bool:
     return len(check.findings) == before
 
 
-def _dialects(check: Check, facts: Facts, raw: dict, special: dict) -> None:
-    """Keys that engines read differently must all be there and agree."""
+def _dialects(check: Check, facts: Facts, raw: dict, special: dict) -> bool:
+    """Keys that engines read differently must all be there and agree; whether the tapped layers exist."""
     window = special.get("swa_window_size") if special.get("use_swa") else None
     causal, layers = bool(special.get("causal", raw.get("is_causal", False))), raw.get("num_hidden_layers") or 0
     window_cause = "wrong window of the drafter for some engines: they read different keys, which must agree"
@@ -264,6 +264,7 @@ def _dialects(check: Check, facts: Facts, raw: dict, special: dict) -> None:
     if wrong:
         check.fail(f"dflash_config.target_layer_ids: layer {wrong[0]}, expected 0 to {last}",
                    "taps are off by one: an id i means the output of decoder layer i, counted from 0")
+    return not wrong
 
 
 def _mask(check: Check, facts: Facts, files: TensorFiles, folder: Path, special: dict) -> bool:

@@ -23,9 +23,10 @@ from runtime_ref.checks_folder import HEAD_CAUSE, Facts
 from runtime_ref.drafter import KIND, Drafter, Wanted
 from runtime_ref.kv_cache import KvCache
 from runtime_ref.model import Span
-from runtime_ref.suspects import SAME, culprits, difference, drafter_suspects, target_suspects
-from runtime_ref.tasks import TorchBackend, target_tasks
+from runtime_ref.suspects import CLAMP_CAUSE, SAME, culprits, difference, drafter_suspects, target_suspects
+from runtime_ref.tasks import Task, TorchBackend, target_tasks
 from runtime_ref.verdict import Check
+from runtime_ref.weights import Dense
 
 # Relative error of one float32 op against float64: sums of a few thousand terms.
 OP_ERROR = 2e-5
@@ -287,8 +288,30 @@ def check_ops(probe: Probe, exact: TorchBackend) -> Check:
     for op, error in worst.items():
         if error > OP_ERROR:
             check.fail(f"{op}: relative error {error:.2g}, expected at most {OP_ERROR:g}", f"the backend's op {op} is wrong")
+    error = _large_activations(exact)
+    check.tables["worst relative error by op"].append(["dense_mlp, experts at large activations", error])
+    if error > OP_ERROR:
+        check.fail(f"experts at large activations: relative error {error:.2g}", f"{ENGINE_CAUSE}: {CLAMP_CAUSE}")
     check.numbers = {"ops": len(worst), "row blocks": f"multiples of {_quantum()}"}
     return check
+
+
+def _large_activations(exact: TorchBackend) -> float:
+    """Worst error of the MLPs on inputs that take gates far beyond 7, where a clamp would show."""
+    generator = torch.Generator().manual_seed(3)
+    step, worst = exact.plan_of_rows(), 0.0
+    for i, layer in enumerate(exact.weights.layers):
+        y = 64 * torch.randn(8, exact.config.hidden_size, generator=generator)
+        if isinstance(layer.mlp, Dense):
+            task, inputs = Task("dense_mlp", i, ("y",), ("partial",)), {"y": y}
+        else:
+            index, weight = exact.ops["route"](step, i, y)
+            inputs = {"y": y, "index": index, "weight": weight}
+            task = Task("experts", i, tuple(inputs), ("partial",))
+        wanted = naive.expected(exact, task, inputs, Span({}, 0, []), 8)
+        got = exact.ops[task.op](step, i, *inputs.values()).double().sum(0)
+        worst = max(worst, difference(got.float(), wanted.float()))
+    return worst
 
 
 def _quantum() -> int:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 # Relative error (Frobenius) below which two runs are the same run: float32 sums in another order give 1e-6 to 1e-5, the
 # smallest bug in the list 1e-2.
 SAME = 1e-3
+CLAMP_CAUSE = "SwiGLU is clamped at 7 as in gpt-oss: MiMo-V2's experts have no clamp"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def target_suspects(config, rotary_bases: Iterable[float] = ()) -> Iterator[Susp
                       lambda m, p=power: _each_expert(m, lambda w: w * 2.0**p))
     yield Suspect("scale_raw", "scale bytes are read as numbers: a byte b means 2^(b - 127)", _scales_as_numbers)
     yield Suspect("gate_up", "gate and up projections of the experts are exchanged", _swap_gate_up)
-    yield Suspect("swiglu_clamp", "SwiGLU is clamped at 7 as in gpt-oss: MiMo-V2's experts have no clamp", _clamp)
+    yield Suspect("swiglu_clamp", CLAMP_CAUSE, _clamp)
     yield Suspect("sinks", "attention sinks of the window layers are dropped", _drop_sinks)
     for window in (1, -1):
         yield Suspect(f"window{window:+d}", "the attention window is off by one: sliding_window counts the query itself",

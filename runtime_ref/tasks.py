@@ -130,6 +130,11 @@ class TorchBackend:
             step.rotary[kind] = self.rotary[kind].rows(step.positions, step.highest)
         return step
 
+    def plan_of_rows(self) -> Step:
+        """A step of eight rows without a sequence, for ops that look at rows only."""
+        rows = torch.zeros(ops.ROWS, dtype=torch.long)
+        return Step(rows, rows, ops.ROWS, 0, None, ops.ROWS, ops.ROWS, None, None)
+
     @torch.inference_mode()
     def run(self, tasks: list[Task], step: Step, watch: Callable[[Task, dict], None] | None = None) -> dict[str, torch.Tensor]:
         """Executes the tasks in order; returns the buffers. `watch` sees the buffers after each task."""

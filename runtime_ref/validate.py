@@ -16,6 +16,9 @@ from pathlib import Path
 # Launched by path, Python would look for modules beside this script first.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+LATER = (("lossless", "greedy with the drafter = without, alone = batched"), ("sampling", "sampled tokens with the drafter"),
+         ("acceptance", "acceptance length by domain"), ("cost", "experts touched, bytes and time of a step"))
+
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="runtime_ref/validate.py", description=__doc__.split("\n\n")[0])
@@ -27,6 +30,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="what is served (%(default)s)")
     parser.add_argument("--reference-gib", type=float, default=16.0, metavar="GIB",
                         help="run float32 references of models up to this size (%(default)s)")
+    parser.add_argument("--all", action="store_true", help="decode although an earlier check failed")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--html", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
@@ -89,11 +93,11 @@ def run(options: argparse.Namespace, ranks, trained: dict | None):
     folder_check, facts = check_folder(options.folder)
     checks = [folder_check]
     if facts.loadable:
-        checks += model_checks(options, ranks, facts, trained)
+        checks += model_checks(options, ranks, facts, trained, checks)
     return Verdict(str(options.folder), checks, environment(options, ranks))
 
 
-def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None) -> list:
+def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None, earlier: list) -> list:
     """Checks 2 to 7."""
     import torch
 
@@ -118,6 +122,9 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
         exact.probe(drafter.product_shapes())
     checks.append(check_runtime(facts, probe, exact, engine.backend if served != torch.float32 else None, drafter))
     checks.append(check_ops(probe, exact))
+    failed = ranks.broadcast(any(check.status == "failed" for check in [*earlier, *checks]))  # references are rank 0's alone
+    if failed and not options.all:
+        return checks + [Check(name, title).skip("an earlier check failed (--all runs it anyway)") for name, title in LATER]
     return checks + decoding_checks(options, facts, engine, trained)
 
 

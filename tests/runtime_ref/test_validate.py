@@ -45,7 +45,8 @@ def exported(folder, tmp_path_factory) -> Path:
     """The small folder, with the mask embedding in its vocabulary row and the stored reference."""
     out = shutil.copytree(folder, tmp_path_factory.mktemp("exported") / "checkpoint")
     sidecar = torch.load(out / "dflash" / "mask_embedding.pt", weights_only=True)
-    edit(out / "model.safetensors", lambda t: t["model.embed_tokens.weight"][sidecar["mask_token_id"]].copy_(sidecar["embedding"]))
+    row = sidecar["mask_token_id"]
+    edit(out / "model.safetensors", lambda t: t["model.embed_tokens.weight"][row].copy_(sidecar["embedding"]))
     write_reference(out)
     return out
 
@@ -168,8 +169,10 @@ WRONG_FILES = {
     "taps off by one": (drafter(special={"target_layer_ids": [1, 3, 4]}), "taps are off by one"),
     "taps of other layers": (drafter(special={"target_layer_ids": [0, 1, 3]}), "taps are off by one"),
     "swiglu clamp": (config(swiglu_limit=7.0), "no clamp"),
-    "drafter rotary base": (drafter({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
-                                     "partial_rotary_factor": 0.5}}, {"backbone_rotary_base": 1e6}), "rotary base of the drafter"),
+    "drafter rotary base": (drafter(special={"backbone_rotary_base": 1e6}), "rotary base of the drafter"),
+    "drafter rotary base in all dialects": (drafter({"rope_theta": 1e6, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}}, {"backbone_rotary_base": 1e6}),
+        "rotary base of the drafter"),
     "drafter rotary width": (drafter({"partial_rotary_factor": 1.0, "rope_parameters": {
         "rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 1.0}}), "rotary width of the drafter"),
     "drafter value scale": (drafter(special={"attention_value_scale": None}), "attention_value_scale of the drafter"),
@@ -178,7 +181,7 @@ WRONG_FILES = {
     "target rotary width": (config(partial_rotary_factor=1.0), "rotary width"),
     "target value scale": (config(attention_value_scale=None), "attention_value_scale"),
     "target window": (config(sliding_window=17, sliding_window_size=17, attention_chunk_size=17), "window is off by one"),
-    "separate head": (drafter_file(lambda t: t.update({"lm_head.weight": torch.zeros(264, 64)})), "head or embedding of its own"),
+    "separate head": (drafter_file(lambda t: t.update({"lm_head.weight": torch.zeros(264, 64)})), "head or embedding of"),
     "qkv not in chunks": (unchunked, "KV layout"),
     "routing weights not normalised": (config(norm_topk_prob=False), "norm_topk_prob"),
     "another quantization method": (config(quantization_config={"quant_method": "mxfp4"}), "store_dtype mxfp4"),
@@ -284,11 +287,13 @@ def _port_mask(patch):
     patch.setattr(Drafter, "_take", wrong)
 
 
-WRONG_PORTS = {"drops sinks": (_port_drops_sinks, "sinks"), "clamps SwiGLU": (_port_clamps, "no clamp"),
-               "counts the window otherwise": (_port_window, "window is off by one"),
-               "forgets the value scale": (_port_value_scale, "attention_value_scale"),
-               "swaps nibbles": (_port_nibbles, "nibbles are swapped"), "forgets the router's bias": (_port_router, "e_score"),
-               "drafts causally": (_port_drafter_causal, "causality"), "forgets the mask embedding": (_port_mask, "mask_embedding")}
+WRONG_PORTS = {
+    "drops sinks": (_port_drops_sinks, "sinks"), "clamps SwiGLU": (_port_clamps, "no clamp"),
+    "counts the window otherwise": (_port_window, "window is off by one"),
+    "forgets the value scale": (_port_value_scale, "attention_value_scale"),
+    "swaps nibbles": (_port_nibbles, "nibbles are swapped"), "forgets the router's bias": (_port_router, "e_score"),
+    "drafts causally": (_port_drafter_causal, "causality"), "forgets the mask embedding": (_port_mask, "mask_embedding"),
+}
 
 
 @pytest.mark.parametrize("bug", WRONG_PORTS)
@@ -325,7 +330,8 @@ def test_prompts_of_a_file_are_grouped_by_domain(exported, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("wrong, named", [(["nowhere"], "no such folder"), (["{}", "--prompts", "nowhere"], "no such file"),
-                                          (["{}", "--trained", "nowhere"], "no such file"), (["{}", "--tokens", "0"], "--tokens")])
+                                          (["{}", "--trained", "nowhere"], "no such file"),
+                                          (["{}", "--tokens", "0"], "--tokens")])
 def test_mistakes_in_arguments_are_one_line_and_code_2(exported, wrong, named, capsys):
     arguments = [a.format(exported) for a in wrong]
     try:
