@@ -117,10 +117,12 @@ def _prefetch(page, BYTES: tl.constexpr, PTX: tl.constexpr):
 def _weighted_sum(partial, index, weight, out, chunk, N, E, H, A: tl.constexpr, COLUMNS: tl.constexpr,
                   FLOAT_DOT: tl.constexpr):
     """Chunk of COLUMNS columns of out = sum over choices of weight * partial, in the router's order."""
-    column = chunk * COLUMNS + tl.arange(0, COLUMNS)
-    for block in range(0, N, _WIDE):
-        token = block + tl.arange(0, _WIDE)
-        total = tl.zeros((_WIDE, COLUMNS), tl.float32)
+    BLOCK: tl.constexpr = COLUMNS if COLUMNS < 128 else 128  # A loads of each thread's share are in flight: registers
+    BLOCKS: tl.constexpr = COLUMNS // BLOCK
+    for block in range(0, tl.cdiv(N, _WIDE) * BLOCKS):
+        token = block // BLOCKS * _WIDE + tl.arange(0, _WIDE)
+        column = chunk * COLUMNS + block % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros((_WIDE, BLOCK), tl.float32)
         for a in tl.static_range(A):
             expert = tl.load(index + token * A + a, mask=token < N, other=-1)
             valid = (expert >= 0) & (expert < E)

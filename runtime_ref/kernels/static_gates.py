@@ -1,0 +1,195 @@
+"""Every kernel compiled ahead of time, on any machine, and held to its gates: what a GPU would only show as slowness.
+
+The gates of the expert kernel at the geometry of one of eight ranks of MiMo-V2.5-Pro: nothing spilled to local
+memory, weights loaded 128 bits at a time, tensor-core instructions present, at most 128 registers (four programs of 128
+threads per multiprocessor, so that one's waiting is another's work) and at most 3.5 lane-instructions per weight in
+both hot loops. Other kernels must not spill. AMD targets take the path without inline PTX and only have to compile.
+
+Compilation says nothing about speed; the page it writes does not either.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from modeling.released import released_config
+from runtime_ref.kernels.repack import Tile
+
+LANE_INSTRUCTIONS = 3.5
+REGISTERS = 128
+NVIDIA = {"sm_90a": 90, "sm_100a": 100}
+AMD = ("gfx942", "gfx950")
+WARPS = 4
+_POINTERS = {"x": "bf16", "up": "u8", "down": "u8", "index": "i32", "weight": "fp32", "order": "i32", "plan": "i32",
+             "inner": "bf16", "partial": "fp32", "out": "bf16", "ready": "i32", "arrived": "i32", "control": "i32",
+             "buffers": "i64", "signals": "i64", "failed": "i32", "pages": "u8", "lower_out": "fp32", "upper_out": "fp32"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel. Lane-instructions are those of the hot loops in program order (gate-up, then down)."""
+
+    kernel: str
+    target: str
+    registers: int
+    stack: int
+    local_accesses: int
+    wide_loads: int
+    matrix_instructions: int
+    lane_instructions: tuple[float, ...]
+    gated: bool
+
+    def faults(self) -> list[str]:
+        """The gates that this kernel misses, in words."""
+        where = f"{self.kernel} for {self.target}"
+        found = []
+        if self.stack or self.local_accesses:
+            found.append(f"{where}: spills ({self.stack} bytes of stack, {self.local_accesses} local accesses), expected none")
+        if not self.gated:
+            return found
+        if not self.wide_loads:
+            found.append(f"{where}: no 128-bit load")
+        if not self.matrix_instructions:
+            found.append(f"{where}: no tensor-core instruction")
+        if self.registers > REGISTERS:
+            found.append(f"{where}: {self.registers} registers, expected at most {REGISTERS}")
+        if len(self.lane_instructions) != 2 or max(self.lane_instructions) > LANE_INSTRUCTIONS:
+            found.append(f"{where}: {self.lane_instructions} lane-instructions per weight, expected two hot loops of at most "
+                         f"{LANE_INSTRUCTIONS}")
+        return found
+
+
+def experts_constants(tokens: int, tile: Tile, *, tickets: bool, ptx: bool, config: dict | None = None, ranks: int = 8,
+                      chunk_tiles: int = 4) -> dict:
+    """Compile-time arguments of the expert kernel for one rank's shard."""
+    config = config or released_config("MiMo-V2.5-Pro")
+    inner, choices = config["moe_intermediate_size"] // ranks, config["num_experts_per_tok"]
+    return {"A": choices, "M": max(16, 1 << (tokens * choices - 1).bit_length()), "UP": -(-inner // (tile.rows // 2)),
+            "DOWN": -(-config["hidden_size"] // (tile.rows * chunk_tiles)), "TILES": chunk_tiles,
+            "K_DOWN": -(-inner // tile.depth), "UP_ROWS": tile.rows, "UP_DEPTH": tile.depth, "DOWN_ROWS": tile.rows,
+            "DOWN_DEPTH": tile.depth, "EVEN": config["hidden_size"] % tile.depth == 0, "STAGES": 3, "PREFETCH": 16384,
+            "TICKETS": tickets, "WAIT": True, "POLL_LIMIT": 1 << 22, "PTX": ptx, "FLOAT_DOT": False, "PHASE": 0}
+
+
+def compile_kernel(kernel, constants: dict, target, **options):
+    """Compiles a kernel for a `GPUTarget`; pointers and `H` are promised to be multiples of 16."""
+    from triton.compiler import ASTSource, compile
+
+    names = kernel.arg_names
+    assert constants.keys() <= set(names), constants.keys() - set(names)
+    types = {name: f"*{_POINTERS[name]}" if name in _POINTERS else "i32" for name in names}
+    types |= {name: "constexpr" for name in constants} | ({"out": "*fp32"} if "buffers" in names else {})
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*") or name == "H"}
+    source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    return compile(source, target=target, options={"num_warps": WARPS, **options})
+
+
+def _nvidia_row(name: str, target: str, kernel, constants: dict, tile: Tile | None, **options) -> Row:
+    from triton.backends.compiler import GPUTarget
+
+    from runtime_ref.kernels.sass import read_binary
+
+    binary = read_binary(compile_kernel(kernel, constants, GPUTarget("cuda", NVIDIA[target], 32), **options).asm["cubin"])
+    lanes = tuple(round(loop.length * WARPS * 32 / (tile.rows * tile.depth), 2) for loop in binary.hot_loops()) if tile else ()
+    return Row(name, target, binary.registers, binary.stack, binary.local_accesses, binary.wide_loads,
+               binary.matrix_instructions, lanes, tile is not None)
+
+
+def rows() -> list[Row]:
+    """Compiles everything for every NVIDIA target."""
+    from runtime_ref.kernels import decode, experts, gpu_suite, sync
+
+    found, tile = [], Tile()
+    for target in NVIDIA:
+        for tokens in (8, 64):
+            for tickets in (True, False):
+                name = f"experts_kernel, {tokens} tokens, {'tickets' if tickets else 'static order'}"
+                constants = experts_constants(tokens, tile, tickets=tickets, ptx=True)
+                found.append(_nvidia_row(name, target, experts.experts_kernel, constants, tile,
+                                         launch_cooperative_grid=not tickets))
+        plain = {"all_reduce_rows, 8 ranks": (sync.all_reduce_rows, {"RANKS": 8, "BLOCK": 512, "POLLS": 1 << 22}),
+                 "decode_kernel": (decode.decode_kernel, {"ROWS": 64, "DEPTH": 256, "PTX": True}),
+                 "read_kernel": (gpu_suite.read_kernel, {"BLOCK": 16384})}
+        found += [_nvidia_row(name, target, kernel, constants, None) for name, (kernel, constants) in plain.items()]
+    return found
+
+
+def compile_amd() -> dict[str, int]:
+    """Bytes of the expert kernel's binary for each AMD target (integer decoding)."""
+    from triton.backends.compiler import GPUTarget
+
+    from runtime_ref.kernels.experts import experts_kernel
+
+    constants = experts_constants(8, Tile(), tickets=True, ptx=False)
+    return {arch: len(compile_kernel(experts_kernel, constants, GPUTarget("hip", arch, 64)).asm["hsaco"]) for arch in AMD}
+
+
+def run(*, json_path: Path | None, page_path: Path | None) -> int:
+    """`bench.py --static`: prints the table, writes it where asked; 1 if a gate is missed.
+
+    Raises:
+        ValueError: triton is missing, or its interpreter is switched on.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("--static: triton is not installed; expected `pip install -e '.[gpu]'` (Linux)")
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise ValueError("--static: TRITON_INTERPRET=1 is set; expected it unset, since the interpreter compiles nothing")
+    import triton
+
+    table, amd = rows(), compile_amd()
+    faults = [fault for row in table for fault in row.faults()]
+    facts = {"triton": triton.__version__, "python": platform.python_version(), "date": datetime.date.today().isoformat(),
+             "gates": {"lane_instructions": LANE_INSTRUCTIONS, "registers": REGISTERS}, "faults": faults, "amd_bytes": amd}
+    print(text := as_table(table))
+    print("\n".join(faults) or "all gates hold")
+    if json_path:
+        _write(json_path, json.dumps(facts | {"kernels": [asdict(row) for row in table]}, indent=1) + "\n")
+    if page_path:
+        _write(page_path, _page(text, facts))
+    return 1 if faults else 0
+
+
+def as_table(table: list[Row]) -> str:
+    lines = ["| kernel | target | registers | stack | local accesses | 128-bit loads in hot loops | tensor-core instructions | "
+             "lane-instructions per weight (gate-up, down) |", "|---|---|---|---|---|---|---|---|"]
+    for row in table:
+        lanes = ", ".join(f"{value:.2f}" for value in row.lane_instructions) or "-"
+        cells = (row.kernel, row.target, row.registers, row.stack, row.local_accesses, row.wide_loads, row.matrix_instructions,
+                 lanes)
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _page(table: str, facts: dict) -> str:
+    amd = ", ".join(f"{arch} ({size:,} bytes)" for arch, size in facts["amd_bytes"].items())
+    verdict = "All gates hold." if not facts["faults"] else "Missed: " + "; ".join(facts["faults"]) + "."
+    return f"""# The kernels as compiled, without a GPU
+
+Ahead-of-time compilation with triton {facts['triton']}, {facts['date']}. Nothing on this page was measured on a GPU: it is what
+the compiler made, read from the binaries. Written, with [kernels-static.json](kernels-static.json), by
+
+    python runtime_ref/bench.py --static --json docs/results/kernels-static.json --page docs/results/kernels-static.md
+
+The expert kernel has the shape of one of eight ranks of MiMo-V2.5-Pro (384 experts, 6144 -> 256 -> 6144), 64 x 256 pages, four
+warps. Gates: no spills, 128-bit weight loads, tensor-core instructions, at most {REGISTERS} registers (four programs per
+multiprocessor), at most {LANE_INSTRUCTIONS} lane-instructions per weight in both hot loops. {verdict}
+
+{table}
+
+Lane-instructions per weight count every instruction of the hot loop (loads, decoding, matrix products, loop control) for every
+lane of the program, over the weights of one turn. A memory-bound H200 leaves 3.70 at full bandwidth
+(`bench.py --roofline`). The path without inline PTX also compiles for {amd}.
+"""
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
