@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dflash_train.decoding import by_length, generate, in_batches, plain, probabilities, speculate
+from dflash_train.decoding import best_path, by_length, generate, in_batches, plain, probabilities, speculate
 from dflash_train.dialogues import prompt_ids, read_jsonl
 from dflash_train.features import run_dialogues
 from dflash_train.target import Target
@@ -122,9 +122,12 @@ def _judge_one(target, drafter, text: Text, hidden_NTH: torch.Tensor, last_XH: t
     index = torch.arange(n, device=answer.device)[:, None] + torch.arange(drafts, device=answer.device)
     inside = index < n
     index = index.clamp_max(n - 1)
-    if drafter.markov_next is not None:
-        logits = logits + drafter.markov_bias(answer[index]).float()
-    q = probabilities(logits, temperature)
+    if temperature == 0 and drafter.selector_top_k:
+        q = torch.nn.functional.one_hot(best_path(drafter, logits, answer[:n]), logits.shape[-1]).float()
+    else:
+        if drafter.markov_next is not None:
+            logits = logits + drafter.markov_bias(answer[index]).float()
+        q = probabilities(logits, temperature)
     p = probabilities(target.head(last_XH[:n]), temperature)
     labels = answer[1:][index][..., None]
     p_label = p.gather(-1, labels[:, 0])[:, 0][index]  # p[anchor + k] has its label at k = 0

@@ -150,7 +150,7 @@ def draft(drafter: DFlashDraftModel, target: Target, context: DraftContext, anch
     if drafter.markov_next is None:
         return pick(logits, temperature, generator), probabilities(logits, temperature)
     if temperature == 0 and drafter.selector_top_k:
-        path = best_path(drafter, logits, anchor)
+        path = best_path(drafter, logits[None], torch.tensor([anchor], device=target.device))[0]
         return path, torch.nn.functional.one_hot(path, logits.shape[-1]).float()
     tokens, spread, previous = [], [], torch.tensor(anchor, device=target.device)
     for row in logits:
@@ -161,23 +161,24 @@ def draft(drafter: DFlashDraftModel, target: Target, context: DraftContext, anch
     return torch.stack(tokens), torch.stack(spread)
 
 
-def best_path(drafter: DFlashDraftModel, logits: torch.Tensor, anchor: int) -> torch.Tensor:
-    """The most probable path through the `selector_top_k` best candidates of each position (Viterbi), tokens [B - 1]."""
-    scores, candidates = logits.topk(drafter.selector_top_k, dim=-1)
-    previous = torch.tensor([anchor], device=logits.device)
-    total, back = logits.new_zeros(1), []
-    for row, score, options in zip(logits, scores, candidates, strict=True):
-        bias = drafter.markov_bias(previous).float()
-        normal = (row + bias).logsumexp(-1)
-        paths = total[:, None] + score + bias[:, options] - normal[:, None]
-        total, best = paths.max(0)
+def best_path(drafter: DFlashDraftModel, logits_NTV: torch.Tensor, anchors_N: torch.Tensor) -> torch.Tensor:
+    """The most probable path through the `selector_top_k` best candidates of each position (Viterbi), tokens [N, T]."""
+    scores, candidates = logits_NTV.topk(drafter.selector_top_k, dim=-1)
+    previous = anchors_N[:, None]
+    total, back = logits_NTV.new_zeros(len(logits_NTV), 1), []
+    for t in range(logits_NTV.shape[1]):
+        bias = drafter.markov_bias(previous).float()  # [N, candidates before, vocabulary]
+        normal = (logits_NTV[:, t, None] + bias).logsumexp(-1)
+        options = candidates[:, t]
+        steps = bias.gather(-1, options[:, None].expand(-1, bias.shape[1], -1)) - normal[..., None]
+        total, best = (total[..., None] + steps + scores[:, t, None]).max(1)
         back.append(best)
         previous = options
-    index, tokens = int(total.argmax()), []
-    for options, best in zip(reversed(candidates), reversed(back), strict=True):
-        tokens.append(options[index])
-        index = int(best[index])
-    return torch.stack(tokens[::-1])
+    index, tokens = total.argmax(-1, keepdim=True), []
+    for t in range(logits_NTV.shape[1] - 1, -1, -1):
+        tokens.append(candidates[:, t].gather(1, index)[:, 0])
+        index = back[t].gather(1, index)
+    return torch.stack(tokens[::-1], dim=1)
 
 
 def verify(drafts: torch.Tensor, q: torch.Tensor, p: torch.Tensor, generator: torch.Generator | None) -> tuple[int, int]:

@@ -162,6 +162,7 @@ class Pass(Section):
 
     temperature: NonNegativeFloat = Field(0.0, description="0: greedy")
     samples: PositiveInt = Field(1, description="answers per prompt")
+    prompts: PositiveInt | None = Field(None, description="at most this many prompts, evenly from the files; none: all")
     where: dict[str, str] = Field(default_factory=dict, description="only prompts with these fields, e.g. kind: task")
 
 

@@ -21,6 +21,8 @@ from dflash_train.acceptance import (
 )
 from dflash_train.decoding import DraftContext, best_path, draft, generate, plain, probabilities, speculate, verify
 from dflash_train.dialogues import prompt_ids, read_jsonl
+from dflash_train.target import load_target
+from recipes.load import load_recipe
 from recipes.schema import DraftOptimizer
 
 
@@ -113,8 +115,7 @@ def trained(loaded, steps=150):
     from dflash_train.optimizer import make_optimizer
     from dflash_train.trainer import Trainer
 
-    recipe, _, _ = loaded
-    trainer = Trainer(recipe, resume=False)
+    trainer = Trainer(loaded[0], resume=False)
     trainer.optimizer = make_optimizer(trainer.drafter, DraftOptimizer(learning_rate=1e-2))
     for _ in range(steps):
         index = [(trainer.state.step + i) % len(trainer.rows) for i in range(4)]
@@ -127,10 +128,14 @@ def trained(loaded, steps=150):
     return trainer.drafter.eval()
 
 
-def test_predicted_length_is_the_loops_count_and_text_is_unchanged(loaded):
+@pytest.mark.parametrize("options", [
+    [], ["drafter.markov_rank=8", "drafter.convolution_rank=4"], ["drafter.markov_rank=8", "drafter.selector_top_k=4"],
+    ["drafter.causal=true", "drafter.window=null", "drafter.block_size=5"]], ids=lambda o: "-".join(o) or "plain")
+def test_predicted_length_is_the_loops_count_and_text_is_unchanged(draft_recipe, options):
     """Contract C7, in float32 at temperature 0, where both are exact."""
-    recipe, target, _ = loaded
-    drafter = trained(loaded)
+    recipe = load_recipe(draft_recipe, options)
+    target = load_target(recipe)
+    drafter = trained([recipe])
     rows = read_jsonl(recipe.dflash.regenerate.prompts, "k")[:12]  # what it was trained on: often right
     prompts = [prompt_ids(row, "prompt", target.tokenizer, "k") for row in rows]
     texts = [t for t in answer_all(target, prompts, 40, 0.0, seed=0) if len(t.answer) > 1]
@@ -203,7 +208,7 @@ def test_the_selector_finds_the_best_of_all_paths(loaded):
                 total += float((row + drafter.markov_bias(torch.tensor(previous))).log_softmax(-1)[token])
                 previous = token
             scores[path] = total
-        assert tuple(best_path(drafter, logits, 5).tolist()) == max(scores, key=scores.get)
+        assert tuple(best_path(drafter, logits[None], torch.tensor([5]))[0].tolist()) == max(scores, key=scores.get)
 
 
 def test_answers_of_one_token_have_nothing_to_accept():

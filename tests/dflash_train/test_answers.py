@@ -95,6 +95,8 @@ def test_passes_choose_prompts_and_repeat_them(draft_recipe, prompt_files):
     batches = plan_batches(recipe, rows, [[1]] * len(rows))
     chosen = [rows[i]["kind"] for b in batches for i in b.prompts]
     assert chosen == ["open"] * 3 * sum(r["kind"] == "open" for r in rows)
+    some = load_recipe(draft_recipe, ["dflash.regenerate.passes=[{prompts: 5}]"])
+    assert sorted(i for b in plan_batches(some, rows, [[1]] * 12) for i in b.prompts) == [0, 2, 4, 7, 9]
     wrong = load_recipe(draft_recipe, ["dflash.regenerate.passes=[{where: {kind: opne}}]"])
     with pytest.raises(ValueError, match="matches none of 12 prompts"):
         plan_batches(wrong, rows, [[1]] * len(rows))

@@ -154,3 +154,27 @@ def test_regenerate_alone_writes_what_training_then_uses(draft_recipe):
     output = train(draft_recipe, script="dflash_train/regenerate.py")
     assert "written:" in output
     assert "the target answers" not in train(draft_recipe, "--max-steps", 1)
+
+
+def test_non_finite_gradients_stop_before_the_update_and_name_the_tensor(loaded):
+    from dflash_train.trainer import NonFinite, Trainer
+
+    trainer = Trainer(loaded[0], resume=False)
+    with torch.no_grad():
+        trainer.drafter.layers[0].mlp.up_proj.weight[3, 5] = torch.nan
+    before = trainer.drafter.fc.weight.detach().clone()
+    with pytest.raises(NonFinite, match="step 1: loss nan.*gradient of .*not finite; stopped before the update, no checkpoint"):
+        trainer._update([0, 1])
+    assert torch.equal(trainer.drafter.fc.weight.detach(), before)
+    trainer.close()
+
+
+def test_the_plan_of_the_published_drafter_needs_no_weights():
+    output = train(ROOT / "recipes/mimo.yaml", "--plan")
+    for words in ("5,536,632,576", "[0, 15, 31, 47, 69]", "7,340,032", "not causal in the block"):
+        assert words in output.replace("\n", " ").replace("block  8", "block 8"), words
+
+
+def test_a_plan_that_cannot_fit_says_what_is_too_large():
+    output = train(ROOT / "recipes/mimo.yaml", "--plan", "dflash.batch_size=64", expect=2)
+    assert "a rank needs" in output and "the largest part is activations" in output
