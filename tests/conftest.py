@@ -1,6 +1,7 @@
 """A tiny MiMo-V2 checkpoint with tokenizer, text and recipes, made once: what the training tests train for a few steps."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 import torch
 import yaml
 from tiny_models import draft_recipe_text, tiny_config, write_tokenizer
+
+# Kernels are tested in triton's interpreter, which must be chosen before anything (torchao, for one) imports triton.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

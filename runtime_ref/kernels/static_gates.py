@@ -28,7 +28,8 @@ AMD = ("gfx942", "gfx950")
 WARPS = 4
 _POINTERS = {"x": "bf16", "up": "u8", "down": "u8", "index": "i32", "weight": "fp32", "order": "i32", "plan": "i32",
              "inner": "bf16", "partial": "fp32", "out": "bf16", "ready": "i32", "arrived": "i32", "control": "i32",
-             "buffers": "i64", "signals": "i64", "failed": "i32", "pages": "u8", "lower_out": "fp32", "upper_out": "fp32"}
+             "buffers": "i64", "signals": "i64", "failed": "i32", "pages": "u8", "data": "u8",
+             "lower_out": "fp32", "upper_out": "fp32"}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,5 @@
-"""Kernel tests run in Triton's interpreter, which must be chosen before triton is first imported in the process."""
+"""Kernel tests run in Triton's interpreter, chosen by tests/conftest.py before triton is first imported."""
 
 import os
-import sys
 
-if "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"
-assert os.environ.get("TRITON_INTERPRET") == "1", (
-    "triton was imported before the kernel tests could choose its interpreter: run pytest with TRITON_INTERPRET=1")
+assert os.environ.get("TRITON_INTERPRET") == "1", "kernel tests need TRITON_INTERPRET=1 (or unset, which tests/conftest.py sets)"
