@@ -233,15 +233,15 @@ class Engine:
         if not emitted:
             return None
         params, stream = sequence.params, self._streams.get(sequence.id)
-        output = Output(sequence.id, [], text=None if stream is None else "")
+        output = Output(sequence.id, [])
         for i, token in enumerate(emitted):
             sequence.tokens.append(token)
             output.tokens.append(token)
             if params.logprobs is not None:
                 output.logprobs.append(logprob_of(logits[i], token, params.logprobs))
             ended = token in params.stop_ids or (token in self.end_ids and not params.ignore_eos)
-            if stream is not None and not ended:
-                output.text += stream.push(token)
+            piece = stream.push(token) if stream is not None and not ended else ""
+            output.pieces.append(piece)
             if ended or stream is not None and stream.stopped:
                 output.finish = Finish.STOP
             elif sequence.left <= 0:
@@ -249,7 +249,9 @@ class Engine:
             if output.finish is not None:
                 break
         if output.finish is not None and stream is not None:
-            output.text += stream.finish()
+            output.pieces[-1] += stream.finish()
+        if stream is not None:
+            output.text = "".join(output.pieces)
         sequence.finish = output.finish
         self._counts["tokens"] += len(output.tokens)
         return output

@@ -106,12 +106,13 @@ class Sequence:
 
 @dataclass
 class Output:
-    """What one step gave one request."""
+    """What one step gave one request; `pieces` is the text that each token made ready to show, `text` all of it."""
 
     id: int
     tokens: list[int]
     finish: Finish | None = None
     text: str | None = None
+    pieces: list[str] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0

@@ -1,0 +1,169 @@
+#!/usr/bin/env python
+"""Serves an exported checkpoint over the OpenAI API, with a page to chat at /.
+
+    [torchrun --nproc-per-node 8] python runtime_ref/serve.py CHECKPOINT_DIR [--port 8000]
+
+Listens on loopback unless told otherwise. SIGTERM and Ctrl-C finish the answers that are under way, up to --drain-seconds.
+Exit code 0: ended on request; 1: the engine broke; 2: a mistake in arguments or folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+# Launched by path, Python puts this script's folder first on sys.path, where runtime_ref/'s files would shadow real packages.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+NAME = "runtime_ref/serve.py"
+KEY_VARIABLE = "FP4_DFLASH_API_KEY"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", metavar="CHECKPOINT_DIR", type=Path)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one, which is printed (%(default)s)")
+    parser.add_argument("--served-name", metavar="NAME", help="the model's name in the API (default: the folder's name)")
+    parser.add_argument("--api-key", metavar="KEY", help=f"wanted from clients (default: ${KEY_VARIABLE}, else none)")
+    parser.add_argument("--max-context", type=int, default=4096, metavar="N", help="tokens of prompt and answer (%(default)s)")
+    parser.add_argument("--max-running", type=int, default=8, metavar="N", help="answers decoded side by side (%(default)s)")
+    parser.add_argument("--max-requests", type=int, default=64, metavar="N",
+                        help="answers running or waiting; more are told to come back, 429 (%(default)s)")
+    parser.add_argument("--max-body-mib", type=float, default=4.0, metavar="MIB", help="largest body (%(default)s)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations (%(default)s)")
+    parser.add_argument("--no-drafter", action="store_true", help="decode without the drafter")
+    parser.add_argument("--fixed-drafts", action="store_true", help="always draft whole blocks, whatever is accepted")
+    parser.add_argument("--checksum", action="store_true", help="compare files with their checksums while loading")
+    parser.add_argument("--drain-seconds", type=int, default=30, metavar="S", help="(%(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no line per request")
+    options = parser.parse_args(argv)
+    for name in ("max_context", "max_running", "max_requests", "max_body_mib"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}, expected more than 0")
+    if not 0 <= options.port < 65536:
+        parser.error(f"--port: {options.port}, expected 0 to 65535")
+    if options.drain_seconds < 0:
+        parser.error(f"--drain-seconds: {options.drain_seconds}, expected 0 or more")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    import importlib.util
+
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        return told(f"needs {' and '.join(missing)}: pip install -e '.[serve]'", 2)
+    from runtime_ref.parallel import RankLost, leave, ranks_from_environment
+
+    try:
+        ranks = ranks_from_environment()
+    except ValueError as error:
+        return told(error, 2)
+    try:
+        if not options.folder.is_dir():
+            raise ValueError(f"{options.folder}: no such folder, expected an exported checkpoint")
+        code = serve(options, ranks) if ranks.rank == 0 else assist(options, ranks)
+    except ValueError as error:
+        return told(error, 2) if ranks.rank == 0 else 2
+    except RankLost as error:
+        return told(error, 1)
+    leave(ranks)
+    return code
+
+
+def told(message: object, code: int) -> int:
+    print(f"{NAME}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def load(options: argparse.Namespace, ranks, tokenizer):
+    """The engine, on any rank."""
+    import torch
+
+    from runtime_ref.engine import Engine, EngineOptions
+
+    shown = sys.stderr.isatty() and ranks.rank == 0
+
+    def progress(done: int, of: int) -> None:
+        if shown:
+            print(f"\rloading {done} of {of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+    return Engine.from_folder(
+        options.folder, ranks=ranks, dtype=torch.float32 if options.dtype == "float32" else torch.bfloat16,
+        drafter=not options.no_drafter, checksum=options.checksum, tokenizer=tokenizer, progress=progress,
+        options=EngineOptions(max_context=options.max_context, max_running=options.max_running,
+                              rows=max(256, 8 * options.max_running)))
+
+
+def serve(options: argparse.Namespace, ranks) -> int:
+    """Rank 0: loads, listens, answers until told to end."""
+    import signal
+    import socket
+
+    import uvicorn
+
+    from modeling.load import load_tokenizer
+    from runtime_ref.api import Api, Settings
+    from runtime_ref.routes import application
+    from runtime_ref.worker import EngineWorker
+
+    listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((options.host, options.port))
+    except OSError as error:
+        raise ValueError(f"--host {options.host} --port {options.port}: {error.strerror or error}") from None
+    tokenizer = load_tokenizer(options.folder)
+    engine = load(options, ranks, tokenizer)
+    worker = EngineWorker(engine, ranks, max_requests=options.max_requests)
+    name = options.served_name or options.folder.resolve().name
+    api = Api(worker, tokenizer, Settings(
+        model=name, api_key=options.api_key or os.environ.get(KEY_VARIABLE) or None,
+        body_bytes=int(options.max_body_mib * 2**20), defaults=sampling_defaults(options.folder),
+        adaptive=not options.fixed_drafts))
+    config = uvicorn.Config(application(api), log_level="warning" if options.quiet else "info", access_log=not options.quiet,
+                            timeout_graceful_shutdown=options.drain_seconds, timeout_keep_alive=30, ws="none")
+    # uvicorn raises the signals that ended it once more; by then everything is done and the exit code is ours.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    where = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listening.getsockname()[1]}"
+    print(f"serving {name} on {where} (OpenAI API at {where}/v1, chat page at {where}/)", flush=True)
+    uvicorn.Server(config).run(sockets=[listening])
+    return 0 if worker.ended_well else 1
+
+
+def assist(options: argparse.Namespace, ranks) -> int:
+    """Other ranks: compute what rank 0 says. Rank 0 decides when to end, so that answers under way are finished."""
+    import signal
+
+    from modeling.load import load_tokenizer
+    from runtime_ref.worker import follow
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    follow(load(options, ranks, load_tokenizer(options.folder)), ranks)
+    return 0
+
+
+def sampling_defaults(folder: Path) -> dict[str, float]:
+    """What the checkpoint recommends, as far as it is a number in range."""
+    from runtime_ref.sampler import SamplingParams
+
+    file = folder / "generation_config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    chosen = {name: found[name] for name in SAMPLING if isinstance(found.get(name), int | float)}
+    try:
+        SamplingParams(**chosen)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return chosen
+
+
+if __name__ == "__main__":
+    sys.exit(main())
