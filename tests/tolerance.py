@@ -37,11 +37,15 @@ C7_ACCEPTANCE = 0.01
 # Standard deviations by which a sampled frequency or mean may miss its expectation (one false alarm in 16,000).
 FOUR_SIGMA = 4.0
 
-# Relative error (Frobenius) of the expert kernel against the model's experts in float32 on the same weights and bf16 tokens: the
-# kernel rounds once, SwiGLU's result to bf16, by at most 2^-9 per value; terms that cancel in the down projection may
+# Relative error (Frobenius) of the expert kernel against the model's experts in float32 on the same weights and bf16 tokens:
+# the kernel rounds once, SwiGLU's result to bf16, by at most 2^-9 per value; terms that cancel in the down projection may
 # double that relative to their sum (measured 1.3e-3, and 2.3e-3 for a single token).
 EXPERTS_KERNEL = 2.0**-8
 
 # The same kernel's sum over three shards against one: float32 sums in another order, about 30 operations of 2^-24 on terms
 # that may be ten times their sum.
 EXPERTS_RANKS = 2e-5
+
+# Relative error (Frobenius) of the attention kernel against float32 on the same bf16 queries, keys and values: the weights are
+# rounded to bf16, by at most 2^-9 each, and their sum is not.
+ATTENTION_KERNEL = 2.0**-8

@@ -93,6 +93,16 @@ def decode_tile(codes, lower_scale, upper_scale, ROWS: tl.constexpr, DEPTH: tl.c
 
 
 @triton.jit
+def narrow(value, dtype: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """float32 -> dtype, nearest even. The interpreter would cut bf16 off, so the bits are rounded by hand there."""
+    if FLOAT_DOT and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
 def decode_kernel(pages, lower_out, upper_out, ROWS: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr):
     """Decodes page p into rows p of lower_out and upper_out [pages, ROWS, DEPTH / 2], float32: the proof of C3."""
     CODE_BYTES: tl.constexpr = ROWS * DEPTH // 2

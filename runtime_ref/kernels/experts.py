@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime_ref.kernels.decode import decode_tile, scale_tiles
+from runtime_ref.kernels.decode import decode_tile, narrow, scale_tiles
 from runtime_ref.kernels.repack import ExpertPages
 from runtime_ref.kernels.sync import wait_for
 
@@ -80,16 +80,6 @@ def _plan_slots(index, plan, assignments, E, M: tl.constexpr):
 
 
 @triton.jit
-def _narrow(value, dtype: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """float32 -> dtype, nearest even. The interpreter would cut bf16 off, so the bits are rounded by hand there."""
-    if FLOAT_DOT and dtype == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return value.to(dtype)
-
-
-@triton.jit
 def _multiply(page, lower_x, upper_x, acc, at, ROWS: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
               FLOAT_DOT: tl.constexpr):
     """acc [ROWS, 8] += page x (lower_x, upper_x), each [DEPTH / 2, 8]."""
@@ -130,7 +120,7 @@ def _weighted_sum(partial, index, weight, out, chunk, N, E, H, A: tl.constexpr, 
             part = tl.load(partial + (token * A + a)[:, None] * H + column[None, :],
                            mask=valid[:, None] & (column < H)[None, :], other=0.0)
             total += w[:, None] * part
-        tl.store(out + token[:, None] * H + column[None, :], _narrow(total, out.dtype.element_ty, FLOAT_DOT),
+        tl.store(out + token[:, None] * H + column[None, :], narrow(total, out.dtype.element_ty, FLOAT_DOT),
                  mask=(token < N)[:, None] & (column < H)[None, :])
 
 
@@ -169,7 +159,7 @@ def _gate_up_tile(x, up, plan, inner, slot, tile, H, K_UP, A: tl.constexpr, M: t
     gate, up_ = acc.reshape(ROWS // 16, 2, 8, _WIDE).permute(0, 2, 3, 1).split()
     hidden = (gate / (1.0 + tl.exp(-gate)) * up_).reshape(ROWS // 2, _WIDE)
     column = tile * (ROWS // 2) + tl.arange(0, ROWS // 2)
-    tl.store(inner + (slot * _WIDE + row)[None, :] * WIDTH + column[:, None], _narrow(hidden, tl.bfloat16, FLOAT_DOT))
+    tl.store(inner + (slot * _WIDE + row)[None, :] * WIDTH + column[:, None], narrow(hidden, tl.bfloat16, FLOAT_DOT))
 
 
 @triton.jit

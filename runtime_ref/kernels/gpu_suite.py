@@ -31,9 +31,11 @@ from modeling.released import released_config
 from mxfp4 import dequantize, quantize
 from mxfp4.format import BLOCK_SIZE
 from runtime_ref import roofline
+from runtime_ref.kernels.attention import PAGE, attend
 from runtime_ref.kernels.decode import decode_kernel
 from runtime_ref.kernels.experts import Launch, Workspace, run_experts
 from runtime_ref.kernels.repack import MAX_SCALE_BYTE, SCALE_OFFSET, ExpertPages, Tile, pack_pages, repack_experts, unpack_pages
+from runtime_ref.model import attend_pages
 
 SECONDS = 540
 RANKS, TOKENS = 8, 8
@@ -101,7 +103,8 @@ def check_kernels() -> list[dict]:
                                      (1, 7, 8, 9, 63, 64) if launch == Launch(programs=4 * count) else (8,))
     odd = _random_weights(4, 160, 96)
     small = repack_experts(*odd, up_tile=Tile(64, 128), down_tile=Tile(32, 64)).to("cuda")
-    return checks + _check_experts("160-96", small, Launch(programs=count), (1, 8, 64))
+    checks += _check_experts("160-96", small, Launch(programs=count), (1, 8, 64))
+    return checks + [check_attention(window, "cuda") for window in (None, 128)]
 
 
 def measure(end: float, skipped: list[str]) -> dict:
@@ -224,6 +227,45 @@ def _check_experts(name: str, pages: ExpertPages, launch: Launch, token_counts) 
                        "detail": f"relative error {error:.2e}, repeated and single-row bits {'equal' if same else 'DIFFER'}"
                                  f"{', a wait was given up' if failed else ''}"})
     return checks
+
+
+def check_attention(window: int | None, device: str, **options) -> dict:
+    """Two blocks of one of eight ranks' heads against the torch attention, and rows alone against rows among eight."""
+    heads, d, v, ends = 16, 192, 128, (1500, 333)
+    generator = torch.Generator().manual_seed(2)
+    size = (sum(ends) // PAGE + len(ends)) * PAGE
+    q = (torch.randn(heads, 16, d, generator=generator) * d**-0.5).to(torch.bfloat16)
+    keys, values = (torch.randn(1, size, width, generator=generator).to(torch.bfloat16) for width in (d, v))
+    sink = None if window is None else torch.randn(heads, generator=generator)
+    pages, firsts, expected = [], [], []
+    for i, end in enumerate(ends):
+        first = 0 if window is None else max(0, end - 8 - window + 1) // PAGE
+        held = torch.arange(first, -(-end // PAGE)) + (0 if i == 0 else -(-ends[0] // PAGE))
+        query, there = torch.arange(end - 8, end)[:, None], torch.arange(first * PAGE, (first + len(held)) * PAGE)[None]
+        seen = (there <= query) if window is None else (there <= query) & (there > query - window)
+        hidden = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).view(1, 8, len(held), PAGE).transpose(1, 2)
+        own = (store.float().view(1, -1, PAGE, store.shape[2])[:, held] for store in (keys, values))
+        rows = q[:, 8 * i:8 * i + 8].float().reshape(1, 1, 1, heads * 8, d)
+        expected.append(attend_pages(rows, *own, hidden, sink).view(heads, 8, v))
+        pages.append(held.tolist())
+        firsts.append(first)
+
+    def run(blocks):
+        """Blocks are (sequence, first row, rows)."""
+        width = max(map(len, pages))
+        columns = [[pages[i] + [0] * (width - len(pages[i])) for i, _, _ in blocks], [firsts[i] for i, _, _ in blocks],
+                   [ends[i] - 8 + r for i, r, _ in blocks], [n for *_, n in blocks], [8 * i + r for i, r, _ in blocks]]
+        tables = (torch.tensor(c, dtype=torch.int32, device=device) for c in columns)
+        out = torch.full((heads, 16, v), float("nan"), device=device)
+        moved = (t if t is None else t.to(device) for t in (q, keys, values, sink))
+        return attend(*moved, *tables, rows=8, window=window, longest=max(ends), out=out, **options).cpu()
+
+    out, wanted = run([(0, 0, 8), (1, 0, 8)]), torch.cat(expected, 1)
+    error = float((out - wanted).norm() / wanted.norm())
+    same = all(torch.equal(run([(i, r, 1)])[:, 8 * i + r], out[:, 8 * i + r]) for i, r in ((0, 0), (0, 7), (1, 3)))
+    return {"name": f"attention, {f'window {window} with sinks' if window else 'all positions'}",
+            "passed": error < TOLERANCE and same,
+            "detail": f"relative error {error:.2e}, single-row bits {'equal' if same else 'DIFFER'}"}
 
 
 def _bandwidths(count: int) -> dict:

@@ -29,7 +29,8 @@ WARPS = 4
 _POINTERS = {"x": "bf16", "up": "u8", "down": "u8", "index": "i32", "weight": "fp32", "order": "i32", "plan": "i32",
              "inner": "bf16", "partial": "fp32", "out": "bf16", "ready": "i32", "arrived": "i32", "control": "i32",
              "buffers": "i64", "signals": "i64", "failed": "i32", "pages": "u8", "data": "u8",
-             "lower_out": "fp32", "upper_out": "fp32"}
+             "lower_out": "fp32", "upper_out": "fp32", "q": "bf16", "keys": "bf16", "values": "bf16", "sink": "fp32",
+             "tables": "i32", "first": "i32", "start": "i32", "count": "i32", "row": "i32", "stats": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def compile_kernel(kernel, constants: dict, target, **options):
     types |= {name: "constexpr" for name in constants} | ({"out": "*fp32"} if "buffers" in names else {})
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*") or name == "H"}
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    return compile(source, target=target, options={"num_warps": WARPS, **options})
+    return compile(source, target=target, options=options)
 
 
 def _nvidia_row(name: str, target: str, kernel, constants: dict, tile: Tile | None, **options) -> Row:
@@ -96,6 +97,7 @@ def _nvidia_row(name: str, target: str, kernel, constants: dict, tile: Tile | No
 
     from runtime_ref.kernels.sass import read_binary
 
+    options = {"num_warps": WARPS} | options
     binary = read_binary(compile_kernel(kernel, constants, GPUTarget("cuda", NVIDIA[target], 32), **options).asm["cubin"])
     lanes = tuple(round(loop.length * WARPS * 32 / (tile.rows * tile.depth), 2) for loop in binary.hot_loops()) if tile else ()
     return Row(name, target, binary.registers, binary.stack, binary.local_accesses, binary.wide_loads,
@@ -104,7 +106,7 @@ def _nvidia_row(name: str, target: str, kernel, constants: dict, tile: Tile | No
 
 def rows() -> list[Row]:
     """Compiles everything for every NVIDIA target."""
-    from runtime_ref.kernels import decode, experts, gpu_suite, sync
+    from runtime_ref.kernels import attention, decode, experts, gpu_suite, sync
 
     found, tile = [], Tile()
     for target in NVIDIA:
@@ -117,6 +119,10 @@ def rows() -> list[Row]:
         plain = {"all_reduce_rows, 8 ranks": (sync.all_reduce_rows, {"RANKS": 8, "BLOCK": 512, "POLLS": 1 << 22}),
                  "decode_kernel": (decode.decode_kernel, {"ROWS": 64, "DEPTH": 256, "PTX": True}),
                  "read_kernel": (gpu_suite.read_kernel, {"BLOCK": 16384})}
+        for window in (None, 128):
+            constants = attention.attention_constants(1, 16, 8, 192, 128, window, sink=window is not None)
+            name = f"attend_kernel, 8 tokens, {f'window {window}, sinks' if window else 'all positions'}"
+            found.append(_nvidia_row(name, target, attention.attend_kernel, constants, None, num_warps=8))
         found += [_nvidia_row(name, target, kernel, constants, None) for name, (kernel, constants) in plain.items()]
     return found
 
@@ -128,7 +134,8 @@ def compile_amd() -> dict[str, int]:
     from runtime_ref.kernels.experts import experts_kernel
 
     constants = experts_constants(8, Tile(), tickets=True, ptx=False)
-    return {arch: len(compile_kernel(experts_kernel, constants, GPUTarget("hip", arch, 64)).asm["hsaco"]) for arch in AMD}
+    return {arch: len(compile_kernel(experts_kernel, constants, GPUTarget("hip", arch, 64), num_warps=WARPS).asm["hsaco"])
+            for arch in AMD}
 
 
 def run(*, json_path: Path | None, page_path: Path | None) -> int:

@@ -2,4 +2,4 @@
 
 import os
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "kernel tests need TRITON_INTERPRET=1 (or unset, which tests/conftest.py sets)"
+assert os.environ.get("TRITON_INTERPRET") == "1", "kernel tests need TRITON_INTERPRET=1; tests/conftest.py sets it"

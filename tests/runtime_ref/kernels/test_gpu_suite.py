@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
-from tolerance import EXPERTS_KERNEL, MODEL_FP32
+from tolerance import ATTENTION_KERNEL, EXPERTS_KERNEL, MODEL_FP32
 
 from runtime_ref.kernels import gpu_suite
 from tests.runtime_ref.kernels import expert_cases as cases
@@ -21,7 +21,7 @@ def test_its_oracle_is_the_models_experts():
 
 
 def test_its_tolerance_is_the_tests_tolerance():
-    assert gpu_suite.TOLERANCE == EXPERTS_KERNEL
+    assert gpu_suite.TOLERANCE == EXPERTS_KERNEL == ATTENTION_KERNEL
 
 
 def test_its_check_of_the_experts_is_green_on_good_and_red_on_broken_kernels(monkeypatch):
@@ -32,6 +32,12 @@ def test_its_check_of_the_experts_is_green_on_good_and_red_on_broken_kernels(mon
     monkeypatch.setattr(gpu_suite, "run_experts", lambda *args: kernel(*args).mul_(1.01))
     (wrong,) = gpu_suite._check_experts("small", pages, cases.interpreted(), (2,))
     assert not wrong["passed"] and "relative error" in wrong["detail"]
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_its_check_of_attention_is_green(window):
+    check = gpu_suite.check_attention(window, "cpu", float_dot=True)
+    assert check["passed"], check
 
 
 def test_no_speed_is_measured_after_a_red_check(monkeypatch, tmp_path, capsys):
