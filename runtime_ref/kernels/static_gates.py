@@ -3,7 +3,9 @@
 The gates of the expert kernel at the geometry of one of eight ranks of MiMo-V2.5-Pro: nothing spilled to local
 memory, weights loaded 128 bits at a time, tensor-core instructions present, at most 128 registers (four programs of 128
 threads per multiprocessor, so that one's waiting is another's work) and at most 3.5 lane-instructions per weight in
-both hot loops. Other kernels must not spill. AMD targets take the path without inline PTX and only have to compile.
+both hot loops. Other kernels must not spill. Wherever packed words are decoded, four neighbouring bytes must lie in one
+thread: the assembly takes them as one word, and which bytes meet in a word is the compiler's choice of layout. AMD
+targets take the path without inline PTX and only have to compile.
 
 Compilation says nothing about speed; the page it writes does not either.
 """
@@ -15,6 +17,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +38,8 @@ _POINTERS = {"x": "bf16", "up": "u8", "down": "u8", "index": "i32", "weight": "f
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel. Lane-instructions are those of the hot loops in program order (gate-up, then down)."""
+    """One compiled kernel. Lane-instructions are those of the hot loops in program order (gate-up, then down); quads:
+    the bytes of every packed word lie together (true where nothing is decoded)."""
 
     kernel: str
     target: str
@@ -45,6 +49,7 @@ class Row:
     wide_loads: int
     matrix_instructions: int
     lane_instructions: tuple[float, ...]
+    quads: bool
     gated: bool
 
     def faults(self) -> list[str]:
@@ -53,6 +58,8 @@ class Row:
         found = []
         if self.stack or self.local_accesses:
             found.append(f"{where}: spills ({self.stack} bytes of stack, {self.local_accesses} local accesses), expected none")
+        if not self.quads:
+            found.append(f"{where}: bytes of a packed word lie in different threads or apart")
         if not self.gated:
             return found
         if not self.wide_loads:
@@ -98,10 +105,31 @@ def _nvidia_row(name: str, target: str, kernel, constants: dict, tile: Tile | No
     from runtime_ref.kernels.sass import read_binary
 
     options = {"num_warps": WARPS} | options
-    binary = read_binary(compile_kernel(kernel, constants, GPUTarget("cuda", NVIDIA[target], 32), **options).asm["cubin"])
+    compiled = compile_kernel(kernel, constants, GPUTarget("cuda", NVIDIA[target], 32), **options).asm
+    binary = read_binary(compiled["cubin"])
     lanes = tuple(round(loop.length * WARPS * 32 / (tile.rows * tile.depth), 2) for loop in binary.hot_loops()) if tile else ()
     return Row(name, target, binary.registers, binary.stack, binary.local_accesses, binary.wide_loads,
-               binary.matrix_instructions, lanes, tile is not None)
+               binary.matrix_instructions, lanes, quads_together(compiled["ttgir"]), tile is not None)
+
+
+def quads_together(ttgir: str) -> bool:
+    """Whether every decoding assembly sees four neighbouring bytes of a row in consecutive registers of a thread.
+
+    Args:
+        ttgir: Triton's GPU dialect: layouts of operands are `kWidth` (matrix operands) or `sizePerThread` (blocked).
+    """
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    for line in ttgir.splitlines():
+        if "elementwise_inline_asm" not in line or "bf16x2" not in line:
+            continue
+        codes = re.search(r"tensor<\d+x\d+xi8, (#[\w.]+(?:<\{.*?\}>)?)>", line)
+        layout = layouts.get(codes[1], codes[1])
+        width = re.search(r"kWidth = (\d+)", layout)
+        blocked = re.search(r"sizePerThread = \[\d+, (\d+)\].*order = \[1, 0\]", layout)
+        found = width or blocked
+        if not found or int(found[1]) % 4:
+            return False
+    return True
 
 
 def rows() -> list[Row]:

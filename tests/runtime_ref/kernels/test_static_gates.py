@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
 from runtime_ref.kernels.sass import Loop, read_listing
-from runtime_ref.kernels.static_gates import AMD, NVIDIA, Row
+from runtime_ref.kernels.static_gates import AMD, NVIDIA, Row, quads_together
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -52,16 +52,30 @@ def test_the_committed_table_is_the_compilers(static):
     assert committed["kernels"] == static[0]["kernels"]
 
 
-GOOD = Row("k", "sm_90a", 128, 0, 0, 4, 32, (3.2, 3.1), True)
+GOOD = Row("k", "sm_90a", 128, 0, 0, 4, 32, (3.2, 3.1), True, True)
 
 
 @pytest.mark.parametrize("change, words", [
     ({"stack": 8}, "spills (8 bytes"), ({"local_accesses": 2}, "2 local accesses"), ({"registers": 129}, "129 registers"),
-    ({"wide_loads": 0}, "no 128-bit load"), ({"matrix_instructions": 0}, "no tensor-core"),
+    ({"quads": False}, "packed word"), ({"wide_loads": 0}, "no 128-bit load"), ({"matrix_instructions": 0}, "no tensor-core"),
     ({"lane_instructions": (3.2, 3.51)}, "lane-instructions"), ({"lane_instructions": (3.2,)}, "two hot loops")])
 def test_each_gate_can_fail(change, words):
     assert GOOD.faults() == []
     assert any(words in fault for fault in replace(GOOD, **change).faults())
+
+
+@pytest.mark.parametrize("layout, together", [
+    ("#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>", True),
+    ("#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 2}>", False),
+    ("#blocked", True), ("#thin", False), ("#turned", False)])
+def test_a_layout_that_tears_packed_words_apart_is_found(layout, together):
+    ir = f"""
+#blocked = #ttg.blocked<{{sizePerThread = [1, 4], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = [1, 0]}}>
+#thin = #ttg.blocked<{{sizePerThread = [1, 2], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = [1, 0]}}>
+#turned = #ttg.blocked<{{sizePerThread = [1, 4], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1], order = [0, 1]}}>
+  %1:2 = tt.elementwise_inline_asm "mul.rn.bf16x2 $0, a, $5;" %0 : tensor<64x128xi8, {layout}>, tensor<64x128xbf16, {layout}>
+"""
+    assert quads_together(ir) is together
 
 
 def test_loops_are_branches_backwards():
