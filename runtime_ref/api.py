@@ -34,6 +34,7 @@ PAGE = Path(__file__).with_name("page.html")
 UNSUPPORTED_CHAT = ("tools", "functions", "response_format", "logit_bias", "audio", "prompt_logprobs")
 UNSUPPORTED_COMPLETION = ("suffix", "logit_bias", "response_format", "prompt_logprobs")
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+UNREAD = (401, 408, 413, 415)  # the body is not read to its end, so that the connection cannot be used again
 INLINE_CHARACTERS = 4096  # longer texts are tokenized beside the event loop
 
 
@@ -286,6 +287,8 @@ class Api:
         kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
         if status == 401:
             headers = {"WWW-Authenticate": "Bearer"}
+        if status in UNREAD:
+            headers = {**(headers or {}), "Connection": "close"}
         return JSONResponse(error_body(message, kind, param=param, code=code), status, headers)
 
 

@@ -205,10 +205,13 @@ def validate(model: type[T], raw: dict[str, Any]) -> T:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        param = str(first["loc"][0]) if first["loc"] else None
+        # Of a field that may have several types, the attempt that came deepest says most.
+        first = max(error.errors(include_url=False, include_context=False), key=lambda e: len(e["loc"]))
+        fields = {name for body in (model, Message, TextPart, StreamOptions) for name in body.model_fields}
+        where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"] if isinstance(p, int) or p in fields)
         got = "" if first["type"] == "missing" else f", got {short(repr(first['input']))}"
-        raise BadRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}{got}", param=param) from None
+        param = str(first["loc"][0]) if first["loc"] else None
+        raise BadRequest(f"{where.lstrip('.')}: {first['msg']}{got}", param=param) from None
 
 
 def short(text: object) -> str:
