@@ -33,15 +33,18 @@ from runtime_ref.weights import Attention, Dense, Experts, Moe
 
 ROWS = 8
 NARROW = 4
+SUMMED, VECTOR = 8, 32
 _WIDE_BLOCKS = (2, 3, 8, 16)
 
 
 @dataclass
 class RowRules:
-    """What `probe_rows` found: `wide`, more than eight rows at once; `narrow`, multiples of four rows."""
+    """What `probe_rows` found: `wide`, more than eight rows at once; `narrow`, multiples of four rows; `sums`, a library sum
+    of up to eight terms adds them in their order."""
 
     wide: bool = True
     narrow: bool = True
+    sums: bool = True
 
     @property
     def quantum(self) -> int:
@@ -59,7 +62,8 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def probe_rows(shapes: set[tuple[int, int, int]], seed: int = 0) -> RowRules:
-    """Measures whether products of more than eight rows, and of four, give each row the bits of a product of eight.
+    """Measures whether products of more than eight rows, and of four, give each row the bits of a product of eight, and
+    whether library sums keep the order of their terms.
 
     Args:
         shapes: (batch, K, N) of the products that will run.
@@ -79,7 +83,29 @@ def probe_rows(shapes: set[tuple[int, int, int]], seed: int = 0) -> RowRules:
             some[:, -NARROW:] = x[:, 1:1 + NARROW]
             narrow_same = narrow_same and torch.equal(torch.bmm(some, w)[:, -NARROW:], alone[:, 1:1 + NARROW])
     rules.wide, rules.narrow = wide_same, narrow_same
+    rules.sums = all(_sums_in_order(N, generator) for N in {N for _, _, N in shapes if N % VECTOR == 0})
     return rules
+
+
+def in_order(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sum over `dim`, one term after the other."""
+    whole = x[(0,) * (dim + 1)].numel() % VECTOR == 0  # libraries add the last, incomplete vector in another order
+    return x.sum(dim) if rules.sums and whole and x.shape[dim] <= SUMMED else _one_by_one(x, dim)
+
+
+def _one_by_one(x: torch.Tensor, dim: int) -> torch.Tensor:
+    total = x.select(dim, 0)
+    for i in range(1, x.shape[dim]):
+        total = total + x.select(dim, i)
+    return total
+
+
+def _sums_in_order(H: int, generator: torch.Generator) -> bool:
+    """Whether library sums equal the chain, for parts [P, R, H] and for pages [K, B, n, M, V]."""
+    tries = [(torch.randn(n, rows, H, generator=generator), 0) for n in (2, 4, SUMMED) for rows in (NARROW, ROWS, 40, 256)]
+    tries += [(torch.randn(2, B, n, M, width, generator=generator), 2)
+              for n in (2, 3, 5, SUMMED) for M, width, B in ((16, 64, 1), (8, 24, 3), (32, 1, 1), (32, 1, 9), (4, 8, 7))]
+    return all(torch.equal(x.sum(dim), _one_by_one(x, dim)) for x, dim in tries)
 
 
 def padded(rows: int) -> int:
@@ -291,9 +317,7 @@ def attend_pages(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidd
     weights = scores.sub_(top).exp_()
     sums = weights.sum(-1, keepdim=True)
     parts = product(weights.view(-1, M, PAGE), values.flatten(0, 1)).view(K, B, n, M, -1)
-    total, below = parts[:, :, 0], sums[:, :, 0]
-    for i in range(1, n):
-        total, below = total + parts[:, :, i], below + sums[:, :, i]
+    total, below = in_order(parts, 2), in_order(sums, 2)
     if sink is not None:
         below = below + (sink - top)[:, :, 0].exp_()
     return total / below
@@ -309,11 +333,7 @@ def merge_heads(heads: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
 
 def add_parts(x: torch.Tensor, partial: torch.Tensor, ranks: Ranks, dtype: torch.dtype) -> torch.Tensor:
     """Residual stream plus the parts of all ranks, added in their order: the one all-reduce of the model."""
-    parts = ranks.gather(partial)
-    total = parts[0].clone() if parts.shape[0] > 1 else parts[0]
-    for i in range(1, parts.shape[0]):
-        total += parts[i]
-    return rounded(x + total, dtype)
+    return rounded(x + in_order(ranks.gather(partial), 0), dtype)
 
 
 def gated(gate_up: torch.Tensor) -> torch.Tensor:

@@ -103,10 +103,11 @@ def test_every_op_gives_a_row_the_same_bits_in_any_position_and_company(weights,
         assert torch.equal(op(many)[at], op(x)[2]), name
 
 
-def test_eight_row_products_are_used_where_wider_ones_differ(weights, ids, monkeypatch):
+def test_eight_row_products_and_single_additions_give_the_bits_of_the_fast_ways(weights, ids, monkeypatch):
     backend, tasks = new_backend(weights, torch.float32), target_tasks(weights.config)
     expected = computed(backend, tasks, ids, [200])
     monkeypatch.setattr(ops.rules, "wide", False)
+    monkeypatch.setattr(ops.rules, "sums", False)
     assert ops.padded(1) == 8
     assert torch.equal(computed(backend, tasks, ids, [100, 3, 97]), expected)
 
