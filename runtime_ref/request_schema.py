@@ -113,7 +113,7 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    role: Annotated[str, Field(min_length=1, max_length=64)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
 
     @property

@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         return told(f"needs {' and '.join(missing)}: pip install -e '.[serve]'", 2)
+    if not options.folder.is_dir():
+        return told(f"{options.folder}: no such folder, expected an exported checkpoint", 2)
     from runtime_ref.parallel import RankLost, leave, ranks_from_environment
 
     try:
@@ -66,8 +68,6 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return told(error, 2)
     try:
-        if not options.folder.is_dir():
-            raise ValueError(f"{options.folder}: no such folder, expected an exported checkpoint")
         code = serve(options, ranks) if ranks.rank == 0 else assist(options, ranks)
     except ValueError as error:
         return told(error, 2) if ranks.rank == 0 else 2

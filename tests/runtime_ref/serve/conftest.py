@@ -2,71 +2,15 @@
 
 import contextlib
 import shutil
-import socket
-import threading
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
-import uvicorn
+from live_server import MODEL, live_server
 
 from modeling.load import load_tokenizer
-from runtime_ref.api import Api, Settings
 from runtime_ref.engine import Engine, EngineOptions
-from runtime_ref.routes import application
-from runtime_ref.worker import EngineWorker
 
 ROOT = Path(__file__).resolve().parents[3]
-MODEL = "small"
-
-
-@dataclass
-class Live:
-    """A running server; `worker` is its engine's, for looking at what no client can see."""
-
-    url: str
-    worker: EngineWorker
-    api: Api
-    server: uvicorn.Server
-    thread: threading.Thread
-
-    def until_empty(self, seconds: float = 5.0) -> dict[str, int]:
-        """Waits until no request is in the engine; returns the pages that sequences still hold."""
-        return self.until(lambda: not self.worker.in_flight and not self.worker.engine.busy, seconds)
-
-    def until(self, condition, seconds: float = 5.0) -> dict[str, int]:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, f"not so after {seconds} s"
-            time.sleep(0.01)
-        text = httpx.get(f"{self.url}/metrics").text
-        lines = [line for line in text.splitlines() if line.startswith("fp4_dflash:pages_held")]
-        assert lines
-        return {line.split('kind="')[1].split('"')[0]: int(line.rsplit(" ", 1)[1]) for line in lines}
-
-    def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
-        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{"))
-
-
-@contextlib.contextmanager
-def live_server(engine: Engine, tokenizer, *, max_requests: int = 64, stall_seconds: float = 180.0, **settings):
-    worker = EngineWorker(engine, max_requests=max_requests, stall_seconds=stall_seconds)
-    api = Api(worker, tokenizer, Settings(MODEL, **settings))
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(application(api), log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", worker, api, server, thread)
-    server.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")

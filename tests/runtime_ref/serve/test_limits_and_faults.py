@@ -31,9 +31,11 @@ BROKEN = [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"prompt": "x", "tem
           b'{"prompt": "x", "n": 100}', b'{"prompt": "x", "stop": ["", "a"]}', b'{"prompt": "x", "stop": 5}',
           b'{"prompt": "x", "top_p": 0}', b'{"prompt": "x", "temperature": "warm"}', b'{"prompt": "x", "logprobs": 21}',
           b'{"prompt": "x", "repetition_penalty": 1e-300}', b'{"prompt": "x", "stream": "yes"}',
-          b'{"prompt": "x", "stream_options": 7}', b'{"prompt": "x", "logit_bias": {"5": 100}}', b'{"prompt": "x", "suffix": "y"}',
+          b'{"prompt": "x", "stream_options": 7}', b'{"prompt": "x", "logit_bias": {"5": 100}}',
+          b'{"prompt": "x", "suffix": "y"}',
           b'{"prompt": "x", "echo": true, "logprobs": 1}', b'{"prompt": "x", "stop_token_ids": [-1]}',
-          b'{"prompt": "x", "acceptance_rule": "always"}', b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+          b'{"prompt": "x", "acceptance_rule": "always"}',
+          b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
           b'{"messages": "hi"}', b'{"messages": [{"content": "x"}]}', b'{"messages": [{"role": "\\ud800", "content": "x"}]}']
 
 
@@ -196,7 +198,8 @@ def test_slow_and_partial_senders_do_not_keep_others_waiting(serving):
     server = serving(body_seconds=0.3)
     address = server.url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1]))) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{")
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                    b"Content-Length: 99\r\n\r\n{")
         assert post(server.url, {**LONG, "max_tokens": 2}).status_code == 200
         raw.settimeout(10)
         assert b" 408 " in raw.recv(100)
