@@ -17,13 +17,16 @@ $(VENV)/.demo: pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,serve]"
 	@touch $@
 
 demo: $(VENV)/.demo
 	$(ACCELERATE) qat/train.py recipes/tiny.yaml
 	$(ACCELERATE) dflash_train/train.py recipes/tiny.yaml
 	$(BIN)/python export/to_hf.py recipes/tiny.yaml
+	$(BIN)/python runtime_ref/validate.py runs/tiny/export/model --prompts recipes/seed/prompts.jsonl \
+	    --json runs/tiny/validate.json --html runs/tiny/validate.html
+	@echo "chat with it: $(BIN)/python -m pip install -e '.[serve]' && $(BIN)/python runtime_ref/serve.py runs/tiny/export/model"
 
 # The mechanics of the demo in about 90 seconds; its numbers mean nothing.
 SMOKE := output=runs-smoke qat.steps=10 qat.warm_start.sequences=16 data.eval_sequences=4 dflash.steps=15 \
@@ -33,6 +36,7 @@ smoke: $(VENV)/.demo
 	$(ACCELERATE) qat/train.py recipes/tiny.yaml $(SMOKE)
 	$(ACCELERATE) dflash_train/train.py recipes/tiny.yaml $(SMOKE)
 	$(BIN)/python export/to_hf.py recipes/tiny.yaml $(SMOKE)
+	$(BIN)/python runtime_ref/validate.py runs-smoke/tiny/export/model --tokens 16 --prompts-per-domain 2
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
@@ -47,6 +51,16 @@ $(CLIENTS)/.ready:
 
 test-clients: $(VENV)/.dev $(CLIENTS)/.ready
 	FP4_CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest -q -m clients
+
+# Minutes of load on the server: thousands of generated requests, a crowd of clients, killed ranks, a benchmark tool.
+LOAD := .venv-load
+$(LOAD)/.ready:
+	@test -x $(LOAD)/bin/python || $(PYTHON) -m venv $(LOAD)
+	-$(LOAD)/bin/python -m pip install --quiet --disable-pip-version-check "guidellm>=0.3"
+	@touch $@
+
+test-load: $(VENV)/.dev $(LOAD)/.ready
+	FP4_LOAD=1 FP4_GUIDELLM=$(CURDIR)/$(LOAD)/bin/guidellm $(BIN)/python -m pytest -q -s -m load
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -159,8 +159,11 @@ class Export:
 
     def manifest(self) -> dict:
         """export.json: what a verifier must know and config.json does not say."""
-        return {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule,
-                "dense": self.recipe.export.dense, "drafter": self.drafter is not None, "format": 1}
+        facts = {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule,
+                 "dense": self.recipe.export.dense, "drafter": self.drafter is not None, "format": 1}
+        trained = _summary(self.run_folder / "dflash") if self.drafter is not None else None
+        # What a runtime must reach with this drafter (contract C7).
+        return facts | ({"acceptance": trained["acceptance"]} if trained and "acceptance" in trained else {})
 
     def facts(self, config: dict) -> model_card.Facts:
         sizes: dict[str, int] = {}
