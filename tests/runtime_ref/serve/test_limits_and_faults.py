@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 import threading
 import time
@@ -211,3 +212,14 @@ def test_clients_that_come_and_go_at_random_leave_nothing_and_the_others_get_the
     assert no_pages(live.until_empty())
     assert report.wrong == [] and report.unexpected == []
     assert report.finished >= 12 and report.left >= 6
+
+
+@pytest.mark.load
+@pytest.mark.skipif(os.environ.get("FP4_LOAD") != "1", reason="minutes of load: make test-load")
+def test_64_random_clients_for_a_minute_leave_nothing_and_get_their_own_answers(serving, alone):
+    server = serving(max_requests=48)
+    report = asyncio.run(crowd(server.url, alone, clients=64, seconds=60, seed=2))
+    assert no_pages(server.until_empty())
+    assert report.wrong == [] and report.unexpected == []
+    assert report.finished >= 200 and report.left >= 100 and report.full > 0
+    print(f"finished {report.finished}, left {report.left}, told to come back {report.full}")

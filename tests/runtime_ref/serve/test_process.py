@@ -76,7 +76,7 @@ def test_mistakes_exit_with_2_and_one_line(tmp_path, chat_folder):
 
 
 def torchrun(count):
-    return ("-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "0")
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
 
 
 @pytest.mark.load
