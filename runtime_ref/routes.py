@@ -100,9 +100,13 @@ def _errors(app: FastAPI, api: Api) -> None:
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
 
+    async def broken(request: Request, error: Exception) -> Response:  # raised again behind it, so that the log has it
+        return api.error(HTTPException(500, "a mistake in the server; its log has the details"))
+
     for kind in (schema.BadRequest, Refused, Busy, EngineDown, HTTPException):
         app.add_exception_handler(kind, told)
     app.add_exception_handler(Gone, gone)
+    app.add_exception_handler(500, broken)
 
 
 def _schemas(app: FastAPI) -> None:

@@ -132,6 +132,8 @@ def serve(options: argparse.Namespace, ranks) -> int:
     # uvicorn raises the signals that ended it once more; by then everything is done and the exit code is ours.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    if api.settings.api_key is None and options.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"{NAME}: {options.host} can be reached by others and no --api-key is set", file=sys.stderr)
     where = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listening.getsockname()[1]}"
     print(f"serving {name} on {where} (OpenAI API at {where}/v1, chat page at {where}/)", flush=True)
     uvicorn.Server(config).run(sockets=[listening])

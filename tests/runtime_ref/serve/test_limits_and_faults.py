@@ -195,6 +195,21 @@ def test_an_engine_that_hangs_is_found(serving, monkeypatch):
         release.set()
 
 
+def test_a_mistake_in_the_server_is_a_500_with_an_error_object_and_the_next_request_is_answered(serving, monkeypatch):
+    server = serving()
+
+    def broken(*_, **__):
+        raise KeyError("inside")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server.api.tokenizer, "encode", broken)
+        answer = post(server.url, {"prompt": "x", "max_tokens": 2})
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert "inside" not in answer.text
+    assert post(server.url, {"prompt": "x", "max_tokens": 2}).status_code == 200
+    assert no_pages(server.until_empty())
+
+
 def test_slow_and_partial_senders_do_not_keep_others_waiting(serving):
     server = serving(body_seconds=0.3)
     address = server.url.removeprefix("http://").split(":")

@@ -132,6 +132,24 @@ def test_max_completion_tokens_is_max_tokens_and_chats_may_fill_the_context(clie
     assert length() == 256 - len(chat_prompt(tokenizer))
 
 
+def test_echo_repeats_the_prompt_before_the_answer(client):
+    options = {"model": MODEL, "prompt": ["ab", "cd"], "temperature": 0, "max_tokens": 5}
+    plain = [c.text for c in client.completions.create(**options).choices]
+    assert [c.text for c in client.completions.create(**options, echo=True).choices] == ["ab" + plain[0], "cd" + plain[1]]
+    streamed = ["", ""]
+    for chunk in client.completions.create(**options, echo=True, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == ["ab" + plain[0], "cd" + plain[1]]
+
+
+def test_usage_on_every_chunk_counts_up_to_the_whole(client):
+    chunks = list(client.completions.create(model=MODEL, prompt="abc", max_tokens=9, stream=True, extra_body={
+        "ignore_eos": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}))
+    counts = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counts == sorted(counts) and counts[-1] == 9 and all(chunk.usage.prompt_tokens == 3 for chunk in chunks)
+
+
 def test_unknown_fields_are_tolerated(client):
     answer = client.completions.create(model=MODEL, prompt="x", max_tokens=3, extra_body={"guided": {"a": 1}, "best": None})
     assert answer.usage.completion_tokens == 3
