@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -75,6 +76,11 @@ def test_mistakes_exit_with_2_and_one_line(tmp_path, chat_folder):
             assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
+def outcome(url):
+    """Status of a long request."""
+    return httpx.post(f"{url}/v1/completions", json=LONG, timeout=60).status_code
+
+
 def torchrun(count):
     return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
 
@@ -91,14 +97,21 @@ def test_ranks_answer_as_one_and_a_killed_one_fails_all_requests_within_seconds(
         assert whole == alone(LONG["prompt"], SamplingParams(max_tokens=200, ignore_eos=True))
         workers = [c for c in psutil.Process(process.pid).children(recursive=True) if SCRIPT in " ".join(c.cmdline())]
         victim = next(w for w in workers if w.environ()["RANK"] == str(ranks - 1))
-        killed, said = None, []
+        killed, said, others = None, [], []
+        threads = [threading.Thread(target=lambda: others.append(outcome(url))) for _ in range(6)]
         with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as answer:
             for line in answer.iter_lines():
                 if killed is None:
+                    for thread in threads:
+                        thread.start()
+                    time.sleep(0.2)
                     victim.kill()
                     killed = time.monotonic()
                 said.append(line)
+        for thread in threads:
+            thread.join(60)
         assert time.monotonic() - killed < 30
+        assert others == [503] * 6
         assert any('"code":"engine_down"' in line and "ended or does not answer" in line for line in said)
         assert process.wait(60) != 0
         assert "another of the" in process.stderr.read()
