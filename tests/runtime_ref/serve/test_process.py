@@ -76,6 +76,15 @@ def test_mistakes_exit_with_2_and_one_line(tmp_path, chat_folder):
             assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
+def test_help_needs_neither_torch_nor_a_web_framework():
+    code = ("import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+            "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "finally: print(sorted({'torch', 'transformers', 'fastapi', 'uvicorn'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code, SCRIPT], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0 and "CHECKPOINT_DIR" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def outcome(url):
     """Status of a long request."""
     return httpx.post(f"{url}/v1/completions", json=LONG, timeout=60).status_code
