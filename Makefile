@@ -39,7 +39,7 @@ smoke: $(VENV)/.demo
 	$(BIN)/python runtime_ref/validate.py runs-smoke/tiny/export/model --tokens 16 --prompts-per-domain 2
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 # Real engines, in an environment of their own (about 3.5 GB); the tests skip, with the reason, on a CPU that cannot run them.
 CLIENTS := .venv-clients
