@@ -11,9 +11,9 @@ import yaml
 from tiny_models import draft_recipe_text, tiny_config, write_tokenizer
 
 # Kernels are tested in triton's interpreter, which must be chosen before anything (torchao, for one) imports triton.
-# Workers of the suite share the cores: threads of tiny products would only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Workers of the suite share the cores: threads of tiny products would only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture
