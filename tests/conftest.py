@@ -1,8 +1,11 @@
 """A tiny MiMo-V2 checkpoint with tokenizer, text and recipes, made once: what the training tests train for a few steps."""
 
+import atexit
 import json
 import os
 import random
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,10 @@ from tiny_models import draft_recipe_text, tiny_config, write_tokenizer
 
 # Kernels are tested in triton's interpreter, which must be chosen before anything (torchao, for one) imports triton.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Remote code is imported from one folder per process, settled before transformers is: two folders in one process hide
+# each other's modules, and workers must not share one.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 # Workers of the suite share the cores: threads of tiny products would only wait for each other.
 torch.set_num_threads(1)
 

@@ -260,13 +260,12 @@ def test_the_correction_bias_stays_float32_in_memory_and_in_the_file(tmp_path):
     assert saved["model.layers.1.mlp.gate.weight"].dtype == torch.bfloat16
 
 
-def test_the_two_files_run_as_remote_code_of_a_checkpoint(model, ids, tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM, dynamic_module_utils
+def test_the_three_files_run_as_remote_code_of_a_checkpoint(model, ids, tmp_path):
+    from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "checkpoint"
     model.save_pretrained(folder)
-    for name in ("configuration_mimo_v2", "modeling_mimo_v2"):
+    for name in ("configuration_mimo_v2", "modeling_mimo_v2", "native_loading"):
         shutil.copy(Path(modeling.modeling_mimo_v2.__file__).with_name(f"{name}.py"), folder)
     settings = json.loads((folder / "config.json").read_text())
     settings["auto_map"] = {"AutoConfig": "configuration_mimo_v2.MiMoV2Config",
