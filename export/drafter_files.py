@@ -30,9 +30,11 @@ STEM = "dflash_draft_model"
 REFERENCE = "dflash_reference.safetensors"
 MASK = "mask_embedding.pt"
 CODE = {"drafter.py": "dflash.py", "block_mask.py": "block_mask.py"}
-# Text positions before the anchor in the reference; more than the default block, so that the window's edge is met by tiny
-# drafters only, and few enough to be read by eye.
+# Text positions before the anchor in the reference, at least. A text that ends inside the windows cannot tell a wrong window
+# from the right one, so it goes this far beyond them where its features stay small beside the weights.
 REFERENCE_TOKENS = 40
+BEYOND_WINDOW = 24
+REFERENCE_BYTES = 32 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +182,24 @@ def target_bytes(folder: Path) -> int:
                for n, (s, d) in infos.items())
 
 
+def reference_length(windows: list[int], features: int, longest: int) -> int:
+    """Text positions of the reference: beyond the widest window that REFERENCE_BYTES of features allow.
+
+    Args:
+        windows: sizes of the target's and the drafter's window. features: numbers stored per position, float32.
+        longest: max_position_embeddings, less a block.
+    """
+    affordable = [w + BEYOND_WINDOW for w in windows if (w + BEYOND_WINDOW) * features * 4 <= REFERENCE_BYTES]
+    return max(1, min(longest, max([REFERENCE_TOKENS, *affordable])))
+
+
 @torch.no_grad()
 def write_reference(folder: Path, *, real_features: bool) -> None:
     """Writes dflash_reference.safetensors: one round of drafting, computed in float32 from the exported files.
 
     input_ids int64 [1, S + 1] (the last one is the anchor, at position S), taps float32 [1, S, n, H] (outputs of
-    `target_layer_ids`), draft_hidden [1, T, H] (after the drafter's norm), draft_logits [1, T - 1, vocabulary].
+    `target_layer_ids`), draft_hidden [1, T, H] (after the drafter's norm), draft_logits [1, T - 1, vocabulary]; with real
+    features also target_logits float32 [1, T, vocabulary] of the last T text positions.
 
     Args:
         folder: the whole exported checkpoint, target included.
@@ -201,21 +215,26 @@ def write_reference(folder: Path, *, real_features: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     source = open_source(folder)
     table, head = source.read(EMBEDDING).float(), source.read("lm_head.weight").float()
-    ids = torch.randint(0, table.shape[0], (1, REFERENCE_TOKENS + 1), generator=generator)
-    layers = drafter.target_layer_ids
+    layers, target = drafter.target_layer_ids, read_json(folder / "config.json")
+    windows = [target["sliding_window"]] if any(target.get("hybrid_layer_pattern") or ()) else []
+    S = reference_length([*windows, drafter.window or 0], len(layers) * table.shape[1],
+                         target.get("max_position_embeddings", 1 << 18) - drafter.block_size)
+    ids = torch.randint(0, table.shape[0], (1, S + 1), generator=generator)
+    more = {}
     if real_features:
-        target = load_model(folder, dtype=torch.float32)
-        taps = torch.stack(target.model(ids[:, :-1], tap_layers=layers, use_cache=False).taps, dim=2)
+        out = load_model(folder, dtype=torch.float32).model(ids[:, :-1], tap_layers=layers, use_cache=False)
+        taps = torch.stack(out.taps, dim=2)
+        more["target_logits"] = (out.last_hidden_state[:, -drafter.block_size:] @ head.T).contiguous()
     else:
-        taps = torch.randn((1, REFERENCE_TOKENS, len(layers), table.shape[1]), generator=generator)
+        taps = torch.randn((1, S, len(layers), table.shape[1]), generator=generator)
     hidden = draft_round(drafter, taps, ids, table)
     logits = hidden[:, 1:] @ head.T
-    facts = {"target_layer_ids": layers, "anchor_position": REFERENCE_TOKENS, "dtype": "float32",
+    facts = {"target_layer_ids": layers, "anchor_position": S, "dtype": "float32",
              "features": "target" if real_features else "seeded normal numbers"}
     # One entry: the writer puts several in an order of its own, different each time.
     metadata = {"reference": json.dumps(facts, sort_keys=True)}
     save_file({"input_ids": ids, "taps": taps.contiguous(), "draft_hidden": hidden.contiguous(),
-               "draft_logits": logits.contiguous()}, folder / "dflash" / REFERENCE, metadata=metadata)
+               "draft_logits": logits.contiguous()} | more, folder / "dflash" / REFERENCE, metadata=metadata)
     torch.set_num_threads(threads)
 
 
