@@ -49,3 +49,7 @@ EXPERTS_RANKS = 2e-5
 # Relative error (Frobenius) of the attention kernel against float32 on the same bf16 queries, keys and values: the weights are
 # rounded to bf16, by at most 2^-9 each, and their sum is not.
 ATTENTION_KERNEL = 2.0**-8
+
+# Relative error (Frobenius) of the row kernels against float32 on operands rounded to bf16: the result is rounded once, by at
+# most 2^-9, and a normed value near a tie may enter the product one bf16 step (2^-8) away from the reference's.
+ROW_KERNEL = 2.0**-8
