@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from export.config_files import CHECKSUMS, checkpoint_files, ignored_layers, read_checksums, sha256
 from export.drafter_files import EMBEDDING, MASK, REFERENCE, draft_round, drafter_faults, expected_tensors, read_reference
-from export.layouts import Weights, encode
+from export.layouts import Weights, computed, encode
 from export.shards import INDEX
 from export.sources import SafetensorsSource, Source, open_source, read_expert, read_json
 from modeling.names import fused_name, published_tensors
@@ -400,10 +400,10 @@ def trained_expert(weights: Weights, layout: str, name: str) -> torch.Tensor:
 
     if layout == "gpt-oss":
         fused, _, rest = name.partition("[")
-        w = weights.trained.read_rows(fused, int(rest[:-1]), slice(None)).mT.contiguous()
+        w = computed(weights, weights.trained.read_rows(fused, int(rest[:-1]), slice(None)).mT.contiguous())
         codes = encode(name, w, on_grid=False, scale_rule=weights.scale_rule) if not weights.on_grid else None
     else:
-        w = read_expert(weights.trained, name) if weights.on_grid else None
+        w = computed(weights, read_expert(weights.trained, name)) if weights.on_grid else None
         codes = codes_of(weights, name) if w is None or w.dtype == torch.uint8 else None
     return w.to(torch.bfloat16) if codes is None else dequantize(*codes, dtype=torch.bfloat16)
 

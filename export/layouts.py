@@ -29,7 +29,7 @@ from export.grid import pack_on_grid
 from export.sources import DTYPES, Source, read_expert
 from modeling.load import FP8_BLOCK, dequantize_fp8
 from modeling.names import PublishedTensor, fused_name, published_tensors, qkv_rows, qkv_scale_rows, split_qkv
-from mxfp4 import BLOCK_SIZE, dequantize, fake_quantize, quantize
+from mxfp4 import BLOCK_SIZE, dequantize, fake_quantize, fake_quantize_, quantize
 
 FP8_MAX = 448.0
 SPLIT = ("q", "k", "v")
@@ -69,12 +69,23 @@ def codes_of(weights: Weights, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: weights that should lie on the grid and do not, or are not finite: tensor and index are named.
     """
-    w = read_expert(weights.trained, name)
+    w = computed(weights, read_expert(weights.trained, name))
     if w.dtype == torch.uint8:  # already packed
         return w, weights.trained.read(name + "_scale")
     if w.dtype == torch.float8_e4m3fn:
         w = dequantize_fp8(name, w, weights.trained.read(name + "_scale_inv"), weights.config).to(torch.bfloat16)
     return encode(name, w, on_grid=weights.on_grid, scale_rule=weights.scale_rule)
+
+
+def computed(weights: Weights, w: torch.Tensor) -> torch.Tensor:
+    """What the forward pass computed with: a float32 master rounded as training rounds it, anything else as it is.
+
+    A trainer that keeps masters (DeepSpeed) casts them to the module's dtype and fake-quantizes those on every step.
+    """
+    if weights.trained.masters is None or not weights.on_grid or w.dtype != torch.float32:
+        return w
+    seen = w.to(weights.trained.masters)
+    return fake_quantize_(torch.empty(seen.shape, dtype=torch.bfloat16), seen, scale_rule=weights.scale_rule)
 
 
 def encode(name: str, w: torch.Tensor, *, on_grid: bool, scale_rule: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,7 +282,7 @@ def gpt_oss_units(weights: Weights) -> Iterator[Unit]:
         def make(name=name, experts=experts) -> list[torch.Tensor]:
             packed = []
             for e in range(experts):
-                w = weights.trained.read_rows(name, e, slice(None)).mT.contiguous()
+                w = computed(weights, weights.trained.read_rows(name, e, slice(None)).mT.contiguous())
                 packed.append(encode(f"{name}[{e}]", w, on_grid=weights.on_grid, scale_rule=weights.scale_rule))
             blocks = torch.stack([c.unflatten(-1, (-1, BLOCK_SIZE // 2)) for c, _ in packed])
             return [blocks, torch.stack([s for _, s in packed])]

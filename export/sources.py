@@ -4,10 +4,10 @@
     step-.../                 Accelerate checkpoint of a data-parallel run: model.safetensors (names of training, fused experts)
     pytorch_model*.bin        what `zero_to_fp32.py` and older tools write; mapped from disk, not read whole
     .metadata + *.distcp      torch.distributed.checkpoint (FSDP), also as the sub-folder that Accelerate makes
+    *_optim_states.pt         DeepSpeed ZeRO 1 to 3, also below the folder that `latest` names (`export.zero_shards`)
 
 Nothing is gathered: a matrix of one expert is a slice of the file, except for torch.distributed.checkpoint, whose unit is
-one tensor (the last one read is kept). A raw DeepSpeed folder is refused: its shards can only be joined by the script
-that DeepSpeed left in it, and guessing at that would be pretending.
+one tensor (the last one read is kept).
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Source:
-    """Named tensors of one checkpoint. `infos`: name -> (shape, dtype name as safetensors writes it)."""
+    """Named tensors of one checkpoint. `infos`: name -> (shape, dtype name as safetensors writes it).
+
+    `masters`: None where the tensors are what the forward pass computed with; otherwise they are float32 masters, and this is
+    the dtype to which they were rounded first (experts then were fake-quantized on every step).
+    """
+
+    masters: torch.dtype | None = None
 
     def __init__(self, folder: Path, infos: dict[str, tuple[tuple[int, ...], str]]):
         self.folder, self.infos = folder, infos
@@ -186,11 +192,13 @@ def open_source(folder: str | Path) -> Source:
     for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
         if (candidate / ".metadata").is_file():
             return DistributedSource(candidate)
-    if any(folder.glob("global_step*")) or (folder / "zero_to_fp32.py").is_file() or (folder / "latest").is_file():
-        raise ValueError(f"{folder}: shards of DeepSpeed ZeRO; join them first (python zero_to_fp32.py . joined "
-                         "--safe_serialization, in that folder) and export the joined folder")
-    raise ValueError(f"{folder}: no weights (model.safetensors, model.safetensors.index.json, pytorch_model.bin or a "
-                     "torch.distributed.checkpoint)")
+    from export.zero_shards import ZeroSource, zero_folder  # builds on this module
+
+    shards = zero_folder(folder)
+    if shards is not None:
+        return ZeroSource(shards)
+    raise ValueError(f"{folder}: no weights (model.safetensors, model.safetensors.index.json, pytorch_model.bin, a "
+                     "torch.distributed.checkpoint or shards of DeepSpeed ZeRO)")
 
 
 def read_expert(source: Source, name: str) -> torch.Tensor:
