@@ -217,10 +217,14 @@ def _check(model: DFlashDraftModel, target) -> None:
         raise ValueError(f"{where}: target_layer_ids: layer {max(model.target_layer_ids)}, expected 0 to {last}")
 
 
-def load_runtime_drafter(folder: str | Path, backend: TorchBackend, pages: int) -> Drafter:
-    """The drafter of a `dflash/` folder.
+def load_runtime_drafter(folder: str | Path, backend, pages: int) -> Drafter:
+    """The drafter of a `dflash/` folder, on the ops of the target's backend.
 
     Raises:
         ValueError: missing or unexpected tensors, no mask embedding, a drafter of another target.
     """
+    if backend.name == "native":
+        from runtime_ref.native_drafter import NativeDrafter
+
+        return NativeDrafter(load_drafter(folder, torch.float32), backend, pages)
     return Drafter(load_drafter(folder, torch.float32), backend, pages)

@@ -14,6 +14,7 @@ abort requests between steps. With several ranks every rank holds an engine and 
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,9 @@ from runtime_ref.sequence import Finish, Output, Sequence
 from runtime_ref.speculative import DraftLength, Proposal, Proposer, accept, propose
 from runtime_ref.streaming import TextStream
 from runtime_ref.tasks import TorchBackend, check_tasks, target_tasks
-from runtime_ref.weights import DECODED_BYTES, drafter_folder, load_target, read_config
+from runtime_ref.weights import DECODED_BYTES, TargetWeights, drafter_folder, load_target, read_config
 
+BACKENDS = ("auto", "native", "torch")
 # Measured on the embedded model: a round of three or seven drafts against a plain step.
 DRAFT_COSTS = {0: 1.0, 3: 1.6, 7: 2.2}
 
@@ -79,16 +81,20 @@ class Engine:
         self._per_position = [0] * (drafter.block - 1 if drafter is not None else 0)
 
     @classmethod
-    def from_folder(cls, path: str | Path, *, backend: str = "torch", device: str = "cpu", ranks: Ranks = ALONE,
+    def from_folder(cls, path: str | Path, *, backend: str = "auto", device: str = "cpu", ranks: Ranks = ALONE,
                     dtype: torch.dtype = torch.bfloat16, drafter: bool = True, options: EngineOptions | None = None,
                     checksum: bool = False, tokenizer=None, progress: Callable[[int, int], None] | None = None) -> Engine:
-        """An engine on an exported folder (native layout), with its drafter if it has one.
+        """An engine on an exported folder, with its drafter if it has one.
+
+        Args:
+            backend: "native" (compiled ops, see `native.py`), "torch", or "auto": native where it can run, and where it
+                cannot, torch, with a warning that says why.
 
         Raises:
             ValueError: a folder that cannot be served (what is wrong with it is said), an unknown backend or device.
         """
-        if backend != "torch" or device != "cpu":
-            raise ValueError(f"backend {backend!r} on {device!r}: expected 'torch' on 'cpu'")
+        if backend not in BACKENDS or device != "cpu":
+            raise ValueError(f"backend {backend!r} on {device!r}: expected {' or '.join(BACKENDS)} on cpu")
         options = options or EngineOptions()
         config, raw = read_config(path)
         context = min(options.max_context, config.max_position_embeddings)
@@ -96,7 +102,7 @@ class Engine:
         per_sequence = {"full": -(-context // PAGE) + 1,
                         "window": min(-(-context // PAGE), -(-(config.sliding_window + options.rows) // PAGE)) + 2}
         pages = options.pages or {kind: n * options.max_running + options.prefix_pages for kind, n in per_sequence.items()}
-        runner = TorchBackend(weights, dtype=dtype, pages=pages)
+        runner = _backend(backend, weights)(weights, dtype=dtype, pages=pages)
         found = drafter_folder(path) if drafter else None
         own = None
         if found is not None:
@@ -296,6 +302,19 @@ class Engine:
                 if output.id in answers:
                     answers[output.id] += output.tokens
         return [answers[i] for i in ids]
+
+
+def _backend(name: str, weights: TargetWeights) -> type:
+    """The class that runs a model's steps."""
+    if name == "torch":
+        return TorchBackend
+    from runtime_ref.native_backend import NativeBackend, refuses
+
+    reason = refuses(weights) if name == "auto" else None
+    if reason is None:
+        return NativeBackend
+    warnings.warn(f"the compiled ops cannot be used ({reason}); decoding runs on torch, several times slower", stacklevel=3)
+    return TorchBackend
 
 
 def end_ids(folder: str | Path, config: dict) -> list[int]:

@@ -68,6 +68,12 @@ def check_tasks(tasks: list[Task]) -> None:
         known |= set(task.writes)
 
 
+def rotary_tables(config) -> dict[str, Rotary]:
+    """Rotary tables by kind of attention."""
+    geometry = {"full": (config.rope_theta, config.head_dim), "window": (config.swa_rope_theta, config.swa_head_dim)}
+    return {kind: Rotary(base, int(width * config.partial_rotary_factor), width) for kind, (base, width) in geometry.items()}
+
+
 class TorchBackend:
     """Runs task lists on one rank's weights with torch, on the CPU.
 
@@ -83,10 +89,7 @@ class TorchBackend:
             raise ValueError(f"dtype {dtype}: expected bfloat16 or float32")
         self.weights, self.config, self.dtype = weights, weights.config, dtype
         self.pools = self._pools(pages)
-        geometry = {"full": (self.config.rope_theta, self.config.head_dim),
-                    "window": (self.config.swa_rope_theta, self.config.swa_head_dim)}
-        self.rotary = {kind: Rotary(base, int(width * self.config.partial_rotary_factor), width)
-                       for kind, (base, width) in geometry.items()}
+        self.rotary = rotary_tables(self.config)
         self.ops: dict[str, Callable] = {name.removeprefix("op_"): getattr(self, name)
                                          for name in dir(self) if name.startswith("op_")}
         self._probed: set[tuple[int, int, int]] = set()

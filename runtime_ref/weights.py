@@ -51,6 +51,8 @@ class Attention:
     qk_dim: int
     v_dim: int
     value_scale: float | None
+    q_norm: torch.Tensor | None = None  # [D], of each query head (Qwen3)
+    k_norm: torch.Tensor | None = None
 
 
 @dataclass

@@ -1,0 +1,201 @@
+"""The compiled ops (`native.c`): how they are built, and the structures that they read.
+
+The source is compiled once per machine with the system's C compiler (GCC; `CC` overrides it) and kept in the user's cache
+folder, under a name that says which source, compiler, flags and processor made it. Where that is not possible, the torch
+backend serves, and `library` says why. Rejected: a wheel with binaries (the kernels are for the CPU at hand); torch's
+extension loader (it takes half a minute to include headers that these ops do not need).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
+LANES = 16
+OPS = ("embed", "input_norm", "post_norm", "final_norm", "project", "write", "attend", "merge_heads", "add_attention",
+       "add_mlp", "dense_mlp", "route", "experts", "tap", "pick_rows", "head", "fuse", "project_kv")
+OP = {name: i for i, name in enumerate(OPS)}
+
+_pointer, _integer, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [("data", _pointer), *((name, _integer) for name in ("bf16", "n", "k"))]
+
+
+class PackedMatrix(ctypes.Structure):
+    _fields_ = [("codes", _pointer), ("scales", _pointer), ("code_stride", _integer), ("scale_stride", _integer)]
+
+
+class Expert(ctypes.Structure):
+    _fields_ = [(name, PackedMatrix) for name in ("gate", "up", "down")]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [("qkv", Matrix), ("kv", Matrix), ("o", ctypes.POINTER(Matrix)), ("gate_up", Matrix),
+                ("down", ctypes.POINTER(Matrix)), ("router", Matrix),
+                *((name, _pointer) for name in ("input_norm", "post_norm", "q_norm", "k_norm", "sink", "cos", "sin",
+                                                "correction", "qkv_bias", "keys", "values")),
+                ("experts", ctypes.POINTER(Expert)),
+                *((name, _integer) for name in ("slots", "kind", "Q", "K", "D", "V", "Dp", "Vp", "rotated", "parts",
+                                                "mlp_parts", "inner", "count", "top", "softmax", "normalize", "groups",
+                                                "group_top")),
+                *((name, _real) for name in ("q_scale", "value_scale", "epsilon", "factor"))]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [("layers", ctypes.POINTER(Layer)), ("embed", _pointer), ("mask", _pointer), ("norm", _pointer),
+                ("head", Matrix), ("fc", Matrix),
+                *((name, _integer) for name in ("H", "R", "bf16", "wanted", "gathered_parts")),
+                ("epsilon", _real), ("unused", _real),
+                *((name, _pointer) for name in ("ids", "positions", "low", "high", "table_at", "table_first", "tables", "slots",
+                                                "head_rows", "x", "y", "qkv", "heads", "partial", "inner", "weight", "scratch",
+                                                "logits", "gathered", "features", "taps", "index", "list")),
+                ("rows", _integer)]
+
+
+@functools.cache
+def library() -> tuple[ctypes.CDLL | None, str]:
+    """(the compiled ops, "") or (None, why there are none, in one line)."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None, f"no C compiler ({os.environ.get('CC', 'cc')}) on this machine"
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    made_of = "\n".join((SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), version, _processor()))
+    name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
+    for folder in (Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fp4-dflash", Path(tempfile.mkdtemp())):
+        file = folder / name
+        if file.is_file() or (reason := _compile(compiler, file)) is None:
+            found = ctypes.CDLL(str(file))
+            found.run.argtypes = [ctypes.POINTER(Step), ctypes.c_void_p, ctypes.c_int64]
+            found.run.restype = None
+            found.decode_rows.argtypes = [ctypes.POINTER(PackedMatrix), _integer, _integer, _pointer]
+            found.decode_rows.restype = None
+            found.prepare()
+            return found, ""
+    return None, reason
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor()
+    lines = info.read_text(encoding="utf-8").split("\n\n", 1)[0].splitlines()
+    return "\n".join(line for line in lines if line.startswith(("model", "flags", "Features", "CPU ")))
+
+
+def _compile(compiler: str, file: Path) -> str | None:
+    """Builds `file`; what went wrong, or None. Several processes may do so at once: each renames its own."""
+    aside = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run([compiler, *FLAGS, "-o", str(aside), str(SOURCE), "-lm"], capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
+            return f"{compiler} cannot compile {SOURCE.name}: {lines[0].strip()}"
+        aside.replace(file)
+    except OSError as error:
+        return f"{file.parent}: {error.strerror}"
+    return None
+
+
+def up(n: int) -> int:
+    """The next multiple of a vector's lanes."""
+    return -(-n // LANES) * LANES
+
+
+def pad(w: torch.Tensor, dim: int) -> torch.Tensor:
+    """Zeros behind `dim` up to a multiple of the lanes."""
+    missing = up(w.shape[dim]) - w.shape[dim]
+    if not missing:
+        return w
+    shape = list(w.shape)
+    shape[dim] = missing
+    return torch.cat((w, w.new_zeros(shape)), dim)
+
+
+class Memory:
+    """Builds structures and keeps what they point to."""
+
+    def __init__(self):
+        self.held: list = []
+
+    def pointer(self, t: torch.Tensor | None) -> int | None:
+        """Address of a float32 tensor's data (None: none)."""
+        if t is None:
+            return None
+        t = t.detach().contiguous()
+        self.held.append(t)
+        return t.data_ptr()
+
+    def matrix(self, w: torch.Tensor) -> Matrix:
+        """Panels of w [n, k] float32, in bf16 if every value is exact there."""
+        n, k = w.shape
+        panels = pad(w, 0).view(-1, LANES, k).transpose(1, 2).contiguous()
+        half = panels.to(torch.bfloat16)
+        exact = bool((half.float() == panels).all())
+        kept = half if exact else panels
+        self.held.append(kept)
+        return Matrix(kept.data_ptr(), int(exact), up(n), k)
+
+    def rows(self, m: Matrix, first: int) -> Matrix:
+        """The rows of a matrix from `first` (a multiple of the lanes) on."""
+        return Matrix(m.data + first * m.k * (2 if m.bf16 else 4), m.bf16, m.n - first, m.k)
+
+    def matrices(self, parts: list[torch.Tensor]):
+        array = (Matrix * len(parts))(*(self.matrix(w) for w in parts))
+        self.held.append(array)
+        return array
+
+    def experts(self, matrices: list[dict]):
+        """Expert structures over packed matrices (`weights.Packed`), in place."""
+        array = (Expert * len(matrices))()
+        for expert, named in zip(array, matrices, strict=True):
+            for kind in ("gate", "up", "down"):
+                codes, scales = named[kind].codes, named[kind].scales
+                self.held += [codes, scales]
+                setattr(expert, kind, PackedMatrix(codes.data_ptr(), scales.data_ptr(), codes.stride(0), scales.stride(0)))
+        self.held.append(array)
+        return array
+
+
+class Workspace:
+    """Scratch memory of one step, grown when a step has more rows or a longer context than any before."""
+
+    NAMES = ("x", "y", "qkv", "heads", "partial", "inner", "weight", "scratch", "index", "list")
+
+    def __init__(self, layers, H: int):
+        self.H, self.rows, self.context = H, 0, 0
+        at = [layers[i] for i in range(len(layers))]
+        self.qkv = max(layer.qkv.n for layer in at)
+        self.heads = max(layer.Q * layer.Vp for layer in at)
+        self.parts = max(max(layer.parts, layer.mlp_parts) for layer in at)
+        self.top = max(1, *(layer.top for layer in at), 1)
+        self.group = max(layer.Q // layer.K for layer in at)
+        self.inner = max(max(8 * layer.gate_up.n, 8 * H + 24 * layer.inner, 3 * layer.router.n + 64) for layer in at)
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def fit(self, step: Step, rows: int, context: int) -> None:
+        """Points `step` at enough memory."""
+        if rows <= self.rows and context <= self.context:
+            return
+        self.rows, self.context = max(rows, self.rows, 16), max(2 * context, self.context, 512)
+        sizes = {"x": self.rows * self.H, "y": self.rows * self.H, "qkv": self.rows * self.qkv, "heads": self.rows * self.heads,
+                 "partial": self.parts * self.rows * self.H, "inner": self.inner, "weight": self.rows * self.top,
+                 "scratch": self.group * up(self.context),
+                 "index": self.rows * self.top, "list": self.rows * self.top}
+        for name in self.NAMES:
+            self.tensors[name] = torch.zeros(sizes[name], dtype=torch.int32 if name in ("index", "list") else torch.float32)
+            setattr(step, name, self.tensors[name].data_ptr())

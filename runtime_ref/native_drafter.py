@@ -1,0 +1,97 @@
+"""The drafter on the compiled ops: the passes of `drafter.Drafter`, each in one call.
+
+A block attends to one run of positions: context within the window before the anchor, then the block itself (up to the row's
+own position if the drafter is causal). That is a lowest and a highest position per row, as for the target.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+
+from runtime_ref import native
+from runtime_ref.drafter import KIND, Drafter, Wanted
+from runtime_ref.kv_cache import PAGE, Pool
+from runtime_ref.native import OP, Layer, Memory, Workspace, up
+from runtime_ref.native_backend import arrange, attention_fields, dense_fields, submit
+
+
+class NativeDrafter(Drafter):
+    """See the module's text."""
+
+    def __init__(self, model, backend, pages: int):
+        super().__init__(model, backend, pages)
+        widths = dict.fromkeys(range(len(self.layers)), (self.K, up(self.D), up(self.V)))
+        self.pool = Pool(widths, pages, backend.dtype, self.window)
+        self.memory = memory = Memory()
+        self.native = (Layer * len(self.layers))(*(self._layer(i) for i in range(len(self.layers))))
+        shared = {"layers": self.native, "embed": backend.step.embed, "mask": memory.pointer(self.mask),
+                  "head": backend.step.head, "H": self.mask.shape[0], "bf16": backend.step.bf16, "epsilon": self.epsilon}
+        self.block_step = native.Step(norm=memory.pointer(self.norm), **shared)
+        self.context_step = native.Step(norm=memory.pointer(self.hidden_norm), fc=memory.matrix(self.fc[0].T), **shared)
+        self.block_work, self.context_work = (Workspace(self.native, self.mask.shape[0]) for _ in range(2))
+        self._reached = 0
+        layers = range(len(self.layers))
+        self.block_code = _code([("embed", 0), *((op, i) for i in layers for op in (
+            "input_norm", "project", "write", "attend", "merge_heads", "add_attention", "post_norm", "dense_mlp", "add_mlp")),
+            ("pick_rows", 0), ("final_norm", 0), ("head", 0)])
+        self.context_code = _code([("fuse", 0), *((op, i) for i in layers for op in ("project_kv", "write"))])
+
+    def _layer(self, index: int) -> Layer:
+        own, memory = self.layers[index], self.memory
+        o = own["o"].view(self.Q, self.V, -1)
+        layer = attention_fields(memory, own["qk"], own["v"], [native.pad(o, 1).flatten(0, 1).T], self.Q)
+        for name, value in {
+                "input_norm": memory.pointer(own["input_norm"]), "post_norm": memory.pointer(own["post_norm"]),
+                "q_norm": memory.pointer(own["qk_norm"][0, 0]), "k_norm": memory.pointer(own["qk_norm"][self.Q, 0]),
+                "sink": memory.pointer(own["sink"]), "rotated": self.rotary.rotated,
+                "keys": self.pool.keys[index].data_ptr(), "values": self.pool.values[index].data_ptr(),
+                "slots": self.pool.keys[index].shape[1], "q_scale": self.D**-0.5, "epsilon": self.epsilon,
+                "value_scale": 1.0 if self.value_scale is None else self.value_scale}.items():
+            setattr(layer, name, value)
+        dense_fields(layer, memory, own["gate_up"], own["down"])
+        return layer
+
+    def _run(self, step: native.Step, work: Workspace, code: array, planned) -> None:
+        work.fit(step, planned.real, planned.highest + self.block)
+        if planned.highest >= self._reached:
+            self.rotary.rows(torch.zeros(1, dtype=torch.long), planned.highest)
+            self._reached = self.rotary._cos.shape[0]
+            for layer in self.native:
+                layer.cos, layer.sin = self.rotary._cos.data_ptr(), self.rotary._sin.data_ptr()
+        submit(step, planned)
+        self.backend.run_code(step, code.buffer_info()[0], len(code) // 2)
+
+    @torch.inference_mode()
+    def extend(self, taps: torch.Tensor, positions: list[int], slots: list[int]) -> None:
+        taps = taps.contiguous()
+        self.context_step.features = taps.data_ptr()
+        rows = [(0, p, 0, 0, 0, 0, s) for p, s in zip(positions, slots, strict=True)]
+        self._run(self.context_step, self.context_work, self.context_code, arrange(rows, [], [], 1))
+
+    @torch.inference_mode()
+    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+        self._catch_up(wanted)
+        rows, head, pages = [], [], []
+        for w in wanted:
+            table, end = w.tables[KIND], w.position + w.count
+            for i in range(w.count + 1):
+                position = w.position + i
+                low = 0 if self.window is None else max(0, min(w.position, position - self.window + 1))
+                rows.append((-1 if i else w.anchor, position, low, position if self.causal else end, len(pages), table.first,
+                             table.page(position // PAGE) * PAGE + position % PAGE))
+                if i:
+                    head.append(len(rows) - 1)
+            pages += table.pages
+        logits = torch.empty(len(head), self.block_step.head.n)
+        self.block_step.logits = logits.data_ptr()
+        self._run(self.block_step, self.block_work, self.block_code, arrange(rows, head, pages, 1))
+        logits, ranks = logits[:, :self.backend.vocabulary], self.backend.weights.ranks
+        if ranks.count > 1:
+            logits = ranks.gather(logits[None].contiguous()).transpose(0, 1).reshape(len(head), -1)
+        return list(logits.split([w.count for w in wanted]))
+
+
+def _code(instructions: list[tuple[str, int]]) -> array:
+    return array("i", [n for op, layer in instructions for n in (OP[op], layer)])
