@@ -5,7 +5,7 @@
 The table and figure of docs/results/drafter.md. Needs the target of the tiny recipe (`qat/train.py recipes/tiny.yaml`).
 Every variant is a set of recipe overrides, trained for the same number of steps and measured on the same held-out
 prompts with the quantized target, whatever it was trained with. Finished runs are read, not repeated, so an interrupted
-table goes on; answers and features are shared between runs of one seed.
+table goes on. All seeds share the target's answers: a seed changes first weights, order of rows and anchors.
 """
 
 from __future__ import annotations
@@ -78,6 +78,12 @@ def VariantTrainer(recipe, out: Path):
         def _find_earlier(self, resume):
             self.folder = out / "shared"
             return None
+
+        def _load_data(self):
+            own = self.recipe
+            self.recipe = own.model_copy(update={"seed": 0})
+            super()._load_data()
+            self.recipe = own
 
         def _open_records(self, resumed):
             pass

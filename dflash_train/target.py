@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from modeling.drafter import DFlashDraftModel, drafter_config
+from modeling.drafter import DFlashDraftModel, config_json, drafter_config, load_drafter
 from modeling.load import load_model, load_tokenizer
 from mxfp4.fake_quant import fake_quantize_
 from qat.attach import find_expert_tensors
@@ -173,8 +173,10 @@ def new_drafter(recipe: Recipe, target: Target) -> DFlashDraftModel:
     The mask embedding starts as the mean of the vocabulary's embeddings, the final norm as the target's (the shared head
     expects its scale), and `fc` passes the last tapped layer on: worth about 20 of the first 60 steps.
 
+    With `dflash.start_from` its weights are those of an earlier drafter instead.
+
     Raises:
-        ValueError: no mask token, or a geometry that cannot be (the recipe key is named).
+        ValueError: no mask token, a geometry that cannot be (the recipe key is named), or an earlier drafter that differs.
     """
     mask_id = mask_token_id(recipe.drafter.mask_token, target.tokenizer, target.vocabulary)
     try:
@@ -182,6 +184,8 @@ def new_drafter(recipe: Recipe, target: Target) -> DFlashDraftModel:
                                    taps=target.taps, mask_id=mask_id)
     except ValueError as error:
         raise ValueError(f"drafter: {error}") from None
+    if recipe.dflash is not None and recipe.dflash.start_from is not None:
+        return _earlier_drafter(Path(recipe.dflash.start_from), config)
     torch.manual_seed(recipe.seed)
     model = DFlashDraftModel(config).float()
     with torch.no_grad():
@@ -191,6 +195,21 @@ def new_drafter(recipe: Recipe, target: Target) -> DFlashDraftModel:
             model.norm.weight.copy_(norm)
         model.fc.weight.mul_(0.3)
         model.fc.weight[:, -target.hidden_size:] += torch.eye(target.hidden_size)
+    return model
+
+
+def _earlier_drafter(folder: Path, wanted) -> DFlashDraftModel:
+    """The drafter in `folder`, float32, if everything that its weights depend on is as in the configuration `wanted`."""
+    try:
+        model = load_drafter(folder, torch.float32)
+    except ValueError as error:
+        raise ValueError(f"dflash.start_from: {error}") from None
+    trained_for = {"num_anchors", "loss_decay_gamma"}
+    mine, theirs = ({k: v for k, v in config_json(c).items() if k not in ("dflash_config", "torch_dtype", "dtype")}
+                    | {k: v for k, v in c.dflash_config.items() if k not in trained_for} for c in (wanted, model.config))
+    for key in mine:
+        if mine[key] != theirs.get(key):
+            raise ValueError(f"dflash.start_from: {folder}: {key} is {theirs.get(key)}, the recipe's drafter has {mine[key]}")
     return model
 
 

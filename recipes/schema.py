@@ -228,6 +228,8 @@ class DFlash(Section):
     anchors: PositiveInt = Field(64, description="blocks trained per row and step, at fresh positions each epoch")
     target: Literal["qat", "ptq", "base"] = Field("qat", description="qat: the result of qat/train.py; ptq: model.path, "
                                                   "experts rounded; base: model.path as it is")
+    start_from: str | None = Field(None, description="folder of a drafter of the same geometry to train on, for example one "
+                                   "made for the unquantized target; none: fresh weights")
     data: list[str] = Field(default_factory=list, description="own dialogues instead of regenerated ones: JSONL with prompt "
                             "and response, or text")
     features: Literal["online", "disk"] = Field("online", description="target features: computed in the loop, or once to disk")
