@@ -1,7 +1,13 @@
-"""`--plan`: what an export would write, from the geometry alone; no weights are read.
+"""`--plan`: what an export would write, from names and shapes alone; no weights are read.
 
-The geometry is that of the folder `model.path` if there is one, else the published one that `model.released` names. For a
-release the inventory is the published one (FP8 matrices, float32 router, MTP layers copied through).
+The plan is made by the exporter's own rules: a source that knows shapes and has no values takes the place of the checkpoint,
+and the units made of it are those that would be written, in every layout, refusals included. The shapes come from
+
+    the headers of a checkpoint folder (--weights, --from, else model.path), if it has weights
+    the client's model class on the meta device, for a folder with nothing but config.json, and for a published geometry
+    the published inventory for MiMo-V2 releases (FP8 matrices, float32 router, MTP layers copied through)
+
+Rejected: a second description of each layout for planning (it would drift from what is written).
 """
 
 from __future__ import annotations
@@ -9,17 +15,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from export.config_files import REMOTE_CODE
-from export.layouts import Unit, refuse_geometry
+from export.layouts import Unit, Weights, refuse_geometry, units_of
 from export.shards import Shard, plan_shards, tensor_bytes
-from export.sources import open_source, read_json
-from modeling.names import PublishedTensor, fused_name, published_tensors
+from export.sources import DTYPE_NAMES, Source, open_source, read_json
+from modeling.names import published_tensors
 from recipes.schema import Recipe
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.distcp", "*/*.distcp", "*_optim_states.pt", "*/*_optim_states.pt")
 
 
 @dataclass
 class Plan:
-    """What would be written: bytes of tensors by dtype, files, and memory of one writer."""
+    """What would be written: tensors and bytes by dtype, files, and memory of one writer."""
 
     name: str
     layout: str
@@ -28,85 +38,122 @@ class Plan:
     elements: dict[str, int]
     bytes: dict[str, int]
     shards: list[Shard]
-    largest_unit: PublishedTensor
+    largest_unit: Unit
     peak_bytes: int
 
 
-def make_plan(recipe: Recipe) -> Plan:
+class ShapeSource(Source):
+    """Shapes of a checkpoint that has no values here."""
+
+    def __init__(self, name: str, infos: dict[str, tuple[tuple[int, ...], str]]):
+        super().__init__(Path(name), infos)
+
+    def read(self, name: str) -> torch.Tensor:
+        raise AssertionError(f"a plan has no weights to read: {name}")
+
+
+def make_plan(recipe: Recipe, folder: Path | None = None) -> Plan:
     """Adds everything up.
 
+    Args:
+        folder: the checkpoint to export, if it is another than model.path.
+
     Raises:
-        ValueError: no geometry, or a layout that cannot hold it.
+        ValueError: no geometry, or a layout that cannot hold it, with the reason.
     """
-    config, name, options = _geometry(recipe)
-    refuse_geometry(recipe.export.layout, config, recipe.export.dense)
-    if recipe.export.layout != "native":
-        raise ValueError(f"--plan: export.layout={recipe.export.layout}: expected native, the layout that a release's "
-                         "geometry is published in")
-    tensors = list(published_tensors(config, **options))
-    units = _units(tensors)
-    largest = max(tensors, key=_working_bytes)
+    layout = recipe.export.layout
+    config, name, source = _geometry(recipe, folder)
+    weights = Weights(source, source, config, on_grid=True, scale_rule=recipe.quantization.scale_rule,
+                      changed=recipe.qat.train == "all")
+    units = units_of(layout, weights, recipe.export.dense)
     elements: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    for t in tensors:
+    for t in (t for unit in units for t in unit.tensors):
         elements[t.dtype] = elements.get(t.dtype, 0) + t.elements
         sizes[t.dtype] = sizes.get(t.dtype, 0) + tensor_bytes(t)
-    return Plan(name=name, layout=recipe.export.layout, tensors=len(tensors), elements=elements, bytes=sizes,
-                expert_matrices=sum(fused_name(t.name) is not None for t in tensors),
-                shards=plan_shards(units, recipe.export.shard_bytes), largest_unit=largest, peak_bytes=_working_bytes(largest))
+    largest = max(units, key=working_bytes)
+    return Plan(name=name, layout=layout, tensors=sum(len(unit.tensors) for unit in units), elements=elements, bytes=sizes,
+                expert_matrices=sum(_matrices(unit) for unit in units), shards=plan_shards(units, recipe.export.shard_bytes),
+                largest_unit=largest, peak_bytes=working_bytes(largest) + max(map(_written, units)))
 
 
-def _working_bytes(tensor: PublishedTensor) -> int:
-    """Memory that one tensor takes on its way: as read and as written; packed codes also as bf16, read and rounded."""
-    return tensor_bytes(tensor) * (2 + 4 * 2 if fused_name(tensor.name) else 2)
+def _written(unit: Unit) -> int:
+    return sum(tensor_bytes(t) for t in unit.tensors)
 
 
-def _geometry(recipe: Recipe):
-    """(configuration, where it comes from, options of `published_tensors`)."""
+def _matrices(unit: Unit) -> int:
+    """Expert matrices in a unit: one, or those of all experts of a layer in the gpt-oss layout."""
+    first = unit.tensors[0]
+    if first.dtype not in ("U8", "I8"):
+        return 0
+    return first.shape[0] if first.name.endswith("_blocks") else 1
+
+
+def working_bytes(unit: Unit) -> int:
+    """Memory that a unit takes while it is made; the one that is being written meanwhile comes on top.
+
+    An expert matrix is there in bf16 (four bytes for each byte of codes) as read and as rounded, beside its codes; in the
+    gpt-oss layout one matrix at a time, transposed, beside the codes of all experts twice: one by one, and stacked. Other
+    tensors are there as read and as written.
+    """
+    first, experts = unit.tensors[0], _matrices(unit)
+    if not experts:
+        return 2 * _written(unit)
+    matrices = 8 * tensor_bytes(first) // experts
+    return matrices + (_written(unit) if not first.name.endswith("_blocks") else 2 * _written(unit))
+
+
+def _geometry(recipe: Recipe, folder: Path | None) -> tuple[object, str, Source]:
+    """(configuration, where it comes from, the shapes)."""
     from export.job import source_configuration
     from modeling.configuration_mimo_v2 import MiMoV2Config
-    from modeling.released import MTP_LAYERS, released_config
+    from modeling.released import MTP_LAYERS, OTHER_RELEASES, released_config
 
-    path = Path(recipe.model.path) if recipe.model.path else None
-    if path is not None and (path / "config.json").is_file():
-        config = source_configuration(read_json(path / "config.json"))
-        if config.model_type != "mimo_v2":
-            return config, str(path), {}
-        infos = open_source(path).infos
-        fp8 = any(dtype == "F8_E4M3" for _, dtype in infos.values())
-        router = next((d for n, (_, d) in infos.items() if n.endswith("mlp.gate.weight")), "BF16")
-        mtp = len({n.split(".")[3] for n in infos if n.startswith("model.mtp.layers.")})
-        dense = "fp8" if fp8 or recipe.export.dense == "fp8" else "bf16"
-        if dense == "bf16":
-            config.attention_projection_layout = "split"  # see export.layouts
-        return config, str(path), {"mtp_layers": mtp, "dense": dense, "router": router}
-    if recipe.model.released is None:
+    path = folder or (Path(recipe.model.path) if recipe.model.path else None)
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"{folder}: no such checkpoint folder")
+    home = next((p for p in (path, recipe.model.path) if p and (Path(p) / "config.json").is_file()), None)
+    if path is not None and home is not None:
+        config = source_configuration(read_json(Path(home) / "config.json"))
+        refuse_geometry(recipe.export.layout, config, recipe.export.dense)
+        if any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
+            return config, str(path), open_source(path)
+        return config, str(path), _shapes(str(path), config)
+    released = recipe.model.released
+    if released is None or folder is not None:
         raise ValueError(f"model.path: {path}: no config.json to plan with, and model.released names no published geometry")
-    return (MiMoV2Config(**released_config(recipe.model.released)), recipe.model.released,
-            {"mtp_layers": MTP_LAYERS, "dense": "fp8", "router": "F32"})
+    if released in OTHER_RELEASES:
+        from transformers import CONFIG_MAPPING
+
+        kind, difference = OTHER_RELEASES[released]
+        config = CONFIG_MAPPING[kind](**difference)
+        refuse_geometry(recipe.export.layout, config, recipe.export.dense)  # before a model class is imported
+        return config, released, _shapes(released, config)
+    config = MiMoV2Config(**released_config(released))
+    inventory = published_tensors(config, experts="bf16", dense="fp8", router="F32", mtp_layers=MTP_LAYERS)
+    return config, released, ShapeSource(released, {t.name: (t.shape, t.dtype) for t in inventory})
 
 
-def _units(tensors: list[PublishedTensor]) -> list[Unit]:
-    """A matrix and its scales stay together, as the exporter writes them."""
-    units: list[list[PublishedTensor]] = []
-    for t in tensors:
-        if units and t.name.startswith(units[-1][0].name + "_scale"):
-            units[-1].append(t)
-        else:
-            units.append([t])
-    return [Unit(tuple(group), _no_weights) for group in units]
+def _shapes(name: str, config) -> Source:
+    """Shapes of a bf16 model that exists only as a configuration."""
+    if config.model_type == "mimo_v2":
+        inventory = published_tensors(config, experts="bf16", dense="bf16", router="BF16")
+        return ShapeSource(name, {t.name: (t.shape, t.dtype) for t in inventory})
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    held = {n: t for n, t in model.state_dict().items() if n not in tied}
+    return ShapeSource(name, {n: (tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in held.items()})
 
 
-def _no_weights():
-    raise AssertionError("a plan has no weights to write")
-
-
-def run(recipe: Recipe) -> int:
+def run(recipe: Recipe, folder: Path | None = None) -> int:
     """Prints the plan."""
     from rich.console import Console
     from rich.table import Table
 
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, folder)
     table = Table(title=f"{plan.name}, layout {plan.layout}: {plan.tensors:,} tensors, {plan.expert_matrices:,} expert "
                   "matrices in MXFP4")
     for column in ("dtype", "elements", "bytes", "GB"):
@@ -117,9 +164,10 @@ def run(recipe: Recipe) -> int:
     total = sum(plan.bytes.values())
     table.add_row("all", f"{sum(plan.elements.values()):,}", f"{total:,}", f"{total / 1e9:.3f}")
     Console(width=120).print(table)
-    limit = recipe.export.shard_bytes
-    print(f"files: {len(plan.shards)} of at most {limit / 1e9:g} GB (largest {max(s.bytes for s in plan.shards):,} bytes), "
-          f"index, {', '.join(REMOTE_CODE)}, tokenizer")
-    print(f"peak memory of one writer: {plan.peak_bytes / 1e9:.3f} GB above the interpreter's, for {plan.largest_unit.name} "
-          f"{list(plan.largest_unit.shape)}; writers: {recipe.export.processes}")
+    limit, first = recipe.export.shard_bytes, plan.largest_unit.tensors[0]
+    code = ", ".join(REMOTE_CODE) + ", " if plan.layout == "native" else ""
+    print(f"files: {len(plan.shards)} of at most {limit / 1e9:g} GB of tensors (largest {max(s.bytes for s in plan.shards):,} "
+          f"bytes), index, {code}tokenizer")
+    print(f"peak memory of one writer: {plan.peak_bytes / 1e9:.3f} GB above the interpreter's, for {first.name} "
+          f"{list(first.shape)}; writers: {recipe.export.processes}")
     return 0

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         if args.plan:
             from export import plan
 
-            return plan.run(recipe)
+            return plan.run(recipe, args.base or args.weights)
         return _export(recipe, args, argv)
 
     return run_command(args.recipe, args.overrides, job)

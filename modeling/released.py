@@ -1,8 +1,9 @@
 """Published geometries, by name: what `--plan` builds on the meta device when there are no weights.
 
 Sources: the config.json files of XiaomiMiMo/MiMo-V2.5-Pro, MiMo-V2.5 (text part) and, for V2-Flash, its model card and
-transformers' `mimo_v2_flash` defaults. V2-Flash is published as model_type `mimo_v2_flash` with split projections; its
-geometry is a special case of MiMoV2Config.
+transformers' `mimo_v2_flash` defaults; of other families those of Qwen/Qwen3-30B-A3B, openai/gpt-oss-20b and
+openai/gpt-oss-120b (whose geometry is transformers' default one). V2-Flash is published as model_type `mimo_v2_flash` with
+split projections; its geometry is a special case of MiMoV2Config.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ _RELEASED = {
         "num_key_value_heads": 8, "swa_num_key_value_heads": 8, "n_routed_experts": 384, "attention_value_scale": 0.612,
         "attention_projection_layout": "fused_qkv", "rope_theta": 10_000_000, "max_position_embeddings": 1048576,
     },
+}
+# Other families: model_type, and differences from transformers' defaults.
+OTHER_RELEASES = {
+    "Qwen3-30B-A3B": ("qwen3_moe", {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True,
+                                    "max_position_embeddings": 40960}),
+    "gpt-oss-20b": ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}),
+    "gpt-oss-120b": ("gpt_oss", {}),
 }
 # Multi-token-prediction layers in each release (not part of the decoder).
 MTP_LAYERS = 3

@@ -13,15 +13,6 @@ from pathlib import Path
 
 from recipes.schema import Recipe
 
-# Published geometries of other families, as differences from transformers' defaults. Sources: the config.json files of
-# Qwen/Qwen3-30B-A3B, openai/gpt-oss-20b and openai/gpt-oss-120b (whose geometry is the default one).
-_OTHER_RELEASES = {
-    "Qwen3-30B-A3B": ("qwen3_moe", {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True,
-                                    "max_position_embeddings": 40960}),
-    "gpt-oss-20b": ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}),
-    "gpt-oss-120b": ("gpt_oss", {}),
-}
-
 
 def meta_model(recipe: Recipe):
     """The recipe's model without weights.
@@ -57,15 +48,15 @@ def _released_model(name: str):
 
     from modeling.configuration_mimo_v2 import MiMoV2Config
     from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
-    from modeling.released import MTP_LAYERS, released_config
+    from modeling.released import MTP_LAYERS, OTHER_RELEASES, released_config
 
-    if name in _OTHER_RELEASES:
-        kind, difference = _OTHER_RELEASES[name]
+    if name in OTHER_RELEASES:
+        kind, difference = OTHER_RELEASES[name]
         return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**difference)), 0, False
     try:
         geometry = released_config(name)
     except ValueError as error:
-        raise ValueError(f"{error}; other families: {', '.join(_OTHER_RELEASES)}") from None
+        raise ValueError(f"{error}; other families: {', '.join(OTHER_RELEASES)}") from None
     return MiMoV2ForCausalLM(MiMoV2Config(**geometry)), MTP_LAYERS, True
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tolerance import MODEL_FP32
-from toy_export import RECIPE, export, make_run, put_on_grid, toy_config
+from toy_export import export, gpt_oss_run, make_run, qwen3_run, toy_config
 from transformers import AutoModelForCausalLM
 
 from modeling.load import dequantize_fp8, load_model
@@ -164,50 +164,6 @@ def test_our_packing_is_that_of_compressed_tensors():
     assert torch.equal(dequantize(packed["weight_packed"], packed["weight_scale"], dtype=torch.float32),
                        dequantize(codes, scales, dtype=torch.float32))
     assert torch.equal(packed["weight_scale"], scales)
-
-
-def save_run(root, model, family):
-    model.save_pretrained(root / "base")
-    put_on_grid(model).save_pretrained(root / "runs/toy/qat/model")
-    path = root / f"{family}.yaml"
-    path.write_text(RECIPE.format(root=root), encoding="utf-8")
-    return path, model
-
-
-def qwen3_run(root):
-    from transformers import Qwen3MoeConfig
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(
-        vocab_size=90, hidden_size=96, intermediate_size=128, moe_intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=24, num_experts=5, num_experts_per_tok=2,
-        decoder_sparse_step=1, tie_word_embeddings=False), dtype=torch.bfloat16).eval()
-    return save_run(root, model, "qwen3")
-
-
-def gpt_oss_run(root):
-    from transformers import GptOssConfig
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(GptOssConfig(
-        vocab_size=90, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"]), dtype=torch.bfloat16).eval()
-    from mxfp4 import fake_quantize
-
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "norm" not in name:
-                p.normal_(std=0.1)
-    model.save_pretrained(root / "base")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if ".experts." in name and p.ndim == 3:  # [experts, in, out]: blocks run along the second dimension
-                p.copy_(fake_quantize(p, axis=1))
-    model.save_pretrained(root / "runs/toy/qat/model")
-    path = root / "gpt-oss.yaml"
-    path.write_text(RECIPE.format(root=root), encoding="utf-8")
-    return path, model
 
 
 def test_transformers_loads_the_gpt_oss_layout(tmp_path):
