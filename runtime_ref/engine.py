@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from runtime_ref.drafter import KIND, Wanted, load_runtime_drafter
+from runtime_ref.families import read_geometry
 from runtime_ref.kv_cache import PAGE, KvCache
 from runtime_ref.model import Span
 from runtime_ref.parallel import ALONE, Ranks
@@ -31,9 +32,9 @@ from runtime_ref.sequence import Finish, Output, Sequence
 from runtime_ref.speculative import DraftLength, Proposal, Proposer, accept, propose
 from runtime_ref.streaming import TextStream
 from runtime_ref.tasks import TorchBackend, check_tasks, target_tasks
-from runtime_ref.weights import DECODED_BYTES, TargetWeights, drafter_folder, load_target, read_config
+from runtime_ref.weights import DECODED_BYTES, TargetWeights, drafter_folder, load_target, verify_checksums
 
-BACKENDS = ("auto", "native", "torch")
+BACKENDS = ("auto", "native", "torch", "triton")
 # Measured on the embedded model: a round of three or seven drafts against a plain step.
 DRAFT_COSTS = {0: 1.0, 3: 1.6, 7: 2.2}
 
@@ -88,7 +89,8 @@ class Engine:
 
         Args:
             backend: "native" (compiled ops, see `native.py`), "torch", or "auto": native where it can run, and where it
-                cannot, torch, with a warning that says why.
+                cannot, torch, with a warning that says why. "triton": kernels, on the GPU, or with TRITON_INTERPRET=1 slowly on
+                the CPU.
 
         Raises:
             ValueError: a folder that cannot be served (what is wrong with it is said), an unknown backend or device.
@@ -96,15 +98,18 @@ class Engine:
         if backend not in BACKENDS or device != "cpu":
             raise ValueError(f"backend {backend!r} on {device!r}: expected {' or '.join(BACKENDS)} on cpu")
         options = options or EngineOptions()
-        config, raw = read_config(path)
+        config, raw = read_geometry(path)
         context = min(options.max_context, config.max_position_embeddings)
-        weights = load_target(path, ranks, decoded_bytes=options.decoded_bytes, checksum=checksum, progress=progress)
         per_sequence = {"full": -(-context // PAGE) + 1,
-                        "window": min(-(-context // PAGE), -(-(config.sliding_window + options.rows) // PAGE)) + 2}
+                        "window": min(-(-context // PAGE), -(-((config.sliding_window or 0) + options.rows) // PAGE)) + 2}
         pages = options.pages or {kind: n * options.max_running + options.prefix_pages for kind, n in per_sequence.items()}
-        runner = _backend(backend, weights)(weights, dtype=dtype, pages=pages)
         found = drafter_folder(path) if drafter else None
         own = None
+        if backend == "triton":
+            runner, own = _triton(path, found, ranks, dtype, pages, context, checksum, progress)
+            return cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
+        weights = load_target(path, ranks, decoded_bytes=options.decoded_bytes, checksum=checksum, progress=progress)
+        runner = _backend(backend, weights)(weights, dtype=dtype, pages=pages)
         if found is not None:
             own = load_runtime_drafter(found, runner, pages.get(KIND, max(pages.values())))
             runner.probe(own.product_shapes())
@@ -315,6 +320,19 @@ def _backend(name: str, weights: TargetWeights) -> type:
         return NativeBackend
     warnings.warn(f"the compiled ops cannot be used ({reason}); decoding runs on torch, several times slower", stacklevel=3)
     return TorchBackend
+
+
+def _triton(path, dflash: Path | None, ranks, dtype, pages, context: int, checksum: bool, progress) -> tuple:
+    """The Triton backend, and its drafter if there is a `dflash` folder."""
+    from runtime_ref.triton_backend import load_triton_backend
+    from runtime_ref.triton_drafter import load_triton_drafter
+
+    if checksum:
+        verify_checksums(path)
+    runner = load_triton_backend(path, ranks, dtype=dtype, pages=pages, positions=context, progress=progress)
+    if dflash is None:
+        return runner, None
+    return runner, load_triton_drafter(dflash, runner, pages.get(KIND, max(pages.values())), context)
 
 
 def end_ids(folder: str | Path, config: dict) -> list[int]:

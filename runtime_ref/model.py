@@ -33,6 +33,7 @@ from runtime_ref.weights import Attention, Dense, Experts, Moe
 
 ROWS = 8
 NARROW = 4
+COLUMNS = 16
 SUMMED, VECTOR = 8, 32
 _WIDE_BLOCKS = (2, 3, 8, 16)
 
@@ -55,7 +56,13 @@ rules = RowRules()
 
 
 def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Batched product [b, R, K] x [b, K, N], R a multiple of the quantum (see the module's text)."""
+    """Batched product [b, R, K] x [b, K, N], R a multiple of the quantum (see the module's text).
+
+    A few columns (5 to 11, not 8: a router of a small model) are padded: MKL then has other code by a row's position.
+    """
+    N = w.shape[2]
+    if N < COLUMNS and N % ROWS:
+        return product(x, F.pad(w, (0, COLUMNS - N)))[..., :N]
     if rules.wide or x.shape[1] == ROWS:
         return torch.bmm(x, w)
     return torch.cat([torch.bmm(x[:, i:i + ROWS], w) for i in range(0, x.shape[1], ROWS)], dim=1)
@@ -71,6 +78,7 @@ def probe_rows(shapes: set[tuple[int, int, int]], seed: int = 0) -> RowRules:
     generator = torch.Generator().manual_seed(seed)
     wide_same = narrow_same = True
     for batch, K, N in sorted(shapes):
+        N = COLUMNS if N < COLUMNS and N % ROWS else N  # as `product` does
         w = torch.randn(batch, K, N, generator=generator)
         x = torch.randn(batch, ROWS, K, generator=generator)
         alone = torch.bmm(x, w)
@@ -120,8 +128,10 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class Rotary:
     """Tables of one rotary base: rows cos [D] and sin [D] with the sign and the unrotated rest folded in."""
 
-    def __init__(self, base: float, rotated: int, width: int):
+    def __init__(self, base: float, rotated: int, width: int, frequencies: tuple[float, ...] | None = None,
+                 scaling: float = 1.0):
         self.base, self.rotated, self.width = base, rotated, width
+        self.frequencies, self.scaling = frequencies, scaling  # of extended contexts (yarn); None: powers of the base
         half = rotated // 2
         swap = list(range(width))
         swap[:half], swap[half:rotated] = range(half, rotated), range(half)
@@ -134,11 +144,15 @@ class Rotary:
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
     def _grow(self, size: int) -> None:
-        exponents = torch.arange(0, self.rotated, 2, dtype=torch.float32) / self.rotated
-        angles = torch.arange(size, dtype=torch.float32)[:, None] * self.base**-exponents
+        if self.frequencies is None:
+            frequencies = self.base ** -(torch.arange(0, self.rotated, 2, dtype=torch.float32) / self.rotated)
+        else:
+            frequencies = torch.tensor(self.frequencies)
+        angles = torch.arange(size, dtype=torch.float32)[:, None] * frequencies
         rest = torch.zeros(size, self.width - self.rotated)
-        self._cos = torch.cat((angles.cos(), angles.cos(), rest + 1), dim=1)
-        self._sin = torch.cat((-angles.sin(), angles.sin(), rest), dim=1)
+        cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
+        self._cos = torch.cat((cos, cos, rest + 1), dim=1)
+        self._sin = torch.cat((-sin, sin, rest), dim=1)
 
     def apply(self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """x [heads, R, D]."""
@@ -260,10 +274,15 @@ def spread(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return product(x.expand(w.shape[0], *x.shape), w)
 
 
-def project_qkv(x: torch.Tensor, a: Attention, rotary: Rotary, table) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def project_qkv(x: torch.Tensor, a: Attention, rotary: Rotary, table,
+                epsilon: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotated, scaled queries [Q, R, D], rotated keys [K, R, D], scaled values [K, R, V]."""
-    qk = rotary.apply(spread(x, a.qk), table)
-    v = spread(x, a.v)
+    qk, v = spread(x, a.qk), spread(x, a.v)
+    if a.qk_bias is not None:
+        qk, v = qk.add_(a.qk_bias), v.add_(a.v_bias)
+    if a.q_norm is not None:
+        qk = torch.cat((norm(qk[:a.query_heads], a.q_norm, epsilon), norm(qk[a.query_heads:], a.k_norm, epsilon)))
+    qk = rotary.apply(qk, table)
     q, k = qk[:a.query_heads] * a.qk_dim**-0.5, qk[a.query_heads:]
     return q, k, v if a.value_scale is None else v.mul_(a.value_scale)
 
@@ -319,16 +338,23 @@ def attend_pages(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidd
     parts = product(weights.view(-1, M, PAGE), values.flatten(0, 1)).view(K, B, n, M, -1)
     total, below = in_order(parts, 2), in_order(sums, 2)
     if sink is not None:
-        below = below + (sink - top)[:, :, 0].exp_()
+        share = (sink - top)[:, :, 0].reshape(-1, 1)
+        below = below + (share if K * M % VECTOR == 0 else share.repeat(1, VECTOR)).exp_()[:, :1].view(below.shape)
     return total / below
 
 
-def merge_heads(heads: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-    """Partial outputs [P, R, H] of heads [Q, R, V] through own parts of the output projection [P, Q V / P, H]."""
+def merge_heads(heads: torch.Tensor, o: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Partial outputs [P, R, H] of heads [Q, R, V] through own parts of the output projection [P, Q V / P, H].
+
+    A bias belongs to the first part of all, so that any number of ranks adds it in the same place.
+    """
     P, (Q, R, V) = o.shape[0], heads.shape
     if Q != P:
         heads = heads.view(P, Q // P, R, V).transpose(1, 2).reshape(P, R, -1)
-    return product(heads, o)
+    out = product(heads, o)
+    if bias is not None:
+        out[0] += bias
+    return out
 
 
 def add_parts(x: torch.Tensor, partial: torch.Tensor, ranks: Ranks, dtype: torch.dtype) -> torch.Tensor:
@@ -336,9 +362,16 @@ def add_parts(x: torch.Tensor, partial: torch.Tensor, ranks: Ranks, dtype: torch
     return rounded(x + in_order(ranks.gather(partial), 0), dtype)
 
 
-def gated(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of [..., 2 I]; without any clamp."""
+def gated(gate_up: torch.Tensor, clamp: tuple[float, float] | None = None) -> torch.Tensor:
+    """silu(gate) * up of [..., 2 I], without any clamp; with `clamp` (limit, alpha) gpt-oss's form instead.
+
+    That is gate sigmoid(alpha gate) (up + 1), of gate up to the limit and up within plus and minus the limit.
+    """
     half = gate_up.shape[-1] // 2
+    if clamp is not None:
+        limit, alpha = clamp
+        gate, up = gate_up[..., :half].clamp(max=limit), gate_up[..., half:].clamp(-limit, limit)
+        return (gate * alpha).sigmoid_().mul_(gate).mul_(up.add_(1))
     return F.silu(gate_up[..., :half]).mul_(gate_up[..., half:])
 
 
@@ -347,9 +380,34 @@ def dense_mlp(x: torch.Tensor, w: Dense) -> torch.Tensor:
     return product(gated(spread(x, w.gate_up)), w.down)
 
 
+def whole_vectors(x: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+    """x [R, n], with columns of `value` behind it where needed: libraries compute the exponential of an incomplete vector's
+    elements by other code, so the bits of a row would depend on where it stands."""
+    return x if x.shape[1] * NARROW % VECTOR == 0 else F.pad(x, (0, -x.shape[1] % VECTOR), value=value)
+
+
+def softmax(x: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension of [R, n], summed in order."""
+    powers = whole_vectors(x, float("-inf"))
+    powers = (powers - powers.amax(-1, keepdim=True)).exp_()
+    return (powers / powers.cumsum(-1)[:, -1:])[:, :x.shape[1]]
+
+
 def route(x: torch.Tensor, w: Moe, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expert indices [R, A] and weights [R, A] float32: sigmoid scores, the best by score + correction, weighted by score."""
-    scores = spread(x, w.router)[0].sigmoid_()
+    """Expert indices [R, A] and weights [R, A] float32.
+
+    Sigmoid scores: the best by score + correction, weighted by score. Softmax: the best of all experts' probabilities, or the
+    probabilities among the chosen.
+    """
+    scores = spread(x, w.router)[0]
+    if w.bias is not None:
+        scores = scores + w.bias
+    if w.scores != "sigmoid":
+        values, index = scores.topk(config.num_experts_per_tok, dim=-1)
+        # Probabilities that are normalized among the chosen are a softmax of the chosen.
+        among = w.scores == "softmax of the chosen" or config.norm_topk_prob
+        return index, softmax(values) if among else softmax(scores).gather(1, index)
+    scores = whole_vectors(scores).sigmoid_()[:, :scores.shape[1]]
     choice = scores + w.correction
     if config.n_group > 1:
         grouped = choice.view(-1, config.n_group, config.n_routed_experts // config.n_group)
@@ -390,9 +448,15 @@ def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, expe
         count = len(places)
         mine = x.new_zeros(padded(count), H)
         mine[:count] = x.index_select(0, rows)
-        inner = gated(spread(mine, gate_up))
+        inner = spread(mine, gate_up)
+        if experts.biases is not None:
+            inner += experts.biases.gate_up[expert]
+        inner = gated(inner, experts.clamp)
         inner[:, :count] *= scale[:, None]
-        out.index_add_(1, rows, product(inner, down)[:, :count])
+        found = product(inner, down)[:, :count]
+        if experts.biases is not None and experts.biases.down is not None:
+            found[0] += scale[:, None] * experts.biases.down[expert]
+        out.index_add_(1, rows, found)
     return out
 
 
@@ -405,11 +469,17 @@ def _experts_together(x, index, weight, experts: Experts, real: int) -> torch.Te
     for i, (w, _) in enumerate(decoded):
         torch.bmm(rows, w, out=gate_up[i])
     dense = x.new_zeros(x.shape[0], experts.count).scatter_(1, index, weight)
-    inner = gated(gate_up)
-    inner *= dense[:, touched].T[:, None, :, None]
-    out = torch.bmm(inner[0], decoded[0][1])
-    for i in range(1, len(touched)):
-        out += torch.bmm(inner[i], decoded[i][1])
+    biases = experts.biases
+    if biases is not None:
+        gate_up += biases.gate_up[touched]
+    inner, scale = gated(gate_up, experts.clamp), dense[:, touched].T[:, None, :, None]
+    inner *= scale
+    out = None
+    for i, expert in enumerate(touched):
+        found = torch.bmm(inner[i], decoded[i][1])
+        if biases is not None and biases.down is not None:
+            found[0] += scale[i, 0] * biases.down[expert]
+        out = found if out is None else out.add_(found)
     return out
 
 

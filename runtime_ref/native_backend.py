@@ -35,6 +35,8 @@ def refuses(weights: TargetWeights) -> str | None:
     if weights.config.hidden_size % 32:
         return f"hidden_size {weights.config.hidden_size} is not a multiple of 32"
     for layer in weights.layers:
+        if layer.attention.qk_bias is not None:
+            return "projections with biases (gpt-oss) are the torch backend's alone"
         if not isinstance(layer.mlp, Dense):
             own = layer.mlp.experts
             width = own.matrices[0]["gate"].codes.shape[0] // own.parts
@@ -153,7 +155,7 @@ class NativeBackend:
         layer.mlp_parts, layer.count, layer.top = mlp.experts.parts, mlp.experts.count, config.num_experts_per_tok
         layer.inner = mlp.experts.matrices[0]["gate"].codes.shape[0]
         layer.normalize, layer.groups, layer.group_top = int(config.norm_topk_prob), config.n_group, config.topk_group
-        layer.softmax = int(mlp.correction is None)
+        layer.softmax = int(mlp.scores == "softmax")
         layer.factor = 1.0 if config.routed_scaling_factor is None else config.routed_scaling_factor
 
     def probe(self, shapes) -> None:

@@ -70,6 +70,8 @@ def check_tasks(tasks: list[Task]) -> None:
 
 def rotary_tables(config) -> dict[str, Rotary]:
     """Rotary tables by kind of attention."""
+    if hasattr(config, "rotary"):
+        return dict.fromkeys(("full", "window"), Rotary(config.rope_theta, config.head_dim, config.head_dim, *config.rotary))
     geometry = {"full": (config.rope_theta, config.head_dim), "window": (config.swa_rope_theta, config.swa_head_dim)}
     return {kind: Rotary(base, int(width * config.partial_rotary_factor), width) for kind, (base, width) in geometry.items()}
 
@@ -165,7 +167,8 @@ class TorchBackend:
         return ops.norm(x, self.weights.norm, self.config.layernorm_epsilon)
 
     def op_project_full(self, step, layer, y, kind="full"):
-        return ops.project_qkv(y, self.weights.layers[layer].attention, self.rotary[kind], step.rotary[kind])
+        return ops.project_qkv(y, self.weights.layers[layer].attention, self.rotary[kind], step.rotary[kind],
+                               self.config.layernorm_epsilon)
 
     def op_project_window(self, step, layer, y):
         return self.op_project_full(step, layer, y, "window")
@@ -183,7 +186,8 @@ class TorchBackend:
         return self.op_attend_full(step, layer, q, "window")
 
     def op_merge_heads(self, step, layer, heads):
-        return ops.merge_heads(heads, self.weights.layers[layer].attention.o)
+        attention = self.weights.layers[layer].attention
+        return ops.merge_heads(heads, attention.o, attention.o_bias)
 
     def op_add_parts(self, step, layer, x, partial):
         return ops.add_parts(x, partial, self.weights.ranks, self.dtype)

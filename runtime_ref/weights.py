@@ -1,4 +1,6 @@
-"""An exported native folder -> one rank's weights, in the form that the ops of `model.py` take.
+"""An exported folder -> one rank's weights, in the form that the ops of `model.py` take.
+
+Here: the native layout of MiMo-V2. What other models' folders look like is in `families.py`.
 
 Experts stay packed: their codes and scales are the source of truth and are never encoded again. What the torch backend
 multiplies is decoded from them, expert by expert, and kept in a bounded cache (decoding at every step costs more than the
@@ -53,6 +55,9 @@ class Attention:
     value_scale: float | None
     q_norm: torch.Tensor | None = None  # [D], of each query head (Qwen3)
     k_norm: torch.Tensor | None = None
+    qk_bias: torch.Tensor | None = None  # [own query heads + own key heads, 1, D] (gpt-oss)
+    v_bias: torch.Tensor | None = None  # [own key heads, 1, V]
+    o_bias: torch.Tensor | None = None  # [H], on the rank that has the first part
 
 
 @dataclass
@@ -78,11 +83,24 @@ class Packed:
         return self.codes.numel() + self.scales.numel()
 
 
-class Experts:
-    """The routed experts of a layer: packed, with decoded copies of those used last."""
+@dataclass
+class ExpertBiases:
+    """Of all experts of a layer (gpt-oss): gate_up [E, parts, 1, 2 I / parts]; down [E, H] on the rank with the first part."""
 
-    def __init__(self, matrices: list[dict[str, Packed]], parts: int, cache: DecodedCache, layer: int):
+    gate_up: torch.Tensor
+    down: torch.Tensor | None
+
+
+class Experts:
+    """The routed experts of a layer: packed, with decoded copies of those used last.
+
+    `biases` and `clamp` (limit, alpha) are gpt-oss's; see `model.gated`.
+    """
+
+    def __init__(self, matrices: list[dict[str, Packed]], parts: int, cache: DecodedCache, layer: int,
+                 biases: ExpertBiases | None = None, clamp: tuple[float, float] | None = None):
         self.matrices, self.parts, self.cache, self.layer = matrices, parts, cache, layer
+        self.biases, self.clamp = biases, clamp
 
     def decoded(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 gate-up [parts, H, 2 I / parts] and down [parts, I / parts, H] of this rank."""
@@ -128,8 +146,10 @@ class DecodedCache:
 @dataclass
 class Moe:
     router: torch.Tensor  # [1, H, E]
-    correction: torch.Tensor  # [E]
+    correction: torch.Tensor | None  # [E], of sigmoid scores
     experts: Experts
+    scores: str = "sigmoid"  # or "softmax" over all experts, or "softmax of the chosen"
+    bias: torch.Tensor | None = None  # [E], of the router's product
 
 
 @dataclass
@@ -142,7 +162,7 @@ class Layer:
 
 @dataclass
 class TargetWeights:
-    config: MiMoV2Config
+    config: MiMoV2Config  # or families.Geometry
     ranks: Ranks
     embed: torch.Tensor  # [vocabulary, H] float32
     layers: list[Layer]
@@ -194,10 +214,12 @@ def load_target(folder: str | Path, ranks: Ranks = ALONE, *, decoded_bytes: int 
     Raises:
         ValueError: a damaged or incomplete folder; more ranks than the geometry can be cut into.
     """
-    config, _ = read_config(folder)
+    from runtime_ref.families import open_folder  # it builds on this module
+
     if checksum:
         verify_checksums(folder)
-    reader = _Reader(TensorFiles(Path(folder)), config, ranks)
+    config, Kind = open_folder(folder)
+    reader = Kind(TensorFiles(Path(folder)), config, ranks)
     cache = DecodedCache(decoded_bytes)
     layers = []
     for index in range(config.num_hidden_layers):
@@ -231,8 +253,9 @@ def verify_checksums(folder: str | Path) -> None:
             raise ValueError(f"{path}: sha256 {found[:16]}..., expected {wanted[:16]}...: the file is damaged")
 
 
-class _Reader:
+class Reader:
     """Reads, decodes and cuts the tensors of one rank."""
+
 
     def __init__(self, files: TensorFiles, config: MiMoV2Config, ranks: Ranks):
         self.files, self.config, self.ranks, self.names = files, config, ranks, set(files)
@@ -275,19 +298,34 @@ class _Reader:
         heads, keys, qk_dim, v_dim = (getattr(config, kind + k) for k in
                                       ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim"))
         q, k, v = self._projections(prefix, index, (heads * qk_dim, keys * qk_dim, keys * v_dim))
-        own_q = _heads(self.ranks.part(heads), heads)
+        sinks = config.add_swa_attention_sink_bias if kind else config.add_full_attention_sink_bias
+        sink = self.vector(f"{prefix}.attention_sink_bias", heads) if sinks else None
+        return self.cut_attention(prefix, (q, k, v), (heads, keys, qk_dim, v_dim), sink,
+                                  config.sliding_window if kind else None, config.attention_value_scale)
+
+    def own_heads(self, heads: int, keys: int) -> tuple[slice, slice]:
+        """This rank's query heads, and the key heads that they need.
+
+        Raises:
+            ValueError: they cannot be cut evenly.
+        """
+        own_q = span_of(self.ranks.part(heads), heads)
         group = heads // keys
         own_k = slice(own_q.start // group, (own_q.stop - 1) // group + 1)
         if own_k.stop - own_k.start > 1 and (own_q.start % group or own_q.stop % group):
             raise ValueError(f"{self.ranks.count} ranks: {heads} query heads over {keys} key heads cannot be cut evenly")
+        return own_q, own_k
+
+    def cut_attention(self, prefix: str, qkv, sizes: tuple[int, int, int, int], sink, window, value_scale) -> Attention:
+        """One layer's attention of whole projections q, k, v [heads * width, H] (sizes: heads, key heads, D, V)."""
+        heads, keys, qk_dim, v_dim = sizes
+        own_q, own_k = self.own_heads(heads, keys)
         q, k, v = (t.unflatten(0, (-1, dim))[own]
-                   for t, dim, own in ((q, qk_dim, own_q), (k, qk_dim, own_k), (v, v_dim, own_k)))
-        o = self.rows_of(self.matrix(f"{prefix}.o_proj.weight", (config.hidden_size, heads * v_dim)), heads)
-        sinks = config.add_swa_attention_sink_bias if kind else config.add_full_attention_sink_bias
-        sink = self.vector(f"{prefix}.attention_sink_bias", heads)[own_q] if sinks else None
-        return Attention(config.sliding_window if kind else None, torch.cat((q, k)).transpose(1, 2).contiguous(),
-                         v.transpose(1, 2).contiguous(), o, sink,
-                         own_q.stop - own_q.start, own_k.stop - own_k.start, qk_dim, v_dim, config.attention_value_scale)
+                   for t, dim, own in zip(qkv, (qk_dim, qk_dim, v_dim), (own_q, own_k, own_k), strict=True))
+        o = self.rows_of(self.matrix(f"{prefix}.o_proj.weight", (self.config.hidden_size, heads * v_dim)), heads)
+        return Attention(window, torch.cat((q, k)).transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), o,
+                         None if sink is None else sink[own_q], own_q.stop - own_q.start, own_k.stop - own_k.start, qk_dim,
+                         v_dim, value_scale)
 
     def _projections(self, prefix: str, index: int, sizes: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
         """q, k, v, whichever of the two forms the folder has (exporters split a fused qkv that is not FP8)."""
@@ -307,18 +345,27 @@ class _Reader:
         config = self.config
         inner, E = config.moe_intermediate_size, config.n_routed_experts
         parts = self.ranks.part(inner)
-        own = _heads(parts, inner)
+        own = span_of(parts, inner)
         experts = [{kind: self._packed(f"{prefix}.experts.{e}.{kind}_proj.weight", own, down=kind == "down")
                     for kind in ("gate", "up", "down")} for e in range(E)]
         return Moe(self.matrix(f"{prefix}.gate.weight", (E, config.hidden_size)).T[None].contiguous(),
-                   self.vector(f"{prefix}.gate.e_score_correction_bias", E),
+                   self._correction(prefix),
                    Experts(experts, parts.stop - parts.start, cache, index))
+
+    def _correction(self, prefix: str) -> torch.Tensor | None:
+        return self.vector(f"{prefix}.gate.e_score_correction_bias", self.config.n_routed_experts)
 
     def _packed(self, name: str, own: slice, *, down: bool) -> Packed:
         H, inner = self.config.hidden_size, self.config.moe_intermediate_size
         rows, columns = (H, inner) if down else (inner, H)
-        codes, scales = self.files.read(name), self.files.read(name + "_scale")
-        for tensor, width, what in ((codes, columns // 2, name), (scales, columns // BLOCK_SIZE, name + "_scale")):
+        names = name, name + "_scale"
+        return self.cut_packed(names, *(self.files.read(n) for n in names), (rows, columns), own, down=down)
+
+    def cut_packed(self, names: tuple[str, str], codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int],
+                   own: slice, *, down: bool) -> Packed:
+        """This rank's share of an expert matrix: the same bytes, own rows (gate, up) or own columns (down)."""
+        rows, columns = shape
+        for tensor, width, what in ((codes, columns // 2, names[0]), (scales, columns // BLOCK_SIZE, names[1])):
             if tensor.dtype != torch.uint8 or tuple(tensor.shape) != (rows, width):
                 raise ValueError(f"{self.files.folder}: {what}: {tensor.dtype} {list(tensor.shape)}, "
                                  f"expected uint8 {[rows, width]}")
@@ -330,7 +377,7 @@ class _Reader:
         return Packed(codes.clone(), scales.clone(), own)  # parts narrower than a block
 
 
-def _heads(parts: slice, size: int) -> slice:
+def span_of(parts: slice, size: int) -> slice:
     """The entries of a dimension that a run of parts covers."""
     width = size // shares(size)
     return slice(parts.start * width, parts.stop * width)
