@@ -48,7 +48,7 @@ class Drafter:
 
     def __init__(self, model: DFlashDraftModel, backend: TorchBackend, pages: int):
         config = model.config
-        _check(model, backend.config)
+        check_drafter(model, backend.config)
         self.backend, self.taps, self.block = backend, list(model.target_layer_ids), model.block_size
         self.window, self.causal, self.epsilon = model.window, model.causal, config.rms_norm_eps
         self.Q, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -203,7 +203,7 @@ def _slot(table: Table, position: int) -> int:
     return table.page(position // PAGE) * PAGE + position % PAGE
 
 
-def _check(model: DFlashDraftModel, target) -> None:
+def check_drafter(model: DFlashDraftModel, target) -> None:
     """Refuses a drafter that does not belong to this target, or an option that only trainers know."""
     where = "dflash/config.json"
     for option in ("convolution_rank", "markov_rank"):

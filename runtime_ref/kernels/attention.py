@@ -1,6 +1,8 @@
-"""Attention of verification blocks over paged keys and values: full layers and window layers, sinks, one launch per layer.
+"""Attention of verification and draft blocks over paged keys and values: full and window layers, sinks, one launch per layer.
 
 Reference twin: `runtime_ref.model.attend_pages` on the same pages.
+
+The drafter's rows (`draft`) see the context before their block, within the window, and the whole block: it is drafted at once.
 
 A block is up to T (8) consecutive tokens of a sequence; its pages come from the sequence's table, whose window kind is a ring
 (the table says which logical page it begins with). All query heads of a key head and all rows of a block form one tile of
@@ -62,13 +64,12 @@ def _join(partial, stats, sink, out, slot, chunks, head, R, first_row, count, M:
 
 
 @triton.jit
-def attend_kernel(q, keys, values, sink, tables, first, start, count, row, partial, stats, arrived, out,
-                  R, POSITIONS, TABLE, MAX_CHUNKS, HEADS: tl.constexpr, G: tl.constexpr, T: tl.constexpr, M: tl.constexpr,
-                  D: tl.constexpr, D_HEAD: tl.constexpr, D_TAIL: tl.constexpr, V: tl.constexpr, V_WIDE: tl.constexpr,
-                  PAGE_: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, HAS_SINK: tl.constexpr,
-                  FLOAT_DOT: tl.constexpr):
-    """Program (block * HEADS + key head, chunk). `attend` documents and fills the arguments; D = D_HEAD + at most D_TAIL."""
-    slot = tl.program_id(0)
+def attend_tile(slot, part, q, keys, values, sink, tables, first, start, count, row, partial, stats, arrived, out,
+                R, POSITIONS, TABLE, MAX_CHUNKS, HEADS: tl.constexpr, G: tl.constexpr, T: tl.constexpr, M: tl.constexpr,
+                D: tl.constexpr, D_HEAD: tl.constexpr, D_TAIL: tl.constexpr, V: tl.constexpr, V_WIDE: tl.constexpr,
+                PAGE_: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, HAS_SINK: tl.constexpr, DRAFT: tl.constexpr,
+                FLOAT_DOT: tl.constexpr):
+    """Chunk `part` of slot = block * HEADS + key head. `attend` documents the arguments; D = D_HEAD + at most D_TAIL."""
     block = slot // HEADS
     head = slot % HEADS
     begin = tl.load(start + block)
@@ -78,9 +79,9 @@ def attend_kernel(q, keys, values, sink, tables, first, start, count, row, parti
     if WINDOW > 0:
         seen_from = tl.maximum(begin - WINDOW + 1, 0) // PAGE_
     last = (begin + tokens - 1) // PAGE_
-    chunk = seen_from // CHUNK + tl.program_id(1)
+    chunk = seen_from // CHUNK + part
     chunks = last // CHUNK - seen_from // CHUNK + 1
-    if tl.program_id(1) < chunks:
+    if part < chunks:
         m = tl.arange(0, M)
         j = tl.arange(0, PAGE_)
         d = tl.arange(0, D_HEAD)
@@ -100,9 +101,14 @@ def attend_kernel(q, keys, values, sink, tables, first, start, count, row, parti
             scores = _product(q_head, tl.trans(tl.load(key + d[None, :])), FLOAT_DOT)
             scores += _product(q_tail, tl.trans(tl.load(key + tail[None, :], mask=(tail < D)[None, :], other=0.0)), FLOAT_DOT)
             there = (page * PAGE_ + j)[None, :]
-            seen = (there <= position[:, None]) & real[:, None]
+            if DRAFT:
+                seen = there < begin + tokens
+            else:
+                seen = there <= position[:, None]
             if WINDOW > 0:
-                seen = seen & (there > position[:, None] - WINDOW)
+                near = there > position[:, None] - WINDOW
+                seen = seen & (near | (there >= begin) if DRAFT else near)
+            seen = seen & real[:, None]
             scores = tl.where(seen, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             finite = tl.where(higher == float("-inf"), 0.0, higher)
@@ -114,7 +120,7 @@ def attend_kernel(q, keys, values, sink, tables, first, start, count, row, parti
             value = tl.load(values + (place + j)[:, None] * V + v[None, :], mask=written, other=0.0)
             total = total * keep[:, None] + _product(narrow(weights, q.dtype.element_ty, FLOAT_DOT), value, FLOAT_DOT)
             top = higher
-        mine = slot * MAX_CHUNKS + tl.program_id(1)
+        mine = slot * MAX_CHUNKS + part
         tl.store(stats + mine * 2 * M + m, top)
         tl.store(stats + mine * 2 * M + M + m, below)
         tl.store(partial + (mine * M + m)[:, None] * V_WIDE + v[None, :], total)
@@ -126,19 +132,37 @@ def attend_kernel(q, keys, values, sink, tables, first, start, count, row, parti
             tl.store(arrived + slot, 0)
 
 
+@triton.jit
+def attend_kernel(q, keys, values, sink, tables, first, start, count, row, partial, stats, arrived, out,
+                  R, POSITIONS, TABLE, MAX_CHUNKS, HEADS: tl.constexpr, G: tl.constexpr, T: tl.constexpr, M: tl.constexpr,
+                  D: tl.constexpr, D_HEAD: tl.constexpr, D_TAIL: tl.constexpr, V: tl.constexpr, V_WIDE: tl.constexpr,
+                  PAGE_: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, HAS_SINK: tl.constexpr,
+                  FLOAT_DOT: tl.constexpr, DRAFT: tl.constexpr = False):
+    """Program (block * HEADS + key head, chunk)."""
+    attend_tile(tl.program_id(0), tl.program_id(1), q, keys, values, sink, tables, first, start, count, row, partial, stats,
+                arrived, out, R, POSITIONS, TABLE, MAX_CHUNKS, HEADS, G, T, M, D, D_HEAD, D_TAIL, V, V_WIDE, PAGE_, CHUNK,
+                WINDOW, HAS_SINK, DRAFT, FLOAT_DOT)
+
+
 def attention_constants(heads: int, group: int, rows: int, d: int, v: int, window: int | None, sink: bool, *,
-                        chunk: int = CHUNK_PAGES, float_dot: bool = False) -> dict:
+                        chunk: int = CHUNK_PAGES, float_dot: bool = False, draft: bool = False) -> dict:
     """Compile-time arguments for `heads` key heads with `group` query heads each and blocks of `rows` tokens."""
     d_head = 1 << (d.bit_length() - 1)
     return {"HEADS": heads, "G": group, "T": rows, "M": max(16, triton.next_power_of_2(group * rows)), "D": d, "D_HEAD": d_head,
             "D_TAIL": max(16, triton.next_power_of_2(d - d_head)), "V": v, "V_WIDE": max(16, triton.next_power_of_2(v)),
-            "PAGE_": PAGE, "CHUNK": chunk, "WINDOW": window or 0, "HAS_SINK": sink, "FLOAT_DOT": float_dot}
+            "PAGE_": PAGE, "CHUNK": chunk, "WINDOW": window or 0, "HAS_SINK": sink, "FLOAT_DOT": float_dot, "DRAFT": draft}
+
+
+def most_chunks(longest: int, window: int | None, rows: int, chunk: int = CHUNK_PAGES) -> int:
+    """Chunks that a block of `rows` tokens can reach into before position `longest`."""
+    reach = longest if window is None else min(longest, window + rows + PAGE * chunk)
+    return -(-reach // (PAGE * chunk)) + (window is not None)
 
 
 def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink: torch.Tensor | None, tables: torch.Tensor,
            first: torch.Tensor, start: torch.Tensor, count: torch.Tensor, row: torch.Tensor, *, rows: int, window: int | None,
            longest: int, out: torch.Tensor | None = None, chunk: int = CHUNK_PAGES, float_dot: bool = False,
-           warps: int = 8) -> torch.Tensor:
+           draft: bool = False, warps: int = 8) -> torch.Tensor:
     """Heads of the blocks' rows.
 
     Args:
@@ -150,6 +174,7 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink: torc
         window: positions a query sees, itself included; None for all.
         longest: positions before the end of the longest block; an upper bound will do (on the host: no synchronization).
         chunk, float_dot: pages of a chunk (changes bits of long contexts); True in the interpreter.
+        draft: the rows of a block see all of it, and `window` ends only what they see of the context before it.
 
     Returns:
         `out`, by default a new bfloat16 tensor: [Q, R, V].
@@ -160,9 +185,9 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink: torc
     (Q, R, D), (K, positions, V), B = q.shape, values.shape, start.shape[0]
     if Q % K:
         raise ValueError(f"{Q} query heads over {K} key heads; expected a multiple")
-    constants = attention_constants(K, Q // K, rows, D, V, window, sink is not None, chunk=chunk, float_dot=float_dot)
-    reach = longest if window is None else min(longest, window + rows + PAGE * chunk)
-    chunks = -(-reach // (PAGE * chunk)) + (window is not None)
+    constants = attention_constants(K, Q // K, rows, D, V, window, sink is not None, chunk=chunk, float_dot=float_dot,
+                                    draft=draft)
+    chunks = most_chunks(longest, window, rows, chunk)
     scratch = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty((B * K * chunks, constants["M"], constants["V_WIDE"]), **scratch)
     stats = torch.empty((B * K * chunks, 2, constants["M"]), **scratch)

@@ -104,9 +104,9 @@ def _prefetch(page, BYTES: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _weighted_sum(partial, index, weight, out, chunk, N, E, H, A: tl.constexpr, COLUMNS: tl.constexpr,
-                  FLOAT_DOT: tl.constexpr):
-    """Chunk of COLUMNS columns of out = sum over choices of weight * partial, in the router's order."""
+def _weighted_sum(partial, index, weight, residual, out, chunk, N, E, H, A: tl.constexpr, COLUMNS: tl.constexpr,
+                  RESIDUAL: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """Chunk of COLUMNS columns of out = sum over choices of weight * partial, in the router's order, plus the residual."""
     BLOCK: tl.constexpr = COLUMNS if COLUMNS < 128 else 128  # A loads of each thread's share are in flight: registers
     BLOCKS: tl.constexpr = COLUMNS // BLOCK
     for block in range(0, tl.cdiv(N, _WIDE) * BLOCKS):
@@ -120,6 +120,9 @@ def _weighted_sum(partial, index, weight, out, chunk, N, E, H, A: tl.constexpr, 
             part = tl.load(partial + (token * A + a)[:, None] * H + column[None, :],
                            mask=valid[:, None] & (column < H)[None, :], other=0.0)
             total += w[:, None] * part
+        if RESIDUAL:
+            total += tl.load(residual + token[:, None] * H + column[None, :], mask=(token < N)[:, None] & (column < H)[None, :],
+                             other=0.0).to(tl.float32)
         tl.store(out + token[:, None] * H + column[None, :], narrow(total, out.dtype.element_ty, FLOAT_DOT),
                  mask=(token < N)[:, None] & (column < H)[None, :])
 
@@ -204,18 +207,14 @@ def _down_chunk(down, plan, inner, partial, ready, failed, slot, chunk, H, M: tl
 
 
 @triton.jit
-def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, out, ready, arrived, control,
-                   N, H, E, up_entries, down_entries, K_UP,
-                   A: tl.constexpr, M: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, TILES: tl.constexpr,
-                   K_DOWN: tl.constexpr, UP_ROWS: tl.constexpr, UP_DEPTH: tl.constexpr, DOWN_ROWS: tl.constexpr,
-                   DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
-                   TICKETS: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr,
-                   FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr = 0):
-    """One call of the experts. `run_experts` documents and fills the arguments.
-
-    control: int32 [3]: tickets drawn, programs that left, failed. PHASE 1 or 2 runs only gate-up or only down (with WAIT
-    False), for tests that cannot run programs at once.
-    """
+def experts_work(x, up, down, index, weight, order, plan, inner, partial, residual, out, ready, arrived, control,
+                 N, H, E, up_entries, down_entries, K_UP, A: tl.constexpr, M: tl.constexpr, UP: tl.constexpr,
+                 DOWN: tl.constexpr, TILES: tl.constexpr, K_DOWN: tl.constexpr, UP_ROWS: tl.constexpr, UP_DEPTH: tl.constexpr,
+                 DOWN_ROWS: tl.constexpr, DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+                 PREFETCH: tl.constexpr, TICKETS: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr,
+                 FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr, RESIDUAL: tl.constexpr):
+    """What one program does for one call of the experts; see `experts_kernel`."""
+    COLUMNS: tl.constexpr = TILES * DOWN_ROWS
     slots = _plan_slots(index, plan, N * A, E, M)
     position = tl.program_id(0)
     if TICKETS:
@@ -244,11 +243,11 @@ def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, out,
                 tl.debug_barrier()
                 if tl.atomic_add(arrived + chunk, 1, sem="acq_rel", scope="gpu") == slots - 1:
                     tl.debug_barrier()
-                    _weighted_sum(partial, index, weight, out, chunk, N, E, H, A, TILES * DOWN_ROWS, FLOAT_DOT)
+                    _weighted_sum(partial, index, weight, residual, out, chunk, N, E, H, A, COLUMNS, RESIDUAL, FLOAT_DOT)
             position = following
         if slots == 0:
             for chunk in range(tl.program_id(0), DOWN, tl.num_programs(0)):
-                _weighted_sum(partial, index, weight, out, chunk, N, E, H, A, TILES * DOWN_ROWS, FLOAT_DOT)
+                _weighted_sum(partial, index, weight, residual, out, chunk, N, E, H, A, COLUMNS, RESIDUAL, FLOAT_DOT)
         tl.debug_barrier()
         if tl.atomic_add(control + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
             i = tl.arange(0, M)
@@ -257,6 +256,24 @@ def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, out,
                 tl.store(arrived + chunk, 0)
             tl.store(control, 0)
             tl.store(control + 1, 0)
+
+
+@triton.jit
+def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, residual, out, ready, arrived, control,
+                   N, H, E, up_entries, down_entries, K_UP,
+                   A: tl.constexpr, M: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, TILES: tl.constexpr,
+                   K_DOWN: tl.constexpr, UP_ROWS: tl.constexpr, UP_DEPTH: tl.constexpr, DOWN_ROWS: tl.constexpr,
+                   DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
+                   TICKETS: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr,
+                   FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr = 0, RESIDUAL: tl.constexpr = False):
+    """One call of the experts. `run_experts` documents and fills the arguments.
+
+    control: int32 [3]: tickets drawn, programs that left, failed. PHASE 1 or 2 runs only gate-up or only down (with WAIT
+    False), for tests that cannot run programs at once.
+    """
+    experts_work(x, up, down, index, weight, order, plan, inner, partial, residual, out, ready, arrived, control, N, H, E,
+                 up_entries, down_entries, K_UP, A, M, UP, DOWN, TILES, K_DOWN, UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN,
+                 STAGES, PREFETCH, TICKETS, WAIT, POLL_LIMIT, PTX, FLOAT_DOT, PHASE, RESIDUAL)
 
 
 @dataclass(frozen=True)
@@ -319,22 +336,24 @@ class Workspace:
 
 
 def kernel_arguments(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, pages: ExpertPages, space: Workspace,
-                     out: torch.Tensor) -> tuple[tuple, dict]:
+                     out: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[tuple, dict]:
     """Positional and compile-time arguments of `experts_kernel`."""
     launch, up, down = space.launch, pages.up, pages.down
     entries = space.slots * up.shape[1], space.slots * space.chunks
-    positional = (x, up, down, index, weight, space.order, space.plan, space.inner, space.partial, out, space.ready,
-                  space.arrived, space.control, x.shape[0], pages.hidden, pages.experts, *entries, up.shape[2])
+    positional = (x, up, down, index, weight, space.order, space.plan, space.inner, space.partial,
+                  out if residual is None else residual, out, space.ready, space.arrived, space.control, x.shape[0],
+                  pages.hidden, pages.experts, *entries, up.shape[2])
     return positional, {
         "A": space.choices, "M": space.stride, "UP": up.shape[1], "DOWN": space.chunks, "TILES": space.chunk_tiles,
         "K_DOWN": down.shape[2], "UP_ROWS": pages.up_tile.rows, "UP_DEPTH": pages.up_tile.depth,
         "DOWN_ROWS": pages.down_tile.rows, "DOWN_DEPTH": pages.down_tile.depth,
         "EVEN": pages.hidden % pages.up_tile.depth == 0, "STAGES": launch.stages, "PREFETCH": launch.prefetch,
-        "TICKETS": launch.tickets, "WAIT": True, "POLL_LIMIT": launch.polls, "PTX": launch.ptx, "FLOAT_DOT": launch.float_dot}
+        "TICKETS": launch.tickets, "WAIT": True, "POLL_LIMIT": launch.polls, "PTX": launch.ptx, "FLOAT_DOT": launch.float_dot,
+        "RESIDUAL": residual is not None}
 
 
 def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, pages: ExpertPages, space: Workspace,
-                out: torch.Tensor | None = None) -> torch.Tensor:
+                out: torch.Tensor | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
     """The experts' weighted sum for a block of tokens, one launch.
 
     Args:
@@ -344,6 +363,7 @@ def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, page
         pages: this rank's shard, on the device of x.
         space: scratch made for at least N tokens and exactly A choices.
         out: bfloat16 or float32 [N, H] to write into; float32 if it is to be summed over ranks.
+        residual: bfloat16 [N, H] that is added; may be `out`.
 
     Returns:
         `out`, by default a new bfloat16 tensor: this rank's part of the sum.
@@ -360,7 +380,7 @@ def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, page
     if N > space.tokens or A != space.choices:
         raise ValueError(f"{N} tokens with {A} choices; this scratch holds {space.tokens} tokens with {space.choices}")
     out = torch.empty_like(x) if out is None else out
-    positional, options = kernel_arguments(x, index.contiguous(), weight.contiguous(), pages, space, out)
+    positional, options = kernel_arguments(x, index.contiguous(), weight.contiguous(), pages, space, out, residual)
     if space.launch.float_dot:
         experts_kernel[(space.launch.programs,)](*positional, **options)
     else:

@@ -35,7 +35,7 @@ def score_tile(tile, group, x, w, gamma, scores, rounded, R, E, H, epsilon, TILE
     k = tl.arange(0, BK)
     inverse = tl.zeros((_ROWS,), tl.float32)
     if NORM:
-        inverse = row_scales(x, row, real, H, epsilon, BK)
+        inverse = row_scales(x, row, real, H, epsilon)
     acc = tl.zeros((BN, _ROWS), tl.float32)
     for at in range(0, H, BK):
         here = at + k

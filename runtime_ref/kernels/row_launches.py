@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from runtime_ref.kernels.routing import route_kernel
 from runtime_ref.kernels.rows import (
     FP8_BLOCK,
     GROUP,
@@ -19,26 +20,29 @@ from runtime_ref.kernels.rows import (
     norm_kernel,
     product_kernel,
     project_kernel,
+    round_kernel,
     swiglu_kernel,
     write_kernel,
 )
-from runtime_ref.kernels.routing import route_kernel
 
 
 @dataclass(frozen=True)
 class Tiling:
     """columns, depth: output columns and values of K of a tile (depth at most 128: a block of FP8 weights has one scale).
-    experts: of a tile of router scores. block: elements of a program that adds or copies."""
+    experts, router_depth: the same of router scores, whose float32 operands take registers. block: elements of a program that
+    adds or copies."""
 
     columns: int = 32
     depth: int = 128
     experts: int = 16
+    router_depth: int = 32
     block: int = 1024
     warps: int = 4
     float_dot: bool = False
 
     def __post_init__(self):
-        if self.depth > FP8_BLOCK or any(n < 16 or n & (n - 1) for n in (self.columns, self.depth, self.experts, self.block)):
+        sizes = self.columns, self.depth, self.experts, self.router_depth, self.block
+        if self.depth > FP8_BLOCK or any(n < 16 or n & (n - 1) for n in sizes):
             raise ValueError(f"{self}: expected powers of two of at least 16, depth at most {FP8_BLOCK}")
 
     @property
@@ -58,8 +62,9 @@ class Matrix:
         fine = self.w.dtype is torch.bfloat16 and self.scales is None or (
             self.w.dtype is torch.uint8 and self.scales is not None and self.scales.shape == (N, -(-K // FP8_BLOCK)))
         if not fine:
-            raise ValueError(f"matrix {self.w.dtype} {[N, K]} with scales {None if self.scales is None else list(self.scales.shape)}"
-                             f"; expected bfloat16 without, or uint8 with {[N, -(-K // FP8_BLOCK)]}")
+            found = None if self.scales is None else list(self.scales.shape)
+            raise ValueError(f"matrix {self.w.dtype} {[N, K]} with scales {found}; "
+                             f"expected bfloat16 without, or uint8 with {[N, -(-K // FP8_BLOCK)]}")
 
     def decoded(self) -> torch.Tensor:
         """float32 [N, K]: the values that a product means."""
@@ -130,8 +135,9 @@ def project(x: torch.Tensor, matrix: Matrix, heads: Heads, table: tuple[torch.Te
         NORM=norm is not None, HEAD_NORM=head_norm is not None, FLOAT_DOT=tiling.float_dot, **tiling.options)
 
 
-def product(x: torch.Tensor, matrix: Matrix, out: torch.Tensor, tiling: Tiling, *, norm: tuple[torch.Tensor, float] | None = None,
-            rows: torch.Tensor | None = None, residual: torch.Tensor | None = None, parts: int = 1) -> torch.Tensor:
+def product(x: torch.Tensor, matrix: Matrix, out: torch.Tensor, tiling: Tiling, *,
+            norm: tuple[torch.Tensor, float] | None = None, rows: torch.Tensor | None = None,
+            residual: torch.Tensor | None = None, parts: int = 1) -> torch.Tensor:
     """out [R, N] float32 or bfloat16 = x w^T, see `rows.product_tile`; returns it.
 
     Args:
@@ -164,16 +170,25 @@ def swiglu(x: torch.Tensor, matrix: Matrix, tiling: Tiling, *, norm: tuple[torch
 def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 and bfloat16 [R, H] of x [R, H]."""
     R, H = x.shape
-    out, rounded = (torch.empty((R, H), dtype=dtype, device=x.device) for dtype in (torch.float32, torch.bfloat16))
-    norm_kernel[(groups(R),)](x, weight, out, rounded, R, H, float(epsilon), BK=tiling.depth, FLOAT_DOT=tiling.float_dot,
+    out, narrow = (torch.empty((R, H), dtype=dtype, device=x.device) for dtype in (torch.float32, torch.bfloat16))
+    norm_kernel[(groups(R),)](x, weight, out, narrow, R, H, float(epsilon), BK=tiling.depth, FLOAT_DOT=tiling.float_dot,
                               **tiling.options)
-    return out, rounded
+    return out, narrow
 
 
-def gather(table: torch.Tensor, ids: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """Rows `ids` (int32 [R]) of table [., H]."""
+def gather(table: torch.Tensor, ids: torch.Tensor, tiling: Tiling, spare: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows `ids` (int32 [R]) of table [., H]; for negative ids, the row `spare` [H]."""
     out = torch.empty((ids.shape[0], table.shape[1]), dtype=table.dtype, device=table.device)
-    gather_kernel[(ids.shape[0],)](table, ids, out, ids.shape[0], table.shape[1], BK=tiling.block, **tiling.options)
+    gather_kernel[(ids.shape[0],)](table, ids, table if spare is None else spare, out, table.shape[1], BK=tiling.block,
+                                   **tiling.options)
+    return out
+
+
+def rounded(x: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+    """bfloat16 of float32 x."""
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    round_kernel[(triton.cdiv(x.numel(), tiling.block),)](x, out, x.numel(), BLOCK=tiling.block, FLOAT_DOT=tiling.float_dot,
+                                                          **tiling.options)
     return out
 
 
@@ -214,13 +229,13 @@ def route(x: torch.Tensor, router: Router, tiling: Tiling, *, norm: tuple[torch.
     """Experts int32 [R, A], weights float32 [R, A], and with `norm` the normed rows in bfloat16 [R, H] (else empty)."""
     (R, H), E, like = x.shape, router.w.shape[0], {"device": x.device}
     scores = torch.empty((R, E), dtype=torch.float32, **like)
-    rounded = torch.empty((R if norm else 0, H), dtype=torch.bfloat16, **like)
+    narrow = torch.empty((R if norm else 0, H), dtype=torch.bfloat16, **like)
     arrived = torch.zeros(groups(R), dtype=torch.int32, **like)
     index = torch.empty((R, router.choices), dtype=torch.int32, **like)
     weight = torch.empty((R, router.choices), dtype=torch.float32, **like)
     gamma, epsilon = norm or (x, 0.0)
     route_kernel[(triton.cdiv(E, tiling.experts), groups(R))](
-        x, router.w, gamma, router.correction, scores, rounded, arrived, index, weight, R, E, H, float(epsilon),
-        float(router.factor), **router.constants(), BN=tiling.experts, BK=tiling.depth, NORM=norm is not None,
+        x, router.w, gamma, router.correction, scores, narrow, arrived, index, weight, R, E, H, float(epsilon),
+        float(router.factor), **router.constants(), BN=tiling.experts, BK=tiling.router_depth, NORM=norm is not None,
         FLOAT_DOT=tiling.float_dot, **tiling.options)
-    return index, weight, rounded
+    return index, weight, narrow

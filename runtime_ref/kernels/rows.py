@@ -16,8 +16,8 @@ weight, because the 128 x 128 grid of a fused qkv restarts inside a rank's share
 
 Reference twins are functions of `runtime_ref.model`, named in each kernel's docstring.
 
-Rejected: activations held as float32 (twice the shared memory, no tensor core), a split of K over programs (another join, and at
-eight tokens the weights of the widest product already make 100 tiles), rotation by a second product with swapped rows.
+Rejected: activations held as float32 (twice the shared memory, no tensor core), a split of K over programs (another join, and
+at eight tokens the weights of the widest product already make 100 tiles), rotation by a second product with swapped rows.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ GROUP = 8
 FP8_BLOCK = 128
 _ROWS = tl.constexpr(GROUP)
 _FP8_BLOCK = tl.constexpr(FP8_BLOCK)
+_NORM_DEPTH = tl.constexpr(128)
 
 
 @triton.jit
-def row_scales(x, row, real, H, epsilon, BK: tl.constexpr):
-    """1 / root mean square of rows of x [., H]: float32 [8]."""
-    k = tl.arange(0, BK)
-    total = tl.zeros((_ROWS, BK), tl.float32)
-    for at in range(0, H, BK):
+def row_scales(x, row, real, H, epsilon):
+    """1 / root mean square of rows of x [., H]: float32 [8], with one order of the sum for whoever asks."""
+    k = tl.arange(0, _NORM_DEPTH)
+    total = tl.zeros((_ROWS, _NORM_DEPTH), tl.float32)
+    for at in range(0, H, _NORM_DEPTH):
         part = tl.load(x + row[:, None] * H + (at + k)[None, :], mask=real[:, None] & (at + k < H)[None, :], other=0.0)
         part = part.to(tl.float32)
         total += part * part
@@ -108,7 +109,7 @@ def project_tile(tile, group, x, w, scales, gamma, head_gamma, cos, sin, positio
     real = row < R
     inverse = tl.zeros((_ROWS,), tl.float32)
     if NORM:
-        inverse = row_scales(x, row, real, H, epsilon, BK)
+        inverse = row_scales(x, row, real, H, epsilon)
     acc = multiply(x, w, scales, gamma, inverse, row, real, first + n, n < width, H, 0, H, 0, BN, BK, 0, NORM, FLOAT_DOT)
     if HEAD_NORM:
         length = tl.rsqrt(tl.sum(acc * acc, 0) / D + head_epsilon)
@@ -172,7 +173,7 @@ def product_tile(tile, group, x, w, scales, gamma, rows, residual, out, R, N, K,
         row = tl.load(rows + target, mask=real, other=0)
     inverse = tl.zeros((_ROWS,), tl.float32)
     if NORM:
-        inverse = row_scales(x, row, real, K, epsilon, BK)
+        inverse = row_scales(x, row, real, K, epsilon)
     acc = multiply(x, w, scales, gamma, inverse, row, real, n, keep, K, 0, K // PARTS, heads_stride, BN, BK, V, NORM, FLOAT_DOT)
     for part in range(1, PARTS):
         acc += multiply(x, w, scales, gamma, inverse, row, real, n, keep, K, part * (K // PARTS), (part + 1) * (K // PARTS),
@@ -204,7 +205,7 @@ def swiglu_tile(tile, group, x, w, scales, gamma, out, R, I, H, epsilon, BN: tl.
     real = row < R
     inverse = tl.zeros((_ROWS,), tl.float32)
     if NORM:
-        inverse = row_scales(x, row, real, H, epsilon, BK)
+        inverse = row_scales(x, row, real, H, epsilon)
     gate = multiply(x, w, scales, gamma, inverse, row, real, n, keep, H, 0, H, 0, BN, BK, 0, NORM, FLOAT_DOT)
     up = multiply(x, w, scales, gamma, inverse, row, real, I + n, keep, H, 0, H, 0, BN, BK, 0, NORM, FLOAT_DOT)
     tl.store(out + row[None, :] * I + n[:, None], narrow(gate / (1.0 + tl.exp(-gate)) * up, tl.bfloat16, FLOAT_DOT),
@@ -223,7 +224,7 @@ def norm_kernel(x, gamma, out, rounded, R, H, epsilon, BK: tl.constexpr, FLOAT_D
     """float32 out and bf16 `rounded` [R, H] of bf16 or float32 x. Twin: `model.norm`. Program: a group of eight rows."""
     row = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     real = row < R
-    inverse = row_scales(x, row, real, H, epsilon, BK)
+    inverse = row_scales(x, row, real, H, epsilon)
     for at in range(0, H, BK):
         k = at + tl.arange(0, BK)
         mask = real[:, None] & (k < H)[None, :]
@@ -235,18 +236,28 @@ def norm_kernel(x, gamma, out, rounded, R, H, epsilon, BK: tl.constexpr, FLOAT_D
 
 
 @triton.jit
-def gather_tile(row, table, ids, out, R, H, BK: tl.constexpr):
-    """Row ids[row] of table [., H] to row `row` of out, unchanged."""
-    source = tl.load(ids + row).to(tl.int64) * H
+def gather_tile(row, table, ids, spare, out, H, BK: tl.constexpr):
+    """Row ids[row] of table [., H], or `spare` [H] if that is negative, to row `row` of out, unchanged."""
+    found = tl.load(ids + row)
+    source = table + found.to(tl.int64) * H
     for at in range(0, H, BK):
         k = at + tl.arange(0, BK)
-        tl.store(out + row.to(tl.int64) * H + k, tl.load(table + source + k, mask=k < H), mask=k < H)
+        values = tl.load(source + k, mask=(k < H) & (found >= 0))
+        other = tl.load(spare + k, mask=(k < H) & (found < 0))
+        tl.store(out + row.to(tl.int64) * H + k, tl.where(found < 0, other, values), mask=k < H)
 
 
 @triton.jit
-def gather_kernel(table, ids, out, R, H, BK: tl.constexpr):
-    """Twin: `model.embed`, and the choice of rows before the head. Program: a row."""
-    gather_tile(tl.program_id(0), table, ids, out, R, H, BK)
+def gather_kernel(table, ids, spare, out, H, BK: tl.constexpr):
+    """Twin: `model.embed`, the first rows of `drafter.Drafter.logits`, the choice of rows before the head. Program: a row."""
+    gather_tile(tl.program_id(0), table, ids, spare, out, H, BK)
+
+
+@triton.jit
+def round_kernel(x, out, N, BLOCK: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """bf16 of float32 [N]. Twin: `model.rounded`."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, narrow(tl.load(x + at, mask=at < N, other=0.0), tl.bfloat16, FLOAT_DOT), mask=at < N)
 
 
 @triton.jit

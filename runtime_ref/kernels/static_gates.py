@@ -30,8 +30,8 @@ NVIDIA = {"sm_90a": 90, "sm_100a": 100}
 AMD = ("gfx942", "gfx950")
 WARPS = 4
 _POINTERS = {"x": "bf16", "up": "u8", "down": "u8", "index": "i32", "weight": "fp32", "order": "i32", "plan": "i32",
-             "inner": "bf16", "partial": "fp32", "out": "bf16", "ready": "i32", "arrived": "i32", "control": "i32",
-             "buffers": "i64", "signals": "i64", "failed": "i32", "pages": "u8", "data": "u8",
+             "inner": "bf16", "partial": "fp32", "residual": "bf16", "out": "bf16", "ready": "i32", "arrived": "i32",
+             "control": "i32", "buffers": "i64", "signals": "i64", "failed": "i32", "pages": "u8", "data": "u8",
              "lower_out": "fp32", "upper_out": "fp32", "q": "bf16", "keys": "bf16", "values": "bf16", "sink": "fp32",
              "tables": "i32", "first": "i32", "start": "i32", "count": "i32", "row": "i32", "stats": "fp32"}
 
@@ -83,7 +83,8 @@ def experts_constants(tokens: int, tile: Tile, *, tickets: bool, ptx: bool, conf
             "DOWN": -(-config["hidden_size"] // (tile.rows * chunk_tiles)), "TILES": chunk_tiles,
             "K_DOWN": -(-inner // tile.depth), "UP_ROWS": tile.rows, "UP_DEPTH": tile.depth, "DOWN_ROWS": tile.rows,
             "DOWN_DEPTH": tile.depth, "EVEN": config["hidden_size"] % tile.depth == 0, "STAGES": 3, "PREFETCH": 16384,
-            "TICKETS": tickets, "WAIT": True, "POLL_LIMIT": 1 << 22, "PTX": ptx, "FLOAT_DOT": False, "PHASE": 0}
+            "TICKETS": tickets, "WAIT": True, "POLL_LIMIT": 1 << 22, "PTX": ptx, "FLOAT_DOT": False, "PHASE": 0,
+            "RESIDUAL": False}
 
 
 def compile_kernel(kernel, constants: dict, target, **options):

@@ -74,7 +74,8 @@ def projected(x, m, heads, head_norm=None, value_scale=0.7, slots=None):
     launches.project(x, laid, heads, (rotary.cos(), rotary.sin()), positions, slots, q, k, v, TILING, norm=(gamma, EPSILON),
                      head_norm=laid_norm, value_scale=value_scale)
     y = rounded(ops.norm(x.float(), gamma, EPSILON)) @ m.decoded().T
-    qk, values = y[:, :split].unflatten(1, (-1, heads.d)).transpose(0, 1), y[:, split:].unflatten(1, (-1, heads.v)).transpose(0, 1)
+    qk = y[:, :split].unflatten(1, (-1, heads.d)).transpose(0, 1)
+    values = y[:, split:].unflatten(1, (-1, heads.v)).transpose(0, 1)
     if head_norm is not None:
         qk = ops.norm(qk, head_norm.view(-1, 1, heads.d), EPSILON)
     half, angle = heads.rotated // 2, rotary[positions.long()]
@@ -153,7 +154,8 @@ def test_rows_are_gathered_written_and_added_exactly():
     launches.write(source, store, slots, TILING)
     assert same_bits(store[:, [9, 2, 0]], source[:, [0, 1, 3]]) and int(store[0, :, 0].isnan().sum()) == 9
     x, partial = bf16(7, 33), random(3, 7, 33, seed=4)
-    assert same_bits(launches.add(x, partial, TILING), (((partial[0] + partial[1]) + partial[2]) + x.float()).to(torch.bfloat16))
+    total = partial[0] + partial[1] + partial[2] + x.float()
+    assert same_bits(launches.add(x, partial, TILING), total.to(torch.bfloat16))
 
 
 class Rules:

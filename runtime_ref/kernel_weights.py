@@ -1,0 +1,349 @@
+"""An exported native folder -> one rank's weights as the kernels read them: bf16 and FP8 as stored, experts in pages.
+
+Nothing is decoded and nothing is encoded: FP8 matrices keep their bytes, with one row of scales per row of the matrix (the grid
+of 128 x 128 blocks restarts inside a fused qkv, so a rank's share has no grid of its own); expert codes and scales are only
+moved into pages (`kernels/repack.py`). `weights.py` holds the same tensors for the torch backend, decoded to float32.
+
+All tensors of a rank lie in one `Arena`, a single allocation, because the persistent step finds them by 32-bit offsets: its
+task list is a table of int32. Sizes are known from the configuration (`layer_shapes`) before anything is read, so loading never
+holds more than a layer twice, and a geometry can be filled with random bytes instead (`random_weights`) to be timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modeling.configuration_mimo_v2 import MiMoV2Config
+from modeling.load import TensorFiles
+from modeling.names import qkv_rows, qkv_scale_rows
+from mxfp4.format import BLOCK_SIZE
+from runtime_ref.kernels.repack import SCALE_OFFSET, ExpertPages, Tile, repack_experts
+from runtime_ref.kernels.row_launches import Heads, Matrix, Router, paired
+from runtime_ref.parallel import ALONE, Ranks
+from runtime_ref.weights import read_config
+
+ALIGN = 128
+FP8_BLOCK = 128
+# What the releases store in FP8 (see `layer_shapes`).
+RELEASED_FP8 = frozenset({"qkv", "gate_up", "down"})
+
+
+class Arena:
+    """One allocation, handed out in pieces that begin at multiples of ALIGN bytes."""
+
+    def __init__(self, size: int, device: str):
+        self.data = torch.empty(size, dtype=torch.uint8, device=device)
+        self.used = 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A new piece, as a tensor."""
+        size = _bytes(shape, dtype)
+        assert self.used + size <= self.data.numel(), "the arena was made too small"
+        piece = self.data[self.used:self.used + size].view(dtype).view(shape)
+        self.used += _rounded(size)
+        return piece
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.take(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+    def offset(self, tensor: torch.Tensor) -> int:
+        """Where a piece begins, in units of ALIGN bytes."""
+        distance = tensor.data_ptr() - self.data.data_ptr()
+        assert 0 <= distance < self.data.numel() and distance % ALIGN == 0
+        return distance // ALIGN
+
+
+@dataclass
+class KernelLayer:
+    """One layer on this rank. mlp holds "gate_up" and "down" (dense), or "router" and "pages"."""
+
+    kind: str  # "full" or "window"
+    heads: Heads
+    qkv: Matrix
+    o: Matrix
+    sink: torch.Tensor | None
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    gate_up: Matrix | None = None
+    down: Matrix | None = None
+    router: Router | None = None
+    pages: ExpertPages | None = None
+
+
+@dataclass
+class KernelWeights:
+    config: MiMoV2Config
+    ranks: Ranks
+    arena: Arena
+    embed: torch.Tensor  # bfloat16 [vocabulary, H]
+    layers: list[KernelLayer]
+    norm: torch.Tensor  # float32 [H]
+    head: Matrix  # this rank's share of the vocabulary
+
+
+def layer_heads(config: MiMoV2Config, index: int, ranks: Ranks) -> Heads:
+    """Heads of a layer on one rank.
+
+    Raises:
+        ValueError: a number of ranks that cannot share them.
+    """
+    swa = "swa_" if config.hybrid_layer_pattern[index] else ""
+    queries, keys, d, v = (getattr(config, swa + name) for name in
+                           ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim"))
+    if queries % ranks.count or keys % ranks.count:
+        raise ValueError(f"{ranks.count} ranks: {queries} query heads and {keys} key heads of layer {index} cannot be shared; "
+                         "expected a divisor of both")
+    return Heads(queries // ranks.count, keys // ranks.count, d, v, int(d * config.partial_rotary_factor))
+
+
+def expert_tiles(config: MiMoV2Config, ranks: Ranks) -> tuple[Tile, Tile]:
+    """Tiles of gate-up and down pages: the standard ones, or smaller for small matrices."""
+    def fitting(rows: int, depth: int) -> Tile:
+        return Tile(max(16, min(Tile().rows, _power(rows))), max(64, min(Tile().depth, _power(depth))))
+
+    inner = config.moe_intermediate_size // ranks.count
+    return fitting(2 * inner, config.hidden_size), fitting(config.hidden_size, inner)
+
+
+def layer_shapes(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[str]) -> dict[str, tuple]:
+    """(shape, dtype) of the tensors of a layer on one rank; `fp8`: those of "qkv", "o", "gate_up", "down" that are FP8."""
+    H, heads, count = config.hidden_size, layer_heads(config, index, ranks), ranks.count
+    swa = config.hybrid_layer_pattern[index]
+    matrices = {"qkv": (heads.rows, H), "o": (H, heads.queries * heads.v)}
+    shapes: dict[str, tuple] = {"input_norm": ((H,), torch.float32), "post_norm": ((H,), torch.float32)}
+    if config.add_swa_attention_sink_bias if swa else config.add_full_attention_sink_bias:
+        shapes["sink"] = ((heads.queries,), torch.float32)
+    if config.moe_layer_freq[index]:
+        up_tile, down_tile = expert_tiles(config, ranks)
+        E, inner = config.n_routed_experts, config.moe_intermediate_size // count
+        shapes["router"], shapes["correction"] = ((E, H), torch.float32), ((E,), torch.float32)
+        shapes["up_pages"] = ((E, -(-inner // (up_tile.rows // 2)), -(-H // up_tile.depth), up_tile.page_bytes), torch.uint8)
+        shapes["down_pages"] = ((E, -(-H // down_tile.rows), -(-inner // down_tile.depth), down_tile.page_bytes), torch.uint8)
+    else:
+        inner = config.intermediate_size // count
+        matrices |= {"gate_up": (2 * inner, H), "down": (H, inner)}
+    for name, shape in matrices.items():
+        shapes[name] = (shape, torch.uint8 if name in fp8 else torch.bfloat16)
+        if name in fp8:
+            shapes[f"{name}_scales"] = ((shape[0], -(-shape[1] // FP8_BLOCK)), torch.float32)
+    return shapes
+
+
+def outer_shapes(config: MiMoV2Config, ranks: Ranks) -> dict[str, tuple]:
+    """(shape, dtype) of the tensors outside the layers."""
+    H, vocabulary = config.hidden_size, config.vocab_size
+    if vocabulary % ranks.count:
+        raise ValueError(f"{ranks.count} ranks: a vocabulary of {vocabulary} cannot be shared evenly")
+    return {"embed": ((vocabulary, H), torch.bfloat16), "norm": ((H,), torch.float32),
+            "head": ((vocabulary // ranks.count, H), torch.bfloat16)}
+
+
+def load_kernel_weights(folder: str | Path, ranks: Ranks = ALONE, *, device: str = "cpu",
+                        progress: Callable[[int, int], None] | None = None) -> KernelWeights:
+    """One rank's weights from an exported folder.
+
+    Raises:
+        ValueError: a damaged or incomplete folder, a geometry that the ranks cannot share, a scale byte that pages cannot hold.
+    """
+    config, _ = read_config(folder)
+    reader = _Reader(TensorFiles(Path(folder)), config, ranks)
+    fp8 = [reader.fp8(i) for i in range(config.num_hidden_layers)]
+
+    def layer(index: int) -> dict[str, torch.Tensor]:
+        if progress is not None:
+            progress(index + 1, config.num_hidden_layers)
+        return reader.layer(index)
+
+    return _assembled(config, ranks, device, fp8, reader.outer, layer)
+
+
+def random_weights(config: MiMoV2Config, ranks: Ranks, *, device: str, fp8: frozenset[str] = RELEASED_FP8,
+                   seed: int = 0) -> KernelWeights:
+    """Random weights of a geometry, made where they are used: for timing. Numbers stay finite; they mean nothing."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def fill(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
+        return {name: _random(name, shape, dtype, config, ranks, device, generator) for name, (shape, dtype) in shapes.items()}
+
+    dense = fp8 - {"gate_up", "down"}
+    kinds = [dense if moe else fp8 for moe in config.moe_layer_freq]
+    return _assembled(config, ranks, device, kinds, lambda: fill(outer_shapes(config, ranks)),
+                      lambda i: fill(layer_shapes(config, i, ranks, kinds[i])))
+
+
+def _random(name, shape, dtype, config, ranks, device, generator) -> torch.Tensor:
+    if dtype is torch.uint8 and not name.endswith("_pages"):  # FP8 of all signs and small exponents, no NaN
+        return torch.randint(0, 256, shape, dtype=dtype, device=device, generator=generator) & 0xBF
+    if name.endswith("_pages"):
+        tile = expert_tiles(config, ranks)[name == "down_pages"]
+        pages = torch.randint(0, 256, shape, dtype=dtype, device=device, generator=generator)
+        tail = pages[..., tile.rows * tile.depth // 2:]
+        tail.copy_(torch.randint(SCALE_OFFSET + 117, SCALE_OFFSET + 121, tail.shape, dtype=dtype, device=device,
+                                 generator=generator))
+        return pages
+    if name.endswith("_scales"):
+        return torch.full(shape, config.hidden_size**-0.5, dtype=dtype, device=device)
+    if name.endswith("norm"):
+        return torch.ones(shape, dtype=dtype, device=device)
+    return (torch.randn(shape, device=device, generator=generator) * shape[-1]**-0.5).to(dtype)
+
+
+def _assembled(config, ranks, device, fp8, outer: Callable[[], dict], layer: Callable[[int], dict]) -> KernelWeights:
+    plans = [outer_shapes(config, ranks), *(layer_shapes(config, i, ranks, kinds) for i, kinds in enumerate(fp8))]
+    arena = Arena(sum(_rounded(_bytes(*of)) for plan in plans for of in plan.values()), device)
+
+    def placed(plan: dict[str, tuple], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == plan, "tensors are not what was planned"
+        return {name: arena.put(tensor) for name, tensor in tensors.items()}
+
+    top = placed(plans[0], outer())
+    layers = [_layer(config, ranks, i, placed(plan, layer(i))) for i, plan in enumerate(plans[1:])]
+    return KernelWeights(config, ranks, arena, top["embed"], layers, top["norm"], Matrix(top["head"]))
+
+
+def _layer(config, ranks, index: int, t: dict[str, torch.Tensor]) -> KernelLayer:
+    matrices = {n: Matrix(t[n], t.get(f"{n}_scales")) for n in ("qkv", "o", "gate_up", "down") if n in t}
+    router = pages = None
+    if "router" in t:
+        factor = config.routed_scaling_factor
+        router = Router(t["router"], t["correction"], config.num_experts_per_tok, config.n_group, config.topk_group,
+                        config.norm_topk_prob, 1.0 if factor is None else factor)
+        pages = ExpertPages(t["up_pages"], t["down_pages"], *expert_tiles(config, ranks), config.hidden_size,
+                            config.moe_intermediate_size // ranks.count)
+    return KernelLayer("window" if config.hybrid_layer_pattern[index] else "full", layer_heads(config, index, ranks),
+                       sink=t.get("sink"), input_norm=t["input_norm"], post_norm=t["post_norm"], router=router, pages=pages,
+                       **matrices)
+
+
+class _Reader:
+    """Reads the tensors of one rank, as `layer_shapes` names them."""
+
+    def __init__(self, files: TensorFiles, config: MiMoV2Config, ranks: Ranks):
+        self.files, self.config, self.ranks, self.names = files, config, ranks, set(files)
+
+    def outer(self) -> dict[str, torch.Tensor]:
+        config = self.config
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        return {"embed": self._bf16("model.embed_tokens.weight"), "norm": self._f32("model.norm.weight"),
+                "head": self._share(self._bf16(head), 0)}
+
+    def fp8(self, index: int) -> frozenset[str]:
+        """Which matrices of a layer are stored in FP8."""
+        attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+        qkv = f"{attention}.qkv_proj" if f"{attention}.qkv_proj.weight" in self.names else f"{attention}.q_proj"
+        found = {"qkv": qkv, "o": f"{attention}.o_proj", "gate_up": f"{mlp}.gate_proj", "down": f"{mlp}.down_proj"}
+        return frozenset(n for n, name in found.items() if f"{name}.weight_scale_inv" in self.names)
+
+    def layer(self, index: int) -> dict[str, torch.Tensor]:
+        prefix, heads = f"model.layers.{index}", layer_heads(self.config, index, self.ranks)
+        out = {"input_norm": self._f32(f"{prefix}.input_layernorm.weight"),
+               "post_norm": self._f32(f"{prefix}.post_attention_layernorm.weight")}
+        if f"{prefix}.self_attn.attention_sink_bias" in self.names:
+            out["sink"] = self._share(self._f32(f"{prefix}.self_attn.attention_sink_bias"), 0)
+        rows = self._qkv(f"{prefix}.self_attn", index)
+        for name in rows[0]:
+            suffix = "" if name == "weight" else "_scales"
+            shared = torch.cat([self._share(part[name], 0) for part in rows])
+            out[f"qkv{suffix}"] = paired(shared, heads)
+        self._put_matrix(out, "o", [f"{prefix}.self_attn.o_proj"], columns=True)
+        if self.config.moe_layer_freq[index]:
+            return out | self._moe(f"{prefix}.mlp")
+        self._put_matrix(out, "gate_up", [f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"], columns=False)
+        self._put_matrix(out, "down", [f"{prefix}.mlp.down_proj"], columns=True)
+        return out
+
+    def _put_matrix(self, out: dict, name: str, parts: list[str], *, columns: bool) -> None:
+        """This rank's rows or columns of stacked matrices, with the scales of FP8."""
+        found = [self._matrix(part) for part in parts]
+        out[name] = torch.cat([self._share(part["weight"], int(columns)) for part in found])
+        if "scales" in found[0]:
+            if columns and found[0]["weight"].shape[1] // self.ranks.count % FP8_BLOCK and self.ranks.count > 1:
+                raise ValueError(f"{self.files.folder}: {parts[0]}: {self.ranks.count} ranks cut its columns inside an "
+                                 "FP8 block; expected fewer ranks")
+            out[f"{name}_scales"] = torch.cat([self._share(part["scales"], int(columns)) for part in found])
+
+    def _matrix(self, name: str) -> dict[str, torch.Tensor]:
+        """"weight" bfloat16, or uint8 with "scales": one row of them per row."""
+        raw = self.files.read(f"{name}.weight")
+        if raw.dtype != torch.float8_e4m3fn:
+            return {"weight": self._bf16(f"{name}.weight")}
+        if raw.view(torch.uint8).bitwise_and(127).eq(127).any():
+            raise ValueError(f"{self.files.folder}: {name}.weight holds NaN")
+        scale = self.files.read(f"{name}.weight_scale_inv").float()
+        segments = qkv_scale_rows(f"{name}.weight", raw.shape[0], self.config)
+        expected = (sum(-(-n // FP8_BLOCK) for n in segments), -(-raw.shape[1] // FP8_BLOCK))
+        if tuple(scale.shape) != expected:
+            raise ValueError(f"{self.files.folder}: {name}.weight_scale_inv: shape {list(scale.shape)}, expected "
+                             f"{list(expected)}")
+        spread, row = [], 0
+        for n in segments:
+            blocks = -(-n // FP8_BLOCK)
+            spread.append(scale[row:row + blocks].repeat_interleave(FP8_BLOCK, 0)[:n])
+            row += blocks
+        return {"weight": raw.view(torch.uint8), "scales": torch.cat(spread)}
+
+    def _qkv(self, prefix: str, index: int) -> list[dict[str, torch.Tensor]]:
+        """q, k and v, whichever of the two forms the folder has."""
+        if f"{prefix}.qkv_proj.weight" not in self.names:
+            return [self._matrix(f"{prefix}.{n}_proj") for n in "qkv"]
+        fused, rows = self._matrix(f"{prefix}.qkv_proj"), qkv_rows(self.config, index)
+        return [{name: torch.cat([t[s] for s in rows[part]]) for name, t in fused.items()} for part in "qkv"]
+
+    def _moe(self, prefix: str) -> dict[str, torch.Tensor]:
+        E, H, inner = self.config.n_routed_experts, self.config.hidden_size, self.config.moe_intermediate_size
+
+        def stacked(suffix: str) -> dict[str, torch.Tensor]:
+            width = 2 if not suffix else BLOCK_SIZE
+            shapes = {"gate": (inner, H // width), "up": (inner, H // width), "down": (H, inner // width)}
+            return {kind: torch.stack(list(self._codes(f"{prefix}.experts", f"{kind}_proj.weight{suffix}", E, shapes[kind])))
+                    for kind in shapes}
+
+        codes, scales = stacked(""), stacked("_scale")
+        up_tile, down_tile = expert_tiles(self.config, self.ranks)
+        gate_up, down = (torch.cat((t["gate"], t["up"]), 1) for t in (codes, scales)), (codes["down"], scales["down"])
+        pages = repack_experts(tuple(gate_up), down, rank=self.ranks.rank, ranks=self.ranks.count, up_tile=up_tile,
+                               down_tile=down_tile)
+        return {"router": self._f32(f"{prefix}.gate.weight"), "correction": self._f32(f"{prefix}.gate.e_score_correction_bias"),
+                "up_pages": pages.up, "down_pages": pages.down}
+
+    def _codes(self, prefix: str, name: str, experts: int, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+        for e in range(experts):
+            found = self.files.read(f"{prefix}.{e}.{name}")
+            if found.dtype != torch.uint8 or tuple(found.shape) != shape:
+                raise ValueError(f"{self.files.folder}: {prefix}.{e}.{name}: {found.dtype} {list(found.shape)}, expected uint8 "
+                                 f"{list(shape)}")
+            yield found
+
+    def _bf16(self, name: str) -> torch.Tensor:
+        raw = self.files.read(name)
+        exact = raw.to(torch.bfloat16)
+        if not torch.equal(exact.to(raw.dtype), raw):
+            raise ValueError(f"{self.files.folder}: {name}: {raw.dtype} values that bfloat16 does not hold; run this "
+                             "checkpoint with the torch backend")
+        return exact
+
+    def _f32(self, name: str) -> torch.Tensor:
+        return self.files.read(name).float()
+
+    def _share(self, t: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's equal share of a dimension."""
+        own, rest = divmod(t.shape[dim], self.ranks.count)
+        if rest:
+            raise ValueError(f"{self.ranks.count} ranks: a dimension of {t.shape[dim]} entries cannot be shared evenly")
+        return t.narrow(dim, self.ranks.rank * own, own)
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN

@@ -1,0 +1,138 @@
+"""The DFlash drafter on the Triton kernels: the passes of `drafter.Drafter`, which documents the idea, launch by launch.
+
+Reference twin: `drafter.Drafter`. Differences: everything is bf16 where a product reads it; a block has exactly the rows that
+are wanted (the anchor and its drafts), and only the drafts' rows meet the head.
+
+Every rank holds the whole drafter and multiplies its share of the head, as there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from modeling.drafter import DFlashDraftModel, load_drafter
+from runtime_ref.drafter import KIND, Wanted, check_drafter
+from runtime_ref.kernels import row_launches as launches
+from runtime_ref.kernels.attention import attend
+from runtime_ref.kernels.row_launches import Heads, Matrix, paired
+from runtime_ref.kv_cache import PAGE, Table
+from runtime_ref.triton_backend import BLOCK, KernelPool, RotaryTable, TritonBackend, plan_blocks
+
+CONTEXT_ROWS = 64
+
+
+class TritonDrafter:
+    """Weights, pool and the two passes: `extend_tables` by context features, `logits` of blocks."""
+
+    def __init__(self, model: DFlashDraftModel, backend: TritonBackend, pages: int, positions: int):
+        config, device = model.config, backend.device
+        check_drafter(model, backend.config)
+        self.backend, self.taps, self.block = backend, list(model.target_layer_ids), model.block_size
+        self.window, self.causal, self.epsilon = model.window, model.causal, config.rms_norm_eps
+        if self.block > BLOCK:
+            raise ValueError(f"dflash/config.json: block_size: {self.block}, expected at most {BLOCK} for the triton backend")
+        if self.causal and self.window is not None and self.window < self.block:
+            raise ValueError(f"dflash/config.json: window {self.window} of a causal block of {self.block}, expected at least "
+                             "the block")
+        attention = model.layers[0].self_attn
+        keys, d = config.num_key_value_heads, config.head_dim
+        self.heads = Heads(config.num_attention_heads, keys, d, attention.v_dim, model.rotary_dim)
+        self.context_heads = Heads(0, keys, d, attention.v_dim, model.rotary_dim)
+        self.value_scale = attention.value_scale
+        self.rotary = RotaryTable(model.rotary_base, model.rotary_dim, positions + 2 * BLOCK, device).table
+        self.pool = KernelPool({i: (keys, d, attention.v_dim) for i in range(len(model.layers))}, pages, self.window, device)
+        self.fc = _matrix(device, model.fc)
+        self.hidden_norm, self.norm = (m.weight.detach().float().to(device) for m in (model.hidden_norm, model.norm))
+        self.mask = model.mask_embedding.detach().to(device, torch.bfloat16)
+        self.layers = [self._layer(layer, device) for layer in model.layers]
+
+    def product_shapes(self) -> set:
+        """See `TritonBackend.probe`: nothing to measure."""
+        return set()
+
+    def _layer(self, layer, device: str) -> dict:
+        a, m, heads = layer.self_attn, layer.mlp, self.heads
+        qkv = paired(torch.cat([p.weight.detach() for p in (a.q_proj, a.k_proj, a.v_proj)]).to(device, torch.bfloat16), heads)
+        norms = torch.cat((a.q_norm.weight.detach().float().repeat(heads.queries),
+                           a.k_norm.weight.detach().float().repeat(heads.keys))).to(device)
+        norms, split = paired(norms, heads), heads.queries * heads.d
+        sink = a.attention_sink_bias
+        return {"qkv": Matrix(qkv), "context": Matrix(qkv[split:].contiguous()), "head_norm": norms,
+                "context_norm": norms[split:].contiguous(), "o": _matrix(device, a.o_proj),
+                "gate_up": _matrix(device, m.gate_proj, m.up_proj), "down": _matrix(device, m.down_proj),
+                "sink": None if sink is None else sink.detach().float().to(device),
+                "input_norm": layer.input_layernorm.weight.detach().float().to(device),
+                "post_norm": layer.post_attention_layernorm.weight.detach().float().to(device)}
+
+    @torch.inference_mode()
+    def extend(self, taps: torch.Tensor, positions: list[int], slots: list[int]) -> None:
+        """Writes keys and values of features [n, taps * H] at positions into slots of the pool."""
+        tiling, device = self.backend.tiling, self.backend.device
+        at, into = (torch.tensor(c, dtype=torch.int32, device=device) for c in (positions, slots))
+        out = torch.empty((taps.shape[0], self.fc.w.shape[0]), dtype=torch.float32, device=device)
+        features = launches.product(taps.contiguous(), self.fc, out, tiling)
+        for i, layer in enumerate(self.layers):
+            launches.project(features, layer["context"], self.context_heads, self.rotary, at, into, self.pool.keys[i],
+                             self.pool.keys[i], self.pool.values[i], tiling, norm=(self.hidden_norm, self.epsilon),
+                             head_norm=(layer["context_norm"], self.epsilon), value_scale=self.value_scale)
+
+    def extend_tables(self, taps: torch.Tensor, start: int, table: Table) -> None:
+        """`extend` by consecutive positions of one sequence."""
+        for begin in range(0, taps.shape[0], CONTEXT_ROWS):
+            part = taps[begin:begin + CONTEXT_ROWS]
+            positions = list(range(start + begin, start + begin + part.shape[0]))
+            self.extend(part, positions, [_slot(table, p) for p in positions])
+
+    @torch.inference_mode()
+    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+        """Draft logits [count, vocabulary] float32 of each sequence, its pending features included in the context first."""
+        for w in wanted:
+            if w.taps is not None and w.taps.shape[0]:
+                self.extend_tables(w.taps, w.position - w.taps.shape[0], w.tables[KIND])
+        device, tiling = self.backend.device, self.backend.tiling
+        ids, positions, picked, places = [], [], [], []
+        for w in wanted:
+            places.append((w.tables[KIND], w.position, w.count + 1, len(ids)))
+            picked += range(len(ids) + 1, len(ids) + w.count + 1)
+            ids += [w.anchor] + [-1] * w.count
+            positions += range(w.position, w.position + w.count + 1)
+        ids, positions, picked = (torch.tensor(c, dtype=torch.int32, device=device) for c in (ids, positions, picked))
+        blocks = plan_blocks(self.pool, places, device)
+        x = launches.gather(self.backend.kernel_weights.embed, ids, tiling, spare=self.mask)
+        for i, layer in enumerate(self.layers):
+            x = self._run_layer(i, layer, x, positions, blocks)
+        found = self.backend.head_logits(x, picked.shape[0], norm=(self.norm, self.epsilon), rows=picked)
+        return list(found.split([w.count for w in wanted]))
+
+    def _run_layer(self, i: int, layer: dict, x: torch.Tensor, positions: torch.Tensor, blocks) -> torch.Tensor:
+        tiling, (keys, values) = self.backend.tiling, (self.pool.keys[i], self.pool.values[i])
+        q = torch.empty((self.heads.queries, x.shape[0], self.heads.d), dtype=torch.bfloat16, device=x.device)
+        launches.project(x, layer["qkv"], self.heads, self.rotary, positions, blocks.slots, q, keys, values, tiling,
+                         norm=(layer["input_norm"], self.epsilon), head_norm=(layer["head_norm"], self.epsilon),
+                         value_scale=self.value_scale)
+        heads = attend(q, keys, values, layer["sink"], blocks.tables, blocks.first, blocks.start, blocks.count, blocks.row,
+                       rows=BLOCK, window=self.window, longest=blocks.longest, float_dot=tiling.float_dot,
+                       draft=not self.causal)
+        x = launches.product(heads, layer["o"], torch.empty_like(x), tiling, residual=x)
+        inner = launches.swiglu(x, layer["gate_up"], tiling, norm=(layer["post_norm"], self.epsilon))
+        return launches.product(inner, layer["down"], torch.empty_like(x), tiling, residual=x)
+
+
+def _matrix(device: str, *modules) -> Matrix:
+    return Matrix(torch.cat([m.weight.detach() for m in modules]).to(device, torch.bfloat16).contiguous())
+
+
+def _slot(table: Table, position: int) -> int:
+    return table.page(position // PAGE) * PAGE + position % PAGE
+
+
+def load_triton_drafter(folder: str | Path, backend: TritonBackend, pages: int, positions: int) -> TritonDrafter:
+    """The drafter of a `dflash/` folder.
+
+    Raises:
+        ValueError: missing or unexpected tensors, no mask embedding, a drafter of another target or one that the kernels
+            cannot run.
+    """
+    return TritonDrafter(load_drafter(folder, torch.float32), backend, pages, positions)
