@@ -7,10 +7,7 @@ grave one also if there are none.
 
 from __future__ import annotations
 
-import json
-import pickle
-import re
-from dataclasses import dataclass, field
+import hashlib
 from pathlib import Path
 
 import torch
@@ -19,11 +16,21 @@ from safetensors import SafetensorError, safe_open
 from modeling.load import TensorFiles
 from modeling.names import fused_name, published_tensors
 from mxfp4.format import BLOCK_SIZE, E8M0_NAN
+from runtime_ref.checks_drafter import check_drafter
+from runtime_ref.facts import (
+    DTYPE_CAUSE,
+    FINITE_CAUSE,
+    INCOMPLETE_CAUSE,
+    Facts,
+    Wrong,
+    condensed,
+    first_line,
+    own_object,
+    read_object,
+)
 from runtime_ref.verdict import Check
 from runtime_ref.weights import drafter_folder, read_config
 
-REFERENCE = "dflash_reference.safetensors"
-MASK_FILE = "mask_embedding.pt"
 # Keys of other families that change what runs, and what a client that honours them would do wrong.
 FOREIGN_KEYS = {
     "swiglu_limit": "SwiGLU is clamped as in gpt-oss: MiMo-V2's experts have no clamp",
@@ -32,58 +39,77 @@ FOREIGN_KEYS = {
     "final_logit_softcapping": "logits are capped: MiMo-V2 has no cap",
 }
 SINK_CAUSE = "attention sinks are dropped: every window layer has one learned logit per head (attention_sink_bias)"
+SINK_LAYER_CAUSE = ("attention sinks are on other layers than the configuration says (hybrid_layer_pattern, "
+                    "add_swa_attention_sink_bias, add_full_attention_sink_bias)")
 SCALE_CAUSE = "scale bytes are read as numbers: scales must be uint8 (E8M0), called weight_scale; a byte b means 2^(b - 127)"
-MASK_CAUSE = "the mask embedding is missing: mask_embedding.pt must be there, the vocabulary row of the mask token is untrained"
-HEAD_CAUSE = "the drafter has a head or embedding of its own: both are the target's, shared"
-
-
-@dataclass
-class Facts:
-    """What later checks need of the folder.
-
-    Attributes:
-        suspicions: (finding, cause, grave) that count if nothing clears them.
-        reference: tensors and facts of the stored worked example, if there is one.
-    """
-
-    folder: Path
-    config: object = None
-    raw: dict = field(default_factory=dict)
-    drafter_config: dict = field(default_factory=dict)
-    suspicions: list[tuple[str, str, bool]] = field(default_factory=list)
-    reference: dict[str, torch.Tensor] | None = None
-    reference_facts: dict = field(default_factory=dict)
-    loadable: bool = True
-    drafter_loadable: bool = False
+BLOCK_CAUSE = "scales are of blocks of another size: MXFP4 has one scale byte for 32 values (NVFP4 has one for 16)"
+TIED_CAUSE = "tie_word_embeddings is true although the head is a matrix of its own: engines would use the embedding for it"
+COPIES_CAUSE = "experts of a layer are copies of each other: the exporter wrote one expert under several names"
+INDEX_CAUSE = "index and shards do not fit each other: one of them is of another export"
+TRUNCATED_CAUSE = "a weight file is damaged or truncated: the download or the copy broke off"
+LAYOUTS = {"compressed-tensors": "the compressed-tensors layout", "mxfp4": "the gpt-oss layout", "fp8": "the hf-fp8 layout"}
 
 
 def check_folder(folder: Path) -> tuple[Check, Facts]:
     """The check and what it learned; never raises for a bad folder."""
     check, facts = Check("folder", "schema, inventory, dtypes, scale range, sidecar, sinks, taps"), Facts(folder)
     try:
-        facts.config, facts.raw = read_config(folder)
+        facts.raw = read_object(folder / "config.json")
+        facts.config = _geometry(folder, facts.raw)
         _config(check, facts)
-        files = TensorFiles(folder)
-        infos = _infos(folder, files)
-    except (ValueError, OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        files, infos = TensorFiles(folder), _infos(folder)
+    except Wrong as error:
         facts.loadable = False
-        check.fail(str(error).splitlines()[0], "the folder is incomplete or damaged")
+        check.fail(str(error), error.cause)
+        return check, facts
+    except (ValueError, OSError, SafetensorError) as error:
+        facts.loadable = False
+        check.fail(first_line(error, folder), INCOMPLETE_CAUSE)
         return check, facts
     _inventory(check, facts, infos)
     if facts.loadable:
-        _scales(check, facts, files)
+        _contents(check, facts, files, infos)
         _sinks(facts, files, infos)
     dflash = drafter_folder(folder)
     if dflash is not None:
-        facts.drafter_loadable = _drafter(check, facts, files, dflash)
+        facts.drafter_loadable = check_drafter(check, facts, files, dflash)
     elif (folder / "dflash").is_dir():
         check.fail("dflash/config.json is missing", "the drafter's folder is incomplete")
-    check.numbers = {"tensors": len(infos), "drafter": dflash is not None, "stored reference": facts.reference is not None}
+    elif own_object(folder / "export.json").get("drafter") is True:
+        check.fail("dflash/ is missing, export.json says that there is a drafter", "the drafter's folder is incomplete")
+    else:
+        check.notes.append("no drafter (dflash/): decoding is plain")
+    check.findings = condensed(check.findings)
+    check.numbers |= {"tensors": len(infos), "drafter": dflash is not None, "stored reference": facts.reference is not None}
     return check, facts
+
+
+def _geometry(folder: Path, raw: dict):
+    """The configuration of a native folder.
+
+    Raises:
+        Wrong: another layout or family, or a geometry that cannot be.
+    """
+    stored = raw.get("quantization_config")
+    if stored is not None and not isinstance(stored, dict):
+        raise Wrong(f"config.json: quantization_config: {type(stored).__name__}, expected an object",
+                    INCOMPLETE_CAUSE)
+    try:
+        return read_config(folder)[0]
+    except (ValueError, TypeError, AttributeError) as error:
+        if raw.get("model_type") == "mimo_v2":
+            raise Wrong(first_line(error, folder), "config.json describes a model that cannot be") from None
+    method = (stored or {}).get("quant_method")
+    raise Wrong(f"config.json: model_type {raw.get('model_type')!r}, quant_method {method!r}: "
+                f"{LAYOUTS.get(method, 'no layout that is known here')}; expected 'mimo_v2', the native layout",
+                "another layout than the native one: export it with --layout native to validate it")
 
 
 def _config(check: Check, facts: Facts) -> None:
     stored = facts.raw.get("quantization_config") or {}
+    if stored.get("mxfp4_block_size", BLOCK_SIZE) != BLOCK_SIZE:
+        check.fail(f"config.json: quantization_config.mxfp4_block_size: {stored['mxfp4_block_size']}, expected {BLOCK_SIZE}",
+                   BLOCK_CAUSE)
     for key, expected in (("quant_method", "fp8"), ("store_dtype", "mxfp4")):
         if stored.get(key) != expected:
             check.fail(f"config.json: quantization_config.{key}: {stored.get(key)!r}, expected {expected!r}",
@@ -93,16 +119,36 @@ def _config(check: Check, facts: Facts) -> None:
             check.fail(f"config.json: {key}: {facts.raw[key]}, expected no such key", cause)
 
 
-def _infos(folder: Path, files: TensorFiles) -> dict[str, tuple[tuple[int, ...], str]]:
-    """name -> (shape, dtype) of every tensor, from the files' headers."""
+def _infos(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """name -> (shape, dtype) of every tensor, from the files' headers.
+
+    Raises:
+        Wrong: an index and shards that do not fit each other.
+    """
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    found = {}
-    for name in names:
-        with safe_open(str(folder / name), framework="pt") as file:
-            for key in file.keys():
-                part = file.get_slice(key)
-                found[key] = tuple(part.get_shape()), part.get_dtype()
+    listed = None
+    if index.is_file():
+        listed = read_object(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
+            raise Wrong(f"{index.name}: no weight_map (tensor name to file name)", INDEX_CAUSE)
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name in sorted(set(listed.values())) if listed is not None else ["model.safetensors"]:
+        if not (folder / name).is_file():
+            raise Wrong(f"shard {name} is missing, {index.name} lists it", "the folder is incomplete: a shard is missing")
+        try:
+            with safe_open(str(folder / name), framework="pt") as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    if listed is not None and listed.get(key, name) == name or listed is None:
+                        found[key] = tuple(part.get_shape()), part.get_dtype()
+        except SafetensorError as error:
+            raise Wrong(f"{name}: {str(error).splitlines()[0]}", TRUNCATED_CAUSE) from None
+    if listed is not None:
+        astray = sorted(set(listed) - set(found)), sorted(set(found) - set(listed))
+        if astray[0]:
+            raise Wrong(f"{index.name}: {astray[0][0]} is not in {listed[astray[0][0]]}", INDEX_CAUSE)
+        if astray[1]:
+            raise Wrong(f"{index.name} does not list {astray[1][0]}, a shard holds it", INDEX_CAUSE)
     return found
 
 
@@ -110,39 +156,55 @@ def _inventory(check: Check, facts: Facts, infos: dict) -> None:
     expected = {t.name: t for t in published_tensors(facts.config, experts="mxfp4", dense="bf16")}
     if not any("qkv_proj" in n for n in infos):
         expected = _split(expected, facts.config)
+    if facts.config.tie_word_embeddings:
+        if "lm_head.weight" in infos:
+            facts.loadable = False
+            check.fail("config.json: tie_word_embeddings: true, but lm_head.weight is there", TIED_CAUSE)
+        expected.pop("lm_head.weight", None)
     for name, tensor in expected.items():
         if name not in infos:
             facts.loadable = False
-            check.fail(f"{name} is missing", _missing_cause(name, infos))
-            continue
-        shape, dtype = infos[name]
-        if shape != tensor.shape:
-            facts.loadable = False
-            check.fail(f"{name}: shape {list(shape)}, expected {list(tensor.shape)}",
-                       "the geometry of config.json is not that of the weights")
-        if tensor.dtype == "U8" and dtype != "U8":
-            facts.loadable = False
-            check.fail(f"{name}: dtype {dtype}, expected U8", SCALE_CAUSE if name.endswith("_scale") else
-                       "expert codes must be uint8 (two E2M1 codes a byte)")
-    extra = [n for n in infos if n not in expected and not n.startswith("model.mtp.")
+            check.fail(f"{name} is missing", _missing_cause(name, infos, expected))
+        else:
+            _dtype_and_shape(check, facts, tensor, infos)
+    extra = [n for n in infos if n not in expected and not n.startswith("model.mtp.") and n != "lm_head.weight"
              and not (n.endswith("_scale_inv") and infos.get(n.removesuffix("_scale_inv"), (0, ""))[1] == "F8_E4M3")]
     for name in sorted(extra)[:5]:
+        facts.loadable = False
         check.fail(f"{name}: unknown tensor", SCALE_CAUSE if name.endswith("weight_scale_inv") else
+                   SINK_LAYER_CAUSE if name.endswith("attention_sink_bias") else
                    "the folder holds tensors that this model does not have")
-    check.findings = _condensed(check.findings)
+    check.findings = condensed(check.findings)
 
 
-def _condensed(findings: list[str]) -> list[str]:
-    """The first finding of each kind: layers and experts are one kind."""
-    seen: dict[str, list[str]] = {}
-    for finding in findings:
-        seen.setdefault(re.sub(r"\d+", "N", finding), []).append(finding)
-    return [group[0] + (f" (and {len(group) - 1} more like it)" if len(group) > 1 else "") for group in seen.values()]
+def _dtype_and_shape(check: Check, facts: Facts, tensor, infos: dict) -> None:
+    name, (shape, dtype) = tensor.name, infos[tensor.name]
+    if shape != tensor.shape:
+        facts.loadable = False
+        finer = name.endswith("_scale") and shape[:1] == tensor.shape[:1] and shape[1:] != tensor.shape[1:]
+        check.fail(f"{name}: shape {list(shape)}, expected {list(tensor.shape)}",
+                   BLOCK_CAUSE if finer else "the geometry of config.json is not that of the weights")
+    if tensor.dtype == "U8" and dtype != "U8":
+        facts.loadable = False
+        check.fail(f"{name}: dtype {dtype}, expected U8", SCALE_CAUSE if name.endswith("_scale") else
+                   "expert codes must be uint8 (two E2M1 codes a byte)")
+    elif dtype == "F8_E4M3" and tensor.dtype == "BF16" and len(shape) == 2:
+        if name + "_scale_inv" not in infos:
+            facts.loadable = False
+            check.fail(f"{name}_scale_inv is missing, {name} is F8_E4M3",
+                       "FP8 weights without their scales: weight_scale_inv, one F32 for 128 x 128, must be there")
+    elif name.endswith("e_score_correction_bias") and dtype != "F32":
+        check.fail(f"{name}: dtype {dtype}, expected F32",
+                   "the routers' correction bias was rounded: it decides which experts run and is published in float32")
+    elif tensor.dtype in ("BF16", "F32") and dtype not in ("BF16", "F32"):
+        facts.loadable &= dtype == "F16"
+        check.fail(f"{name}: dtype {dtype}, expected {tensor.dtype}", DTYPE_CAUSE)
 
 
-def _missing_cause(name: str, infos: dict) -> str:
+def _missing_cause(name: str, infos: dict, expected: dict) -> str:
     if name.endswith("attention_sink_bias"):
-        return SINK_CAUSE
+        elsewhere = any(n.endswith("attention_sink_bias") and n not in expected for n in infos)
+        return SINK_LAYER_CAUSE if elsewhere else SINK_CAUSE
     if name.endswith("_scale"):
         return SCALE_CAUSE
     return "the folder is incomplete: a tensor is missing"
@@ -157,147 +219,53 @@ def _split(expected: dict, config) -> dict:
     return {t.name: t for t in published_tensors(split, experts="mxfp4", dense="bf16")}
 
 
-def _scales(check: Check, facts: Facts, files: TensorFiles) -> None:
-    """Scale bytes and the block invariant: the largest code of a block means 4 or 6."""
+def _contents(check: Check, facts: Facts, files: TensorFiles, infos: dict) -> None:
+    """One pass over all tensors: finite numbers, scale bytes, the block invariant, experts that are copies."""
     low, high, blocks, odd = 255, 0, 0, 0
+    seen: dict[tuple, str] = {}
     for name in files:
+        if name.startswith("model.mtp."):
+            continue
         if fused_name(name) is None:
+            if infos[name][1] not in ("U8", "F8_E4M3") and not bool(torch.isfinite(files.read(name)).all()):
+                facts.loadable = False  # whatever is computed with it is not finite either
+                check.fail(f"{name}: not finite at index {_first_odd(files.read(name))}", FINITE_CAUSE)
             continue
         codes, scales = files.read(name), files.read(name + "_scale")
         low, high = min(low, int(scales.min())), max(high, int(scales.max()))
+        if int(scales.max()) == E8M0_NAN:
+            check.fail(f"{name}_scale: a scale byte is 255 (NaN)", "a block of an expert was not finite when it was exported")
+        elif not 60 <= int(scales.max()) <= 136:
+            check.fail(f"{name}_scale: bytes reach {int(scales.max())} (2^{int(scales.max()) - 127}), expected weights of "
+                       "ordinary size", SCALE_CAUSE)
         magnitudes = torch.maximum(codes & 7, (codes >> 4) & 7).view(-1, BLOCK_SIZE // 2).amax(1)
         used = magnitudes > 0
         blocks += int(used.sum())
         odd += int((used & (magnitudes < 6)).sum())
+        _note_copy(check, seen, name, codes)
     check.numbers |= {"lowest scale byte": low, "highest scale byte": high}
-    if high == E8M0_NAN:
-        check.fail("a scale byte is 255 (NaN)", "a block of an expert was not finite when it was exported")
-    elif high > 136 or high < 60:
-        check.fail(f"scale bytes reach {high} (2^{high - 127}), expected weights of ordinary size", SCALE_CAUSE)
     if blocks and odd / blocks > 0.2:
         facts.suspicions.append((f"{odd} of {blocks} blocks have a largest value below 4 units",
                                  "scales and codes do not belong together, or the scale rule is not floor or even", False))
+
+
+def _note_copy(check: Check, seen: dict[tuple, str], name: str, codes: torch.Tensor) -> None:
+    """Two experts with the same codes, or one without any: nothing that was trained has that."""
+    if not bool(codes.any()):
+        check.notes.append(f"{name}: all codes are zero")
+        return
+    fused = fused_name(name)
+    key = fused[0], fused[2], hashlib.blake2b(codes.numpy().tobytes(), digest_size=16).digest()
+    if key in seen:
+        check.fail(f"{name} has the codes of {seen[key]}", COPIES_CAUSE)
+    seen.setdefault(key, name)
+
+
+def _first_odd(tensor: torch.Tensor) -> list[int]:
+    return torch.nonzero(~torch.isfinite(tensor))[0].tolist()
 
 
 def _sinks(facts: Facts, files: TensorFiles, infos: dict) -> None:
     sinks = [n for n in infos if n.endswith("attention_sink_bias") and not n.startswith("model.mtp.")]
     if sinks and not any(bool(files.read(n).any()) for n in sinks):
         facts.suspicions.append(("all attention sinks of the target are zero", SINK_CAUSE, True))
-
-
-def _drafter(check: Check, facts: Facts, files: TensorFiles, folder: Path) -> bool:
-    """Checks `dflash/`; whether the drafter can be loaded."""
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    special = raw.get("dflash_config") or {}
-    facts.drafter_config = raw
-    fine = _drafter_tensors(check, folder, raw)
-    fine &= _dialects(check, facts, raw, special)
-    if not (folder / MASK_FILE).is_file():
-        check.fail("dflash/mask_embedding.pt is missing", MASK_CAUSE)
-        fine = False
-    else:
-        fine &= _mask(check, facts, files, folder, special)
-    if (folder / REFERENCE).is_file():
-        _read_reference(check, facts, folder / REFERENCE, special)
-    return fine
-
-
-def _drafter_tensors(check: Check, folder: Path, raw: dict) -> bool:
-    from transformers import Qwen3Config
-
-    from modeling.drafter import DFlashDraftModel
-
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.name == REFERENCE:
-            continue
-        try:
-            with safe_open(str(file), framework="pt") as opened:
-                found |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
-        except (SafetensorError, OSError) as error:
-            check.fail(f"dflash/{file.name}: {str(error).splitlines()[0]}", "the drafter's folder is damaged")
-            return False
-    try:
-        with torch.device("meta"):
-            model = DFlashDraftModel(Qwen3Config.from_dict(dict(raw)))
-    except (ValueError, KeyError, TypeError) as error:
-        check.fail(f"dflash/config.json: {str(error).splitlines()[0]}", "the drafter's configuration is incomplete")
-        return False
-    wanted = {n: tuple(p.shape) for n, p in model.named_parameters() if n != "mask_embedding"}
-    before = len(check.findings)
-    for name in sorted(wanted.keys() - found.keys()):
-        check.fail(f"dflash: {name} is missing", "attention sinks of the drafter are dropped" if "sink" in name else
-                   "the drafter's tensors are called otherwise (no 'model.' prefix)" if f"model.{name}" in found else
-                   "a tensor of the drafter is missing")
-    for name in sorted(found.keys() - wanted.keys()):
-        cause = (HEAD_CAUSE if re.search(r"lm_head|embed_tokens", name) else
-                 "attention sinks of the drafter are dropped (dflash_config.attention_sink_bias is false)"
-                 if "sink" in name else "the drafter has tensors that the published form does not know")
-        check.fail(f"dflash: {name}: unknown tensor", cause)
-    for name in wanted.keys() & found.keys():
-        if wanted[name] != found[name]:
-            check.fail(f"dflash: {name}: shape {list(found[name])}, expected {list(wanted[name])}",
-                       "number of tapped layers or KV layout of the drafter (target_layer_ids, num_key_value_heads, head_dim)")
-    check.findings = _condensed(check.findings)
-    return len(check.findings) == before
-
-
-def _dialects(check: Check, facts: Facts, raw: dict, special: dict) -> bool:
-    """Keys that engines read differently must all be there and agree; whether the tapped layers exist."""
-    window = special.get("swa_window_size") if special.get("use_swa") else None
-    causal, layers = bool(special.get("causal", raw.get("is_causal", False))), raw.get("num_hidden_layers") or 0
-    window_cause = "wrong window of the drafter for some engines: they read different keys, which must agree"
-    causal_cause = "wrong causality of the drafter for some engines: sliding layers count as causal unless is_causal is false"
-    kind = "full_attention" if window is None else "sliding_attention"
-    for key, expected, cause in (("sliding_window", window, window_cause), ("layer_types", [kind] * layers, window_cause),
-                                 ("is_causal", causal, causal_cause), ("block_size", special.get("block_size"),
-                                                                       "block size: one key says another than the other")):
-        if raw.get(key) != expected:
-            check.fail(f"dflash/config.json: {key}: {raw.get(key)!r}, dflash_config says {expected!r}", cause)
-    base = special.get("backbone_rotary_base")
-    theta = raw.get("rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta"))
-    if base is not None and theta != base:
-        facts.suspicions.append((f"dflash/config.json: rope_theta {theta}, dflash_config.backbone_rotary_base {base}",
-                                 "wrong rotary base of the drafter: it is the backbone's", True))
-    last = facts.config.num_hidden_layers - 1
-    wrong = [i for i in special.get("target_layer_ids", []) if not 0 <= i <= last]
-    if wrong:
-        check.fail(f"dflash_config.target_layer_ids: layer {wrong[0]}, expected 0 to {last}",
-                   "taps are off by one: an id i means the output of decoder layer i, counted from 0")
-    return not wrong
-
-
-def _mask(check: Check, facts: Facts, files: TensorFiles, folder: Path, special: dict) -> bool:
-    try:
-        sidecar = torch.load(folder / MASK_FILE, weights_only=True)
-        token, vector = int(sidecar["mask_token_id"]), sidecar["embedding"].float()
-    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        check.fail(f"dflash/{MASK_FILE}: {(str(error).splitlines() or ['unreadable'])[0]}", MASK_CAUSE)
-        return False
-    if token != special.get("mask_token_id"):
-        check.fail(f"dflash/{MASK_FILE}: mask_token_id {token}, dflash_config has {special.get('mask_token_id')}", MASK_CAUSE)
-        return False
-    if tuple(vector.shape) != (facts.config.hidden_size,) or not bool(torch.isfinite(vector).all()):
-        check.fail(f"dflash/{MASK_FILE}: {list(vector.shape)}, expected {facts.config.hidden_size} finite numbers", MASK_CAUSE)
-        return False
-    row = files.read("model.embed_tokens.weight")[token].float() if facts.loadable else vector
-    if not bool(vector.any()):
-        facts.suspicions.append((f"dflash/{MASK_FILE}: the embedding is all zero", MASK_CAUSE, True))
-    elif not torch.equal(row, vector):
-        facts.suspicions.append((f"vocabulary row {token} is not the embedding of {MASK_FILE}", MASK_CAUSE, False))
-    return True
-
-
-def _read_reference(check: Check, facts: Facts, path: Path, special: dict) -> None:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            facts.reference = {key: file.get_tensor(key) for key in file.keys()}
-            facts.reference_facts = json.loads((file.metadata() or {}).get("reference", "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        check.fail(f"dflash/{path.name}: {str(error).splitlines()[0]}", "the stored reference is damaged")
-        facts.reference = None
-        return
-    stored = facts.reference_facts.get("target_layer_ids")
-    if stored is not None and stored != special.get("target_layer_ids"):
-        check.fail(f"dflash_config.target_layer_ids {special.get('target_layer_ids')}, the stored reference has {stored}",
-                   "taps are off by one or of other layers: an id i means the output of decoder layer i, counted from 0")

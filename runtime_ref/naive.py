@@ -17,6 +17,9 @@ from runtime_ref.weights import Dense
 def expected(backend: TorchBackend, task: Task, inputs: dict[str, torch.Tensor], span: Span, real: int) -> torch.Tensor | None:
     """float64 result of a task on the buffers that it read, comparable with `found`; None for tasks that only move data.
 
+    With several ranks: of this rank's share, except what all ranks get (`add_parts`, `head`), which is gathered here too, so
+    that every rank must ask for the same tasks.
+
     Args:
         span: the one sequence of the step, from position 0 on.
         real: rows that are not padding.
@@ -42,7 +45,12 @@ def expected(backend: TorchBackend, task: Task, inputs: dict[str, torch.Tensor],
     if task.op == "experts":
         return _experts(x["y"], x["index"], x["weight"], layer.mlp.experts)
     if task.op == "head":
-        return torch.cat([x["y"] @ part.double() for part in w.head], dim=-1)
+        parts = torch.stack([x["y"] @ part.double() for part in w.head])
+        return torch.cat(list(w.ranks.gather(parts)), dim=-1)
+    if task.op == "add_parts":
+        return x["x"] + w.ranks.gather(x["partial"]).sum(0)
+    if task.op == "embed":
+        return w.embed.double()[x["ids"].long()]
     return None
 
 
@@ -116,9 +124,9 @@ def _routed(y, moe, config):
 
 def _experts(y, index, weight, experts):
     out = torch.zeros(y.shape, dtype=torch.float64)
-    for row in range(y.shape[0]):
-        for expert, share in zip(index[row].tolist(), weight[row].tolist(), strict=True):
-            gate_up, down = (t.double() for t in experts.decoded(expert))
-            gate, up = torch.einsum("h,phi->pi", y[row], gate_up).chunk(2, -1)
-            out[row] += share * torch.einsum("pi,pih->h", _silu(gate) * up, down)
+    for expert in index.unique().tolist():
+        rows, place = torch.nonzero(index == expert, as_tuple=True)
+        gate_up, down = (t.double() for t in experts.decoded(expert))
+        gate, up = torch.einsum("rh,phi->rpi", y[rows], gate_up).chunk(2, -1)
+        out[rows] += weight[rows, place, None] * torch.einsum("rpi,pih->rh", _silu(gate) * up, down)
     return out

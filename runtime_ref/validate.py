@@ -2,8 +2,9 @@
 
     [torchrun --nproc-per-node 8] python runtime_ref/validate.py CHECKPOINT_DIR [--prompts FILE] [--json FILE] [--html FILE]
 
-Checks, in order: 1 folder, 2 reference outputs and layers, 3 ops, 4 greedy with = without drafting, 5 sampling, 6 acceptance,
-7 cost; for each that fails, the likely cause in one line. Exit code 0: all passed; 1: a check failed; 2: wrong arguments.
+Checks, in order: files beside the weights, 1 folder, 2 reference outputs and layers, 3 ops, text, 4 greedy with = without
+drafting, 5 sampling, 6 acceptance, 7 cost; for each that fails, the likely cause in one line. Exit code 0: all passed; 1: a
+check failed; 2: wrong arguments.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from pathlib import Path
 # Launched by path, Python would look for modules beside this script first.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-LATER = (("lossless", "greedy with the drafter = without, alone = batched"), ("sampling", "sampled tokens with the drafter"),
+CHECKSUM_GIB = 4.0
+MODEL = (("reference", "stored reference outputs against the folder's model"),
+         ("logits", "logits and layers against the independent model (float32)"),
+         ("ops", "every op of each backend against its float64 twin"))
+LATER = (("text", "the model expects the text that its tokenizer makes"),
+         ("lossless", "greedy with the drafter = without, alone = batched"), ("sampling", "sampled tokens with the drafter"),
          ("acceptance", "acceptance length by domain"), ("cost", "experts touched, bytes and time of a step"))
 
 
@@ -28,8 +34,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer (%(default)s)")
     parser.add_argument("--prompts-per-domain", type=int, default=8, metavar="N", help="(%(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="what is served (%(default)s)")
+    parser.add_argument("--backend", default="auto", help="what runs the steps, as in serve.py (%(default)s)")
     parser.add_argument("--reference-gib", type=float, default=16.0, metavar="GIB",
                         help="run float32 references of models up to this size (%(default)s)")
+    parser.add_argument("--checksums", action=argparse.BooleanOptionalAction, default=None,
+                        help=f"compare every file with checksums.sha256 (default: in folders of up to {CHECKSUM_GIB:g} GiB)")
     parser.add_argument("--all", action="store_true", help="decode although an earlier check failed")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--html", type=Path, metavar="FILE")
@@ -50,9 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"runtime_ref/validate.py: {error}", file=sys.stderr)
         return 2
     try:
-        trained = read_trained(options)
         if not options.folder.is_dir():
             raise ValueError(f"{options.folder}: no such folder, expected an exported checkpoint")
+        if options.prompts is not None and not options.prompts.is_file():
+            raise ValueError(f"--prompts: {options.prompts}: no such file")
+        trained = read_trained(options)
         verdict = run(options, ranks, trained)
     except ValueError as error:
         if ranks.rank == 0:
@@ -63,10 +74,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"runtime_ref/validate.py: {error}", file=sys.stderr, flush=True)
         return 1
     passed = ranks.broadcast(verdict.passed)
+    code = 0 if passed else 1
     if ranks.rank == 0:
-        report(options, verdict)
+        try:
+            report(options, verdict)
+        except OSError as error:
+            print(f"runtime_ref/validate.py: {error.filename}: {error.strerror}", file=sys.stderr)
+            code = 2
     leave(ranks)
-    return 0 if passed else 1
+    return code
 
 
 def read_trained(options: argparse.Namespace) -> dict | None:
@@ -78,7 +94,9 @@ def read_trained(options: argparse.Namespace) -> dict | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8")).get("acceptance")
-    except (json.JSONDecodeError, AttributeError):
+    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError):
+        if options.trained is None:
+            return None  # told by the check of the files
         raise ValueError(f"{file}: not a JSON object") from None
     if options.trained and not isinstance(found, dict):
         raise ValueError(f"--trained: {file}: no 'acceptance', expected the summary.json of dflash_train/train.py")
@@ -87,45 +105,81 @@ def read_trained(options: argparse.Namespace) -> dict | None:
 
 def run(options: argparse.Namespace, ranks, trained: dict | None):
     """All checks of a folder, on all ranks alike (references run on rank 0)."""
-    from runtime_ref.checks_folder import check_folder
-    from runtime_ref.verdict import Verdict
+    import time
 
+    from runtime_ref.checks_files import check_files
+    from runtime_ref.checks_folder import check_folder
+    from runtime_ref.verdict import Check, Verdict
+
+    began = time.monotonic()
     folder_check, facts = check_folder(options.folder)
-    checks = [folder_check]
+    checksums = options.checksums if options.checksums is not None else folder_gib(options.folder) <= CHECKSUM_GIB
+    special = facts.drafter_config.get("dflash_config")
+    files_check = check_files(options.folder, facts.raw, special if isinstance(special, dict) else {},
+                              checksums=checksums and ranks.rank == 0)
+    checks = [files_check, folder_check]
     if facts.loadable:
         checks += model_checks(options, ranks, facts, trained, checks)
-    return Verdict(str(options.folder), checks, environment(options, ranks))
+    else:
+        checks += [Check(name, title).skip("the folder cannot be loaded") for name, title in (*MODEL, *LATER)]
+    return Verdict(str(options.folder), checks, environment(options, ranks) | {"seconds": round(time.monotonic() - began, 1)})
+
+
+def folder_gib(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30
 
 
 def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None, earlier: list) -> list:
     """Checks 2 to 7."""
     import torch
 
-    from runtime_ref.checks_model import check_ops, check_reference, check_runtime, probe_for
+    from runtime_ref.checks_model import OpErrors, check_ops, check_runtime
+    from runtime_ref.checks_reference import check_reference
     from runtime_ref.drafter import Drafter, load_runtime_drafter
     from runtime_ref.engine import Engine, EngineOptions
+    from runtime_ref.kv_cache import PAGE
     from runtime_ref.tasks import TorchBackend
     from runtime_ref.verdict import Check
 
-    checks: list[Check] = []
-    probe = probe_for(facts, rank=ranks.rank, limit_gib=options.reference_gib)
-    checks.append(check_reference(facts, probe))
+    probe, why = load_probe(options, ranks, facts)
+    if probe is None:
+        broken = Check(*MODEL[0])
+        broken.fail(why, "the weights cannot be decoded")
+        return [broken, *(Check(name, title).skip("the weights cannot be decoded") for name, title in (*MODEL[1:], *LATER))]
+    checks: list[Check] = [check_reference(facts, probe)]
     served = torch.float32 if options.dtype == "float32" else torch.bfloat16
     context = min(facts.config.max_position_embeddings, 1024)
-    engine = Engine.from_folder(options.folder, ranks=ranks, dtype=served, drafter=facts.drafter_loadable,
+    engine = Engine.from_folder(options.folder, ranks=ranks, dtype=served, drafter=facts.drafter_loadable, backend=options.backend,
                                 options=EngineOptions(max_context=context))
-    pages = {kind: 16 for kind in ("full", "window")}
-    exact = TorchBackend(engine.backend.weights, dtype=torch.float32, pages=pages)
+    pages = {kind: max(16, -(-len(probe.ids) // PAGE) + 2) for kind in ("full", "window")}
+    weights = engine.backend.weights
+    kinds = [type(engine.backend), *([TorchBackend] if type(engine.backend) is not TorchBackend else [])]
+    backends = [kind(weights, dtype=torch.float32, pages=pages) for kind in kinds]
+    exact = backends[0]
     drafter: Drafter | None = None
     if facts.drafter_loadable:
-        drafter = load_runtime_drafter(options.folder / "dflash", exact, 24)
-        exact.probe(drafter.product_shapes())
-    checks.append(check_runtime(facts, probe, exact, engine.backend if served != torch.float32 else None, drafter))
-    checks.append(check_ops(probe, exact))
+        drafter = load_runtime_drafter(options.folder / "dflash", exact, max(24, pages["full"] + 2))
+        if isinstance(exact, TorchBackend):
+            exact.probe(drafter.product_shapes())
+    ops = [OpErrors(backend, probe.ids) for backend in backends]
+    checks.append(check_runtime(facts, probe, exact, engine.backend if served != torch.float32 else None, drafter, ops[0]))
+    checks.append(check_ops(ops))
     failed = ranks.broadcast(any(check.status == "failed" for check in [*earlier, *checks]))  # references are rank 0's alone
     if failed and not options.all:
         return checks + [Check(name, title).skip("an earlier check failed (--all runs it anyway)") for name, title in LATER]
     return checks + decoding_checks(options, facts, engine, trained)
+
+
+def load_probe(options: argparse.Namespace, ranks, facts) -> tuple[object | None, str]:
+    """The probe; or None and why the folder's weights cannot be decoded, on all ranks alike."""
+    from runtime_ref.checks_reference import probe_for
+
+    try:
+        probe, why = probe_for(facts, rank=ranks.rank, limit_gib=options.reference_gib), ""
+    except (ValueError, OSError) as error:
+        probe, why = None, str(error).splitlines()[0]
+    why = ranks.broadcast(why)
+    return (None, why) if why else (probe, "")
 
 
 def decoding_checks(options: argparse.Namespace, facts, engine, trained: dict | None) -> list:
@@ -140,7 +194,8 @@ def decoding_checks(options: argparse.Namespace, facts, engine, trained: dict | 
     acceptance = decoding.check_acceptance(engine, prompts, options.tokens, trained)
     measured = [row[1] for row in acceptance.tables.get("acceptance length (1 to block size, bonus token included)", [])[1:]]
     cost = decoding.check_cost(engine, answers, prompts, sum(measured) / len(measured) if measured else None)
-    return [lossless, decoding.check_sampler(engine, prompts), acceptance, cost]
+    text = decoding.check_text(engine, prompts, trained)
+    return [text, lossless, decoding.check_sampler(engine, prompts), acceptance, cost]
 
 
 def tokenizer_of(options: argparse.Namespace):

@@ -1,0 +1,81 @@
+"""What the checks of a folder learn and hand on, and how they read and word what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+INCOMPLETE_CAUSE = "the folder is incomplete or damaged"
+FINITE_CAUSE = "a weight is not finite: the training diverged, or a conversion overflowed"
+DTYPE_CAUSE = "a tensor has another dtype than published, so it was rounded or clipped on the way"
+
+
+class Wrong(ValueError):
+    """A folder that cannot be read any further, and why."""
+
+    def __init__(self, finding: str, cause: str):
+        super().__init__(finding)
+        self.cause = cause
+
+
+@dataclass
+class Facts:
+    """What later checks need of the folder.
+
+    Attributes:
+        suspicions: (finding, cause, grave) that count if nothing clears them.
+        reference: tensors and facts of the stored worked example, if there is one.
+    """
+
+    folder: Path
+    config: object = None
+    raw: dict = field(default_factory=dict)
+    drafter_config: dict = field(default_factory=dict)
+    suspicions: list[tuple[str, str, bool]] = field(default_factory=list)
+    reference: dict[str, torch.Tensor] | None = None
+    reference_facts: dict = field(default_factory=dict)
+    loadable: bool = True
+    drafter_loadable: bool = False
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file that holds an object.
+
+    Raises:
+        Wrong: it is missing, not JSON, or something else.
+    """
+    where = "/".join(path.parts[-2:]) if path.parent.name == "dflash" else path.name
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Wrong(f"{where} is missing", INCOMPLETE_CAUSE) from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Wrong(f"{where}: not valid JSON: {str(error).splitlines()[0]}", INCOMPLETE_CAUSE) from None
+    if not isinstance(found, dict):
+        raise Wrong(f"{where}: {type(found).__name__}, expected an object", INCOMPLETE_CAUSE)
+    return found
+
+
+def own_object(path: Path) -> dict:
+    """A JSON object, or {} if there is none to be read."""
+    try:
+        return read_object(path)
+    except Wrong:
+        return {}
+
+
+def first_line(error: Exception, folder: Path) -> str:
+    """An error's first line, with names as seen from the folder."""
+    return (str(error).splitlines() or [type(error).__name__])[0].replace(f"{folder}/", "").removeprefix(f"{folder}: ")
+
+
+def condensed(findings: list[str]) -> list[str]:
+    """The first finding of each kind: layers and experts are one kind."""
+    seen: dict[str, list[str]] = {}
+    for finding in findings:
+        seen.setdefault(re.sub(r"\d+", "N", finding), []).append(finding)
+    return [group[0] + (f" (and {len(group) - 1} more like it)" if len(group) > 1 else "") for group in seen.values()]
