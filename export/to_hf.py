@@ -64,6 +64,10 @@ def main(argv: list[str]) -> int:
 
 
 def _export(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> int:
+    if args.push:
+        from export.push import check
+
+        check(args.push)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     helpers: list[subprocess.Popen] = []
     if world == 1 and recipe.export.processes > 1:
