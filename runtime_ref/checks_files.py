@@ -226,5 +226,5 @@ def _code(check: Check, folder: Path, where: str) -> None:
         return  # what is wrong with the configuration itself is told by the check of the folder
     for module in sorted(modules):
         if not (folder / where / f"{module}.py").is_file():
-            check.notes.append(f"{'' if where == '.' else where + '/'}{module}.py is missing, auto_map names it: AutoModel with "
-                               "trust_remote_code cannot load this folder")
+            name = f"{'' if where == '.' else where + '/'}{module}.py"
+            check.notes.append(f"{name} is missing, auto_map names it: AutoModel cannot load this folder as remote code")

@@ -51,7 +51,10 @@ class OpErrors:
         tables = cache.tables()
         cache.extend(tables, list(tables), len(ids))
         self._span = Span(tables, 0, ids)
-        backend.run(target_tasks(backend.config), backend.plan([self._span]), self._watch)
+        step = backend.plan([self._span])
+        if isinstance(getattr(step, "ids", None), torch.Tensor):
+            self._kept["ids"] = step.ids
+        backend.run(target_tasks(backend.config), step, self._watch)
         cache.release(tables)
         self.found = _worst_of_ranks(self.found, backend.weights.ranks)
 
@@ -60,11 +63,12 @@ class OpErrors:
         if len(inputs) == len(task.reads) and all(bool(torch.isfinite(x).all()) for x in inputs.values()):
             wanted = naive.expected(self.backend, task, inputs, self._span, rows)
             if wanted is not None:
-                got = naive.found(task, buffers, self.backend.config)
+                got = naive.found(task, buffers, self.backend)
                 if task.op.startswith("attend"):
                     got = got[:, :rows]
                 self.found.append((task, difference(got.double(), wanted)))
-        self._kept = {name: value.clone() for name, value in buffers.items()}
+        # Some backends show only what a task touches: what it left alone is as it was.
+        self._kept |= {name: value.clone() for name, value in buffers.items()}
 
     @property
     def first_wrong(self) -> tuple[Task, float] | None:

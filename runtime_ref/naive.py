@@ -54,8 +54,9 @@ def expected(backend: TorchBackend, task: Task, inputs: dict[str, torch.Tensor],
     return None
 
 
-def found(task: Task, buffers: dict[str, torch.Tensor], config) -> torch.Tensor:
+def found(task: Task, buffers: dict[str, torch.Tensor], backend) -> torch.Tensor:
     """What the backend computed, in the form of `expected`."""
+    config = backend.config
     if task.op.startswith("project"):
         return torch.cat([buffers["q"].flatten(), buffers["k"].flatten(), buffers["v"].flatten()])
     if task.op in ("merge_heads", "dense_mlp", "experts"):
@@ -63,6 +64,8 @@ def found(task: Task, buffers: dict[str, torch.Tensor], config) -> torch.Tensor:
     if task.op == "route":
         dense = torch.zeros(buffers["index"].shape[0], config.n_routed_experts, dtype=torch.float64)
         return dense.scatter_(1, buffers["index"], buffers["weight"].double())
+    if task.op == "head" and buffers["logits"].shape[1] < config.vocab_size:  # own columns, gathered after the last task
+        return torch.cat(list(backend.weights.ranks.gather(buffers["logits"][None].contiguous())), dim=-1)
     return buffers[task.writes[0]]
 
 

@@ -149,8 +149,8 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
     checks: list[Check] = [check_reference(facts, probe)]
     served = torch.float32 if options.dtype == "float32" else torch.bfloat16
     context = min(facts.config.max_position_embeddings, 1024)
-    engine = Engine.from_folder(options.folder, ranks=ranks, dtype=served, drafter=facts.drafter_loadable, backend=options.backend,
-                                options=EngineOptions(max_context=context))
+    engine = Engine.from_folder(options.folder, ranks=ranks, dtype=served, drafter=facts.drafter_loadable,
+                                backend=options.backend, options=EngineOptions(max_context=context))
     pages = {kind: max(16, -(-len(probe.ids) // PAGE) + 2) for kind in ("full", "window")}
     weights = engine.backend.weights
     kinds = [type(engine.backend), *([TorchBackend] if type(engine.backend) is not TorchBackend else [])]
