@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from export.sources import read_json
@@ -154,8 +155,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def write_checksums(folder: Path, sums: dict[str, str], *, skip: Callable[[Path], bool] = lambda path: False) -> None:
     """checksums.json (CRC-32 of every tensor) and checksums.sha256 (every file; `sha256sum -c` reads it)."""
     write_json(folder / TENSOR_SUMS, {"tensors_crc32": sums})
-    lines = [f"{sha256(folder / path)}  {path.as_posix()}\n" for path in checkpoint_files(folder) if not skip(path)]
-    write_bytes(folder / CHECKSUMS, "".join(lines).encode())
+    paths = [path for path in checkpoint_files(folder) if not skip(path)]
+    with ThreadPoolExecutor() as threads:
+        digests = threads.map(sha256, (folder / path for path in paths))
+        text = "".join(f"{digest}  {path.as_posix()}\n" for digest, path in zip(digests, paths, strict=True))
+    write_bytes(folder / CHECKSUMS, text.encode())
 
 
 def read_checksums(folder: Path) -> tuple[dict[str, str], dict[str, str]]:

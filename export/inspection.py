@@ -12,6 +12,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 
 from export.config_files import CHECKSUMS, checkpoint_files, ignored_layers, read_checksums, sha256
 from export.drafter_files import EMBEDDING, MASK, REFERENCE, draft_round, drafter_faults, expected_tensors, read_reference
+from export.grid import same_bits, unpack
 from export.layouts import Weights, computed, encode
 from export.shards import INDEX
 from export.sources import SafetensorsSource, Source, open_source, read_expert, read_json
@@ -41,6 +43,7 @@ class Checkpoint:
     def __init__(self, folder: Path, against: Path | None = None):
         self.folder, self.against = folder, against
         self.findings: list[str] = []
+        self.hashes: dict[str, Future] = {}
         self.tensors = 0
         self.bytes = 0
         self.source: Source | None = None
@@ -56,6 +59,11 @@ class Checkpoint:
         if not self.folder.is_dir():
             self.add(f"{self.folder}: no such folder")
             return self.findings
+        with ThreadPoolExecutor(1) as self.hasher:
+            self._run_checks()
+        return self.findings
+
+    def _run_checks(self) -> None:
         self._guard("config.json", self._read_config)
         self._guard(CHECKSUMS, self._check_files)
         self._guard("weights", self._open_weights)
@@ -67,7 +75,7 @@ class Checkpoint:
         self._guard("companion files", self._check_companions)
         if (self.folder / "dflash").is_dir() or self.manifest.get("drafter"):
             self._guard("dflash", self._check_drafter)
-        return self.findings
+        self._guard(CHECKSUMS, self._check_sums)
 
     def _guard(self, what: str, check) -> None:
         try:
@@ -100,6 +108,7 @@ class Checkpoint:
             self.add("config.json: auto_map is missing: no engine would find configuration_mimo_v2.py")
 
     def _check_files(self) -> None:
+        """Names now; the SHA-256 sums are made by another thread while tensors are read (`_check_sums`)."""
         self.file_sums, self.tensor_sums = read_checksums(self.folder)
         if not self.file_sums:
             self.add(f"{CHECKSUMS}: missing or empty")
@@ -109,8 +118,11 @@ class Checkpoint:
             self.add(f"{name}: missing, but listed in {CHECKSUMS}")
         for name in sorted(present - self.file_sums.keys()):
             self.add(f"{name}: not listed in {CHECKSUMS}")
-        for name in sorted(present & self.file_sums.keys()):
-            if sha256(self.folder / name) != self.file_sums[name]:
+        self.hashes = {name: self.hasher.submit(sha256, self.folder / name) for name in sorted(present & self.file_sums.keys())}
+
+    def _check_sums(self) -> None:
+        for name, digest in self.hashes.items():
+            if digest.result() != self.file_sums[name]:
                 self.add(f"{name}: bytes changed since the export (SHA-256 differs)")
 
     def _open_weights(self) -> None:
@@ -173,24 +185,31 @@ class Checkpoint:
     def _check_tensors(self) -> None:
         """Reads every tensor once: checksum, block invariants, scales, finite values."""
         sums = getattr(self, "tensor_sums", {})
-        for name in sorted(self.source.infos):
-            try:
-                tensor = self.source.read(name)
-                data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
-            except DAMAGE as error:
-                self.add(f"{name}: cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        rule = self.manifest.get("scale_rule", "even") if self.manifest.get("rounded") else "even"
+        for name, tensor, scales, error in prefetched(self._tensors()):
+            if error is not None:
+                self.add(f"{name}: cannot be read: {error}")
                 continue
+            data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
             if name not in sums:
                 self.add(f"{name}: no checksum in checksums.json")
             elif f"{zlib.crc32(data):08x}" != sums[name]:
                 self.add(f"{name}: bytes changed since the export (CRC-32 differs)")
             for fault in tensor_faults(name, tensor):
                 self.add(f"{name}: {fault}")
-            scale = scale_name(self.layout, name)
-            if scale in self.source.infos and tensor.dtype in (torch.uint8, torch.int8):
-                rule = self.manifest.get("scale_rule", "even") if self.manifest.get("rounded") else "even"
-                for fault in block_faults(tensor.view(torch.uint8), self.source.read(scale), rule):
+            if scales is not None:
+                for fault in block_faults(tensor.view(torch.uint8), scales, rule):
                     self.add(f"{name}: {fault}")
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor | None, torch.Tensor | None, str | None]]:
+        """(name, tensor, its scales if it holds codes, why it cannot be read)."""
+        for name in sorted(self.source.infos):
+            try:
+                tensor, scale = self.source.read(name), scale_name(self.layout, name)
+                packed = scale in self.source.infos and tensor.dtype in (torch.uint8, torch.int8)
+                yield name, tensor, self.source.read(scale) if packed else None, None
+            except DAMAGE as error:
+                yield name, None, None, (str(error).splitlines() or [type(error).__name__])[0]
 
     def _check_against(self) -> None:
         """Contract C2: experts decoded from these files equal the trained ones bit for bit."""
@@ -200,13 +219,14 @@ class Checkpoint:
         weights = Weights(trained, trained, self.model_config, on_grid=not self.manifest.get("rounded"),
                           scale_rule=self.manifest.get("scale_rule", "even"))
         compared = 0
-        for name, codes, scales in exported_experts(self.layout, self.source):
+        pairs = ((name, codes, scales, trained_expert(weights, self.layout, name))
+                 for name, codes, scales in exported_experts(self.layout, self.source))
+        for name, codes, scales, wanted in prefetched(pairs):
             compared += 1
-            decoded = dequantize(codes, scales, dtype=torch.bfloat16)
-            wanted = trained_expert(weights, self.layout, name)
+            decoded = unpack(codes, scales)
             if wanted.shape != decoded.shape:
                 self.add(f"{name}: decodes to {list(decoded.shape)}, trained {list(wanted.shape)}")
-            elif not torch.equal(wanted.view(torch.int16), decoded.view(torch.int16)):
+            elif not same_bits(wanted, decoded):
                 off = (wanted.view(torch.int16) != decoded.view(torch.int16)).nonzero()
                 self.add(f"{name}: {off.shape[0]} of {wanted.numel()} weights differ from training (contract C2), the first at "
                          f"{off[0].tolist()}: {float(decoded[tuple(off[0])]):.6g}, trained {float(wanted[tuple(off[0])]):.6g}")
@@ -282,6 +302,15 @@ class Checkpoint:
         error = float((logits - recorded).abs().max()) if logits.shape == recorded.shape else float("inf")
         if not error <= REFERENCE_ERROR * float(recorded.abs().max()):
             self.add(f"dflash/{REFERENCE}: the drafter gives other logits than recorded (largest difference {error:.3g})")
+
+
+def prefetched(items: Iterator) -> Iterator:
+    """The items of an iterator, each made by another thread while the one before is worked on; only that thread reads."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def layout_of(config: dict) -> str:

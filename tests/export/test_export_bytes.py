@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from toy_export import export, make_run, put_on_grid, toy_config, toy_model
 
-from export.grid import pack_on_grid
+from export.grid import pack_on_grid, unpack
 from export.inspection import Checkpoint
 from export.job import Request, run
 from export.layouts import quantize_fp8
@@ -328,3 +328,12 @@ def test_the_checksum_file_is_one_that_sha256sum_reads(exported):
         pytest.skip("no sha256sum")
     done = subprocess.run(["sha256sum", "--quiet", "-c", "checksums.sha256"], cwd=exported, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_decoding_of_the_verifier_equals_the_codec_for_every_code_and_scale():
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16).contiguous()
+    for scale in range(256):
+        scales = torch.full((256, 1), scale, dtype=torch.uint8)
+        ours, wanted = unpack(codes, scales), dequantize(codes, scales, dtype=torch.bfloat16)
+        assert torch.equal(ours.isnan(), wanted.isnan())
+        assert torch.equal(ours.nan_to_num(0).view(torch.int16), wanted.nan_to_num(0).view(torch.int16)), scale
