@@ -59,7 +59,8 @@ def run(variant: str, seed: int, out: Path, extra: list[str]) -> dict:
                                                       *VARIANTS[variant]])
     job = VariantTrainer(recipe, out)
     began = time.perf_counter()
-    job.train(None)
+    if stopped_by := job.train(None):
+        sys.exit(128 + stopped_by)
     seconds = time.perf_counter() - began
     target = load_target(served)
     drafter = job.drafter.eval().to(target.head.weight.dtype)
