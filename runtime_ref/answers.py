@@ -1,11 +1,12 @@
 """From the engine's steps to OpenAI's bodies: whole answers, and chunks of a stream.
 
-A chunk is what one step gave one choice: one token without drafts, up to the drafter's block with them. Nothing here knows
-about HTTP.
+A chunk is what the engine handed over for one choice: the tokens of one step or, where steps are short, of a few; with
+`return_drafts` always of one, since drafts are accepted step by step. Nothing here knows about HTTP.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 import uuid
@@ -117,8 +118,9 @@ class Answer:
         Raises:
             EngineDown.
         """
-        async for part in self.ticket.parts():
-            self._take(part)
+        async for parts in self.ticket.parts():
+            for part in parts:
+                self._take(part)
         body = self.head | {"object": "chat.completion" if self.wanted.chat else "text_completion",
                             "choices": [self._choice(i) for i in range(len(self.choices))], "usage": self.usage(),
                             "metrics": self.report()}
@@ -129,19 +131,27 @@ class Answer:
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events, the last one [DONE]. An engine that fails on the way is told as an error event."""
         try:
-            async for part in self.ticket.parts():
-                choice = self.choices[part.choice]
-                self._take(part)
-                output = part.output
-                if output.text or output.finish or not choice.begun or self.wanted.token_ids or self.wanted.drafts or (
-                        output.logprobs):
-                    for body in self._chunks(part, choice):
-                        yield f"data: {dumps(body)}\n\n"
+            async for parts in self.ticket.parts():
+                for part in parts:
+                    self._take(part)
+                said = [self._event(body) for part in (parts if self.wanted.drafts else joined(parts))
+                        if self._worth_saying(part) for body in self._chunks(part, self.choices[part.choice])]
+                if said:
+                    yield "".join(said)
             if self.wanted.usage:
                 yield f"data: {dumps(self._chunk([]) | {'usage': self.usage(), 'metrics': self.report()})}\n\n"
         except EngineDown as error:
             yield f"data: {dumps(error_body(str(error), 'server_error', code='engine_down'))}\n\n"
         yield "data: [DONE]\n\n"
+
+    def _worth_saying(self, part: Part) -> bool:
+        """Whether a client can see anything of it: a part of a character, or of a stop string, it cannot."""
+        output, wanted = part.output, self.wanted
+        return bool(output.text or output.finish or output.logprobs or wanted.token_ids or wanted.drafts
+                    or not self.choices[part.choice].begun)
+
+    def _event(self, body: dict) -> str:
+        return f"data: {dumps(body)}\n\n"
 
     def usage(self) -> dict:
         prompt = sum(len(c.prompt) for c in self.choices[::self.n])
@@ -221,6 +231,27 @@ class Answer:
         if wanted.drafts:
             body["drafts"] = {"pieces": output.pieces, "drafted": output.drafted, "accepted": output.accepted}
         return [*bodies, self._chunk([body])]
+
+
+def joined(parts: list[Part]) -> list[Part]:
+    """One part per choice, in the order in which the choices first appear."""
+    if len(parts) == 1:
+        return parts
+    found: dict[int, list[Part]] = {}
+    for part in parts:
+        found.setdefault(part.choice, []).append(part)
+    return [_joined(own) for own in found.values()]
+
+
+def _joined(parts: list[Part]) -> Part:
+    if len(parts) == 1:
+        return parts[0]
+    outputs, last = [part.output for part in parts], parts[-1]
+    one = dataclasses.replace(last.output, tokens=[t for o in outputs for t in o.tokens],
+                              logprobs=[p for o in outputs for p in o.logprobs], pieces=[p for o in outputs for p in o.pieces],
+                              text="".join(o.text or "" for o in outputs), drafted=sum(o.drafted for o in outputs),
+                              accepted=sum(o.accepted for o in outputs))
+    return Part(last.choice, one, last.at)
 
 
 def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict:

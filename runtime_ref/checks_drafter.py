@@ -152,7 +152,8 @@ def _mask(check: Check, facts: Facts, files: TensorFiles, folder: Path, special:
     try:
         sidecar = torch.load(folder / MASK_FILE, weights_only=True)
         token, vector = int(sidecar["mask_token_id"]), sidecar["embedding"].float()
-    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError, EOFError, pickle.UnpicklingError,
+            IndexError) as error:
         check.fail(f"dflash/{MASK_FILE}: {(str(error).splitlines() or ['unreadable'])[0]}", MASK_CAUSE)
         return False
     if token != special.get("mask_token_id"):

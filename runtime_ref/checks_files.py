@@ -19,7 +19,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from runtime_ref.facts import Wrong, read_object
+from runtime_ref.facts import INCOMPLETE_CAUSE, Wrong, first_line, read_object
 from runtime_ref.verdict import Check
 from runtime_ref.weights import CHECKSUM_FILE
 
@@ -144,8 +144,9 @@ def _tokenizer(check: Check, folder: Path, raw: dict, special: dict, generation:
 
     try:
         tokenizer = load_tokenizer(folder)
-    except ValueError as error:
-        check.fail(str(error).removeprefix(f"{folder}: "), TOKENIZER_CAUSE)
+    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:  # transformers reads config.json for it too
+        check.fail(f"no usable tokenizer: {first_line(error, folder)}".replace("no usable tokenizer: no usable", "no usable"),
+                   TOKENIZER_CAUSE if raw else INCOMPLETE_CAUSE)
         return
     size = raw.get("vocab_size") if isinstance(raw.get("vocab_size"), int) else 0
     vocabulary = tokenizer.get_vocab()

@@ -57,7 +57,8 @@ def check_folder(folder: Path) -> tuple[Check, Facts]:
         facts.raw = read_object(folder / "config.json")
         facts.config = _geometry(folder, facts.raw)
         _config(check, facts)
-        files, infos = TensorFiles(folder), _infos(folder)
+        infos = _infos(folder)
+        files = TensorFiles(folder)
     except Wrong as error:
         facts.loadable = False
         check.fail(str(error), error.cause)
@@ -96,7 +97,7 @@ def _geometry(folder: Path, raw: dict):
                     INCOMPLETE_CAUSE)
     try:
         return read_config(folder)[0]
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         if raw.get("model_type") == "mimo_v2":
             raise Wrong(first_line(error, folder), "config.json describes a model that cannot be") from None
     method = (stored or {}).get("quant_method")

@@ -1,7 +1,10 @@
 """The engine in a thread of its own, beside the event loop that talks to clients.
 
 The engine computes step after step and never waits for a client; the event loop never computes. Between them go commands
-(add, abort, stop), applied between two steps, and outputs, handed over once per step. With several ranks, rank 0's commands
+(add, abort, stop), applied between two steps, and outputs. Outputs are handed over a hundred times a second at most, however
+fast the steps are: an event for each token of a small model costs the event loop (and through the interpreter's lock the
+engine) more than a tenth of the token, and nobody reads faster. First tokens and ends are never held back, nor is anything
+once the engine has nothing to do, and steps that take longer are handed over one by one. With several ranks, rank 0's commands
 are broadcast before each step, so that all ranks make the same calls in the same order (`follow` is the loop of the others);
 while there is nothing to do an empty broadcast every few seconds keeps the ranks in touch and finds dead ones.
 
@@ -29,6 +32,7 @@ from runtime_ref.sequence import Output
 HEARTBEAT_SECONDS = 5.0
 # A step of a large model on a CPU takes seconds; nothing sound takes minutes.
 STALL_SECONDS = 180.0
+HAND_OVER_SECONDS = 0.01
 
 
 class Refused(ValueError):
@@ -117,8 +121,8 @@ class Ticket:
             self.close()
             raise event
 
-    async def parts(self) -> AsyncIterator[Part]:
-        """What the steps give, until all choices have ended.
+    async def parts(self) -> AsyncIterator[list[Part]]:
+        """What the steps give, as much of it as is there, until all choices have ended.
 
         Raises:
             EngineDown.
@@ -128,17 +132,18 @@ class Ticket:
             event = await self._events.get()
             if isinstance(event, BaseException):
                 raise event
-            if event.output.finish is not None:
-                remaining.discard(event.choice)
+            remaining.difference_update(part.choice for part in event if part.output.finish is not None)
             yield event
 
-    def deliver(self, event: Part | BaseException | None) -> None:
+    def deliver(self, event: list[Part] | BaseException | None) -> None:
         """Called in the event loop."""
         self._events.put_nowait(event)
-        if isinstance(event, Part) and event.output.finish is not None:
-            self._leave({event.choice})
-        elif isinstance(event, BaseException):
+        if isinstance(event, BaseException):
             self._leave(set(self.open))
+        elif event is not None:
+            ended = {part.choice for part in event if part.output.finish is not None}
+            if ended:
+                self._leave(ended)
 
     def close(self) -> None:
         """Ends what has not ended; frees its slots between this step and the next. May be called more than once."""
@@ -193,6 +198,9 @@ class EngineWorker:
         self._condition = threading.Condition()
         self._commands: list[Command] = []
         self._asked: list[asyncio.Future] = []
+        self._held: list[tuple[int, Part]] = []  # of the engine's thread: outputs to be handed over, with their tickets
+        self._handed = 0.0
+        self._fresh: set[int] = set()  # tickets that have got nothing yet
         self._step_began: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -282,6 +290,7 @@ class EngineWorker:
             self._call(self._fail, str(error))
         finally:
             error = sys.exc_info()[1]
+            self._hand_over()
             said = "the server is shutting down" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
             self._call(self._fail, said)
 
@@ -302,16 +311,32 @@ class EngineWorker:
             reason = self._book.apply(command)
             if command.name == "add":
                 replies.append((command.ticket, None if reason is None else Refused(reason)))
+                self._fresh.add(command.ticket)
+            else:
+                self._fresh.discard(command.ticket)
         if replies:
             self._call(self._reply, replies)
         outputs = self.engine.step()
         now = time.monotonic()
         self._step_began = None
-        if outputs:
-            self._call(self._deliver, [(*self._book.settle(output), output, now) for output in outputs])
+        urgent = not self.engine.busy
+        for output in outputs:
+            ticket, choice = self._book.settle(output)
+            self._held.append((ticket, Part(choice, output, now)))
+            if output.finish is not None or ticket in self._fresh:
+                urgent = True
+                self._fresh.discard(ticket)
+        if urgent or now - self._handed >= HAND_OVER_SECONDS:
+            self._hand_over(now)
         if asked:
             self._call(self._answer, asked, statistics(self.engine))
         return False
+
+    def _hand_over(self, now: float = 0.0) -> None:
+        """In the engine's thread: what is held goes to the event loop."""
+        if self._held:
+            held, self._held, self._handed = self._held, [], now
+            self._call(self._deliver, held)
 
     def _call(self, function, *arguments) -> None:
         try:
@@ -327,12 +352,15 @@ class EngineWorker:
                 if error is not None:
                     self._tickets.pop(number, None)
 
-    def _deliver(self, parts: list[tuple[int, int, Output, float]]) -> None:
-        for number, choice, output, at in parts:
+    def _deliver(self, held: list[tuple[int, Part]]) -> None:
+        by_ticket: dict[int, list[Part]] = {}
+        for number, part in held:
+            by_ticket.setdefault(number, []).append(part)
+        for number, parts in by_ticket.items():
             ticket = self._tickets.get(number)
             if ticket is None:
                 continue
-            ticket.deliver(Part(choice, output, at))
+            ticket.deliver(parts)
             if not ticket.open:
                 self._tickets.pop(number, None)
 

@@ -14,6 +14,16 @@ from random_clients import crowd
 LONG = {"prompt": [5, 6, 7], "max_tokens": 240, "ignore_eos": True, "temperature": 0}
 
 
+@pytest.fixture
+def unhurried(monkeypatch):
+    """Makes an engine's steps take milliseconds, so that something can happen during an answer."""
+    def slow(engine):
+        right = engine.step
+        monkeypatch.setattr(engine, "step", lambda: time.sleep(0.003) or right())
+
+    return slow
+
+
 def no_pages(held):
     return set(held.values()) == {0}
 
@@ -109,7 +119,8 @@ def test_a_key_is_asked_for_where_answers_are_given(serving):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot_at_once(live, stream):
+def test_a_client_that_leaves_frees_its_slot_at_once(live, stream, unhurried):
+    unhurried(live.worker.engine)
     counts = live.worker.engine._counts
     spoken, aborted = counts["tokens"], counts["aborted"]
     address = live.url.removeprefix("http://").split(":")
@@ -123,8 +134,9 @@ def test_a_client_that_leaves_frees_its_slot_at_once(live, stream):
     assert counts["tokens"] - spoken < 240
 
 
-def test_a_client_that_leaves_the_queue_is_forgotten(serving):
+def test_a_client_that_leaves_the_queue_is_forgotten(serving, unhurried):
     server = serving(max_running=1)
+    unhurried(server.worker.engine)
     engine = server.worker.engine
     with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=30) as first:
         lines = first.iter_lines()
@@ -137,8 +149,9 @@ def test_a_client_that_leaves_the_queue_is_forgotten(serving):
     assert no_pages(server.until_empty())
 
 
-def test_a_full_server_says_when_to_come_back(serving):
+def test_a_full_server_says_when_to_come_back(serving, unhurried):
     server = serving(max_requests=2)
+    unhurried(server.worker.engine)
     assert post(server.url, {**LONG, "n": 3}).status_code == 400
     with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True, "n": 2}, timeout=30) as first:
         lines = first.iter_lines()  # held: a client that drops its iterator leaves
@@ -238,3 +251,26 @@ def test_64_random_clients_for_a_minute_leave_nothing_and_get_their_own_answers(
     assert report.wrong == [] and report.unexpected == []
     assert report.finished >= 200 and report.left >= 100 and report.full > 0
     print(f"finished {report.finished}, left {report.left}, told to come back {report.full}")
+
+
+def test_steps_faster_than_anyone_reads_share_an_event_and_lose_nothing(serving, alone):
+    server = serving()
+    with httpx.stream("POST", f"{server.url}/v1/completions", timeout=30, json={
+            **LONG, "stream": True, "speculate": False, "return_token_ids": True, "logprobs": 1}) as answer:
+        events = [json.loads(line[6:])["choices"][0] for line in answer.iter_lines() if line.startswith("data: {")]
+    from runtime_ref.sampler import SamplingParams
+
+    tokens = [token for event in events for token in event["token_ids"]]
+    assert tokens == alone(LONG["prompt"], SamplingParams(max_tokens=240, ignore_eos=True))
+    assert len(events[0]["token_ids"]) == 1  # the first token is not held back
+    assert sum(len(event["logprobs"]["tokens"]) for event in events) == 240
+    assert events[-1]["finish_reason"] == "length" and [e["finish_reason"] for e in events[:-1]] == [None] * (len(events) - 1)
+
+
+def test_drafts_are_told_step_by_step_also_when_steps_share_an_event(serving):
+    server = serving()
+    with httpx.stream("POST", f"{server.url}/v1/completions", timeout=30, json={
+            **LONG, "stream": True, "return_drafts": True, "return_token_ids": True}) as answer:
+        events = [json.loads(line[6:])["choices"][0] for line in answer.iter_lines() if line.startswith("data: {")]
+    assert all(len(e["drafts"]["pieces"]) == len(e["token_ids"]) <= 1 + e["drafts"]["accepted"] for e in events)
+    assert sum(len(e["token_ids"]) for e in events) == 240
