@@ -14,6 +14,8 @@ abort requests between steps. With several ranks every rank holds an engine and 
 from __future__ import annotations
 
 import itertools
+import math
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,20 +25,21 @@ import torch
 
 from runtime_ref.drafter import KIND, Wanted, load_runtime_drafter
 from runtime_ref.families import read_geometry
-from runtime_ref.kv_cache import PAGE, KvCache
+from runtime_ref.kv_cache import PAGE, KvCache, OutOfPages
 from runtime_ref.model import Span
 from runtime_ref.parallel import ALONE, Ranks
 from runtime_ref.sampler import SamplingParams, logprob_of
 from runtime_ref.scheduler import Scheduler, Work
 from runtime_ref.sequence import Finish, Output, Sequence
-from runtime_ref.speculative import DraftLength, Proposal, Proposer, accept, propose
+from runtime_ref.speculative import ASSUMED, NEWEST_OF_ENGINE, DraftLength, Proposal, Proposer, accept, propose, weigh_in
 from runtime_ref.streaming import TextStream
 from runtime_ref.tasks import TorchBackend, check_tasks, target_tasks
 from runtime_ref.weights import DECODED_BYTES, TargetWeights, drafter_folder, load_target, verify_checksums
 
 BACKENDS = ("auto", "native", "torch", "triton")
-# Measured on the embedded model: a round of three or seven drafts against a plain step.
+# Rounds of three or seven drafts against a plain step, where they are not measured (drafters without weights).
 DRAFT_COSTS = {0: 1.0, 3: 1.6, 7: 2.2}
+MEASURED_ROUNDS = 7
 
 
 @dataclass
@@ -47,7 +50,7 @@ class EngineOptions:
         max_running: sequences decoded side by side. rows: tokens per step (prompts included).
         max_context: longest prompt and answer; with max_running it decides how many pages there are, unless `pages` does.
         prefix_pages: pages kept beyond that for beginnings of prompts.
-        draft_costs: see `speculative.DraftLength`.
+        draft_costs: see `speculative.DraftLength`; None: measured when the first adaptive request comes.
     """
 
     max_running: int = 8
@@ -79,6 +82,9 @@ class Engine:
         self._streams: dict[int, TextStream] = {}
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "cached_tokens", "tokens", "rounds", "drafted", "accepted",
                                       "finished", "aborted"), 0)
+        self._taps_ascend = drafter is not None and list(drafter.taps) == sorted(set(drafter.taps))
+        self._costs: dict[int, float] | None = None
+        self._rates = [ASSUMED] * max(DRAFT_COSTS)
         self._per_position = [0] * (drafter.block - 1 if drafter is not None else 0)
 
     @classmethod
@@ -130,9 +136,9 @@ class Engine:
         vocabulary = self.backend.config.vocab_size
         if not prompt:
             raise ValueError("prompt: no tokens, expected at least one")
-        wrong = next((t for t in prompt if not 0 <= t < vocabulary), None)
+        wrong = next((t for t in prompt if type(t) is not int or not 0 <= t < vocabulary), None)
         if wrong is not None:
-            raise ValueError(f"prompt: token {wrong}, expected 0 to {vocabulary - 1}")
+            raise ValueError(f"prompt: token {wrong!r}, expected 0 to {vocabulary - 1}")
         limit = min(self.options.max_context, self.backend.config.max_position_embeddings)
         total = len(prompt) + params.max_tokens
         if total > limit or not self.scheduler.fits(total):
@@ -143,8 +149,8 @@ class Engine:
         drafting = self.drafter is not None and params.speculate and params.drafts != 0
         length = None
         if drafting and params.adaptive:
-            costs = self.options.draft_costs or DRAFT_COSTS
-            length = DraftLength({n: cost for n, cost in costs.items() if n < self.drafter.block})
+            length = self._draft_length(params)
+            drafting = not length.hopeless
         sequence = Sequence(next(self._ids), list(prompt), params, len(self._sequences), self.cache.tables(), drafting, length)
         sequence.arrival = sequence.id
         self._sequences[sequence.id] = sequence
@@ -152,6 +158,44 @@ class Engine:
             self._streams[sequence.id] = TextStream(self.tokenizer, params.stop)
         self.scheduler.add(sequence)
         return sequence.id
+
+    def _draft_length(self, params: SamplingParams) -> DraftLength:
+        """What decides on a new sequence's drafts.
+
+        Under the rule "rejection" the number of drafts shows in the tokens (not in their distribution), so nothing that was
+        measured decides there: the same seed gives the same answer.
+        """
+        if params.rule == "rejection" and params.temperature > 0:
+            costs, rates = self.options.draft_costs or DRAFT_COSTS, []
+        else:
+            if self._costs is None:
+                self._costs = self.options.draft_costs or self._measure_costs()
+            costs, rates = self._costs or DRAFT_COSTS, list(self._rates)
+        return DraftLength({n: cost for n, cost in costs.items() if n < self.drafter.block}, rates)
+
+    def _measure_costs(self) -> dict[int, float] | None:
+        """Seconds of rounds over those of a plain step, for one sequence; None if there is no room to measure now."""
+        if getattr(self.drafter, "pool", None) is None:
+            return DRAFT_COSTS
+        tables, start = self.cache.tables(), PAGE
+        try:
+            self.cache.extend(tables, list(tables), start + self.drafter.block)
+        except OutOfPages:
+            return None
+        width = self.backend.config.hidden_size * len(self.drafter.taps)
+        seconds = {n: [] for n in DRAFT_COSTS if n < self.drafter.block}
+        # Alone, in CPU time: whatever else the machine does is not this engine's cost. Ranks also wait for each other.
+        clock = time.process_time if self.backend.weights.ranks.count == 1 else time.perf_counter
+        for _ in range(MEASURED_ROUNDS):
+            for n, found in seconds.items():
+                began = clock()
+                if n:
+                    self.drafter.logits([Wanted(tables, 0, start, n, torch.zeros(1 + n // 2, width))])
+                self.backend.run(self.tasks, self.backend.plan([Span(tables, start, [0] * (n + 1))]))
+                found.append(clock() - began)
+        self.cache.release(tables)
+        plain = min(seconds[0])
+        return self.backend.weights.ranks.broadcast({n: min(found) / plain for n, found in seconds.items()})
 
     def abort(self, request: int) -> None:
         """Ends a request and frees what it holds; unknown and finished ids are ignored."""
@@ -164,7 +208,22 @@ class Engine:
         self._counts["aborted"] += 1
 
     def step(self) -> list[Output]:
-        """Computes one step; what it gave each request, in the order of their ids. Nothing to do: an empty list."""
+        """Computes one step; what it gave each request, in the order of their ids. Nothing to do: an empty list.
+
+        Raises:
+            FloatingPointError: logits that are not finite. RankLost: another rank has ended. Whatever is raised here ends the
+                other ranks too: they would wait for this one.
+        """
+        done = False
+        try:
+            outputs = self._step()
+            done = True
+            return outputs
+        finally:
+            if not done:
+                self.backend.weights.ranks.abandon()
+
+    def _step(self) -> list[Output]:
         work = self.scheduler.plan()
         if not work:
             return []
@@ -207,11 +266,18 @@ class Engine:
         sequence, anchor = item.sequence, span.start + item.count - 1
         emitted, accepted = [], 0
         if span.logits != "none":
+            if not math.isfinite(float(logits.sum())):
+                row = int((~logits.isfinite()).any(-1).nonzero()[0])
+                raise FloatingPointError(f"request {sequence.id}: the logits after position {span.start + row} are not finite "
+                                         f"(token {int((~logits[row].isfinite()).nonzero()[0])} is the first)")
             verdict = accept(logits, proposal, sequence.params, anchor, sequence.prompt, sequence.answer)
             emitted, accepted = verdict.tokens, verdict.accepted
         if sequence.drafting and self.drafter.taps:
             rows = slice(span.row, span.row + item.count + accepted)
-            taps = torch.cat([buffers[f"tap.{i}"][rows] for i in self.drafter.taps], dim=-1)
+            if self._taps_ascend and "taps" in buffers:
+                taps = buffers["taps"][rows]
+            else:
+                taps = torch.cat([buffers[f"tap.{i}"][rows] for i in self.drafter.taps], dim=-1)
             sequence.add_taps(taps, span.start)
         sequence.computed += item.count + accepted
         if item.reads_prompt:
@@ -238,6 +304,9 @@ class Engine:
             self._per_position[i] += 1
         if sequence.length is not None:
             sequence.length.update(drafted, accepted)
+            weigh_in(self._rates, drafted, accepted, NEWEST_OF_ENGINE)
+            if sequence.length.hopeless:
+                sequence.drafting, sequence.length, sequence.taps = False, None, []
 
     def _emit(self, sequence: Sequence, emitted: list[int], logits: torch.Tensor) -> Output | None:
         """Takes over tokens until one of them ends the answer."""

@@ -47,9 +47,10 @@ typedef struct {
     const int32_t *ids, *positions, *low, *high, *table_at, *table_first, *tables, *slots, *head_rows; /* by kind where it matters */
     float *x, *y, *qkv, *heads, *partial, *inner, *weight, *scratch, *logits;
     const float *gathered, *features;
-    float **taps;
+    float *taps;
     int32_t *index, *list;
-    int64_t rows; /* stride of the arrays by kind */
+    int64_t rows, tap_stride; /* of the arrays by kind; of the taps' rows */
+    const int32_t *tap_place; /* by layer, in units of H */
 } Step;
 
 INLINE vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
@@ -482,7 +483,10 @@ void run(Step *s, const int32_t (*code)[2], int64_t count) {
         case DENSE: dense_mlp(s, l); break;
         case ROUTE: route(s, l); break;
         case EXPERTS: experts(s, l); break;
-        case TAP: memcpy(s->taps[code[c][1]], s->x, sizeof(float) * s->R * s->H); break;
+        case TAP:
+            for (int64_t r = 0; r < s->R; r++)
+                memcpy(s->taps + r * s->tap_stride + s->tap_place[code[c][1]] * s->H, s->x + r * s->H, sizeof(float) * s->H);
+            break;
         case PICK_ROWS: /* ascending, so a row is read before it is overwritten */
             if (s->head_rows)
                 for (int64_t r = 0; r < s->wanted; r++)

@@ -62,7 +62,7 @@ class Step(ctypes.Structure):
                 *((name, _pointer) for name in ("ids", "positions", "low", "high", "table_at", "table_first", "tables", "slots",
                                                 "head_rows", "x", "y", "qkv", "heads", "partial", "inner", "weight", "scratch",
                                                 "logits", "gathered", "features", "taps", "index", "list")),
-                ("rows", _integer)]
+                ("rows", _integer), ("tap_stride", _integer), ("tap_place", _pointer)]
 
 
 @functools.cache

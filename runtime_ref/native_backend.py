@@ -10,7 +10,6 @@ The float32 weights of `TargetWeights` stay in memory beside it: the torch backe
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,8 +110,6 @@ class NativeBackend:
         self.step = native.Step(layers=self.layers, embed=memory.pointer(weights.embed), norm=memory.pointer(weights.norm),
                                 head=head, H=H, bf16=int(dtype is torch.bfloat16), epsilon=self.config.layernorm_epsilon)
         self.work = Workspace(self.layers, H)
-        self._taps = (ctypes.c_void_p * len(weights.layers))()
-        self.step.taps = ctypes.addressof(self._taps)
         self._codes: dict[int, tuple] = {}
         self._reached = 0
 
@@ -195,8 +192,9 @@ class NativeBackend:
                     if (own.attention.window is not None) == (kind == "window"):
                         layer.cos, layer.sin = rotary._cos.data_ptr(), rotary._sin.data_ptr()
 
-    def _code(self, tasks: list[Task]) -> tuple[array, list[tuple[int, int, str]], list[int]]:
-        """Instructions, the runs of them between collectives (begin, end, what is gathered then), tapped layers."""
+    def _code(self, tasks: list[Task]) -> tuple[array, list[tuple[int, int, str]], tuple | None]:
+        """Instructions, the runs of them between collectives (begin, end, what is gathered then), and of the taps, if there
+        are any, how many they are, where each layer's stands among them (as the ops read it), and the same as a dictionary."""
         known = self._codes.get(id(tasks))
         if known is not None:
             return known[1:]
@@ -211,12 +209,15 @@ class NativeBackend:
         runs.append((began, len(tasks), "logits"))
         if len(self._codes) > 64:
             self._codes.clear()
-        self._codes[id(tasks)] = (tasks, numbers, runs, [t.layer for t in tasks if t.op == "tap"])
+        layers = {task.layer: i for i, task in enumerate(t for t in tasks if t.op == "tap")}
+        places = array("i", [layers.get(i, 0) for i in range(len(self.layers))])
+        self._codes[id(tasks)] = (tasks, numbers, runs, (len(layers), places, layers) if layers else None)
         return self._codes[id(tasks)][1:]
 
     @torch.inference_mode()
     def run(self, tasks: list[Task], planned: NativeStep, watch: Callable[[Task, dict], None] | None = None) -> dict:
-        """Executes the tasks in order; returns the logits of the rows that want them and the taps.
+        """Executes the tasks in order; returns the logits of the rows that want them and the taps, one by one and (`taps`)
+        side by side in the order of their layers.
 
         `watch` sees all buffers after each task, in the shapes of `model.py`.
         """
@@ -226,9 +227,10 @@ class NativeBackend:
         submit(step, planned)
         logits = torch.empty(planned.wanted, step.head.n)
         buffers = {}
-        for layer in tapped:
-            buffers[f"tap.{layer}"] = tap = torch.empty(planned.real, step.H)
-            self._taps[layer] = tap.data_ptr()
+        if tapped is not None:
+            buffers["taps"] = taps = torch.empty(planned.real, tapped[0] * step.H)
+            step.taps, step.tap_stride, step.tap_place = taps.data_ptr(), taps.shape[1], tapped[1].buffer_info()[0]
+            buffers |= {f"tap.{layer}": taps[:, i * step.H:(i + 1) * step.H] for layer, i in tapped[2].items()}
         step.logits, base = logits.data_ptr(), numbers.buffer_info()[0]
         if watch is None and ranks.count == 1:
             self.run_code(step, base, len(tasks))

@@ -75,7 +75,17 @@ class Ranks:
         if self.count > 1:
             self._guarded(dist.barrier)
 
+    def abandon(self) -> None:
+        """Closes the connections to the other ranks, so that those who wait for this one end at once, not after a timeout.
+
+        For a rank whose engine has failed while its process lives on.
+        """
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
     def _guarded(self, collective, *args, **kwargs):
+        if not dist.is_initialized():
+            raise RankLost(f"rank {self.rank}: has left the {self.count} ranks after an error of its own")
         try:
             return collective(*args, **kwargs)
         except (RuntimeError, dist.DistBackendError) as error:

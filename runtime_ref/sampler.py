@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 RULES = ("equality", "rejection")
+FINITE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ class SamplingParams:
     rule: str = "equality"
 
     def __post_init__(self):
+        for name in ("max_tokens", "top_k", "seed", "logprobs", "drafts", "temperature", "top_p", "min_p", "presence_penalty",
+                     "frequency_penalty", "repetition_penalty"):
+            value, whole = getattr(self, name), name in ("max_tokens", "top_k", "seed", "logprobs", "drafts")
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                if value is not None or name not in ("logprobs", "drafts"):
+                    raise ValueError(f"{name}: {value!r}, expected {'a whole number' if whole else 'a number'}")
         checks = [("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
                   ("temperature", self.temperature, 0 <= self.temperature <= 100, "0 to 100"),
                   ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, up to 1"),
@@ -106,14 +113,16 @@ def penalize(logits: torch.Tensor, params: SamplingParams, prompt: list[int], an
     if answer and (params.presence_penalty or params.frequency_penalty):
         tokens, counts = torch.tensor(answer).unique(return_counts=True)
         logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts.float()
-    return logits
+    # A penalty of 1e-300 divides by what float32 holds as zero.
+    return logits.clamp_(-FINITE, FINITE)
 
 
 def distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """float64 probabilities [V] that sum to 1: what a token is drawn from (one-hot at temperature 0)."""
     if params.temperature == 0:
         return torch.zeros(logits.shape, dtype=torch.float64).index_fill_(0, logits.argmax(), 1.0)
-    p = (logits.double() / params.temperature).softmax(-1)
+    logits = logits.double()
+    p = ((logits - logits.max()) / params.temperature).softmax(-1)  # the difference first: any temperature stays finite
     if params.top_k and params.top_k < p.shape[0]:
         p = torch.where(p < p.topk(params.top_k).values[-1], 0.0, p)
     if params.min_p:
@@ -122,7 +131,9 @@ def distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         # Keep the most likely ones up to and including the one that reaches top_p.
         ordered, index = p.sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
-        p = torch.zeros_like(p).scatter_(0, index, torch.where(before < params.top_p * p.sum(), ordered, 0.0))
+        kept = before < params.top_p * p.sum()
+        kept[0] = True  # whatever rounding made of a tiny top_p
+        p = torch.zeros_like(p).scatter_(0, index, torch.where(kept, ordered, 0.0))
     return p / p.sum()
 
 

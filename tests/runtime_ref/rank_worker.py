@@ -2,6 +2,7 @@
 
     rank_worker.py FOLDER same 1 2 4 8      one JSON line per number of ranks: tokens, and a hash of the logits
     rank_worker.py FOLDER die 2             the last rank ends in the middle; what the others say goes to stderr
+    rank_worker.py FOLDER fail 4            rank 0's engine raises in the middle, and its process lives on for a while
 """
 
 import hashlib
@@ -53,6 +54,25 @@ def die(folder, ranks, pipe):
         engine.step()
 
 
+def fail(folder, ranks, pipe):
+    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256))
+    for prompt in prompts():
+        engine.add(prompt, SamplingParams(max_tokens=100, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    if ranks.rank == 0:
+        engine.scheduler.plan = lambda: 1 / 0
+    began = time.monotonic()
+    try:
+        for _ in range(100):
+            engine.step()
+    except ZeroDivisionError:
+        time.sleep(12)  # as a server does that answers 503
+    except RankLost:
+        os.write(pipe, (json.dumps({"rank": ranks.rank, "waited": time.monotonic() - began}) + "\n").encode())
+        raise
+
+
 def child(job, folder, rank, count, port, pipe):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -84,5 +104,5 @@ def run(job, folder, count):
 if __name__ == "__main__":
     _, folder, name, *counts = sys.argv
     for count in map(int, counts):
-        codes, seconds = run({"same": same, "die": die}[name], folder, count)
+        codes, seconds = run({"same": same, "die": die, "fail": fail}[name], folder, count)
         print(json.dumps({"codes": codes, "seconds": round(seconds, 1)}), flush=True)

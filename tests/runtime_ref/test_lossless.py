@@ -44,7 +44,7 @@ def test_any_number_of_drafts_changes_no_token(with_oracle, prompts, alone, draf
 
 
 def test_adaptive_draft_length_changes_no_token_and_stops_drafting_when_nothing_is_accepted(make_engine, prompts, alone):
-    engine = make_engine()
+    engine = make_engine(draft_costs={0: 1.0, 3: 1.6, 7: 2.2})
     adaptive = SamplingParams(max_tokens=40, ignore_eos=True, adaptive=True)
     assert engine.generate(prompts, adaptive) == alone
     stats = engine.stats()

@@ -42,6 +42,14 @@ def test_a_dead_rank_ends_the_others_within_seconds_with_one_line(folder):
     assert report["seconds"] < 30
 
 
+def test_an_engine_that_fails_on_rank_0_ends_the_others_although_its_process_lives(folder):
+    done = run_worker(folder, "fail", 4)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted(line["rank"] for line in lines if "rank" in line) == [1, 2, 3]
+    assert all(line["waited"] < 8 for line in lines if "waited" in line)  # the process itself stays for 12 s
+    assert len([line for line in done.stderr.splitlines() if "another of the 4 ranks ended" in line]) == 3
+
+
 @pytest.mark.parametrize("size, parts", [(8, 8), (64, 8), (12, 4), (6, 2), (33, 1)])
 def test_parts_do_not_depend_on_the_number_of_ranks(size, parts):
     assert shares(size) == parts

@@ -134,6 +134,72 @@ def test_parameters_out_of_range_are_refused_by_name(wrong, named):
         SamplingParams(**wrong)
 
 
+@pytest.mark.parametrize("wrong, named", [
+    ({"seed": 1.5}, "seed"), ({"seed": None}, "seed"), ({"temperature": "hot"}, "temperature"), ({"top_k": 2.0}, "top_k"),
+    ({"max_tokens": True}, "max_tokens"), ({"min_p": float("nan")}, "min_p"), ({"presence_penalty": float("inf")}, "presence"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty"), ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+    ({"temperature": float("inf")}, "temperature"), ({"top_p": float("nan")}, "top_p"), ({"logprobs": -1}, "logprobs")])
+def test_parameters_of_a_wrong_kind_are_refused_by_name(wrong, named):
+    with pytest.raises(ValueError, match=f"^{named}.*expected"):
+        SamplingParams(**wrong)
+
+
+EXTREMES = [{"temperature": 1e-300}, {"temperature": 5e-324, "top_p": 5e-324, "top_k": 3}, {"temperature": 100.0, "min_p": 1.0},
+            {"temperature": 1e-300, "repetition_penalty": 1e-300}, {"repetition_penalty": 1e-300, "presence_penalty": -2.0},
+            {"temperature": 1e-12, "repetition_penalty": 100.0, "frequency_penalty": -2.0},
+            {"temperature": 0.5, "seed": -10**30}, {"temperature": 1.0, "top_k": 10**9, "min_p": 5e-324}]
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_extreme_parameters_give_a_distribution(extreme):
+    generator = torch.Generator().manual_seed(0)
+    params = SamplingParams(**extreme)
+    for logits in (torch.randn(50, generator=generator) * 10, torch.zeros(50), torch.full((50,), 3e38)):
+        p = distribution(penalize(logits, params, [1, 2], [3, 3, 4]), params)
+        assert p.isfinite().all() and (p >= 0).all() and float(p.sum()) == pytest.approx(1.0)
+        assert p[draw(p, uniform(params.seed, 5, "token"))] > 0
+
+
+@pytest.mark.parametrize("rule", ["equality", "rejection"])
+def test_an_engine_survives_extreme_parameters(make_engine, rule):
+    engine = make_engine()
+    params = [SamplingParams(max_tokens=8, ignore_eos=True, rule=rule, **extreme) for extreme in EXTREMES]
+    answers = engine.generate([[5, 6, 7]] * len(params), params)
+    assert all(len(answer) == 8 for answer in answers)
+
+
+def test_logits_that_are_not_finite_end_the_engine_and_say_where(make_engine, monkeypatch):
+    engine = make_engine(drafter=False)
+    run = engine.backend.run
+
+    def broken(*args):
+        found = run(*args)
+        return found | {"logits": found["logits"].clone().index_fill_(1, torch.tensor([7]), float("nan"))}
+
+    monkeypatch.setattr(engine.backend, "run", broken)
+    with pytest.raises(FloatingPointError, match=r"request 0: the logits after position \d+ are not finite \(token 7"):
+        engine.generate([[1, 2, 3]], SamplingParams())
+
+
+@pytest.mark.parametrize("wrong", [-1, 264, 1.0, True, "a"])
+def test_a_prompt_of_anything_but_tokens_is_refused(make_engine, wrong):
+    with pytest.raises(ValueError, match="prompt: token .*expected 0 to 263"):
+        make_engine(drafter=False).add([1, wrong], SamplingParams())
+
+
+def test_costs_of_rounds_decide_whether_an_adaptive_request_drafts(make_engine):
+    adaptive = SamplingParams(max_tokens=150, ignore_eos=True, adaptive=True)
+    for costs, rounds in (({0: 1.0, 3: 4.0, 7: 9.0}, 0), ({0: 1.0, 3: 3.0, 7: 6.0}, 2)):
+        engine = make_engine(draft_costs=costs)
+        engine.generate([[5, 6, 7]], adaptive)
+        assert engine.stats()["rounds"] == rounds  # never, or after 32 and 64 plain tokens
+    engine = make_engine()
+    engine.generate([[5, 6, 7]], adaptive)
+    assert engine._costs[0] == 1.0 and all(cost > 1 for n, cost in engine._costs.items() if n)
+    engine.cache.forget_prefixes()
+    assert set(engine.stats()["pages"].values()) == {0}
+
+
 def test_draft_length_follows_what_is_accepted():
     good, bad = (DraftLength({0: 1.0, 3: 1.6, 7: 2.2}) for _ in range(2))
     for _ in range(30):
