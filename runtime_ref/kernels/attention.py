@@ -5,8 +5,9 @@ Reference twin: `runtime_ref.model.attend_pages` on the same pages.
 The drafter's rows (`draft`) see the context before their block, within the window, and the whole block: it is drafted at once.
 
 A block is up to T (8) consecutive tokens of a sequence; its pages come from the sequence's table, whose window kind is a ring
-(the table says which logical page it begins with). All query heads of a key head and all rows of a block form one tile of
-M = G T rows, so each key is read once. A program takes a chunk of `CHUNK` logical pages, at absolute multiples of
+(the table says which logical page it begins with). Query heads of a key head and all rows of a block form one tile of
+M = G T rows; with more than MOST_ROWS of them, several tiles (a larger one does not fit in registers beside the rest of a
+persistent step; their keys meet in the cache). A program takes a chunk of `CHUNK` logical pages, at absolute multiples of
 CHUNK: the cut does not depend on the block. Partial results are joined in the order of chunks by whoever delivers the last.
 
 *Row invariance* (C4): pages and chunks that a row can't see leave its maximum, sum and values exactly as they are (factors
@@ -26,6 +27,7 @@ from runtime_ref.kernels.decode import narrow
 
 PAGE = 64
 CHUNK_PAGES = 16
+MOST_ROWS = 64
 
 
 @triton.jit
@@ -55,7 +57,8 @@ def _join(partial, stats, sink, out, slot, chunks, head, R, first_row, count, M:
         at = slot * MAX_CHUNKS + c
         share = tl.exp(tl.load(stats + at * 2 * M + m) - top)
         below += share * tl.load(stats + at * 2 * M + M + m)
-        total += share[:, None] * tl.load(partial + (at * M + m)[:, None] * V_WIDE + v[None, :])
+        part = tl.load(partial + at.to(tl.int64) * (M * V_WIDE) + (m[:, None] * V_WIDE + v[None, :]))
+        total += share[:, None] * part
     if HAS_SINK:
         below += tl.exp(own - top)
     row = (head * G + m // T) * R + first_row + m % T
@@ -65,11 +68,14 @@ def _join(partial, stats, sink, out, slot, chunks, head, R, first_row, count, M:
 
 @triton.jit
 def attend_tile(slot, part, q, keys, values, sink, tables, first, start, count, row, partial, stats, arrived, out,
-                R, POSITIONS, TABLE, MAX_CHUNKS, HEADS: tl.constexpr, G: tl.constexpr, T: tl.constexpr, M: tl.constexpr,
-                D: tl.constexpr, D_HEAD: tl.constexpr, D_TAIL: tl.constexpr, V: tl.constexpr, V_WIDE: tl.constexpr,
-                PAGE_: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, HAS_SINK: tl.constexpr, DRAFT: tl.constexpr,
-                FLOAT_DOT: tl.constexpr):
-    """Chunk `part` of slot = block * HEADS + key head. `attend` documents the arguments; D = D_HEAD + at most D_TAIL."""
+                R, POSITIONS, TABLE, MAX_CHUNKS, HEADS: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
+                M: tl.constexpr, D: tl.constexpr, D_HEAD: tl.constexpr, D_TAIL: tl.constexpr, V: tl.constexpr,
+                V_WIDE: tl.constexpr, PAGE_: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, HAS_SINK: tl.constexpr,
+                DRAFT: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """Chunk `part` of slot = block * HEADS + head: SPLIT heads share a key head and have G query heads each.
+
+    `attend` documents the arguments; D = D_HEAD + at most D_TAIL.
+    """
     block = slot // HEADS
     head = slot % HEADS
     begin = tl.load(start + block)
@@ -96,10 +102,13 @@ def attend_tile(slot, part, q, keys, values, sink, tables, first, start, count, 
         below = tl.zeros((M,), tl.float32)
         total = tl.zeros((M, V_WIDE), tl.float32)
         for page in range(tl.maximum(chunk * CHUNK, seen_from), tl.minimum(chunk * CHUNK + CHUNK, last + 1)):
-            place = head.to(tl.int64) * POSITIONS + tl.load(tables + block * TABLE + page - tl.load(first + block)) * PAGE_
-            key = keys + (place + j)[:, None] * D
-            scores = _product(q_head, tl.trans(tl.load(key + d[None, :])), FLOAT_DOT)
-            scores += _product(q_tail, tl.trans(tl.load(key + tail[None, :], mask=(tail < D)[None, :], other=0.0)), FLOAT_DOT)
+            # Addresses are a scalar and 32-bit distances: tensors of 64-bit pointers would cost a hundred registers.
+            logical = page - tl.load(first + block)
+            place = (head // SPLIT).to(tl.int64) * POSITIONS + tl.load(tables + block * TABLE + logical) * PAGE_
+            key = keys + place * D
+            scores = _product(q_head, tl.trans(tl.load(key + (j[:, None] * D + d[None, :]))), FLOAT_DOT)
+            scores += _product(q_tail, tl.trans(tl.load(key + (j[:, None] * D + tail[None, :]),
+                                                     mask=(tail < D)[None, :], other=0.0)), FLOAT_DOT)
             there = (page * PAGE_ + j)[None, :]
             if DRAFT:
                 seen = there < begin + tokens
@@ -117,13 +126,13 @@ def attend_tile(slot, part, q, keys, values, sink, tables, first, start, count, 
             below = below * keep + tl.sum(weights, 1)
             # Positions nobody has written yet hold anything, NaN too: zero times that must stay zero.
             written = (page * PAGE_ + j < begin + tokens)[:, None] & (v < V)[None, :]
-            value = tl.load(values + (place + j)[:, None] * V + v[None, :], mask=written, other=0.0)
+            value = tl.load(values + place * V + (j[:, None] * V + v[None, :]), mask=written, other=0.0)
             total = total * keep[:, None] + _product(narrow(weights, q.dtype.element_ty, FLOAT_DOT), value, FLOAT_DOT)
             top = higher
         mine = slot * MAX_CHUNKS + part
         tl.store(stats + mine * 2 * M + m, top)
         tl.store(stats + mine * 2 * M + M + m, below)
-        tl.store(partial + (mine * M + m)[:, None] * V_WIDE + v[None, :], total)
+        tl.store(partial + mine.to(tl.int64) * (M * V_WIDE) + (m[:, None] * V_WIDE + v[None, :]), total)
         tl.debug_barrier()
         if tl.atomic_add(arrived + slot, 1, sem="acq_rel", scope="gpu") == chunks - 1:
             tl.debug_barrier()
@@ -134,21 +143,24 @@ def attend_tile(slot, part, q, keys, values, sink, tables, first, start, count, 
 
 @triton.jit
 def attend_kernel(q, keys, values, sink, tables, first, start, count, row, partial, stats, arrived, out,
-                  R, POSITIONS, TABLE, MAX_CHUNKS, HEADS: tl.constexpr, G: tl.constexpr, T: tl.constexpr, M: tl.constexpr,
-                  D: tl.constexpr, D_HEAD: tl.constexpr, D_TAIL: tl.constexpr, V: tl.constexpr, V_WIDE: tl.constexpr,
-                  PAGE_: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, HAS_SINK: tl.constexpr,
+                  R, POSITIONS, TABLE, MAX_CHUNKS, HEADS: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
+                  M: tl.constexpr, D: tl.constexpr, D_HEAD: tl.constexpr, D_TAIL: tl.constexpr, V: tl.constexpr,
+                  V_WIDE: tl.constexpr, PAGE_: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr, HAS_SINK: tl.constexpr,
                   FLOAT_DOT: tl.constexpr, DRAFT: tl.constexpr = False):
-    """Program (block * HEADS + key head, chunk)."""
+    """Program (block * HEADS + head, chunk)."""
     attend_tile(tl.program_id(0), tl.program_id(1), q, keys, values, sink, tables, first, start, count, row, partial, stats,
-                arrived, out, R, POSITIONS, TABLE, MAX_CHUNKS, HEADS, G, T, M, D, D_HEAD, D_TAIL, V, V_WIDE, PAGE_, CHUNK,
-                WINDOW, HAS_SINK, DRAFT, FLOAT_DOT)
+                arrived, out, R, POSITIONS, TABLE, MAX_CHUNKS, HEADS, G, SPLIT, T, M, D, D_HEAD, D_TAIL, V, V_WIDE, PAGE_,
+                CHUNK, WINDOW, HAS_SINK, DRAFT, FLOAT_DOT)
 
 
 def attention_constants(heads: int, group: int, rows: int, d: int, v: int, window: int | None, sink: bool, *,
                         chunk: int = CHUNK_PAGES, float_dot: bool = False, draft: bool = False) -> dict:
     """Compile-time arguments for `heads` key heads with `group` query heads each and blocks of `rows` tokens."""
     d_head = 1 << (d.bit_length() - 1)
-    return {"HEADS": heads, "G": group, "T": rows, "M": max(16, triton.next_power_of_2(group * rows)), "D": d, "D_HEAD": d_head,
+    split = next(n for n in range(1, group + 1) if group % n == 0 and (group // n * rows <= MOST_ROWS or n == group))
+    heads, group = heads * split, group // split
+    return {"HEADS": heads, "G": group, "SPLIT": split, "T": rows, "D": d, "D_HEAD": d_head,
+            "M": max(16, triton.next_power_of_2(group * rows)),
             "D_TAIL": max(16, triton.next_power_of_2(d - d_head)), "V": v, "V_WIDE": max(16, triton.next_power_of_2(v)),
             "PAGE_": PAGE, "CHUNK": chunk, "WINDOW": window or 0, "HAS_SINK": sink, "FLOAT_DOT": float_dot, "DRAFT": draft}
 
@@ -189,11 +201,12 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink: torc
                                     draft=draft)
     chunks = most_chunks(longest, window, rows, chunk)
     scratch = {"dtype": torch.float32, "device": q.device}
-    partial = torch.empty((B * K * chunks, constants["M"], constants["V_WIDE"]), **scratch)
-    stats = torch.empty((B * K * chunks, 2, constants["M"]), **scratch)
-    arrived = torch.zeros(B * K, dtype=torch.int32, device=q.device)
+    slots = B * constants["HEADS"]
+    partial = torch.empty((slots * chunks, constants["M"], constants["V_WIDE"]), **scratch)
+    stats = torch.empty((slots * chunks, 2, constants["M"]), **scratch)
+    arrived = torch.zeros(slots, dtype=torch.int32, device=q.device)
     out = torch.empty((Q, R, V), dtype=q.dtype, device=q.device) if out is None else out
     options = {} if float_dot else {"num_warps": warps}
-    attend_kernel[(B * K, chunks)](q, keys, values, stats if sink is None else sink, tables, first, start, count, row, partial,
+    attend_kernel[(slots, chunks)](q, keys, values, stats if sink is None else sink, tables, first, start, count, row, partial,
                                    stats, arrived, out, R, positions, tables.shape[1], chunks, **constants, **options)
     return out

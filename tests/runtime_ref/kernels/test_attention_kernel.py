@@ -39,15 +39,19 @@ class Case:
     def run(self, blocks=None, **options):
         """Output of all blocks, or of other cuts (sequence, first position, tokens) of them."""
         blocks = blocks or [(i, *block) for i, block in enumerate(self.blocks)]
-        width = max(len(p) for p in self.pages)
-        tables = torch.tensor([self.pages[i] + [0] * (width - len(self.pages[i])) for i, _, _ in blocks], dtype=torch.int32)
-        columns = [[self.first[i] for i, _, _ in blocks], [s for _, s, _ in blocks], [c for _, _, c in blocks],
-                   [self.rows[i] + s - self.blocks[i][0] for i, s, _ in blocks]]
         out = torch.full((K * G, self.R, self.values.shape[2]), float("nan"))
-        places = (torch.tensor(c, dtype=torch.int32) for c in columns)
-        attend(self.q, self.keys, self.values, self.sink, tables, *places, rows=8, window=self.window,
+        attend(self.q, self.keys, self.values, self.sink, *self.places(blocks), rows=8, window=self.window,
                longest=max(s + c for _, s, c in blocks), out=out, float_dot=True, **options)
         return out
+
+    def places(self, blocks=None):
+        """tables, first, start, count, row."""
+        blocks = blocks or [(i, *block) for i, block in enumerate(self.blocks)]
+        width = max(len(p) for p in self.pages)
+        columns = [[self.pages[i] + [0] * (width - len(self.pages[i])) for i, _, _ in blocks],
+                   [self.first[i] for i, _, _ in blocks], [s for _, s, _ in blocks], [c for _, _, c in blocks],
+                   [self.rows[i] + s - self.blocks[i][0] for i, s, _ in blocks]]
+        return [torch.tensor(c, dtype=torch.int32) for c in columns]
 
     def expected(self):
         """`attend_pages`, block by block, in float32."""
@@ -106,3 +110,19 @@ def test_key_heads_must_divide_query_heads():
     case.q = case.q[:5]
     with pytest.raises(ValueError, match="5 query heads over 2 key heads"):
         case.run()
+
+
+def test_many_query_heads_share_a_key_head_in_several_tiles():
+    """3 query heads of 24 rows would fit; 12 of 96 are split into tiles of at most 64."""
+    case = Case([(70, 8), (3, 2)], 40, sink=True)
+    generator = torch.Generator().manual_seed(4)
+    case.q = (torch.randn(K * 12, case.R, D, generator=generator) * 0.5).to(torch.bfloat16)
+    case.sink = torch.randn(K * 12, generator=generator)
+    found = torch.full((K * 12, case.R, V), float("nan"))
+    attend(case.q, case.keys, case.values, case.sink, *case.places(), rows=8, window=40, longest=78, out=found, float_dot=True)
+    for h in range(4):  # three query heads of each key head at a time, as the other tests have them
+        own = torch.tensor([k * 12 + 3 * h + g for k in range(K) for g in range(3)])
+        part = Case([(70, 8), (3, 2)], 40, sink=True)
+        part.q, part.sink = case.q[own], case.sink[own]
+        expected = part.expected()
+        assert float((found[own] - expected).norm() / expected.norm()) < ATTENTION_KERNEL

@@ -1,0 +1,230 @@
+"""The persistent step: one cooperative launch walks a whole task list.
+
+The list is data: a table of int32 [tasks, FIELDS] with one row per task of the fused list (`runtime_ref.fusion`): which op,
+where its weights lie in the arena (in units of 128 bytes), which layer of the cache or which tap it means. Every program reads
+the same rows in the same order, takes every P-th tile of each task, and meets the others at a grid barrier between two tasks.
+The tiles are those of `rows`, `routing`, `attention` and `experts`, so the numbers are those of the launches one by one, bit
+for bit; `runtime_ref.persistent` builds the table and runs both.
+
+The same kernel walks the drafter's list (HEAD_NORM, DRAFT): features through `fc`, keys and values of the context, blocks.
+
+Barriers: the counter only grows within a launch; the last program to leave puts it back to zero, so nothing has to be cleared
+between launches. A barrier costs more than a launch's share of a tile; with norms, rotation, cache writes, residuals and the
+router's choice fused into their neighbours there are five (attention layer with experts) to six per layer.
+
+In Triton's interpreter programs run one after another, so a grid has one program there; several at once are proven by the
+tests' harness of one process per program.
+
+Rejected: per-tile flags instead of barriers (each of a layer's products reads all columns of its input, so nearly every tile
+waits for every other one anyway); a table with pointers (64 bits, and the compiler cannot know their alignment).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from runtime_ref.kernels.attention import attend_tile
+from runtime_ref.kernels.experts import experts_work
+from runtime_ref.kernels.routing import route_tile
+from runtime_ref.kernels.rows import gather_tile, product_tile, project_tile, swiglu_tile
+from runtime_ref.kernels.sync import grid_barrier
+
+FIELDS = 8
+OPS = ("embed", "enter_full", "enter_window", "attend_full", "attend_window", "merge_add", "norm_gate_up", "down_add",
+       "norm_route", "experts_add", "tap", "pick_norm_head", "fuse_taps", "context")
+_FIELDS = tl.constexpr(FIELDS)
+_UNIT = tl.constexpr(128)
+_EMBED = tl.constexpr(OPS.index("embed"))
+_ENTER_FULL = tl.constexpr(OPS.index("enter_full"))
+_ENTER_WINDOW = tl.constexpr(OPS.index("enter_window"))
+_ATTEND_FULL = tl.constexpr(OPS.index("attend_full"))
+_ATTEND_WINDOW = tl.constexpr(OPS.index("attend_window"))
+_MERGE_ADD = tl.constexpr(OPS.index("merge_add"))
+_NORM_GATE_UP = tl.constexpr(OPS.index("norm_gate_up"))
+_DOWN_ADD = tl.constexpr(OPS.index("down_add"))
+_NORM_ROUTE = tl.constexpr(OPS.index("norm_route"))
+_EXPERTS_ADD = tl.constexpr(OPS.index("experts_add"))
+_TAP = tl.constexpr(OPS.index("tap"))
+_HEAD = tl.constexpr(OPS.index("pick_norm_head"))
+_FUSE_TAPS = tl.constexpr(OPS.index("fuse_taps"))
+_CONTEXT = tl.constexpr(OPS.index("context"))
+
+
+@triton.jit
+def _bytes_at(arena, entry, FIELD: tl.constexpr):
+    """Pointer (uint8) to the piece that a field of a task names."""
+    return arena + tl.load(entry + FIELD).to(tl.int64) * _UNIT
+
+
+@triton.jit
+def _floats_at(arena, entry, FIELD: tl.constexpr):
+    return _bytes_at(arena, entry, FIELD).to(tl.pointer_type(tl.float32), bitcast=True)
+
+
+@triton.jit
+def _matrix_at(arena, entry, FIELD: tl.constexpr, FP8: tl.constexpr):
+    """Pointer to a matrix: bytes of FP8, or bf16."""
+    if FP8:
+        return _bytes_at(arena, entry, FIELD)
+    else:
+        return _bytes_at(arena, entry, FIELD).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+
+
+@triton.jit
+def _enter(entry, arena, x, cos, sin, positions, slots, q, keys, values, R, H, epsilon, v_scale, stride,
+           QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr,
+           BK: tl.constexpr, HEAD_NORM: tl.constexpr, FP8: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    groups = tl.cdiv(R, 8)
+    place = tl.load(entry + 5).to(tl.int64) * KEYS * stride
+    CHUNKS: tl.constexpr = ((D if D > V else V) + BN - 1) // BN
+    TILES: tl.constexpr = (QUERIES + 2 * KEYS) * CHUNKS
+    t = tl.program_id(0)
+    while t < TILES * groups:
+        project_tile(t // groups, t % groups, x, _matrix_at(arena, entry, 1, FP8), _floats_at(arena, entry, 2),
+                     _floats_at(arena, entry, 3), _floats_at(arena, entry, 4), cos, sin, positions, slots, q,
+                     keys + place * D, values + place * V, R, H, epsilon, D**-0.5, v_scale, stride, epsilon, QUERIES, KEYS, D,
+                     V, HALF, BN, BK, True, HEAD_NORM, FLOAT_DOT)
+        t += tl.num_programs(0)
+
+
+@triton.jit
+def _attend(entry, arena, q, keys, values, tables, first, start, count, row, partial, stats, arrived, out, R, blocks, stride,
+            width, chunks, HEADS: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+            D_HEAD: tl.constexpr, D_TAIL: tl.constexpr, V: tl.constexpr, V_WIDE: tl.constexpr, PAGE_: tl.constexpr,
+            CHUNK: tl.constexpr,
+            WINDOW: tl.constexpr, HAS_SINK: tl.constexpr, DRAFT: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    place = tl.load(entry + 5).to(tl.int64) * (HEADS // SPLIT) * stride
+    t = tl.program_id(0)
+    while t < blocks * HEADS * chunks:
+        attend_tile(t // chunks, t % chunks, q, keys + place * D, values + place * V, _floats_at(arena, entry, 4), tables,
+                    first, start, count, row, partial, stats, arrived, out, R, stride, width, chunks, HEADS, G, SPLIT, 8,
+                    M, D, D_HEAD, D_TAIL, V, V_WIDE, PAGE_, CHUNK, WINDOW, HAS_SINK, DRAFT, FLOAT_DOT)
+        t += tl.num_programs(0)
+
+
+@triton.jit
+def _product(entry, arena, x, gamma, rows, residual, out, R, N, K, epsilon, heads_stride, BN: tl.constexpr, BK: tl.constexpr,
+             V: tl.constexpr, NORM: tl.constexpr, PICK: tl.constexpr, RESIDUAL: tl.constexpr, FP8: tl.constexpr,
+             FLOAT_DOT: tl.constexpr):
+    groups = tl.cdiv(R, 8)
+    t = tl.program_id(0)
+    while t < tl.cdiv(N, BN) * groups:
+        product_tile(t // groups, t % groups, x, _matrix_at(arena, entry, 1, FP8), _floats_at(arena, entry, 2), gamma, rows,
+                     residual, out, R, N, K, epsilon, heads_stride, BN, BK, V, NORM, PICK, RESIDUAL, 1, FLOAT_DOT)
+        t += tl.num_programs(0)
+
+
+@triton.jit
+def step_kernel(
+        table, tasks, arena, embed, spare, head, final_norm, ids, positions, head_rows, x, q, heads, y, inner, index, weight,
+        scores, route_arrived, taps, features, context_positions, context_slots, logits, barrier, failed,
+        full_cos, full_sin, full_keys, full_values, full_slots, full_tables, full_first, full_start, full_count, full_row,
+        window_cos, window_sin, window_keys, window_values, window_slots, window_tables, window_first, window_start,
+        window_count, window_row, partial, stats, attend_arrived, order, plan, expert_inner, expert_partial, ready, arrived,
+        control, R, H, I, E, vocabulary, wanted, context, taps_width, epsilon, factor, v_scale, full_stride, window_stride,
+        full_width, window_width, full_chunks, window_chunks, blocks, up_entries, down_entries, K_UP,
+        FULL: tl.constexpr, WINDOW: tl.constexpr, DENSE: tl.constexpr, MOE: tl.constexpr, DRAFT: tl.constexpr,
+        HEAD_NORM: tl.constexpr, QKV_FP8: tl.constexpr, O_FP8: tl.constexpr, MLP_FP8: tl.constexpr, HAS_TAPS: tl.constexpr,
+        F_QUERIES: tl.constexpr, F_KEYS: tl.constexpr, F_SPLIT: tl.constexpr, F_M: tl.constexpr, F_D: tl.constexpr,
+        F_D_HEAD: tl.constexpr, F_D_TAIL: tl.constexpr, F_V: tl.constexpr, F_V_WIDE: tl.constexpr, F_HALF: tl.constexpr,
+        F_WINDOW: tl.constexpr, F_SINK: tl.constexpr, F_BN: tl.constexpr,
+        W_QUERIES: tl.constexpr, W_KEYS: tl.constexpr, W_SPLIT: tl.constexpr, W_M: tl.constexpr, W_D: tl.constexpr,
+        W_D_HEAD: tl.constexpr, W_D_TAIL: tl.constexpr, W_V: tl.constexpr, W_V_WIDE: tl.constexpr, W_HALF: tl.constexpr,
+        W_WINDOW: tl.constexpr, W_SINK: tl.constexpr, W_BN: tl.constexpr, PAGE_: tl.constexpr, CHUNK: tl.constexpr,
+        A: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMED: tl.constexpr,
+        M: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, TILES: tl.constexpr, K_DOWN: tl.constexpr, UP_ROWS: tl.constexpr,
+        UP_DEPTH: tl.constexpr, DOWN_ROWS: tl.constexpr, DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+        PREFETCH: tl.constexpr, PTX: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROUTE_BN: tl.constexpr,
+        ROUTE_BK: tl.constexpr, COPY: tl.constexpr, POLLS: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """Walks `table`. `runtime_ref.persistent` documents and fills the arguments; lower-case ones change from step to step."""
+    pid = tl.program_id(0)
+    groups = tl.cdiv(R, 8)
+    for i in range(0, tasks):
+        entry = table + i * _FIELDS
+        op = tl.load(entry)
+        if op == _EMBED:
+            t = pid
+            while t < R:
+                gather_tile(t, embed, ids, spare, x, H, COPY)
+                t += tl.num_programs(0)
+        if FULL:
+            if op == _ENTER_FULL:
+                _enter(entry, arena, x, full_cos, full_sin, positions, full_slots, q, full_keys, full_values, R, H, epsilon,
+                       v_scale, full_stride, F_QUERIES, F_KEYS, F_D, F_V, F_HALF, F_BN, BK, HEAD_NORM, QKV_FP8, FLOAT_DOT)
+            if op == _ATTEND_FULL:
+                _attend(entry, arena, q, full_keys, full_values, full_tables, full_first, full_start, full_count, full_row,
+                        partial, stats, attend_arrived, heads, R, blocks, full_stride, full_width, full_chunks,
+                        F_KEYS * F_SPLIT, F_QUERIES // (F_KEYS * F_SPLIT), F_SPLIT, F_M, F_D, F_D_HEAD, F_D_TAIL, F_V, F_V_WIDE,
+                        PAGE_, CHUNK, F_WINDOW, F_SINK, DRAFT, FLOAT_DOT)
+        if WINDOW:
+            if op == _ENTER_WINDOW:
+                _enter(entry, arena, x, window_cos, window_sin, positions, window_slots, q, window_keys, window_values, R, H,
+                       epsilon, v_scale, window_stride, W_QUERIES, W_KEYS, W_D, W_V, W_HALF, W_BN, BK, HEAD_NORM, QKV_FP8,
+                       FLOAT_DOT)
+            if op == _ATTEND_WINDOW:
+                _attend(entry, arena, q, window_keys, window_values, window_tables, window_first, window_start, window_count,
+                        window_row, partial, stats, attend_arrived, heads, R, blocks, window_stride, window_width,
+                        window_chunks, W_KEYS * W_SPLIT, W_QUERIES // (W_KEYS * W_SPLIT), W_SPLIT, W_M, W_D, W_D_HEAD,
+                        W_D_TAIL, W_V, W_V_WIDE, PAGE_, CHUNK, W_WINDOW, W_SINK, False, FLOAT_DOT)
+        if op == _MERGE_ADD:
+            # Field 6: which geometry the heads have.
+            if FULL:
+                if tl.load(entry + 6) == 0:
+                    _product(entry, arena, heads, final_norm, head_rows, x, x, R, H, F_QUERIES * F_V, epsilon, R * F_V, BN, BK,
+                             F_V, False, False, True, O_FP8, FLOAT_DOT)
+            if WINDOW:
+                if tl.load(entry + 6) == 1:
+                    _product(entry, arena, heads, final_norm, head_rows, x, x, R, H, W_QUERIES * W_V, epsilon, R * W_V, BN, BK,
+                             W_V, False, False, True, O_FP8, FLOAT_DOT)
+        if DENSE:
+            if op == _NORM_GATE_UP:
+                t = pid
+                while t < tl.cdiv(I, BN) * groups:
+                    swiglu_tile(t // groups, t % groups, x, _matrix_at(arena, entry, 1, MLP_FP8), _floats_at(arena, entry, 2),
+                                _floats_at(arena, entry, 3), inner, R, I, H, epsilon, BN, BK, True, FLOAT_DOT)
+                    t += tl.num_programs(0)
+            if op == _DOWN_ADD:
+                _product(entry, arena, inner, final_norm, head_rows, x, x, R, H, I, epsilon, 0, BN, BK, 0, False, False, True,
+                         MLP_FP8, FLOAT_DOT)
+        if MOE:
+            if op == _NORM_ROUTE:
+                t = pid
+                while t < tl.cdiv(E, ROUTE_BN) * groups:
+                    route_tile(t // groups, t % groups, x, _floats_at(arena, entry, 1), _floats_at(arena, entry, 3),
+                               _floats_at(arena, entry, 4), scores, y, route_arrived, index, weight, R, E, H, epsilon, factor,
+                               tl.cdiv(E, ROUTE_BN), A, WIDE, GROUPS, TOP_GROUPS, NORMED, ROUTE_BN, ROUTE_BK, True, FLOAT_DOT)
+                    t += tl.num_programs(0)
+            if op == _EXPERTS_ADD:
+                experts_work(y, _bytes_at(arena, entry, 1), _bytes_at(arena, entry, 4), index, weight, order, plan,
+                             expert_inner, expert_partial, x, x, ready, arrived, control, R, H, E, up_entries, down_entries,
+                             K_UP, A, M, UP, DOWN, TILES, K_DOWN, UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES,
+                             PREFETCH, False, True, POLLS, PTX, FLOAT_DOT, 0, True)
+        if HAS_TAPS:
+            if op == _TAP:
+                target = taps + tl.load(entry + 5).to(tl.int64) * R * H
+                t = pid
+                while t < tl.cdiv(R * H, COPY):
+                    at = t * COPY + tl.arange(0, COPY)
+                    tl.store(target + at, tl.load(x + at, mask=at < R * H), mask=at < R * H)
+                    t += tl.num_programs(0)
+        if DRAFT:
+            if op == _FUSE_TAPS:
+                _product(entry, arena, taps, final_norm, head_rows, x, features, context, H, taps_width, epsilon, 0, BN, BK, 0,
+                         False, False, False, False, FLOAT_DOT)
+            if op == _CONTEXT:
+                _enter(entry, arena, features, full_cos, full_sin, context_positions, context_slots, q, full_keys, full_values,
+                       context, H, epsilon, v_scale, full_stride, 0, F_KEYS, F_D, F_V, F_HALF, F_BN, BK, HEAD_NORM, QKV_FP8,
+                       FLOAT_DOT)
+        if op == _HEAD:
+            head_groups = tl.cdiv(wanted, 8)
+            t = pid
+            while t < tl.cdiv(vocabulary, BN) * head_groups:
+                product_tile(t // head_groups, t % head_groups, x, head, final_norm, final_norm, head_rows, x, logits, wanted,
+                             vocabulary, H, epsilon, 0, BN, BK, 0, True, True, False, 1, FLOAT_DOT)
+                t += tl.num_programs(0)
+        grid_barrier(barrier, i + 1, failed, POLLS)
+    # After the last barrier nobody polls the counter for a higher value: the last one to come here clears both.
+    if tl.atomic_add(barrier + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        tl.store(barrier, 0)
+        tl.store(barrier + 1, 0)
