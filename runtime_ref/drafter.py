@@ -19,6 +19,7 @@ import torch
 from modeling.drafter import DFlashDraftModel, load_drafter
 from runtime_ref import model as ops
 from runtime_ref.kv_cache import PAGE, Pool, Table
+from runtime_ref.markov import MarkovHead
 from runtime_ref.model import Reach, Rotary, rounded
 from runtime_ref.tasks import TorchBackend
 
@@ -48,7 +49,7 @@ class Drafter:
 
     def __init__(self, model: DFlashDraftModel, backend: TorchBackend, pages: int):
         config = model.config
-        check_drafter(model, backend.config)
+        check_drafter(model, backend.config, refused=())
         self.backend, self.taps, self.block = backend, list(model.target_layer_ids), model.block_size
         self.window, self.causal, self.epsilon = model.window, model.causal, config.rms_norm_eps
         self.Q, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -56,6 +57,10 @@ class Drafter:
         self.value_scale = model.layers[0].self_attn.value_scale
         self.rotary = Rotary(model.rotary_base, model.rotary_dim, self.D)
         self.pool = Pool({i: (self.K, self.D, self.V) for i in range(len(model.layers))}, pages, backend.dtype, self.window)
+        self.markov = None
+        if model.markov_next is not None:
+            self.markov = MarkovHead(model.markov_previous.weight.detach().float(),
+                                     model.markov_next.weight.detach().float().T.contiguous(), model.selector_top_k)
         self._take(model)
 
     def _take(self, model: DFlashDraftModel) -> None:
@@ -76,6 +81,9 @@ class Drafter:
                 "sink": None if a.attention_sink_bias is None else a.attention_sink_bias.detach().float(),
                 "gate_up": torch.cat((m.gate_proj.weight, m.up_proj.weight)).detach().float().T.contiguous()[None],
                 "down": m.down_proj.weight.detach().float().T.contiguous()[None],
+                "convolutions": [None if isinstance(c, torch.nn.Identity) else tuple(
+                    p.weight.detach().float().T.contiguous()[None] for p in (c.down_proj, c.up_proj))
+                    for c in (layer.attention_convolution, layer.mlp_convolution)],
                 "input_norm": layer.input_layernorm.weight.detach().float(),
                 "post_norm": layer.post_attention_layernorm.weight.detach().float()})
         # Context keys and values of all layers in one product each.
@@ -88,6 +96,7 @@ class Drafter:
         found = {tuple(t.shape) for t in (self.fc, self.context_k, self.context_v)}
         for layer in self.layers:
             found |= {tuple(layer[name].shape) for name in ("qk", "v", "o", "gate_up", "down")}
+            found |= {tuple(w.shape) for pair in layer["convolutions"] if pair for w in pair}
         return found | {(self.K, self.D, PAGE), (self.K, PAGE, self.V)}
 
     @torch.inference_mode()
@@ -131,7 +140,7 @@ class Drafter:
         seen = self._reach(wanted, positions, T)
         step = _Blocks(T)
         for i, layer in enumerate(self.layers):
-            y = ops.norm(x, layer["input_norm"], self.epsilon)
+            y = convolved(ops.norm(x, layer["input_norm"], self.epsilon), layer["convolutions"][0], T)
             qk = self.rotary.apply(ops.norm(ops.spread(y, layer["qk"]), layer["qk_norm"], self.epsilon), table)
             v = ops.spread(y, layer["v"])
             if self.value_scale is not None:
@@ -140,7 +149,7 @@ class Drafter:
             ops.write_cache(self.pool, i, qk[self.Q:].index_select(1, rows), v.index_select(1, rows), seen.reach.slots)
             heads = ops.attend(qk[:self.Q] * self.D**-0.5, self.pool, i, seen.reach, layer["sink"], step)
             x = rounded(x + ops.merge_heads(heads, layer["o"])[0], self.backend.dtype)
-            y = ops.norm(x, layer["post_norm"], self.epsilon)
+            y = convolved(ops.norm(x, layer["post_norm"], self.epsilon), layer["convolutions"][1], T)
             x = rounded(x + ops.product(ops.gated(ops.spread(y, layer["gate_up"])), layer["down"])[0], self.backend.dtype)
         y = ops.norm(x, self.norm, self.epsilon)
         logits = ops.head_logits(y, self.backend.weights.head, self.backend.weights.ranks).view(len(wanted), T, -1)
@@ -199,17 +208,25 @@ class _Blocks:
     row_slots: None = None
 
 
+def convolved(y: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor] | None, block: int) -> torch.Tensor:
+    """y [R, H] of whole blocks, with up(down(y_t)) * y_(t - 1) added inside each block (pair: down [1, H, r], up [1, r, H])."""
+    if pair is None:
+        return y
+    before = torch.nn.functional.pad(y.unflatten(0, (-1, block)), (0, 0, 1, 0))[:, :-1].flatten(0, 1)
+    return torch.addcmul(y, ops.spread(ops.spread(y, pair[0])[0], pair[1])[0], before)
+
+
 def _slot(table: Table, position: int) -> int:
     return table.page(position // PAGE) * PAGE + position % PAGE
 
 
-def check_drafter(model: DFlashDraftModel, target) -> None:
-    """Refuses a drafter that does not belong to this target, or an option that only trainers know."""
+def check_drafter(model: DFlashDraftModel, target, refused: tuple[str, ...] = ("convolution_rank", "markov_rank")) -> None:
+    """Refuses a drafter that does not belong to this target, or has an option that a backend does not know."""
     where = "dflash/config.json"
-    for option in ("convolution_rank", "markov_rank"):
+    for option in refused:
         value = model.config.dflash_config.get(option)
         if value:
-            raise ValueError(f"{where}: {option}: {value}, expected 0 (the runtime runs the published form only)")
+            raise ValueError(f"{where}: {option}: {value}, expected 0 (this backend runs the published form only)")
     if model.config.hidden_size != target.hidden_size:
         raise ValueError(f"{where}: hidden_size: {model.config.hidden_size}, expected the target's {target.hidden_size}")
     last = target.num_hidden_layers - 1

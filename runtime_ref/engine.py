@@ -259,7 +259,8 @@ class Engine:
         for item, logits in zip(drafting, self.drafter.logits(wanted), strict=True):
             sequence = item.sequence
             sequence.taps, sequence.tapped_from = [], sequence.computed
-            proposals[sequence.id] = propose(logits, sequence.params, sequence.computed)
+            proposals[sequence.id] = propose(logits, sequence.params, sequence.computed, getattr(self.drafter, "markov", None),
+                                             sequence.tokens[-1])
         return proposals
 
     def _commit(self, item: Work, span: Span, logits: torch.Tensor, buffers: dict, proposal: Proposal) -> Output | None:

@@ -31,7 +31,7 @@ typedef struct { const void *data; int64_t bf16, n, k; } Mat;  /* panels [n / 16
 typedef struct { const uint8_t *codes, *scales; int64_t code_stride, scale_stride; } Packed; /* rows [n, k / 2], [n, k / 32] */
 typedef struct { Packed gate, up, down; } Expert;
 typedef struct {
-    Mat qkv, kv, *o, gate_up, *down, router;
+    Mat qkv, kv, *o, gate_up, *down, router, *convolutions; /* down and up of attention's and of the MLP's; or NULL */
     const float *input_norm, *post_norm, *q_norm, *k_norm, *sink, *cos, *sin, *correction, *qkv_bias;
     float *keys, *values;
     const Expert *experts;
@@ -461,8 +461,21 @@ static void embed(Step *s) {
     }
 }
 
+/* y_t + up(down(y_t)) * y_(t - 1) inside blocks; a row with a real token (an anchor) begins one. */
+static void convolve(Step *s, const Mat *pair) {
+    const int64_t H = s->H;
+    float *small = s->scratch;
+    for (int64_t r = s->R - 1; r >= 0; r--) {
+        if (s->ids[r] >= 0) continue;
+        float *change = small + pair[0].n, *y = s->y + r * H;
+        product(&pair[0], y, H, small, pair[0].n, 1);
+        product(&pair[1], small, pair[0].n, change, pair[1].n, 1);
+        for (int64_t i = 0; i < H; i += L) store(y + i, load(y + i) + load(change + i) * load(y - H + i));
+    }
+}
+
 enum { EMBED, INPUT_NORM, POST_NORM, FINAL_NORM, PROJECT, WRITE, ATTEND, MERGE, ADD_ATTENTION, ADD_MLP, DENSE, ROUTE, EXPERTS, TAP,
-       PICK_ROWS, HEAD, FUSE, PROJECT_KV };
+       PICK_ROWS, HEAD, FUSE, PROJECT_KV, CONVOLVE_ATTENTION, CONVOLVE_MLP };
 
 /* Runs `count` instructions (op, layer). */
 void run(Step *s, const int32_t (*code)[2], int64_t count) {
@@ -475,6 +488,8 @@ void run(Step *s, const int32_t (*code)[2], int64_t count) {
         case FINAL_NORM: for (int64_t r = 0; r < s->wanted; r++) norm(s->x + r * s->H, s->norm, s->y + r * s->H, s->H, s->epsilon); break;
         case PROJECT: project(s, l, 1); break;
         case PROJECT_KV: project(s, l, 0); break;
+        case CONVOLVE_ATTENTION: convolve(s, l->convolutions); break;
+        case CONVOLVE_MLP: convolve(s, l->convolutions + 2); break;
         case WRITE: write_cache(s, l); break;
         case ATTEND: for (int64_t r = 0; r < s->R; r++) for (int64_t h = 0; h < l->K; h++) attend_head(s, l, r, h); break;
         case MERGE: merge_heads(s, l); break;

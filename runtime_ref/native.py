@@ -24,7 +24,8 @@ SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
 LANES = 16
 OPS = ("embed", "input_norm", "post_norm", "final_norm", "project", "write", "attend", "merge_heads", "add_attention",
-       "add_mlp", "dense_mlp", "route", "experts", "tap", "pick_rows", "head", "fuse", "project_kv")
+       "add_mlp", "dense_mlp", "route", "experts", "tap", "pick_rows", "head", "fuse", "project_kv", "convolve_attention",
+       "convolve_mlp")
 OP = {name: i for i, name in enumerate(OPS)}
 
 _pointer, _integer, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -44,7 +45,7 @@ class Expert(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = [("qkv", Matrix), ("kv", Matrix), ("o", ctypes.POINTER(Matrix)), ("gate_up", Matrix),
-                ("down", ctypes.POINTER(Matrix)), ("router", Matrix),
+                ("down", ctypes.POINTER(Matrix)), ("router", Matrix), ("convolutions", ctypes.POINTER(Matrix)),
                 *((name, _pointer) for name in ("input_norm", "post_norm", "q_norm", "k_norm", "sink", "cos", "sin",
                                                 "correction", "qkv_bias", "keys", "values")),
                 ("experts", ctypes.POINTER(Expert)),
@@ -194,7 +195,7 @@ class Workspace:
         self.rows, self.context = max(rows, self.rows, 16), max(2 * context, self.context, 512)
         sizes = {"x": self.rows * self.H, "y": self.rows * self.H, "qkv": self.rows * self.qkv, "heads": self.rows * self.heads,
                  "partial": self.parts * self.rows * self.H, "inner": self.inner, "weight": self.rows * self.top,
-                 "scratch": self.group * up(self.context),
+                 "scratch": max(self.group * up(self.context), 4 * up(self.H) + 1024),
                  "index": self.rows * self.top, "list": self.rows * self.top}
         for name in self.NAMES:
             self.tensors[name] = torch.zeros(sizes[name], dtype=torch.int32 if name in ("index", "list") else torch.float32)

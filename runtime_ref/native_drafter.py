@@ -33,10 +33,15 @@ class NativeDrafter(Drafter):
         self.block_work, self.context_work = (Workspace(self.native, self.mask.shape[0]) for _ in range(2))
         self._reached = 0
         layers = range(len(self.layers))
-        self.block_code = _code([("embed", 0), *((op, i) for i in layers for op in (
-            "input_norm", "project", "write", "attend", "merge_heads", "add_attention", "post_norm", "dense_mlp", "add_mlp")),
-            ("pick_rows", 0), ("final_norm", 0), ("head", 0)])
+        self.block_code = _code([("embed", 0), *((op, i) for i in layers for op in self._ops(i)),
+                                 ("pick_rows", 0), ("final_norm", 0), ("head", 0)])
         self.context_code = _code([("fuse", 0), *((op, i) for i in layers for op in ("project_kv", "write"))])
+
+    def _ops(self, layer: int) -> list[str]:
+        attention, mlp = ([name] * (pair is not None) for name, pair in zip(
+            ("convolve_attention", "convolve_mlp"), self.layers[layer]["convolutions"], strict=True))
+        return ["input_norm", *attention, "project", "write", "attend", "merge_heads", "add_attention", "post_norm", *mlp,
+                "dense_mlp", "add_mlp"]
 
     def _layer(self, index: int) -> Layer:
         own, memory = self.layers[index], self.memory
@@ -51,6 +56,11 @@ class NativeDrafter(Drafter):
                 "value_scale": 1.0 if self.value_scale is None else self.value_scale}.items():
             setattr(layer, name, value)
         dense_fields(layer, memory, own["gate_up"], own["down"])
+        if any(own["convolutions"]):
+            empty = (torch.zeros(1, self.mask.shape[0], 1), torch.zeros(1, 1, self.mask.shape[0]))
+            pairs = [pair or empty for pair in own["convolutions"]]
+            # The first product's rows are padded to whole vectors, so the second has as many columns.
+            layer.convolutions = memory.matrices([w for down, upper in pairs for w in (down[0].T, native.pad(upper[0].T, 1))])
         return layer
 
     def _run(self, step: native.Step, work: Workspace, code: array, planned) -> None:

@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 
 from runtime_ref.drafter import Wanted
+from runtime_ref.markov import MarkovHead
 from runtime_ref.sampler import SamplingParams, distribution, draw, penalize, sample, uniform
 
 # Plain tokens after which a sequence that does not draft tries again (twice as many each time), and how often it does.
@@ -52,12 +53,23 @@ class Proposal:
     q: torch.Tensor | None = None
 
 
-def propose(logits: torch.Tensor, params: SamplingParams, position: int) -> Proposal:
-    """Drafts from draft logits [n, V] for the positions after the anchor's `position`."""
+def propose(logits: torch.Tensor, params: SamplingParams, position: int, markov: MarkovHead | None = None,
+            anchor: int = 0) -> Proposal:
+    """Drafts from draft logits [n, V] for the positions after the anchor's `position`; `markov` if the drafter has one."""
     if params.temperature == 0 or params.rule == "equality":
-        return Proposal(logits.argmax(-1).tolist())
-    q = torch.stack([distribution(row, params) for row in logits])
-    return Proposal([draw(row, uniform(params.seed, position + 1 + i, "draft")) for i, row in enumerate(q)], q)
+        if markov is None:
+            return Proposal(logits.argmax(-1).tolist())
+        if params.temperature == 0 and markov.candidates:
+            return Proposal(markov.path(logits, anchor))
+        return Proposal(markov.chain(logits, anchor, lambda row, i: int(row.argmax())))
+    q = []
+
+    def drawn(row: torch.Tensor, i: int) -> int:
+        q.append(distribution(row, params))
+        return draw(q[-1], uniform(params.seed, position + 1 + i, "draft"))
+
+    tokens = [drawn(row, i) for i, row in enumerate(logits)] if markov is None else markov.chain(logits, anchor, drawn)
+    return Proposal(tokens, torch.stack(q))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Started by test_ranks.py: runs the same requests on 1, 2, 4 and 8 ranks (forked, gloo) and prints what rank 0 saw.
 
     rank_worker.py FOLDER same 1 2 4 8      one JSON line per number of ranks: tokens, and a hash of the logits
+    rank_worker.py FOLDER same-on-torch 1 2 the same, on the torch backend
     rank_worker.py FOLDER die 2             the last rank ends in the middle; what the others say goes to stderr
     rank_worker.py FOLDER fail 4            rank 0's engine raises in the middle, and its process lives on for a while
 """
@@ -28,8 +29,8 @@ def prompts():
     return [torch.randint(1, 260, (n,), generator=generator).tolist() for n in (3, 17, 70)]
 
 
-def same(folder, ranks, pipe):
-    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256))
+def same(folder, ranks, pipe, backend="auto"):
+    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256), backend=backend)
     params = [SamplingParams(max_tokens=8, ignore_eos=True), SamplingParams(max_tokens=8, temperature=0.8, seed=1),
               SamplingParams(max_tokens=8, temperature=0.8, seed=2, rule="rejection")]
     tokens = engine.generate(prompts(), params)
@@ -42,6 +43,10 @@ def same(folder, ranks, pipe):
         found = {"ranks": ranks.count, "tokens": tokens, "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
                  "experts": engine.backend.weights.packed_bytes}
         os.write(pipe, (json.dumps(found) + "\n").encode())
+
+
+def same_on_torch(folder, ranks, pipe):
+    same(folder, ranks, pipe, "torch")
 
 
 def die(folder, ranks, pipe):
@@ -104,5 +109,5 @@ def run(job, folder, count):
 if __name__ == "__main__":
     _, folder, name, *counts = sys.argv
     for count in map(int, counts):
-        codes, seconds = run({"same": same, "die": die, "fail": fail}[name], folder, count)
+        codes, seconds = run({"same": same, "same-on-torch": same_on_torch, "die": die, "fail": fail}[name], folder, count)
         print(json.dumps({"codes": codes, "seconds": round(seconds, 1)}), flush=True)

@@ -20,17 +20,18 @@ def run_worker(*arguments):
                           env=environment)
 
 
-def test_tokens_and_logits_of_2_4_and_8_ranks_are_those_of_one(folder):
-    done = run_worker(folder, "same", 1, 2, 4, 8)
+@pytest.mark.parametrize("job, counts", [("same", [1, 2, 4, 8]), ("same-on-torch", [1, 4])])
+def test_tokens_and_logits_of_many_ranks_are_those_of_one(folder, job, counts):
+    done = run_worker(folder, job, *counts)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     found = [line for line in lines if "tokens" in line]
-    assert [line["ranks"] for line in found] == [1, 2, 4, 8]
+    assert [line["ranks"] for line in found] == counts
     assert all(code == 0 for line in lines if "codes" in line for code in line["codes"])
     for line in found[1:]:
         assert line["tokens"] == found[0]["tokens"]
         assert line["logits"] == found[0]["logits"]
-    assert [found[0]["experts"] / line["experts"] for line in found] == [1, 2, 4, 8]
+    assert [found[0]["experts"] / line["experts"] for line in found] == counts
 
 
 def test_a_dead_rank_ends_the_others_within_seconds_with_one_line(folder):
