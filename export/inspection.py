@@ -8,7 +8,6 @@ all of them. Where a file is too broken to go on, that is a finding and the chec
 from __future__ import annotations
 
 import pickle
-import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -19,23 +18,36 @@ import torch
 from safetensors import SafetensorError
 
 from export.config_files import CHECKSUMS, checkpoint_files, ignored_layers, read_checksums, sha256
+from export.contradictions import (
+    companion_differences,
+    config_contradictions,
+    config_differences,
+    other_tensors,
+    refuse_oversize,
+    token_faults,
+)
 from export.drafter_files import EMBEDDING, MASK, REFERENCE, draft_round, drafter_faults, expected_tensors, read_reference
 from export.grid import same_bits, unpack
+from export.inventory import (
+    block_faults,
+    configuration,
+    expected_inventory,
+    exported_experts,
+    layout_of,
+    scale_name,
+    tensor_faults,
+)
 from export.layouts import Weights, computed, encode
 from export.shards import INDEX
 from export.sources import SafetensorsSource, Source, open_source, read_expert, read_json
-from modeling.names import fused_name, published_tensors
 from mxfp4 import dequantize
-from mxfp4.format import BLOCK_SIZE, E8M0_NAN
+from mxfp4.format import BLOCK_SIZE
 
 # What reading damaged files and configurations may raise, and no more: anything else is a defect of this file.
 DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RuntimeError, SafetensorError, EOFError,
           pickle.UnpicklingError, struct.error, UnicodeDecodeError)
 # Tables, norms and matrices of a reference drafted again on another machine: float32 sums in another order.
 REFERENCE_ERROR = 1e-3
-
-Expected = dict[str, tuple[tuple[int, ...], set[str]]]
-
 
 class Checkpoint:
     """An exported folder under inspection; `findings` grows as checks run."""
@@ -129,23 +141,29 @@ class Checkpoint:
         files = sorted(p.name for p in self.folder.glob("*.safetensors"))
         if not files:
             raise ValueError("no *.safetensors file")
-        index = self.folder / INDEX
-        if index.is_file():
-            for name in sorted(set(read_json(index).get("weight_map", {}).values()) - set(files)):
-                self.add(f"shard {name} is missing")
-        whole = []
+        self._guard(INDEX, lambda: self._check_shards(files))
+        whole: list[str] = []
+        homes: dict[str, str] = {}
         for name in files:
             try:
-                SafetensorsSource(self.folder, [name])
+                for held in SafetensorsSource(self.folder, [name]).infos:
+                    if homes.setdefault(held, name) != name:
+                        self.add(f"{held}: in two files, {homes[held]} and {name}")
                 whole.append(name)
             except DAMAGE as error:
                 self.add(f"{name}: cannot be opened: {(str(error).splitlines() or [type(error).__name__])[0]}")
         if whole:
             self.source = SafetensorsSource(self.folder, whole)
 
+    def _check_shards(self, files: list[str]) -> None:
+        if (self.folder / INDEX).is_file():
+            for name in sorted(set(read_json(self.folder / INDEX).get("weight_map", {}).values()) - set(files)):
+                self.add(f"shard {name} is missing")
+
     def _check_inventory(self) -> None:
         infos = self.source.infos
         self.tensors, self.bytes = len(infos), self.source.size()
+        refuse_oversize(self.model_config, len(infos))
         expected = expected_inventory(self.layout, self.config, self.model_config)
         for name in sorted(expected.keys() - infos.keys()):
             self.add(f"{name}: tensor is missing")
@@ -186,6 +204,8 @@ class Checkpoint:
         """Reads every tensor once: checksum, block invariants, scales, finite values."""
         sums = getattr(self, "tensor_sums", {})
         rule = self.manifest.get("scale_rule", "even") if self.manifest.get("rounded") else "even"
+        for name in sorted(n for n in sums.keys() - self.source.infos.keys() if not n.startswith("dflash/")):
+            self.add(f"checksums.json: lists {name}, which is in no file")
         for name, tensor, scales, error in prefetched(self._tensors()):
             if error is not None:
                 self.add(f"{name}: cannot be read: {error}")
@@ -215,8 +235,10 @@ class Checkpoint:
         """Contract C2: experts decoded from these files equal the trained ones bit for bit."""
         if self.against is None:
             return
-        trained = open_source(self.against)
-        weights = Weights(trained, trained, self.model_config, on_grid=not self.manifest.get("rounded"),
+        trained, config = open_source(self.against), self.model_config
+        if (self.against / "config.json").is_file():  # a client's own class may lack what joins q, k and v
+            config = configuration(read_json(self.against / "config.json"))
+        weights = Weights(trained, trained, config, on_grid=not self.manifest.get("rounded"),
                           scale_rule=self.manifest.get("scale_rule", "even"))
         compared = 0
         pairs = ((name, codes, scales, trained_expert(weights, self.layout, name))
@@ -232,6 +254,15 @@ class Checkpoint:
                          f"{off[0].tolist()}: {float(decoded[tuple(off[0])]):.6g}, trained {float(wanted[tuple(off[0])]):.6g}")
         if not compared:
             self.add("contract C2: there are no experts to compare")
+        row = self.mask_row() if (self.folder / "dflash").is_dir() else None
+        for finding in other_tensors(self.source, weights, row):
+            self.add(finding)
+        for finding in (*companion_differences(self.folder, self.against), *config_differences(self.config, self.against)):
+            self.add(finding)
+
+    def mask_row(self) -> int | None:
+        """The vocabulary row that holds the drafter's mask embedding instead of the trained one."""
+        return read_json(self.folder / "dflash" / "config.json").get("dflash_config", {}).get("mask_token_id")
 
     def _check_companions(self) -> None:
         names = ["README.md", "resolved.yaml", INDEX]
@@ -242,6 +273,11 @@ class Checkpoint:
         for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
             if (self.folder / name).is_file():
                 read_json(self.folder / name)
+        if self.model_config is not None:
+            for finding in (*token_faults(self.folder, self.model_config), *config_contradictions(self.config, self.source)):
+                self.add(finding)
+        if self.manifest.get("drafter") is False and (self.folder / "dflash").is_dir():
+            self.add("export.json: says there is no drafter, but dflash/ is there")
 
     def _check_drafter(self) -> None:
         folder = self.folder / "dflash"
@@ -261,6 +297,9 @@ class Checkpoint:
     def _check_drafter_tensors(self, folder: Path, config: dict) -> None:
         """Engines ignore missing and unknown drafter tensors without a word: here they are named."""
         source, expected = open_source(folder), expected_tensors(config)
+        listed = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
+        for name in sorted(source.infos.keys() - listed.keys()):
+            self.add(f"dflash/model.safetensors.index.json: does not list {name}")
         for name in sorted(expected.keys() - source.infos.keys()):
             self.add(f"dflash: {name}: tensor is missing")
         for name in sorted(source.infos.keys() - expected.keys()):
@@ -313,116 +352,6 @@ def prefetched(items: Iterator) -> Iterator:
             yield item
 
 
-def layout_of(config: dict) -> str:
-    """The layout that a config.json declares.
-
-    Raises:
-        ValueError: a quantization_config that is none of the four.
-    """
-    quantization = config.get("quantization_config") or {}
-    method = quantization.get("quant_method")
-    if method == "fp8":
-        if config.get("model_type") == "mimo_v2":
-            return "native"
-        if quantization.get("expert_dtype") == "fp4":
-            return "hf-fp8"
-    elif method == "compressed-tensors" and quantization.get("format") == "mxfp4-pack-quantized":
-        return "compressed-tensors"
-    elif method == "mxfp4":
-        return "gpt-oss"
-    raise ValueError(f"config.json: model_type {config.get('model_type')!r} with quantization_config.quant_method "
-                     f"{method!r} is none of the layouts native, hf-fp8, compressed-tensors, gpt-oss")
-
-
-def configuration(config: dict):
-    """The configuration object of a config.json (MiMoV2Config for model_type mimo_v2).
-
-    Raises:
-        ValueError: a geometry that cannot be.
-    """
-    from transformers import CONFIG_MAPPING
-
-    from modeling.configuration_mimo_v2 import MiMoV2Config
-
-    drop = ("quantization_config", "model_type", "dtype", "torch_dtype", "auto_map", "transformers_version")
-    kind = MiMoV2Config if config.get("model_type") == "mimo_v2" else CONFIG_MAPPING[config.get("model_type")]
-    return kind.from_dict({k: v for k, v in config.items() if k not in drop})
-
-
-def expected_inventory(layout: str, config: dict, settings) -> Expected:
-    """Name -> (shape, allowed dtypes) of every tensor, from the configuration alone (MTP layers left out)."""
-    if layout == "native":
-        ignored = set(config["quantization_config"].get("ignored_layers") or [])
-        expected: Expected = {}
-        for dense in ("fp8", "bf16"):
-            for tensor in published_tensors(settings, dense=dense):
-                module = re.sub(r"\.weight(_scale_inv)?$", "", tensor.name)
-                matrix = re.search(r"(self_attn\.(qkv|[qkv])_proj|layers\.\d+\.mlp\.(gate|up|down)_proj)$", module)
-                if not matrix or (dense == "bf16") == (module in ignored):
-                    router = tensor.name.endswith("mlp.gate.weight")
-                    expected[tensor.name] = (tensor.shape, {"F32", "BF16"} if router else {tensor.dtype})
-        return expected
-    return _inventory_by_transformers(layout, settings)
-
-
-def _inventory_by_transformers(layout: str, settings) -> Expected:
-    """From the client's own model on the meta device."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
-    names = {"hf-fp8": ("", "_scale_inv", "I8"), "compressed-tensors": ("_packed", "_scale", "U8")}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    expected: Expected = {}
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if name in tied or "rotary" in name or "inv_freq" in name:
-            continue
-        fused = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)", name)
-        if not fused:
-            expected[name.replace("self_attn.sinks", "self_attn.attention_sink_bias" if layout != "gpt-oss"
-                                  else "self_attn.sinks")] = (tuple(value.shape), {"BF16", "F32"})
-            continue
-        experts, a, b = value.shape
-        if layout == "gpt-oss":
-            grid = (experts, b, a // BLOCK_SIZE)
-            expected[name + "_blocks"] = ((*grid, BLOCK_SIZE // 2), {"U8"})
-            expected[name + "_scales"] = (grid, {"U8"})
-            continue
-        weight, scale, dtype = names[layout]
-        parts, rows = (("down",), a) if fused[2] == "down_proj" else (("gate", "up"), a // 2)
-        for e in range(experts):
-            for part in parts:
-                published = f"{fused[1]}.{e}.{part}_proj.weight"
-                expected[published + weight] = ((rows, b // 2), {dtype})
-                expected[published + scale] = ((rows, b // BLOCK_SIZE), {"U8"})
-    return expected
-
-
-def scale_name(layout: str, name: str) -> str | None:
-    """The scales' name of a tensor of codes, or None for any other tensor."""
-    if layout == "gpt-oss":
-        return name.removesuffix("_blocks") + "_scales" if name.endswith("_blocks") else None
-    if layout == "compressed-tensors":
-        return name.removesuffix("_packed") + "_scale" if name.endswith(".weight_packed") else None
-    if fused_name(name) is None:
-        return None
-    return name + ("_scale" if layout == "native" else "_scale_inv")
-
-
-def exported_experts(layout: str, source: Source) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(published name, codes uint8 [out, in / 2], scales) of every expert matrix; "<fused>[e]" for gpt-oss."""
-    for name in sorted(source.infos):
-        scale = scale_name(layout, name)
-        if scale is None or scale not in source.infos:
-            continue
-        codes, scales = source.read(name).view(torch.uint8), source.read(scale)
-        if layout == "gpt-oss":
-            for e in range(codes.shape[0]):
-                yield f"{name.removesuffix('_blocks')}[{e}]", codes[e].flatten(-2), scales[e]
-        else:
-            yield name.removesuffix("_packed"), codes, scales
-
-
 def trained_expert(weights: Weights, layout: str, name: str) -> torch.Tensor:
     """What the exported matrix must decode to, bf16 [out, in]: the trained weight, or the base's rounded by the rule."""
     from export.layouts import codes_of
@@ -435,47 +364,3 @@ def trained_expert(weights: Weights, layout: str, name: str) -> torch.Tensor:
         w = computed(weights, read_expert(weights.trained, name)) if weights.on_grid else None
         codes = codes_of(weights, name) if w is None or w.dtype == torch.uint8 else None
     return w.to(torch.bfloat16) if codes is None else dequantize(*codes, dtype=torch.bfloat16)
-
-
-def block_faults(codes: torch.Tensor, scales: torch.Tensor, rule: str) -> Iterator[str]:
-    """Violations of what every quantizer of this rule leaves in a block.
-
-    The largest magnitude is 4 or 6 units (floor, even; also trained weights, whatever their rule) or at least 3 (rceil, mse);
-    a block of zeros has the scale byte 0; blocks at the smallest scale may hold anything.
-    """
-    nibbles = codes if codes.ndim == 4 else codes.unflatten(-1, (-1, BLOCK_SIZE // 2))
-    largest = torch.maximum(nibbles & 7, (nibbles >> 4) & 7).amax(-1)
-    if largest.shape != scales.shape:
-        yield f"{list(largest.shape)} blocks, {list(scales.shape)} scales"
-        return
-    least = 6 if rule in ("floor", "even") else 5
-    low = (largest < least) & (largest > 0) & (scales > 0) & (scales != E8M0_NAN)
-    if bool(low.any()):
-        index = low.nonzero()[0].tolist()
-        yield (f"{int(low.sum())} blocks whose largest magnitude is below {4 if least == 6 else 3} units, the first at "
-               f"{index}: not what scale rule {rule} writes")
-    idle = (largest == 0) & (scales != 0) & (scales != E8M0_NAN)
-    if bool(idle.any()):
-        yield f"{int(idle.sum())} blocks of zeros with a scale, the first at {idle.nonzero()[0].tolist()}"
-
-
-def tensor_faults(name: str, tensor: torch.Tensor) -> Iterator[str]:
-    """Values that no tensor of this kind may have."""
-    if re.search(r"weight_scale$|_scales$|experts\..*weight_scale_inv$", name) and tensor.dtype == torch.uint8:
-        bad = (tensor == E8M0_NAN).nonzero()
-        if bad.numel():
-            yield f"{bad.shape[0]} scales are 255 (NaN), the first at {bad[0].tolist()}"
-        beyond = (tensor > 252) & (tensor != E8M0_NAN)
-        if bool(beyond.any()):
-            yield f"scale {int(tensor[beyond][0])} overflows bf16, expected at most 252"
-        return
-    if not tensor.is_floating_point():
-        return
-    values = tensor.float()
-    bad = (~torch.isfinite(values)).nonzero()
-    if bad.numel():
-        yield f"{bad.shape[0]} values are not finite, the first at {bad[0].tolist()}"
-    if name.endswith("weight_scale_inv") and not bool((values > 0).all()):
-        yield "a scale that is not positive"
-    if re.search(r"(layernorm|norm)\.weight$", name) and not bool(values.any()):
-        yield "a norm whose weights are all zero"

@@ -21,6 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from export import config_files, drafter_files, model_card
 from export.config_files import write_bytes, write_json
 from export.layouts import Weights, units_of
@@ -261,6 +263,9 @@ def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:
         ValueError: weights, base or layout that cannot be exported, with the reason.
     """
     began = time.monotonic()
+    # Reading, encoding, hashing and writers side by side are what runs in parallel; threads within one small operation only
+    # wait for each other (on a machine with other jobs, ten times longer than they work).
+    torch.set_num_threads(1)
     export = Export(recipe, request)
     export.prepare()
     export.write()

@@ -25,8 +25,11 @@ def main(argv: list[str]) -> int:
         if folder is not None and not folder.is_dir():
             print(f"error: {folder}: no such folder", file=sys.stderr)
             return 2
+    import torch
+
     from export.inspection import Checkpoint
 
+    torch.set_num_threads(1)  # as in an export: reading and hashing go on beside the arithmetic
     checkpoint = Checkpoint(args.checkpoint, args.against)
     findings = checkpoint.run()
     if args.json is not None:

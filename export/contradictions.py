@@ -1,0 +1,125 @@
+"""Where the parts of a checkpoint contradict each other, or the checkpoint it was trained as.
+
+Each part may be whole by itself, with checksums that fit: a tokenizer with more entries than the embedding has rows, a config
+key that says something the tensors deny, a norm or a router of another training. Engines load such folders without a word.
+All functions yield findings; what cannot be read is the caller's affair.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from export.config_files import TOKENIZER
+from export.layouts import SPLIT, Weights, plain
+from export.sources import DTYPES, Source, read_json
+from modeling.names import fused_name, split_qkv
+
+# Keys of config.json that change what a model computes or where it stops, without changing any tensor's shape.
+MEANING = ("attention_value_scale", "bos_token_id", "eos_token_id", "hidden_act", "layernorm_epsilon",
+           "max_position_embeddings", "n_group", "norm_topk_prob", "num_experts_per_tok", "pad_token_id",
+           "partial_rotary_factor", "rms_norm_eps", "rope_theta", "routed_scaling_factor", "scoring_func", "sliding_window",
+           "swa_rope_theta", "tie_word_embeddings", "topk_group", "topk_method")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def refuse_oversize(config, tensors: int) -> None:
+    """ValueError for a configuration of far more tensors than are there: listing them would take forever."""
+    experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_local_experts", None) or 1
+    described = config.num_hidden_layers * experts
+    if described > 100 * tensors + 1000:
+        raise ValueError(f"config.json describes {config.num_hidden_layers:,} layers of {experts:,} experts, the files hold "
+                         f"{tensors:,} tensors")
+
+
+def token_faults(folder: Path, config) -> Iterator[str]:
+    """Token ids that the embedding has no row for."""
+    rows = config.vocab_size
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = read_json(folder / "tokenizer.json")
+        held = (tokenizer.get("model") or {}).get("vocab") or {}
+        ids = list(held.values()) if isinstance(held, dict) else list(range(len(held)))
+        ids += [token["id"] for token in tokenizer.get("added_tokens") or []]
+        if ids and max(ids) >= rows:
+            yield f"tokenizer.json: has the token id {max(ids)}, the embedding has {rows} rows"
+    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    for where, keys in (("generation_config.json", generation), ("config.json", vars(config))):
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = keys.get(key)
+            for token in value if isinstance(value, list) else [] if value is None else [value]:
+                if not isinstance(token, int) or not -1 <= token < rows:
+                    yield f"{where}: {key}={token!r}: expected a row of the embedding, 0 to {rows - 1}"
+
+
+def config_contradictions(config: dict, source: Source | None) -> Iterator[str]:
+    """Keys that deny what the tensors or other keys say."""
+    if config.get("dtype", config.get("torch_dtype", "bfloat16")) != "bfloat16":
+        yield f"config.json: dtype={config.get('dtype', config.get('torch_dtype'))!r}, the weights are bfloat16"
+    if config.get("tie_word_embeddings") and source is not None and {HEAD, EMBEDDING} <= source.infos.keys():
+        if not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
+            yield f"config.json: tie_word_embeddings=true, but {HEAD} has values of its own"
+
+
+def config_differences(config: dict, trained: Path) -> Iterator[str]:
+    """Keys that mean something else than in training."""
+    if not (trained / "config.json").is_file():
+        return
+    wanted = read_json(trained / "config.json")
+    for key in MEANING:
+        if key not in config or key not in wanted:
+            continue
+        ours, theirs = config[key], wanted[key]
+        if key == "routed_scaling_factor":  # none means one
+            ours, theirs = ours or 1.0, theirs or 1.0
+        if ours != theirs:
+            yield f"config.json: {key}={ours!r}, trained with {theirs!r}"
+
+
+def companion_differences(folder: Path, trained: Path) -> Iterator[str]:
+    """Tokenizer, chat template and generation settings that the trained checkpoint has and this one has not, or otherwise."""
+    for name in (*TOKENIZER, "generation_config.json"):
+        if not (trained / name).is_file():
+            continue
+        if not (folder / name).is_file():
+            yield f"{name}: missing, the trained checkpoint has it"
+        elif (folder / name).read_bytes() != (trained / name).read_bytes():
+            yield f"{name}: differs from the trained checkpoint's"
+
+
+def other_tensors(source: Source, weights: Weights, mask_row: int | None) -> Iterator[str]:
+    """Tensors that are no experts and are not as they were trained (in the wider of the two precisions, exactly).
+
+    Left out: matrices rounded to FP8 here (exactly equal is not to be expected), and the embedding's `mask_row`.
+    """
+    trained = weights.trained.infos
+    for name, (shape, dtype) in sorted(source.infos.items()):
+        whole = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name) if name not in trained else name
+        if fused_name(name) or whole not in trained or not dtype.startswith(("BF", "F")):
+            continue
+        if dtype == "F8_E4M3" and trained[whole][1] != "F8_E4M3" or name.endswith("_scale_inv"):
+            continue
+        ours = source.read(name)
+        wanted = weights.trained.read(name) if dtype == "F8_E4M3" else plain(weights, whole, _wider(dtype, trained[whole][1]))
+        if whole != name and not hasattr(weights.config, "hybrid_layer_pattern"):
+            continue  # no configuration of the training's own that says how its rows are joined
+        if whole != name:
+            layer = int(re.search(r"layers\.(\d+)\.", name)[1])
+            wanted = split_qkv(wanted, weights.config, layer)[SPLIT.index(name.split("_proj")[0][-1])]
+        if tuple(wanted.shape) != tuple(shape):
+            yield f"{name}: shape {list(shape)}, trained {list(wanted.shape)}"
+            continue
+        differ = (ours.float() != wanted.to(ours.dtype).float()) & (ours.to(wanted.dtype).float() != wanted.float())
+        if name == EMBEDDING and mask_row is not None:
+            differ[mask_row] = False
+        if bool(differ.any()):
+            yield (f"{name}: {int(differ.sum())} of {differ.numel()} values differ from training, the first at "
+                   f"{differ.nonzero()[0].tolist()}")
+
+
+def _wider(a: str, b: str) -> torch.dtype:
+    """The dtype in which a trained tensor is compared: as it was trained, and at least as exact as what was written."""
+    held = DTYPES[b] if b != "F8_E4M3" else DTYPES[a]
+    return held if held.itemsize >= DTYPES[a].itemsize else DTYPES[a]
