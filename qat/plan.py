@@ -302,8 +302,8 @@ def _notes(recipe: Recipe) -> list[str]:
         notes.append("the recipe names no cluster: figures are for one process and are not checked against memory")
     elif recipe.cluster.sharding != "ddp":
         notes.append(f"sharding {recipe.cluster.sharding} is planned here; qat/train.py itself runs data parallelism so far")
-    if recipe.qat.warm_start.method == "gptq":
-        notes.append("second moments of the GPTQ start (one layer at a time, before training) are not counted")
+    if recipe.qat.warm_start.method != "none":
+        notes.append("second moments of the first codes (before training; qat.warm_start.moments_gib) are not counted")
     return notes
 
 

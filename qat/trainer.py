@@ -33,7 +33,7 @@ from qat.losses import chunked_statistics, hidden_loss, run_hidden
 from qat.optimizer import make_optimizer, make_schedule
 from qat.oscillation import OscillationControl
 from qat.parallel import StopRequest, make_accelerator
-from qat.warm_start import gptq_warm_start
+from qat.warm_start import choose_first_codes
 from recipes.load import dump_recipe
 from recipes.schema import Recipe
 
@@ -159,8 +159,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if newest is not None:
             checkpoint.load_checkpoint(self.accelerator, newest)
-        elif self.recipe.qat.warm_start.method == "gptq":
-            gptq_warm_start(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start)
+        elif self.recipe.qat.warm_start.method != "none":
+            self._say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
+            choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
+                               seed=self.recipe.seed)
             self.state.health.rebase()  # what the start changed is not training's doing
         self.metrics = None
         if not self.main:

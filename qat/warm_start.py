@@ -1,19 +1,33 @@
-"""Error-compensating choice of the first codes: GPTQ on fused experts, with MXFP4's fixed grid.
+"""Error-compensating choice of the first codes: GPTQ on fused experts, with MXFP4's fixed grid, in one dimension or both.
 
-Plain rounding minimises the error of each weight; what the model feels is the error of each expert's *output* on the
-tokens that are routed to it. GPTQ (arXiv 2210.17323) rounds one input column at a time and moves the still unrounded
-columns so that they cancel the error made, weighted by the second moments H = sum w x x^T of the expert's own inputs
-(w = squared routing weight: what the token's error counts in the layer's output). Block scales are those of the scale
-rule on the original weights, so columns may be taken in order of decreasing importance.
+Plain rounding minimises the error of each weight; what counts is what the errors of a matrix do together. Its damage is
+nearly tr(S E H E^T) for an error E [O, I] of the matrix, with H [I, I] and S [O, O] second moments of the matrix's inputs
+and of the gradients at its outputs:
 
-The result becomes the masters' starting point: where rounding the compensated (not yet rounded) value under the scale
-rule gives the chosen codes, the master keeps that value, so that elements near a threshold stay easy to flip in
-training; elsewhere the master is put on the grid value itself.
+- `gptq` (arXiv 2210.17323): S = 1 and H = sum w x x^T over the tokens routed to the expert (w = squared routing weight: what
+  the token's error counts in the layer's output). Columns are rounded one at a time and the still unrounded columns are
+  moved so that they cancel the error made.
+- `fisher`: the model's own answers are sampled, and the log likelihood's gradients g at the expert's outputs (before its gate;
+  after its down projection) give S = sum |x|^2 g g^T and H = sum |g|^2 x x^T, the Kronecker-factored Fisher information,
+  which is the curvature of the KL divergence that training measures. Rows, too, are then taken in turn: the error of a row,
+  rounded by GPTQ, moves the rows after it. Nested like this, both dimensions together are GPTQ on the product of the factors
+  (two-sided feedback as in YAQA, arXiv 2505.22988).
 
-All experts of a layer are processed together as batched matrices; second moments are gathered one layer at a time.
+Block scales are those of the scale rule on the original weights, so columns and rows may be taken in order of decreasing
+importance. The result becomes the masters' starting point: where rounding the compensated (not yet rounded) value under the
+scale rule gives the chosen codes, the master keeps that value, so that elements near a threshold stay easy to flip in training;
+elsewhere the master is put on the grid value itself.
+
+All experts of a layer are processed together as batched matrices; moments are gathered for as many layers at once as
+`moments_gib` allows.
+
+Shape legend: E experts, O outputs, I inputs of a matrix; N tokens, A experts of a token, H hidden size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,98 +35,237 @@ from torch import nn
 from mxfp4 import BLOCK_SIZE, fake_quantize, quantize
 from mxfp4.codec import round_to_scales, scale_values
 from qat.attach import ExpertQuantizer, ExpertTensor
+from qat.losses import run_hidden
 from recipes.schema import WarmStart
+
+BATCH = 8  # sequences of one pass
+
+
+@dataclass
+class Moments:
+    """Second moments of one expert tensor, float32: inputs [E, I, I]; outputs [E, O, O], or None (identity)."""
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor | None
 
 
 @torch.no_grad()
-def gptq_warm_start(teacher: nn.Module, quantizer: ExpertQuantizer, rows: torch.Tensor, settings: WarmStart) -> None:
-    """Replaces the quantizer's masters by GPTQ-compensated ones and requantizes the model.
+def choose_first_codes(teacher: nn.Module, quantizer: ExpertQuantizer, rows: torch.Tensor, settings: WarmStart, *,
+                       seed: int = 0) -> None:
+    """Replaces the quantizer's masters by error-compensated ones and requantizes the model.
 
     Args:
-        teacher: the unquantized model, whose expert inputs are measured.
+        teacher: the unquantized model, whose expert inputs (and gradients) are measured.
         rows: int64 [sequences, T] calibration text.
+        seed: of the sampled answers (`fisher`).
 
     Raises:
         ValueError: an experts class whose intermediate activations cannot be computed here.
     """
-    by_module: dict[str, list[int]] = {}
-    for i, tensor in enumerate(quantizer.tensors):
-        by_module.setdefault(tensor.module, []).append(i)
-    for module, indices in by_module.items():
-        moments = second_moments(teacher, module, [quantizer.tensors[i] for i in indices], rows)
-        for i in indices:
-            tensor, master = quantizer.tensors[i], quantizer.masters[i]
+    by_name = {tensor.name: (tensor, master) for tensor, master in quantizer}
+    for tensors in sweeps(quantizer.tensors, settings):
+        gathered = (fisher_moments(teacher, tensors, rows, seed) if settings.method == "fisher" else
+                    input_moments(teacher, tensors, rows))
+        for name, moments in gathered.items():
+            tensor, master = by_name[name]
             weight_EOI = master.data if tensor.axis == -1 else master.data.transpose(1, 2)
-            start = compensated(weight_EOI.clone(), moments[tensor.name], quantizer.scale_rule, settings.damping)
-            weight_EOI.copy_(start)
+            weight_EOI.copy_(compensated(weight_EOI.clone(), moments, quantizer.scale_rule, settings))
     quantizer.requantize()
 
 
-def second_moments(teacher: nn.Module, module_name: str, tensors: list[ExpertTensor], rows: torch.Tensor,
-                   batch: int = 8) -> dict[str, torch.Tensor]:
-    """For each tensor of one experts module, [E, I, I] float32 second moments of its inputs over `rows`."""
-    module = teacher.get_submodule(module_name)
-    if not hasattr(module, "_apply_gate") or getattr(module, "has_bias", False):
-        raise ValueError(f"qat.warm_start.method: gptq does not support {type(module).__name__} "
-                         "(experts with biases or an unknown gate); use none")
-    names = {t.name.rpartition(".")[2]: t.name for t in tensors}
-    moments = {t.name: torch.zeros(t.num_experts, t.parameter.shape[t.axis], t.parameter.shape[t.axis],
-                                   device=t.parameter.device) for t in tensors}
-    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+def sweeps(tensors: list[ExpertTensor], settings: WarmStart) -> Iterator[list[ExpertTensor]]:
+    """The tensors in groups of whole experts modules, each group's moments within `moments_gib` (or a single module)."""
+    modules: dict[str, list[ExpertTensor]] = {}
+    for tensor in tensors:
+        modules.setdefault(tensor.module, []).append(tensor)
+    group: list[ExpertTensor] = []
+    size = 0
+    for members in modules.values():
+        need = 0
+        for t in members:
+            E, a, b = t.parameter.shape
+            inputs, outputs = (b, a) if t.axis == -1 else (a, b)
+            need += 4 * E * (inputs**2 + (outputs**2 if settings.method == "fisher" else 0))
+        if group and size + need > settings.moments_gib * 2**30:
+            yield group
+            group, size = [], 0
+        group, size = group + members, size + need
+    yield group
 
-    def gather(_, args, kwargs):
-        hidden_NH, chosen_NK, weights_NK = args if len(args) == 3 else (args + tuple(kwargs.values()))[:3]
-        for e in range(tensors[0].num_experts):
-            token, slot = (chosen_NK == e).nonzero(as_tuple=True)
-            if token.numel() == 0:
-                continue
-            x = hidden_NH[token]
-            importance = weights_NK[token, slot].float()[:, None]
-            _accumulate(moments[names[first]][e], x.float() * importance)
-            matrix = getattr(module, first)[e]
-            inner = x @ matrix if module.is_transposed else x @ matrix.T
-            inner = module._apply_gate(inner) if first == "gate_up_proj" else module.act_fn(inner)
-            _accumulate(moments[names["down_proj"]][e], inner.float() * importance)
 
-    handle = module.register_forward_pre_hook(gather, with_kwargs=True)
+class _Gate:
+    """One experts module of the teacher: its matrices as [O, I], its gate, and its tensors' names."""
+
+    def __init__(self, teacher: nn.Module, tensors: list[ExpertTensor]):
+        self.module = module = teacher.get_submodule(tensors[0].module)
+        if not hasattr(module, "_apply_gate") or getattr(module, "has_bias", False):
+            raise ValueError(f"qat.warm_start.method: gptq and fisher do not support {type(module).__name__} "
+                             "(experts with biases or an unknown gate); use none")
+        self.experts = tensors[0].num_experts
+        self.gated = getattr(module, "has_gate", True)
+        self.first = "gate_up_proj" if self.gated else "up_proj"
+        names = {t.name.rpartition(".")[2]: t.name for t in tensors}
+        self.up, self.down = names[self.first], names["down_proj"]
+
+    def matrix(self, name: str, expert: int) -> torch.Tensor:
+        weight = getattr(self.module, name)[expert]
+        return weight.T if self.module.is_transposed else weight
+
+    def inner(self, z: torch.Tensor) -> torch.Tensor:
+        return self.module._apply_gate(z) if self.gated else self.module.act_fn(z)
+
+    def routed(self, args: tuple, kwargs: dict) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(expert, token indices, inputs [n, H], float32 routing weights [n, 1]) of every expert with tokens."""
+        hidden_NH, chosen_NA, weights_NA = (t.detach() for t in (*args, *kwargs.values())[:3])
+        for e in range(self.experts):
+            token, slot = (chosen_NA == e).nonzero(as_tuple=True)
+            if token.numel():
+                yield e, token, hidden_NH[token], weights_NA[token, slot].float()[:, None]
+
+
+def _gates(teacher: nn.Module, tensors: list[ExpertTensor]) -> list[_Gate]:
+    modules: dict[str, list[ExpertTensor]] = {}
+    for tensor in tensors:
+        modules.setdefault(tensor.module, []).append(tensor)
+    return [_Gate(teacher, members) for members in modules.values()]
+
+
+def _zeros(tensors: list[ExpertTensor], outputs: bool) -> dict[str, Moments]:
+    found = {}
+    for t in tensors:
+        E, a, b = t.parameter.shape
+        inputs, rest = (b, a) if t.axis == -1 else (a, b)
+        found[t.name] = Moments(*(torch.zeros(E, n, n, device=t.parameter.device) if wanted else None
+                                  for n, wanted in ((inputs, True), (rest, outputs))))
+    return found
+
+
+def _accumulate(moment_II: torch.Tensor, x_NI: torch.Tensor, weight_N1: torch.Tensor) -> None:
+    moment_II.addmm_((x_NI * weight_N1).T, x_NI)
+
+
+def input_moments(teacher: nn.Module, tensors: list[ExpertTensor], rows: torch.Tensor) -> dict[str, Moments]:
+    """Moments of the tensors' inputs over `rows`, tokens weighted by their squared routing weight."""
+    moments = _zeros(tensors, outputs=False)
+
+    def gather(gate: _Gate) -> Callable:
+        def hook(_, args, kwargs):
+            for e, _, x, weight in gate.routed(args, kwargs):
+                inner = gate.inner(x @ gate.matrix(gate.first, e).T)
+                _accumulate(moments[gate.up].inputs[e], x.float(), weight**2)
+                _accumulate(moments[gate.down].inputs[e], inner.float(), weight**2)
+        return hook
+
+    handles = [gate.module.register_forward_pre_hook(gather(gate), with_kwargs=True) for gate in _gates(teacher, tensors)]
     try:
-        for start in range(0, rows.shape[0], batch):
-            teacher(input_ids=rows[start:start + batch], use_cache=False, logits_to_keep=1)
+        for start in range(0, rows.shape[0], BATCH):
+            teacher(input_ids=rows[start:start + BATCH], use_cache=False, logits_to_keep=1)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return moments
 
 
-def _accumulate(moment_II: torch.Tensor, x_NI: torch.Tensor) -> None:
-    moment_II.addmm_(x_NI.T, x_NI)
+def fisher_moments(teacher: nn.Module, tensors: list[ExpertTensor], rows: torch.Tensor, seed: int = 0,
+                   chunk_tokens: int = 2048) -> dict[str, Moments]:
+    """Moments of inputs and of output gradients over `rows`, of the log likelihood of tokens that the teacher samples."""
+    moments = _zeros(tensors, outputs=True)
+    generator = torch.Generator(rows.device).manual_seed(seed)
+
+    def gather(gate: _Gate) -> Callable:
+        def hook(_, args, kwargs, output):
+            def with_gradient(grad_NH):
+                for e, token, x, weight in gate.routed(args, kwargs):
+                    out_grad = grad_NH[token].float() * weight
+                    with torch.enable_grad():
+                        z = (x.float() @ gate.matrix(gate.first, e).float().T).requires_grad_(True)
+                        inner = gate.inner(z)
+                    z_grad, = torch.autograd.grad(inner, z, out_grad @ gate.matrix("down_proj", e).float())
+                    for name, inputs, gradients in ((gate.up, x.float(), z_grad), (gate.down, inner.detach(), out_grad)):
+                        _accumulate(moments[name].inputs[e], inputs, gradients.square().sum(1, keepdim=True))
+                        _accumulate(moments[name].outputs[e], gradients, inputs.square().sum(1, keepdim=True))
+            output.register_hook(with_gradient)
+        return hook
+
+    # The weights are frozen; gradients reach the experts because the embeddings ask for one.
+    handles = [teacher.get_input_embeddings().register_forward_hook(lambda m, args, output: output.requires_grad_(True))]
+    handles += [gate.module.register_forward_hook(gather(gate), with_kwargs=True) for gate in _gates(teacher, tensors)]
+    try:
+        for start in range(0, rows.shape[0], BATCH):
+            with torch.enable_grad():
+                hidden = run_hidden(teacher, rows[start:start + BATCH]).last
+            flat = hidden.detach().flatten(0, 1)
+            parts = [_sampled_gradient(flat[i:i + chunk_tokens], teacher.get_output_embeddings(), generator)
+                     for i in range(0, flat.shape[0], chunk_tokens)]
+            hidden.backward(torch.cat(parts).view_as(hidden).to(hidden.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moments
 
 
-def compensated(weight_EOI: torch.Tensor, moment_EII: torch.Tensor, scale_rule: str, damping: float) -> torch.Tensor:
-    """Masters [E, O, I] whose rounding is GPTQ's choice of codes for float32 weights [E, O, I].
+def _sampled_gradient(hidden_CH: torch.Tensor, head: nn.Module, generator: torch.Generator) -> torch.Tensor:
+    """Gradient [C, H] of -log p(y) with respect to last hidden states, y sampled from p itself."""
+    p = head(hidden_CH).float().softmax(-1)
+    sampled = torch.multinomial(p, 1, generator=generator)
+    return p.scatter_add_(1, sampled, torch.full_like(sampled, -1, dtype=p.dtype)) @ head.weight.float()
+
+
+def compensated(weight_EOI: torch.Tensor, moments: Moments, scale_rule: str, settings: WarmStart) -> torch.Tensor:
+    """Masters [E, O, I] whose rounding is the compensated choice of codes for float32 weights [E, O, I].
 
     Experts that saw no token keep their weights (plain rounding).
     """
     E, O, I = weight_EOI.shape
+    unseen = moments.inputs.diagonal(dim1=1, dim2=2).sum(1) == 0
     scale_EOI = scale_values(quantize(weight_EOI, scale_rule=scale_rule)[1]).repeat_interleave(BLOCK_SIZE, dim=-1)
-    diagonal = moment_EII.diagonal(dim1=1, dim2=2)
-    unseen = diagonal.sum(1) == 0
-    mean = diagonal.mean(1).masked_fill(unseen, 1.0)
-    order_EI = diagonal.argsort(dim=1, descending=True)
-    columns = order_EI[:, None, :].expand(E, O, I)
-    w = weight_EOI.gather(2, columns)
-    scale = scale_EOI.gather(2, columns)
-    h = moment_EII.gather(1, order_EI[:, :, None].expand(E, I, I)).gather(2, order_EI[:, None, :].expand(E, I, I))
-    h = h / mean[:, None, None] + damping * torch.eye(I, device=h.device)
-    # Rows of the upper Cholesky factor of H^-1: how the error of column j is spread over the columns after it.
-    spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    columns, spread = _spread(moments.inputs, settings.damping)
+    if moments.outputs is None:
+        order, rows_spread, together = torch.arange(O, device=weight_EOI.device).expand(E, O), None, O
+    else:
+        order, rows_spread = _spread(moments.outputs, settings.output_damping)
+        together = settings.rows_together
+    w, scale = (_permuted(t, order, columns) for t in (weight_EOI, scale_EOI))
     chosen = torch.empty_like(w)
-    for j in range(I):
-        chosen[:, :, j] = round_to_scales(w[:, :, j], scale[:, :, j])
-        error = (w[:, :, j] - chosen[:, :, j]) / spread[:, j, j, None]
-        if j + 1 < I:
-            w[:, :, j + 1:] -= error[:, :, None] * spread[:, None, j, j + 1:]
-    inverse = order_EI.argsort(dim=1)[:, None, :].expand(E, O, I)
-    chosen, w = chosen.gather(2, inverse), w.gather(2, inverse)
+    for i in range(0, O, together):
+        here = slice(i, i + together)
+        aim = w[:, here].clone()
+        _round_columns(w[:, here], scale[:, here], spread, chosen[:, here])
+        if i + together < O:
+            later = slice(i + together, O)
+            share = torch.linalg.solve_triangular(rows_spread[:, here, here], rows_spread[:, here, later], upper=True)
+            w[:, later] -= share.transpose(1, 2) @ (aim - chosen[:, here])
+    back = order.argsort(dim=1), columns.argsort(dim=1)
+    chosen, w = _permuted(chosen, *back), _permuted(w, *back)
     same = (fake_quantize(w, scale_rule=scale_rule) == chosen).unflatten(2, (I // BLOCK_SIZE, BLOCK_SIZE)).all(-1)
     start = torch.where(same.repeat_interleave(BLOCK_SIZE, dim=-1), w, chosen)
     return torch.where(unseen[:, None, None], weight_EOI, start)
+
+
+def _round_columns(w: torch.Tensor, scale: torch.Tensor, spread: torch.Tensor, chosen: torch.Tensor) -> None:
+    """GPTQ of rows [E, r, I], in place: `w` becomes the values that were rounded, `chosen` what they were rounded to."""
+    I = w.shape[2]
+    for j in range(I):
+        chosen[:, :, j] = round_to_scales(w[:, :, j], scale[:, :, j])
+        if j + 1 < I:
+            error = (w[:, :, j] - chosen[:, :, j]) / spread[:, j, j, None]
+            w[:, :, j + 1:] -= error[:, :, None] * spread[:, None, j, j + 1:]
+
+
+def _spread(moment_Enn: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order [E, n] of decreasing importance, upper Cholesky factor [E, n, n] of the inverse in that order).
+
+    Row j of the factor says how the error of element j is best spread over those after it.
+    """
+    diagonal = moment_Enn.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1)
+    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    h = _permuted(moment_Enn, order, order) / torch.where(mean > 0, mean, 1)[:, None, None]
+    h = h + damping * torch.eye(h.shape[1], device=h.device)
+    return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+
+
+def _permuted(t: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """t [E, m, n] with rows [E, m] and columns [E, n] in the given orders."""
+    E, m, n = t.shape
+    return t.gather(1, rows[:, :, None].expand(E, m, n)).gather(2, columns[:, None, :].expand(E, m, n))

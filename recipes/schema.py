@@ -64,9 +64,14 @@ class Quantization(Section):
 class WarmStart(Section):
     """Choice of the first codes, before any gradient step."""
 
-    method: Literal["none", "gptq"] = Field("none", description="none: plain rounding; gptq: error-compensating rounding")
-    sequences: PositiveInt = Field(64, description="training sequences whose expert inputs give the second moments")
-    damping: PositiveFloat = Field(0.01, description="added to the diagonal of the second moments, as a share of their mean")
+    method: Literal["none", "gptq", "fisher"] = Field(
+        "none", description="none: plain rounding; gptq: error-compensating rounding, by the second moments of each expert's "
+        "inputs; fisher: also by those of the gradients at its outputs")
+    sequences: PositiveInt = Field(64, description="training sequences that give the second moments")
+    damping: PositiveFloat = Field(0.01, description="added to the diagonal of the inputs' moments, as a share of their mean")
+    output_damping: PositiveFloat = Field(0.01, description="the same for the outputs' moments (fisher)")
+    rows_together: PositiveInt = Field(4, description="fisher: outputs rounded side by side; fewer are better and slower")
+    moments_gib: PositiveFloat = Field(4.0, description="moments of as many layers are gathered at once as fit; at least one")
 
 
 class Oscillation(Section):

@@ -1,12 +1,16 @@
 """GPTQ start: less output error than plain rounding, on the grid, reproducible from the masters it leaves."""
 
+import copy
+
 import pytest
 import torch
+from tolerance import MODEL_FP32
 
 from mxfp4 import fake_quantize
+from mxfp4.codec import round_to_scales
 from qat.attach import ExpertQuantizer
 from qat.trainer import make_teacher
-from qat.warm_start import compensated, gptq_warm_start, second_moments
+from qat.warm_start import Moments, choose_first_codes, compensated, fisher_moments, input_moments, sweeps
 from recipes.schema import WarmStart
 
 
@@ -24,7 +28,7 @@ def test_output_error_is_below_plain_rounding_for_every_expert(rule, seed):
     torch.manual_seed(seed)
     weight = torch.randn(3, 48, 64)
     x = correlated(3, 64, 500, seed)
-    start = compensated(weight.clone(), x.transpose(1, 2) @ x, rule, damping=0.01)
+    start = compensated(weight.clone(), Moments(x.transpose(1, 2) @ x, None), rule, WarmStart())
 
     def error(rounded):
         return (x @ (rounded - weight).transpose(1, 2)).square().sum((1, 2))
@@ -37,14 +41,14 @@ def test_an_expert_without_tokens_is_rounded_plainly():
     torch.manual_seed(0)
     weight = torch.randn(2, 32, 32)
     moments = torch.stack([torch.eye(32), torch.zeros(32, 32)])
-    start = compensated(weight.clone(), moments, "even", damping=0.01)
+    start = compensated(weight.clone(), Moments(moments, None), "even", WarmStart())
     assert torch.equal(start[1], weight[1])
 
 
 def test_uncorrelated_equal_inputs_leave_nothing_to_compensate():
     torch.manual_seed(0)
     weight = torch.randn(1, 32, 64)
-    start = compensated(weight.clone(), torch.eye(64)[None], "even", damping=0.01)
+    start = compensated(weight.clone(), Moments(torch.eye(64)[None], None), "even", WarmStart())
     assert torch.equal(fake_quantize(start), fake_quantize(weight))
 
 
@@ -62,21 +66,121 @@ def test_second_moments_are_those_of_the_routed_tokens(model):
         model(input_ids=rows)
     handle.remove()
     hidden, chosen, weights = seen[0]
-    moments = second_moments(model, "model.layers.1.mlp.experts", tensors, rows)
+    moments = input_moments(model, tensors, rows)
     for e in range(4):
         gain = (weights * (chosen == e)).sum(1).float()
         x = hidden.float() * gain[:, None]
-        torch.testing.assert_close(moments[tensors[0].name][e], x.T @ x, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(moments[tensors[0].name].inputs[e], x.T @ x, atol=1e-4, rtol=1e-4)
 
 
-def test_warm_start_moves_masters_and_model_together(model):
+@pytest.mark.parametrize("method", ["gptq", "fisher"])
+def test_warm_start_moves_masters_and_model_together(model, method):
     teacher = make_teacher(model)
     quantizer = ExpertQuantizer(model)
     plain = [t.parameter.detach().clone() for t in quantizer.tensors]
-    gptq_warm_start(teacher, quantizer, torch.randint(0, 250, (8, 64)), WarmStart(method="gptq"))
+    choose_first_codes(teacher, quantizer, torch.randint(0, 250, (8, 64)), WarmStart(method=method))
     for (tensor, master), before in zip(quantizer, plain, strict=True):
         assert torch.equal(tensor.parameter, fake_quantize(master.data))
         assert not torch.equal(tensor.parameter, before)
+
+
+def both_sided_error(rounded, weight, moments):
+    error = rounded - weight
+    return (moments.outputs @ error @ moments.inputs @ error.transpose(1, 2)).diagonal(dim1=1, dim2=2).sum(1)
+
+
+@pytest.mark.parametrize("together", [1, 4, 7])
+def test_moments_of_outputs_lower_the_error_that_they_weigh(together):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 50, 64)
+    x, g = correlated(3, 64, 500, 1), correlated(3, 50, 500, 2)
+    moments = Moments(x.transpose(1, 2) @ x, g.transpose(1, 2) @ g)
+    settings = WarmStart(method="fisher", rows_together=together)
+    both = fake_quantize(compensated(weight.clone(), moments, "even", settings))
+    inputs_only = fake_quantize(compensated(weight.clone(), Moments(moments.inputs, None), "even", settings))
+    assert (both_sided_error(both, weight, moments) < 0.7 * both_sided_error(inputs_only, weight, moments)).all()
+
+
+def test_both_dimensions_nested_are_gptq_on_the_product_of_the_moments():
+    """Row after row, column after column: the same as GPTQ on one row of O * I weights with moments kron(S, H)."""
+    torch.manual_seed(0)
+    O, I = 6, 32
+    # Values on a grid of equal scales: one block per row, amax 6, so that every row's scale byte is the same.
+    weight = torch.rand(1, O, I) * 10 - 5
+    weight[..., 0] = 6.0
+    x, g = correlated(1, I, 200, 1), correlated(1, O, 200, 2)
+    moments = Moments(x.transpose(1, 2) @ x, g.transpose(1, 2) @ g)
+    tiny = 1e-6
+    nested = compensated(weight.clone(), moments, "even", WarmStart(
+        method="fisher", rows_together=1, damping=tiny, output_damping=tiny))
+    order_r = moments.outputs[0].diagonal().argsort(descending=True)
+    order_c = moments.inputs[0].diagonal().argsort(descending=True)
+    product = torch.kron(moments.outputs[0][order_r][:, order_r].double(), moments.inputs[0][order_c][:, order_c].double())
+    spread = torch.linalg.cholesky(torch.linalg.inv(product / product.diagonal().mean()), upper=True)
+    w = weight[0][order_r][:, order_c].double().flatten()
+    chosen = torch.zeros_like(w)
+    for j in range(w.numel()):
+        chosen[j] = round_to_scales(w[j].float(), torch.tensor(1.0)).double()
+        w[j:] -= (w[j] - chosen[j]) / spread[j, j] * spread[j, j:] if w[j] != chosen[j] else 0
+    expected = torch.empty(O, I)
+    expected[order_r[:, None], order_c[None]] = chosen.view(O, I).float()
+    assert (fake_quantize(nested)[0] == expected).float().mean() > 0.99
+
+
+def test_fisher_moments_are_those_of_autograd(model):
+    """Against gradients with respect to every expert output taken one expert at a time on a dense copy of the layer."""
+    from qat.attach import find_expert_tensors
+
+    model = model.eval().requires_grad_(False)
+    name = "model.layers.2.mlp.experts"
+    tensors = [t for t in find_expert_tensors(model) if t.module == name]
+    rows = torch.randint(0, 250, (3, 20))
+    moments = fisher_moments(model, tensors, rows, seed=5)
+    experts = model.get_submodule(name)
+    kept = {}
+
+    def dense(module, args, kwargs, output):
+        x, chosen, weights = (*args, *kwargs.values())[:3]
+        total = torch.zeros_like(output)
+        for e in range(4):
+            token, slot = (chosen == e).nonzero(as_tuple=True)
+            z = (x[token] @ module.gate_up_proj[e].T).detach().requires_grad_(True)
+            inner = module._apply_gate(z)
+            out = inner @ module.down_proj[e].T
+            out.retain_grad()
+            kept[e] = (x[token].detach(), z, inner.detach(), out)
+            total = total.index_add(0, token, out * weights[token, slot, None])
+        return total
+
+    handle = experts.register_forward_hook(dense, with_kwargs=True)
+    hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state
+    handle.remove()
+    log_p = model.lm_head(hidden.flatten(0, 1)).log_softmax(-1)
+    sampled = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(5))
+    (-log_p.gather(1, sampled).sum()).backward()
+    for e, (x, z, inner, out) in kept.items():
+        for tensor, inputs, gradients in ((tensors[0], x, z.grad), (tensors[1], inner, out.grad)):
+            found = moments[tensor.name]
+            scale = found.outputs[e].abs().max().clamp_min(1e-12)
+            weighted = (gradients * inputs.square().sum(1, keepdim=True)).T @ gradients
+            torch.testing.assert_close(found.outputs[e] / scale, weighted / scale, **MODEL_FP32)
+            scale = found.inputs[e].abs().max().clamp_min(1e-12)
+            weighted = (inputs * gradients.square().sum(1, keepdim=True)).T @ inputs
+            torch.testing.assert_close(found.inputs[e] / scale, weighted / scale, **MODEL_FP32)
+
+
+@pytest.mark.parametrize("method", ["gptq", "fisher"])
+def test_layers_are_taken_together_as_memory_allows_and_the_result_is_the_same(model, method):
+    rows = torch.randint(0, 250, (4, 32))
+    results = []
+    for gib, groups in ((4.0, 1), (1e-9, 2)):
+        copied = copy.deepcopy(model)
+        quantizer = ExpertQuantizer(copied)
+        settings = WarmStart(method=method, moments_gib=gib)
+        assert len(list(sweeps(quantizer.tensors, settings))) == groups
+        choose_first_codes(make_teacher(model), quantizer, rows, settings)
+        results.append([m.data for m in quantizer.masters])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_health_counts_code_changes_from_the_last_report_or_rebase(model):
@@ -85,7 +189,7 @@ def test_health_counts_code_changes_from_the_last_report_or_rebase(model):
     teacher = make_teacher(model)
     quantizer = ExpertQuantizer(model)
     health = Health(model, quantizer)
-    gptq_warm_start(teacher, quantizer, torch.randint(0, 250, (8, 64)), WarmStart(method="gptq"))
+    choose_first_codes(teacher, quantizer, torch.randint(0, 250, (8, 64)), WarmStart(method="gptq"))
     assert all(min(record["flipped"]) > 0.02 for record in health.report())
     assert all(max(record["flipped"]) == 0 for record in health.report())
     with torch.no_grad():
