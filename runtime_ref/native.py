@@ -75,8 +75,10 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     made_of = "\n".join((SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), version, _processor()))
     name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
-    for folder in (Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fp4-dflash", Path(tempfile.mkdtemp())):
-        file = folder / name
+    homes = (lambda: Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp4-dflash",
+             lambda: Path(tempfile.mkdtemp(prefix="fp4-dflash-")))  # where nothing can be written beside the user's files
+    for home in homes:
+        file = home() / name
         if file.is_file() or (reason := _compile(compiler, file)) is None:
             found = ctypes.CDLL(str(file))
             found.run.argtypes = [ctypes.POINTER(Step), ctypes.c_void_p, ctypes.c_int64]
