@@ -337,6 +337,11 @@ class _Reader:
         return t.narrow(dim, self.ranks.rank * own, own)
 
 
+def piece_bytes(tensor: torch.Tensor) -> int:
+    """What a tensor takes in an arena."""
+    return _rounded(_bytes(tuple(tensor.shape), tensor.dtype))
+
+
 def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 

@@ -195,16 +195,16 @@ class PersistentStep:
         arguments |= kind_arguments(kinds)
         arguments |= self._attention_scratch({kind: (pool, blocks) for kind, (pool, blocks, _) in kinds.items()})
         if not self.spaces:
-            return arguments | dict.fromkeys(_EXPERT_BUFFERS, s["barrier"]) | dict.fromkeys(_EXPERT_NUMBERS, 0), (
-                self.constants | _NO_EXPERTS)
+            return arguments | dict.fromkeys(EXPERT_BUFFERS, s["barrier"]) | dict.fromkeys(EXPERT_NUMBERS, 0), (
+                self.constants | NO_EXPERTS)
         space = self.spaces[next(n for n in (BLOCK, MAX_TOKENS) if n >= R)]
         pages = next(layer.pages for layer in weights.layers if layer.pages is not None)
         like = torch.empty((R, config.hidden_size), device="meta")
         positional, own = kernel_arguments(like, None, None, pages, space, None)
-        numbers = dict(zip(_EXPERT_NUMBERS, positional[-3:], strict=True))
+        numbers = dict(zip(EXPERT_NUMBERS, positional[-3:], strict=True))
         buffers = {"order": space.order, "plan": space.plan, "expert_inner": space.inner, "expert_partial": space.partial,
                    "ready": space.ready, "arrived": space.arrived, "control": space.control}
-        return arguments | numbers | buffers, self.constants | {name: own[name] for name in _NO_EXPERTS}
+        return arguments | numbers | buffers, self.constants | {name: own[name] for name in NO_EXPERTS}
 
     def _attention_scratch(self, kinds: dict[str, tuple[KernelPool, Blocks]]) -> dict:
         """Partial results of attention, grown to the largest step seen, and the chunks of each kind."""
@@ -229,9 +229,10 @@ class PersistentStep:
         return bool(self.scratch["failed"]) or any(space.failed() for space in self.spaces.values())
 
 
-_EXPERT_BUFFERS = ("order", "plan", "expert_inner", "expert_partial", "ready", "arrived", "control")
-_EXPERT_NUMBERS = ("up_entries", "down_entries", "K_UP")
-_NO_EXPERTS = {"M": 16, "UP": 1, "DOWN": 1, "TILES": 1, "K_DOWN": 1, "UP_ROWS": 16, "UP_DEPTH": 64, "DOWN_ROWS": 16,
+# Arguments that only steps with experts need, and what stands in their place without.
+EXPERT_BUFFERS = ("order", "plan", "expert_inner", "expert_partial", "ready", "arrived", "control")
+EXPERT_NUMBERS = ("up_entries", "down_entries", "K_UP")
+NO_EXPERTS = {"M": 16, "UP": 1, "DOWN": 1, "TILES": 1, "K_DOWN": 1, "UP_ROWS": 16, "UP_DEPTH": 64, "DOWN_ROWS": 16,
                "DOWN_DEPTH": 64, "EVEN": True, "STAGES": 1, "PREFETCH": 0, "PTX": False}
 
 

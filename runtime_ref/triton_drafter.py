@@ -14,11 +14,12 @@ import torch
 
 from modeling.drafter import DFlashDraftModel, load_drafter
 from runtime_ref.drafter import KIND, Wanted, check_drafter
+from runtime_ref.kernel_weights import Arena, piece_bytes
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.row_launches import Heads, Matrix, paired
 from runtime_ref.kv_cache import PAGE, Table
-from runtime_ref.triton_backend import BLOCK, KernelPool, RotaryTable, TritonBackend, plan_blocks
+from runtime_ref.triton_backend import BLOCK, Blocks, KernelPool, RotaryTable, TritonBackend, plan_blocks
 
 CONTEXT_ROWS = 64
 
@@ -47,6 +48,18 @@ class TritonDrafter:
         self.hidden_norm, self.norm = (m.weight.detach().float().to(device) for m in (model.hidden_norm, model.norm))
         self.mask = model.mask_embedding.detach().to(device, torch.bfloat16)
         self.layers = [self._layer(layer, device) for layer in model.layers]
+        self._place(device)
+
+    def _place(self, device: str) -> None:
+        """Moves what a walk finds by offset into one arena."""
+        pieces = [self.fc.w, self.hidden_norm, *(getattr(t, "w", t) for layer in self.layers for t in layer.values()
+                                                 if t is not None)]
+        self.arena = Arena(sum(piece_bytes(t) for t in pieces), device)
+        self.fc, self.hidden_norm = Matrix(self.arena.put(self.fc.w)), self.arena.put(self.hidden_norm)
+        for layer in self.layers:
+            for name, t in layer.items():
+                if t is not None:
+                    layer[name] = Matrix(self.arena.put(t.w)) if isinstance(t, Matrix) else self.arena.put(t)
 
     def product_shapes(self) -> set:
         """See `TritonBackend.probe`: nothing to measure."""
@@ -83,7 +96,7 @@ class TritonDrafter:
         for begin in range(0, taps.shape[0], CONTEXT_ROWS):
             part = taps[begin:begin + CONTEXT_ROWS]
             positions = list(range(start + begin, start + begin + part.shape[0]))
-            self.extend(part, positions, [_slot(table, p) for p in positions])
+            self.extend(part, positions, [slot_of(table, p) for p in positions])
 
     @torch.inference_mode()
     def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
@@ -91,7 +104,16 @@ class TritonDrafter:
         for w in wanted:
             if w.taps is not None and w.taps.shape[0]:
                 self.extend_tables(w.taps, w.position - w.taps.shape[0], w.tables[KIND])
-        device, tiling = self.backend.device, self.backend.tiling
+        ids, positions, picked, blocks = self.plan(wanted)
+        x = launches.gather(self.backend.kernel_weights.embed, ids, self.backend.tiling, spare=self.mask)
+        for i, layer in enumerate(self.layers):
+            x = self._run_layer(i, layer, x, positions, blocks)
+        found = self.backend.head_logits(x, picked.shape[0], norm=(self.norm, self.epsilon), rows=picked)
+        return list(found.split([w.count for w in wanted]))
+
+    def plan(self, wanted: list[Wanted]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Blocks]:
+        """ids (-1: the mask), positions and the drafts' rows, int32, and the blocks over the drafter's pages."""
+        device = self.backend.device
         ids, positions, picked, places = [], [], [], []
         for w in wanted:
             places.append((w.tables[KIND], w.position, w.count + 1, len(ids)))
@@ -99,12 +121,7 @@ class TritonDrafter:
             ids += [w.anchor] + [-1] * w.count
             positions += range(w.position, w.position + w.count + 1)
         ids, positions, picked = (torch.tensor(c, dtype=torch.int32, device=device) for c in (ids, positions, picked))
-        blocks = plan_blocks(self.pool, places, device)
-        x = launches.gather(self.backend.kernel_weights.embed, ids, tiling, spare=self.mask)
-        for i, layer in enumerate(self.layers):
-            x = self._run_layer(i, layer, x, positions, blocks)
-        found = self.backend.head_logits(x, picked.shape[0], norm=(self.norm, self.epsilon), rows=picked)
-        return list(found.split([w.count for w in wanted]))
+        return ids, positions, picked, plan_blocks(self.pool, places, device)
 
     def _run_layer(self, i: int, layer: dict, x: torch.Tensor, positions: torch.Tensor, blocks) -> torch.Tensor:
         tiling, (keys, values) = self.backend.tiling, (self.pool.keys[i], self.pool.values[i])
@@ -124,7 +141,7 @@ def _matrix(device: str, *modules) -> Matrix:
     return Matrix(torch.cat([m.weight.detach() for m in modules]).to(device, torch.bfloat16).contiguous())
 
 
-def _slot(table: Table, position: int) -> int:
+def slot_of(table: Table, position: int) -> int:
     return table.page(position // PAGE) * PAGE + position % PAGE
 
 

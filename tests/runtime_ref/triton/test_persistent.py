@@ -6,10 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime_ref.drafter import Wanted
 from runtime_ref.kernels import step as walk
 from runtime_ref.kv_cache import KvCache
 from runtime_ref.model import Span
 from runtime_ref.persistent import PersistentStep, table_of
+from runtime_ref.persistent_draft import PersistentDraft
 from runtime_ref.tasks import Task, target_tasks
 from tests.runtime_ref.kernels.at_once import programs_at_once, shared
 
@@ -93,6 +95,27 @@ def test_three_programs_at_once_make_the_bits_of_one(prepared):
 def test_a_walk_without_barriers_is_found(prepared, monkeypatch):
     monkeypatch.setattr(walk, "grid_barrier", no_barrier)
     assert not walked_at_once(prepared, seconds=10)
+
+
+def test_a_walk_of_the_drafter_makes_the_bits_of_its_launches(small_engine):
+    """With pending features and without, blocks of two sequences."""
+    drafter = small_engine().drafter
+    walked = PersistentDraft(drafter)
+    taps = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    found = []
+    for proposer in (drafter, walked):
+        cache = KvCache({"draft": drafter.pool}, prefix=False)
+        tables = [cache.tables() for _ in range(2)]
+        for own in tables:
+            cache.extend(own, ["draft"], 48)
+        drafter.extend_tables(taps[:34], 0, tables[0]["draft"])
+        pending = [Wanted(tables[0], 5, 37, 7, taps[34:37]), Wanted(tables[1], 9, 3, 2, taps[37:])]
+        again = [Wanted(tables[1], 9, 3, 4, None)]
+        found.append(torch.cat(proposer.logits(pending) + proposer.logits(again)))
+        for own in tables:
+            cache.release(own)
+    assert found[0].shape == (13, 130) and not found[0].isnan().any()
+    assert torch.equal(*found) and not walked.failed() and not walked.scratch["barrier"].any()
 
 
 def test_the_table_names_every_weight_in_the_arena(prepared):

@@ -1,0 +1,65 @@
+"""Arguments of the small and the persistent kernels as one of eight ranks of MiMo-V2.5-Pro would give them, for `static_gates`.
+
+Types of run-time arguments by name (`POINTERS`, `FLOATS`; everything else is int32), and compile-time ones by kernel.
+"""
+
+from __future__ import annotations
+
+from runtime_ref.kernels.attention import CHUNK_PAGES, PAGE, attention_constants
+
+POINTERS = {"x": "bf16", "up": "u8", "down": "u8", "index": "i32", "weight": "fp32", "order": "i32", "plan": "i32",
+            "inner": "bf16", "partial": "fp32", "residual": "bf16", "out": "bf16", "ready": "i32", "arrived": "i32",
+            "control": "i32", "buffers": "i64", "signals": "i64", "failed": "i32", "pages": "u8", "data": "u8",
+            "lower_out": "fp32", "upper_out": "fp32", "q": "bf16", "keys": "bf16", "values": "bf16", "sink": "fp32",
+            "tables": "i32", "first": "i32", "start": "i32", "count": "i32", "row": "i32", "stats": "fp32"}
+ROW_POINTERS = {"w": "bf16", "scales": "fp32", "gamma": "fp32", "head_gamma": "fp32", "cos": "fp32", "sin": "fp32",
+                "positions": "i32", "slots": "i32", "k": "bf16", "v": "bf16", "rows": "i32", "correction": "fp32",
+                "scores": "fp32", "rounded": "bf16", "table": "i32", "arena": "u8", "embed": "bf16", "spare": "bf16",
+                "head": "bf16", "final_norm": "fp32", "ids": "i32", "head_rows": "i32", "heads": "bf16", "y": "bf16",
+                "route_arrived": "i32", "taps": "bf16", "features": "fp32", "context_positions": "i32", "context_slots": "i32",
+                "logits": "fp32", "barrier": "i32", "attend_arrived": "i32", "expert_inner": "bf16", "expert_partial": "fp32"}
+for _kind in ("full", "window"):
+    ROW_POINTERS |= {f"{_kind}_{name}": dtype for name, dtype in (
+        ("cos", "fp32"), ("sin", "fp32"), ("keys", "bf16"), ("values", "bf16"), ("slots", "i32"), ("tables", "i32"),
+        ("first", "i32"), ("start", "i32"), ("count", "i32"), ("row", "i32"))}
+FLOATS = ("epsilon", "q_scale", "v_scale", "head_epsilon", "factor")
+# Sizes that are multiples of 16 in every geometry.
+ALIGNED = ("H", "K", "I", "taps_width", "full_stride", "window_stride")
+TILE = {"BN": 32, "BK": 128, "FLOAT_DOT": False}
+ROUTER = {"A": 8, "WIDE": 512, "GROUPS": 1, "TOP_GROUPS": 1, "NORMED": True}
+HEADS = {"queries": 16, "keys": 1, "d": 192, "v": 128, "rotated": 64}
+
+
+def small_kernels() -> dict[str, tuple]:
+    """Name -> (kernel, constants, types that differ)."""
+    from runtime_ref.kernels import routing, rows
+
+    project = TILE | {"QUERIES": HEADS["queries"], "KEYS": HEADS["keys"], "D": HEADS["d"], "V": HEADS["v"],
+                      "HALF": HEADS["rotated"] // 2, "NORM": True, "HEAD_NORM": False}
+    product = TILE | {"V": 0, "NORM": False, "PICK": False, "RESIDUAL": False, "PARTS": 1}
+    return {
+        "project_kernel, norm, FP8": (rows.project_kernel, project, {"w": "u8"}),
+        "project_kernel, norm, bf16": (rows.project_kernel, project, {}),
+        "product_kernel, o_proj, residual": (rows.product_kernel, product | {"V": 128, "RESIDUAL": True}, {}),
+        "product_kernel, norm, head": (rows.product_kernel, product | {"NORM": True, "PICK": True}, {"out": "fp32"}),
+        "swiglu_kernel, norm, FP8": (rows.swiglu_kernel, TILE | {"NORM": True}, {"w": "u8"}),
+        "route_kernel, norm, 384 experts": (routing.route_kernel, TILE | ROUTER | {"BN": 16, "BK": 32, "NORM": True},
+                                            {"w": "fp32"}),
+        "norm_kernel": (rows.norm_kernel, {"BK": 128, "FLOAT_DOT": False}, {"out": "fp32"}),
+        "add_kernel, 8 ranks": (rows.add_kernel, {"RANKS": 8, "BLOCK": 1024, "FLOAT_DOT": False}, {})}
+
+
+def step_constants(experts: dict) -> dict:
+    """Of the persistent step; `experts`: compile-time arguments of the expert kernel, static order."""
+    found = {"FULL": True, "WINDOW": True, "DENSE": True, "MOE": True, "DRAFT": False, "HEAD_NORM": False, "QKV_FP8": True,
+             "O_FP8": False, "MLP_FP8": True, "HAS_TAPS": True, "PAGE_": PAGE, "CHUNK": CHUNK_PAGES, "ROUTE_BN": 16,
+             "ROUTE_BK": 32, "COPY": 1024, "POLLS": experts["POLL_LIMIT"]} | ROUTER | TILE
+    for prefix, window in (("F", None), ("W", 128)):
+        own = attention_constants(HEADS["keys"], HEADS["queries"] // HEADS["keys"], 8, HEADS["d"], HEADS["v"], window,
+                                  window is not None)
+        kept = {name: own[name] for name in ("SPLIT", "M", "D", "D_HEAD", "D_TAIL", "V", "V_WIDE", "WINDOW")}
+        kept |= {"QUERIES": HEADS["queries"], "KEYS": HEADS["keys"], "HALF": HEADS["rotated"] // 2, "SINK": window is not None,
+                 "BN": TILE["BN"]}
+        found |= {f"{prefix}_{name}": value for name, value in kept.items()}
+    return found | {name: experts[name] for name in ("M", "UP", "DOWN", "TILES", "K_DOWN", "UP_ROWS", "UP_DEPTH", "DOWN_ROWS",
+                                                     "DOWN_DEPTH", "EVEN", "STAGES", "PREFETCH", "PTX")}
