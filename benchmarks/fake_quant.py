@@ -5,7 +5,9 @@
 Weights N(0, 0.02) of 4096 x 2048. Each implementation and dtype runs alone in a process of its own, so that neither another
 one's memory nor its compiler threads count. Every output is compared with the reference codec bit for bit (peers: under
 their own rule); when ours differs, no number is printed. Times are medians of the whole call including the allocation of
-its result, except `into existing memory`, which is what a training step does. Extra memory is the peak of resident memory
+its result, except `into existing memory`, which is what a training step does; processor time on one thread, by the clock on
+several. Whether the allocator keeps large blocks (the Makefile's jobs tell it to, by MALLOC_MMAP_THRESHOLD_) decides what a
+new result costs, so those settings are recorded. Extra memory is the peak of resident memory
 above the start, the result included.
 
 Rejected: one process for all (the peaks and the heap of one peer show up in the next); float64 accuracy instead of bits
@@ -125,12 +127,12 @@ def run_worker(name: str, dtype: str, threads: int, seconds: float) -> dict:
     before = memory_mib("VmRSS")
     call()
     extra = memory_mib("VmHWM") - before
-    times = []
+    times, clock = [], time.process_time if threads == 1 else time.perf_counter
     end = time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
+        start = clock()
         call()
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append((clock() - start) * 1e3)
     return {
         "name": name, "dtype": dtype, "rule": rule, "median_ms": statistics.median(times), "min_ms": min(times),
         "repetitions": len(times), "extra_mib": extra, "tensor_mib": w.nbytes / 2**20,
@@ -182,6 +184,7 @@ def environment(threads: int) -> dict:
         "command": "python benchmarks/fake_quant.py " + " ".join(sys.argv[1:]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": f"{model}, {os.cpu_count()} cores", "threads": threads,
+        "allocator": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
         "load_average_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {p: version(p) for p in ("torch", "torchao", "compressed-tensors")},
