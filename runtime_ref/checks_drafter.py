@@ -151,6 +151,8 @@ def _dialects(check: Check, facts: Facts, raw: dict, special: dict) -> bool:
 def _mask(check: Check, facts: Facts, files: TensorFiles, folder: Path, special: dict) -> bool:
     try:
         sidecar = torch.load(folder / MASK_FILE, weights_only=True)
+        if not isinstance(sidecar, dict):
+            raise TypeError(f"{type(sidecar).__name__}, expected mask_token_id and embedding")
         token, vector = int(sidecar["mask_token_id"]), sidecar["embedding"].float()
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError, EOFError, pickle.UnpicklingError,
             IndexError) as error:

@@ -48,7 +48,9 @@ def check_files(folder: Path, raw: dict, special: dict, *, checksums: bool) -> C
     else:
         check.notes.append("checksums were not compared (--checksums)")
     generation = _generation_config(check, folder)
-    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
+    if not raw:
+        check.notes.append("the tokenizer was not looked at: config.json cannot be read")
+    elif (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
         _tokenizer(check, folder, raw, special, generation)
     else:
         check.notes.append("no tokenizer: the runtime decodes token ids only, the server cannot serve this folder")
@@ -223,7 +225,7 @@ def _code(check: Check, folder: Path, where: str) -> None:
     try:
         named = json.loads(file.read_text(encoding="utf-8")).get("auto_map") or {}
         modules = {str(v).split("--")[-1].split(".")[0] for v in named.values()}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return  # what is wrong with the configuration itself is told by the check of the folder
     for module in sorted(modules):
         if not (folder / where / f"{module}.py").is_file():

@@ -44,6 +44,7 @@ SINK_LAYER_CAUSE = ("attention sinks are on other layers than the configuration 
 SCALE_CAUSE = "scale bytes are read as numbers: scales must be uint8 (E8M0), called weight_scale; a byte b means 2^(b - 127)"
 BLOCK_CAUSE = "scales are of blocks of another size: MXFP4 has one scale byte for 32 values (NVFP4 has one for 16)"
 TIED_CAUSE = "tie_word_embeddings is true although the head is a matrix of its own: engines would use the embedding for it"
+BIAS_CAUSE = "the routers' correction bias was rounded: it decides which experts run and is published in float32"
 COPIES_CAUSE = "experts of a layer are copies of each other: the exporter wrote one expert under several names"
 INDEX_CAUSE = "index and shards do not fit each other: one of them is of another export"
 TRUNCATED_CAUSE = "a weight file is damaged or truncated: the download or the copy broke off"
@@ -195,10 +196,11 @@ def _dtype_and_shape(check: Check, facts: Facts, tensor, infos: dict) -> None:
             check.fail(f"{name}_scale_inv is missing, {name} is F8_E4M3",
                        "FP8 weights without their scales: weight_scale_inv, one F32 for 128 x 128, must be there")
     elif name.endswith("e_score_correction_bias") and dtype != "F32":
-        check.fail(f"{name}: dtype {dtype}, expected F32",
-                   "the routers' correction bias was rounded: it decides which experts run and is published in float32")
+        facts.explained = BIAS_CAUSE
+        check.fail(f"{name}: dtype {dtype}, expected F32", BIAS_CAUSE)
     elif tensor.dtype in ("BF16", "F32") and dtype not in ("BF16", "F32"):
         facts.loadable &= dtype == "F16"
+        facts.explained = DTYPE_CAUSE
         check.fail(f"{name}: dtype {dtype}, expected {tensor.dtype}", DTYPE_CAUSE)
 
 
@@ -243,14 +245,14 @@ def _contents(check: Check, facts: Facts, files: TensorFiles, infos: dict) -> No
         used = magnitudes > 0
         blocks += int(used.sum())
         odd += int((used & (magnitudes < 6)).sum())
-        _note_copy(check, seen, name, codes)
+        _note_copy(check, facts, seen, name, codes)
     check.numbers |= {"lowest scale byte": low, "highest scale byte": high}
     if blocks and odd / blocks > 0.2:
         facts.suspicions.append((f"{odd} of {blocks} blocks have a largest value below 4 units",
                                  "scales and codes do not belong together, or the scale rule is not floor or even", False))
 
 
-def _note_copy(check: Check, seen: dict[tuple, str], name: str, codes: torch.Tensor) -> None:
+def _note_copy(check: Check, facts: Facts, seen: dict[tuple, str], name: str, codes: torch.Tensor) -> None:
     """Two experts with the same codes, or one without any: nothing that was trained has that."""
     if not bool(codes.any()):
         check.notes.append(f"{name}: all codes are zero")
@@ -259,6 +261,7 @@ def _note_copy(check: Check, seen: dict[tuple, str], name: str, codes: torch.Ten
     key = fused[0], fused[2], hashlib.blake2b(codes.numpy().tobytes(), digest_size=16).digest()
     if key in seen:
         check.fail(f"{name} has the codes of {seen[key]}", COPIES_CAUSE)
+        facts.explained = COPIES_CAUSE
     seen.setdefault(key, name)
 
 

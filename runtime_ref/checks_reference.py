@@ -21,6 +21,7 @@ from runtime_ref.suspects import (
     culprits,
     difference,
     drafter_suspects,
+    first_culprit,
     only_in,
     swapped_experts,
     target_suspects,
@@ -129,6 +130,9 @@ def _stored_features(check: Check, facts: Facts, probe: Probe) -> bool:
     if not bool(torch.isfinite(every).all()):
         check.fail(f"the outputs of layer {_first_odd(every)} are not finite", FINITE_CAUSE)
         return False
+    if facts.explained is not None:
+        check.fail("not searched for other causes: the check of the folder has one", facts.explained)
+        return False
     moved = [next((i for i in range(every.shape[1]) if difference(every[:, i], stored[:, k]) < SAME), None)
              for k in range(len(layers))]
     if None not in moved:
@@ -154,10 +158,12 @@ def _explain_target(check: Check, facts: Facts, probe: Probe, ids, stored, layer
     before = layers[first - 1] if first else -1
     between = list(range(before + 1, layers[first] + 1))
     if not found:
-        found = culprits(probe.target, only_in(probe.target, between, target_suspects(facts.config, bases)), run, stored)
+        single = [[i] for i in between] if 1 < len(between) <= 4 else []
+        found = first_culprit(probe.target, (s for layers_ in (between, *single) for s in only_in(
+            probe.target, layers_, target_suspects(facts.config, bases))), run, stored)
     if not found and len(between) == 1 and facts.config.moe_layer_freq[between[0]]:
         pairs = swapped_experts(facts.config.n_routed_experts)
-        found = culprits(probe.target, only_in(probe.target, between, pairs), run, stored)
+        found = first_culprit(probe.target, only_in(probe.target, between, pairs), run, stored)
     if not found and facts.suspicions:
         _count_suspicions(check, facts, "and the stored reference disagrees", grave=False)
         return

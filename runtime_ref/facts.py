@@ -28,6 +28,7 @@ class Facts:
 
     Attributes:
         suspicions: (finding, cause, grave) that count if nothing clears them.
+        explained: a cause, known already, for which outputs will differ from the reference.
         reference: tensors and facts of the stored worked example, if there is one.
     """
 
@@ -40,6 +41,7 @@ class Facts:
     reference_facts: dict = field(default_factory=dict)
     loadable: bool = True
     drafter_loadable: bool = False
+    explained: str | None = None
 
 
 def read_object(path: Path) -> dict:

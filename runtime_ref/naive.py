@@ -85,7 +85,8 @@ def _attended(q, backend, task, span, real):
     kind = task.op.removeprefix("attend_")
     pool, a = backend.pools[kind], backend.weights.layers[task.layer].attention
     slots = torch.tensor([span.tables[kind].page(p // PAGE) * PAGE + p % PAGE for p in range(real)])
-    keys, values = (store[task.layer].index_select(1, slots).double() for store in (pool.keys, pool.values))
+    keys, values = (store[task.layer].index_select(1, slots).double()[..., :width]  # some backends pad the widths
+                    for store, width in ((pool.keys, a.qk_dim), (pool.values, a.v_dim)))
     groups = q.shape[0] // keys.shape[0]
     scores = torch.einsum("qrd,qsd->qrs", q[:, :real], keys.repeat_interleave(groups, 0))
     rows, columns = torch.arange(real)[:, None], torch.arange(real)[None]

@@ -54,6 +54,12 @@ def culprits(model: torch.nn.Module, suspects: Iterable[Suspect], run: Callable[
     return [suspect for suspect in suspects if _explains(model, suspect, run, observed)]
 
 
+def first_culprit(model: torch.nn.Module, suspects: Iterable[Suspect], run: Callable[[torch.nn.Module], torch.Tensor],
+                  observed: torch.Tensor) -> list[Suspect]:
+    """As `culprits`, but ends with the first: for long lists in which one bug has one name."""
+    return next(([suspect] for suspect in suspects if _explains(model, suspect, run, observed)), [])
+
+
 def _explains(model, suspect: Suspect, run, observed) -> bool:
     changed = copy.deepcopy(model)
     with torch.no_grad():
@@ -177,8 +183,8 @@ def _file_suspects(config) -> Iterator[Suspect]:
     for i in range(min(depth - 1, 100)):
         yield Suspect(f"layers {i} and {i + 1}", f"layers {i} and {i + 1} are exchanged",
                       partial(make.order_layers, places=[*range(i), i + 1, i, *range(i + 2, depth)]))
-    for places in (make.by_text(depth), make.by_text_undone(depth)):
-        yield Suspect("layers by text", "layers are in the order of their names as text (0, 1, 10, 11, 2, ...)",
+    for name, places in (("", make.by_text(depth)), (" undone", make.by_text_undone(depth))):
+        yield Suspect(f"layers by text{name}", "layers are in the order of their names as text (0, 1, 10, 11, 2, ...)",
                       partial(make.order_layers, places=places))
 
 

@@ -5,6 +5,7 @@ and runtime shared would show.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,29 @@ def with_oracle(make_engine):
         return engine
 
     return make
+
+
+def varied_norms(tensors: dict[str, torch.Tensor]) -> None:
+    """Norm weights that are not one: with ones, norms could be exchanged or left out without a difference."""
+    generator = torch.Generator().manual_seed(4)
+    for name in sorted(n for n in tensors if "norm" in n):
+        tensors[name] = tensors[name] + 0.3 * torch.randn(tensors[name].shape, generator=generator).to(tensors[name].dtype)
+
+
+@pytest.fixture(scope="session")
+def exported(folder, tmp_path_factory) -> Path:
+    """The small folder, with the mask embedding in its vocabulary row and the stored reference."""
+    from wrong_folders import edit, write_reference
+
+    out = shutil.copytree(folder, tmp_path_factory.mktemp("exported") / "checkpoint")
+    sidecar = torch.load(out / "dflash" / "mask_embedding.pt", weights_only=True)
+    row = sidecar["mask_token_id"]
+    edit(out / "model.safetensors", lambda t: t["model.embed_tokens.weight"][row].copy_(sidecar["embedding"]))
+    edit(out / "model.safetensors", varied_norms)
+    write_reference(out)
+    return out
+
+
+@pytest.fixture
+def copied(exported, tmp_path) -> Path:
+    return shutil.copytree(exported, tmp_path / "copy")

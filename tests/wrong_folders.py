@@ -1,0 +1,90 @@
+"""Ways to make a copy of an exported folder wrong, and what `validate` says of it."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from modeling.names import fused_name
+from runtime_ref import validate
+
+LAYERS = [0, 2, 3]
+
+
+def write_reference(folder: Path) -> None:
+    """dflash_reference.safetensors as the format has it: features and one drafted block, float32."""
+    from modeling.drafter import load_drafter
+    from modeling.load import load_model
+
+    target, drafter = load_model(folder, dtype=torch.float32), load_drafter(folder / "dflash", torch.float32)
+    ids = torch.randint(0, 260, (1, 41), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out = target(input_ids=ids[:, :-1], tap_layers=LAYERS, use_cache=False, logits_to_keep=8)
+        taps = torch.stack(out.taps, dim=2)
+        positions = torch.arange(40)[None]
+        context = drafter.context_keys_values(drafter.fuse(taps.flatten(2)), positions)
+        hidden = drafter.block_hidden(drafter.embed_block(ids[:, -1], target.model.embed_tokens),
+                                      40 + torch.arange(8)[None], context, positions)
+        logits = target.lm_head(hidden[:, 1:])
+    facts = json.dumps({"target_layer_ids": LAYERS, "features": "target"})
+    save_file({"input_ids": ids, "taps": taps.contiguous(), "draft_hidden": hidden.contiguous(),
+               "draft_logits": logits.contiguous(), "target_logits": out.logits.contiguous()},
+              folder / "dflash" / "dflash_reference.safetensors", metadata={"reference": facts})
+
+
+def edit(file: Path, change) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def edit_json(file: Path, change) -> None:
+    raw = json.loads(file.read_text())
+    change(raw)
+    file.write_text(json.dumps(raw))
+
+
+def judged(folder: Path, tmp_path: Path, capsys, *more) -> tuple[int, dict]:
+    code = validate.main([str(folder), "--json", str(tmp_path / "v.json"), "--html", str(tmp_path / "v.html"), "--tokens", "8",
+                          "--prompts-per-domain", "2", *more])
+    capsys.readouterr()
+    return code, json.loads((tmp_path / "v.json").read_text())
+
+
+def target(change):
+    return lambda folder: edit(folder / "model.safetensors", change)
+
+
+def config(**values):
+    return lambda folder: edit_json(folder / "config.json", lambda raw: raw.update(values))
+
+
+def drafter(top=None, special=None):
+    def change(raw):
+        raw.update(top or {})
+        raw["dflash_config"].update(special or {})
+
+    return lambda folder: edit_json(folder / "dflash" / "config.json", change)
+
+
+def drafter_file(change):
+    return lambda folder: edit(folder / "dflash" / "model.safetensors", change)
+
+
+def each_expert(suffix, change):
+    def apply(tensors):
+        for name in list(tensors):
+            if fused_name(name.removesuffix("_scale")) is not None and name.endswith(suffix):
+                tensors[name] = change(tensors[name])
+
+    return apply
+
+
+def mask_of(change):
+    def apply(folder):
+        file = folder / "dflash" / "mask_embedding.pt"
+        sidecar = torch.load(file, weights_only=True)
+        torch.save(change(sidecar), file)
+
+    return apply
