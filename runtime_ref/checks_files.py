@@ -128,6 +128,8 @@ def _generation_config(check: Check, folder: Path) -> dict:
         return {}
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     sampling = {name: found[name] for name in names if found.get(name) is not None}
+    if isinstance(sampling.get("top_k"), int):
+        sampling["top_k"] = max(0, sampling["top_k"])  # -1 is another way to say off
     try:
         SamplingParams(**sampling)
     except (ValueError, TypeError) as error:

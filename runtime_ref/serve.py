@@ -36,8 +36,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="answers running or waiting; more are told to come back, 429 (%(default)s)")
     parser.add_argument("--max-body-mib", type=float, default=4.0, metavar="MIB", help="largest body (%(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations (%(default)s)")
+    parser.add_argument("--backend", default="auto", help="what runs the steps: auto, native, torch, ... (%(default)s)")
     parser.add_argument("--no-drafter", action="store_true", help="decode without the drafter")
     parser.add_argument("--fixed-drafts", action="store_true", help="always draft whole blocks, whatever is accepted")
+    parser.add_argument("--ignore-generation-config", action="store_true",
+                        help="sampling defaults are OpenAI's (temperature 1, no cuts), not those of generation_config.json")
     parser.add_argument("--checksum", action="store_true", help="compare files with their checksums while loading")
     parser.add_argument("--drain-seconds", type=int, default=30, metavar="S", help="(%(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no line per request")
@@ -96,6 +99,7 @@ def load(options: argparse.Namespace, ranks, tokenizer):
 
     return Engine.from_folder(
         options.folder, ranks=ranks, dtype=torch.float32 if options.dtype == "float32" else torch.bfloat16,
+        backend=options.backend,
         drafter=not options.no_drafter, checksum=options.checksum, tokenizer=tokenizer, progress=progress,
         options=EngineOptions(max_context=options.max_context, max_running=options.max_running,
                               rows=max(256, 8 * options.max_running)))
@@ -123,9 +127,10 @@ def serve(options: argparse.Namespace, ranks) -> int:
     engine = load(options, ranks, tokenizer)
     worker = EngineWorker(engine, ranks, max_requests=options.max_requests)
     name = options.served_name or options.folder.resolve().name
+    defaults = {} if options.ignore_generation_config else sampling_defaults(options.folder)
     api = Api(worker, tokenizer, Settings(
         model=name, api_key=options.api_key or os.environ.get(KEY_VARIABLE) or None,
-        body_bytes=int(options.max_body_mib * 2**20), defaults=sampling_defaults(options.folder),
+        body_bytes=int(options.max_body_mib * 2**20), defaults=defaults,
         adaptive=not options.fixed_drafts))
     config = uvicorn.Config(application(api), log_level="warning" if options.quiet else "info", access_log=not options.quiet,
                             timeout_graceful_shutdown=options.drain_seconds, timeout_keep_alive=30, ws="none")
@@ -154,12 +159,27 @@ def assist(options: argparse.Namespace, ranks) -> int:
 
 
 def sampling_defaults(folder: Path) -> dict[str, float]:
-    """What the checkpoint recommends, as far as it is a number in range."""
+    """What the checkpoint recommends to those who ask for nothing: the numbers of generation_config.json.
+
+    As vLLM's server does. `do_sample` is not looked at: it speaks of transformers' own generate, where False means greedy
+    whatever the temperature; over this API a request without a temperature means OpenAI's default, 1.
+
+    Raises:
+        ValueError: not JSON, or a number that the sampler refuses.
+    """
     from runtime_ref.sampler import SamplingParams
 
     file = folder / "generation_config.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    chosen = {name: found[name] for name in SAMPLING if isinstance(found.get(name), int | float)}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: {type(found).__name__}, expected an object")
+    numbers = {name: found.get(name) for name in SAMPLING}
+    chosen = {name: v for name, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    if chosen.get("top_k", 0) < 0:
+        chosen["top_k"] = 0  # -1 is another way to say off
     try:
         SamplingParams(**chosen)
     except ValueError as error:

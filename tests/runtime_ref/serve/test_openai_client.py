@@ -1,5 +1,6 @@
 """The `openai` package gets what the engine says, in every form in which it can ask."""
 
+import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
@@ -192,3 +193,37 @@ def test_a_mistake_is_the_clients_own_error_with_the_field(client, change, error
         client.chat.completions.create(**{"model": MODEL, "messages": MESSAGES, "max_tokens": 4} | change)
     assert caught.value.body["param"] == param
     assert param in caught.value.body["message"] and "\n" not in caught.value.body["message"]
+
+
+def test_a_request_without_a_temperature_is_sampled_at_one(live, alone):
+    body = {"prompt": [5, 6, 7], "max_tokens": 24, "ignore_eos": True, "seed": 11, "return_token_ids": True, "speculate": False}
+    found = httpx.post(f"{live.url}/v1/completions", json=body, timeout=30).json()["choices"][0]["token_ids"]
+    assert found == alone([5, 6, 7], SamplingParams(max_tokens=24, ignore_eos=True, seed=11, temperature=1.0))
+    assert found != alone([5, 6, 7], SamplingParams(max_tokens=24, ignore_eos=True))
+
+
+def test_what_the_checkpoint_recommends_holds_where_a_request_says_nothing(serving, alone):
+    server = serving(defaults={"temperature": 0.0, "top_k": 3})
+    body = {"prompt": [5, 6, 7], "max_tokens": 24, "ignore_eos": True, "seed": 11, "return_token_ids": True, "speculate": False}
+
+    def tokens(**more):
+        return httpx.post(f"{server.url}/v1/completions", json=body | more, timeout=30).json()["choices"][0]["token_ids"]
+
+    assert tokens() == alone([5, 6, 7], SamplingParams(max_tokens=24, ignore_eos=True))
+    assert tokens(temperature=1.0) == alone([5, 6, 7], SamplingParams(max_tokens=24, ignore_eos=True, seed=11, temperature=1.0,
+                                                                      top_k=3))
+
+
+@pytest.mark.parametrize("content, expected", [
+    ('{"temperature": 0.6, "top_p": 0.9, "top_k": -1, "do_sample": false, "eos_token_id": 0}',
+     {"temperature": 0.6, "top_p": 0.9, "top_k": 0}),
+    ('{"temperature": true, "top_p": null}', {}), ('{"temperature": -1}', ValueError), ("{", ValueError), ("[]", ValueError)])
+def test_of_generation_config_only_usable_numbers_are_defaults(tmp_path, content, expected):
+    from runtime_ref.serve import sampling_defaults
+
+    (tmp_path / "generation_config.json").write_text(content)
+    if expected is ValueError:
+        with pytest.raises(ValueError, match="generation_config.json"):
+            sampling_defaults(tmp_path)
+    else:
+        assert sampling_defaults(tmp_path) == expected
