@@ -31,6 +31,7 @@ from modeling.released import released_config
 from mxfp4 import dequantize, quantize
 from mxfp4.format import BLOCK_SIZE
 from runtime_ref import roofline
+from runtime_ref.kernels import gpu_steps
 from runtime_ref.kernels.attention import PAGE, attend
 from runtime_ref.kernels.decode import decode_kernel
 from runtime_ref.kernels.experts import Launch, Workspace, run_experts
@@ -55,8 +56,8 @@ def read_kernel(data, out, blocks, BLOCK: tl.constexpr):
     tl.store(out + tl.program_id(0), tl.sum(total, 0).to(tl.float32))
 
 
-def run(path: Path) -> int:
-    """Runs the suite and writes `path`; 1 if a check is red.
+def run(path: Path, checkpoint: Path | None = None) -> int:
+    """Runs the suite and writes `path`; 1 if a check is red. `checkpoint`: an exported folder for the engine end to end.
 
     Raises:
         ValueError: no GPU that runs the kernels.
@@ -74,6 +75,7 @@ def run(path: Path) -> int:
         print(f"{'ok ' if check['passed'] else 'RED'} {check['name']}: {check['detail']}")
     if not red:
         report |= measure(end, report["skipped"])
+        report |= measure_whole(end, report["skipped"], checkpoint)
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     aside.replace(path)
@@ -104,7 +106,8 @@ def check_kernels() -> list[dict]:
     odd = _random_weights(4, 160, 96)
     small = repack_experts(*odd, up_tile=Tile(64, 128), down_tile=Tile(32, 64)).to("cuda")
     checks += _check_experts("160-96", small, Launch(programs=count), (1, 8, 64))
-    return checks + [check_attention(window, "cuda") for window in (None, 128)]
+    checks += [check_attention(window, "cuda") for window in (None, 128)]
+    return checks + gpu_steps.check_steps("cuda", count)
 
 
 def measure(end: float, skipped: list[str]) -> dict:
@@ -145,6 +148,24 @@ def measure(end: float, skipped: list[str]) -> dict:
         skipped.append("torch on decoded bf16 weights")
     report["peers"] = {name: "installed, no adapter" if importlib.util.find_spec(name) else "not installed"
                        for name in ("humming", "triton_kernels")}
+    return report
+
+
+def measure_whole(end: float, skipped: list[str], checkpoint: Path | None) -> dict:
+    """G2, G3 and G5; each only if there is time, and for G5 a checkpoint."""
+    report = {}
+    torch.cuda.empty_cache()
+    if time.monotonic() < end - 100:
+        config = gpu_steps.rank_config(released_config("MiMo-V2.5-Pro"), RANKS)
+        report["step"] = gpu_steps.measure_steps(config, _time_graph)
+    else:
+        skipped.append("a rank's step at full geometry")
+    if checkpoint is None:
+        skipped.append("the engine end to end: no --checkpoint")
+    elif time.monotonic() < end - 30:
+        report["engine"] = gpu_steps.measure_engine(checkpoint)
+    else:
+        skipped.append("the engine end to end")
     return report
 
 

@@ -32,7 +32,7 @@ AMD = ("gfx942", "gfx950")
 WARPS = 4
 # What the walk of a whole step may keep on the stack of a thread: the compiler fits each op into its registers, but not all
 # ops side by side in one function.
-STEP_STACK = 256
+STEP_STACK = 320
 
 
 @dataclass(frozen=True)

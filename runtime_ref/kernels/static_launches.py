@@ -17,7 +17,9 @@ ROW_POINTERS = {"w": "bf16", "scales": "fp32", "gamma": "fp32", "head_gamma": "f
                 "scores": "fp32", "rounded": "bf16", "table": "i32", "arena": "u8", "embed": "bf16", "spare": "bf16",
                 "head": "bf16", "final_norm": "fp32", "ids": "i32", "head_rows": "i32", "heads": "bf16", "y": "bf16",
                 "route_arrived": "i32", "taps": "bf16", "features": "fp32", "context_positions": "i32", "context_slots": "i32",
-                "logits": "fp32", "barrier": "i32", "attend_arrived": "i32", "expert_inner": "bf16", "expert_partial": "fp32"}
+                "logits": "fp32",
+                "drafts": "i32", "best": "fp32", "place": "i32", "tokens": "i32", "accepted": "i32", "rows_left": "i32",
+                "barrier": "i32", "attend_arrived": "i32", "expert_inner": "bf16", "expert_partial": "fp32"}
 for _kind in ("full", "window"):
     ROW_POINTERS |= {f"{_kind}_{name}": dtype for name, dtype in (
         ("cos", "fp32"), ("sin", "fp32"), ("keys", "bf16"), ("values", "bf16"), ("slots", "i32"), ("tables", "i32"),
@@ -32,7 +34,7 @@ HEADS = {"queries": 16, "keys": 1, "d": 192, "v": 128, "rotated": 64}
 
 def small_kernels() -> dict[str, tuple]:
     """Name -> (kernel, constants, types that differ)."""
-    from runtime_ref.kernels import routing, rows
+    from runtime_ref.kernels import routing, rows, sampling
 
     project = TILE | {"QUERIES": HEADS["queries"], "KEYS": HEADS["keys"], "D": HEADS["d"], "V": HEADS["v"],
                       "HALF": HEADS["rotated"] // 2, "NORM": True, "HEAD_NORM": False}
@@ -45,6 +47,7 @@ def small_kernels() -> dict[str, tuple]:
         "swiglu_kernel, norm, FP8": (rows.swiglu_kernel, TILE | {"NORM": True}, {"w": "u8"}),
         "route_kernel, norm, 384 experts": (routing.route_kernel, TILE | ROUTER | {"BN": 16, "BK": 32, "NORM": True},
                                             {"w": "fp32"}),
+        "judge_kernel": (sampling.judge_kernel, {"CHUNKS": 38, "WIDE": 64, "BLOCK": 4096}, {}),
         "norm_kernel": (rows.norm_kernel, {"BK": 128, "FLOAT_DOT": False}, {"out": "fp32"}),
         "add_kernel, 8 ranks": (rows.add_kernel, {"RANKS": 8, "BLOCK": 1024, "FLOAT_DOT": False}, {})}
 

@@ -50,3 +50,33 @@ def test_no_speed_is_measured_after_a_red_check(monkeypatch, tmp_path, capsys):
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["checks"][0]["detail"] == "2 differ" and "bandwidth" not in report
     assert "no speed was measured" in capsys.readouterr().out
+
+
+def test_its_check_of_whole_steps_is_green_in_the_interpreter_and_red_when_a_walk_differs(monkeypatch):
+    from runtime_ref.kernels import gpu_steps
+
+    monkeypatch.setitem(gpu_steps.TOY, "vocab_size", 100)
+    checks = gpu_steps.check_steps("cpu", 1)
+    assert [check["passed"] for check in checks] == [True, True], checks
+    monkeypatch.setattr(gpu_steps.PersistentStep, "failed", lambda self: True)
+    monkeypatch.setitem(gpu_steps.TOY, "num_hidden_layers", 1)
+    monkeypatch.setitem(gpu_steps.TOY, "hybrid_layer_pattern", [0])
+    monkeypatch.setitem(gpu_steps.TOY, "moe_layer_freq", [1])
+    assert [check["passed"] for check in gpu_steps.check_steps("cpu", 1)] == [True, False]
+
+
+def test_a_rank_of_eight_is_a_model_with_an_eighth_of_every_shared_size():
+    from modeling.released import released_config
+    from runtime_ref.kernel_weights import layer_heads, layer_shapes
+    from runtime_ref.kernels.gpu_steps import projected, rank_config
+    from runtime_ref.parallel import ALONE
+
+    config = rank_config(released_config("MiMo-V2.5-Pro"), 8)
+    heads = layer_heads(config, 0, ALONE)
+    assert (heads.queries, heads.keys, heads.d, heads.v) == (16, 1, 192, 128) and config.moe_intermediate_size == 256
+    shapes = layer_shapes(config, 1, ALONE, frozenset({"qkv"}))
+    pages = sum(torch.Size(shapes[name][0]).numel() for name in ("up_pages", "down_pages"))
+    assert pages == 384 * 3 * 6144 * 256 * 17 // 32
+    assert projected(4.4e-3, 140)["tokens_per_second"]["5 us"] == pytest.approx(6.30 / (4.4e-3 + 140 * 5e-6))
+    with pytest.raises(ValueError, match="expected a multiple of 7 ranks"):
+        rank_config(released_config("MiMo-V2.5-Pro"), 7)

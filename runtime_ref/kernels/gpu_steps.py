@@ -1,0 +1,159 @@
+"""Whole steps for `bench.py --suite gpu`: checks first, then a rank's step at full geometry, and an engine end to end.
+
+One of eight ranks is a model of its own with an eighth of the heads, of every expert and of the vocabulary (`rank_config`), so
+its step is timed on one GPU without the other seven; what is missing is the communication, which is added as a stated
+assumption (`projected`). Weights are random: 66 GB of experts at 1.02 trillion parameters.
+
+Every function also runs in Triton's interpreter at toy size (`device` "cpu"), where times mean nothing and are not taken.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import triton
+import triton.language as tl
+
+from modeling.configuration_mimo_v2 import MiMoV2Config
+from runtime_ref.kernel_weights import random_weights
+from runtime_ref.kernels.sync import grid_barrier
+from runtime_ref.kv_cache import PAGE, KvCache
+from runtime_ref.model import Span
+from runtime_ref.parallel import ALONE
+from runtime_ref.persistent import PersistentStep
+from runtime_ref.tasks import target_tasks
+from runtime_ref.triton_backend import TritonBackend
+
+BARRIERS = 200
+ALL_REDUCE_SECONDS = (3e-6, 5e-6, 8e-6, 12e-6)
+ACCEPTANCE = 6.30
+TOY = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 3, "hybrid_layer_pattern": [0, 1, 0],
+       "moe_layer_freq": [0, 1, 1], "num_attention_heads": 2, "num_key_value_heads": 1, "swa_num_attention_heads": 2,
+       "swa_num_key_value_heads": 1, "head_dim": 48, "v_head_dim": 32, "swa_head_dim": 48, "swa_v_head_dim": 32,
+       "sliding_window": 16, "intermediate_size": 128, "moe_intermediate_size": 64, "n_routed_experts": 8,
+       "num_experts_per_tok": 2, "partial_rotary_factor": 0.334, "add_swa_attention_sink_bias": True,
+       "attention_value_scale": 0.7, "rope_theta": 10000, "swa_rope_theta": 1000}
+
+
+@triton.jit
+def barrier_kernel(counter, failed, COUNT: tl.constexpr, POLLS: tl.constexpr):
+    """COUNT grid barriers and nothing else."""
+    for i in range(0, COUNT):
+        grid_barrier(counter, i + 1, failed, POLLS)
+
+
+def rank_config(config: dict, ranks: int) -> MiMoV2Config:
+    """The model that one of `ranks` tensor-parallel ranks computes.
+
+    Raises:
+        ValueError: a size that the ranks cannot share.
+    """
+    shared = ("num_attention_heads", "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads",
+              "intermediate_size", "moe_intermediate_size", "vocab_size")
+    odd = [name for name in shared if config[name] % ranks]
+    if odd:
+        raise ValueError(f"{odd[0]}: {config[odd[0]]}, expected a multiple of {ranks} ranks")
+    drop = ("quantization_config", "model_type", "dtype", "torch_dtype")
+    own = {name: value for name, value in config.items() if name not in drop}
+    return MiMoV2Config.from_dict(own | {name: config[name] // ranks for name in shared})
+
+
+class Prepared:
+    """A backend with random weights, and steps over a sequence whose cache is taken as it is (zeros) up to `position`."""
+
+    def __init__(self, config: MiMoV2Config, device: str, position: int):
+        self.config, self.tasks = config, target_tasks(config, [config.num_hidden_layers - 1])
+        pages = position // PAGE + 2
+        self.backend = TritonBackend(random_weights(config, ALONE, device=device), pages={"full": pages, "window": pages},
+                                     positions=position + 2 * PAGE)
+        self.position, self.device = position, device
+        self.tables = KvCache(self.backend.pools, prefix=False).tables()
+        KvCache(self.backend.pools, prefix=False).extend(self.tables, list(self.tables), position + 8)
+
+    def step(self, rows: int, offset: int = 0):
+        """A step of so many tokens, `offset` after the position."""
+        ids = torch.arange(offset, offset + rows).mul(37).remainder(self.config.vocab_size).tolist()
+        return self.backend.plan([Span(self.tables, self.position + offset, ids)])
+
+
+def check_steps(device: str, programs: int) -> list[dict]:
+    """A walk against the launches one by one, and eight rows against one row at a time, on a toy with every feature."""
+    ready = Prepared(MiMoV2Config(**TOY), device, 70)
+    step, walk = ready.step(8), PersistentStep(ready.backend, ready.tasks, programs)
+    launched = ready.backend.run(ready.tasks, step)["logits"].cpu()
+    alone = [0, 3, 7]  # their predecessors' keys are in the cache by now
+    rows = torch.cat([ready.backend.run(ready.tasks, ready.step(1, i))["logits"].cpu() for i in alone])
+    walked = [walk.run(step)["logits"].cpu() for _ in range(2)]
+    same = torch.equal(launched[alone], rows)
+    error = max(float((w - launched).norm() / launched.norm()) for w in walked)
+    fine = bool(launched.isfinite().all())
+    return [{"name": "step, 8 rows and 1 row", "passed": same and fine, "detail": f"bits {'equal' if same else 'DIFFER'}"},
+            {"name": "persistent step", "passed": torch.equal(walked[0], walked[1]) and error < 1e-5 and not walk.failed(),
+             "detail": f"relative difference from the launches {error:.1e}, two walks "
+                       f"{'equal' if torch.equal(*walked) else 'DIFFER'}"
+                       f"{', a wait was given up' if walk.failed() else ''}"}]
+
+
+def count_launches(ready: Prepared, rows: int = 8) -> int:
+    """Kernel launches of one step, op by op."""
+    from torch.profiler import ProfilerActivity, profile
+
+    step = ready.step(rows)
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        ready.backend.run(ready.tasks, step)
+        torch.cuda.synchronize()
+    return sum(event.count for event in trace.key_averages() if "kernel" in event.key)
+
+
+def measure_steps(config: MiMoV2Config, time_graph, *, position: int = 8192, reductions: int = 140) -> dict:
+    """G2 and G3 on this GPU.
+
+    Args:
+        config: of one rank (`rank_config`). time_graph: seconds of a list of calls (`gpu_suite`).
+        reductions: all-reduces of a step, for the projection.
+    """
+    programs = torch.cuda.get_device_properties(0).multi_processor_count
+    ready = Prepared(config, "cuda", position)
+    step = ready.step(8)
+    walk = PersistentStep(ready.backend, ready.tasks, programs)
+    report = {"weights_bytes": ready.backend.kernel_weights.arena.used, "position": position,
+              "launches_op_by_op": count_launches(ready), "launches_walk": 1,
+              "barriers_of_a_walk": len(walk.tasks), "op_by_op": time_graph([lambda: ready.backend.run(ready.tasks, step)])}
+    report["walk"] = time_graph([lambda: walk.run(step)]) | {"failed": walk.failed()}
+    counter, failed = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))
+
+    def barriers():
+        counter.zero_()
+        barrier_kernel[(programs,)](counter, failed, COUNT=BARRIERS, POLLS=1 << 22, num_warps=8, launch_cooperative_grid=True)
+
+    report["barrier_seconds"] = time_graph([barriers])["seconds"] / BARRIERS
+    best = min(report["op_by_op"]["seconds"], report["walk"]["seconds"])
+    report["projected"] = projected(best, reductions)
+    return report
+
+
+def projected(seconds: float, reductions: int) -> dict:
+    """Tokens per second of eight ranks from one rank's step: not measured, the all-reduce time is an assumption."""
+    return {"note": "projected: no draft step, no communication but the stated all-reduces", "acceptance": ACCEPTANCE,
+            "tokens_per_second": {f"{1e6 * t:.0f} us": ACCEPTANCE / (seconds + reductions * t) for t in ALL_REDUCE_SECONDS}}
+
+
+def measure_engine(folder, tokens: int = 128) -> dict:
+    """G5: an exported folder through the engine: greedy with the drafter equals greedy without; acceptance; speed."""
+    from runtime_ref.engine import Engine
+    from runtime_ref.sampler import SamplingParams
+
+    engine = Engine.from_folder(folder, backend="triton")
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, engine.backend.config.vocab_size, (n,), generator=generator).tolist() for n in (5, 40)]
+    answers, seconds = {}, {}
+    for speculate in (False, True):
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, speculate=speculate)
+        engine.generate([prompts[0]], SamplingParams(max_tokens=4, speculate=speculate))
+        began = time.perf_counter()
+        answers[speculate] = [engine.generate([p], params)[0] for p in prompts]
+        seconds[speculate] = time.perf_counter() - began
+    return {"greedy_equal": answers[True] == answers[False], "acceptance_length": engine.stats()["acceptance_length"],
+            "tokens_per_second": {"plain": len(prompts) * tokens / seconds[False],
+                                  "drafting": len(prompts) * tokens / seconds[True]}}
