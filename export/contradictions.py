@@ -90,7 +90,7 @@ def companion_differences(folder: Path, trained: Path) -> Iterator[str]:
 
 
 def other_tensors(source: Source, weights: Weights, mask_row: int | None) -> Iterator[str]:
-    """Tensors that are no experts and are not as they were trained (in the wider of the two precisions, exactly).
+    """Tensors that are no experts and are not as they were trained (exactly, in the coarser of the two precisions).
 
     Left out: matrices rounded to FP8 here (exactly equal is not to be expected), and the embedding's `mask_row`.
     """
@@ -102,7 +102,8 @@ def other_tensors(source: Source, weights: Weights, mask_row: int | None) -> Ite
         if dtype == "F8_E4M3" and trained[whole][1] != "F8_E4M3" or name.endswith("_scale_inv"):
             continue
         ours = source.read(name)
-        wanted = weights.trained.read(name) if dtype == "F8_E4M3" else plain(weights, whole, _wider(dtype, trained[whole][1]))
+        held = DTYPES[dtype if trained[whole][1] == "F8_E4M3" else trained[whole][1]]
+        wanted = weights.trained.read(name) if dtype == "F8_E4M3" else plain(weights, whole, held)
         if whole != name and not hasattr(weights.config, "hybrid_layer_pattern"):
             continue  # no configuration of the training's own that says how its rows are joined
         if whole != name:
@@ -117,9 +118,3 @@ def other_tensors(source: Source, weights: Weights, mask_row: int | None) -> Ite
         if bool(differ.any()):
             yield (f"{name}: {int(differ.sum())} of {differ.numel()} values differ from training, the first at "
                    f"{differ.nonzero()[0].tolist()}")
-
-
-def _wider(a: str, b: str) -> torch.dtype:
-    """The dtype in which a trained tensor is compared: as it was trained, and at least as exact as what was written."""
-    held = DTYPES[b] if b != "F8_E4M3" else DTYPES[a]
-    return held if held.itemsize >= DTYPES[a].itemsize else DTYPES[a]
