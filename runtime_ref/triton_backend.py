@@ -180,6 +180,8 @@ class TritonBackend:
                 buffers.update(zip(task.writes, found or (), strict=True))
             if watch is not None:
                 watch(task, buffers)
+        if "logits" in buffers:
+            buffers["logits"] = buffers["logits"].cpu()  # sampling and acceptance are the engine's, on the host
         return buffers
 
     def _layer(self, index: int):

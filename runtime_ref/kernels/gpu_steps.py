@@ -16,6 +16,10 @@ import triton
 import triton.language as tl
 
 from modeling.configuration_mimo_v2 import MiMoV2Config
+from mxfp4.codec import scale_bump
+from mxfp4.fake_quant import fake_quantize_
+from mxfp4.fake_quant_triton import BLOCKS_PER_PROGRAM, fake_quantize_fused_, fake_quantize_kernel
+from mxfp4.format import ScaleRule
 from runtime_ref.kernel_weights import random_weights
 from runtime_ref.kernels.sync import grid_barrier
 from runtime_ref.kv_cache import PAGE, KvCache
@@ -93,6 +97,31 @@ def check_steps(device: str, programs: int) -> list[dict]:
              "detail": f"relative difference from the launches {error:.1e}, two walks "
                        f"{'equal' if torch.equal(*walked) else 'DIFFER'}"
                        f"{', a wait was given up' if walk.failed() else ''}"}]
+
+
+def check_fake_quantize(device: str) -> dict:
+    """The fused fake quantization against the reference, bit for bit, on magnitudes around every grid point."""
+    generator = torch.Generator().manual_seed(3)
+    w = (torch.randn(512, 256, generator=generator) * 2.0 ** torch.randint(-8, 8, (512, 256), generator=generator))
+    wrong = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        for rule in ("floor", "rceil", "even"):
+            own = w.to(device, dtype)
+            found = fake_quantize_fused_(torch.empty_like(own), own, scale_rule=rule).cpu()
+            expected = fake_quantize_(torch.empty_like(own), own, scale_rule=rule).cpu()
+            wrong += int((found.float().view(torch.int32) != expected.float().view(torch.int32)).sum())
+    return {"name": "fused fake quantization equals the reference", "passed": wrong == 0, "detail": f"{wrong} values differ"}
+
+
+def measure_fake_quantize(time_graph, copy: float) -> dict:
+    """G4: bfloat16 weights of one GiB, without the flag's synchronization; `copy`: bytes per second of a copy."""
+    w = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
+    out, unsafe, blocks = torch.empty_like(w), torch.zeros(1, dtype=torch.int32, device="cuda"), w.numel() // 32
+    grid = (triton.cdiv(blocks, BLOCKS_PER_PROGRAM),)
+    timed = time_graph([lambda: fake_quantize_kernel[grid](w, out, unsafe, blocks, 1, scale_bump(ScaleRule.EVEN), 27 << 23,
+                                                           227 << 23, SATURATES=False, BLOCKS=BLOCKS_PER_PROGRAM)])
+    rate = 2 * w.numel() * w.element_size() / timed["seconds"]
+    return {"bytes_per_second": rate, "share_of_copy": rate / copy, **timed}
 
 
 def count_launches(ready: Prepared, rows: int = 8) -> int:

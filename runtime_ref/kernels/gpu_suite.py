@@ -75,6 +75,7 @@ def run(path: Path, checkpoint: Path | None = None) -> int:
         print(f"{'ok ' if check['passed'] else 'RED'} {check['name']}: {check['detail']}")
     if not red:
         report |= measure(end, report["skipped"])
+        report["fake_quantize"] = gpu_steps.measure_fake_quantize(_time_graph, report["bandwidth"]["copy"])
         report |= measure_whole(end, report["skipped"], checkpoint)
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -107,6 +108,7 @@ def check_kernels() -> list[dict]:
     small = repack_experts(*odd, up_tile=Tile(64, 128), down_tile=Tile(32, 64)).to("cuda")
     checks += _check_experts("160-96", small, Launch(programs=count), (1, 8, 64))
     checks += [check_attention(window, "cuda") for window in (None, 128)]
+    checks.append(gpu_steps.check_fake_quantize("cuda"))
     return checks + gpu_steps.check_steps("cuda", count)
 
 

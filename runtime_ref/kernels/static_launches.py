@@ -19,6 +19,7 @@ ROW_POINTERS = {"w": "bf16", "scales": "fp32", "gamma": "fp32", "head_gamma": "f
                 "route_arrived": "i32", "taps": "bf16", "features": "fp32", "context_positions": "i32", "context_slots": "i32",
                 "logits": "fp32",
                 "drafts": "i32", "best": "fp32", "place": "i32", "tokens": "i32", "accepted": "i32", "rows_left": "i32",
+                "unsafe": "i32",
                 "barrier": "i32", "attend_arrived": "i32", "expert_inner": "bf16", "expert_partial": "fp32"}
 for _kind in ("full", "window"):
     ROW_POINTERS |= {f"{_kind}_{name}": dtype for name, dtype in (
@@ -34,6 +35,7 @@ HEADS = {"queries": 16, "keys": 1, "d": 192, "v": 128, "rotated": 64}
 
 def small_kernels() -> dict[str, tuple]:
     """Name -> (kernel, constants, types that differ)."""
+    from mxfp4 import fake_quant_triton
     from runtime_ref.kernels import routing, rows, sampling
 
     project = TILE | {"QUERIES": HEADS["queries"], "KEYS": HEADS["keys"], "D": HEADS["d"], "V": HEADS["v"],
@@ -48,6 +50,8 @@ def small_kernels() -> dict[str, tuple]:
         "route_kernel, norm, 384 experts": (routing.route_kernel, TILE | ROUTER | {"BN": 16, "BK": 32, "NORM": True},
                                             {"w": "fp32"}),
         "judge_kernel": (sampling.judge_kernel, {"CHUNKS": 38, "WIDE": 64, "BLOCK": 4096}, {}),
+        "fake_quantize_kernel, bf16, floor": (fake_quant_triton.fake_quantize_kernel, {"SATURATES": True, "BLOCKS": 64},
+                                              {"w": "bf16"}),
         "norm_kernel": (rows.norm_kernel, {"BK": 128, "FLOAT_DOT": False}, {"out": "fp32"}),
         "add_kernel, 8 ranks": (rows.add_kernel, {"RANKS": 8, "BLOCK": 1024, "FLOAT_DOT": False}, {})}
 

@@ -65,6 +65,15 @@ def test_its_check_of_whole_steps_is_green_in_the_interpreter_and_red_when_a_wal
     assert [check["passed"] for check in gpu_steps.check_steps("cpu", 1)] == [True, False]
 
 
+def test_its_check_of_fake_quantization_is_green_and_red_on_another_rule(monkeypatch):
+    from runtime_ref.kernels import gpu_steps
+
+    assert gpu_steps.check_fake_quantize("cpu")["passed"]
+    real = gpu_steps.fake_quantize_fused_
+    monkeypatch.setattr(gpu_steps, "fake_quantize_fused_", lambda out, w, scale_rule: real(out, w, scale_rule="even"))
+    assert not gpu_steps.check_fake_quantize("cpu")["passed"]
+
+
 def test_a_rank_of_eight_is_a_model_with_an_eighth_of_every_shared_size():
     from modeling.released import released_config
     from runtime_ref.kernel_weights import layer_heads, layer_shapes
