@@ -28,12 +28,12 @@ BLOCKS_PER_PROGRAM = 64
 
 
 @triton.jit
-def fake_quantize_kernel(w, out, unsafe, blocks, inner, bump, safe_min, safe_end, SATURATES: tl.constexpr,
+def fake_quantize_kernel(w, out, unsafe, blocks, stride, bump, safe_min, safe_end, SATURATES: tl.constexpr,
                          BLOCKS: tl.constexpr):
-    """BLOCKS blocks of w, out [., 32, inner] per program; `unsafe` int32 [1] becomes 1 if one of them needs the codec."""
+    """BLOCKS blocks of w, out [., 32, stride] per program; `unsafe` int32 [1] becomes 1 if one of them needs the codec."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    place = block // inner * (_BLOCK * inner) + block % inner
-    at = place[:, None] + (tl.arange(0, _BLOCK) * inner)[None, :]
+    place = block // stride * (_BLOCK * stride) + block % stride
+    at = place[:, None] + (tl.arange(0, _BLOCK) * stride)[None, :]
     mask = (block < blocks)[:, None] & (tl.arange(0, _BLOCK) >= 0)[None, :]
     bits = tl.load(w + at, mask=mask, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF

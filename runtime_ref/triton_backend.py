@@ -124,8 +124,9 @@ class TritonBackend:
         self.folder = folder
         self.pools = self._pools(pages)
         config, factor = self.config, self.config.partial_rotary_factor
-        self.rotary = {kind: RotaryTable(base, int(width * factor), positions, self.device).table for kind, base, width in (
-            ("full", config.rope_theta, config.head_dim), ("window", config.swa_rope_theta, config.swa_head_dim))}
+        bases = {"full": (config.rope_theta, config.head_dim), "window": (config.swa_rope_theta, config.swa_head_dim)}
+        self.rotary = {kind: RotaryTable(base, int(width * factor), positions + BLOCK, self.device).table
+                       for kind, (base, width) in bases.items()}
         self.epsilon = config.layernorm_epsilon
         self.ops: dict[str, Callable] = {name.removeprefix("op_"): getattr(self, name)
                                          for name in dir(type(self)) if name.startswith("op_")}
