@@ -3,6 +3,9 @@ three at the same time; a walk that does not wait is found."""
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
+
 import triton
 import triton.language as tl
 

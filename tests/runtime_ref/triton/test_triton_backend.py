@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
+
 from safetensors.torch import load_file, save_file
 from tolerance import ROW_KERNEL, TRITON_LOGITS
 
