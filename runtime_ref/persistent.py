@@ -109,7 +109,7 @@ class PersistentStep:
         if backend.ranks.count > 1:
             raise ValueError(f"{backend.ranks.count} ranks: the persistent step runs on one")
         self.backend, self.programs, self.polls = backend, programs, polls
-        self.tasks = fused(tasks)
+        self.listed, self.tasks = tasks, fused(tasks)
         self.taps = [task.layer for task in self.tasks if task.op == "tap"]
         weights, device = backend.kernel_weights, backend.device
         self.table = table_of(self.tasks, weights.layers, weights.arena, backend.pools).to(device)
@@ -156,9 +156,9 @@ class PersistentStep:
         counters = {"route_arrived": R // BLOCK, "barrier": 2, "failed": 1, "attend_arrived": R * most["queries"]}
         return found | {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in counters.items()}
 
-    def fits(self, step: KernelStep) -> bool:
-        """Whether a step is short enough for the walk."""
-        return step.real <= MAX_TOKENS
+    def serves(self, tasks: list[Task], step: KernelStep) -> bool:
+        """Whether the walk is that of this list, and the step short enough for it."""
+        return tasks is self.listed and step.real <= MAX_TOKENS
 
     @torch.inference_mode()
     def run(self, step: KernelStep) -> dict[str, torch.Tensor]:

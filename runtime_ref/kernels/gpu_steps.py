@@ -169,7 +169,7 @@ def projected(seconds: float, reductions: int) -> dict:
 
 
 def measure_engine(folder, tokens: int = 128) -> dict:
-    """G5: an exported folder through the engine: greedy with the drafter equals greedy without; acceptance; speed."""
+    """G5: an exported folder through the engine: greedy with the drafter and walked equals greedy; speed."""
     from runtime_ref.engine import Engine
     from runtime_ref.sampler import SamplingParams
 
@@ -177,12 +177,26 @@ def measure_engine(folder, tokens: int = 128) -> dict:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, engine.backend.config.vocab_size, (n,), generator=generator).tolist() for n in (5, 40)]
     answers, seconds = {}, {}
-    for speculate in (False, True):
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True, speculate=speculate)
-        engine.generate([prompts[0]], SamplingParams(max_tokens=4, speculate=speculate))
-        began = time.perf_counter()
-        answers[speculate] = [engine.generate([p], params)[0] for p in prompts]
-        seconds[speculate] = time.perf_counter() - began
-    return {"greedy_equal": answers[True] == answers[False], "acceptance_length": engine.stats()["acceptance_length"],
-            "tokens_per_second": {"plain": len(prompts) * tokens / seconds[False],
-                                  "drafting": len(prompts) * tokens / seconds[True]}}
+    for walked in (False, True):
+        if walked:
+            programs = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1
+            walking(engine, programs)
+        for speculate in (False, True):
+            name = f"{'drafting' if speculate else 'plain'}, {'walked' if walked else 'op by op'}"
+            params = SamplingParams(max_tokens=tokens, ignore_eos=True, speculate=speculate)
+            engine.generate([prompts[0]], SamplingParams(max_tokens=4, speculate=speculate))
+            began = time.perf_counter()
+            answers[name] = [engine.generate([p], params)[0] for p in prompts]
+            seconds[name] = time.perf_counter() - began
+    return {"greedy_equal": {name: found == answers["plain, op by op"] for name, found in answers.items()},
+            "acceptance_length": engine.stats()["acceptance_length"],
+            "tokens_per_second": {name: len(prompts) * tokens / s for name, s in seconds.items()}}
+
+
+def walking(engine, programs: int) -> None:
+    """Makes an engine of the Triton backend walk its steps and its drafter's rounds."""
+    from runtime_ref.persistent_draft import PersistentDraft
+
+    engine.backend.walk = PersistentStep(engine.backend, engine.tasks, programs)
+    if engine.drafter is not None:
+        engine.drafter = PersistentDraft(engine.drafter, programs)

@@ -11,10 +11,12 @@ import triton.language as tl
 
 from runtime_ref.drafter import Wanted
 from runtime_ref.kernels import step as walk
+from runtime_ref.kernels.gpu_steps import walking
 from runtime_ref.kv_cache import KvCache
 from runtime_ref.model import Span
 from runtime_ref.persistent import PersistentStep, table_of
 from runtime_ref.persistent_draft import PersistentDraft
+from runtime_ref.sampler import SamplingParams
 from runtime_ref.tasks import Task, target_tasks
 from tests.runtime_ref.kernels.at_once import programs_at_once, shared
 
@@ -119,6 +121,17 @@ def test_a_walk_of_the_drafter_makes_the_bits_of_its_launches(small_engine):
             cache.release(own)
     assert found[0].shape == (13, 130) and not found[0].isnan().any()
     assert torch.equal(*found) and not walked.failed() and not walked.scratch["barrier"].any()
+
+
+def test_an_engine_that_walks_gives_the_tokens_of_one_that_launches(small_engine, small_prompts):
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    engine = small_engine(prefix_cache=False)
+    expected = engine.generate(small_prompts[:2], params)
+    walking(engine, 1)
+    launched = engine.stats()["steps"]
+    assert engine.generate(small_prompts[:2], params) == expected
+    assert engine.stats()["steps"] == 2 * launched and engine.stats()["rounds"] > 0
+    assert not engine.backend.walk.scratch["barrier"].any() and not engine.drafter.failed()
 
 
 def test_the_table_names_every_weight_in_the_arena(prepared):
