@@ -31,7 +31,17 @@ from runtime_ref.parallel import ALONE, Ranks
 from runtime_ref.sampler import SamplingParams, logprob_of
 from runtime_ref.scheduler import Scheduler, Work
 from runtime_ref.sequence import Finish, Output, Sequence
-from runtime_ref.speculative import ASSUMED, NEWEST_OF_ENGINE, DraftLength, Proposal, Proposer, accept, propose, weigh_in
+from runtime_ref.speculative import (
+    ASSUMED,
+    EXPLORE,
+    NEWEST_OF_ENGINE,
+    DraftLength,
+    Proposal,
+    Proposer,
+    accept,
+    propose,
+    weigh_in,
+)
 from runtime_ref.streaming import TextStream
 from runtime_ref.tasks import TorchBackend, check_tasks, target_tasks
 from runtime_ref.weights import DECODED_BYTES, TargetWeights, drafter_folder, load_target, verify_checksums
@@ -84,7 +94,7 @@ class Engine:
                                       "finished", "aborted"), 0)
         self._taps_ascend = drafter is not None and list(drafter.taps) == sorted(set(drafter.taps))
         self._costs: dict[int, float] | None = None
-        self._rates = [ASSUMED] * max(DRAFT_COSTS)
+        self._rates, self._unpromising = [ASSUMED] * max(DRAFT_COSTS), 0
         self._per_position = [0] * (drafter.block - 1 if drafter is not None else 0)
 
     @classmethod
@@ -150,7 +160,7 @@ class Engine:
         length = None
         if drafting and params.adaptive:
             length = self._draft_length(params)
-            drafting = not length.hopeless
+            drafting = not length.hopeless and self._explores(length, params)
         sequence = Sequence(next(self._ids), list(prompt), params, len(self._sequences), self.cache.tables(), drafting, length)
         sequence.arrival = sequence.id
         self._sequences[sequence.id] = sequence
@@ -172,6 +182,13 @@ class Engine:
                 self._costs = self.options.draft_costs or self._measure_costs()
             costs, rates = self._costs or DRAFT_COSTS, list(self._rates)
         return DraftLength({n: cost for n, cost in costs.items() if n < self.drafter.block}, rates)
+
+    def _explores(self, length: DraftLength, params: SamplingParams) -> bool:
+        """Whether a new sequence may draft at all: its features cost something even while it decodes plainly."""
+        if length.best or params.rule == "rejection" and params.temperature > 0:
+            return True
+        self._unpromising += 1
+        return self._unpromising % EXPLORE == 1
 
     def _measure_costs(self) -> dict[int, float] | None:
         """Seconds of rounds over those of a plain step, for one sequence; None if there is no room to measure now."""

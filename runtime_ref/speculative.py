@@ -31,6 +31,8 @@ from runtime_ref.sampler import SamplingParams, distribution, draw, penalize, sa
 RETRY_AFTER, RETRIES = 32, 3
 # Weight of the newest round in a sequence's means and in the engine's; what is assumed before anything was measured.
 NEWEST, NEWEST_OF_ENGINE, ASSUMED = 0.15, 0.02, 0.7
+# Where the engine's sequences show that drafts do not pay, one in so many new ones finds out whether that still holds.
+EXPLORE = 16
 # Tokens per cost that a round must be able to reach, all drafts accepted, to be tried at all.
 WORTH_TRYING = 1.1
 

@@ -193,6 +193,9 @@ def test_costs_of_rounds_decide_whether_an_adaptive_request_drafts(make_engine):
         engine = make_engine(draft_costs=costs)
         engine.generate([[5, 6, 7]], adaptive)
         assert engine.stats()["rounds"] == rounds  # never, or after 32 and 64 plain tokens
+        for _ in range(4):
+            engine.generate([[5, 6, 7]], adaptive)
+        assert engine.stats()["rounds"] == rounds  # the next ones take the first one's word for it
     engine = make_engine()
     engine.generate([[5, 6, 7]], adaptive)
     assert engine._costs[0] == 1.0 and all(cost > 1 for n, cost in engine._costs.items() if n)
