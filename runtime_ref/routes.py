@@ -37,7 +37,7 @@ def _documented(found: dict, *, body: type[BaseModel] | None = None, stream: boo
     """Arguments of a route: what it takes and what it answers."""
     answer = _content(kind, found)
     if stream:
-        answer["content"]["text/event-stream"] = {"schema": TEXT}
+        answer["content"]["text/event-stream"] = {"schema": _object(data=TEXT)}  # of one event
     responses = {200: answer, "4XX": _content("application/json", ERROR), 503: _content("application/json", ERROR)}
     extra = {}
     if body is not None:
