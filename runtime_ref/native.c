@@ -32,7 +32,7 @@ typedef struct { const uint8_t *codes, *scales; int64_t code_stride, scale_strid
 typedef struct { Packed gate, up, down; } Expert;
 typedef struct {
     Mat qkv, kv, *o, gate_up, *down, router, *convolutions; /* down and up of attention's and of the MLP's; or NULL */
-    const float *input_norm, *post_norm, *q_norm, *k_norm, *sink, *cos, *sin, *correction, *qkv_bias;
+    const float *input_norm, *post_norm, *q_norm, *k_norm, *sink, *cos, *sin, *correction;
     float *keys, *values;
     const Expert *experts;
     int64_t slots, kind, Q, K, D, V, Dp, Vp, rotated, parts, mlp_parts, inner, count, top, softmax, normalize, groups, group_top;
@@ -179,7 +179,6 @@ static void project(Step *s, const Layer *l, int with_queries) {
     product(m, s->y, s->H, s->qkv + (with_queries ? 0 : first), N, s->R);
     for (int64_t r = 0; r < s->R; r++) {
         float *row = s->qkv + r * N;
-        if (l->qkv_bias) for (int64_t i = with_queries ? 0 : first; i < N; i++) row[i] += l->qkv_bias[i];
         const float *cos = l->cos + (int64_t)s->positions[r] * l->D, *sin = l->sin + (int64_t)s->positions[r] * l->D;
         for (int64_t h = with_queries ? 0 : l->Q; h < l->Q + l->K; h++) {
             float *head = row + h * l->Dp;

@@ -47,7 +47,7 @@ class Layer(ctypes.Structure):
     _fields_ = [("qkv", Matrix), ("kv", Matrix), ("o", ctypes.POINTER(Matrix)), ("gate_up", Matrix),
                 ("down", ctypes.POINTER(Matrix)), ("router", Matrix), ("convolutions", ctypes.POINTER(Matrix)),
                 *((name, _pointer) for name in ("input_norm", "post_norm", "q_norm", "k_norm", "sink", "cos", "sin",
-                                                "correction", "qkv_bias", "keys", "values")),
+                                                "correction", "keys", "values")),
                 ("experts", ctypes.POINTER(Expert)),
                 *((name, _integer) for name in ("slots", "kind", "Q", "K", "D", "V", "Dp", "Vp", "rotated", "parts",
                                                 "mlp_parts", "inner", "count", "top", "softmax", "normalize", "groups",
