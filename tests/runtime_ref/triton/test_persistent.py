@@ -25,7 +25,7 @@ PROGRAMS = 3
 
 
 class Prepared:
-    """A backend whose cache holds 60 tokens of one sequence and 20 of another, and a step of both."""
+    """A backend whose cache holds (random) keys of 60 tokens of one sequence and 20 of another, and a step of both."""
 
     def __init__(self, backend):
         self.backend, self.tasks = backend, target_tasks(backend.config, [0, 2])
@@ -34,8 +34,9 @@ class Prepared:
         self.tables = [cache.tables() for _ in range(2)]
         for tables in self.tables:
             cache.extend(tables, list(tables), 80)
-        backend.run(self.tasks, backend.plan([Span(self.tables[0], 0, ids[:60], "none"),
-                                              Span(self.tables[1], 0, ids[60:80], "none")]))
+        for pool in backend.pools.values():
+            pool.all_keys.normal_()
+            pool.all_values.normal_()
         self.step = backend.plan([Span(self.tables[0], 60, ids[30:37]), Span(self.tables[1], 20, ids[:2], "last")])
         self.expected = backend.run(self.tasks, self.step)
 
