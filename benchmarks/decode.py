@@ -6,8 +6,8 @@
 For each domain of the prompts: transformers' `generate` on the same folder in the same dtype, and the runtime's plain,
 drafting and adaptive decoding, on task prompts at temperature 0; then plain and adaptive decoding of open text at
 temperature 1. Every prompt is decoded in every way before the next one, and everything is repeated, so that whatever else the
-machine does hits all alike; a figure is the median over repeats of CPU seconds per token (wall seconds are in the JSON too),
-prompts included, without the prefix cache. With one backend, drafting, adaptive and plain decoding must give the same tokens,
+machine does hits all alike; a figure is the median over repeats of CPU seconds per answered token (wall seconds are in the JSON
+too), prompts included, without the prefix cache. Answers to tasks end where the model ends them; open text runs on. With one backend, drafting, adaptive and plain decoding must give the same tokens,
 or nothing is printed and the exit code is 1.
 """
 
@@ -66,7 +66,7 @@ class Ways:
             def decode(ids, seed):
                 before = engine.stats()
                 temperature = 0.0 if kind == "task" else 1.0
-                params = SamplingParams(max_tokens=self.tokens, ignore_eos=True, temperature=temperature, seed=seed, **changes)
+                params = SamplingParams(max_tokens=self.tokens, ignore_eos=kind == "open", temperature=temperature, seed=seed, **changes)
                 found = engine.generate([ids], params)[0]
                 after = engine.stats()
                 self.rounds = after["rounds"] - before["rounds"], after["accepted"] - before["accepted"]
@@ -90,7 +90,7 @@ class Ways:
         with torch.inference_mode():
             inputs = torch.tensor([ids])
             out = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=False, use_cache=True,
-                                      max_new_tokens=self.tokens, min_new_tokens=self.tokens, pad_token_id=0)
+                                      max_new_tokens=self.tokens, pad_token_id=0)
         return out[0, len(ids):].tolist()
 
 
@@ -99,6 +99,7 @@ def measure(ways: dict, owner: Ways, prompts: list[list[int]], repeats: int) -> 
     found = {name: {"cpu": [], "wall": [], "rounds": 0, "accepted": 0} for name in ways}
     agree = True
     for repeat in range(repeats + 1):  # the first warms up
+        answered = dict.fromkeys(found, 0)
         for name in found:
             found[name]["cpu"].append(0.0)
             found[name]["wall"].append(0.0)
@@ -108,13 +109,17 @@ def measure(ways: dict, owner: Ways, prompts: list[list[int]], repeats: int) -> 
                 owner.rounds = 0, 0
                 wall, cpu = time.perf_counter(), time.process_time()
                 answers[name] = decode(ids, seed)
-                found[name]["cpu"][-1] += (time.process_time() - cpu) / (len(prompts) * owner.tokens)
-                found[name]["wall"][-1] += (time.perf_counter() - wall) / (len(prompts) * owner.tokens)
+                found[name]["cpu"][-1] += time.process_time() - cpu
+                found[name]["wall"][-1] += time.perf_counter() - wall
+                answered[name] += len(answers[name])
                 if repeat == repeats:
                     found[name]["rounds"] += owner.rounds[0]
                     found[name]["accepted"] += owner.rounds[1]
             for name, answer in answers.items():
                 agree = agree and answer == answers.get(f"{name.split()[0]} plain", answer)
+        for name, numbers in found.items():
+            numbers["cpu"][-1] /= answered[name]
+            numbers["wall"][-1] /= answered[name]
     for numbers in found.values():
         numbers["cpu"], numbers["wall"] = numbers["cpu"][1:], numbers["wall"][1:]
         numbers["milliseconds per token"] = 1e3 * statistics.median(numbers["cpu"])

@@ -58,7 +58,7 @@ def test_the_weights_named_on_the_command_line_are_planned(tmp_path):
     shutil.move(tmp_path / "base", tmp_path / "elsewhere")
     done = subprocess.run([sys.executable, str(ROOT / "export/to_hf.py"), str(recipe), "--plan", "--from",
                            str(tmp_path / "elsewhere")], capture_output=True, text=True)
-    assert done.returncode == 0 and "elsewhere, layout native" in " ".join(done.stdout.split())
+    assert done.returncode == 0 and "elsewhere,layoutnative" in "".join(done.stdout.split())  # wrapped
     with pytest.raises(ValueError, match="no such checkpoint folder"):
         make_plan(load_recipe(recipe), tmp_path / "nowhere")
 

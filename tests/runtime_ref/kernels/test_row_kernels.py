@@ -162,7 +162,8 @@ class Rules:
     """What `model.route` reads of a configuration and a layer."""
 
     def __init__(self, router):
-        self.router, self.correction = router.w.T[None].contiguous(), router.correction
+        self.router, self.correction, self.bias = router.w.T[None].contiguous(), router.correction, None
+        self.scores = "sigmoid"
         self.n_group, self.topk_group, self.n_routed_experts = router.groups, router.top_groups, router.w.shape[0]
         self.num_experts_per_tok, self.norm_topk_prob = router.choices, router.normed
         self.routed_scaling_factor = router.factor

