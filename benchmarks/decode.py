@@ -7,8 +7,8 @@ For each domain of the prompts: transformers' `generate` on the same folder in t
 drafting and adaptive decoding, on task prompts at temperature 0; then plain and adaptive decoding of open text at
 temperature 1. Every prompt is decoded in every way before the next one, and everything is repeated, so that whatever else the
 machine does hits all alike; a figure is the median over repeats of CPU seconds per answered token (wall seconds are in the JSON
-too), prompts included, without the prefix cache. Answers to tasks end where the model ends them; open text runs on. With one backend, drafting, adaptive and plain decoding must give the same tokens,
-or nothing is printed and the exit code is 1.
+too), prompts included, without the prefix cache. Answers to tasks end where the model ends them; open text runs on. With one
+backend, drafting, adaptive and plain decoding must give the same tokens, or nothing is printed and the exit code is 1.
 """
 
 import argparse
@@ -66,7 +66,8 @@ class Ways:
             def decode(ids, seed):
                 before = engine.stats()
                 temperature = 0.0 if kind == "task" else 1.0
-                params = SamplingParams(max_tokens=self.tokens, ignore_eos=kind == "open", temperature=temperature, seed=seed, **changes)
+                params = SamplingParams(max_tokens=self.tokens, ignore_eos=kind == "open", temperature=temperature, seed=seed,
+                                        **changes)
                 found = engine.generate([ids], params)[0]
                 after = engine.stats()
                 self.rounds = after["rounds"] - before["rounds"], after["accepted"] - before["accepted"]

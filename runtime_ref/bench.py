@@ -10,6 +10,7 @@ a check failed, 2 for a mistake in the arguments or a machine that cannot run wh
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -48,13 +49,20 @@ def _roofline(args: argparse.Namespace) -> int:
     return 0
 
 
+def _need_triton(option: str) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"{option}: triton is not installed (pip install -e '.[gpu]'); --roofline needs nothing")
+
+
 def _static(args: argparse.Namespace) -> int:
+    _need_triton("--static")
     from runtime_ref.kernels import static_gates
 
     return static_gates.run(json_path=args.json, page_path=args.page)
 
 
 def _suite(args: argparse.Namespace) -> int:
+    _need_triton("--suite gpu")
     from runtime_ref.kernels import gpu_suite
 
     if args.json is None:

@@ -13,6 +13,7 @@ abort requests between steps. With several ranks every rank holds an engine and 
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 import time
@@ -411,6 +412,8 @@ def _backend(name: str, weights: TargetWeights) -> type:
 
 def _triton(path, dflash: Path | None, ranks, dtype, pages, context: int, checksum: bool, progress) -> tuple:
     """The Triton backend, and its drafter if there is a `dflash` folder."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("backend 'triton': triton is not installed; expected `pip install -e '.[gpu]'` (Linux)")
     from runtime_ref.triton_backend import load_triton_backend
     from runtime_ref.triton_drafter import load_triton_drafter
 

@@ -15,7 +15,6 @@ Rejected: torch ops for the small steps in between, which is what makes decoding
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -332,8 +331,6 @@ def kernel_device() -> str:
     Raises:
         ValueError: neither is possible here.
     """
-    if importlib.util.find_spec("triton") is None:
-        raise ValueError("backend 'triton': triton is not installed; expected `pip install -e '.[gpu]'` (Linux)")
     if interpreted():
         return "cpu"
     if not torch.cuda.is_available():

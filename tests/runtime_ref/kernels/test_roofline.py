@@ -80,3 +80,17 @@ def test_unknown_model_is_one_line_and_exit_code_2():
     ran = subprocess.run([sys.executable, "runtime_ref/bench.py", "--roofline", "--model", "MiMo-V2.5-Por"], cwd=ROOT,
                          capture_output=True, text=True)
     assert ran.returncode == 2 and "did you mean MiMo-V2.5-Pro?" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_without_triton_the_commands_that_need_it_say_so_in_one_line(monkeypatch, tmp_path, capsys):
+    import importlib.util
+
+    from runtime_ref import bench, engine
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for arguments in (["--suite", "gpu", "--json", str(tmp_path / "x.json")], ["--static"]):
+        assert bench.main(arguments) == 2
+        assert "triton is not installed" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="backend 'triton': triton is not installed"):
+        engine._triton(tmp_path, None, None, None, {}, 0, False, None)
