@@ -228,7 +228,7 @@ def check_acceptance(engine: Engine, prompts: Prompts, tokens: int, trained: dic
     """
     check = Check("acceptance", "acceptance length by domain")
     if engine.drafter is None:
-        return check.skip("the folder has no drafter")
+        return check.not_applicable("the folder has no drafter")
     tokens = min(tokens, engine.options.max_context // 2)
     rows, positions = [["domain", "acceptance length", "standard error", "trained", "share", "rounds"]], []
     for domain, group in prompts.by_domain.items():

@@ -7,19 +7,19 @@ grave one also if there are none.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from modeling.load import TensorFiles
 from modeling.names import fused_name, published_tensors
-from mxfp4.format import BLOCK_SIZE, E8M0_NAN
+from mxfp4.format import BLOCK_SIZE
+from runtime_ref.checks_blocks import SCALE_CAUSE, Matrix, look_at_blocks, look_at_numbers
 from runtime_ref.checks_drafter import check_drafter
+from runtime_ref.checks_layouts import check_layout
 from runtime_ref.facts import (
     DTYPE_CAUSE,
-    FINITE_CAUSE,
     INCOMPLETE_CAUSE,
     Facts,
     Wrong,
@@ -28,8 +28,9 @@ from runtime_ref.facts import (
     own_object,
     read_object,
 )
+from runtime_ref.families import Geometry, NotHeld, read_geometry
 from runtime_ref.verdict import Check
-from runtime_ref.weights import drafter_folder, read_config
+from runtime_ref.weights import drafter_folder
 
 # Keys of other families that change what runs, and what a client that honours them would do wrong.
 FOREIGN_KEYS = {
@@ -41,23 +42,26 @@ FOREIGN_KEYS = {
 SINK_CAUSE = "attention sinks are dropped: every window layer has one learned logit per head (attention_sink_bias)"
 SINK_LAYER_CAUSE = ("attention sinks are on other layers than the configuration says (hybrid_layer_pattern, "
                     "add_swa_attention_sink_bias, add_full_attention_sink_bias)")
-SCALE_CAUSE = "scale bytes are read as numbers: scales must be uint8 (E8M0), called weight_scale; a byte b means 2^(b - 127)"
 BLOCK_CAUSE = "scales are of blocks of another size: MXFP4 has one scale byte for 32 values (NVFP4 has one for 16)"
 TIED_CAUSE = "tie_word_embeddings is true although the head is a matrix of its own: engines would use the embedding for it"
 BIAS_CAUSE = "the routers' correction bias was rounded: it decides which experts run and is published in float32"
-COPIES_CAUSE = "experts of a layer are copies of each other: the exporter wrote one expert under several names"
 INDEX_CAUSE = "index and shards do not fit each other: one of them is of another export"
 TRUNCATED_CAUSE = "a weight file is damaged or truncated: the download or the copy broke off"
-LAYOUTS = {"compressed-tensors": "the compressed-tensors layout", "mxfp4": "the gpt-oss layout", "fp8": "the hf-fp8 layout"}
 
 
 def check_folder(folder: Path) -> tuple[Check, Facts]:
-    """The check and what it learned; never raises for a bad folder."""
+    """The check and what it learned; a bad folder is a failed check.
+
+    Raises:
+        NotHeld: a folder of a model or layout that the engine does not run.
+    """
     check, facts = Check("folder", "schema, inventory, dtypes, scale range, sidecar, sinks, taps"), Facts(folder)
     try:
         facts.raw = read_object(folder / "config.json")
         facts.config = _geometry(folder, facts.raw)
-        _config(check, facts)
+        facts.family = facts.raw["model_type"]
+        if not isinstance(facts.config, Geometry):
+            _config(check, facts)
         infos = _infos(folder)
         files = TensorFiles(folder)
     except Wrong as error:
@@ -68,10 +72,10 @@ def check_folder(folder: Path) -> tuple[Check, Facts]:
         facts.loadable = False
         check.fail(first_line(error, folder), INCOMPLETE_CAUSE)
         return check, facts
-    _inventory(check, facts, infos)
-    if facts.loadable:
-        _contents(check, facts, files, infos)
-        _sinks(facts, files, infos)
+    if isinstance(facts.config, Geometry):
+        check_layout(check, facts, files, infos)
+    else:
+        _native(check, facts, files, infos)
     dflash = drafter_folder(folder)
     if dflash is not None:
         facts.drafter_loadable = check_drafter(check, facts, files, dflash)
@@ -86,25 +90,31 @@ def check_folder(folder: Path) -> tuple[Check, Facts]:
     return check, facts
 
 
+def _native(check: Check, facts: Facts, files: TensorFiles, infos: dict) -> None:
+    _inventory(check, facts, infos)
+    if facts.loadable:
+        plain = [n for n in files if not n.startswith("model.mtp.") and fused_name(n) is None]
+        look_at_numbers(check, facts, files, infos, plain)
+        look_at_blocks(check, facts, _matrices(files))
+        _sinks(facts, files, infos)
+
+
 def _geometry(folder: Path, raw: dict):
-    """The configuration of a native folder.
+    """The configuration of a folder that the engine runs.
 
     Raises:
-        Wrong: another layout or family, or a geometry that cannot be.
+        Wrong: a geometry that cannot be. NotHeld.
     """
     stored = raw.get("quantization_config")
     if stored is not None and not isinstance(stored, dict):
         raise Wrong(f"config.json: quantization_config: {type(stored).__name__}, expected an object",
                     INCOMPLETE_CAUSE)
     try:
-        return read_config(folder)[0]
+        return read_geometry(folder)[0]
+    except NotHeld:
+        raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        if raw.get("model_type") == "mimo_v2":
-            raise Wrong(first_line(error, folder), "config.json describes a model that cannot be") from None
-    method = (stored or {}).get("quant_method")
-    raise Wrong(f"config.json: model_type {raw.get('model_type')!r}, quant_method {method!r}: "
-                f"{LAYOUTS.get(method, 'no layout that is known here')}; expected 'mimo_v2', the native layout",
-                "another layout than the native one: export it with --layout native to validate it")
+        raise Wrong(first_line(error, folder), "config.json describes a model that cannot be") from None
 
 
 def _config(check: Check, facts: Facts) -> None:
@@ -222,51 +232,12 @@ def _split(expected: dict, config) -> dict:
     return {t.name: t for t in published_tensors(split, experts="mxfp4", dense="bf16")}
 
 
-def _contents(check: Check, facts: Facts, files: TensorFiles, infos: dict) -> None:
-    """One pass over all tensors: finite numbers, scale bytes, the block invariant, experts that are copies."""
-    low, high, blocks, odd = 255, 0, 0, 0
-    seen: dict[tuple, str] = {}
+def _matrices(files: TensorFiles) -> Iterator[Matrix]:
+    """The packed experts of a native folder."""
     for name in files:
-        if name.startswith("model.mtp."):
-            continue
-        if fused_name(name) is None:
-            if infos[name][1] not in ("U8", "F8_E4M3") and not bool(torch.isfinite(files.read(name)).all()):
-                facts.loadable = False  # whatever is computed with it is not finite either
-                check.fail(f"{name}: not finite at index {_first_odd(files.read(name))}", FINITE_CAUSE)
-            continue
-        codes, scales = files.read(name), files.read(name + "_scale")
-        low, high = min(low, int(scales.min())), max(high, int(scales.max()))
-        if int(scales.max()) == E8M0_NAN:
-            check.fail(f"{name}_scale: a scale byte is 255 (NaN)", "a block of an expert was not finite when it was exported")
-        elif not 60 <= int(scales.max()) <= 136:
-            check.fail(f"{name}_scale: bytes reach {int(scales.max())} (2^{int(scales.max()) - 127}), expected weights of "
-                       "ordinary size", SCALE_CAUSE)
-        magnitudes = torch.maximum(codes & 7, (codes >> 4) & 7).view(-1, BLOCK_SIZE // 2).amax(1)
-        used = magnitudes > 0
-        blocks += int(used.sum())
-        odd += int((used & (magnitudes < 6)).sum())
-        _note_copy(check, facts, seen, name, codes)
-    check.numbers |= {"lowest scale byte": low, "highest scale byte": high}
-    if blocks and odd / blocks > 0.2:
-        facts.suspicions.append((f"{odd} of {blocks} blocks have a largest value below 4 units",
-                                 "scales and codes do not belong together, or the scale rule is not floor or even", False))
-
-
-def _note_copy(check: Check, facts: Facts, seen: dict[tuple, str], name: str, codes: torch.Tensor) -> None:
-    """Two experts with the same codes, or one without any: nothing that was trained has that."""
-    if not bool(codes.any()):
-        check.notes.append(f"{name}: all codes are zero")
-        return
-    fused = fused_name(name)
-    key = fused[0], fused[2], hashlib.blake2b(codes.numpy().tobytes(), digest_size=16).digest()
-    if key in seen:
-        check.fail(f"{name} has the codes of {seen[key]}", COPIES_CAUSE)
-        facts.explained = COPIES_CAUSE
-    seen.setdefault(key, name)
-
-
-def _first_odd(tensor: torch.Tensor) -> list[int]:
-    return torch.nonzero(~torch.isfinite(tensor))[0].tolist()
+        fused = None if name.startswith("model.mtp.") else fused_name(name)
+        if fused is not None:
+            yield Matrix(name, name + "_scale", (fused[0], fused[2]), files.read(name), files.read(name + "_scale"))
 
 
 def _sinks(facts: Facts, files: TensorFiles, infos: dict) -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 
 from runtime_ref import naive
-from runtime_ref.checks_reference import Probe, draft_round, features, name_causes
+from runtime_ref.checks_reference import Probe, draft_round, features, name_causes, suspects_of, target_bases
 from runtime_ref.drafter import KIND, Drafter, Wanted
 from runtime_ref.facts import Facts
 from runtime_ref.kv_cache import KvCache
 from runtime_ref.model import Span
 from runtime_ref.parallel import Ranks
-from runtime_ref.suspects import CLAMP_CAUSE, SAME, Suspect, culprits, difference, drafter_suspects, target_suspects
+from runtime_ref.suspects import CLAMP_CAUSE, SAME, Suspect, culprits, difference, drafter_suspects
 from runtime_ref.tasks import Task, TorchBackend, target_tasks
 from runtime_ref.verdict import Check
 from runtime_ref.weights import Dense
@@ -108,7 +108,7 @@ def check_runtime(facts: Facts, probe: Probe, exact: TorchBackend, served: Torch
             runs.append((taps, buffers["logits"][:n]))
     drafts = _runtime_drafts(probe, exact, drafter, runs[0][0]) if drafter is not None else None
     if probe.target is None:
-        return check.skip("the model in float32 does not fit (--reference-gib)")
+        return check.skip(probe.absent)
     ids = torch.tensor([probe.ids])
     with torch.no_grad():
         expected = features(probe.target, ids, list(range(layers)))
@@ -144,8 +144,7 @@ def _blame_runtime(check: Check, facts: Facts, probe: Probe, ids, found, where: 
     at = (f"{place_of(wrong[0])}, relative error {wrong[1]:.2g} on its own inputs" if wrong
           else "every op is right on its own inputs")
     check.fail(f"the runtime parts from the model at {where}: {at}")
-    bases = (facts.config.swa_rope_theta, facts.config.rope_theta)
-    suspects = culprits(probe.target, target_suspects(facts.config, bases), lambda m: m(input_ids=ids).logits[0], found)
+    suspects = culprits(probe.target, suspects_of(facts), lambda m: m(input_ids=ids).logits[0], found)
     otherwise = (f"no known bug explains it; {place_of(wrong[0])} is the first that is wrong" if wrong else
                  f"the ops are right, but not their order, weights or what is handed on; it begins at {where}")
     name_causes(check, suspects, otherwise, f"{ENGINE_CAUSE}: ")
@@ -178,8 +177,7 @@ def _compare_drafts(check: Check, facts: Facts, probe: Probe, found: torch.Tenso
         return
     check.fail(f"the runtime's drafts differ from the drafter model (relative error {error:.2g})")
     row = embed.weight[probe.drafter.mask_token_id]
-    bases = (facts.config.rope_theta, facts.config.swa_rope_theta)
-    suspects = [*drafter_suspects(probe.drafter, row, bases), *_fed_otherwise(probe, taps)]
+    suspects = [*drafter_suspects(probe.drafter, row, target_bases(facts)), *_fed_otherwise(probe, taps)]
     name_causes(check, culprits(probe.drafter, suspects, run, found), "the drafter; no known bug explains it",
                 f"{ENGINE_CAUSE}: ")
 

@@ -7,6 +7,11 @@ first in all layers, then in the layers between the last right and the first wro
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +21,10 @@ from modeling.drafter import DFlashDraftModel, load_drafter
 from modeling.load import load_model
 from runtime_ref.checks_drafter import BLOCK_SIZE_CAUSE, HEAD_CAUSE, TAP_CAUSE
 from runtime_ref.facts import FINITE_CAUSE, Facts
+from runtime_ref.stock_faults import stock_suspects
 from runtime_ref.suspects import (
     SAME,
+    Suspect,
     culprits,
     difference,
     drafter_suspects,
@@ -42,6 +49,7 @@ class Probe:
     ids: list[int]
     target: torch.nn.Module | None = None
     drafter: DFlashDraftModel | None = None
+    absent: str = "the model in float32 does not fit (--reference-gib)"
 
 
 def probe_for(facts: Facts, *, rank: int, limit_gib: float) -> Probe:
@@ -58,10 +66,41 @@ def probe_for(facts: Facts, *, rank: int, limit_gib: float) -> Probe:
     generator = torch.Generator().manual_seed(11)
     probe = Probe(torch.randint(0, config.vocab_size, (max(length, 12),), generator=generator).tolist())
     if rank == 0 and decoded_gib(facts.folder) <= limit_gib:
-        probe.target = load_model(facts.folder, dtype=torch.float32)
+        if facts.family == "mimo_v2":
+            probe.target = load_model(facts.folder, dtype=torch.float32)
+        elif (missing := missing_client(facts)) is None:
+            probe.target = load_stock(facts.folder)
+        else:
+            probe.absent = missing
+            return probe
         if facts.drafter_loadable:
             probe.drafter = load_drafter(facts.folder / "dflash", torch.float32)
     return probe
+
+
+def missing_client(facts: Facts) -> str | None:
+    """Why transformers cannot load a folder of this layout here, or None."""
+    if facts.family == "qwen3_moe" and importlib.util.find_spec("compressed_tensors") is None:
+        return "transformers loads this layout with compressed-tensors, which is not installed: pip install compressed-tensors"
+    return None
+
+
+def load_stock(folder: Path) -> torch.nn.Module:
+    """The folder as transformers' own class loads it, in float32.
+
+    Raises:
+        ValueError: it does not.
+    """
+    logging.disable(logging.WARNING)  # of the loader and its plug-ins, which speak of kernels that are not used here
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():  # progress bars
+            model = load_model(folder, dtype=torch.float32)
+            # Experts that were packed come in bf16, which holds every MXFP4 value; transformers' own method refuses to cast.
+            torch.nn.Module.float(model).eval()
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # compressed-tensors decodes at the first call
+    finally:
+        logging.disable(logging.NOTSET)
+    return model
 
 
 def decoded_gib(folder: Path) -> float:
@@ -77,7 +116,7 @@ def check_reference(facts: Facts, probe: Probe) -> Check:
         _count_suspicions(check, facts, "the folder has no stored reference to clear it", grave=True)
         return check if check.status == "failed" else check.skip("the folder has no dflash_reference.safetensors")
     if probe.target is None:
-        return check.skip("the model in float32 does not fit (--reference-gib)")
+        return check.skip(probe.absent)
     ids = facts.reference["input_ids"]
     vocabulary = facts.config.vocab_size
     if ids.dtype != torch.int64 or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
@@ -106,7 +145,27 @@ def _count_suspicions(check: Check, facts: Facts, why: str, *, grave: bool) -> N
 
 def features(model, ids: torch.Tensor, layers: list[int]) -> torch.Tensor:
     """Outputs [S, n, H] of decoder layers."""
-    return torch.stack(model.model(input_ids=ids, tap_layers=layers, use_cache=False).taps, dim=2)[0]
+    if model.config.model_type == "mimo_v2":
+        return torch.stack(model.model(input_ids=ids, tap_layers=layers, use_cache=False).taps, dim=2)[0]
+    found: dict[int, torch.Tensor] = {}
+    hooks = [model.model.layers[i].register_forward_hook(lambda _, __, out, i=i: found.__setitem__(
+        i, out[0] if isinstance(out, tuple) else out)) for i in set(layers)]
+    model.model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([found[i] for i in layers], dim=2)[0]
+
+
+def target_bases(facts: Facts) -> list[float]:
+    """Rotary bases of the target, which a drafter's may be taken for."""
+    return [facts.config.rope_theta, getattr(facts.config, "swa_rope_theta", facts.config.rope_theta)]
+
+
+def suspects_of(facts: Facts, bases=()) -> Iterator[Suspect]:
+    """What usually goes wrong with a model of this family."""
+    if facts.family == "mimo_v2":
+        return target_suspects(facts.config, [*bases, facts.config.swa_rope_theta, facts.config.rope_theta])
+    return stock_suspects(facts.config, [*bases, facts.config.rope_theta])
 
 
 def _stored_features(check: Check, facts: Facts, probe: Probe) -> bool:
@@ -148,19 +207,18 @@ def _first_odd(every: torch.Tensor) -> int:
 
 def _explain_target(check: Check, facts: Facts, probe: Probe, ids, stored, layers: list[int], first: int) -> None:
     """Tries the suspects in all layers, then in those between the last right feature and the first wrong one."""
-    bases = [facts.drafter_config.get("dflash_config", {}).get("backbone_rotary_base") or 1e4, facts.config.swa_rope_theta,
-             facts.config.rope_theta]
+    bases = [facts.drafter_config.get("dflash_config", {}).get("backbone_rotary_base") or 1e4]
 
     def run(model):
         return features(model, ids, layers)
 
-    found = culprits(probe.target, target_suspects(facts.config, bases), run, stored)
+    found = culprits(probe.target, suspects_of(facts, bases), run, stored)
     before = layers[first - 1] if first else -1
     between = list(range(before + 1, layers[first] + 1))
     if not found:
         single = [[i] for i in between] if 1 < len(between) <= 4 else []
         found = first_culprit(probe.target, (s for layers_ in (between, *single) for s in only_in(
-            probe.target, layers_, target_suspects(facts.config, bases))), run, stored)
+            probe.target, layers_, suspects_of(facts, bases))), run, stored)
     if not found and len(between) == 1 and facts.config.moe_layer_freq[between[0]]:
         pairs = swapped_experts(facts.config.n_routed_experts)
         found = first_culprit(probe.target, only_in(probe.target, between, pairs), run, stored)
@@ -201,8 +259,7 @@ def _stored_drafts(check: Check, facts: Facts, probe: Probe) -> None:
     if not error < SAME:
         check.fail(f"the drafter's hidden states differ from the stored ones (relative error {error:.2g})")
         row = embed.weight[probe.drafter.mask_token_id]
-        bases = [facts.config.rope_theta, facts.config.swa_rope_theta,
-                 (facts.drafter_config.get("rope_theta") or 1e4)]
+        bases = [*target_bases(facts), (facts.drafter_config.get("rope_theta") or 1e4)]
         found = culprits(probe.drafter, drafter_suspects(probe.drafter, row, bases), run, stored)
         if not found and facts.suspicions:
             _count_suspicions(check, facts, "and the stored reference disagrees", grave=False)
@@ -212,11 +269,11 @@ def _stored_drafts(check: Check, facts: Facts, probe: Probe) -> None:
     logits = probe.target.lm_head(hidden[1:])
     if not difference(logits, facts.reference["draft_logits"][0]) < SAME:
         check.fail("draft logits differ from the stored ones although the hidden states agree")
-        _explain_head(check, probe, hidden[1:], facts.reference["draft_logits"][0])
+        _explain_head(check, facts, probe, hidden[1:], facts.reference["draft_logits"][0])
 
 
-def _explain_head(check: Check, probe: Probe, hidden: torch.Tensor, stored: torch.Tensor) -> None:
-    suspects = [s for s in target_suspects(probe.target.config) if s.name.startswith(("head", "tied"))]
+def _explain_head(check: Check, facts: Facts, probe: Probe, hidden: torch.Tensor, stored: torch.Tensor) -> None:
+    suspects = [s for s in suspects_of(facts) if s.name.startswith(("head", "tied"))]
     name_causes(check, culprits(probe.target, suspects, lambda m: m.lm_head(hidden), stored),
                 f"the head (lm_head) is not the one that was trained, or: {HEAD_CAUSE}")
 
@@ -235,7 +292,7 @@ def _stored_logits(check: Check, facts: Facts, probe: Probe) -> None:
     check.fail(f"the target's logits differ from the stored ones although its features agree (relative error {error:.2g})")
     if any("head" in c for c in check.causes):
         return
-    suspects = [s for s in target_suspects(probe.target.config) if s.name.startswith(("head", "tied", "norms", "epsilon"))]
+    suspects = [s for s in suspects_of(facts) if s.name.startswith(("head", "tied", "norms", "epsilon"))]
     name_causes(check, culprits(probe.target, suspects, run, stored), NORM_CAUSE)
 
 

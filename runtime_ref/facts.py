@@ -27,12 +27,14 @@ class Facts:
     """What later checks need of the folder.
 
     Attributes:
+        family: model_type of config.json. config: MiMoV2Config, or the geometry of another family.
         suspicions: (finding, cause, grave) that count if nothing clears them.
         explained: a cause, known already, for which outputs will differ from the reference.
         reference: tensors and facts of the stored worked example, if there is one.
     """
 
     folder: Path
+    family: str = "mimo_v2"
     config: object = None
     raw: dict = field(default_factory=dict)
     drafter_config: dict = field(default_factory=dict)

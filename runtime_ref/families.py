@@ -35,6 +35,10 @@ CLAMP_ALPHA = 1.702  # of gpt-oss's SwiGLU where the configuration does not say
 FIXED_ROTARY = ("linear", "yarn", "llama3")
 
 
+class NotHeld(ValueError):
+    """A folder that this runtime does not run: why, and the nearest thing that it does."""
+
+
 @dataclass
 class Geometry:
     """The configuration of a model without a MiMo-V2 configuration; names and meanings are those of `MiMoV2Config`.
@@ -72,7 +76,7 @@ def read_geometry(folder: str | Path) -> tuple[object, dict]:
     """(configuration or geometry, the raw config.json) of an exported folder of any held model.
 
     Raises:
-        ValueError: no folder or config.json, a model or an option that this runtime does not run.
+        ValueError: no folder or config.json. NotHeld: a model or an option that this runtime does not run.
     """
     file = Path(folder) / "config.json"
     if file.is_file():
@@ -80,12 +84,26 @@ def read_geometry(folder: str | Path) -> tuple[object, dict]:
             raw = json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError:
             return read_config(folder)
-        if raw.get("model_type") in _FAMILIES:
-            return _FAMILIES[raw["model_type"]][0](file, raw), raw
-        if raw.get("model_type") != "mimo_v2":
+        if not isinstance(raw, dict):
+            raise ValueError(f"{file}: {type(raw).__name__}, expected an object")
+        kind = raw.get("model_type")
+        if kind in _FAMILIES:
+            return _FAMILIES[kind][0](file, raw), raw
+        if kind != "mimo_v2":
             held = ["mimo_v2 (native layout)", *(f"{kind} ({layout} layout)" for kind, (_, _, layout) in _FAMILIES.items())]
-            raise ValueError(f"{file}: model_type: {raw.get('model_type')!r}, expected one of {', '.join(held)}")
+            raise NotHeld(f"{file}: model_type: {kind!r}, expected one of {', '.join(held)}{_nearest(raw)}")
     return read_config(folder)
+
+
+def _nearest(raw: dict) -> str:
+    """What to do with a folder of a known model in a layout that is not held."""
+    if raw.get("model_type") != "mimo_v2_flash":
+        return ""
+    section = raw.get("quantization_config")
+    method = section.get("quant_method") if isinstance(section, dict) else None
+    layout = {"compressed-tensors": "the compressed-tensors", "fp8": "the hf-fp8"}.get(method, "an unpacked")
+    return (f"; this is MiMo-V2 in {layout} layout, which transformers runs: export it with --layout native, which holds "
+            "the same expert bytes")
 
 
 def open_folder(folder: str | Path) -> tuple[object, type[Reader]]:
@@ -112,16 +130,29 @@ def _rotary(file: Path, config) -> tuple[tuple[float, ...] | None, float]:
     if kind == "default":
         return None, 1.0
     if kind not in FIXED_ROTARY:
-        raise ValueError(f"{file}: rope_parameters.rope_type: {kind!r}, expected default, {', '.join(FIXED_ROTARY)}")
+        raise NotHeld(f"{file}: rope_parameters.rope_type: {kind!r}, expected default, {', '.join(FIXED_ROTARY)}")
     frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     return tuple(frequencies.tolist()), float(scaling)
 
 
 def _refuse(file: Path, options: list[tuple[str, object, object]]) -> None:
-    """ValueError for the first (name, value, expected) that differs."""
+    """NotHeld for the first (name, value, expected) that differs."""
     for name, value, expected in options:
         if value != expected:
-            raise ValueError(f"{file}: {name}: {value!r}, expected {expected!r} (this runtime runs nothing else)")
+            raise NotHeld(f"{file}: {name}: {value!r}, expected {expected!r} (this runtime runs nothing else)")
+
+
+def _section(file: Path, raw: dict, key: str, expected: str, layout: str) -> None:
+    """Refuses a folder whose experts are not packed, or otherwise.
+
+    Raises:
+        NotHeld.
+    """
+    section = raw.get("quantization_config")
+    if not isinstance(section, dict) or key not in section:
+        raise NotHeld(f"{file}: no quantization_config.{key}, expected {expected!r}: the experts are not packed as MXFP4; "
+                      f"export/to_hf.py RECIPE --layout {layout} writes a folder that this runtime runs")
+    _refuse(file, [(f"quantization_config.{key}", section[key], expected)])
 
 
 def _shared(config) -> dict:
@@ -133,9 +164,8 @@ def _shared(config) -> dict:
 
 
 def _qwen3_geometry(file: Path, raw: dict) -> Geometry:
-    section = raw.get("quantization_config") or {}
-    _refuse(file, [("quantization_config.format", section.get("format"), "mxfp4-pack-quantized"),
-                   ("attention_bias", raw.get("attention_bias", False), False),
+    _section(file, raw, "format", "mxfp4-pack-quantized", "compressed-tensors")
+    _refuse(file, [("attention_bias", raw.get("attention_bias", False), False),
                    ("use_sliding_window", raw.get("use_sliding_window", False), False),
                    ("hidden_act", raw.get("hidden_act", "silu"), "silu")])
     config = _known_config(file)
@@ -148,9 +178,8 @@ def _qwen3_geometry(file: Path, raw: dict) -> Geometry:
 
 
 def _gpt_oss_geometry(file: Path, raw: dict) -> Geometry:
-    section = raw.get("quantization_config") or {}
-    _refuse(file, [("quantization_config.quant_method", section.get("quant_method"), "mxfp4"),
-                   ("hidden_act", raw.get("hidden_act", "silu"), "silu")])
+    _section(file, raw, "quant_method", "mxfp4", "gpt-oss")
+    _refuse(file, [("hidden_act", raw.get("hidden_act", "silu"), "silu")])
     config = _known_config(file)
     return Geometry(**_shared(config), hybrid_layer_pattern=[int(t == "sliding_attention") for t in config.layer_types],
                     moe_layer_freq=[1] * config.num_hidden_layers, intermediate_size=config.intermediate_size,

@@ -32,12 +32,14 @@ def expected(backend: TorchBackend, task: Task, inputs: dict[str, torch.Tensor],
         value = x["x"]
         return value / (value.square().mean(-1, keepdim=True) + config.layernorm_epsilon).sqrt() * weight.double()
     if task.op.startswith("project"):
-        return _projected(x["y"], layer.attention, backend.rotary[task.op.removeprefix("project_")], real)
+        return _projected(x["y"], layer.attention, backend.rotary[task.op.removeprefix("project_")], real,
+                          config.layernorm_epsilon)
     if task.op.startswith("attend"):
         return _attended(x["q"], backend, task, span, real)
     if task.op == "merge_heads":
-        return torch.einsum("qrv,qvh->rh", x["heads"], layer.attention.o.double().reshape(x["heads"].shape[0],
-                                                                                     x["heads"].shape[2], -1))
+        a = layer.attention
+        merged = torch.einsum("qrv,qvh->rh", x["heads"], a.o.double().reshape(x["heads"].shape[0], x["heads"].shape[2], -1))
+        return merged if a.o_bias is None else merged + a.o_bias
     if task.op == "dense_mlp":
         return _mlp(x["y"], layer.mlp)
     if task.op == "route":
@@ -69,14 +71,25 @@ def found(task: Task, buffers: dict[str, torch.Tensor], backend) -> torch.Tensor
     return buffers[task.writes[0]]
 
 
-def _projected(y, a, rotary, real):
-    qk = torch.einsum("rh,nhd->nrd", y, a.qk.double())
+def _normed(x, weight, epsilon):
+    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight.double()
+
+
+def _projected(y, a, rotary, real, epsilon):
+    qk, v = torch.einsum("rh,nhd->nrd", y, a.qk.double()), torch.einsum("rh,khv->krv", y, a.v.double())
+    if a.qk_bias is not None:
+        qk, v = qk + a.qk_bias, v + a.v_bias
+    if a.q_norm is not None:
+        qk = torch.cat((_normed(qk[:a.query_heads], a.q_norm, epsilon), _normed(qk[a.query_heads:], a.k_norm, epsilon)))
     half, positions = rotary.rotated // 2, torch.arange(y.shape[0]).clamp_max(real - 1).double()
-    angles = positions[:, None] * rotary.base ** -(torch.arange(half, dtype=torch.float64) * 2 / rotary.rotated)
+    frequencies = (rotary.base ** -(torch.arange(half, dtype=torch.float64) * 2 / rotary.rotated)
+                   if rotary.frequencies is None else torch.tensor(rotary.frequencies, dtype=torch.float64))
+    angles = positions[:, None] * frequencies
+    cos, sin = angles.cos() * rotary.scaling, angles.sin() * rotary.scaling
     first, second = qk[..., :half].clone(), qk[..., half:2 * half].clone()
-    qk[..., :half] = first * angles.cos() - second * angles.sin()
-    qk[..., half:2 * half] = second * angles.cos() + first * angles.sin()
-    v = torch.einsum("rh,khv->krv", y, a.v.double()) * (1.0 if a.value_scale is None else a.value_scale)
+    qk[..., :half] = first * cos - second * sin
+    qk[..., half:2 * half] = second * cos + first * sin
+    v = v * (1.0 if a.value_scale is None else a.value_scale)
     q = qk[:a.query_heads] * a.qk_dim**-0.5
     return torch.cat([q.flatten(), qk[a.query_heads:].flatten(), v.flatten()])
 
@@ -111,7 +124,17 @@ def _mlp(y, w: Dense):
 
 
 def _routed(y, moe, config):
-    scores = 1 / (1 + (-(y @ moe.router[0].double())).exp())
+    logits = y @ moe.router[0].double()
+    if moe.bias is not None:
+        logits = logits + moe.bias
+    dense = torch.zeros(y.shape[0], logits.shape[1], dtype=torch.float64)
+    if moe.scores != "sigmoid":
+        index = logits.sort(dim=-1, descending=True, stable=True).indices[:, :config.num_experts_per_tok]
+        weight = logits.softmax(-1).gather(1, index)
+        if moe.scores == "softmax of the chosen" or config.norm_topk_prob:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return dense.scatter_(1, index, weight)
+    scores = 1 / (1 + (-logits).exp())
     choice = scores + moe.correction.double()
     if config.n_group > 1:
         grouped = choice.unflatten(1, (config.n_group, -1))
@@ -122,7 +145,6 @@ def _routed(y, moe, config):
     weight = scores.gather(1, index)
     if config.norm_topk_prob:
         weight = weight / weight.sum(-1, keepdim=True)
-    dense = torch.zeros(y.shape[0], scores.shape[1], dtype=torch.float64)
     return dense.scatter_(1, index, weight * (config.routed_scaling_factor or 1.0))
 
 
@@ -131,6 +153,19 @@ def _experts(y, index, weight, experts):
     for expert in index.unique().tolist():
         rows, place = torch.nonzero(index == expert, as_tuple=True)
         gate_up, down = (t.double() for t in experts.decoded(expert))
-        gate, up = torch.einsum("rh,phi->rpi", y[rows], gate_up).chunk(2, -1)
-        out[rows] += weight[rows, place, None] * torch.einsum("rpi,pih->rh", _silu(gate) * up, down)
+        inner = torch.einsum("rh,phi->rpi", y[rows], gate_up)
+        if experts.biases is not None:
+            inner = inner + experts.biases.gate_up[expert].mT.reshape(1, *inner.shape[1:])
+        found = torch.einsum("rpi,pih->rh", _gated(*inner.chunk(2, -1), experts.clamp), down)
+        if experts.biases is not None and experts.biases.down is not None:
+            found = found + experts.biases.down[expert]
+        out[rows] += weight[rows, place, None] * found
     return out
+
+
+def _gated(gate, up, clamp):
+    if clamp is None:
+        return _silu(gate) * up
+    limit, alpha = clamp
+    gate = gate.clamp(max=limit)
+    return gate / (1 + (-alpha * gate).exp()) * (up.clamp(-limit, limit) + 1)

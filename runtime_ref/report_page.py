@@ -12,13 +12,14 @@ from pathlib import Path
 
 from runtime_ref.figures import acceptance_by_position, error_by_layer, roofline
 from runtime_ref.suspects import SAME
-from runtime_ref.verdict import Check, Verdict
+from runtime_ref.verdict import STATUSES, Check, Verdict
 
 # What a passed check says for itself in the overview: the number that matters.
 HEADLINES = {"files": "files compared with their checksums", "folder": "tensors", "reference": "worst feature error",
              "logits": "logits error", "lossless": "prompts", "cost": "share of the bound",
              "sampling": "entropy of the distribution (nats)"}
 POSITIONS = "% of rounds that accept the draft at position 1, 2, ..."
+SAID = {"skipped": "Skipped: ", "not applicable": "Not applicable: "}
 ESCAPE = html.escape
 
 
@@ -26,7 +27,7 @@ def page(verdict: Verdict) -> str:
     """The HTML text."""
     state = "passed" if verdict.passed else "failed"
     name = ESCAPE(Path(verdict.folder).resolve().name if verdict.folder in (".", "") else Path(verdict.folder).name)
-    counts = {s: sum(c.status == s for c in verdict.checks) for s in ("passed", "failed", "skipped")}
+    counts = {s: sum(c.status == s for c in verdict.checks) for s in STATUSES}
     told = ", ".join(f"{n} {s}" for s, n in counts.items() if n)
     parts = [_HEAD.replace("TITLE", f"{name}: {state}"), f"<header class='{state}'><p class='what'>Validation of {name}</p>"
              f"<h1>{'Passed' if verdict.passed else 'Failed'}</h1><p>{told} of {len(verdict.checks)} checks</p></header>"]
@@ -50,13 +51,13 @@ def _capital(text: str) -> str:
 
 
 def _badge(status: str) -> str:
-    return f"<span class='badge {status}'>{status}</span>"
+    return f"<span class='badge {status.replace(' ', '-')}'>{status}</span>"
 
 
 def _headline(check: Check) -> str:
     if check.status == "failed":
         return check.findings[0] if check.findings else ""
-    if check.status == "skipped":
+    if check.status in ("skipped", "not applicable"):
         return check.reason
     if check.name == "acceptance":
         rows = next(iter(check.tables.values()), [[]])[1:]
@@ -76,7 +77,7 @@ def _headline(check: Check) -> str:
 def _section(check: Check) -> str:
     out = [f"<section id='{check.name}'><h2>{_badge(check.status)} {ESCAPE(_capital(check.title))}</h2>"]
     if check.reason:
-        out.append(f"<p class='reason'>{'Skipped: ' if check.status == 'skipped' else ''}{ESCAPE(check.reason)}</p>")
+        out.append(f"<p class='reason'>{SAID.get(check.status, '')}{ESCAPE(check.reason)}</p>")
     out += [f"<p class='cause'><b>Likely cause</b> {ESCAPE(cause)}</p>" for cause in check.causes]
     if check.findings:
         out.append("<ul class='findings'>" + "".join(f"<li>{ESCAPE(f)}</li>" for f in check.findings[:20]) + "</ul>")
@@ -163,7 +164,8 @@ section{border-top:1px solid var(--line);padding:1.2rem 0 .4rem;margin-top:1rem}
 .causes ul,.findings,.notes{margin:.3rem 0;padding-left:1.2rem}li{overflow-wrap:anywhere}
 .notes,.reason{color:var(--soft)}.cause{margin:.3rem 0}.cause b{color:var(--bad);margin-right:.3rem}
 .badge{display:inline-block;font-size:.75rem;font-weight:600;padding:.05rem .5rem;border-radius:1rem;border:1px solid;
-vertical-align:.1em}.badge.passed{color:var(--ok)}.badge.failed{color:var(--bad)}.badge.skipped{color:var(--skip)}
+vertical-align:.1em}.badge.passed{color:var(--ok)}.badge.failed{color:var(--bad)}.badge.skipped,
+.badge.not-applicable{color:var(--skip)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;margin:.4rem 0;font-variant-numeric:tabular-nums;font-size:.88rem}
 td,th{padding:.22rem .8rem .22rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 .n{text-align:right;white-space:nowrap}.overview{width:100%;margin-top:1.2rem}.overview .say{color:var(--soft)}

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-STATUSES = ("passed", "failed", "skipped")
+STATUSES = ("passed", "failed", "skipped", "not applicable")
 
 
 @dataclass
@@ -36,7 +36,13 @@ class Check:
             self.causes.append(cause)
 
     def skip(self, reason: str) -> Check:
+        """Not run: something is missing that the user can give, or an earlier check failed."""
         self.status, self.reason = "skipped", reason
+        return self
+
+    def not_applicable(self, reason: str) -> Check:
+        """Nothing to check: the folder has no such part."""
+        self.status, self.reason = "not applicable", reason
         return self
 
 
@@ -62,7 +68,7 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """For the terminal: a line per check, then what failed and why."""
-        marks = {"passed": "ok  ", "failed": "FAIL", "skipped": "-   "}
+        marks = {"passed": "ok  ", "failed": "FAIL", "skipped": "-   ", "not applicable": "n/a "}
         out = [f"{marks[c.status]} {c.title}{': ' + c.reason if c.reason else ''}" for c in self.checks]
         for check in self.checks:
             out += [f"     {check.name}: {finding}" for finding in check.findings[:6]]
