@@ -5,7 +5,8 @@
 
    Row-invariant by construction: every output element is one chain of fused multiply-adds in the order of K (or, for packed
    experts and scores, 16 such chains added by one fixed tree); how many rows run beside it only changes how many chains run
-   side by side. Accumulation and activations are float32 throughout.
+   side by side. Accumulation and activations are float32 throughout; with bf16 dot products (native_dots.h) activations are
+   rounded where they enter a product.
 
    GCC's vector types rather than intrinsics: the same source compiles for AVX-512, AVX2 and NEON. (Two widening loads are
    intrinsics where there are any: GCC 12 makes 40 instructions of one.) One thread: more cores are used by more ranks. */
@@ -15,6 +16,9 @@
 #include <string.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define DOTS
 #endif
 
 typedef float vf __attribute__((vector_size(64)));
@@ -27,8 +31,8 @@ typedef uint8_t vb __attribute__((vector_size(16)));
 #define INLINE static inline __attribute__((always_inline))
 
 /* Mirrored field by field in native.py. */
-typedef struct { const void *data; int64_t bf16, n, k; } Mat;  /* panels [n / 16][k][16] of w [n, k] */
-typedef struct { const uint8_t *codes, *scales; int64_t code_stride, scale_stride; } Packed; /* rows [n, k / 2], [n, k / 32] */
+typedef struct { const void *data; int64_t form, n, k; } Mat; /* panels of w [n, k]: 0 float32 [n / 16][k][16], 1 bf16, 2 bf16 in pairs */
+typedef struct { const uint8_t *codes, *scales; int64_t code_stride, scale_stride; } Packed; /* rows [n, k / 2], [n, k / 32], or panels */
 typedef struct { Packed gate, up, down; } Expert;
 typedef struct {
     Mat qkv, kv, *o, gate_up, *down, router, *convolutions; /* down and up of attention's and of the MLP's; or NULL */
@@ -42,13 +46,14 @@ typedef struct {
     const Layer *layers;
     const float *embed, *mask, *norm;
     Mat head, fc;
-    int64_t H, R, bf16, wanted, gathered_parts;
+    int64_t H, R, bf16, dots, wanted, gathered_parts;
     float epsilon, unused;
     const int32_t *ids, *positions, *low, *high, *table_at, *table_first, *tables, *slots, *head_rows; /* by kind where it matters */
     float *x, *y, *qkv, *heads, *partial, *inner, *weight, *scratch, *logits;
     const float *gathered, *features;
     float *taps;
     int32_t *index, *list;
+    uint16_t *halves;
     int64_t rows, tap_stride; /* of the arrays by kind; of the taps' rows */
     const int32_t *tap_place; /* by layer, in units of H */
 } Step;
@@ -58,7 +63,7 @@ INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 INLINE vf splat(float a) { vf v = {}; return v + a; }
 
 INLINE vf load_panel(const Mat *m, int64_t at) {
-    if (!m->bf16) return load((const float *)m->data + at);
+    if (!m->form) return load((const float *)m->data + at);
     const uint16_t *from = (const uint16_t *)m->data + at;
 #ifdef __AVX512F__
     return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16);
@@ -139,11 +144,18 @@ INLINE void tile(const int R, const int N, const Mat *m, const float *x, int64_t
 #define CASES switch (left < 8 ? left : 8) { case 1: TILES(1, 4); break; case 2: TILES(2, 4); break; case 3: TILES(3, 4); break; \
         case 4: TILES(4, 4); break; case 5: TILES(5, 2); break; case 6: TILES(6, 2); break; case 7: TILES(7, 2); break; \
         default: TILES(8, 2); }
-static void product(const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R) {
+#ifdef DOTS
+static void dot_product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R);
+#endif
+static void product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R) {
+#ifdef DOTS
+    if (m->form == 2) { dot_product(s, m, x, xs, out, os, R); return; }
+#endif
+    (void)s;
     const int64_t P = m->n / L;
     for (int64_t left = R; left > 0; left -= 8, x += 8 * xs, out += 8 * os) {
         int64_t p = 0;
-        if (m->bf16) { const Mat w = {m->data, 1, m->n, m->k}; CASES }
+        if (m->form) { const Mat w = {m->data, 1, m->n, m->k}; CASES }
         else { const Mat w = {m->data, 0, m->n, m->k}; CASES }
     }
 }
@@ -176,7 +188,7 @@ static void rotate(float *x, const float *cos, const float *sin, int64_t rotated
 static void project(Step *s, const Layer *l, int with_queries) {
     const int64_t N = l->qkv.n, first = l->Q * l->Dp;
     const Mat *m = with_queries ? &l->qkv : &l->kv;
-    product(m, s->y, s->H, s->qkv + (with_queries ? 0 : first), N, s->R);
+    product(s, m, s->y, s->H, s->qkv + (with_queries ? 0 : first), N, s->R);
     for (int64_t r = 0; r < s->R; r++) {
         float *row = s->qkv + r * N;
         const float *cos = l->cos + (int64_t)s->positions[r] * l->D, *sin = l->sin + (int64_t)s->positions[r] * l->D;
@@ -192,7 +204,14 @@ static void project(Step *s, const Layer *l, int with_queries) {
     }
 }
 
+#ifdef DOTS
+static void dot_write(Step *s, const Layer *l);
+static void dot_experts(Step *s, const Layer *l);
+#endif
 static void write_cache(Step *s, const Layer *l) {
+#ifdef DOTS
+    if (s->dots) { dot_write(s, l); return; }
+#endif
     const int32_t *slots = s->slots + l->kind * s->rows;
     const int64_t N = l->qkv.n;
     for (int64_t r = 0; r < s->R; r++) {
@@ -259,7 +278,7 @@ static void attend_head(Step *s, const Layer *l, int64_t r, int64_t h) {
 static void merge_heads(Step *s, const Layer *l) {
     const int64_t width = l->Q * l->Vp / l->parts;
     for (int64_t p = 0; p < l->parts; p++)
-        product(&l->o[p], s->heads + p * width, l->Q * l->Vp, s->partial + p * s->R * s->H, s->H, s->R);
+        product(s, &l->o[p], s->heads + p * width, l->Q * l->Vp, s->partial + p * s->R * s->H, s->H, s->R);
 }
 
 static void add_parts(Step *s, int64_t parts) {
@@ -279,14 +298,14 @@ static void dense_mlp(Step *s, const Layer *l) {
     const int64_t N = l->gate_up.n, half = N / 2, width = l->inner / l->mlp_parts;
     for (int64_t begin = 0; begin < s->R; begin += 8) {
         const int64_t n = s->R - begin < 8 ? s->R - begin : 8;
-        product(&l->gate_up, s->y + begin * s->H, s->H, s->inner, N, n);
+        product(s, &l->gate_up, s->y + begin * s->H, s->H, s->inner, N, n);
         for (int64_t r = 0; r < n; r++)
             for (int64_t i = 0; i < half; i += L) {
                 float *at = s->inner + r * N + i;
                 store(at, silu(load(at)) * load(at + half));
             }
         for (int64_t p = 0; p < l->mlp_parts; p++)
-            product(&l->down[p], s->inner + p * width, N, s->partial + (p * s->R + begin) * s->H, s->H, n);
+            product(s, &l->down[p], s->inner + p * width, N, s->partial + (p * s->R + begin) * s->H, s->H, n);
     }
 }
 
@@ -294,7 +313,7 @@ static void route(Step *s, const Layer *l) {
     const int64_t E = l->count, N = l->router.n;
     for (int64_t r = 0; r < s->R; r++) {
         float *score = s->inner, *choice = score + N, total = 0;
-        product(&l->router, s->y + r * s->H, s->H, score, N, 1);
+        product(s, &l->router, s->y + r * s->H, s->H, score, N, 1);
         if (l->softmax) {
             float top = score[0];
             for (int64_t e = 1; e < E; e++) top = score[e] > top ? score[e] : top;
@@ -420,6 +439,9 @@ static void packed_product(int64_t R, const Packed *w, int64_t n, int64_t from, 
 
 /* The chosen experts in ascending order; rows of an expert eight at a time. */
 static void experts(Step *s, const Layer *l) {
+#ifdef DOTS
+    if (s->dots) { dot_experts(s, l); return; }
+#endif
     const int64_t H = s->H, I = l->inner, width = I / l->mlp_parts;
     float *x_pairs = s->inner, *gate = x_pairs + 8 * H, *up = gate + 8 * I, *mid = up + 8 * I;
     memset(s->partial, 0, sizeof(float) * l->mlp_parts * s->R * H);
@@ -453,6 +475,26 @@ static void experts(Step *s, const Layer *l) {
     }
 }
 
+#ifdef DOTS
+#include "native_dots.h"
+#endif
+
+/* Whether bf16 dot products were compiled in: only then may `dots` be set, and matrices have form 2. */
+int has_dots(void) {
+#ifdef DOTS
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+static void attend(Step *s, const Layer *l) {
+#ifdef DOTS
+    if (s->dots) { dot_attention(s, l); return; }
+#endif
+    for (int64_t r = 0; r < s->R; r++) for (int64_t h = 0; h < l->K; h++) attend_head(s, l, r, h);
+}
+
 static void embed(Step *s) {
     for (int64_t r = 0; r < s->R; r++) {
         const float *from = s->ids[r] < 0 ? s->mask : s->embed + (int64_t)s->ids[r] * s->H;
@@ -467,8 +509,8 @@ static void convolve(Step *s, const Mat *pair) {
     for (int64_t r = s->R - 1; r >= 0; r--) {
         if (s->ids[r] >= 0) continue;
         float *change = small + pair[0].n, *y = s->y + r * H;
-        product(&pair[0], y, H, small, pair[0].n, 1);
-        product(&pair[1], small, pair[0].n, change, pair[1].n, 1);
+        product(s, &pair[0], y, H, small, pair[0].n, 1);
+        product(s, &pair[1], small, pair[0].n, change, pair[1].n, 1);
         for (int64_t i = 0; i < H; i += L) store(y + i, load(y + i) + load(change + i) * load(y - H + i));
     }
 }
@@ -490,7 +532,7 @@ void run(Step *s, const int32_t (*code)[2], int64_t count) {
         case CONVOLVE_ATTENTION: convolve(s, l->convolutions); break;
         case CONVOLVE_MLP: convolve(s, l->convolutions + 2); break;
         case WRITE: write_cache(s, l); break;
-        case ATTEND: for (int64_t r = 0; r < s->R; r++) for (int64_t h = 0; h < l->K; h++) attend_head(s, l, r, h); break;
+        case ATTEND: attend(s, l); break;
         case MERGE: merge_heads(s, l); break;
         case ADD_ATTENTION: add_parts(s, l->parts); break;
         case ADD_MLP: add_parts(s, l->mlp_parts); break;
@@ -506,9 +548,9 @@ void run(Step *s, const int32_t (*code)[2], int64_t count) {
                 for (int64_t r = 0; r < s->wanted; r++)
                     if (s->head_rows[r] != r) memcpy(s->x + r * s->H, s->x + s->head_rows[r] * s->H, sizeof(float) * s->H);
             break;
-        case HEAD: product(&s->head, s->y, s->H, s->logits, s->head.n, s->wanted); break;
+        case HEAD: product(s, &s->head, s->y, s->H, s->logits, s->head.n, s->wanted); break;
         case FUSE: /* features [R, k] -> y */
-            product(&s->fc, s->features, s->fc.k, s->x, s->H, s->R);
+            product(s, &s->fc, s->features, s->fc.k, s->x, s->H, s->R);
             for (int64_t r = 0; r < s->R; r++) norm(s->x + r * s->H, s->norm, s->y + r * s->H, s->H, s->epsilon);
             break;
         }

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = (SOURCE, SOURCE.with_name("native_dots.h"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
 LANES = 16
 OPS = ("embed", "input_norm", "post_norm", "final_norm", "project", "write", "attend", "merge_heads", "add_attention",
@@ -32,7 +33,7 @@ _pointer, _integer, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = [("data", _pointer), *((name, _integer) for name in ("bf16", "n", "k"))]
+    _fields_ = [("data", _pointer), *((name, _integer) for name in ("form", "n", "k"))]
 
 
 class PackedMatrix(ctypes.Structure):
@@ -58,36 +59,43 @@ class Layer(ctypes.Structure):
 class Step(ctypes.Structure):
     _fields_ = [("layers", ctypes.POINTER(Layer)), ("embed", _pointer), ("mask", _pointer), ("norm", _pointer),
                 ("head", Matrix), ("fc", Matrix),
-                *((name, _integer) for name in ("H", "R", "bf16", "wanted", "gathered_parts")),
+                *((name, _integer) for name in ("H", "R", "bf16", "dots", "wanted", "gathered_parts")),
                 ("epsilon", _real), ("unused", _real),
                 *((name, _pointer) for name in ("ids", "positions", "low", "high", "table_at", "table_first", "tables", "slots",
                                                 "head_rows", "x", "y", "qkv", "heads", "partial", "inner", "weight", "scratch",
-                                                "logits", "gathered", "features", "taps", "index", "list")),
+                                                "logits", "gathered", "features", "taps", "index", "list",
+                                                "halves")),
                 ("rows", _integer), ("tap_stride", _integer), ("tap_place", _pointer)]
 
 
 @functools.cache
-def library() -> tuple[ctypes.CDLL | None, str]:
+def library(flags: tuple[str, ...] = FLAGS) -> tuple[ctypes.CDLL | None, str]:
     """(the compiled ops, "") or (None, why there are none, in one line)."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return None, f"no C compiler ({os.environ.get('CC', 'cc')}) on this machine"
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    made_of = "\n".join((SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), version, _processor()))
+    made_of = "\n".join((*(file.read_text(encoding="utf-8") for file in SOURCES), " ".join(flags), version, _processor()))
     name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
     homes = (lambda: Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp4-dflash",
              lambda: Path(tempfile.mkdtemp(prefix="fp4-dflash-")))  # where nothing can be written beside the user's files
     for home in homes:
         file = home() / name
-        if file.is_file() or (reason := _compile(compiler, file)) is None:
+        if file.is_file() or (reason := _compile(compiler, flags, file)) is None:
             found = ctypes.CDLL(str(file))
             found.run.argtypes = [ctypes.POINTER(Step), ctypes.c_void_p, ctypes.c_int64]
             found.run.restype = None
             found.decode_rows.argtypes = [ctypes.POINTER(PackedMatrix), _integer, _integer, _pointer]
             found.decode_rows.restype = None
             found.prepare()
+            found.has_dots.restype = ctypes.c_int
             return found, ""
     return None, reason
+
+
+def can_dot(dtype: torch.dtype) -> bool:
+    """Whether an engine in this dtype multiplies by bf16 dot products here."""
+    return dtype is torch.bfloat16 and bool(library()[0].has_dots())
 
 
 def _processor() -> str:
@@ -99,12 +107,12 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(("model", "flags", "Features", "CPU ")))
 
 
-def _compile(compiler: str, file: Path) -> str | None:
+def _compile(compiler: str, flags: tuple[str, ...], file: Path) -> str | None:
     """Builds `file`; what went wrong, or None. Several processes may do so at once: each renames its own."""
     aside = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run([compiler, *FLAGS, "-o", str(aside), str(SOURCE), "-lm"], capture_output=True, text=True)
+        done = subprocess.run([compiler, *flags, "-o", str(aside), str(SOURCE), "-lm"], capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
             return f"{compiler} cannot compile {SOURCE.name}: {lines[0].strip()}"
@@ -130,10 +138,11 @@ def pad(w: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class Memory:
-    """Builds structures and keeps what they point to."""
+    """Builds structures and keeps what they point to; `dots`: in the forms that bf16 dot products read."""
 
-    def __init__(self):
+    def __init__(self, dots: bool = False):
         self.held: list = []
+        self.dots = dots
 
     def pointer(self, t: torch.Tensor | None) -> int | None:
         """Address of a float32 tensor's data (None: none)."""
@@ -147,15 +156,18 @@ class Memory:
         """Panels of w [n, k] float32, in bf16 if every value is exact there."""
         n, k = w.shape
         panels = pad(w, 0).view(-1, LANES, k).transpose(1, 2).contiguous()
-        half = panels.to(torch.bfloat16)
-        exact = bool((half.float() == panels).all())
-        kept = half if exact else panels
+        kept = panels.to(torch.bfloat16)
+        form = 2 if self.dots and k % LANES == 0 else 1
+        if not bool((kept.float() == panels).all()):
+            kept, form = panels, 0
+        if form == 2:
+            kept = kept.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
         self.held.append(kept)
-        return Matrix(kept.data_ptr(), int(exact), up(n), k)
+        return Matrix(kept.data_ptr(), form, up(n), k)
 
     def rows(self, m: Matrix, first: int) -> Matrix:
         """The rows of a matrix from `first` (a multiple of the lanes) on."""
-        return Matrix(m.data + first * m.k * (2 if m.bf16 else 4), m.bf16, m.n - first, m.k)
+        return Matrix(m.data + first * m.k * (2 if m.form else 4), m.form, m.n - first, m.k)
 
     def matrices(self, parts: list[torch.Tensor]):
         array = (Matrix * len(parts))(*(self.matrix(w) for w in parts))
@@ -163,21 +175,35 @@ class Memory:
         return array
 
     def experts(self, matrices: list[dict]):
-        """Expert structures over packed matrices (`weights.Packed`), in place."""
+        """Expert structures over packed matrices (`weights.Packed`), in place, or a copy of the same codes in panels."""
         array = (Expert * len(matrices))()
         for expert, named in zip(array, matrices, strict=True):
             for kind in ("gate", "up", "down"):
                 codes, scales = named[kind].codes, named[kind].scales
+                if self.dots:
+                    codes, scales = coded_panels(codes), scale_panels(scales)
                 self.held += [codes, scales]
                 setattr(expert, kind, PackedMatrix(codes.data_ptr(), scales.data_ptr(), codes.stride(0), scales.stride(0)))
         self.held.append(array)
         return array
 
 
+def coded_panels(codes: torch.Tensor) -> torch.Tensor:
+    """Packed codes [n, k / 2] as panels [n / 16, k / 4 * 32] for dot products (see native_dots.h)."""
+    one = torch.stack((codes & 15, codes >> 4), dim=-1).view(codes.shape[0] // LANES, LANES, -1, 2, 2)  # of each four of k
+    one = one.permute(0, 2, 3, 1, 4)
+    return (one[:, :, 0] | one[:, :, 1] << 4).flatten(1).contiguous()
+
+
+def scale_panels(scales: torch.Tensor) -> torch.Tensor:
+    """Scale bytes [n, k / 32] as panels [n / 16, k / 32 * 16]."""
+    return scales.view(-1, LANES, scales.shape[1]).transpose(1, 2).flatten(1).contiguous()
+
+
 class Workspace:
     """Scratch memory of one step, grown when a step has more rows or a longer context than any before."""
 
-    NAMES = ("x", "y", "qkv", "heads", "partial", "inner", "weight", "scratch", "index", "list")
+    NAMES = ("x", "y", "qkv", "heads", "partial", "inner", "weight", "scratch", "index", "list", "halves")
 
     def __init__(self, layers, H: int):
         self.H, self.rows, self.context = H, 0, 0
@@ -187,6 +213,8 @@ class Workspace:
         self.parts = max(max(layer.parts, layer.mlp_parts) for layer in at)
         self.top = max(1, *(layer.top for layer in at), 1)
         self.group = max(layer.Q // layer.K for layer in at)
+        self.head = max(layer.Dp for layer in at)
+        self.width = max(H, self.heads, *(layer.inner for layer in at))
         self.inner = max(max(8 * layer.gate_up.n, 8 * H + 24 * layer.inner, 3 * layer.router.n + 64) for layer in at)
         self.tensors: dict[str, torch.Tensor] = {}
 
@@ -197,8 +225,10 @@ class Workspace:
         self.rows, self.context = max(rows, self.rows, 16), max(2 * context, self.context, 512)
         sizes = {"x": self.rows * self.H, "y": self.rows * self.H, "qkv": self.rows * self.qkv, "heads": self.rows * self.heads,
                  "partial": self.parts * self.rows * self.H, "inner": self.inner, "weight": self.rows * self.top,
-                 "scratch": max(self.group * up(self.context), 4 * up(self.H) + 1024),
-                 "index": self.rows * self.top, "list": self.rows * self.top}
+                 "scratch": max(max(self.group, 8) * (up(self.context) + 2 * LANES), 4 * up(self.H) + 1024),
+                 "index": self.rows * self.top, "list": self.rows * self.top,
+                 "halves": self.rows * self.H + 8 * max(self.width, step.fc.k, self.group * self.head)}
+        kinds = {"index": torch.int32, "list": torch.int32, "halves": torch.int16}
         for name in self.NAMES:
-            self.tensors[name] = torch.zeros(sizes[name], dtype=torch.int32 if name in ("index", "list") else torch.float32)
+            self.tensors[name] = torch.zeros(sizes[name], dtype=kinds.get(name, torch.float32))
             setattr(step, name, self.tensors[name].data_ptr())

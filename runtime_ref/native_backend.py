@@ -19,7 +19,7 @@ import torch
 from runtime_ref import native
 from runtime_ref.kv_cache import PAGE, Pool
 from runtime_ref.model import Span
-from runtime_ref.native import LANES, Layer, Memory, Workspace, library, pad, up
+from runtime_ref.native import LANES, Layer, Memory, Workspace, can_dot, library, pad, up
 from runtime_ref.tasks import Task, rotary_tables
 from runtime_ref.weights import Dense, TargetWeights
 
@@ -85,7 +85,8 @@ def submit(step: native.Step, planned: NativeStep) -> None:
 
 
 class NativeBackend:
-    """See the module's text. Arguments as for `TorchBackend`.
+    """See the module's text. Arguments as for `TorchBackend`, and `dots`: whether products are bf16 dot products (None: where
+    the processor has them and the dtype is bf16). Matrices, codes and cache are then held in the order of `native_dots.h`.
 
     Raises:
         ValueError: the compiled ops cannot run this model (see `refuses`).
@@ -93,14 +94,16 @@ class NativeBackend:
 
     name = "native"
 
-    def __init__(self, weights: TargetWeights, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int]):
+    def __init__(self, weights: TargetWeights, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int],
+                 dots: bool | None = None):
         reason = refuses(weights)
         if reason is not None:
             raise ValueError(f"backend native: {reason}")
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"dtype {dtype}: expected bfloat16 or float32")
         self.weights, self.config, self.dtype = weights, weights.config, dtype
-        self.run_code, self.memory = library()[0].run, Memory()
+        self.dots = can_dot(dtype) if dots is None else dots
+        self.run_code, self.memory = library()[0].run, Memory(self.dots)
         self.rotary = rotary_tables(self.config)
         self.pools = self._pools(pages)
         self.layers = (Layer * len(weights.layers))(*(self._layer(i) for i in range(len(weights.layers))))
@@ -108,7 +111,8 @@ class NativeBackend:
         head = memory.matrix(weights.head.transpose(1, 2).flatten(0, 1))
         self.vocabulary = weights.head.shape[0] * weights.head.shape[2]
         self.step = native.Step(layers=self.layers, embed=memory.pointer(weights.embed), norm=memory.pointer(weights.norm),
-                                head=head, H=H, bf16=int(dtype is torch.bfloat16), epsilon=self.config.layernorm_epsilon)
+                                head=head, H=H, bf16=int(dtype is torch.bfloat16), dots=int(self.dots),
+                                epsilon=self.config.layernorm_epsilon)
         self.work = Workspace(self.layers, H)
         self._codes: dict[int, tuple] = {}
         self._reached = 0
@@ -119,7 +123,7 @@ class NativeBackend:
             own = {i: (a.key_heads, up(a.qk_dim), up(a.v_dim)) for i, layer in enumerate(self.weights.layers)
                    if ((a := layer.attention).window is not None) == (kind == "window")}
             if own:
-                pools[kind] = Pool(own, pages[kind], self.dtype, window)
+                pools[kind] = in_halves(Pool(own, pages[kind], self.dtype, window), self.dots)
         return pools
 
     def _layer(self, index: int) -> Layer:
@@ -276,6 +280,14 @@ class NativeBackend:
             found |= {"index": held["index"][:R * layer.top].view(R, -1).long(),
                       "weight": held["weight"][:R * layer.top].view(R, -1)}
         return {name: found[name].clone() for name in (*task.reads, *task.writes) if name in found}
+
+
+def in_halves(pool: Pool, dots: bool) -> Pool:
+    """The pool, with storage in bf16 for dot products: a page's bytes are then the ops' own affair."""
+    if dots:
+        for store in (pool.keys, pool.values):
+            store.update({layer: torch.zeros(t.shape, dtype=torch.bfloat16) for layer, t in store.items()})
+    return pool
 
 
 def attention_fields(memory: Memory, qk: torch.Tensor, v: torch.Tensor, o: list[torch.Tensor], queries: int) -> Layer:

@@ -14,7 +14,7 @@ from runtime_ref import native
 from runtime_ref.drafter import KIND, Drafter, Wanted
 from runtime_ref.kv_cache import PAGE, Pool
 from runtime_ref.native import OP, Layer, Memory, Workspace, up
-from runtime_ref.native_backend import arrange, attention_fields, dense_fields, submit
+from runtime_ref.native_backend import arrange, attention_fields, dense_fields, in_halves, submit
 
 
 class NativeDrafter(Drafter):
@@ -23,11 +23,12 @@ class NativeDrafter(Drafter):
     def __init__(self, model, backend, pages: int):
         super().__init__(model, backend, pages)
         widths = dict.fromkeys(range(len(self.layers)), (self.K, up(self.D), up(self.V)))
-        self.pool = Pool(widths, pages, backend.dtype, self.window)
-        self.memory = memory = Memory()
+        self.pool = in_halves(Pool(widths, pages, backend.dtype, self.window), backend.dots)
+        self.memory = memory = Memory(backend.dots)
         self.native = (Layer * len(self.layers))(*(self._layer(i) for i in range(len(self.layers))))
         shared = {"layers": self.native, "embed": backend.step.embed, "mask": memory.pointer(self.mask),
-                  "head": backend.step.head, "H": self.mask.shape[0], "bf16": backend.step.bf16, "epsilon": self.epsilon}
+                  "head": backend.step.head, "H": self.mask.shape[0], "bf16": backend.step.bf16, "dots": backend.step.dots,
+                  "epsilon": self.epsilon}
         self.block_step = native.Step(norm=memory.pointer(self.norm), **shared)
         self.context_step = native.Step(norm=memory.pointer(self.hidden_norm), fc=memory.matrix(self.fc[0].T), **shared)
         self.block_work, self.context_work = (Workspace(self.native, self.mask.shape[0]) for _ in range(2))

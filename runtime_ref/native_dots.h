@@ -1,0 +1,274 @@
+/* The products of a step on bf16 dot products (AVX512-BF16), for an engine in bf16; included by native.c.
+
+   One instruction multiplies 32 pairs of bf16 and adds them to 16 float32 sums: twice what float32 does. It needs both sides in
+   bf16, so activations are rounded where they enter a product, as in every bf16 engine whose matrix products take bf16 (sums,
+   norms, softmax and the stream between ops stay as in native.c). Used for one row as for eight, so that bits do not depend on
+   the number of rows: an output element is one chain over the pairs of K in their order (for packed experts one chain per block
+   of 32, times its scale, the blocks added in order; for attention over pairs of positions counted from the text's beginning,
+   hidden ones adding exact zeros).
+
+   Everything is laid out in pairs along the sum: matrices [n / 16][k / 2][16][2], keys [page][d / 2][64][2], values
+   [page][32][v][2], experts' codes [n / 16][k / 4][16][2] bytes, each with the code of k and (high) of k + 2, so that a byte is
+   an index of the look-up as it is, and scales [n / 16][k / 32][16]. E2M1 is exact in bf16; scales are applied to sums. */
+
+typedef uint16_t half;
+
+/* x [n] float32 -> bf16; n is a multiple of 16. */
+INLINE void to_half(const float *x, half *out, int64_t n) {
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        _mm512_storeu_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh((__m512)load(x + i + 16), (__m512)load(x + i)));
+    if (i < n) _mm256_storeu_si256((void *)(out + i), (__m256i)_mm512_cvtneps_pbh((__m512)load(x + i)));
+}
+
+INLINE __m512i whole(const void *from) { return _mm512_loadu_si512(from); }
+INLINE __m512i both(const half *pair) { int32_t v; memcpy(&v, pair, sizeof v); return _mm512_set1_epi32(v); }
+INLINE vf dot(vf sum, __m512i a, __m512i b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+
+INLINE void dot_tile(const int R, const int N, const Mat *m, const half *x, float *out, int64_t os, int64_t p) {
+    vf acc[8][8];
+    for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) acc[r][n] = splat(0);
+    const int64_t K = m->k;
+    const half *w = (const half *)m->data + p * K * L;
+    for (int64_t k = 0; k < K; k += 2) {
+        __m512i part[8];
+        for (int n = 0; n < N; n++) part[n] = whole(w + n * K * L + k * L);
+        for (int r = 0; r < R; r++) {
+            const __m512i a = both(x + r * K + k);
+            for (int n = 0; n < N; n++) acc[r][n] = dot(acc[r][n], part[n], a);
+        }
+    }
+    for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) store(out + r * os + (p + n) * L, acc[r][n]);
+}
+
+#define DOT_TILES(R, N) do { for (; p + N <= P; p += N) dot_tile(R, N, m, s->halves, out, os, p); \
+                        for (; p < P; p++) dot_tile(R, 1, m, s->halves, out, os, p); } while (0)
+static void dot_product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R) {
+    const int64_t P = m->n / L;
+    for (int64_t left = R; left > 0; left -= 8, x += 8 * xs, out += 8 * os) {
+        const int64_t rows = left < 8 ? left : 8;
+        int64_t p = 0;
+        for (int64_t r = 0; r < rows; r++) to_half(x + r * xs, s->halves + r * m->k, m->k);
+        switch (rows) {
+        case 1: DOT_TILES(1, 8); break; case 2: DOT_TILES(2, 4); break; case 3: DOT_TILES(3, 4); break; case 4: DOT_TILES(4, 4); break;
+        case 5: DOT_TILES(5, 4); break; case 6: DOT_TILES(6, 4); break; case 7: DOT_TILES(7, 3); break; default: DOT_TILES(8, 3);
+        }
+    }
+}
+
+/* Both halves of the table alike: the look-up minds five bits of an index, a code has four. */
+#define E2M1_HALVES 0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, \
+                    (short)0x8000, (short)0xbf00, (short)0xbf80, (short)0xbfc0, (short)0xc000, (short)0xc040, (short)0xc080, (short)0xc0c0
+typedef short vs __attribute__((vector_size(64)));
+static const vs E2M1_TABLE = {E2M1_HALVES, E2M1_HALVES};
+
+/* The scales of 16 rows: 2^(byte - 127), NaN for 255. */
+INLINE vf scales_of(const uint8_t *bytes) {
+    const vu wide = widened(bytes), edge = (vu)(wide - 1 > 253u);
+    return (vf)(wide << 23 | (edge & 0x400000u));
+}
+
+/* out[r] gets, or is added, the products of all n rows of a packed matrix, its blocks `from` .. `from` + `blocks`, with R
+   vectors x of so many blocks. */
+INLINE void coded_rows(const int R, const Packed *w, int64_t n, int64_t from, int64_t blocks, const half *const *x,
+                       float *const *out, int add) {
+    const __m512i table = (__m512i)E2M1_TABLE;
+    for (int64_t p = 0; p < n / L; p++) {
+        const uint8_t *codes = w->codes + p * w->code_stride + from * 256, *scales = w->scales + p * w->scale_stride + from * L;
+        vf total[8];
+        for (int r = 0; r < R; r++) total[r] = add ? load(out[r] + p * L) : splat(0);
+        for (int64_t b = 0; b < blocks; b++) {
+            vf part[8];
+            for (int r = 0; r < R; r++) part[r] = splat(0);
+            for (int c = 0; c < 8; c++) {
+                const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(codes + b * 256 + c * 32)));
+                const __m512i low = _mm512_permutexvar_epi16(wide, table);
+                const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(wide, 4), table);
+                for (int r = 0; r < R; r++) part[r] = dot(part[r], low, both(x[r] + b * 32 + c * 4));
+                for (int r = 0; r < R; r++) part[r] = dot(part[r], high, both(x[r] + b * 32 + c * 4 + 2));
+            }
+            const vf scale = scales_of(scales + b * L);
+            for (int r = 0; r < R; r++) total[r] = total[r] + part[r] * scale;
+        }
+        for (int r = 0; r < R; r++) store(out[r] + p * L, total[r]);
+    }
+}
+static void coded_product(int64_t R, const Packed *w, int64_t n, int64_t from, int64_t blocks, const half *const *x,
+                          float *const *out, int add) {
+    switch (R) {
+    case 1: coded_rows(1, w, n, from, blocks, x, out, add); break;
+    case 2: coded_rows(2, w, n, from, blocks, x, out, add); break;
+    case 3: coded_rows(3, w, n, from, blocks, x, out, add); break;
+    case 4: coded_rows(4, w, n, from, blocks, x, out, add); break;
+    case 5: coded_rows(5, w, n, from, blocks, x, out, add); break;
+    case 6: coded_rows(6, w, n, from, blocks, x, out, add); break;
+    case 7: coded_rows(7, w, n, from, blocks, x, out, add); break;
+    default: coded_rows(8, w, n, from, blocks, x, out, add);
+    }
+}
+
+/* As `experts` of native.c. */
+static void dot_experts(Step *s, const Layer *l) {
+    const int64_t H = s->H, I = l->inner, width = I / l->mlp_parts;
+    float *gate = s->inner, *up = gate + 8 * I;
+    half *middle = s->halves, *rows = middle + 8 * I;
+    memset(s->partial, 0, sizeof(float) * l->mlp_parts * s->R * H);
+    for (int64_t r = 0; r < s->R; r++) to_half(s->y + r * H, rows + r * H, H);
+    for (int64_t e = 0; e < l->count; e++) {
+        const Expert *w = l->experts + e;
+        int64_t n = 0;
+        for (int64_t i = 0; i < s->R * l->top; i++) if (s->index[i] == e) s->list[n++] = (int32_t)i;
+        for (int64_t begin = 0; begin < n; begin += 8) {
+            const int64_t R = n - begin < 8 ? n - begin : 8;
+            const half *own[8], *mids[8];
+            float *gates[8], *ups[8], *outs[8];
+            for (int64_t r = 0; r < R; r++)
+                own[r] = rows + s->list[begin + r] / l->top * H, gates[r] = gate + r * I, ups[r] = up + r * I;
+            coded_product(R, &w->gate, I, 0, H / 32, own, gates, 0);
+            coded_product(R, &w->up, I, 0, H / 32, own, ups, 0);
+            for (int64_t r = 0; r < R; r++) {
+                const float scale = s->weight[s->list[begin + r]];
+                for (int64_t i = 0; i < I; i += L) store(gates[r] + i, silu(load(gates[r] + i)) * load(ups[r] + i) * scale);
+                to_half(gates[r], middle + r * I, I);
+            }
+            for (int64_t p = 0; p < l->mlp_parts; p++) {
+                for (int64_t r = 0; r < R; r++) {
+                    mids[r] = middle + r * I + p * width;
+                    outs[r] = s->partial + (p * s->R + s->list[begin + r] / l->top) * H;
+                }
+                coded_product(R, &w->down, H, p * width / 32, width / 32, mids, outs, 1);
+            }
+        }
+    }
+}
+
+static void dot_write(Step *s, const Layer *l) {
+    const int32_t *slots = s->slots + l->kind * s->rows;
+    const int64_t N = l->qkv.n;
+    half rounded_row[512];
+    for (int64_t r = 0; r < s->R; r++) {
+        const float *k = s->qkv + r * N + l->Q * l->Dp, *v = k + l->K * l->Dp;
+        const int64_t page = slots[r] / PAGE, t = slots[r] % PAGE;
+        for (int64_t h = 0; h < l->K; h++) {
+            half *keys = (half *)l->keys + (h * l->slots + page * PAGE) * l->Dp + 2 * t;
+            for (int64_t d = 0; d < l->Dp; d += 256) {
+                const int64_t n = l->Dp - d < 256 ? l->Dp - d : 256;
+                to_half(k + h * l->Dp + d, rounded_row, n);
+                for (int64_t i = 0; i < n; i += 2) memcpy(keys + (d + i) * PAGE, rounded_row + i, 2 * sizeof(half));
+            }
+            half *values = (half *)l->values + (h * l->slots + page * PAGE) * l->Vp + t / 2 * 2 * l->Vp;
+            for (int64_t i = 0; i < l->Vp; i += L) {
+                const vu both_of = (vu)whole(values + 2 * i);
+                const vu own = (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(v + h * l->Vp + i)));
+                _mm512_storeu_si512(values + 2 * i, (__m512i)(t % 2 ? (both_of & 0xffffu) | own << 16 : (both_of & ~0xffffu) | own));
+            }
+        }
+    }
+}
+
+/* Scores of N queries [N][Dp] with the 16 keys of a block, into columns of score [N][width]. */
+INLINE void score_block(const int N, const half *keys, const half *q, int64_t Dp, float *score, int64_t width) {
+    vf acc[8];
+    for (int n = 0; n < N; n++) acc[n] = splat(0);
+    for (int64_t d = 0; d < Dp; d += 2) {
+        const __m512i key = whole(keys + d * PAGE);
+        for (int n = 0; n < N; n++) acc[n] = dot(acc[n], key, both(q + n * Dp + d));
+    }
+    for (int n = 0; n < N; n++) store(score + n * width, acc[n]);
+}
+
+/* Sums of V vectors of values, weighted by N rows of bf16 weights [N][2 * width] (the first half of each row is used). */
+INLINE void mix(const int N, const int V, const half *values, const int32_t *pages, int64_t begin, int64_t end, int64_t Vp,
+                const half *weight, int64_t width, vf out[8][4]) {
+    vf acc[8][4];
+    for (int n = 0; n < N; n++) for (int v = 0; v < V; v++) acc[n][v] = splat(0);
+    for (int64_t i = begin; i < end; i += L) {
+        const half *at = values + (pages[i / PAGE] * (int64_t)PAGE + i % PAGE) * Vp;
+        for (int64_t j = 0; j < L; j += 2, at += 2 * Vp) {
+            __m512i value[4];
+            for (int v = 0; v < V; v++) value[v] = whole(at + v * 2 * L);
+            for (int n = 0; n < N; n++) {
+                const __m512i own = both(weight + n * 2 * width + i - begin + j);
+                for (int v = 0; v < V; v++) acc[n][v] = dot(acc[n][v], value[v], own);
+            }
+        }
+    }
+    for (int n = 0; n < N; n++) for (int v = 0; v < V; v++) out[n][v] = acc[n][v];
+}
+
+#define ONE_TO_EIGHT(n, CALL) switch (n) { case 1: CALL(1); break; case 2: CALL(2); break; case 3: CALL(3); break; case 4: CALL(4); break; \
+        case 5: CALL(5); break; case 6: CALL(6); break; case 7: CALL(7); break; default: CALL(8); }
+
+/* Weights of one query in place of its scores, in bf16, for positions low .. high of begin .. begin + width; returns their sum. */
+static float soften(float *score, int64_t width, int64_t begin, int64_t low, int64_t high, const float *sink) {
+    const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vf none = splat(-INFINITY);
+    vf most = none;
+    for (int64_t i = 0; i < width; i += L) {
+        const vi position = lane + (int32_t)(begin + i);
+        const vi hidden = (position < (int32_t)low) | (position > (int32_t)high);
+        const vf own = (vf)(((vi)load(score + i) & ~hidden) | ((vi)none & hidden));
+        store(score + i, own);
+        most = (vf)_mm512_max_ps((__m512)own, (__m512)most);
+    }
+    float top = _mm512_reduce_max_ps((__m512)most);
+    if (sink && *sink > top) top = *sink;
+    vf sum = splat(0);
+    for (int64_t i = 0; i < width; i += L) {
+        const vf e = vexp(load(score + i) - top);
+        sum = sum + e;
+        _mm256_storeu_si256((void *)((half *)score + i), (__m256i)_mm512_cvtneps_pbh((__m512)e));
+    }
+    const float total = lanes(sum);
+    return sink ? total + vexp(splat(*sink - top))[0] : total;
+}
+
+/* Rows r .. r + T - 1, of one sequence, and one key head. */
+static void dot_attend(Step *s, const Layer *l, int64_t r, int64_t T, int64_t h) {
+    const int64_t at = l->kind * s->rows + r, G = l->Q / l->K, N = T * G;
+    int64_t low = s->low[at], high = s->high[at];
+    for (int64_t t = 1; t < T; t++) {
+        low = s->low[at + t] < low ? s->low[at + t] : low;
+        high = s->high[at + t] > high ? s->high[at + t] : high;
+    }
+    const int64_t begin = low / L * L, end = high / L * L + L, width = end - begin;
+    const int32_t *pages = s->tables + s->table_at[at] - s->table_first[at];
+    const half *keys = (const half *)l->keys + h * l->slots * l->Dp, *values = (const half *)l->values + h * l->slots * l->Vp;
+    half *q = s->halves;
+    float *score = s->scratch, total[8];
+    for (int64_t t = 0; t < T; t++) for (int64_t g = 0; g < G; g++)
+        to_half(s->qkv + (r + t) * l->qkv.n + (h * G + g) * l->Dp, q + (t * G + g) * l->Dp, l->Dp);
+    for (int64_t first = 0; first < N; first += 8) {
+        const int64_t n = N - first < 8 ? N - first : 8;
+        for (int64_t i = begin; i < end; i += L) {
+            const half *from = keys + pages[i / PAGE] * (int64_t)PAGE * l->Dp + i % PAGE * 2;
+#define SCORES(n) score_block(n, from, q + first * l->Dp, l->Dp, score + i - begin, width)
+            ONE_TO_EIGHT(n, SCORES)
+        }
+        for (int64_t i = 0; i < n; i++)
+            total[i] = soften(score + i * width, width, begin, s->low[at + (first + i) / G], s->high[at + (first + i) / G],
+                              l->sink ? l->sink + h * G + (first + i) % G : NULL);
+        for (int64_t v = 0; v < l->Vp;) {
+            vf acc[8][4];
+            const int64_t left = (l->Vp - v) / L, V = n <= 4 && left >= 4 ? 4 : left >= 2 ? 2 : 1;
+#define MIXED(n, V) mix(n, V, values + 2 * v, pages, begin, end, l->Vp, (const half *)score, width, acc)
+#define MIX4(n) MIXED((n) < 4 ? (n) : 4, 4)
+#define MIX2(n) MIXED(n, 2)
+#define MIX1(n) MIXED(n, 1)
+            if (V == 4) { ONE_TO_EIGHT(n, MIX4) } else if (V == 2) { ONE_TO_EIGHT(n, MIX2) } else { ONE_TO_EIGHT(n, MIX1) }
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t c = 0; c < V; c++)
+                    store(s->heads + (r + (first + i) / G) * l->Q * l->Vp + (h * G + (first + i) % G) * l->Vp + v + c * L,
+                          acc[i][c] / total[i]);
+            v += V * L;
+        }
+    }
+}
+
+static void dot_attention(Step *s, const Layer *l) {
+    const int32_t *table = s->table_at + l->kind * s->rows;
+    for (int64_t r = 0, T; r < s->R; r += T) {
+        for (T = 1; T < 8 && r + T < s->R && table[r + T] == table[r]; T++) {}
+        for (int64_t h = 0; h < l->K; h++) dot_attend(s, l, r, T, h);
+    }
+}
