@@ -20,13 +20,11 @@ from runtime_ref.kernel_weights import Arena, KernelLayer
 from runtime_ref.kernels.attention import CHUNK_PAGES, attention_constants, most_chunks
 from runtime_ref.kernels.experts import MAX_TOKENS, POLLS, Workspace, kernel_arguments
 from runtime_ref.kernels.row_launches import Heads, Matrix
-from runtime_ref.kernels.step import FIELDS, OPS, step_kernel
+from runtime_ref.kernels.step import FIELDS, OPS, step_kernel, walk_options
 from runtime_ref.kv_cache import PAGE
 from runtime_ref.tasks import Task
 from runtime_ref.triton_backend import BLOCK, Blocks, KernelPool, KernelStep, TritonBackend
 
-# Of a program of the walk: with fewer, attention's tile does not fit in a thread's registers.
-WARPS = 8
 _KINDS = {"full": "F", "window": "W"}
 
 
@@ -173,9 +171,7 @@ class PersistentStep:
     def launch(self, step: KernelStep, logits: torch.Tensor, taps: torch.Tensor) -> None:
         """The walk itself: one launch."""
         arguments, constants = self.arguments(step, logits, taps)
-        float_dot = self.constants["FLOAT_DOT"]
-        options = {} if float_dot else {"num_warps": WARPS, "launch_cooperative_grid": True}
-        step_kernel[(self.programs,)](**arguments, **constants, **options)
+        step_kernel[(self.programs,)](**arguments, **constants, **walk_options(self.constants["FLOAT_DOT"]))
 
     def arguments(self, step: KernelStep, logits: torch.Tensor, taps: torch.Tensor) -> tuple[dict, dict]:
         """Run-time and compile-time arguments of `step_kernel`."""

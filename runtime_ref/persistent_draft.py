@@ -14,13 +14,12 @@ from runtime_ref.drafter import KIND, Wanted
 from runtime_ref.kernels.attention import CHUNK_PAGES, most_chunks
 from runtime_ref.kernels.experts import MAX_TOKENS, POLLS
 from runtime_ref.kernels.row_launches import Matrix
-from runtime_ref.kernels.step import FIELDS, OPS, step_kernel
+from runtime_ref.kernels.step import FIELDS, OPS, step_kernel, walk_options
 from runtime_ref.kv_cache import PAGE
 from runtime_ref.persistent import (
     EXPERT_BUFFERS,
     EXPERT_NUMBERS,
     NO_EXPERTS,
-    WARPS,
     kind_arguments,
     kind_constants,
     value_scale,
@@ -105,8 +104,7 @@ class PersistentDraft:
             raise ValueError(f"{ids.shape[0]} rows of drafts, expected at most {MAX_TOKENS}")
         logits = torch.empty((picked.shape[0], self.backend.config.vocab_size), dtype=torch.float32, device=self.backend.device)
         arguments = self.arguments(late, ids, positions, picked, blocks, logits)
-        options = {} if self.constants["FLOAT_DOT"] else {"num_warps": WARPS, "launch_cooperative_grid": True}
-        step_kernel[(self.programs,)](**arguments, **self.constants, **options)
+        step_kernel[(self.programs,)](**arguments, **self.constants, **walk_options(self.constants["FLOAT_DOT"]))
         return list(logits.split([w.count for w in wanted]))
 
     def arguments(self, late: list[Wanted], ids, positions, picked, blocks, logits) -> dict:

@@ -27,7 +27,7 @@ from runtime_ref.kernels.decode import narrow
 
 PAGE = 64
 CHUNK_PAGES = 16
-MOST_ROWS = 64
+MOST_ROWS = 32
 
 
 @triton.jit

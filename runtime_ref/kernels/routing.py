@@ -74,6 +74,7 @@ def choose_tile(group, scores, correction, index, weight, R, E, factor, A: tl.co
                 GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMED: tl.constexpr):
     """The A best experts by score + correction, best first, and their weights, for a group of rows."""
     low = float("-inf")
+    COLUMNS: tl.constexpr = triton.next_power_of_2(A)
     e = tl.arange(0, WIDE)
     row = group * _ROWS + tl.arange(0, _ROWS)
     real = row < R
@@ -82,22 +83,25 @@ def choose_tile(group, scores, correction, index, weight, R, E, factor, A: tl.co
     choice = tl.where((e < E)[None, :], choice, low)
     if GROUPS > 1:
         choice = _best_groups(choice, e, E, GROUPS, TOP_GROUPS)
-    kept = choice
+    column = tl.arange(0, COLUMNS)
+    chosen = tl.zeros((_ROWS, COLUMNS), tl.int32)
+    own = tl.zeros((_ROWS, COLUMNS), tl.float32)
     total = tl.zeros((_ROWS,), tl.float32)
-    for _ in tl.static_range(A):
-        at = tl.argmax(kept, 1, tie_break_left=True)
-        here = e[None, :] == at[:, None]
-        total += tl.sum(tl.where(here, score, 0.0), 1)
-        kept = tl.where(here, low, kept)
-    for a in tl.static_range(A):
+    # A loop of the program, not of the compiler: unrolled, all maxima would be held in registers at once.
+    for a in tl.range(0, A, loop_unroll_factor=1):
         at = tl.argmax(choice, 1, tie_break_left=True)
         here = e[None, :] == at[:, None]
-        own = tl.sum(tl.where(here, score, 0.0), 1)
-        if NORMED:
-            own = own / (total + 1e-20)
-        tl.store(index + row * A + a, at.to(tl.int32), mask=real)
-        tl.store(weight + row * A + a, own * factor, mask=real)
+        found = tl.sum(tl.where(here, score, 0.0), 1)
+        total += found
+        chosen = tl.where((column == a)[None, :], at[:, None].to(tl.int32), chosen)
+        own = tl.where((column == a)[None, :], found[:, None], own)
         choice = tl.where(here, low, choice)
+    if NORMED:
+        own = own / (total[:, None] + 1e-20)
+    there = row[:, None] * A + column[None, :]
+    mask = real[:, None] & (column < A)[None, :]
+    tl.store(index + there, chosen, mask=mask)
+    tl.store(weight + there, own * factor, mask=mask)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ ALIGNED = ("H", "K", "I", "taps_width", "full_stride", "window_stride")
 TILE = {"BN": 32, "BK": 128, "FLOAT_DOT": False}
 ROUTER = {"A": 8, "WIDE": 512, "GROUPS": 1, "TOP_GROUPS": 1, "NORMED": True}
 HEADS = {"queries": 16, "keys": 1, "d": 192, "v": 128, "rotated": 64}
+DRAFT_HEADS = {"queries": 128, "keys": 8, "d": 128, "v": 128, "rotated": 128}  # every rank holds the whole drafter
 
 
 def small_kernels() -> dict[str, tuple]:
@@ -56,17 +57,32 @@ def small_kernels() -> dict[str, tuple]:
         "add_kernel, 8 ranks": (rows.add_kernel, {"RANKS": 8, "BLOCK": 1024, "FLOAT_DOT": False}, {})}
 
 
+def _kind(prefix: str, heads: dict, window: int | None, columns: int, sink: bool, draft: bool = False) -> dict:
+    """Of one geometry of attention in a walk."""
+    own = attention_constants(heads["keys"], heads["queries"] // heads["keys"], 8, heads["d"], heads["v"], window, sink,
+                              draft=draft)
+    kept = {name: own[name] for name in ("SPLIT", "M", "D", "D_HEAD", "D_TAIL", "V", "V_WIDE", "WINDOW")}
+    kept |= {"QUERIES": heads["queries"], "KEYS": heads["keys"], "HALF": heads["rotated"] // 2, "SINK": sink, "BN": columns}
+    return {f"{prefix}_{name}": value for name, value in kept.items()}
+
+
+def _walk(experts: dict) -> dict:
+    """Of any walk."""
+    return {"PAGE_": PAGE, "CHUNK": CHUNK_PAGES, "ROUTE_BN": 16, "ROUTE_BK": 32, "COPY": 1024,
+            "POLLS": experts["POLL_LIMIT"]} | ROUTER | TILE | {
+                name: experts[name] for name in ("M", "UP", "DOWN", "TILES", "K_DOWN", "UP_ROWS", "UP_DEPTH", "DOWN_ROWS",
+                                                 "DOWN_DEPTH", "EVEN", "STAGES", "PREFETCH", "PTX")}
+
+
 def step_constants(experts: dict) -> dict:
     """Of the persistent step; `experts`: compile-time arguments of the expert kernel, static order."""
     found = {"FULL": True, "WINDOW": True, "DENSE": True, "MOE": True, "DRAFT": False, "HEAD_NORM": False, "QKV_FP8": True,
-             "O_FP8": False, "MLP_FP8": True, "HAS_TAPS": True, "PAGE_": PAGE, "CHUNK": CHUNK_PAGES, "ROUTE_BN": 16,
-             "ROUTE_BK": 32, "COPY": 1024, "POLLS": experts["POLL_LIMIT"]} | ROUTER | TILE
-    for prefix, window in (("F", None), ("W", 128)):
-        own = attention_constants(HEADS["keys"], HEADS["queries"] // HEADS["keys"], 8, HEADS["d"], HEADS["v"], window,
-                                  window is not None)
-        kept = {name: own[name] for name in ("SPLIT", "M", "D", "D_HEAD", "D_TAIL", "V", "V_WIDE", "WINDOW")}
-        kept |= {"QUERIES": HEADS["queries"], "KEYS": HEADS["keys"], "HALF": HEADS["rotated"] // 2, "SINK": window is not None,
-                 "BN": TILE["BN"]}
-        found |= {f"{prefix}_{name}": value for name, value in kept.items()}
-    return found | {name: experts[name] for name in ("M", "UP", "DOWN", "TILES", "K_DOWN", "UP_ROWS", "UP_DEPTH", "DOWN_ROWS",
-                                                     "DOWN_DEPTH", "EVEN", "STAGES", "PREFETCH", "PTX")}
+             "O_FP8": False, "MLP_FP8": True, "HAS_TAPS": True} | _walk(experts)
+    return found | _kind("F", HEADS, None, TILE["BN"], False) | _kind("W", HEADS, 128, TILE["BN"], True)
+
+
+def draft_constants(experts: dict) -> dict:
+    """Of the persistent round of the drafter."""
+    found = {"FULL": True, "WINDOW": False, "DENSE": True, "MOE": False, "DRAFT": True, "HEAD_NORM": True, "QKV_FP8": False,
+             "O_FP8": False, "MLP_FP8": False, "HAS_TAPS": False} | _walk(experts)
+    return found | _kind("F", DRAFT_HEADS, 1024, DRAFT_HEADS["d"], True, True) | _kind("W", DRAFT_HEADS, 1024, 128, True)

@@ -8,6 +8,11 @@ for bit; `runtime_ref.persistent` builds the table and runs both.
 
 The same kernel walks the drafter's list (HEAD_NORM, DRAFT): features through `fc`, keys and values of the context, blocks.
 
+Registers: left alone, the compiler computes every op's offsets once, before the loop over tasks, and holds them through
+all ops; no thread has room for that. So the loop forbids hoisting (`disable_licm`), the tiles are small enough that each op
+needs less than REGISTERS beside what is common to all, and the assembler is told that bound: given none, it aims at two
+programs per multiprocessor and spills.
+
 Barriers: the counter only grows within a launch; the last program to leave puts it back to zero, so nothing has to be cleared
 between launches. A barrier costs more than a launch's share of a tile; with norms, rotation, cache writes, residuals and the
 router's choice fused into their neighbours there are five (attention layer with experts) to six per layer.
@@ -33,6 +38,9 @@ from runtime_ref.kernels.sync import grid_barrier
 FIELDS = 8
 OPS = ("embed", "enter_full", "enter_window", "attend_full", "attend_window", "merge_add", "norm_gate_up", "down_add",
        "norm_route", "experts_add", "tap", "pick_norm_head", "fuse_taps", "context")
+# Of a launch: warps of a program, registers of a thread.
+WARPS = 8
+REGISTERS = 160
 _FIELDS = tl.constexpr(FIELDS)
 _UNIT = tl.constexpr(128)
 _EMBED = tl.constexpr(OPS.index("embed"))
@@ -140,7 +148,7 @@ def step_kernel(
     """Walks `table`. `runtime_ref.persistent` documents and fills the arguments; lower-case ones change from step to step."""
     pid = tl.program_id(0)
     groups = tl.cdiv(R, 8)
-    for i in range(0, tasks):
+    for i in tl.range(0, tasks, disable_licm=True):
         entry = table + i * _FIELDS
         op = tl.load(entry)
         if op == _EMBED:
@@ -228,3 +236,8 @@ def step_kernel(
     if tl.atomic_add(barrier + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(barrier, 0)
         tl.store(barrier + 1, 0)
+
+
+def walk_options(interpreted: bool) -> dict:
+    """How `step_kernel` is launched, and compiled ahead of time: cooperatively, because its programs wait for each other."""
+    return {} if interpreted else {"num_warps": WARPS, "maxnreg": REGISTERS, "launch_cooperative_grid": True}
