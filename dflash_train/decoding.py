@@ -252,6 +252,21 @@ def in_batches(items: list, size: int) -> Iterator[list]:
         yield items[start:start + size]
 
 
+def in_token_batches(order: list[int], lengths: list[int], size: int, tokens: int) -> Iterator[list[int]]:
+    """Runs of `order` (indices, short to long) of at most `size` items and, when padded to their longest, `tokens` tokens.
+
+    An item longer than that comes alone.
+    """
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) == size or (len(batch) + 1) * lengths[i] > tokens):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 def by_length(items: list, key: Callable) -> list[int]:
     """Indices of `items` from short to long, so that batches need little padding."""
     return sorted(range(len(items)), key=lambda i: key(items[i]))

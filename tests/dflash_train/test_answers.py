@@ -10,7 +10,7 @@ from tolerance import MODEL_FP32
 
 from dflash_train import answers
 from dflash_train.answers import answer_file, generate_answers, plan_batches, regenerated
-from dflash_train.decoding import plain
+from dflash_train.decoding import by_length, in_token_batches, plain
 from dflash_train.dialogues import pack, read_jsonl
 from dflash_train.features import DiskFeatures, OnlineFeatures, cached_features
 from dflash_train.target import mask_token_id, tapped_layers
@@ -171,6 +171,16 @@ def packed(loaded, tmp_path):
     recipe, target, _ = loaded
     dialogues = regenerated(recipe, target, tmp_path, say=quiet)
     return target, dialogues, pack(dialogues, 96)
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(4, 50), (1, 50), (100, 50), (3, 1), (100, 10_000)])
+def test_forward_passes_are_bounded_and_take_every_dialogue_once(size, tokens):
+    lengths = [7, 3, 50, 12, 12, 1, 60, 3, 25]
+    batches = list(in_token_batches(by_length(lengths, lambda n: n), lengths, size, tokens))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= size
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens
 
 
 def test_features_are_those_of_each_dialogue_alone(packed):

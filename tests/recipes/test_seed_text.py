@@ -19,6 +19,7 @@ from recipes.seed.corpus import (
     read_frozen,
     strip_licence_header,
 )
+from recipes.seed.more_prompts import more_prompts
 from recipes.seed.packing import chat_text, read_prompts
 
 SEED = Path(__file__).resolve().parents[2] / "recipes" / "seed"
@@ -127,6 +128,16 @@ def test_heldout_prompts_are_not_among_the_training_prompts():
     heldout, train = read_prompts(), read_prompts("prompts.train.jsonl")
     assert not {p["prompt"] for p in heldout} & {p["prompt"] for p in train}
     assert len({p["id"] for p in heldout + train}) == len(heldout) + len(train)
+
+
+def test_drawn_prompts_are_new_tasks_and_training_text_and_the_same_each_time():
+    drawn, heldout = more_prompts(50, 20, seed=0), {p["prompt"] for p in read_prompts()}
+    assert len(drawn) == len(DOMAINS) * 70 and len({p["id"] for p in drawn}) == len(drawn)
+    assert not heldout & {p["prompt"] for p in drawn}
+    texts = {domain: "\0".join(d["text"] for d in read_frozen(domain, "train")) for domain in DOMAINS}
+    for prompt in drawn:
+        assert prompt["kind"] == "task" or prompt["prompt"] in texts[prompt["domain"]]
+    assert drawn == more_prompts(50, 20, seed=0) != more_prompts(50, 20, seed=1)
 
 
 def test_open_heldout_prompts_are_cut_from_heldout_documents():
