@@ -1,7 +1,8 @@
 """Check 0: the files beside the weights, and whether anything changed since the export.
 
 Checksums first: a damaged or edited file explains whatever else is found. `checksums.sha256` says which file differs,
-`checksums.json` (CRC-32 of each tensor's bytes, written while exporting) which tensors in it.
+`checksums.json` (CRC-32 of each tensor's bytes, written while exporting) which tensors in it, and `checks_changes.py` what was
+done to them.
 
 Then what turns text into tokens and ends answers. None of it touches a logit, so no comparison of outputs can find it: a
 wrong end token makes answers run on, a chat template of another family makes the tokenizer spell its marks out letter by
@@ -14,11 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from runtime_ref.checks_changes import TRIED, causes_of_tensors, crc, edited_keys, meaning_of
 from runtime_ref.facts import INCOMPLETE_CAUSE, Wrong, first_line, read_object
 from runtime_ref.verdict import Check
 from runtime_ref.weights import CHECKSUM_FILE
@@ -83,32 +84,34 @@ def _checksums(check: Check, folder: Path) -> None:
             compared += 1
             if found != wanted:
                 damaged.append(name)
-                check.fail(f"{name}: sha256 {found[:12]}..., exported with {wanted[:12]}...{_tensors(folder, name)}",
-                           DAMAGED_CAUSE)
+                where, causes = _damage(folder, name, wanted)
+                check.fail(f"{name}: sha256 {found[:12]}..., exported with {wanted[:12]}...{where}",
+                           None if causes else DAMAGED_CAUSE)
+                for cause in causes:
+                    check.fail(f"{name}: undoing this gives the exported bytes: {cause}", cause)
     check.numbers |= {"files compared with their checksums": compared, "files that differ": len(damaged)}
 
 
-def _tensors(folder: Path, name: str) -> str:
-    """Which tensors of a damaged file differ, as far as it can be read."""
+def _damage(folder: Path, name: str, wanted: str) -> tuple[str, list[str]]:
+    """What of a file that differs can be told: (where in it, the causes that are proved)."""
+    if name == "config.json":
+        edited = edited_keys(folder / name, wanted)
+        return (f": {edited[0]}" if edited else ""), [meaning_of(line) for line in edited if "exported with" in line]
     if not name.endswith(".safetensors"):
-        return ""
+        return "", []
     prefix = "dflash/" if name.startswith("dflash/") else ""
     try:
         sums = json.loads((folder / TENSOR_SUMS).read_text(encoding="utf-8"))["tensors_crc32"]
         with safe_open(str(folder / name), framework="pt") as file:
             listed = [key for key in file.keys() if prefix + key in sums]
-            wrong = [key for key in listed if _crc(file.get_tensor(key)) != sums[prefix + key]]
+            wrong = [key for key in listed if crc(file.get_tensor(key)) != sums[prefix + key]]
+            causes = causes_of_tensors({prefix + key: file.get_tensor(key) for key in wrong[:TRIED]}, sums)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        return f" (which tensors, is not known: {(str(error).splitlines() or [type(error).__name__])[0][:80]})"
+        return f" (which tensors, is not known: {(str(error).splitlines() or [type(error).__name__])[0][:80]})", []
     if not listed:
-        return ""
-    return f": {len(wrong)} of {len(listed)} tensors differ{', the first ' + wrong[0] if wrong else ' (its header does)'}"
-
-
-def _crc(tensor) -> str:
-    import torch
-
-    return f"{zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy()):08x}"
+        return "", []
+    where = f"the first {wrong[0]}" if wrong else ""
+    return f": {len(wrong)} of {len(listed)} tensors differ{', ' + where if wrong else ' (its header does)'}", causes
 
 
 def _generation_config(check: Check, folder: Path) -> dict:

@@ -68,6 +68,8 @@ def check_folder(folder: Path) -> tuple[Check, Facts]:
         facts.loadable = False
         check.fail(str(error), error.cause)
         return check, facts
+    except NotHeld:
+        raise
     except (ValueError, OSError, SafetensorError) as error:
         facts.loadable = False
         check.fail(first_line(error, folder), INCOMPLETE_CAUSE)
@@ -158,7 +160,8 @@ def _infos(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     if listed is not None:
         astray = sorted(set(listed) - set(found)), sorted(set(found) - set(listed))
         if astray[0]:
-            raise Wrong(f"{index.name}: {astray[0][0]} is not in {listed[astray[0][0]]}", INDEX_CAUSE)
+            raise Wrong(f"{index.name}: {astray[0][0]} is not in {listed[astray[0][0]]}",
+                        f"{INDEX_CAUSE}, or a tensor was dropped")
         if astray[1]:
             raise Wrong(f"{index.name} does not list {astray[1][0]}, a shard holds it", INDEX_CAUSE)
     return found

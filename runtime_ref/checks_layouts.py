@@ -1,8 +1,8 @@
 """Check 1 for folders of other models: Qwen3-MoE in the compressed-tensors layout, gpt-oss in its own.
 
-What must be there is asked of transformers' class of the model, built without weights: its parameters are the inventory, and the
-layout says under which names an expert tensor is stored (codes and scales). Dense tensors are published in BF16; F32 holds the
-same values, F16 does not.
+What must be there is asked of transformers' class of the model, built without weights: its parameters are the inventory, and
+the layout says under which names an expert tensor is stored (codes and scales). Dense tensors are published in BF16; F32 holds
+the same values, F16 does not.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from modeling.load import TensorFiles
 from modeling.names import fused_name
 from mxfp4.format import BLOCK_SIZE
 from runtime_ref.checks_blocks import Matrix, look_at_blocks, look_at_numbers
-from runtime_ref.facts import DTYPE_CAUSE, Facts, condensed
+from runtime_ref.facts import DTYPE_CAUSE, Facts, condensed, quiet
 from runtime_ref.verdict import Check
 
 FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
-SCALE_CAUSES = {
-    "qwen3_moe": "scale bytes are read as numbers: scales must be uint8 (E8M0), called weight_scale; a byte b means 2^(b - 127)",
-    "gpt_oss": "scale bytes are read as numbers: scales must be uint8 (E8M0), called _scales; a byte b means 2^(b - 127)"}
+SCALE_CAUSES = {family: f"scale bytes are read as numbers: scales must be uint8 (E8M0), called {name}; a byte b means "
+                "2^(b - 127)" for family, name in (("qwen3_moe", "weight_scale"), ("gpt_oss", "_scales"))}
 OTHER_LAYOUT_CAUSE = "the tensors are of another layout than config.json says"
 BLOCK_CAUSE = "scales are of blocks of another size: MXFP4 has one scale byte for 32 values (NVFP4 has one for 16)"
 GEOMETRY_CAUSE = "the geometry of config.json is not that of the weights"
@@ -40,13 +39,14 @@ MXFP4_SCHEME = {"num_bits": 4, "type": "float", "group_size": BLOCK_SIZE, "symme
 
 def expected_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """name -> (shape, dtype) of every tensor of a folder, from its config.json."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    with quiet():
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(folder))
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        config = AutoConfig.from_pretrained(str(folder))
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
     found = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -129,8 +129,8 @@ def _shape_and_dtype(check: Check, facts: Facts, name: str, expected: tuple, fou
     scale = name.endswith(("_scale", "_scales"))
     if own_shape != shape:
         facts.loadable = False
-        check.fail(f"{name}: shape {list(own_shape)}, expected {list(shape)}", BLOCK_CAUSE if scale and len(own_shape) == len(shape)
-                   and own_shape[:-1] == shape[:-1] else GEOMETRY_CAUSE)
+        finer = scale and own_shape[:-1] == shape[:-1]
+        check.fail(f"{name}: shape {list(own_shape)}, expected {list(shape)}", BLOCK_CAUSE if finer else GEOMETRY_CAUSE)
     if dtype == "U8" and own_dtype != "U8":
         facts.loadable = False
         check.fail(f"{name}: dtype {own_dtype}, expected U8", SCALE_CAUSES[facts.family] if scale else

@@ -7,10 +7,7 @@ first in all layers, then in the layers between the last right and the first wro
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +17,7 @@ import torch
 from modeling.drafter import DFlashDraftModel, load_drafter
 from modeling.load import load_model
 from runtime_ref.checks_drafter import BLOCK_SIZE_CAUSE, HEAD_CAUSE, TAP_CAUSE
-from runtime_ref.facts import FINITE_CAUSE, Facts
+from runtime_ref.facts import FINITE_CAUSE, Facts, own_object, quiet
 from runtime_ref.stock_faults import stock_suspects
 from runtime_ref.suspects import (
     SAME,
@@ -91,15 +88,11 @@ def load_stock(folder: Path) -> torch.nn.Module:
     Raises:
         ValueError: it does not.
     """
-    logging.disable(logging.WARNING)  # of the loader and its plug-ins, which speak of kernels that are not used here
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():  # progress bars
-            model = load_model(folder, dtype=torch.float32)
-            # Experts that were packed come in bf16, which holds every MXFP4 value; transformers' own method refuses to cast.
-            torch.nn.Module.float(model).eval()
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # compressed-tensors decodes at the first call
-    finally:
-        logging.disable(logging.NOTSET)
+    with quiet(), torch.no_grad():
+        model = load_model(folder, dtype=torch.float32)
+        # Experts that were packed come in bf16, which holds every MXFP4 value; transformers' own method refuses to cast.
+        torch.nn.Module.float(model).eval()
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long))  # compressed-tensors decodes at the first call
     return model
 
 
@@ -109,32 +102,67 @@ def decoded_gib(folder: Path) -> float:
 
 
 @torch.no_grad()
-def check_reference(facts: Facts, probe: Probe) -> Check:
-    """The check."""
+def check_reference(facts: Facts, probe: Probe, original: Path | None = None) -> Check:
+    """The check.
+
+    Args:
+        original: the trained checkpoint that was exported; its outputs are a reference too, of every layer.
+
+    Raises:
+        ValueError: `original` cannot be loaded.
+    """
     check = Check("reference", "stored reference outputs against the folder's model")
-    if facts.reference is None:
+    if facts.reference is None and original is None:
         _count_suspicions(check, facts, "the folder has no stored reference to clear it", grave=True)
-        return check if check.status == "failed" else check.skip("the folder has no dflash_reference.safetensors")
+        return check if check.status == "failed" else check.skip(
+            "the folder has no dflash_reference.safetensors (--original DIR compares with the trained checkpoint instead)")
     if probe.target is None:
         return check.skip(probe.absent)
+    if original is not None:
+        _compare_original(check, facts, probe, original)
+    if facts.reference is not None and check.status != "failed":
+        _compare_stored(check, facts, probe)
+    if check.findings and not check.causes:
+        _count_suspicions(check, facts, "and the reference disagrees", grave=False)
+    return check
+
+
+def _compare_original(check: Check, facts: Facts, probe: Probe, original: Path) -> None:
+    """The trained checkpoint's outputs on the probe's text."""
+    if (own_object(facts.folder / "export.json") or {}).get("dense") == "fp8":
+        check.notes.append("--original was not compared: the export rounded dense matrices to FP8")
+        return
+    model = load_model(original, dtype=torch.float32) if facts.family == "mimo_v2" else load_stock(original)
+    mask = (facts.drafter_config.get("dflash_config") or {}).get("mask_token_id")  # the exporter fills its vocabulary row
+    ids = torch.tensor([[token for token in probe.ids if token != mask]])
+    layers = list(range(model.config.num_hidden_layers))
+    if model.config.vocab_size != facts.config.vocab_size:
+        check.fail(f"--original has a vocabulary of {model.config.vocab_size}, the folder of {facts.config.vocab_size}",
+                   "the folder and --original are different models")
+        return
+    stored, logits = features(model, ids, layers), model(input_ids=ids).logits[0, -8:]
+    del model
+    check.numbers["tokens compared with the original"] = ids.shape[1]
+    if _judge_features(check, facts, probe, (ids, stored, layers), "the original's"):
+        _judge_logits(check, facts, probe, ids, logits)
+
+
+def _compare_stored(check: Check, facts: Facts, probe: Probe) -> None:
     ids = facts.reference["input_ids"]
     vocabulary = facts.config.vocab_size
     if ids.dtype != torch.int64 or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         check.fail(f"the stored reference holds token {int(ids.max())}, the vocabulary has {vocabulary}",
                    "the stored reference is of another model")
-        return check
+        return
     check.numbers["tokens of the stored reference"] = ids.shape[1]
     right = True
     if facts.reference_facts.get("features") == "target":
-        right = _stored_features(check, facts, probe)
+        right = _judge_features(check, facts, probe, _stored_features(facts), "the stored")
     if right:  # or the drafter is blamed for the target's weights
         if probe.drafter is not None:
             _stored_drafts(check, facts, probe)
         if "target_logits" in facts.reference and facts.reference_facts.get("features") == "target":
-            _stored_logits(check, facts, probe)
-    if check.findings and not check.causes:
-        _count_suspicions(check, facts, "and the stored reference disagrees", grave=False)
-    return check
+            _judge_logits(check, facts, probe, facts.reference["input_ids"][:, :-1], facts.reference["target_logits"][0])
 
 
 def _count_suspicions(check: Check, facts: Facts, why: str, *, grave: bool) -> None:
@@ -168,14 +196,20 @@ def suspects_of(facts: Facts, bases=()) -> Iterator[Suspect]:
     return stock_suspects(facts.config, [*bases, facts.config.rope_theta])
 
 
-def _stored_features(check: Check, facts: Facts, probe: Probe) -> bool:
-    """Whether the target's features are the stored ones."""
-    stored, ids = facts.reference["taps"][0], facts.reference["input_ids"][:, :-1]
+def _stored_features(facts: Facts) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """(ids [1, S], features [S, n, H], their layers) of the stored reference."""
     layers = facts.reference_facts.get("target_layer_ids") or facts.drafter_config["dflash_config"]["target_layer_ids"]
+    return facts.reference["input_ids"][:, :-1], facts.reference["taps"][0], layers
+
+
+def _judge_features(check: Check, facts: Facts, probe: Probe, reference: tuple[torch.Tensor, torch.Tensor, list[int]],
+                    whose: str) -> bool:
+    """Whether the target's features are those of a reference (ids, features, layers)."""
+    ids, stored, layers = reference
     every = features(probe.target, ids, list(range(facts.config.num_hidden_layers)))
     if stored.shape[1] != len(layers) or stored.shape[2] != every.shape[2] or max(layers) >= every.shape[1]:
-        check.fail(f"the stored features are {list(stored.shape)}, expected {len(layers)} layers of {every.shape[2]}",
-                   "the stored reference is of another model")
+        check.fail(f"{whose} features are {list(stored.shape)}, expected {len(layers)} layers of {every.shape[2]}",
+                   "the reference is of another model")
         return False
     found = every[:, layers]
     errors = [difference(found[:, k], stored[:, k]) for k in range(len(layers))]
@@ -184,7 +218,7 @@ def _stored_features(check: Check, facts: Facts, probe: Probe) -> bool:
     if max(errors) < SAME:
         return True
     first = next(k for k, error in enumerate(errors) if not error < SAME)
-    check.fail(f"the target's features differ from the stored ones from layer {layers[first]} on "
+    check.fail(f"the target's features differ from {whose} from layer {layers[first]} on "
                f"(relative error {errors[first]:.2g})")
     if not bool(torch.isfinite(every).all()):
         check.fail(f"the outputs of layer {_first_odd(every)} are not finite", FINITE_CAUSE)
@@ -195,7 +229,7 @@ def _stored_features(check: Check, facts: Facts, probe: Probe) -> bool:
     moved = [next((i for i in range(every.shape[1]) if difference(every[:, i], stored[:, k]) < SAME), None)
              for k in range(len(layers))]
     if None not in moved:
-        check.fail(f"the stored features are those of layers {moved}, not {layers}", TAP_CAUSE)
+        check.fail(f"{whose} features are those of layers {moved}, not {layers}", TAP_CAUSE)
         return False
     _explain_target(check, facts, probe, ids, stored, layers, first)
     return False
@@ -278,18 +312,16 @@ def _explain_head(check: Check, facts: Facts, probe: Probe, hidden: torch.Tensor
                 f"the head (lm_head) is not the one that was trained, or: {HEAD_CAUSE}")
 
 
-def _stored_logits(check: Check, facts: Facts, probe: Probe) -> None:
-    """The target's own logits: final norm and head."""
-    stored = facts.reference["target_logits"][0]
-
+def _judge_logits(check: Check, facts: Facts, probe: Probe, ids: torch.Tensor, stored: torch.Tensor) -> None:
+    """The target's own logits, of the last positions: final norm and head."""
     def run(model):
-        return model(input_ids=facts.reference["input_ids"][:, :-1], logits_to_keep=stored.shape[0]).logits[0]
+        return model(input_ids=ids, logits_to_keep=stored.shape[0]).logits[0]
 
     error = difference(run(probe.target), stored)
     check.numbers["error of the target's logits"] = error
     if error < SAME:
         return
-    check.fail(f"the target's logits differ from the stored ones although its features agree (relative error {error:.2g})")
+    check.fail(f"the target's logits differ from the reference although its features agree (relative error {error:.2g})")
     if any("head" in c for c in check.causes):
         return
     suspects = [s for s in suspects_of(facts) if s.name.startswith(("head", "tied", "norms", "epsilon"))]

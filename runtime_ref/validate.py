@@ -31,6 +31,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", metavar="CHECKPOINT_DIR", type=Path)
     parser.add_argument("--prompts", type=Path, help="JSONL file: prompt (text) or messages, and domain")
     parser.add_argument("--trained", type=Path, help="summary.json of the drafter's training, to compare acceptance with")
+    parser.add_argument("--original", type=Path, metavar="DIR",
+                        help="the trained checkpoint that was exported: compare the folder's model with it, layer by layer")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer (%(default)s)")
     parser.add_argument("--prompts-per-domain", type=int, default=8, metavar="N", help="(%(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="what is served (%(default)s)")
@@ -63,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{options.folder}: no such folder, expected an exported checkpoint")
         if options.prompts is not None and not options.prompts.is_file():
             raise ValueError(f"--prompts: {options.prompts}: no such file")
+        if options.original is not None and not (options.original / "config.json").is_file():
+            raise ValueError(f"--original: {options.original}: no config.json there, expected the trained checkpoint")
         trained = read_trained(options)
         verdict = run(options, ranks, trained)
     except ValueError as error:
@@ -131,6 +135,8 @@ def folder_gib(folder: Path) -> float:
 
 def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None, earlier: list) -> list:
     """Checks 2 to 7."""
+    import warnings
+
     import torch
 
     from runtime_ref.checks_model import OpErrors, check_ops, check_runtime
@@ -146,11 +152,13 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
         broken = Check(*MODEL[0])
         broken.fail(why, "the weights cannot be decoded")
         return [broken, *(Check(name, title).skip("the weights cannot be decoded") for name, title in (*MODEL[1:], *LATER))]
-    checks: list[Check] = [check_reference(facts, probe)]
+    checks: list[Check] = [check_reference(facts, probe, options.original)]
     served = torch.float32 if options.dtype == "float32" else torch.bfloat16
     context = min(facts.config.max_position_embeddings, 1024)
-    engine = Engine.from_folder(options.folder, ranks=ranks, dtype=served, drafter=facts.drafter_loadable,
-                                backend=options.backend, options=EngineOptions(max_context=context))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        engine = Engine.from_folder(options.folder, ranks=ranks, dtype=served, drafter=facts.drafter_loadable,
+                                    backend=options.backend, options=EngineOptions(max_context=context))
     pages = {kind: max(16, -(-len(probe.ids) // PAGE) + 2) for kind in ("full", "window")}
     weights = engine.backend.weights
     own = [] if engine.backend.name == "triton" else [type(engine.backend)]  # the kernels have no float32 to be exact in
@@ -165,6 +173,7 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
     ops = [OpErrors(backend, probe.ids) for backend in backends]
     checks.append(check_runtime(facts, probe, exact, engine.backend if served != torch.float32 else None, drafter, ops[0]))
     checks.append(check_ops(ops))
+    checks[-1].notes += dict.fromkeys(str(w.message) for w in warned if "compiled ops" in str(w.message))
     failed = ranks.broadcast(any(check.status == "failed" for check in [*earlier, *checks]))  # references are rank 0's alone
     if failed and not options.all:
         return checks + [Check(name, title).skip("an earlier check failed (--all runs it anyway)") for name, title in LATER]

@@ -1,0 +1,50 @@
+"""Tiny random Qwen3-MoE and gpt-oss models, exported into the layouts of their families."""
+
+import torch
+from toy_export import RECIPE, export, put_on_grid
+from transformers import AutoModelForCausalLM
+
+
+def qwen3(**changes):
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(**{
+        "vocab_size": 120, "hidden_size": 96, "intermediate_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "num_experts": 5, "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1, "mlp_only_layers": [2], "norm_topk_prob": True, "tie_word_embeddings": False,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-5, **changes})
+
+
+def gpt_oss(**changes):
+    from transformers import GptOssConfig
+
+    return GptOssConfig(**{
+        "vocab_size": 120, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "max_position_embeddings": 512,
+        "tie_word_embeddings": False, **changes})
+
+
+def exported(root, config, layout):
+    """Folder in a layout, and transformers' model of it in float32."""
+    from mxfp4 import fake_quantize
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0, 0.1) if "norm" in name else p.normal_(std=0.15 if p.ndim > 1 else 0.5)
+    model.save_pretrained(root / "base")
+    if layout == "gpt-oss":
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if ".experts." in name and p.ndim == 3:
+                    p.copy_(fake_quantize(p, axis=1))
+    else:
+        model = put_on_grid(model)
+    model.save_pretrained(root / "runs/toy/qat/model")
+    recipe = root / "toy.yaml"
+    recipe.write_text(RECIPE.format(root=root), encoding="utf-8")
+    folder = export(recipe, f"export.layout={layout}")
+    torch.nn.Module.float(model)
+    return folder, model
