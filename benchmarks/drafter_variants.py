@@ -3,9 +3,10 @@
     python benchmarks/drafter_variants.py [--variants demo,corpus] [--seeds 0,1,2] [dflash.steps=150 ...]
 
 The table and figure of docs/results/drafter.md. Needs the target of the tiny recipe (`qat/train.py recipes/tiny.yaml`).
-Every variant is a set of recipe overrides, trained for the same number of steps and measured on the same held-out
-prompts with the quantized target, whatever it was trained with. Finished runs are read, not repeated, so an interrupted
-table goes on. All seeds share the target's answers: a seed changes first weights, order of rows and anchors.
+Every variant is a set of recipe overrides, trained from fresh weights for the same number of steps and measured on the
+same held-out prompts with the quantized target, whatever it was trained with. Finished runs are read, not repeated, so
+an interrupted table goes on. All seeds share the target's answers: a seed changes first weights, order of rows and
+anchors.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ def run(variant: str, seed: int, out: Path, extra: list[str]) -> dict:
     settings = [*VARIANTS[variant], *extra]
     if result.is_file() and json.loads(result.read_text())["overrides"] == settings:
         return json.loads(result.read_text())
-    served = load_recipe(ROOT / "recipes/tiny.yaml", ["dflash.acceptance.timed_prompts=0", *extra])
-    recipe = load_recipe(ROOT / "recipes/tiny.yaml", ["dflash.acceptance.timed_prompts=0", f"seed={seed}", *extra,
-                                                      *VARIANTS[variant]])
+    always = ["dflash.acceptance.timed_prompts=0", "dflash.start_from=null", *extra]
+    served = load_recipe(ROOT / "recipes/tiny.yaml", always)
+    recipe = load_recipe(ROOT / "recipes/tiny.yaml", [*always, f"seed={seed}", *VARIANTS[variant]])
     job = VariantTrainer(recipe, out)
     began = time.perf_counter()
     if stopped_by := job.train(None):
