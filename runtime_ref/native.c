@@ -17,7 +17,7 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 #define DOTS
 #endif
 
@@ -31,7 +31,8 @@ typedef uint8_t vb __attribute__((vector_size(16)));
 #define INLINE static inline __attribute__((always_inline))
 
 /* Mirrored field by field in native.py. */
-typedef struct { const void *data; int64_t form, n, k; } Mat; /* panels of w [n, k]: 0 float32 [n / 16][k][16], 1 bf16, 2 bf16 in pairs */
+/* Panels of w [n, k]: form 0 float32 [n / 16][k][16], 1 bf16, 2 bf16 in pairs, 3 bytes in fours (scales [n], then 128 x the sums). */
+typedef struct { const void *data; const float *scales; int64_t form, n, k; } Mat;
 typedef struct { const uint8_t *codes, *scales; int64_t code_stride, scale_stride; } Packed; /* rows [n, k / 2], [n, k / 32], or panels */
 typedef struct { Packed gate, up, down; } Expert;
 typedef struct {
@@ -146,17 +147,19 @@ INLINE void tile(const int R, const int N, const Mat *m, const float *x, int64_t
         default: TILES(8, 2); }
 #ifdef DOTS
 static void dot_product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R);
+static void byte_product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R);
 #endif
 static void product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R) {
 #ifdef DOTS
     if (m->form == 2) { dot_product(s, m, x, xs, out, os, R); return; }
+    if (m->form == 3) { byte_product(s, m, x, xs, out, os, R); return; }
 #endif
     (void)s;
     const int64_t P = m->n / L;
     for (int64_t left = R; left > 0; left -= 8, x += 8 * xs, out += 8 * os) {
         int64_t p = 0;
-        if (m->form) { const Mat w = {m->data, 1, m->n, m->k}; CASES }
-        else { const Mat w = {m->data, 0, m->n, m->k}; CASES }
+        if (m->form) { const Mat w = {m->data, NULL, 1, m->n, m->k}; CASES }
+        else { const Mat w = {m->data, NULL, 0, m->n, m->k}; CASES }
     }
 }
 
@@ -167,12 +170,12 @@ static void norm(const float *x, const float *weight, float *y, int64_t n, float
     for (int64_t i = 0; i < n; i += L) store(y + i, load(x + i) * scale * load(weight + i));
 }
 
-/* One head's vector of width D (padding behind it is zero). */
-static void head_norm(float *x, const float *weight, int64_t D, float epsilon) {
-    float sum = 0;
-    for (int64_t i = 0; i < D; i++) sum = fmaf(x[i], x[i], sum);
-    const float scale = 1.0f / sqrtf(sum / (float)D + epsilon);
-    for (int64_t i = 0; i < D; i++) x[i] = x[i] * scale * weight[i];
+/* One head's vector of width D; x and weight [Dp] are zero behind it. */
+static void head_norm(float *x, const float *weight, int64_t D, int64_t Dp, float epsilon) {
+    vf sum = splat(0);
+    for (int64_t i = 0; i < Dp; i += L) sum = sum + load(x + i) * load(x + i);
+    const float scale = 1.0f / sqrtf(lanes(sum) / (float)D + epsilon);
+    for (int64_t i = 0; i < Dp; i += L) store(x + i, load(x + i) * scale * load(weight + i));
 }
 
 static void rotate(float *x, const float *cos, const float *sin, int64_t rotated) {
@@ -195,7 +198,7 @@ static void project(Step *s, const Layer *l, int with_queries) {
         for (int64_t h = with_queries ? 0 : l->Q; h < l->Q + l->K; h++) {
             float *head = row + h * l->Dp;
             const float *weight = h < l->Q ? l->q_norm : l->k_norm;
-            if (weight) head_norm(head, weight, l->D, l->epsilon);
+            if (weight) head_norm(head, weight, l->D, l->Dp, l->epsilon);
             rotate(head, cos, sin, l->rotated);
             if (h < l->Q) for (int64_t i = 0; i < l->D; i++) head[i] *= l->q_scale;
         }
@@ -312,8 +315,8 @@ static void dense_mlp(Step *s, const Layer *l) {
 static void route(Step *s, const Layer *l) {
     const int64_t E = l->count, N = l->router.n;
     for (int64_t r = 0; r < s->R; r++) {
-        float *score = s->inner, *choice = score + N, total = 0;
-        product(s, &l->router, s->y + r * s->H, s->H, score, N, 1);
+        float *score = s->inner + r % 8 * N, *choice = s->inner + 8 * N, total = 0;
+        if (r % 8 == 0) product(s, &l->router, s->y + r * s->H, s->H, score, N, s->R - r < 8 ? s->R - r : 8);
         if (l->softmax) {
             float top = score[0];
             for (int64_t e = 1; e < E; e++) top = score[e] > top ? score[e] : top;

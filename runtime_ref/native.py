@@ -33,7 +33,7 @@ _pointer, _integer, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = [("data", _pointer), *((name, _integer) for name in ("form", "n", "k"))]
+    _fields_ = [("data", _pointer), ("scales", _pointer), *((name, _integer) for name in ("form", "n", "k"))]
 
 
 class PackedMatrix(ctypes.Structure):
@@ -89,6 +89,8 @@ def library(flags: tuple[str, ...] = FLAGS) -> tuple[ctypes.CDLL | None, str]:
             found.decode_rows.restype = None
             found.prepare()
             found.has_dots.restype = ctypes.c_int
+            if found.has_dots():
+                found.decode_panels.argtypes, found.decode_panels.restype = found.decode_rows.argtypes, None
             return found, ""
     return None, reason
 
@@ -138,11 +140,14 @@ def pad(w: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class Memory:
-    """Builds structures and keeps what they point to; `dots`: in the forms that bf16 dot products read."""
+    """Builds structures and keeps what they point to.
 
-    def __init__(self, dots: bool = False):
+    `dots`: in the forms that bf16 dot products read; `coarse`: matrices rounded to bytes, each row by its own scale.
+    """
+
+    def __init__(self, dots: bool = False, coarse: bool = False):
         self.held: list = []
-        self.dots = dots
+        self.dots, self.coarse = dots, coarse
 
     def pointer(self, t: torch.Tensor | None) -> int | None:
         """Address of a float32 tensor's data (None: none)."""
@@ -155,6 +160,8 @@ class Memory:
     def matrix(self, w: torch.Tensor) -> Matrix:
         """Panels of w [n, k] float32, in bf16 if every value is exact there."""
         n, k = w.shape
+        if self.coarse and k % LANES == 0:
+            return self._bytes(pad(w, 0))
         panels = pad(w, 0).view(-1, LANES, k).transpose(1, 2).contiguous()
         kept = panels.to(torch.bfloat16)
         form = 2 if self.dots and k % LANES == 0 else 1
@@ -163,11 +170,17 @@ class Memory:
         if form == 2:
             kept = kept.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
         self.held.append(kept)
-        return Matrix(kept.data_ptr(), form, up(n), k)
+        return Matrix(kept.data_ptr(), None, form, up(n), k)
 
-    def rows(self, m: Matrix, first: int) -> Matrix:
-        """The rows of a matrix from `first` (a multiple of the lanes) on."""
-        return Matrix(m.data + first * m.k * (2 if m.form else 4), m.form, m.n - first, m.k)
+    def _bytes(self, w: torch.Tensor) -> Matrix:
+        """Panels of w [n, k] rounded to bytes."""
+        n, k = w.shape
+        scales = w.abs().amax(1) / 127
+        codes = (w / scales.clamp_min(torch.finfo(w.dtype).tiny)[:, None]).round().to(torch.int8)
+        panels = codes.view(-1, LANES, k // 4, 4).transpose(1, 2).contiguous()
+        beside = torch.cat((scales.view(torch.int32), 128 * codes.sum(1, dtype=torch.int32)))
+        self.held += [panels, beside]
+        return Matrix(panels.data_ptr(), beside.data_ptr(), 3, n, k)
 
     def matrices(self, parts: list[torch.Tensor]):
         array = (Matrix * len(parts))(*(self.matrix(w) for w in parts))
@@ -189,10 +202,10 @@ class Memory:
 
 
 def coded_panels(codes: torch.Tensor) -> torch.Tensor:
-    """Packed codes [n, k / 2] as panels [n / 16, k / 4 * 32] for dot products (see native_dots.h)."""
-    one = torch.stack((codes & 15, codes >> 4), dim=-1).view(codes.shape[0] // LANES, LANES, -1, 2, 2)  # of each four of k
-    one = one.permute(0, 2, 3, 1, 4)
-    return (one[:, :, 0] | one[:, :, 1] << 4).flatten(1).contiguous()
+    """Packed codes [n, k / 2] as panels [n / 16, 8 * k] for dot products (see native_dots.h)."""
+    one = torch.stack((codes & 15, codes >> 4), dim=-1).view(codes.shape[0] // LANES, LANES, -1, 4, 2)  # of each eight of k
+    one = one.permute(0, 2, 1, 4, 3)
+    return (one[..., 0::2] | one[..., 1::2] << 4).flatten(1).contiguous()
 
 
 def scale_panels(scales: torch.Tensor) -> torch.Tensor:
@@ -215,7 +228,7 @@ class Workspace:
         self.group = max(layer.Q // layer.K for layer in at)
         self.head = max(layer.Dp for layer in at)
         self.width = max(H, self.heads, *(layer.inner for layer in at))
-        self.inner = max(max(8 * layer.gate_up.n, 8 * H + 24 * layer.inner, 3 * layer.router.n + 64) for layer in at)
+        self.inner = max(max(8 * layer.gate_up.n, 8 * H + 24 * layer.inner, 10 * layer.router.n + 64) for layer in at)
         self.tensors: dict[str, torch.Tensor] = {}
 
     def fit(self, step: Step, rows: int, context: int) -> None:

@@ -101,6 +101,8 @@ class NativeBackend:
             raise ValueError(f"backend native: {reason}")
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"dtype {dtype}: expected bfloat16 or float32")
+        if dots and not can_dot(dtype):
+            raise ValueError(f"dots: bf16 dot products need a processor that has them and dtype bfloat16, this is {dtype}")
         self.weights, self.config, self.dtype = weights, weights.config, dtype
         self.dots = can_dot(dtype) if dots is None else dots
         self.run_code, self.memory = library()[0].run, Memory(self.dots)
@@ -137,7 +139,7 @@ class NativeBackend:
         for name, value in {
                 "input_norm": memory.pointer(own.input_norm), "post_norm": memory.pointer(own.post_norm),
                 "sink": memory.pointer(a.sink), "kind": list(self.pools).index(kind), "rotated": self.rotary[kind].rotated,
-                "q_norm": memory.pointer(a.q_norm), "k_norm": memory.pointer(a.k_norm),
+                "q_norm": padded_pointer(memory, a.q_norm), "k_norm": padded_pointer(memory, a.k_norm),
                 "keys": pool.keys[index].data_ptr(), "values": pool.values[index].data_ptr(),
                 "slots": pool.keys[index].shape[1], "q_scale": a.qk_dim**-0.5, "epsilon": config.layernorm_epsilon,
                 "value_scale": 1.0 if a.value_scale is None else a.value_scale}.items():
@@ -282,6 +284,11 @@ class NativeBackend:
         return {name: found[name].clone() for name in (*task.reads, *task.writes) if name in found}
 
 
+def padded_pointer(memory: Memory, weight: torch.Tensor | None) -> int | None:
+    """A head's norm weight [D] in whole vectors."""
+    return None if weight is None else memory.pointer(pad(weight, 0))
+
+
 def in_halves(pool: Pool, dots: bool) -> Pool:
     """The pool, with storage in bf16 for dot products: a page's bytes are then the ops' own affair."""
     if dots:
@@ -293,10 +300,8 @@ def in_halves(pool: Pool, dots: bool) -> Pool:
 def attention_fields(memory: Memory, qk: torch.Tensor, v: torch.Tensor, o: list[torch.Tensor], queries: int) -> Layer:
     """A layer with the matrices of its attention: qk [heads, H, D], v [heads, H, V], o [parts] of [H, heads of it * Vp]."""
     rows = [pad(t.transpose(1, 2), 1).flatten(0, 1) for t in (qk, v)]
-    layer = Layer(qkv=memory.matrix(torch.cat(rows)), o=memory.matrices(o), Q=queries, K=qk.shape[0] - queries, D=qk.shape[2],
-                  V=v.shape[2], Dp=up(qk.shape[2]), Vp=up(v.shape[2]), parts=len(o), value_scale=1.0)
-    layer.kv = memory.rows(layer.qkv, layer.Q * layer.Dp)
-    return layer
+    return Layer(qkv=memory.matrix(torch.cat(rows)), o=memory.matrices(o), Q=queries, K=qk.shape[0] - queries, D=qk.shape[2],
+                 V=v.shape[2], Dp=up(qk.shape[2]), Vp=up(v.shape[2]), parts=len(o), value_scale=1.0)
 
 
 def dense_fields(layer: Layer, memory: Memory, gate_up: torch.Tensor, down: torch.Tensor) -> None:

@@ -8,8 +8,8 @@
    hidden ones adding exact zeros).
 
    Everything is laid out in pairs along the sum: matrices [n / 16][k / 2][16][2], keys [page][d / 2][64][2], values
-   [page][32][v][2], experts' codes [n / 16][k / 4][16][2] bytes, each with the code of k and (high) of k + 2, so that a byte is
-   an index of the look-up as it is, and scales [n / 16][k / 32][16]. E2M1 is exact in bf16; scales are applied to sums. */
+   [page][32][v][2], experts' codes [n / 16][k / 8][16][2] words, each with the codes of k, k + 2, k + 4 and k + 6, so that a word
+   shifted is an index of the look-up as it is, and scales [n / 16][k / 32][16]. E2M1 is exact in bf16; scales are applied to sums. */
 
 typedef uint16_t half;
 
@@ -56,6 +56,69 @@ static void dot_product(const Step *s, const Mat *m, const float *x, int64_t xs,
     }
 }
 
+/* x [n] -> bytes 128 + round(x / scale), scale = the largest magnitude / 127, which is returned (NaN if an x is not finite). */
+static float to_bytes(const float *x, uint8_t *out, int64_t n) {
+    vf most = splat(0), nothing = splat(0);
+    for (int64_t i = 0; i < n; i += L) {
+        const vf own = load(x + i);
+        most = (vf)_mm512_max_ps((__m512)most, _mm512_abs_ps((__m512)own));
+        nothing = nothing + own * 0.0f;
+    }
+    const float top = _mm512_reduce_max_ps((__m512)most), times = top > 0 ? 127.0f / top : 0;
+    for (int64_t i = 0; i < n; i += L) {
+        const vi whole_number = (vi)_mm512_cvtps_epi32((__m512)(load(x + i) * times)) + 128;
+        _mm_storeu_si128((void *)(out + i), _mm512_cvtepi32_epi8((__m512i)whole_number));
+    }
+    return top / 127.0f + lanes(nothing);
+}
+
+/* Not the intrinsic: GCC 12 copies every sum of it back and forth. */
+INLINE __m512i byte_dot(__m512i sum, __m512i x, __m512i w) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    return sum;
+}
+
+INLINE void byte_tile(const int R, const int N, const Mat *m, const uint8_t *x, const float *scale, float *out, int64_t os, int64_t p) {
+    __m512i acc[8][8];
+    for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) acc[r][n] = _mm512_setzero_si512();
+    const int64_t K = m->k;
+    const int8_t *w = (const int8_t *)m->data + p * K * L;
+    for (int64_t k = 0; k < K; k += 4) {
+        __m512i part[8];
+        for (int n = 0; n < N; n++) part[n] = whole(w + n * K * L + k * L);
+        for (int r = 0; r < R; r++) {
+            const __m512i own = both((const half *)(x + r * K + k));
+            for (int n = 0; n < N; n++) acc[r][n] = byte_dot(acc[r][n], own, part[n]);
+        }
+    }
+    for (int n = 0; n < N; n++) {
+        const vf weight = load(m->scales + (p + n) * L);
+        const vi shift = (vi)whole(m->scales + m->n + (p + n) * L);
+        for (int r = 0; r < R; r++)
+            store(out + r * os + (p + n) * L, __builtin_convertvector((vi)acc[r][n] - shift, vf) * (weight * scale[r]));
+    }
+}
+
+/* The drafter's products: integers, exact but for the rounding of both sides to bytes, and twice as fast again. A draft is a
+   guess that the target judges, so this costs acceptance (measured: docs/results/runtime.md), never a token. */
+#define BYTE_TILES(R, N) do { for (; p + N <= P; p += N) byte_tile(R, N, m, bytes, scale, out, os, p); \
+                              for (; p < P; p++) byte_tile(R, 1, m, bytes, scale, out, os, p); } while (0)
+static void byte_product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R) {
+    const int64_t P = m->n / L;
+    uint8_t *bytes = (uint8_t *)s->halves;
+    for (int64_t left = R; left > 0; left -= 8, x += 8 * xs, out += 8 * os) {
+        const int64_t rows = left < 8 ? left : 8;
+        float scale[8];
+        int64_t p = 0;
+        for (int64_t r = 0; r < rows; r++) scale[r] = to_bytes(x + r * xs, bytes + r * m->k, m->k);
+        switch (rows) {
+        case 1: BYTE_TILES(1, 8); break; case 2: BYTE_TILES(2, 4); break; case 3: BYTE_TILES(3, 4); break;
+        case 4: BYTE_TILES(4, 4); break; case 5: BYTE_TILES(5, 4); break; case 6: BYTE_TILES(6, 4); break;
+        case 7: BYTE_TILES(7, 3); break; default: BYTE_TILES(8, 3);
+        }
+    }
+}
+
 /* Both halves of the table alike: the look-up minds five bits of an index, a code has four. */
 #define E2M1_HALVES 0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, \
                     (short)0x8000, (short)0xbf00, (short)0xbf80, (short)0xbfc0, (short)0xc000, (short)0xc040, (short)0xc080, (short)0xc0c0
@@ -68,42 +131,56 @@ INLINE vf scales_of(const uint8_t *bytes) {
     return (vf)(wide << 23 | (edge & 0x400000u));
 }
 
-/* out[r] gets, or is added, the products of all n rows of a packed matrix, its blocks `from` .. `from` + `blocks`, with R
-   vectors x of so many blocks. */
-INLINE void coded_rows(const int R, const Packed *w, int64_t n, int64_t from, int64_t blocks, const half *const *x,
+/* out[r] gets, or is added, the products of N panels from the p-th of a packed matrix, its blocks `from` .. `from` + `blocks`,
+   with R vectors x of so many blocks. */
+INLINE void coded_tile(const int R, const int N, const Packed *w, int64_t p, int64_t from, int64_t blocks, const half *const *x,
                        float *const *out, int add) {
     const __m512i table = (__m512i)E2M1_TABLE;
-    for (int64_t p = 0; p < n / L; p++) {
-        const uint8_t *codes = w->codes + p * w->code_stride + from * 256, *scales = w->scales + p * w->scale_stride + from * L;
-        vf total[8];
-        for (int r = 0; r < R; r++) total[r] = add ? load(out[r] + p * L) : splat(0);
-        for (int64_t b = 0; b < blocks; b++) {
-            vf part[8];
-            for (int r = 0; r < R; r++) part[r] = splat(0);
-            for (int c = 0; c < 8; c++) {
-                const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(codes + b * 256 + c * 32)));
-                const __m512i low = _mm512_permutexvar_epi16(wide, table);
-                const __m512i high = _mm512_permutexvar_epi16(_mm512_srli_epi16(wide, 4), table);
-                for (int r = 0; r < R; r++) part[r] = dot(part[r], low, both(x[r] + b * 32 + c * 4));
-                for (int r = 0; r < R; r++) part[r] = dot(part[r], high, both(x[r] + b * 32 + c * 4 + 2));
+    const uint8_t *codes = w->codes + p * w->code_stride + from * 256, *scales = w->scales + p * w->scale_stride + from * L;
+    vf total[8][4];
+    for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) total[r][n] = add ? load(out[r] + (p + n) * L) : splat(0);
+    for (int64_t b = 0; b < blocks; b++) {
+        vf part[8][4];
+        for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) part[r][n] = splat(0);
+        for (int c = 0; c < 4; c++) {
+            __m512i four[4];
+            for (int n = 0; n < N; n++) four[n] = whole(codes + n * w->code_stride + b * 256 + c * 64);
+            for (int j = 0; j < 4; j++) {
+                __m512i weight[4];
+                for (int n = 0; n < N; n++) weight[n] = _mm512_permutexvar_epi16(_mm512_srli_epi16(four[n], 4 * j), table);
+                for (int r = 0; r < R; r++) {
+                    const __m512i own = both(x[r] + b * 32 + c * 8 + j * 2);
+                    for (int n = 0; n < N; n++) part[r][n] = dot(part[r][n], weight[n], own);
+                }
             }
-            const vf scale = scales_of(scales + b * L);
-            for (int r = 0; r < R; r++) total[r] = total[r] + part[r] * scale;
         }
-        for (int r = 0; r < R; r++) store(out[r] + p * L, total[r]);
+        for (int n = 0; n < N; n++) {
+            const vf scale = scales_of(scales + n * w->scale_stride + b * L);
+            for (int r = 0; r < R; r++) total[r][n] = total[r][n] + part[r][n] * scale;
+        }
     }
+    for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) store(out[r] + (p + n) * L, total[r][n]);
 }
+#define CODED(R, N) do { for (; p + N <= n / L; p += N) coded_tile(R, N, w, p, from, blocks, x, out, add); \
+                         for (; p < n / L; p++) coded_tile(R, 1, w, p, from, blocks, x, out, add); } while (0)
 static void coded_product(int64_t R, const Packed *w, int64_t n, int64_t from, int64_t blocks, const half *const *x,
                           float *const *out, int add) {
+    int64_t p = 0;
     switch (R) {
-    case 1: coded_rows(1, w, n, from, blocks, x, out, add); break;
-    case 2: coded_rows(2, w, n, from, blocks, x, out, add); break;
-    case 3: coded_rows(3, w, n, from, blocks, x, out, add); break;
-    case 4: coded_rows(4, w, n, from, blocks, x, out, add); break;
-    case 5: coded_rows(5, w, n, from, blocks, x, out, add); break;
-    case 6: coded_rows(6, w, n, from, blocks, x, out, add); break;
-    case 7: coded_rows(7, w, n, from, blocks, x, out, add); break;
-    default: coded_rows(8, w, n, from, blocks, x, out, add);
+    case 1: CODED(1, 4); break; case 2: CODED(2, 4); break; case 3: CODED(3, 2); break; case 4: CODED(4, 2); break;
+    case 5: CODED(5, 2); break; case 6: CODED(6, 2); break; case 7: CODED(7, 2); break; default: CODED(8, 2);
+    }
+}
+
+/* Weights [n, k] as the products see them, column by column, out [k][n]: what the contract of bit-exact decoding is tested on. */
+void decode_panels(const Packed *w, int64_t n, int64_t k, float *out) {
+    half unit[8][512];
+    for (int64_t first = 0; first < k; first += 8) {
+        const half *x[8];
+        float *to[8];
+        memset(unit, 0, sizeof unit);
+        for (int64_t r = 0; r < 8; r++) unit[r][first + r] = 0x3f80, x[r] = unit[r], to[r] = out + (first + r) * n;
+        coded_product(8, w, n, 0, k / 32, x, to, 0);
     }
 }
 
@@ -196,8 +273,7 @@ INLINE void mix(const int N, const int V, const half *values, const int32_t *pag
     for (int n = 0; n < N; n++) for (int v = 0; v < V; v++) out[n][v] = acc[n][v];
 }
 
-#define ONE_TO_EIGHT(n, CALL) switch (n) { case 1: CALL(1); break; case 2: CALL(2); break; case 3: CALL(3); break; case 4: CALL(4); break; \
-        case 5: CALL(5); break; case 6: CALL(6); break; case 7: CALL(7); break; default: CALL(8); }
+#define FOR_QUERIES(n, CALL) switch (n) { case 1: CALL(1); break; case 2: CALL(2); break; case 4: CALL(4); break; default: CALL(8); }
 
 /* Weights of one query in place of its scores, in bf16, for positions low .. high of begin .. begin + width; returns their sum. */
 static float soften(float *score, int64_t width, int64_t begin, int64_t low, int64_t high, const float *sink) {
@@ -238,12 +314,12 @@ static void dot_attend(Step *s, const Layer *l, int64_t r, int64_t T, int64_t h)
     float *score = s->scratch, total[8];
     for (int64_t t = 0; t < T; t++) for (int64_t g = 0; g < G; g++)
         to_half(s->qkv + (r + t) * l->qkv.n + (h * G + g) * l->Dp, q + (t * G + g) * l->Dp, l->Dp);
-    for (int64_t first = 0; first < N; first += 8) {
-        const int64_t n = N - first < 8 ? N - first : 8;
+    for (int64_t first = 0, n; first < N; first += n) {
+        n = N - first >= 8 ? 8 : N - first >= 4 ? 4 : N - first >= 2 ? 2 : 1;
         for (int64_t i = begin; i < end; i += L) {
             const half *from = keys + pages[i / PAGE] * (int64_t)PAGE * l->Dp + i % PAGE * 2;
 #define SCORES(n) score_block(n, from, q + first * l->Dp, l->Dp, score + i - begin, width)
-            ONE_TO_EIGHT(n, SCORES)
+            FOR_QUERIES(n, SCORES)
         }
         for (int64_t i = 0; i < n; i++)
             total[i] = soften(score + i * width, width, begin, s->low[at + (first + i) / G], s->high[at + (first + i) / G],
@@ -255,7 +331,7 @@ static void dot_attend(Step *s, const Layer *l, int64_t r, int64_t T, int64_t h)
 #define MIX4(n) MIXED((n) < 4 ? (n) : 4, 4)
 #define MIX2(n) MIXED(n, 2)
 #define MIX1(n) MIXED(n, 1)
-            if (V == 4) { ONE_TO_EIGHT(n, MIX4) } else if (V == 2) { ONE_TO_EIGHT(n, MIX2) } else { ONE_TO_EIGHT(n, MIX1) }
+            if (V == 4) { FOR_QUERIES(n, MIX4) } else if (V == 2) { FOR_QUERIES(n, MIX2) } else { FOR_QUERIES(n, MIX1) }
             for (int64_t i = 0; i < n; i++)
                 for (int64_t c = 0; c < V; c++)
                     store(s->heads + (r + (first + i) / G) * l->Q * l->Vp + (h * G + (first + i) % G) * l->Vp + v + c * L,

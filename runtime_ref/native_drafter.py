@@ -14,7 +14,10 @@ from runtime_ref import native
 from runtime_ref.drafter import KIND, Drafter, Wanted
 from runtime_ref.kv_cache import PAGE, Pool
 from runtime_ref.native import OP, Layer, Memory, Workspace, up
-from runtime_ref.native_backend import arrange, attention_fields, dense_fields, in_halves, submit
+from runtime_ref.native_backend import arrange, attention_fields, dense_fields, in_halves, padded_pointer, submit
+
+# Products in bytes where the processor has dot products: a draft is a guess, and twice as many fit into the same time.
+IN_BYTES = True
 
 
 class NativeDrafter(Drafter):
@@ -24,10 +27,10 @@ class NativeDrafter(Drafter):
         super().__init__(model, backend, pages)
         widths = dict.fromkeys(range(len(self.layers)), (self.K, up(self.D), up(self.V)))
         self.pool = in_halves(Pool(widths, pages, backend.dtype, self.window), backend.dots)
-        self.memory = memory = Memory(backend.dots)
+        self.memory = memory = Memory(backend.dots, coarse=IN_BYTES and backend.dots)
         self.native = (Layer * len(self.layers))(*(self._layer(i) for i in range(len(self.layers))))
         shared = {"layers": self.native, "embed": backend.step.embed, "mask": memory.pointer(self.mask),
-                  "head": backend.step.head, "H": self.mask.shape[0], "bf16": backend.step.bf16, "dots": backend.step.dots,
+                  "head": self._head(), "H": self.mask.shape[0], "bf16": backend.step.bf16, "dots": backend.step.dots,
                   "epsilon": self.epsilon}
         self.block_step = native.Step(norm=memory.pointer(self.norm), **shared)
         self.context_step = native.Step(norm=memory.pointer(self.hidden_norm), fc=memory.matrix(self.fc[0].T), **shared)
@@ -37,6 +40,11 @@ class NativeDrafter(Drafter):
         self.block_code = _code([("embed", 0), *((op, i) for i in layers for op in self._ops(i)),
                                  ("pick_rows", 0), ("final_norm", 0), ("head", 0)])
         self.context_code = _code([("fuse", 0), *((op, i) for i in layers for op in ("project_kv", "write"))])
+
+    def _head(self) -> native.Matrix:
+        """The target's, or a copy of it in bytes."""
+        step, head = self.backend.step, self.backend.weights.head
+        return self.memory.matrix(head.transpose(1, 2).flatten(0, 1)) if self.memory.coarse else step.head
 
     def _ops(self, layer: int) -> list[str]:
         attention, mlp = ([name] * (pair is not None) for name, pair in zip(
@@ -48,9 +56,12 @@ class NativeDrafter(Drafter):
         own, memory = self.layers[index], self.memory
         o = own["o"].view(self.Q, self.V, -1)
         layer = attention_fields(memory, own["qk"], own["v"], [native.pad(o, 1).flatten(0, 1).T], self.Q)
+        context = [native.pad(t.transpose(1, 2), 1).flatten(0, 1) for t in (own["qk"][self.Q:], own["v"])]
+        layer.kv = memory.matrix(torch.cat(context))
         for name, value in {
                 "input_norm": memory.pointer(own["input_norm"]), "post_norm": memory.pointer(own["post_norm"]),
-                "q_norm": memory.pointer(own["qk_norm"][0, 0]), "k_norm": memory.pointer(own["qk_norm"][self.Q, 0]),
+                "q_norm": padded_pointer(memory, own["qk_norm"][0, 0]),
+                "k_norm": padded_pointer(memory, own["qk_norm"][self.Q, 0]),
                 "sink": memory.pointer(own["sink"]), "rotated": self.rotary.rotated,
                 "keys": self.pool.keys[index].data_ptr(), "values": self.pool.values[index].data_ptr(),
                 "slots": self.pool.keys[index].shape[1], "q_scale": self.D**-0.5, "epsilon": self.epsilon,

@@ -57,3 +57,11 @@ ROW_KERNEL = 2.0**-8
 # Relative error (Frobenius) of logits of a small model: the Triton kernels round what enters a product to bf16 (2^-9 each), the
 # torch backend does not; a dozen such products lie between a token and its logits (measured 1e-2).
 TRITON_LOGITS = 8 * 2.0**-8
+
+# Relative error (Frobenius) of one compiled op with bf16 dot products against float64: activations are rounded where they enter
+# a product, by at most 2^-9 each, in an MLP twice, and terms of a sum that cancel double that relative to it.
+NATIVE_DOTS = 2.0**-7
+
+# Relative error (Frobenius) of draft logits computed in bytes, of a random two-layer drafter: activations are rounded to 1/127
+# of their row's largest value, which is three to five times their size: 1 % of each product's result, nine products deep.
+DRAFTS_IN_BYTES = 0.08
