@@ -26,11 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = 512
 
 
-async def through_server(url: str, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]]]:
-    """Seconds until all streams have ended, and their tokens."""
+async def through_server(url: str, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]], int]:
+    """Seconds until all streams have ended, their tokens, and in how many events they came."""
     import httpx
 
+    events = 0
+
     async def one(client: httpx.AsyncClient, prompt: list[int]) -> list[int]:
+        nonlocal events
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
                 "return_token_ids": True}
         found: list[int] = []
@@ -38,13 +41,14 @@ async def through_server(url: str, prompts: list[list[int]], tokens: int) -> tup
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
                     found += json.loads(line[6:])["choices"][0]["token_ids"]
+                    events += 1
         return found
 
     async with httpx.AsyncClient(timeout=600) as client:
         await client.get(f"{url}/health")
         began = time.perf_counter()
         found = await asyncio.gather(*(one(client, p) for p in prompts))
-        return time.perf_counter() - began, list(found)
+        return time.perf_counter() - began, list(found), events
 
 
 def prompts_of(tokenizer, count: int) -> list[list[int]]:
@@ -68,13 +72,14 @@ def measure(engine, url: str, pid: int, prompts: list[list[int]], tokens: int, r
     from runtime_ref.sampler import SamplingParams
 
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, adaptive=True)
-    process, rows, loop, computing = psutil.Process(pid), [], 0.0, 0.0
+    process, rows, loop, computing, events = psutil.Process(pid), [], 0.0, 0.0, 0
     for _ in range(rounds + 1):
         wall, cpu = time.perf_counter(), time.process_time()
         expected = engine.generate(prompts, params)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         before, threads = sum(process.cpu_times()[:2]), cpu_by_thread(process)
-        seconds, found = asyncio.run(through_server(url, prompts, tokens))
+        seconds, found, sent = asyncio.run(through_server(url, prompts, tokens))
+        events += sent
         rows.append((wall, seconds, cpu, sum(process.cpu_times()[:2]) - before))
         spent = {i: t - threads.get(i, 0.0) for i, t in cpu_by_thread(process).items()}
         loop += spent.pop(pid)
@@ -84,7 +89,8 @@ def measure(engine, url: str, pid: int, prompts: list[list[int]], tokens: int, r
     wall, served, cpu, served_cpu = zip(*rows[1:], strict=True)  # the first round fills the prefix caches of both
     per_token = 1e3 / (tokens * len(prompts))
     report = {"clients": len(prompts), "tokens": tokens * len(prompts),
-              "event_loop_over_engine_cpu": round(loop / computing, 4)}
+              "event_loop_over_engine_cpu": round(loop / computing, 4),
+              "tokens_per_event": round((rounds + 1) * tokens * len(prompts) / events, 2)}
     for name, alone, through in (("cpu", cpu, served_cpu), ("wall", wall, served)):
         ratios = [t / a - 1 for a, t in zip(alone, through, strict=True)]
         report |= {f"engine_{name}_ms_per_token": round(per_token * statistics.median(alone), 4),

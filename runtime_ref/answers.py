@@ -6,7 +6,6 @@ A chunk is what the engine handed over for one choice: the tokens of one step or
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 import uuid
@@ -16,14 +15,14 @@ from functools import lru_cache
 
 from runtime_ref.metrics import Metrics, Timing
 from runtime_ref.sampler import Logprob
+from runtime_ref.sequence import Output
 from runtime_ref.worker import EngineDown, Part, Ticket
 
 # JSON has no -Infinity; clients know this number for "not at all".
 NEVER = -9999.0
 
 
-def dumps(value) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 @lru_cache(maxsize=1)
@@ -130,19 +129,22 @@ class Answer:
 
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events, the last one [DONE]. An engine that fails on the way is told as an error event."""
+        last: list[str] = []  # said together with the end, which spares a write
         try:
             async for parts in self.ticket.parts():
                 for part in parts:
                     self._take(part)
                 said = [self._event(body) for part in (parts if self.wanted.drafts else joined(parts))
                         if self._worth_saying(part) for body in self._chunks(part, self.choices[part.choice])]
-                if said:
+                if all(choice.finish is not None for choice in self.choices):
+                    last = said
+                elif said:
                     yield "".join(said)
             if self.wanted.usage:
-                yield f"data: {dumps(self._chunk([]) | {'usage': self.usage(), 'metrics': self.report()})}\n\n"
+                last.append(self._event(self._chunk([]) | {"usage": self.usage(), "metrics": self.report()}))
         except EngineDown as error:
-            yield f"data: {dumps(error_body(str(error), 'server_error', code='engine_down'))}\n\n"
-        yield "data: [DONE]\n\n"
+            last.append(self._event(error_body(str(error), "server_error", code="engine_down")))
+        yield "".join([*last, "data: [DONE]\n\n"])
 
     def _worth_saying(self, part: Part) -> bool:
         """Whether a client can see anything of it: a part of a character, or of a stop string, it cannot."""
@@ -246,11 +248,14 @@ def joined(parts: list[Part]) -> list[Part]:
 def _joined(parts: list[Part]) -> Part:
     if len(parts) == 1:
         return parts[0]
-    outputs, last = [part.output for part in parts], parts[-1]
-    one = dataclasses.replace(last.output, tokens=[t for o in outputs for t in o.tokens],
-                              logprobs=[p for o in outputs for p in o.logprobs], pieces=[p for o in outputs for p in o.pieces],
-                              text="".join(o.text or "" for o in outputs), drafted=sum(o.drafted for o in outputs),
-                              accepted=sum(o.accepted for o in outputs))
+    last = parts[-1]
+    one = Output(last.output.id, [], last.output.finish, "".join(part.output.text or "" for part in parts))
+    for part in parts:
+        output = part.output
+        one.tokens += output.tokens
+        one.logprobs += output.logprobs
+        one.pieces += output.pieces
+        one.drafted, one.accepted = one.drafted + output.drafted, one.accepted + output.accepted
     return Part(last.choice, one, last.at)
 
 

@@ -1,12 +1,14 @@
 """The engine in a thread of its own, beside the event loop that talks to clients.
 
 The engine computes step after step and never waits for a client; the event loop never computes. Between them go commands
-(add, abort, stop), applied between two steps, and outputs. Outputs are handed over a hundred times a second at most, however
-fast the steps are: an event for each token of a small model costs the event loop (and through the interpreter's lock the
-engine) more than a tenth of the token, and nobody reads faster. First tokens and ends are never held back, nor is anything
-once the engine has nothing to do, and steps that take longer are handed over one by one. With several ranks, rank 0's commands
-are broadcast before each step, so that all ranks make the same calls in the same order (`follow` is the loop of the others);
-while there is nothing to do an empty broadcast every few seconds keeps the ranks in touch and finds dead ones.
+(add, abort, stop), applied between two steps, and outputs. Outputs are held until the engine has computed for a while, longer
+the more requests are open: an event for each token of a small model costs the event loop (and through the interpreter's lock
+the engine) more than a tenth of the token, and nobody reads faster. What is counted is the CPU time of the engine's thread, for
+that is what an event is compared with: on a busy machine a step takes long without computing more. No output waits longer than
+a tenth of a second for the next; first tokens and ends are never held back, nor is anything once the engine has nothing to do,
+and steps that compute for longer are handed over one by one. With several ranks, rank 0's commands are broadcast before each
+step, so that all ranks make the same calls in the same order (`follow` is the loop of the others); while there is nothing to do
+an empty broadcast every few seconds keeps the ranks in touch and finds dead ones.
 
 If the thread ends for any reason but `stop`, or a step takes longer than `stall_seconds`, the worker is down: all open
 requests fail at once, and so does every later one. It is not restarted: what made it fail is not known to be gone.
@@ -32,7 +34,14 @@ from runtime_ref.sequence import Output
 HEARTBEAT_SECONDS = 5.0
 # A step of a large model on a CPU takes seconds; nothing sound takes minutes.
 STALL_SECONDS = 180.0
-HAND_OVER_SECONDS = 0.01
+# CPU time of the engine between two hand-overs, at least, and for each open request: an event costs 0.1 to 0.4 ms of it.
+HAND_OVER_SECONDS, HAND_OVER_SECONDS_PER_REQUEST = 0.02, 0.0025
+LONGEST_HOLD_SECONDS = 0.1
+
+
+def due(waited: float, computed: float, requests: int) -> bool:
+    """Whether held outputs are handed over: seconds since they last were, the engine's CPU seconds since, open requests."""
+    return waited >= LONGEST_HOLD_SECONDS or computed >= max(HAND_OVER_SECONDS, HAND_OVER_SECONDS_PER_REQUEST * requests)
 
 
 class Refused(ValueError):
@@ -199,7 +208,7 @@ class EngineWorker:
         self._commands: list[Command] = []
         self._asked: list[asyncio.Future] = []
         self._held: list[tuple[int, Part]] = []  # of the engine's thread: outputs to be handed over, with their tickets
-        self._handed = 0.0
+        self._handed = self._computed = 0.0  # when they last were: wall time, and CPU time of the engine's thread
         self._fresh: set[int] = set()  # tickets that have got nothing yet
         self._step_began: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -326,7 +335,7 @@ class EngineWorker:
             if output.finish is not None or ticket in self._fresh:
                 urgent = True
                 self._fresh.discard(ticket)
-        if urgent or now - self._handed >= HAND_OVER_SECONDS:
+        if urgent or due(now - self._handed, time.thread_time() - self._computed, len(self._book.ids)):
             self._hand_over(now)
         if asked:
             self._call(self._answer, asked, statistics(self.engine))
@@ -335,7 +344,7 @@ class EngineWorker:
     def _hand_over(self, now: float = 0.0) -> None:
         """In the engine's thread: what is held goes to the event loop."""
         if self._held:
-            held, self._held, self._handed = self._held, [], now
+            held, self._held, self._handed, self._computed = self._held, [], now, time.thread_time()
             self._call(self._deliver, held)
 
     def _call(self, function, *arguments) -> None:
