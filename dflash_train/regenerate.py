@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="dflash_train/regenerate.py", description="Answers of the target to the recipe's "
                                      "prompts: the drafter's training data.")
     parser.add_argument("recipe", help="YAML recipe, e.g. recipes/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replace a value of the recipe")
     args = parser.parse_args(argv)
 
     def job(recipe: Recipe) -> int:

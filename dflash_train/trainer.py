@@ -12,8 +12,6 @@ Output, in <recipe.output>/<recipe.name>/dflash/:
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +33,7 @@ from qat import checkpoint, report
 from qat.data import EpochOrder
 from qat.optimizer import make_schedule
 from qat.parallel import StopRequest, make_accelerator
+from qat.resume import checkpoint_to_resume
 from recipes.load import dump_recipe
 from recipes.schema import Recipe
 
@@ -115,7 +114,7 @@ class Trainer:
     def _find_earlier(self, resume: bool) -> Path | None:
         """The checkpoint to resume; without --resume an earlier run is set aside (its answers and features stay in use)."""
         if resume:
-            return (checkpoint.complete_checkpoints(self.folder / "checkpoints") or [None])[-1]
+            return checkpoint_to_resume(self.folder, self.recipe, "dflash", self._say)
         if self.main and (self.folder / "resolved.yaml").exists():
             aside = next(p for n in range(1, 10_000) if not (p := self.folder.with_name(f"dflash.{n}")).exists())
             self.folder.rename(aside)
@@ -284,11 +283,9 @@ class Trainer:
 
         if not self.main:
             return
-        final, partial = self.folder / "model", self.folder / "model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        save_drafter(self.drafter, partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
+        final = self.folder / "model"
+        with checkpoint.folder_aside(final) as partial:
+            save_drafter(self.drafter, partial)
         self._say("measuring acceptance on held-out prompts")
         began = time.perf_counter()
         drafter = load_drafter(final, getattr(torch, self.recipe.model.dtype)).to(self.accelerator.device)

@@ -25,6 +25,7 @@ from modeling.names import expert_parts, qkv_scale_rows
 from mxfp4 import dequantize
 
 FP8_BLOCK = 128
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False):
@@ -38,6 +39,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False):
     from modeling.configuration_mimo_v2 import MiMoV2Config
 
     _require_folder(path)
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{path}: no config.json: not a checkpoint folder")
+    if folder.is_dir() and not trust_remote_code and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise ValueError(f"{path}: no tokenizer ({', '.join(_TOKENIZER_FILES)})")
     AutoConfig.register("mimo_v2", MiMoV2Config, exist_ok=True)  # or transformers warns of a type that it does not know
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
@@ -238,7 +244,7 @@ class TensorFiles:
 def _require_folder(path: str | Path) -> None:
     if re.match(r"^[.~/]", str(path)) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         if not Path(path).is_dir():
-            raise ValueError(f"model.path: {path}: no such checkpoint folder")
+            raise ValueError(f"model.path: {path}: no such checkpoint folder (looked from {Path.cwd()})")
 
 
 def _read_config(path: str | Path) -> dict:

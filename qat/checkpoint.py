@@ -18,6 +18,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _NAME = re.compile(r"step-(\d+)$")
@@ -49,7 +51,8 @@ def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, f
             shutil.rmtree(stale)
     accelerator.wait_for_everyone()
     try:
-        accelerator.save_state(str(partial), safe_serialization=True)
+        with disk_errors():
+            accelerator.save_state(str(partial), safe_serialization=True)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (partial / "resolved.yaml").write_text(recipe_yaml, encoding="utf-8")
@@ -60,13 +63,45 @@ def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, f
             os.rename(partial, final)
             for old in complete_checkpoints(folder)[:-keep_last]:
                 shutil.rmtree(old)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         kept = complete_checkpoints(folder)
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
         raise OSError(f"checkpoint of step {step} could not be written to {folder}: {error}; {last}") from error
     accelerator.wait_for_everyone()
     return final
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Writers of tensors report a full disk in three ways; here it is always an OSError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(str(error).strip().splitlines()[0]) from error
+
+
+@contextmanager
+def folder_aside(final: Path) -> Iterator[Path]:
+    """`<final>.partial`, empty, to be filled: it takes the place of `final` at the end, or is removed if that fails.
+
+    Raises:
+        OSError: the disk is full or not writable; `final` is as it was.
+    """
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with disk_errors():
+            yield partial
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{final} could not be written: {error}; the last checkpoint is kept, --resume tries again") from error
+    for tensors in partial.glob("*.safetensors"):  # safetensors makes files that nobody else may read, whatever the umask
+        shutil.copymode(partial / "config.json", tensors)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(partial, final)
 
 
 def load_checkpoint(accelerator, path: Path) -> None:

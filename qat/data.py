@@ -47,25 +47,17 @@ def packed_dataset(patterns: list[str], tokenizer, data: Data, *, key: str = "da
         key: recipe key for error messages.
 
     Raises:
-        ValueError: no such file, no such column, an empty result, a tokenizer without an end-of-text token.
+        ValueError: no such file, an unreadable one, no such column or one that is not text, an empty result, a hub that
+            cannot be reached, a tokenizer without an end-of-text token.
     """
-    import datasets
-
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{key}: the tokenizer has no end-of-text token to separate documents with")
-    if len(patterns) == 1 and patterns[0].startswith("hub:"):
-        raw = datasets.load_dataset(patterns[0].removeprefix("hub:"), split="train")
-    else:
-        files = expand(patterns, key)
-        kinds = {_FORMATS[Path(f).suffix] for f in files}
-        if len(kinds) > 1:
-            raise ValueError(f"{key}: files of different types {sorted(kinds)}; give one type")
-        try:
-            raw = datasets.load_dataset(kinds.pop(), data_files=files, split="train")
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(f"{key}: {', '.join(files)}: cannot be read: {error.__cause__ or error}") from None
+    raw = _read(patterns, key)
     if data.text_field not in raw.column_names:
         raise ValueError(f"data.text_field: {data.text_field!r} is not a column of {key}; it has {raw.column_names}")
+    kind = getattr(raw.features[data.text_field], "dtype", "nested values")
+    if kind not in ("string", "large_string"):
+        raise ValueError(f"data.text_field: column {data.text_field!r} of {key} holds {kind}, expected text")
 
     packed = raw.map(pack, batched=True, batch_size=1000, remove_columns=raw.column_names,
                      fn_kwargs={"tokenizer": tokenizer, "length": data.sequence_length, "field": data.text_field})
@@ -74,10 +66,45 @@ def packed_dataset(patterns: list[str], tokenizer, data: Data, *, key: str = "da
     return packed.with_format("torch")
 
 
+def _read(patterns: list[str], key: str):
+    """The documents as `datasets` reads them; everything that it cannot read is a ValueError of one line."""
+    import datasets
+
+    if any(p.startswith("hub:") for p in patterns):
+        if len(patterns) > 1:
+            raise ValueError(f"{key}: a hub: dataset stands alone, found {len(patterns)} entries")
+        name = patterns[0].removeprefix("hub:")
+        try:
+            return datasets.load_dataset(name, split="train")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{key}: hub dataset {name!r} cannot be read: {_first_line(error)}") from None
+    files = expand(patterns, key)
+    kinds = {_FORMATS[Path(f).suffix] for f in files}
+    if len(kinds) > 1:
+        raise ValueError(f"{key}: files of different types {sorted(kinds)}; give one type")
+    for file in files:
+        if not _has_text(file):  # datasets ends without a word at a file without rows
+            raise ValueError(f"{key}: {file}: is empty")
+    try:
+        return datasets.load_dataset(kinds.pop(), data_files=files, split="train")
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        raise ValueError(f"{key}: {', '.join(files)}: cannot be read: {_first_line(error.__cause__ or error)}") from None
+
+
+def _has_text(file: str) -> bool:
+    with open(file, "rb") as stream:
+        return any(line.strip() for line in stream)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def pack(batch: dict[str, list[str]], *, tokenizer, length: int, field: str) -> dict[str, list[list[int]]]:
     """Tokenizes documents, ends each with end-of-text, joins them and cuts rows of `length` (the rest is dropped)."""
     ids: list[int] = []
-    for document in tokenizer(batch[field], add_special_tokens=False)["input_ids"]:
+    documents = [text for text in batch[field] if text is not None]
+    for document in tokenizer(documents, add_special_tokens=False)["input_ids"] if documents else []:
         ids += document
         ids.append(tokenizer.eos_token_id)
     rows = len(ids) // length
@@ -129,10 +156,20 @@ def endless_batches(accelerator, loader, *, consumed: int) -> Iterator[torch.Ten
 
 
 def heldout_domains(patterns: list[str], tokenizer, data: Data) -> dict[str, torch.Tensor]:
-    """Evaluation rows by domain: file "code.heldout.jsonl" is domain "code". int64 [rows, T], at most eval_sequences."""
-    domains: dict[str, torch.Tensor] = {}
+    """Evaluation rows by domain: file "code.heldout.jsonl" is domain "code". int64 [rows, T], at most eval_sequences.
+
+    Raises:
+        ValueError: as `packed_dataset`; two files of one domain.
+    """
+    files: dict[str, str] = {}
     for file in expand(patterns, "data.heldout"):
+        domain = Path(file).name.split(".")[0]
+        if domain in files:
+            raise ValueError(f"data.heldout: {files[domain]} and {file} are both domain {domain!r}; expected one file each")
+        files[domain] = file
+    domains: dict[str, torch.Tensor] = {}
+    for domain, file in files.items():
         rows = packed_dataset([file], tokenizer, data, key="data.heldout")
         rows = rows.select(range(min(len(rows), data.eval_sequences)))
-        domains[Path(file).name.split(".")[0]] = torch.stack(list(rows["input_ids"]))
+        domains[domain] = torch.stack(list(rows["input_ids"]))
     return domains

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -26,7 +28,7 @@ def environment() -> dict:
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
-        "git_revision": git_revision(),
+        "git_revision": git_revision(), "version": _version(),
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "cpu": cpu_name(), "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -35,12 +37,24 @@ def environment() -> dict:
 
 
 def git_revision() -> str:
-    """Revision of the working tree that this file is in, "-dirty" if changed, or "unknown"."""
-    here = Path(__file__).resolve().parent
+    """Revision of the working tree that this file is in, "-dirty" if changed, or "unknown" (an installed copy)."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here.parent, text=True, capture_output=True, check=True,
+                              timeout=10).stdout.strip()
+
     try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, text=True,
-                              capture_output=True, check=True, timeout=10).stdout.strip()
+        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie inside a repository that is not its own
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fp4-dflash")
+    except importlib.metadata.PackageNotFoundError:  # a clone that was never installed
         return "unknown"
 
 
@@ -93,6 +107,12 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
+def require_wandb(mode: str) -> None:
+    """Raises ValueError if wandb is asked for but not installed: to be known before a model is loaded."""
+    if mode != "off" and importlib.util.find_spec("wandb") is None:
+        raise ValueError("tracking.wandb: the wandb package is not installed (pip install -e '.[wandb]')")
+
+
 def start_wandb(mode: str, project: str, name: str, folder: Path, config: dict):
     """A wandb run, or None. "auto" is online only if a key is set; offline runs need neither network nor account.
 
@@ -101,10 +121,9 @@ def start_wandb(mode: str, project: str, name: str, folder: Path, config: dict):
     """
     if mode == "off":
         return None
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("tracking.wandb: the wandb package is not installed (pip install -e '.[wandb]')") from None
+    require_wandb(mode)
+    import wandb
+
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     return wandb.init(project=project, name=name, dir=str(folder), mode=mode, config=config)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from qat.losses import chunked_statistics, hidden_loss, run_hidden
 from qat.optimizer import make_optimizer, make_schedule
 from qat.oscillation import OscillationControl
 from qat.parallel import StopRequest, make_accelerator
+from qat.resume import checkpoint_to_resume
 from qat.warm_start import choose_first_codes
 from recipes.load import dump_recipe
 from recipes.schema import Recipe
@@ -99,13 +99,12 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         torch.manual_seed(recipe.seed)
         self.folder = Path(recipe.output) / recipe.name / "qat"
+        report.require_wandb(recipe.tracking.wandb)
+        newest = checkpoint_to_resume(self.folder, recipe, "qat", self._say) if resume else None
         self.tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         model = load_model(recipe.model.path, dtype=getattr(torch, recipe.model.dtype),
                            trust_remote_code=recipe.model.trust_remote_code)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        if len(self.tokenizer) > vocabulary:
-            raise ValueError(f"{recipe.model.path}: the tokenizer has {len(self.tokenizer)} entries, the model's "
-                             f"vocabulary {vocabulary}: not this model's tokenizer")
+        require_tokenizer_fits(self.tokenizer, model, recipe.model.path)
         self._load_data()
 
         if settings.train == "all" and recipe.model.dtype != "float32":
@@ -131,7 +130,7 @@ class Trainer:
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
         self.accelerator.register_for_checkpointing(self.state, schedule)
-        self._open_folder(resume)
+        self._open_folder(resume, newest)
 
     def _load_data(self) -> None:
         recipe = self.recipe
@@ -149,9 +148,8 @@ class Trainer:
                 if any(part in ("gate", "router") for part in name.split(".")):
                     parameter.requires_grad_(False)
 
-    def _open_folder(self, resume: bool) -> None:
-        """Finds the checkpoint to resume, or sets an earlier run aside and warm-starts; opens the metrics."""
-        newest = (checkpoint.complete_checkpoints(self.folder / "checkpoints") or [None])[-1] if resume else None
+    def _open_folder(self, resume: bool, newest: Path | None) -> None:
+        """Loads the checkpoint to resume, or sets an earlier run aside and warm-starts; opens the metrics."""
         if self.main and not resume and self.folder.exists():
             aside = next(p for n in range(1, 10_000) if not (p := self.folder.with_name(f"qat.{n}")).exists())
             self.folder.rename(aside)
@@ -240,6 +238,8 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             for parameter in trained:
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        if self.state.step == 0:
+            self._doubt_the_text(float(means[names.index("cross_entropy")]))
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
         if not (torch.isfinite(norm) and torch.isfinite(means).all()):
             self._raise_non_finite(dict(zip(names, means.tolist(), strict=True)))
@@ -282,6 +282,13 @@ class Trainer:
         state.averaged_steps += 1
         for mean, master in zip(state.average, self.quantizer.masters, strict=True):
             mean.lerp_(master.data, 1 / state.averaged_steps)
+
+    def _doubt_the_text(self, cross_entropy: float) -> None:
+        """A tokenizer of another model with as many entries shows in nothing but the loss."""
+        guess = math.log(self.model.get_output_embeddings().weight.shape[0])
+        if cross_entropy > guess:
+            self._say(f"warning: the text costs the model {cross_entropy:.2f} nats per token, a uniform guess {guess:.2f}: is "
+                      f"the tokenizer in {self.recipe.model.path} this model's, and data.train its language?")
 
     def _raise_non_finite(self, losses: dict[str, float]) -> None:
         kept = checkpoint.complete_checkpoints(self.folder / "checkpoints")
@@ -349,12 +356,9 @@ class Trainer:
         return report.mean(r["seconds"] for r in records) * self.recipe.qat.steps
 
     def _save_model(self) -> None:
-        final, partial = self.folder / "model", self.folder / "model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        self.model.save_pretrained(partial)
-        self.tokenizer.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
+        with checkpoint.folder_aside(self.folder / "model") as partial:
+            self.model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
 
     def _say(self, text: str) -> None:
         if self.main:
@@ -364,6 +368,15 @@ class Trainer:
         if getattr(self, "metrics", None) is not None:
             self.metrics.close()
         self.accelerator.end_training()
+
+
+def require_tokenizer_fits(tokenizer, model: nn.Module, where: str) -> None:
+    """Raises ValueError if the tokenizer can give ids that the model has no embedding for."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocabulary:
+        raise ValueError(f"{where}: the tokenizer has ids up to {highest}, the model's vocabulary {vocabulary} entries: not "
+                         "this model's tokenizer")
 
 
 def make_teacher(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ Imports no torch: arguments and recipe are judged before anything heavy is loade
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -13,12 +14,17 @@ from pathlib import Path
 from recipes.load import load_recipe
 from recipes.schema import Recipe
 
+# What a disk or its owner refuses: no defect of ours, wherever in a library it is raised.
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+_PACKAGES = ("mxfp4", "modeling", "recipes", "qat", "dflash_train", "export", "runtime_ref")
+
 
 def job_parser(program: str, description: str, example: str) -> argparse.ArgumentParser:
     """Parser of a training job; parse with `parse_job`."""
     parser = argparse.ArgumentParser(prog=program, description=description, epilog=f"example: accelerate launch {example}")
     parser.add_argument("recipe", help="YAML recipe, e.g. recipes/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replace a value of the recipe")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint, bit for bit")
     parser.add_argument("--plan", action="store_true", help="print what would be trained, memory, bytes; run nothing")
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop (with a checkpoint) after optimizer step N")
@@ -46,12 +52,14 @@ def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int])
 
 
 def own_message(error: Exception) -> str:
-    """The text of an error that this project raised on purpose; anything else is a defect and keeps its traceback."""
+    """The text of an error raised on purpose, or of a refusal by the disk; the rest are defects and keep their traceback."""
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return f"{error.filename or 'a file of this run'}: cannot be read or written: {error.strerror}"
     frame = error.__traceback__
     while frame.tb_next is not None:
         frame = frame.tb_next
     origin = Path(frame.tb_frame.f_code.co_filename).resolve()
-    root = Path(__file__).resolve().parents[1]
-    if not origin.is_relative_to(root) or "site-packages" in origin.parts:
+    root = Path(__file__).resolve().parents[1]  # the clone, or site-packages
+    if not origin.is_relative_to(root) or origin.relative_to(root).parts[0] not in _PACKAGES:
         raise error
     return str(error)

@@ -22,6 +22,13 @@ from pydantic_core import ErrorDetails
 
 from recipes.schema import Recipe
 
+# Faults whose text by pydantic speaks of Python's classes or of regular expressions.
+_EXPECTED = {
+    "model_type": "expected a section (keys and values)",
+    "string_pattern_mismatch": "expected letters, digits, '.', '_' and '-', the first a letter or digit",
+    "too_short": "expected at least {min_length} entry, found {actual_length}",
+}
+
 
 class RecipeError(ValueError):
     """One or more mistakes in a recipe or its overrides; `str()` is the text to print (a line per mistake)."""
@@ -55,13 +62,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read, override and check a recipe.
 
     Args:
-        path: YAML file.
+        path: YAML file; a shipped one is found by its name (mimo.yaml, recipes/mimo.yaml) from any folder.
         overrides: strings `section.key=value`; the value is read as YAML. Later ones win.
 
     Raises:
         RecipeError: the file is missing, is not YAML, or any key or value is wrong; all mistakes in one text.
     """
-    path = Path(path)
+    path = find_recipe(Path(path))
     data, lines = _read_yaml(path)
     for override in overrides:
         _apply_override(data, lines, override)
@@ -70,6 +77,12 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except ValidationError as error:
         faults = [_describe(fault, str(path), lines) for fault in error.errors()]
         raise RecipeError("\n".join(faults)) from None
+
+
+def find_recipe(path: Path) -> Path:
+    """`path`, or the shipped recipe that it names where there is no such file (outside a clone)."""
+    shipped = Path(__file__).resolve().parent / path.name
+    return shipped if not path.exists() and str(path.parent) in (".", "recipes") and shipped.is_file() else path
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -166,6 +179,8 @@ def _describe(fault: ErrorDetails, source: str, lines: dict[tuple, str]) -> str:
         return f"{where}: {key}: required, but missing"
     message = fault["msg"].removeprefix("Value error, ")
     message = re.sub(r"^Input should be ", "expected ", message)
+    if fault["type"] in _EXPECTED:
+        message = _EXPECTED[fault["type"]].format(**fault.get("ctx", {}))
     if fault["type"] == "value_error" and isinstance(fault["input"], dict):
         return f"{where}: {message}"
     hint = ""

@@ -45,8 +45,8 @@ class Model(Section):
 class Data(Section):
     """Text for training and evaluation: local JSONL/JSON/Parquet/text files (globs allowed) or a hub dataset."""
 
-    train: list[str] = Field(description="files, globs, or one hub dataset name (prefix hub:)")
-    heldout: list[str] = Field(description="evaluation files; reported domain by domain, one domain per file")
+    train: Annotated[list[str], Field(min_length=1)] = Field(description="files, globs, or one hub dataset (prefix hub:)")
+    heldout: Annotated[list[str], Field(min_length=1)] = Field(description="evaluation files, one for each reported domain")
     text_field: str = Field("text", description="column that holds the document")
     sequence_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens per packed sequence")
     eval_sequences: PositiveInt = Field(32, description="packed held-out sequences per domain in the final evaluation")
@@ -255,6 +255,7 @@ class Export(Section):
         "native", description="names and containers of the same codes: native is what SGLang and vLLM load for MiMo-V2")
     dense: Literal["base", "fp8"] = Field("base", description="weights besides experts: as in the base checkpoint, or (native) "
                                           "qkv and dense MLP of a bf16 base rounded to FP8 in 128 x 128 blocks")
+    base_model: str | None = Field(None, description="hub name of the base checkpoint, for the model card; none: model.path")
     shard_bytes: PositiveInt = Field(5_000_000_000, description="a file is closed before it would exceed this")
     processes: PositiveInt = Field(1, description="processes that write different files side by side")
     reference_gib: NonNegativeFloat = Field(8.0, description="checkpoints up to this size are loaded once to record the "

@@ -236,3 +236,12 @@ def test_a_plain_scale_grid_on_a_fused_qkv_is_refused(folders):
 def test_a_missing_folder_is_one_line(load):
     with pytest.raises(ValueError, match=r"model\.path: \./nowhere: no such checkpoint folder"):
         load("./nowhere")
+
+
+@pytest.mark.parametrize("missing, message", [("config.json", "no config.json: not a checkpoint folder"),
+                                              ("tokenizer.json", r"no tokenizer \(tokenizer.json, ")])
+def test_a_folder_without_config_or_tokenizer_is_told_apart(missing, message, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    (tmp_path / "copy" / missing).unlink()
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path / "copy")

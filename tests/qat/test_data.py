@@ -92,8 +92,38 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
         packed_dataset([file], SimpleNamespace(eos_token_id=None), settings)
 
 
-def test_a_damaged_file_is_one_line(tmp_path):
+UNREADABLE = {
+    "cut off": ("x.jsonl", b'{"text": "a"}\n{"text": \n', "data.train: .*x.jsonl: cannot be read"),
+    "empty": ("x.jsonl", b"", "data.train: .*x.jsonl: is empty"),
+    "blank": ("x.jsonl", b" \n\n", "data.train: .*x.jsonl: is empty"),
+    "numbers": ("x.jsonl", b'{"text": 3}\n', "column 'text' of data.train holds int64, expected text"),
+    "lists": ("x.jsonl", b'{"text": ["a"]}\n', "column 'text' of data.train holds .*, expected text"),
+    "no parquet": ("x.parquet", b"PAR1 but not really", "data.train: .*x.parquet: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_one_line_with_its_name(kind, tmp_path):
+    name, content, message = UNREADABLE[kind]
+    settings, _ = data(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        packed_dataset([str(tmp_path / name)], CharTokenizer(), settings)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_rows_without_text_are_left_out(tmp_path):
+    settings, _ = data(tmp_path)
+    both, whole = tmp_path / "both.jsonl", tmp_path / "whole.jsonl"
+    rows = [json.dumps({"text": "abcdefgh" * 4}), json.dumps({"text": None}), json.dumps({"text": "12345678" * 4})]
+    both.write_text("\n".join(rows))
+    whole.write_text("\n".join(rows[::2]))
+    read = [torch.stack(list(packed_dataset([str(f)], CharTokenizer(), settings)["input_ids"])) for f in (both, whole)]
+    assert torch.equal(*read)
+
+
+def test_two_heldout_files_of_one_domain_are_refused(tmp_path):
     settings, file = data(tmp_path)
-    (tmp_path / "alpha.train.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(ValueError, match="cannot be read"):
-        packed_dataset([file], CharTokenizer(), settings)
+    (tmp_path / "alpha.more.jsonl").write_text('{"text": "abc"}\n')
+    with pytest.raises(ValueError, match="data.heldout: .* and .* are both domain 'alpha'"):
+        heldout_domains([file, str(tmp_path / "alpha.more.jsonl")], CharTokenizer(), settings)

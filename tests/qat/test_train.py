@@ -207,6 +207,11 @@ MISTAKES = {
     "model.path=nowhere": "nowhere",
     "quantization.expected_tensors=138": "138",
     "data.text_field=body": "'body' is not a column",
+    "data.train=[]": "data.train: []: expected at least 1 entry",
+    "data.heldout=[]": "data.heldout: []: expected at least 1 entry",
+    "data.train=['hub:no/such', x.jsonl]": "data.train: a hub: dataset stands alone",
+    "data.train=['hub:no/such']": "data.train: hub dataset 'no/such' cannot be read",
+    "tracking.wandb=offline": "tracking.wandb: the wandb package is not installed",
 }
 
 
@@ -271,6 +276,38 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_recipe):
     assert "No space left on device; the last good checkpoint is" in done.stderr and "Traceback" not in done.stderr
     names = [p.name for p in (folder(tiny_recipe) / "checkpoints").iterdir()]
     assert names == ["step-00000004"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing_half_written(tiny_recipe, finished):
+    """A limit on the size of files stands for the full disk: a write fails in the middle, in whatever library it happens."""
+    if finished:  # then --resume evaluates and writes the result once more
+        train(tiny_recipe)
+    kept = {p: p.read_bytes() for p in folder(tiny_recipe).rglob("*.safetensors")}
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
+            "sys.argv = ['qat/train.py']; sys.path.insert(0, '.')\n"
+            "from qat.train import main\n"
+            f"sys.exit(main([{str(tiny_recipe)!r}, '--resume']))\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    words = "model could not be written" if finished else "checkpoint of step 4 could not be written"
+    assert done.returncode == 1 and len(errors) == 1 and words in errors[0] and "Traceback" not in done.stderr
+    assert not list(folder(tiny_recipe).rglob("*.partial"))
+    assert kept == {p: p.read_bytes() for p in folder(tiny_recipe).rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("override, words", {
+    "qat.steps=3": "qat.steps: 3, but",
+    "qat.optimizer.learning_rate=0.5": "qat.optimizer.learning_rate (was 0.001, now 0.5)",
+    "seed=4": "seed (was 3, now 4)",
+}.items())
+def test_a_run_is_not_continued_by_a_recipe_that_trains_something_else(uninterrupted, override, words):
+    done = train(uninterrupted[0], "--resume", override, expect=2)
+    assert words in done and done.count("error:") == 1 and "Traceback" not in done
+
+
+def test_a_resume_without_a_checkpoint_says_so(tiny_recipe):
+    assert "no complete checkpoint in" in train(tiny_recipe, "--resume", "--max-steps", 1)
 
 
 def test_help_and_recipe_errors_import_no_torch(tiny_recipe):
