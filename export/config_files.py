@@ -38,26 +38,32 @@ def model_config(base: dict, layout: str, dtypes: dict[str, str]) -> dict:
         dtypes: dtype of every tensor that is written, by name.
     """
     config = {k: v for k, v in base.items() if k not in _BOOKKEEPING} | {"dtype": "bfloat16"}
-    if layout == "gpt-oss":
-        return config | {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": [
-            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}}
-    if config.get("model_type") in ("mimo_v2", "mimo_v2_flash") and layout != "native":
-        config = flash_config(config)
-    if layout == "compressed-tensors":
-        return config | {"quantization_config": compressed_config(dtypes)}
-    if layout == "hf-fp8":
-        return config | {"quantization_config": {
-            "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "expert_dtype": "fp4",
-            "modules_to_not_convert": sorted({n.removesuffix(".weight") for n in dtypes
-                                              if n.endswith(".weight") and ".mlp.experts." not in n})}}
+    if layout != "native":
+        if config.get("model_type") in ("mimo_v2", "mimo_v2_flash"):
+            config = flash_config(config)
+        return config | {"quantization_config": quantization_config(layout, config, dtypes)}
     split = not any(name.endswith("self_attn.qkv_proj.weight") for name in dtypes)
     config |= {"model_type": "mimo_v2", "architectures": ["MiMoV2ForCausalLM"], "auto_map": AUTO_MAP,
                "attention_projection_layout": "split" if split else "fused_qkv"}
     for key in ("sliding_window_size", "attention_chunk_size"):
         config.setdefault(key, config.get("sliding_window", 128))
-    return config | {"quantization_config": {
+    return config | {"quantization_config": quantization_config(layout, config, dtypes)}
+
+
+def quantization_config(layout: str, config: dict, dtypes: dict[str, str]) -> dict:
+    """The section of config.json by which a client knows what it finds; arguments as in `model_config`."""
+    if layout == "gpt-oss":
+        return {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+                                                                    "model.embed_tokens", "lm_head"]}
+    if layout == "compressed-tensors":
+        return compressed_config()
+    if layout == "hf-fp8":
+        return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "expert_dtype": "fp4",
+                "modules_to_not_convert": sorted({n.removesuffix(".weight") for n in dtypes
+                                                  if n.endswith(".weight") and ".mlp.experts." not in n})}
+    return {
         "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
-        "store_dtype": "mxfp4", "mxfp4_block_size": 32, "ignored_layers": ignored_layers(config, dtypes)}}
+        "store_dtype": "mxfp4", "mxfp4_block_size": 32, "ignored_layers": ignored_layers(config, dtypes)}
 
 
 def ignored_layers(config: dict, dtypes: dict[str, str]) -> list[str]:
@@ -98,7 +104,7 @@ def flash_config(config: dict) -> dict:
         "mlp_layer_types": ["sparse" if moe else "dense" for moe in config.get("moe_layer_freq") or [0] * layers]}
 
 
-def compressed_config(dtypes: dict[str, str]) -> dict:
+def compressed_config() -> dict:
     """quantization_config of compressed-tensors: weight-only MXFP4 of the experts, everything else ignored."""
     weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False,
                "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}

@@ -7,23 +7,35 @@ All functions yield findings; what cannot be read is the caller's affair.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import yaml
 
 from export.config_files import TOKENIZER
 from export.layouts import SPLIT, Weights, plain
 from export.sources import DTYPES, Source, read_json
+from modeling.load import dequantize_fp8
 from modeling.names import fused_name, split_qkv
 
 # Keys of config.json that change what a model computes or where it stops, without changing any tensor's shape.
-MEANING = ("attention_value_scale", "bos_token_id", "eos_token_id", "hidden_act", "layernorm_epsilon",
+MEANING = (  # of the keys that a client's own class shares with training's
+    "attention_value_scale", "bos_token_id", "eos_token_id", "hidden_act", "layernorm_epsilon",
            "max_position_embeddings", "n_group", "norm_topk_prob", "num_experts_per_tok", "pad_token_id",
            "partial_rotary_factor", "rms_norm_eps", "rope_theta", "routed_scaling_factor", "scoring_func", "sliding_window",
            "swa_rope_theta", "tie_word_embeddings", "topk_group", "topk_method")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+# Keys that an export writes anew in the native layout, which keeps all others as they were in training.
+WRITTEN_ANEW = {"architectures", "auto_map", "model_type", "dtype", "torch_dtype", "quantization_config", "use_cache",
+                "transformers_version", "_name_or_path", "attention_projection_layout", "sliding_window_size",
+                "attention_chunk_size"}
+ARCHITECTURES = {"mimo_v2": "MiMoV2ForCausalLM", "mimo_v2_flash": "MiMoV2FlashForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+                 "gpt_oss": "GptOssForCausalLM"}
 
 
 def refuse_oversize(config, tensors: int) -> None:
@@ -56,6 +68,9 @@ def token_faults(folder: Path, config) -> Iterator[str]:
 
 def config_contradictions(config: dict, source: Source | None) -> Iterator[str]:
     """Keys that deny what the tensors or other keys say."""
+    classes, wanted = config.get("architectures"), [ARCHITECTURES.get(config.get("model_type"))]
+    if classes not in (None, wanted):
+        yield f"config.json: architectures={classes!r}, expected {wanted!r}: engines choose the model's class by it"
     if config.get("dtype", config.get("torch_dtype", "bfloat16")) != "bfloat16":
         yield f"config.json: dtype={config.get('dtype', config.get('torch_dtype'))!r}, the weights are bfloat16"
     if config.get("tie_word_embeddings") and source is not None and {HEAD, EMBEDDING} <= source.infos.keys():
@@ -63,12 +78,14 @@ def config_contradictions(config: dict, source: Source | None) -> Iterator[str]:
             yield f"config.json: tie_word_embeddings=true, but {HEAD} has values of its own"
 
 
-def config_differences(config: dict, trained: Path) -> Iterator[str]:
+def config_differences(config: dict, trained: Path, layout: str | None) -> Iterator[str]:
     """Keys that mean something else than in training."""
     if not (trained / "config.json").is_file():
         return
     wanted = read_json(trained / "config.json")
-    for key in MEANING:
+    for key in sorted(wanted.keys() - WRITTEN_ANEW) if layout == "native" else MEANING:
+        if layout == "native" and key not in config:
+            yield f"config.json: {key} is missing, trained with {wanted[key]!r}"
         if key not in config or key not in wanted:
             continue
         ours, theirs = config[key], wanted[key]
@@ -92,18 +109,20 @@ def companion_differences(folder: Path, trained: Path) -> Iterator[str]:
 def other_tensors(source: Source, weights: Weights, mask_row: int | None) -> Iterator[str]:
     """Tensors that are no experts and are not as they were trained (exactly, in the coarser of the two precisions).
 
-    Left out: matrices rounded to FP8 here (exactly equal is not to be expected), and the embedding's `mask_row`.
+    Matrices that are FP8 only here may be rounded by half a step. Left out: the embedding's `mask_row`.
     """
     trained = weights.trained.infos
     for name, (shape, dtype) in sorted(source.infos.items()):
         whole = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name) if name not in trained else name
         if fused_name(name) or whole not in trained or not dtype.startswith(("BF", "F")):
             continue
-        if dtype == "F8_E4M3" and trained[whole][1] != "F8_E4M3" or name.endswith("_scale_inv"):
+        if dtype == "F8_E4M3" and trained[whole][1] != "F8_E4M3":
+            yield from _fp8_faults(name, source, weights)
             continue
         ours = source.read(name)
         held = DTYPES[dtype if trained[whole][1] == "F8_E4M3" else trained[whole][1]]
-        wanted = weights.trained.read(name) if dtype == "F8_E4M3" else plain(weights, whole, held)
+        stored = dtype == "F8_E4M3" or name.endswith("_scale_inv")
+        wanted = weights.trained.read(name) if stored else plain(weights, whole, held)
         if whole != name and not hasattr(weights.config, "hybrid_layer_pattern"):
             continue  # no configuration of the training's own that says how its rows are joined
         if whole != name:
@@ -118,3 +137,49 @@ def other_tensors(source: Source, weights: Weights, mask_row: int | None) -> Ite
         if bool(differ.any()):
             yield (f"{name}: {int(differ.sum())} of {differ.numel()} values differ from training, the first at "
                    f"{differ.nonzero()[0].tolist()}")
+
+
+def _fp8_faults(name: str, source: Source, weights: Weights) -> Iterator[str]:
+    """An FP8 matrix whose training is at hand in more bits: every value within half a step of E4M3, with its block's scale."""
+    ours, grid = source.read(name), source.read(name + "_scale_inv")
+    wanted = plain(weights, name, torch.float32)
+    if wanted.shape != ours.shape:
+        yield f"{name}: shape {list(ours.shape)}, trained {list(wanted.shape)}"
+        return
+    step = dequantize_fp8(name, torch.ones(ours.shape).to(torch.float8_e4m3fn), grid, weights.config)
+    decoded = dequantize_fp8(name, ours, grid, weights.config)
+    # Three bits of mantissa: 2^-4 of the value; below 2^-6 units the step is 2^-9. One bf16 rounding of the trained side: 2^-8.
+    far = (decoded - wanted).abs() > wanted.abs() * (2**-4 + 2**-8) + step * 2**-10
+    if bool(far.any()):
+        yield (f"{name}: {int(far.sum())} of {far.numel()} values are not the trained ones rounded to FP8, the first at "
+               f"{far.nonzero()[0].tolist()}")
+
+
+def code_faults(folder: Path, auto_map: dict) -> Iterator[str]:
+    """Shipped code that is no Python, or lacks a class that config.json promises; `folder` as a reader would load it."""
+    defined: dict[str, set[str]] = {}
+    for path in sorted(folder.glob("*.py")):
+        try:
+            tree = ast.parse(path.read_bytes(), path.name)
+        except (SyntaxError, ValueError) as error:
+            yield f"{path.name}: not Python, line {getattr(error, 'lineno', 1)}: {error}"
+            continue
+        defined[path.stem] = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    for value in auto_map.values():
+        file, _, name = str(value).partition(".")
+        if file in defined and name not in defined[file]:
+            yield f"{file}.py: has no class {name}, which config.json names"
+
+
+def front_matter(path: Path) -> None:
+    """ValueError if the card does not begin with YAML between lines of three dashes, as hubs demand."""
+    if not path.is_file():
+        return  # said elsewhere
+    text = path.read_text(encoding="utf-8")
+    head = text.split("\n---", 1)[0]
+    try:
+        fields = yaml.safe_load(head.removeprefix("---")) if head.startswith("---\n") and head != text else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"front matter is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(fields, dict):
+        raise ValueError("no front matter (YAML between lines of three dashes at the start)")

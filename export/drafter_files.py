@@ -113,8 +113,27 @@ def dialect_faults(config: dict) -> list[str]:
             faults.append(f"{key}={config[key]!r} contradicts dflash_config, expected {value!r}")
     if "rope_parameters" not in config:
         faults.append("rope_parameters is missing")
+    else:
+        faults += rotary_faults(config, special)
+    if config.get("architectures") != ["DFlashDraftModel"]:
+        faults.append(f"architectures={config.get('architectures')!r}, expected ['DFlashDraftModel']")
+    if window is not None and config.get("max_window_layers") != 0:
+        faults.append(f"max_window_layers={config.get('max_window_layers')!r}, expected 0: engines see the whole context in "
+                      "the layers below it")
     if "causal" not in special:
         faults.append(f"dflash_config.causal is missing, expected {causal}")
+    return faults
+
+
+def rotary_faults(config: dict, special: dict) -> list[str]:
+    """The rotation is said three times, and engines differ in which they believe."""
+    rope, faults = config["rope_parameters"], []
+    base, share = rope.get("rope_theta"), rope.get("partial_rotary_factor", 1.0)
+    for key, value, wanted in (("rope_theta", config.get("rope_theta", base), base),
+                               ("dflash_config.backbone_rotary_base", special.get("backbone_rotary_base", base), base),
+                               ("partial_rotary_factor", config.get("partial_rotary_factor", share), share)):
+        if value != wanted:
+            faults.append(f"{key}={value!r} contradicts rope_parameters, which has {wanted!r}")
     return faults
 
 
@@ -235,6 +254,7 @@ def write_reference(folder: Path, *, real_features: bool) -> None:
     metadata = {"reference": json.dumps(facts, sort_keys=True)}
     save_file({"input_ids": ids, "taps": taps.contiguous(), "draft_hidden": hidden.contiguous(),
                "draft_logits": logits.contiguous()} | more, folder / "dflash" / REFERENCE, metadata=metadata)
+    shutil.copymode(folder / "dflash" / "config.json", folder / "dflash" / REFERENCE)  # safetensors' own: nobody else may read
     torch.set_num_threads(threads)
 
 

@@ -17,11 +17,21 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from export.config_files import CHECKSUMS, checkpoint_files, ignored_layers, read_checksums, sha256
+from export.config_files import (
+    AUTO_MAP,
+    CHECKSUMS,
+    checkpoint_files,
+    ignored_layers,
+    quantization_config,
+    read_checksums,
+    sha256,
+)
 from export.contradictions import (
+    code_faults,
     companion_differences,
     config_contradictions,
     config_differences,
+    front_matter,
     other_tensors,
     refuse_oversize,
     token_faults,
@@ -116,8 +126,9 @@ class Checkpoint:
         for key, value in wanted.items():
             if quantization.get(key) != value:
                 self.add(f"config.json: quantization_config.{key}={quantization.get(key)!r}, expected {value!r}")
-        if not isinstance(self.config.get("auto_map"), dict):
-            self.add("config.json: auto_map is missing: no engine would find configuration_mimo_v2.py")
+        if self.config.get("auto_map") != AUTO_MAP:
+            self.add(f"config.json: auto_map={self.config.get('auto_map')!r}, expected {AUTO_MAP!r}: no engine would find "
+                     "configuration_mimo_v2.py")
 
     def _check_files(self) -> None:
         """Names now; the SHA-256 sums are made by another thread while tensors are read (`_check_sums`)."""
@@ -177,8 +188,13 @@ class Checkpoint:
                 self.add(f"{name}: shape {list(held)}, expected {list(shape)}{note}")
             if dtype not in dtypes:
                 self.add(f"{name}: dtype {dtype}, expected {' or '.join(sorted(dtypes))}")
+        held = {n: d for n, (_, d) in infos.items()}
+        if self.layout != "native":
+            section = self.config["quantization_config"]
+            for key, value in quantization_config(self.layout, self.config, held).items():
+                if section.get(key) != value:
+                    self.add(f"config.json: quantization_config.{key}={section.get(key)!r}, expected {value!r}")
         if self.layout == "native":
-            held = {n: d for n, (_, d) in infos.items()}
             wanted = set(ignored_layers(self.config, held))
             listed = set(self.config["quantization_config"].get("ignored_layers") or [])
             for name in sorted(wanted - listed):
@@ -196,6 +212,8 @@ class Checkpoint:
         for name in sorted(where.keys() & weight_map.keys()):
             if weight_map[name] != where[name]:
                 self.add(f"{INDEX}: {name} in {weight_map[name]}, but it is in {where[name]}")
+        for name in sorted({p.name for p in self.folder.glob("*.safetensors")} - set(weight_map.values())):
+            self.add(f"{name}: {INDEX} does not name it, and clients take model.safetensors before any index")
         size = index.get("metadata", {}).get("total_size")
         if size != self.source.size():
             self.add(f"{INDEX}: total_size {size}, the tensors have {self.source.size()} bytes")
@@ -257,7 +275,8 @@ class Checkpoint:
         row = self.mask_row() if (self.folder / "dflash").is_dir() else None
         for finding in other_tensors(self.source, weights, row):
             self.add(finding)
-        for finding in (*companion_differences(self.folder, self.against), *config_differences(self.config, self.against)):
+        for finding in (*companion_differences(self.folder, self.against),
+                        *config_differences(self.config, self.against, self.layout)):
             self.add(finding)
 
     def mask_row(self) -> int | None:
@@ -270,6 +289,9 @@ class Checkpoint:
         for name in names:
             if not (self.folder / name).is_file():
                 self.add(f"{name}: missing")
+        for fault in code_faults(self.folder, self.config.get("auto_map") or {}):
+            self.add(fault)
+        self._guard("README.md", lambda: front_matter(self.folder / "README.md"))
         for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
             if (self.folder / name).is_file():
                 read_json(self.folder / name)
@@ -285,6 +307,8 @@ class Checkpoint:
             if not (folder / name).is_file():
                 self.add(f"dflash/{name}: missing")
         config = read_json(folder / "config.json")
+        for fault in code_faults(folder, config.get("auto_map") or {}):
+            self.add(f"dflash/{fault}")
         mask = torch.load(folder / MASK, weights_only=True)
         for fault in drafter_faults(config, self.model_config, mask["mask_token_id"], mask["embedding"]):
             self.add(f"dflash: {fault}")

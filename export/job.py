@@ -29,7 +29,7 @@ from export.layouts import Weights, units_of
 from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
 from export.sources import open_source, read_json
 from modeling.names import fused_name
-from qat.checkpoint import complete_checkpoints
+from qat.checkpoint import complete_checkpoints, disk_errors
 from recipes.load import dump_recipe
 from recipes.schema import Recipe
 
@@ -66,8 +66,17 @@ class Export:
             units = drafter_files.with_mask_row(units, self.drafter)
         self.shards: list[Shard] = plan_shards(units, recipe.export.shard_bytes)
         default = ("model" if self.layout == "native" else self.layout) + ("-ptq" if self.rounded else "")
-        self.out = request.out or self.run_folder / "export" / default
+        self.out = Path(os.path.abspath(request.out)) if request.out else self.run_folder / "export" / default
+        self._refuse_out()
         self.partial = self.out.with_name(self.out.name + ".partial")
+
+    def _refuse_out(self) -> None:
+        """An earlier export is set aside for the new one; any other folder of that name stays where it is."""
+        out = self.out
+        if out.resolve() in [home.resolve() for home in self.homes]:
+            raise ValueError(f"--out {out}: holds the weights that are to be exported, expected another folder")
+        if out.exists() and not (out / "export.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+            raise ValueError(f"--out {out}: exists and is no earlier export, expected a new folder, e.g. {out / 'model'}")
 
     def _open_weights(self) -> None:
         recipe, request = self.recipe, self.request
@@ -98,11 +107,12 @@ class Export:
                  "mask": None if self.drafter is None else self.drafter.embedding.float().tolist()}
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def prepare(self) -> None:
+    def prepare(self, alive=lambda: None) -> None:
         """Process 0 makes or keeps the partial folder; the others wait until it has."""
         plan, mark = self.partial / "plan.json", self.fingerprint()
         if self.request.rank:
             while not (plan.is_file() and read_json(plan).get("fingerprint") == mark):
+                alive()
                 time.sleep(WAIT_SECONDS)
             return
         kept = plan.is_file() and read_json(plan).get("fingerprint") == mark
@@ -114,13 +124,18 @@ class Export:
         self.partial.mkdir(parents=True)
         write_json(plan, {"fingerprint": mark, "files": [s.name for s in self.shards]})
 
-    def write(self) -> None:
+    def write(self, alive=lambda: None) -> None:
         """Writes this process's files (every `world`-th)."""
         own = self.shards[self.request.rank::self.request.world]
         progress = ByteProgress(sum(s.bytes for s in own), "export", enabled=self.request.rank == 0)
+
+        def written(count: int) -> None:
+            alive()
+            progress(count)
+
         try:
             for shard in own:
-                write_shard(shard, self.partial, progress)
+                write_shard(shard, self.partial, written)
         except (ValueError, OSError) as error:
             if self.request.rank:  # only process 0 has its mistakes printed by the command line
                 print(f"error: writer {self.request.rank} of {self.request.world}: {error}", file=sys.stderr)
@@ -163,7 +178,7 @@ class Export:
         """export.json: what a verifier must know and config.json does not say."""
         facts = {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule,
                  "dense": self.recipe.export.dense, "drafter": self.drafter is not None, "format": 1}
-        trained = _summary(self.run_folder / "dflash") if self.drafter is not None else None
+        trained = self.measured("dflash") if self.drafter is not None else None
         # What a runtime must reach with this drafter (contract C7).
         return facts | ({"acceptance": trained["acceptance"]} if trained and "acceptance" in trained else {})
 
@@ -174,12 +189,19 @@ class Export:
         matrices = {n.removesuffix("_packed").removesuffix("_scale") for n in self.dtypes()}
         special = self.drafter.config["dflash_config"] if self.drafter else {}
         return model_card.Facts(
-            name=self.recipe.name, layout=self.layout, base=str(self.request.base or self.recipe.model.path),
+            name=self.recipe.name, layout=self.layout,
+            base=str(self.request.base or self.recipe.export.base_model or self.recipe.model.path),
             scale_rule=self.weights.scale_rule, rounded=self.rounded, dense_rounded=self.recipe.export.dense == "fp8",
             expert_matrices=sum(fused_name(n) is not None for n in matrices) or self._fused_matrices(),
             bytes_by_dtype=sizes, block_size=special.get("block_size"),
-            qat=_summary(self.run_folder / "qat"), drafter=_summary(self.run_folder / "dflash"),
+            qat=self.measured("qat"), drafter=self.measured("dflash"),
             config=config | {"drafter_window": special.get("swa_window_size")})
+
+    def measured(self, job: str) -> dict | None:
+        """summary.json of a job of this run, if it is the run's own result that is exported: nothing else was measured."""
+        own = self.trained_folder.resolve() == (self.run_folder / "qat" / "model").resolve()
+        path = self.run_folder / job / "summary.json"
+        return read_json(path) if own and path.is_file() else None
 
     def _fused_matrices(self) -> int:
         return sum(t.shape[0] for s in self.shards for t in s.tensors if t.name.endswith("_blocks"))
@@ -212,10 +234,6 @@ class Export:
 def _internal(path: Path) -> bool:
     """Files of a running export that are not part of the checkpoint."""
     return path.name == "plan.json" or path.suffix == ".sums"
-
-
-def _summary(folder: Path) -> dict | None:
-    return read_json(folder / "summary.json") if (folder / "summary.json").is_file() else None
 
 
 def trained_weights(folder: Path) -> Path:
@@ -267,13 +285,14 @@ def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:
     # wait for each other (on a machine with other jobs, ten times longer than they work).
     torch.set_num_threads(1)
     export = Export(recipe, request)
-    export.prepare()
-    export.write()
+    export.prepare(alive)
+    export.write(alive)
     if request.rank:
         return 0
     export.await_all(alive)
     written = time.monotonic() - began
-    export.finish()
+    with disk_errors():
+        export.finish()
     findings = export.verify()
     if findings:
         for finding in findings[:50]:

@@ -6,7 +6,9 @@ depends on nothing else (no date, no timing of the export), so the same inputs g
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import yaml
 
@@ -45,9 +47,15 @@ def _front_matter(facts: Facts) -> str:
             "quantization-aware-training" if not facts.rounded else "post-training-quantization"]
     tags += ["custom_code"] if facts.layout == "native" else []
     tags += ["dflash", "speculative-decoding"] if facts.block_size else []
-    fields = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": facts.base,
-              "base_model_relation": "quantized", "tags": tags}
+    fields = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if _hub_name(facts.base):  # a hub refuses a card whose base is a folder of this machine
+        fields |= {"base_model": facts.base, "base_model_relation": "quantized"}
+    fields |= {"tags": tags}
     return "---\n" + yaml.safe_dump(fields, sort_keys=False) + "---"
+
+
+def _hub_name(base: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) is not None and not Path(base).exists()
 
 
 def _what(facts: Facts) -> str:
@@ -60,8 +68,9 @@ def _what(facts: Facts) -> str:
     if facts.dense_rounded:
         rest = ("The attention projections and the dense MLP were also rounded, to FP8 E4M3 with one scale per 128 x 128 "
                 "block; this was not part of training, and no table below includes its effect.")
-    text = (f"The {facts.expert_matrices:,} matrices of the routed experts are stored in MXFP4: 4-bit E2M1 codes and one "
-            f"power-of-two scale per 32 inputs. {how} {rest}\n\nLayout `{facts.layout}`. Bytes: {sizes}.")
+    text = (f"Made from `{facts.base}`. The {facts.expert_matrices:,} matrices of the routed experts are stored in MXFP4: "
+            f"4-bit E2M1 codes and one power-of-two scale per 32 inputs. {how} {rest}\n\n"
+            f"Layout `{facts.layout}`. Bytes: {sizes}.")
     if facts.layout != "native":
         return text
     return text + (f"\n\n`dflash/` holds a DFlash drafter (block of {facts.block_size})." if facts.block_size

@@ -107,8 +107,22 @@ def write_shard(shard: Shard, folder: Path, progress: Callable[[int], None] = la
     if final.is_file() and final.stat().st_size == shard.bytes and sums_path.is_file():
         progress(shard.bytes)
         return json.loads(sums_path.read_text(encoding="utf-8"))
-    partial, sums = final.with_name(final.name + ".partial"), {}
-    with partial.open("wb") as file:
+    partial = final.with_name(final.name + ".partial")
+    try:
+        sums = _fill(shard, partial, progress)
+        write_aside(sums_path, json.dumps(sums))
+        os.replace(partial, final)
+    except OSError as error:
+        partial.unlink(missing_ok=True)  # half a file is of no use, and its bytes may be what the disk lacks
+        raise OSError(f"{final}: could not be written: {error.strerror or error}; complete files stay, the same command "
+                      "continues") from error
+    return sums
+
+
+def _fill(shard: Shard, path: Path, progress: Callable[[int], None]) -> dict[str, str]:
+    """Header and tensors into `path`, down to the disk; CRC-32 by tensor."""
+    sums: dict[str, str] = {}
+    with path.open("wb") as file:
         file.write(shard.header)
         for unit, tensors in _made_ahead(shard.units):
             written = 0
@@ -121,8 +135,6 @@ def write_shard(shard: Shard, folder: Path, progress: Callable[[int], None] = la
             progress(written)
         file.flush()
         os.fsync(file.fileno())
-    write_aside(sums_path, json.dumps(sums))
-    os.replace(partial, final)
     return sums
 
 

@@ -23,6 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from recipes.command import run_command
 from recipes.schema import Recipe
 
+PARENT = "FP4_EXPORT_PARENT"  # set for the writers that an export starts itself
 LAYOUTS = ("native", "hf-fp8", "compressed-tensors", "gpt-oss")
 
 
@@ -30,7 +31,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="export/to_hf.py", description="Write and verify an FP4 Hugging Face checkpoint.",
                                      epilog="example: python export/to_hf.py recipes/tiny.yaml --layout native")
     parser.add_argument("recipe", help="YAML recipe, e.g. recipes/tiny.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace a value of the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replace a value of the recipe")
     parser.add_argument("--layout", choices=LAYOUTS, help="client to write for (export.layout)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="result (default: <output>/<name>/export/model)")
     parser.add_argument("--from", dest="base", type=Path, metavar="BASE", help="round this untrained checkpoint")
@@ -73,9 +74,13 @@ def _export(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> int:
     if world == 1 and recipe.export.processes > 1:
         world = recipe.export.processes
         helpers = [subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *argv],
-                                    env=os.environ | {"RANK": str(r), "WORLD_SIZE": str(world)}) for r in range(1, world)]
+                                    env=os.environ | {"RANK": str(r), "WORLD_SIZE": str(world), PARENT: str(os.getpid())})
+                   for r in range(1, world)]
+    parent = os.environ.get(PARENT)
 
     def alive() -> None:
+        if parent is not None and os.getppid() != int(parent):  # or it would write beside the export that continues this one
+            raise OSError("the process that started this writer is gone")
         for r, helper in enumerate(helpers, start=1):
             if helper.poll() not in (None, 0):
                 raise OSError(f"writer {r} of {world} ended with code {helper.returncode}")

@@ -25,16 +25,21 @@ def main(argv: list[str]) -> int:
         if folder is not None and not folder.is_dir():
             print(f"error: {folder}: no such folder", file=sys.stderr)
             return 2
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        print(f"error: --json {args.json}: no such folder {args.json.absolute().parent}", file=sys.stderr)
+        return 2
     import torch
 
     from export.inspection import Checkpoint
+    from export.shards import write_aside
 
     torch.set_num_threads(1)  # as in an export: reading and hashing go on beside the arithmetic
     checkpoint = Checkpoint(args.checkpoint, args.against)
     findings = checkpoint.run()
     if args.json is not None:
-        args.json.write_text(json.dumps({"checkpoint": str(args.checkpoint), "tensors": checkpoint.tensors,
-                                         "bytes": checkpoint.bytes, "findings": findings}, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({"checkpoint": str(args.checkpoint), "tensors": checkpoint.tensors, "bytes": checkpoint.bytes,
+                           "findings": findings}, indent=1) + "\n"
+        write_aside(args.json, text)
     for finding in findings:
         print(f"FOUND  {finding}")
     compared = ", experts equal to training" if args.against is not None and not findings else ""

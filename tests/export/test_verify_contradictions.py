@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import EXPERT, FLOAT, change, holder, json_edit, put, remove, seal, tensor
+from damage import EXPERT, FLOAT, change, cut, holder, json_edit, put, remove, seal, tensor
 from safetensors.torch import load_file, save_file
 
 from export.inspection import Checkpoint
 from modeling.drafter import save_drafter
 
 NORM, ROUTER, TABLE = "model.norm.weight", "model.layers.2.mlp.gate.weight", "model.embed_tokens.weight"
+QKV = "model.layers.1.self_attn.qkv_proj.weight"
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 89}, "merges": []}, "added_tokens": [{"id": 3, "content": "<e>"}]}
 
 
@@ -170,6 +171,30 @@ DAMAGE = {
         "fc.weight", "gone.safetensors")), "dflash: cannot be checked: .*gone.safetensors is missing"),
     "drafter denied": (json_edit("export.json", lambda v: v.__setitem__("drafter", False)),
         "says there is no drafter, but dflash/"),
+    "another class": (config_key("architectures", ["LlamaForCausalLM"]), r"architectures=\['LlamaForCausalLM'\], expected"),
+    "code under another name": (json_edit("config.json", lambda v: v["auto_map"].__setitem__("AutoConfig", "x.Y")),
+                                "config.json: auto_map=.*'x.Y'"),
+    "code cut short": (cut("modeling_mimo_v2.py", 20001),
+                       "modeling_mimo_v2.py: has no class MiMoV2ForCausalLM|modeling_mimo_v2.py: not"),
+    "drafter's code cut short": (lambda f: (f / "dflash/dflash.py").write_text("def f(:"),
+                                 "dflash/dflash.py: not Python, line 1"),
+    "card without front matter": (lambda f: (f / "README.md").write_text("# a model"), "README.md: .*no front matter"),
+    "front matter that is no YAML": (lambda f: (f / "README.md").write_text("---\na: [1\n---\n"),
+                                     "README.md: .*front matter is not YAML"),
+    "an empty file that hides the index": (lambda f: save_file({}, f / "model.safetensors"),
+        "model.safetensors: model.safetensors.index.json does not name it"),
+    "other rotary share": (config_key("partial_rotary_factor", 0.25), "partial_rotary_factor=0.25, trained with 0.5"),
+    "other window base": (config_key("swa_rope_theta", 7e4), "swa_rope_theta=70000.0, trained with"),
+    "a key lost": (json_edit("config.json", lambda v: v.pop("attention_value_scale")),
+                   "attention_value_scale is missing, trained with 0.612"),
+    "drafter of another class": (json_edit("dflash/config.json", lambda v: v.__setitem__("architectures", ["Qwen3Model"])),
+                                 r"dflash: architectures=\['Qwen3Model'\]"),
+    "drafter with full attention below": (json_edit("dflash/config.json", lambda v: v.__setitem__("max_window_layers", 2)),
+                                          "dflash: max_window_layers=2, expected 0"),
+    "drafter with two rotary bases": (json_edit("dflash/config.json", lambda v: v.__setitem__("rope_theta", 1e4)),
+                                      "dflash: rope_theta=10000.0 contradicts rope_parameters"),
+    "drafter with a third rotary base": (json_edit("dflash/config.json", lambda v: v["dflash_config"].__setitem__(
+        "backbone_rotary_base", 1e4)), "backbone_rotary_base=10000.0 contradicts"),
     "bytes after the last tensor": (more_bytes, "model-00002-.*: cannot be opened"),
     "a folder in place of the card": (lambda f: ((f / "README.md").unlink(), (f / "README.md").mkdir()), "README.md: missing"),
 }
@@ -200,3 +225,36 @@ def test_sums_of_an_earlier_export_are_named(pair, tmp_path):
     assert f"checksums.json: lists {FLOAT}, which is in no file" in findings
     assert any("bytes changed since the export (SHA-256 differs)" in f for f in findings)
     assert any(f.endswith("o_proj.old: no checksum in checksums.json") for f in findings)
+
+
+LAYOUTS = {
+    "compressed-tensors": ("config_groups", lambda v: v["config_groups"]["group_0"]["weights"].__setitem__("group_size", 16)),
+    "hf-fp8": ("modules_to_not_convert", lambda v: v["modules_to_not_convert"].remove("lm_head")),
+    "gpt-oss": ("modules_to_not_convert", lambda v: v.__setitem__("modules_to_not_convert", [])),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_layout_promises_its_client_is_checked(layout, toy_run, tmp_path):
+    from toy_export import export, gpt_oss_run
+
+    recipe = gpt_oss_run(tmp_path)[0] if layout == "gpt-oss" else toy_run
+    folder = export(recipe, f"export.layout={layout}", out=tmp_path / "out")
+    key, edit = LAYOUTS[layout]
+    json_edit("config.json", lambda v: edit(v["quantization_config"]))(folder)
+    seal(folder)
+    findings = Checkpoint(folder).run()
+    assert any(f"config.json: quantization_config.{key}=" in finding for finding in findings), findings
+
+
+@pytest.mark.parametrize("damage", [tensor(QKV + "_scale_inv", lambda t: t.flip(0)), tensor(QKV, lambda t: t.roll(1, 0)),
+                                    tensor(QKV + "_scale_inv", lambda t: t * 2)])
+def test_fp8_matrices_are_the_trained_ones_within_half_a_step(damage, toy_run, tmp_path):
+    from toy_export import export
+
+    folder, trained = export(toy_run, "export.dense=fp8", out=tmp_path / "out"), toy_run.parent / "runs/toy/qat/model"
+    assert Checkpoint(folder, trained).run() == []
+    damage(folder)
+    seal(folder)
+    findings = Checkpoint(folder, trained).run()
+    assert any(f"{QKV}: " in f and "are not the trained ones rounded to FP8" in f for f in findings), findings
