@@ -11,6 +11,7 @@ holds more than a layer twice, and a geometry can be filled with random bytes in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.load import TensorFiles
 from modeling.names import qkv_rows, qkv_scale_rows
 from mxfp4.format import BLOCK_SIZE
+from runtime_ref.kernels.parts import LEAST_DEPTH, Parts, layer_parts, parts_of
 from runtime_ref.kernels.repack import SCALE_OFFSET, ExpertPages, Tile, repack_experts
 from runtime_ref.kernels.row_launches import Heads, Matrix, Router, paired
-from runtime_ref.parallel import ALONE, Ranks
+from runtime_ref.parallel import ALONE, SHARES, Ranks
 from runtime_ref.weights import read_config
 
 ALIGN = 128
@@ -63,6 +65,7 @@ class KernelLayer:
 
     kind: str  # "full" or "window"
     heads: Heads
+    parts: Parts
     qkv: Matrix
     o: Matrix
     sink: torch.Tensor | None
@@ -100,16 +103,19 @@ def layer_heads(config: MiMoV2Config, index: int, ranks: Ranks) -> Heads:
     return Heads(queries // ranks.count, keys // ranks.count, d, v, int(d * config.partial_rotary_factor))
 
 
-def expert_tiles(config: MiMoV2Config, ranks: Ranks) -> tuple[Tile, Tile]:
-    """Tiles of gate-up and down pages: the standard ones, or smaller for small matrices."""
+def expert_tiles(config: MiMoV2Config, ranks: Ranks, shares: int = SHARES) -> tuple[Tile, Tile]:
+    """Tiles of gate-up and down pages: the standard ones, or smaller for small matrices; several parts are whole down pages."""
     def fitting(rows: int, depth: int) -> Tile:
-        return Tile(max(16, min(Tile().rows, _power(rows))), max(64, min(Tile().depth, _power(depth))))
+        return Tile(max(16, min(Tile().rows, _power(rows))), max(LEAST_DEPTH, min(Tile().depth, depth)))
 
-    inner = config.moe_intermediate_size // ranks.count
-    return fitting(2 * inner, config.hidden_size), fitting(config.hidden_size, inner)
+    inner = config.moe_intermediate_size
+    parts = parts_of(inner, LEAST_DEPTH, shares)
+    depth = _power(inner) if parts == 1 else math.gcd(inner // parts, Tile().depth)
+    return fitting(2 * inner // ranks.count, _power(config.hidden_size)), fitting(config.hidden_size, depth)
 
 
-def layer_shapes(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[str]) -> dict[str, tuple]:
+def layer_shapes(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[str], shares: int = SHARES,
+                 ) -> dict[str, tuple]:
     """(shape, dtype) of the tensors of a layer on one rank; `fp8`: those of "qkv", "o", "gate_up", "down" that are FP8."""
     H, heads, count = config.hidden_size, layer_heads(config, index, ranks), ranks.count
     swa = config.hybrid_layer_pattern[index]
@@ -118,7 +124,7 @@ def layer_shapes(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[
     if config.add_swa_attention_sink_bias if swa else config.add_full_attention_sink_bias:
         shapes["sink"] = ((heads.queries,), torch.float32)
     if config.moe_layer_freq[index]:
-        up_tile, down_tile = expert_tiles(config, ranks)
+        up_tile, down_tile = expert_tiles(config, ranks, shares)
         E, inner = config.n_routed_experts, config.moe_intermediate_size // count
         shapes["router"], shapes["correction"] = ((E, H), torch.float32), ((E,), torch.float32)
         shapes["up_pages"] = ((E, -(-inner // (up_tile.rows // 2)), -(-H // up_tile.depth), up_tile.page_bytes), torch.uint8)
@@ -162,24 +168,24 @@ def load_kernel_weights(folder: str | Path, ranks: Ranks = ALONE, *, device: str
 
 
 def random_weights(config: MiMoV2Config, ranks: Ranks, *, device: str, fp8: frozenset[str] = RELEASED_FP8,
-                   seed: int = 0) -> KernelWeights:
+                   seed: int = 0, shares: int = SHARES) -> KernelWeights:
     """Random weights of a geometry, made where they are used: for timing. Numbers stay finite; they mean nothing."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator, tiles = torch.Generator(device).manual_seed(seed), expert_tiles(config, ranks, shares)
 
     def fill(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
-        return {name: _random(name, shape, dtype, config, ranks, device, generator) for name, (shape, dtype) in shapes.items()}
+        return {name: _random(name, shape, dtype, tiles, device, generator, config) for name, (shape, dtype) in shapes.items()}
 
     dense = fp8 - {"gate_up", "down"}
     kinds = [dense if moe else fp8 for moe in config.moe_layer_freq]
     return _assembled(config, ranks, device, kinds, lambda: fill(outer_shapes(config, ranks)),
-                      lambda i: fill(layer_shapes(config, i, ranks, kinds[i])))
+                      lambda i: fill(layer_shapes(config, i, ranks, kinds[i], shares)), shares)
 
 
-def _random(name, shape, dtype, config, ranks, device, generator) -> torch.Tensor:
+def _random(name, shape, dtype, tiles, device, generator, config) -> torch.Tensor:
     if dtype is torch.uint8 and not name.endswith("_pages"):  # FP8 of all signs and small exponents, no NaN
         return torch.randint(0, 256, shape, dtype=dtype, device=device, generator=generator) & 0xBF
     if name.endswith("_pages"):
-        tile = expert_tiles(config, ranks)[name == "down_pages"]
+        tile = tiles[name == "down_pages"]
         pages = torch.randint(0, 256, shape, dtype=dtype, device=device, generator=generator)
         tail = pages[..., tile.rows * tile.depth // 2:]
         tail.copy_(torch.randint(SCALE_OFFSET + 117, SCALE_OFFSET + 121, tail.shape, dtype=dtype, device=device,
@@ -192,8 +198,10 @@ def _random(name, shape, dtype, config, ranks, device, generator) -> torch.Tenso
     return (torch.randn(shape, device=device, generator=generator) * shape[-1]**-0.5).to(dtype)
 
 
-def _assembled(config, ranks, device, fp8, outer: Callable[[], dict], layer: Callable[[int], dict]) -> KernelWeights:
-    plans = [outer_shapes(config, ranks), *(layer_shapes(config, i, ranks, kinds) for i, kinds in enumerate(fp8))]
+def _assembled(config, ranks, device, fp8, outer: Callable[[], dict], layer: Callable[[int], dict],
+               shares: int = SHARES) -> KernelWeights:
+    parts = [layer_parts(config, i, ranks, kinds, shares) for i, kinds in enumerate(fp8)]
+    plans = [outer_shapes(config, ranks), *(layer_shapes(config, i, ranks, kinds, shares) for i, kinds in enumerate(fp8))]
     arena = Arena(sum(_rounded(_bytes(*of)) for plan in plans for of in plan.values()), device)
 
     def placed(plan: dict[str, tuple], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -201,22 +209,23 @@ def _assembled(config, ranks, device, fp8, outer: Callable[[], dict], layer: Cal
         return {name: arena.put(tensor) for name, tensor in tensors.items()}
 
     top = placed(plans[0], outer())
-    layers = [_layer(config, ranks, i, placed(plan, layer(i))) for i, plan in enumerate(plans[1:])]
+    tiles = expert_tiles(config, ranks, shares)
+    layers = [_layer(config, ranks, i, placed(plan, layer(i)), parts[i], tiles) for i, plan in enumerate(plans[1:])]
     return KernelWeights(config, ranks, arena, top["embed"], layers, top["norm"], Matrix(top["head"]))
 
 
-def _layer(config, ranks, index: int, t: dict[str, torch.Tensor]) -> KernelLayer:
+def _layer(config, ranks, index: int, t: dict[str, torch.Tensor], parts: Parts, tiles: tuple[Tile, Tile]) -> KernelLayer:
     matrices = {n: Matrix(t[n], t.get(f"{n}_scales")) for n in ("qkv", "o", "gate_up", "down") if n in t}
     router = pages = None
     if "router" in t:
         factor = config.routed_scaling_factor
         router = Router(t["router"], t["correction"], config.num_experts_per_tok, config.n_group, config.topk_group,
                         config.norm_topk_prob, 1.0 if factor is None else factor)
-        pages = ExpertPages(t["up_pages"], t["down_pages"], *expert_tiles(config, ranks), config.hidden_size,
-                            config.moe_intermediate_size // ranks.count)
+        pages = ExpertPages(t["up_pages"], t["down_pages"], *tiles, config.hidden_size,
+                            config.moe_intermediate_size // ranks.count, parts.experts)
     return KernelLayer("window" if config.hybrid_layer_pattern[index] else "full", layer_heads(config, index, ranks),
-                       sink=t.get("sink"), input_norm=t["input_norm"], post_norm=t["post_norm"], router=router, pages=pages,
-                       **matrices)
+                       parts=parts, sink=t.get("sink"), input_norm=t["input_norm"], post_norm=t["post_norm"], router=router,
+                       pages=pages, **matrices)
 
 
 class _Reader:
@@ -305,8 +314,9 @@ class _Reader:
         codes, scales = stacked(""), stacked("_scale")
         up_tile, down_tile = expert_tiles(self.config, self.ranks)
         gate_up, down = (torch.cat((t["gate"], t["up"]), 1) for t in (codes, scales)), (codes["down"], scales["down"])
+        parts = parts_of(inner, LEAST_DEPTH) // self.ranks.count
         pages = repack_experts(tuple(gate_up), down, rank=self.ranks.rank, ranks=self.ranks.count, up_tile=up_tile,
-                               down_tile=down_tile)
+                               down_tile=down_tile, parts=parts)
         return {"router": self._f32(f"{prefix}.gate.weight"), "correction": self._f32(f"{prefix}.gate.e_score_correction_bias"),
                 "up_pages": pages.up, "down_pages": pages.down}
 

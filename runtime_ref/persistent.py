@@ -2,9 +2,12 @@
 
 `table_of` encodes a list of `fusion.fused`: one row per task, [op, w, scales, gamma, extra, place, geometry, 0]; weights as
 offsets into the arena, in units of its alignment. What a row means is in `kernels/step.py`. `PersistentStep.run` fills in what
-changes from step to step and launches; it serves steps of up to 64 rows on one rank. Longer steps (prompts) are bound by
-arithmetic, not by launches, and stay op by op; with several ranks a sum over ranks stands between the tasks, which stay op by
-op too until the all-reduce is part of the walk.
+changes from step to step and launches; it serves steps of up to 64 rows. Longer steps (prompts) are bound by arithmetic, not by
+launches, and stay op by op.
+
+With several ranks every rank launches its walk, and the walks sum over ranks among themselves, in memory that all of them can
+read (`kernels/symmetric.py`); only the logits of the ranks' shares of the vocabulary are gathered outside. Ranks must make the
+same steps in the same order, as the engine's do.
 
 The launch is cooperative: every program must be resident at once, so the grid is what the GPU holds (`programs`), one in
 Triton's interpreter.
@@ -20,22 +23,26 @@ from runtime_ref.kernel_weights import Arena, KernelLayer
 from runtime_ref.kernels.attention import CHUNK_PAGES, attention_constants, most_chunks
 from runtime_ref.kernels.experts import MAX_TOKENS, POLLS, Workspace, kernel_arguments
 from runtime_ref.kernels.row_launches import Heads, Matrix
-from runtime_ref.kernels.step import FIELDS, OPS, step_kernel, walk_options
+from runtime_ref.kernels.step import OPS, step_kernel, walk_options
+from runtime_ref.kernels.symmetric import Symmetric
 from runtime_ref.kv_cache import PAGE
 from runtime_ref.tasks import Task
 from runtime_ref.triton_backend import BLOCK, Blocks, KernelPool, KernelStep, TritonBackend
 
 _KINDS = {"full": "F", "window": "W"}
+SUMS = ("merge_add", "down_add", "experts_add")  # what ranks add up
 
 
 def table_of(tasks: list[Task], layers: list[KernelLayer], arena: Arena, pools: dict[str, KernelPool]) -> torch.Tensor:
-    """int32 [tasks, FIELDS] of a fused list.
+    """int32 [tasks, step.FIELDS] of a fused list.
+
+    A task that sums over ranks has no gamma: field 3 says how many of its op the list holds, field 7 the how manieth it is.
 
     Raises:
         ValueError: a task that the walk does not know (its op is named).
     """
     taps = [task.layer for task in tasks if task.op == "tap"]
-    rows = []
+    rows, seen = [], dict.fromkeys(SUMS, 0)
     for task in tasks:
         if task.op not in OPS:
             raise ValueError(f"{task}: the persistent step has no op {task.op!r}")
@@ -47,8 +54,11 @@ def table_of(tasks: list[Task], layers: list[KernelLayer], arena: Arena, pools: 
             row.append(taps.index(task.layer))
         else:
             row.append(0)
-        row = [*row[:5], row[-1], int(layer is not None and layer.kind == "window")]
-        rows.append(row + [0] * (FIELDS - len(row)))
+        row = [*row[:5], row[-1], int(layer is not None and layer.kind == "window"), 0]
+        if task.op in SUMS:
+            seen[task.op] += 1
+            row[3], row[7] = sum(other.op == task.op for other in tasks), seen[task.op]
+        rows.append(row)
     return torch.tensor(rows, dtype=torch.int32)
 
 
@@ -92,6 +102,12 @@ def used_once(names: list[bool], what: str) -> bool:
     return bool(names and names[0])
 
 
+def the_one(values: list[int], what: str) -> int:
+    if len(set(values)) > 1:
+        raise ValueError(f"the persistent step wants {what} to be equal in all layers; found {sorted(set(values))}")
+    return values[0]
+
+
 class PersistentStep:
     """One task list of a backend, encoded, with its scratch.
 
@@ -100,12 +116,10 @@ class PersistentStep:
         programs: of the grid; all must be resident.
 
     Raises:
-        ValueError: several ranks; layers of one kind that differ in what the compiled walk fixes.
+        ValueError: layers of one kind that differ in what the compiled walk fixes; ranks without memory that they share.
     """
 
     def __init__(self, backend: TritonBackend, tasks: list[Task], programs: int = 1, polls: int = POLLS):
-        if backend.ranks.count > 1:
-            raise ValueError(f"{backend.ranks.count} ranks: the persistent step runs on one")
         self.backend, self.programs, self.polls = backend, programs, polls
         self.listed, self.tasks = tasks, fused(tasks)
         self.taps = [task.layer for task in self.tasks if task.op == "tap"]
@@ -118,6 +132,7 @@ class PersistentStep:
             launch = type(backend.launch)(**(vars(backend.launch) | {"tickets": False, "programs": programs, "polls": polls}))
             self.spaces = {n: Workspace(pages, n, backend.config.num_experts_per_tok, launch) for n in (BLOCK, MAX_TOKENS)}
         self.scratch = self._scratch()
+        self.symmetric = self._symmetric()
         self._attention: dict[str, torch.Tensor] = {}
 
     def _constants(self) -> dict:
@@ -136,6 +151,9 @@ class PersistentStep:
             window = backend.config.sliding_window if kind == "window" else None
             sink = used_once([layer.sink is not None for layer in own], f"{kind} sinks")
             found |= kind_constants(prefix, shown[0].heads, window, sink, tiling.columns, tiling.float_dot)
+            found[f"{prefix}_PARTS"] = the_one([layer.parts.o for layer in own] or [1], f"the parts of {kind} o_proj")
+        found |= {"RANKS": backend.ranks.count,
+                  "D_PARTS": the_one([a.parts.down for a in layers if a.gate_up] or [1], "the parts of dense layers")}
         router = next((layer.router for layer in layers if layer.router), None)
         return found | (router.constants() if router else {"A": 1, "WIDE": 16, "GROUPS": 1, "TOP_GROUPS": 1, "NORMED": False})
 
@@ -154,6 +172,14 @@ class PersistentStep:
         counters = {"route_arrived": R // BLOCK, "barrier": 2, "failed": 1, "attend_arrived": R * most["queries"]}
         return found | {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in counters.items()}
 
+    def _symmetric(self) -> Symmetric:
+        """What ranks add up in: two halves of every part of 64 rows, and flags for the tiles of each kind of sum."""
+        layers, H = self.backend.kernel_weights.layers, self.backend.config.hidden_size
+        parts = max(max(layer.parts.o, layer.parts.down, layer.parts.experts) for layer in layers)
+        places = 2 * (MAX_TOKENS // BLOCK) * triton.cdiv(H, self.backend.tiling.columns)
+        places += max((space.chunks for space in self.spaces.values()), default=0)
+        return Symmetric(self.backend.ranks, parts * MAX_TOKENS * H, places, self.backend.device)
+
     def serves(self, tasks: list[Task], step: KernelStep) -> bool:
         """Whether the walk is that of this list, and the step short enough for it."""
         return tasks is self.listed and step.real <= MAX_TOKENS
@@ -163,10 +189,11 @@ class PersistentStep:
         """Logits and taps of the step, as `TritonBackend.run` returns them."""
         backend, config = self.backend, self.backend.config
         H = config.hidden_size
-        logits = torch.empty((step.head_rows.shape[0], config.vocab_size), dtype=torch.float32, device=backend.device)
+        logits = torch.empty((step.head_rows.shape[0], backend.kernel_weights.head.w.shape[0]), dtype=torch.float32,
+                             device=backend.device)
         taps = torch.empty((max(1, len(self.taps)), step.real, H), dtype=torch.bfloat16, device=backend.device)
         self.launch(step, logits, taps)
-        return {"logits": logits} | {f"tap.{layer}": taps[i] for i, layer in enumerate(self.taps)}
+        return {"logits": backend.whole_vocabulary(logits)} | {f"tap.{layer}": taps[i] for i, layer in enumerate(self.taps)}
 
     def launch(self, step: KernelStep, logits: torch.Tensor, taps: torch.Tensor) -> None:
         """The walk itself: one launch."""
@@ -182,11 +209,11 @@ class PersistentStep:
                      "spare": weights.embed, "head": weights.head.w, "final_norm": weights.norm, "ids": step.ids,
                      "positions": step.positions, "head_rows": step.head_rows, "taps": taps,
                      "context_positions": step.positions, "context_slots": step.positions, "logits": logits, "R": R,
-                     "H": config.hidden_size, "I": config.intermediate_size, "E": config.n_routed_experts,
-                     "vocabulary": config.vocab_size, "wanted": step.head_rows.shape[0], "context": 0, "taps_width": 0,
-                     "epsilon": float(backend.epsilon),
+                     "H": config.hidden_size, "I": config.intermediate_size // backend.ranks.count,
+                     "E": config.n_routed_experts, "vocabulary": weights.head.w.shape[0],
+                     "wanted": step.head_rows.shape[0], "context": 0, "taps_width": 0, "epsilon": float(backend.epsilon),
                      "factor": float(router.factor) if router else 1.0, "v_scale": value_scale(config.attention_value_scale)}
-        arguments |= s
+        arguments |= s | self.symmetric.arguments()
         kinds = {kind: (backend.pools[kind], step.blocks[kind], backend.rotary[kind]) for kind in backend.pools}
         arguments |= kind_arguments(kinds)
         arguments |= self._attention_scratch({kind: (pool, blocks) for kind, (pool, blocks, _) in kinds.items()})
@@ -197,7 +224,7 @@ class PersistentStep:
         pages = next(layer.pages for layer in weights.layers if layer.pages is not None)
         like = torch.empty((R, config.hidden_size), device="meta")
         positional, own = kernel_arguments(like, None, None, pages, space, None)
-        numbers = dict(zip(EXPERT_NUMBERS, positional[-3:], strict=True))
+        numbers = dict(zip(EXPERT_NUMBERS, positional[-4:-1], strict=True))
         buffers = {"order": space.order, "plan": space.plan, "expert_inner": space.inner, "expert_partial": space.partial,
                    "ready": space.ready, "arrived": space.arrived, "control": space.control}
         return arguments | numbers | buffers, self.constants | {name: own[name] for name in NO_EXPERTS}
@@ -228,7 +255,7 @@ class PersistentStep:
 # Arguments that only steps with experts need, and what stands in their place without.
 EXPERT_BUFFERS = ("order", "plan", "expert_inner", "expert_partial", "ready", "arrived", "control")
 EXPERT_NUMBERS = ("up_entries", "down_entries", "K_UP")
-NO_EXPERTS = {"M": 16, "UP": 1, "DOWN": 1, "TILES": 1, "K_DOWN": 1, "UP_ROWS": 16, "UP_DEPTH": 64, "DOWN_ROWS": 16,
+NO_EXPERTS = {"M": 16, "UP": 1, "DOWN": 1, "TILES": 1, "K_DOWN": 1, "PARTS": 1, "UP_ROWS": 16, "UP_DEPTH": 64, "DOWN_ROWS": 16,
                "DOWN_DEPTH": 64, "EVEN": True, "STAGES": 1, "PREFETCH": 0, "PTX": False}
 
 

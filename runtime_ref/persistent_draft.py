@@ -15,7 +15,9 @@ from runtime_ref.kernels.attention import CHUNK_PAGES, most_chunks
 from runtime_ref.kernels.experts import MAX_TOKENS, POLLS
 from runtime_ref.kernels.row_launches import Matrix
 from runtime_ref.kernels.step import FIELDS, OPS, step_kernel, walk_options
+from runtime_ref.kernels.symmetric import Symmetric
 from runtime_ref.kv_cache import PAGE
+from runtime_ref.parallel import ALONE
 from runtime_ref.persistent import (
     EXPERT_BUFFERS,
     EXPERT_NUMBERS,
@@ -49,14 +51,11 @@ def draft_table(drafter: TritonDrafter) -> torch.Tensor:
 class PersistentDraft:
     """A drafter whose rounds are one launch each; what the engine asks for, it does like `TritonDrafter`.
 
-    Raises:
-        ValueError: several ranks.
+    Every rank walks the whole drafter and its share of the head, whose logits are gathered afterwards.
     """
 
     def __init__(self, drafter: TritonDrafter, programs: int = 1, polls: int = POLLS):
         backend = drafter.backend
-        if backend.ranks.count > 1:
-            raise ValueError(f"{backend.ranks.count} ranks: the persistent drafter runs on one")
         self.drafter, self.backend, self.programs, self.polls = drafter, backend, programs, polls
         self.block, self.taps, self.pool = drafter.block, drafter.taps, drafter.pool
         self.extend_tables = drafter.extend_tables
@@ -71,10 +70,11 @@ class PersistentDraft:
             "O_FP8": False, "MLP_FP8": False, "HAS_TAPS": False, "PAGE_": PAGE, "CHUNK": CHUNK_PAGES, "A": 1, "WIDE": 16,
             "GROUPS": 1, "TOP_GROUPS": 1, "NORMED": False, "BN": tiling.columns, "BK": tiling.depth,
             "ROUTE_BN": tiling.experts, "ROUTE_BK": tiling.router_depth, "COPY": tiling.block, "POLLS": polls,
-            "FLOAT_DOT": tiling.float_dot}
+            "RANKS": 1, "F_PARTS": 1, "W_PARTS": 1, "D_PARTS": 1, "FLOAT_DOT": tiling.float_dot}
         if drafter.causal:
             raise ValueError("dflash/config.json: a causal block; the persistent drafter wants one that is drafted at once")
         self.scratch = self._scratch()
+        self.symmetric = Symmetric(ALONE, 0, 0, backend.device)
 
     def _scratch(self) -> dict[str, torch.Tensor]:
         heads, R, device = self.drafter.heads, MAX_TOKENS, self.backend.device
@@ -102,10 +102,11 @@ class PersistentDraft:
         ids, positions, picked, blocks = self.drafter.plan(wanted)
         if ids.shape[0] > MAX_TOKENS:
             raise ValueError(f"{ids.shape[0]} rows of drafts, expected at most {MAX_TOKENS}")
-        logits = torch.empty((picked.shape[0], self.backend.config.vocab_size), dtype=torch.float32, device=self.backend.device)
+        logits = torch.empty((picked.shape[0], self.backend.kernel_weights.head.w.shape[0]), dtype=torch.float32,
+                             device=self.backend.device)
         arguments = self.arguments(late, ids, positions, picked, blocks, logits)
         step_kernel[(self.programs,)](**arguments, **self.constants, **walk_options(self.constants["FLOAT_DOT"]))
-        return list(logits.split([w.count for w in wanted]))
+        return list(self.backend.whole_vocabulary(logits).split([w.count for w in wanted]))
 
     def arguments(self, late: list[Wanted], ids, positions, picked, blocks, logits) -> dict:
         """Run-time arguments of `step_kernel`; `late`: sequences with pending features."""
@@ -122,12 +123,12 @@ class PersistentDraft:
                      "spare": drafter.mask, "head": weights.head.w, "final_norm": drafter.norm, "ids": ids,
                      "positions": positions, "head_rows": picked, "taps": taps, "context_positions": at, "context_slots": into,
                      "logits": logits, "R": ids.shape[0], "H": backend.config.hidden_size,
-                     "I": drafter.layers[0]["down"].w.shape[1], "E": 0, "vocabulary": backend.config.vocab_size,
+                     "I": drafter.layers[0]["down"].w.shape[1], "E": 0, "vocabulary": weights.head.w.shape[0],
                      "wanted": picked.shape[0], "context": len(places), "taps_width": width, "epsilon": float(drafter.epsilon),
                      "factor": 1.0, "v_scale": value_scale(drafter.value_scale), "full_chunks": chunks, "window_chunks": 1,
                      "partial": torch.empty(tiles * constants["F_V_WIDE"], dtype=torch.float32, device=device),
                      "stats": torch.empty(2 * tiles, dtype=torch.float32, device=device), "blocks": blocks.start.shape[0]}
-        arguments |= s | kind_arguments({"full": (drafter.pool, blocks, drafter.rotary)})
+        arguments |= s | self.symmetric.arguments() | kind_arguments({"full": (drafter.pool, blocks, drafter.rotary)})
         return arguments | dict.fromkeys(EXPERT_BUFFERS, s["barrier"]) | dict.fromkeys(EXPERT_NUMBERS, 0)
 
     def failed(self) -> bool:

@@ -7,8 +7,9 @@ TRITON_INTERPRET=1 is set: slowly, for tests and checks.
 Numbers: bf16 only. Operands of products are rounded to bf16, which the torch backend does not do, so logits of the two agree
 within a tolerance. What they share is C4: no kernel lets a row see its company.
 
-With several ranks, partial sums leave the kernels, are gathered (NCCL or gloo) and added in the order of the ranks. A
-rank adds its own parts in float32 before: bits depend on the number of ranks here, unlike in the torch backend.
+With several ranks, the parts of a sum leave the kernels, are gathered (NCCL or gloo) and added in order; a rank that has all
+parts adds them in the same order inside the kernel (`kernels/parts.py`): bits do not depend on the number of ranks (C5). A
+walk (`persistent.py`) sums over ranks without leaving the kernel.
 
 Rejected: torch ops for the small steps in between, which is what makes decoding wait for launches.
 """
@@ -244,16 +245,18 @@ class TritonBackend:
     op_attend_window = op_attend_full
 
     def op_merge_heads(self, step, layer, heads):
-        return launches.product(heads, self._layer(layer).o, self._partial(step), self.tiling)
+        own = self._layer(layer)
+        return launches.product(heads, own.o, self._partial(step, own.parts.o), self.tiling, parts=own.parts.o)
 
-    def _partial(self, step) -> torch.Tensor:
-        return self._empty(step.real, self.config.hidden_size, dtype=torch.float32)
+    def _partial(self, step, parts: int) -> torch.Tensor:
+        return self._empty(parts, step.real, self.config.hidden_size, dtype=torch.float32)
 
     def op_merge_add(self, step, layer, x, heads):
-        return launches.product(heads, self._layer(layer).o, torch.empty_like(x), self.tiling, residual=x)
+        own = self._layer(layer)
+        return launches.product(heads, own.o, torch.empty_like(x), self.tiling, residual=x, parts=own.parts.o)
 
     def op_add_parts(self, step, layer, x, partial):
-        return launches.add(x, self.ranks.gather(partial[None]), self.tiling)
+        return launches.add(x, self.ranks.gather(partial), self.tiling)
 
     def op_dense_mlp(self, step, layer, y):
         return self.op_down(step, layer, launches.swiglu(y, self._layer(layer).gate_up, self.tiling))
@@ -263,10 +266,12 @@ class TritonBackend:
         return launches.swiglu(x, own.gate_up, self.tiling, norm=(own.post_norm, self.epsilon))
 
     def op_down(self, step, layer, inner):
-        return launches.product(inner, self._layer(layer).down, self._partial(step), self.tiling)
+        own = self._layer(layer)
+        return launches.product(inner, own.down, self._partial(step, own.parts.down), self.tiling, parts=own.parts.down)
 
     def op_down_add(self, step, layer, x, inner):
-        return launches.product(inner, self._layer(layer).down, torch.empty_like(x), self.tiling, residual=x)
+        own = self._layer(layer)
+        return launches.product(inner, own.down, torch.empty_like(x), self.tiling, residual=x, parts=own.parts.down)
 
     def op_route(self, step, layer, y):
         return launches.route(y, self._layer(layer).router, self.tiling)[:2]
@@ -277,7 +282,7 @@ class TritonBackend:
         return y, index, weight
 
     def op_experts(self, step, layer, y, index, weight):
-        return self._experts(layer, y, index, weight, self._partial(step))
+        return self._experts(layer, y, index, weight, self._partial(step, self._layer(layer).parts.experts))
 
     def op_experts_add(self, step, layer, x, y, index, weight):
         return self._experts(layer, y, index, weight, torch.empty_like(x), residual=x)
@@ -288,7 +293,7 @@ class TritonBackend:
         pages = self._layer(layer).pages
         for begin in range(0, y.shape[0], MAX_TOKENS):
             rows = slice(begin, begin + MAX_TOKENS)
-            run_experts(y[rows], index[rows], weight[rows], pages, self.space(pages, y[rows].shape[0]), out[rows],
+            run_experts(y[rows], index[rows], weight[rows], pages, self.space(pages, y[rows].shape[0]), out[..., rows, :],
                         None if residual is None else residual[rows])
         return out
 
@@ -314,10 +319,14 @@ class TritonBackend:
     def head_logits(self, x: torch.Tensor, count: int, **options) -> torch.Tensor:
         """float32 logits [count, vocabulary] through the head; options as of `row_launches.product`."""
         head = self.kernel_weights.head
-        own = launches.product(x, head, self._empty(count, head.w.shape[0], dtype=torch.float32), self.tiling, **options)
+        return self.whole_vocabulary(
+            launches.product(x, head, self._empty(count, head.w.shape[0], dtype=torch.float32), self.tiling, **options))
+
+    def whole_vocabulary(self, own: torch.Tensor) -> torch.Tensor:
+        """[rows, vocabulary] from each rank's [rows, its share]."""
         if self.ranks.count == 1:
             return own
-        return self.ranks.gather(own[None]).transpose(0, 1).reshape(count, -1)
+        return self.ranks.gather(own[None]).transpose(0, 1).reshape(own.shape[0], -1)
 
 
 def interpreted() -> bool:

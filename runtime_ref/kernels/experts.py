@@ -13,6 +13,9 @@ every P-th entry, or draws a ticket for the next one. A down chunk waits until i
 the order of the router's choices, whoever that is: bits do not depend on timing. With tickets, a waiting program only
 ever waits for entries that others already run, so it cannot deadlock even if programs are not all resident.
 
+*Parts* (C5). K of the down product is cut into parts whose number the model fixes, not the ranks. Each part of an
+assignment is a product of its own, each part of a token a weighted sum of its own, and parts are added to zero in order.
+
 *Row invariance* (C4): a row meets the same instructions in the same order whether its slot holds one token or eight.
 
 Scratch is reused between launches; the last program to leave puts all counters back to zero.
@@ -33,7 +36,7 @@ import triton.language as tl
 
 from runtime_ref.kernels.decode import decode_tile, narrow, scale_tiles
 from runtime_ref.kernels.repack import ExpertPages
-from runtime_ref.kernels.sync import wait_for
+from runtime_ref.kernels.sync import signal_ranks, wait_for
 
 TOKENS_PER_SLOT = 8
 MAX_TOKENS = 64
@@ -104,27 +107,41 @@ def _prefetch(page, BYTES: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _weighted_sum(partial, index, weight, residual, out, chunk, N, E, H, A: tl.constexpr, COLUMNS: tl.constexpr,
-                  RESIDUAL: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """Chunk of COLUMNS columns of out = sum over choices of weight * partial, in the router's order, plus the residual."""
+def _weighted_part(partial, index, weight, token, column, N, E, H, A: tl.constexpr, BLOCK: tl.constexpr):
+    """float32 [8, BLOCK]: sum over a token's choices of weight * partial, in the router's order."""
+    total = tl.zeros((_WIDE, BLOCK), tl.float32)
+    for a in tl.static_range(A):
+        expert = tl.load(index + token * A + a, mask=token < N, other=-1)
+        valid = (expert >= 0) & (expert < E)
+        w = tl.load(weight + token * A + a, mask=valid, other=0.0)
+        part = tl.load(partial + (token * A + a)[:, None] * H + column[None, :], mask=valid[:, None] & (column < H)[None, :],
+                       other=0.0)
+        total += w[:, None] * part
+    return total
+
+
+@triton.jit
+def _weighted_sum(partial, index, weight, residual, out, chunk, N, E, H, part_stride, A: tl.constexpr, COLUMNS: tl.constexpr,
+                  PARTS: tl.constexpr, KEEP: tl.constexpr, RESIDUAL: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """Chunk of COLUMNS columns of out: every part's weighted sum (KEEP), or zero + part 0 + part 1 + ..., plus the residual."""
     BLOCK: tl.constexpr = COLUMNS if COLUMNS < 128 else 128  # A loads of each thread's share are in flight: registers
     BLOCKS: tl.constexpr = COLUMNS // BLOCK
     for block in range(0, tl.cdiv(N, _WIDE) * BLOCKS):
         token = block // BLOCKS * _WIDE + tl.arange(0, _WIDE)
         column = chunk * COLUMNS + block % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+        at = token[:, None] * H + column[None, :]
+        inside = (token < N)[:, None] & (column < H)[None, :]
         total = tl.zeros((_WIDE, BLOCK), tl.float32)
-        for a in tl.static_range(A):
-            expert = tl.load(index + token * A + a, mask=token < N, other=-1)
-            valid = (expert >= 0) & (expert < E)
-            w = tl.load(weight + token * A + a, mask=valid, other=0.0)
-            part = tl.load(partial + (token * A + a)[:, None] * H + column[None, :],
-                           mask=valid[:, None] & (column < H)[None, :], other=0.0)
-            total += w[:, None] * part
-        if RESIDUAL:
-            total += tl.load(residual + token[:, None] * H + column[None, :], mask=(token < N)[:, None] & (column < H)[None, :],
-                             other=0.0).to(tl.float32)
-        tl.store(out + token[:, None] * H + column[None, :], narrow(total, out.dtype.element_ty, FLOAT_DOT),
-                 mask=(token < N)[:, None] & (column < H)[None, :])
+        for part in range(0, PARTS):
+            own = _weighted_part(partial + part * (N * A) * H, index, weight, token, column, N, E, H, A, BLOCK)
+            if KEEP:
+                tl.store(out + part * part_stride + at, own, mask=inside)
+            else:
+                total += own
+        if not KEEP:
+            if RESIDUAL:
+                total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out + at, narrow(total, out.dtype.element_ty, FLOAT_DOT), mask=inside)
 
 
 @triton.jit
@@ -166,17 +183,19 @@ def _gate_up_tile(x, up, plan, inner, slot, tile, H, K_UP, A: tl.constexpr, M: t
 
 
 @triton.jit
-def _down_chunk(down, plan, inner, partial, ready, failed, slot, chunk, H, M: tl.constexpr, UP: tl.constexpr,
-                WIDTH: tl.constexpr, TILES: tl.constexpr, DOWN: tl.constexpr, K_DOWN: tl.constexpr, ROWS: tl.constexpr,
-                DEPTH: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, WAIT: tl.constexpr,
+def _down_chunk(down, plan, inner, partial, ready, failed, slot, chunk, assignments, H, M: tl.constexpr, UP: tl.constexpr,
+                WIDTH: tl.constexpr, TILES: tl.constexpr, DOWN: tl.constexpr, K_DOWN: tl.constexpr, PARTS: tl.constexpr,
+                ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, WAIT: tl.constexpr,
                 POLL_LIMIT: tl.constexpr, PTX: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """TILES row tiles of an expert's down projection for a slot's rows -> partial (float32 [assignments, H])."""
+    """TILES row tiles of an expert's down projection for a slot's rows -> partial (float32 [PARTS, assignments, H]).
+
+    K_DOWN pages make a part of K; with several parts they are full (`repack_experts`)."""
     HALF: tl.constexpr = DEPTH // 2
     PAGE: tl.constexpr = ROWS * DEPTH // 2 + ROWS * DEPTH // 32
     row = tl.arange(0, _WIDE)
     k = tl.arange(0, HALF)
     at = tl.arange(0, ROWS)[:, None] * HALF + k[None, :]
-    page = down + (tl.load(plan + 2 * M + slot).to(tl.int64) * DOWN + chunk) * (TILES * K_DOWN) * PAGE
+    page = down + (tl.load(plan + 2 * M + slot).to(tl.int64) * DOWN + chunk) * (TILES * PARTS * K_DOWN) * PAGE
     _prefetch(page, PREFETCH, PTX)
     filled = row < tl.load(plan + 3 * M + slot)
     assignment = tl.load(plan + 4 * M + slot * _WIDE + row, mask=filled, other=0)
@@ -184,36 +203,41 @@ def _down_chunk(down, plan, inner, partial, ready, failed, slot, chunk, H, M: tl
         wait_for(ready + slot, UP, failed, POLL_LIMIT, False)
         tl.debug_barrier()
     source = inner + (slot * _WIDE + row)[None, :] * WIDTH + k[:, None]
-    if K_DOWN == 1:
+    if K_DOWN * PARTS == 1:
         lower = tl.load(source, mask=(k < WIDTH)[:, None] & filled[None, :], other=0.0)
         upper = tl.load(source + HALF, mask=(HALF + k < WIDTH)[:, None] & filled[None, :], other=0.0)
     target = partial + assignment[None, :] * H + tl.arange(0, ROWS)[:, None]
     n = chunk * (TILES * ROWS) + tl.arange(0, ROWS)
     acc = tl.zeros((ROWS, _WIDE), tl.float32)
-    for q in tl.range(0, TILES * K_DOWN, num_stages=STAGES):
-        tile = q // K_DOWN
+    for q in tl.range(0, TILES * PARTS * K_DOWN, num_stages=STAGES):
+        tile = q // (PARTS * K_DOWN)
         keep = (n + tile * ROWS < H)[:, None] & filled[None, :]
-        if K_DOWN == 1:
+        if K_DOWN * PARTS == 1:
             acc = _multiply(page + q * PAGE, lower, upper, tl.zeros((ROWS, _WIDE), tl.float32), at, ROWS, DEPTH, PTX, FLOAT_DOT)
             tl.store(target + (chunk * TILES + tile) * ROWS, acc, mask=keep)
         else:
             step = q % K_DOWN
-            first = step * DEPTH
+            first = q % (PARTS * K_DOWN) * DEPTH
             lower = tl.load(source + first, mask=(first + k < WIDTH)[:, None] & filled[None, :], other=0.0)
             upper = tl.load(source + first + HALF, mask=(first + HALF + k < WIDTH)[:, None] & filled[None, :], other=0.0)
             acc = _multiply(page + q * PAGE, lower, upper, acc, at, ROWS, DEPTH, PTX, FLOAT_DOT)
-            tl.store(target + (chunk * TILES + tile) * ROWS, acc, mask=keep & (step == K_DOWN - 1))
+            into = target + q // K_DOWN % PARTS * assignments * H
+            tl.store(into + (chunk * TILES + tile) * ROWS, acc, mask=keep & (step == K_DOWN - 1))
             acc = acc * (step < K_DOWN - 1).to(tl.float32)
 
 
 @triton.jit
 def experts_work(x, up, down, index, weight, order, plan, inner, partial, residual, out, ready, arrived, control,
-                 N, H, E, up_entries, down_entries, K_UP, A: tl.constexpr, M: tl.constexpr, UP: tl.constexpr,
-                 DOWN: tl.constexpr, TILES: tl.constexpr, K_DOWN: tl.constexpr, UP_ROWS: tl.constexpr, UP_DEPTH: tl.constexpr,
+                 N, H, E, up_entries, down_entries, K_UP, part_stride, signals, rank, place, epoch, A: tl.constexpr,
+                 M: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, TILES: tl.constexpr, K_DOWN: tl.constexpr,
+                 PARTS: tl.constexpr, KEEP: tl.constexpr, UP_ROWS: tl.constexpr, UP_DEPTH: tl.constexpr,
                  DOWN_ROWS: tl.constexpr, DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
                  PREFETCH: tl.constexpr, TICKETS: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr,
-                 FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr, RESIDUAL: tl.constexpr):
-    """What one program does for one call of the experts; see `experts_kernel`."""
+                 FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr, RESIDUAL: tl.constexpr, RANKS: tl.constexpr):
+    """What one program does for one call of the experts; see `experts_kernel`.
+
+    With RANKS > 1, whoever has stored a chunk of `out` tells all ranks so: flag `place` + chunk becomes `epoch`.
+    """
     COLUMNS: tl.constexpr = TILES * DOWN_ROWS
     slots = _plan_slots(index, plan, N * A, E, M)
     position = tl.program_id(0)
@@ -238,16 +262,23 @@ def experts_work(x, up, down, index, weight, order, plan, inner, partial, residu
             slot = entry // DOWN
             chunk = entry % DOWN
             if slot < slots:
-                _down_chunk(down, plan, inner, partial, ready, control + 2, slot, chunk, H, M, UP, UP * UP_ROWS // 2, TILES,
-                            DOWN, K_DOWN, DOWN_ROWS, DOWN_DEPTH, STAGES, PREFETCH, WAIT, POLL_LIMIT, PTX, FLOAT_DOT)
+                _down_chunk(down, plan, inner, partial, ready, control + 2, slot, chunk, N * A, H, M, UP, UP * UP_ROWS // 2,
+                            TILES, DOWN, K_DOWN, PARTS, DOWN_ROWS, DOWN_DEPTH, STAGES, PREFETCH, WAIT, POLL_LIMIT, PTX,
+                            FLOAT_DOT)
                 tl.debug_barrier()
                 if tl.atomic_add(arrived + chunk, 1, sem="acq_rel", scope="gpu") == slots - 1:
                     tl.debug_barrier()
-                    _weighted_sum(partial, index, weight, residual, out, chunk, N, E, H, A, COLUMNS, RESIDUAL, FLOAT_DOT)
+                    _weighted_sum(partial, index, weight, residual, out, chunk, N, E, H, part_stride, A, COLUMNS, PARTS, KEEP,
+                                  RESIDUAL, FLOAT_DOT)
+                    if RANKS > 1:
+                        signal_ranks(signals, place + chunk, rank, epoch, RANKS)
             position = following
         if slots == 0:
             for chunk in range(tl.program_id(0), DOWN, tl.num_programs(0)):
-                _weighted_sum(partial, index, weight, residual, out, chunk, N, E, H, A, COLUMNS, RESIDUAL, FLOAT_DOT)
+                _weighted_sum(partial, index, weight, residual, out, chunk, N, E, H, part_stride, A, COLUMNS, PARTS, KEEP,
+                              RESIDUAL, FLOAT_DOT)
+                if RANKS > 1:
+                    signal_ranks(signals, place + chunk, rank, epoch, RANKS)
         tl.debug_barrier()
         if tl.atomic_add(control + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
             i = tl.arange(0, M)
@@ -260,9 +291,10 @@ def experts_work(x, up, down, index, weight, order, plan, inner, partial, residu
 
 @triton.jit
 def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, residual, out, ready, arrived, control,
-                   N, H, E, up_entries, down_entries, K_UP,
+                   N, H, E, up_entries, down_entries, K_UP, part_stride,
                    A: tl.constexpr, M: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, TILES: tl.constexpr,
-                   K_DOWN: tl.constexpr, UP_ROWS: tl.constexpr, UP_DEPTH: tl.constexpr, DOWN_ROWS: tl.constexpr,
+                   K_DOWN: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr, UP_ROWS: tl.constexpr,
+                   UP_DEPTH: tl.constexpr, DOWN_ROWS: tl.constexpr,
                    DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
                    TICKETS: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr,
                    FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr = 0, RESIDUAL: tl.constexpr = False):
@@ -272,8 +304,9 @@ def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, resi
     False), for tests that cannot run programs at once.
     """
     experts_work(x, up, down, index, weight, order, plan, inner, partial, residual, out, ready, arrived, control, N, H, E,
-                 up_entries, down_entries, K_UP, A, M, UP, DOWN, TILES, K_DOWN, UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN,
-                 STAGES, PREFETCH, TICKETS, WAIT, POLL_LIMIT, PTX, FLOAT_DOT, PHASE, RESIDUAL)
+                 up_entries, down_entries, K_UP, part_stride, None, 0, 0, 0, A, M, UP, DOWN, TILES, K_DOWN, PARTS, KEEP,
+                 UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, TICKETS, WAIT, POLL_LIMIT, PTX, FLOAT_DOT,
+                 PHASE, RESIDUAL, 1)
 
 
 @dataclass(frozen=True)
@@ -325,7 +358,7 @@ class Workspace:
         self.order = listed_order(self.slots, pages.up.shape[1], self.chunks).to(device)
         self.plan = torch.zeros((4 + TOKENS_PER_SLOT) * self.stride, dtype=torch.int32, device=device)
         self.inner = torch.empty((self.slots, TOKENS_PER_SLOT, width), dtype=torch.bfloat16, device=device)
-        self.partial = torch.empty((tokens * choices, pages.hidden), dtype=torch.float32, device=device)
+        self.partial = torch.empty((pages.parts, tokens * choices, pages.hidden), dtype=torch.float32, device=device)
         self.ready = torch.zeros(self.stride, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(self.chunks, dtype=torch.int32, device=device)
         self.control = torch.zeros(3, dtype=torch.int32, device=device)
@@ -336,16 +369,18 @@ class Workspace:
 
 
 def kernel_arguments(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, pages: ExpertPages, space: Workspace,
-                     out: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[tuple, dict]:
+                     out: torch.Tensor | None, residual: torch.Tensor | None = None) -> tuple[tuple, dict]:
     """Positional and compile-time arguments of `experts_kernel`."""
+    keep = out is not None and out.ndim == 3
     launch, up, down = space.launch, pages.up, pages.down
     entries = space.slots * up.shape[1], space.slots * space.chunks
     positional = (x, up, down, index, weight, space.order, space.plan, space.inner, space.partial,
                   out if residual is None else residual, out, space.ready, space.arrived, space.control, x.shape[0],
-                  pages.hidden, pages.experts, *entries, up.shape[2])
+                  pages.hidden, pages.experts, *entries, up.shape[2], out.stride(0) if keep else 0)
     return positional, {
         "A": space.choices, "M": space.stride, "UP": up.shape[1], "DOWN": space.chunks, "TILES": space.chunk_tiles,
-        "K_DOWN": down.shape[2], "UP_ROWS": pages.up_tile.rows, "UP_DEPTH": pages.up_tile.depth,
+        "K_DOWN": down.shape[2] // pages.parts, "PARTS": pages.parts, "KEEP": keep,
+        "UP_ROWS": pages.up_tile.rows, "UP_DEPTH": pages.up_tile.depth,
         "DOWN_ROWS": pages.down_tile.rows, "DOWN_DEPTH": pages.down_tile.depth,
         "EVEN": pages.hidden % pages.up_tile.depth == 0, "STAGES": launch.stages, "PREFETCH": launch.prefetch,
         "TICKETS": launch.tickets, "WAIT": True, "POLL_LIMIT": launch.polls, "PTX": launch.ptx, "FLOAT_DOT": launch.float_dot,
@@ -362,7 +397,8 @@ def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, page
         weight: float32 [N, A].
         pages: this rank's shard, on the device of x.
         space: scratch made for at least N tokens and exactly A choices.
-        out: bfloat16 or float32 [N, H] to write into; float32 if it is to be summed over ranks.
+        out: bfloat16 or float32 [N, H] to write into; float32 [parts, N, H], rows contiguous, keeps the parts of K apart that
+            are to be added over ranks.
         residual: bfloat16 [N, H] that is added; may be `out`.
 
     Returns:

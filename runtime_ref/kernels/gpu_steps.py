@@ -69,8 +69,8 @@ class Prepared:
     def __init__(self, config: MiMoV2Config, device: str, position: int):
         self.config, self.tasks = config, target_tasks(config, [config.num_hidden_layers - 1])
         pages = position // PAGE + 2
-        self.backend = TritonBackend(random_weights(config, ALONE, device=device), pages={"full": pages, "window": pages},
-                                     positions=position + 2 * PAGE)
+        weights = random_weights(config, ALONE, device=device, shares=1)  # a rank of eight has one part of every sum
+        self.backend = TritonBackend(weights, pages={"full": pages, "window": pages}, positions=position + 2 * PAGE)
         self.position, self.device = position, device
         self.tables = KvCache(self.backend.pools, prefix=False).tables()
         KvCache(self.backend.pools, prefix=False).extend(self.tables, list(self.tables), position + 8)

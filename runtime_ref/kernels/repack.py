@@ -60,7 +60,8 @@ class ExpertPages:
     """One rank's shard of a layer's experts.
 
     up [E, inner / (rows / 2), hidden / depth, page] and down [E, hidden / rows, inner / depth, page], uint8, every quotient
-    rounded up. Rows of `up` alternate in groups of eight: eight gate rows, then the eight up rows they multiply.
+    rounded up. Rows of `up` alternate in groups of eight: eight gate rows, then the eight up rows they multiply. The inner
+    dimension is cut into `parts` runs of whole pages that are summed apart.
     """
 
     up: torch.Tensor
@@ -69,13 +70,15 @@ class ExpertPages:
     down_tile: Tile
     hidden: int
     inner: int
+    parts: int = 1
 
     @property
     def experts(self) -> int:
         return self.up.shape[0]
 
     def to(self, device) -> ExpertPages:
-        return ExpertPages(self.up.to(device), self.down.to(device), self.up_tile, self.down_tile, self.hidden, self.inner)
+        return ExpertPages(self.up.to(device), self.down.to(device), self.up_tile, self.down_tile, self.hidden, self.inner,
+                           self.parts)
 
 
 def pack_pages(codes: torch.Tensor, scales: torch.Tensor, tile: Tile) -> torch.Tensor:
@@ -130,12 +133,13 @@ def unpack_pages(pages: torch.Tensor, tile: Tile, n: int, k: int) -> tuple[torch
 
 
 def repack_experts(gate_up: tuple[torch.Tensor, torch.Tensor], down: tuple[torch.Tensor, torch.Tensor], *, rank: int = 0,
-                   ranks: int = 1, up_tile: Tile = Tile(), down_tile: Tile = Tile()) -> ExpertPages:
+                   ranks: int = 1, up_tile: Tile = Tile(), down_tile: Tile = Tile(), parts: int = 1) -> ExpertPages:
     """One rank's pages of a layer: its share of every expert's inner dimension (all experts, no straggler).
 
     Args:
         gate_up: (codes [E, 2 I, H / 2], scales [E, 2 I, H / 32]), gate rows first.
         down: (codes [E, H, I / 2], scales [E, H, I / 32]).
+        parts: of this rank's share that are summed apart.
 
     Raises:
         ValueError: an inner dimension that `ranks` cannot share in blocks of 32, a scale byte above 128.
@@ -145,12 +149,14 @@ def repack_experts(gate_up: tuple[torch.Tensor, torch.Tensor], down: tuple[torch
     if inner % (ranks * BLOCK_SIZE) or not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} of {ranks}: an inner dimension of {inner} cannot be shared in blocks of {BLOCK_SIZE}")
     share = inner // ranks
+    assert parts == 1 or share % (parts * down_tile.depth) == 0, "a part is made of whole pages"
     mine = slice(rank * share, (rank + 1) * share)
     up = [_alternate(t.unflatten(1, (2, inner))[:, :, mine], up_tile.rows) for t in (codes, scales.view(torch.uint8))]
     codes, scales = down
     codes = codes[..., rank * share // 2:(rank + 1) * share // 2]
     scales = scales.view(torch.uint8)[..., rank * share // BLOCK_SIZE:(rank + 1) * share // BLOCK_SIZE]
-    return ExpertPages(pack_pages(*up, up_tile), pack_pages(codes, scales, down_tile), up_tile, down_tile, hidden, share)
+    return ExpertPages(pack_pages(*up, up_tile), pack_pages(codes, scales, down_tile), up_tile, down_tile, hidden, share,
+                       parts)
 
 
 def _alternate(gate_up: torch.Tensor, rows: int) -> torch.Tensor:

@@ -138,21 +138,22 @@ def project(x: torch.Tensor, matrix: Matrix, heads: Heads, table: tuple[torch.Te
 def product(x: torch.Tensor, matrix: Matrix, out: torch.Tensor, tiling: Tiling, *,
             norm: tuple[torch.Tensor, float] | None = None, rows: torch.Tensor | None = None,
             residual: torch.Tensor | None = None, parts: int = 1) -> torch.Tensor:
-    """out [R, N] float32 or bfloat16 = x w^T, see `rows.product_tile`; returns it.
+    """out [R, N] float32 or bfloat16 = x w^T, see `rows.product_tile`; returns it. An out of [parts, R, N] keeps parts apart.
 
     Args:
         x: [., K] or heads [Q, R, V] with Q V = K. rows: int32 [R], which rows of x (default: the first R).
         residual: bfloat16 [R, N] to add to; may be `out`.
     """
     N, K = matrix.w.shape
-    R = out.shape[0]
+    R, keep = out.shape[-2], out.ndim == 3
+    assert not keep or out.shape[0] == parts and out.dtype is torch.float32, "parts kept apart are float32 [parts, R, N]"
     gamma, epsilon = norm or (x, 0.0)
     per_head = x.shape[2] if x.ndim == 3 else 0
     product_kernel[(triton.cdiv(N, tiling.columns), groups(R))](
         x, matrix.w, x if matrix.scales is None else matrix.scales, gamma, out if rows is None else rows,
         out if residual is None else residual, out, R, N, K, float(epsilon), x.shape[1] * per_head, BN=tiling.columns,
         BK=tiling.depth, V=per_head, NORM=norm is not None, PICK=rows is not None, RESIDUAL=residual is not None, PARTS=parts,
-        FLOAT_DOT=tiling.float_dot, **tiling.options)
+        KEEP=keep, FLOAT_DOT=tiling.float_dot, **tiling.options)
     return out
 
 
@@ -200,9 +201,9 @@ def write(source: torch.Tensor, store: torch.Tensor, slots: torch.Tensor, tiling
 
 
 def add(x: torch.Tensor, partial: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """bfloat16 x + partial[0] + partial[1] + ..., of x [R, H] and float32 partial [ranks, R, H]."""
+    """bfloat16 x + (0 + partial[0] + partial[1] + ...), of x [R, H] and float32 partial [parts, R, H]."""
     out = torch.empty_like(x)
-    add_kernel[(triton.cdiv(x.numel(), tiling.block),)](x, partial, out, x.numel(), RANKS=partial.shape[0], BLOCK=tiling.block,
+    add_kernel[(triton.cdiv(x.numel(), tiling.block),)](x, partial, out, x.numel(), PARTS=partial.shape[0], BLOCK=tiling.block,
                                                         FLOAT_DOT=tiling.float_dot, **tiling.options)
     return out
 

@@ -16,6 +16,9 @@ weight, because the 128 x 128 grid of a fused qkv restarts inside a rank's share
 
 Reference twins are functions of `runtime_ref.model`, named in each kernel's docstring.
 
+*Parts.* What ranks add up is cut along K into parts whose number the model fixes, not the ranks (C5): a rank computes its own
+parts one by one, from zero, and parts are added to zero in order, in a register where one rank has them all.
+
 Rejected: activations held as float32 (twice the shared memory, no tensor core), a split of K over programs (another join, and
 at eight tokens the weights of the widest product already make 100 tiles), rotation by a second product with swapped rows.
 """
@@ -159,10 +162,11 @@ def project_kernel(x, w, scales, gamma, head_gamma, cos, sin, positions, slots, 
 @triton.jit
 def product_tile(tile, group, x, w, scales, gamma, rows, residual, out, R, N, K, epsilon, heads_stride, BN: tl.constexpr,
                  BK: tl.constexpr, V: tl.constexpr, NORM: tl.constexpr, PICK: tl.constexpr, RESIDUAL: tl.constexpr,
-                 PARTS: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """BN columns of out [R, N] = x w^T for a group of rows, in PARTS runs of K that are added in order.
+                 PARTS: tl.constexpr, KEEP: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """BN columns of out [R, N] = x w^T for a group of rows, in PARTS runs of K that are added to zero in order.
 
     PICK: row r of out is of row rows[r] of x. RESIDUAL: out = bf16(residual + product), in place if they are the same.
+    KEEP: out is float32 [PARTS, R, N], the runs one by one; whoever adds them in order to zero makes the same bits.
     """
     n = tile * BN + tl.arange(0, BN)
     keep = n < N
@@ -174,25 +178,34 @@ def product_tile(tile, group, x, w, scales, gamma, rows, residual, out, R, N, K,
     inverse = tl.zeros((_ROWS,), tl.float32)
     if NORM:
         inverse = row_scales(x, row, real, K, epsilon)
-    acc = multiply(x, w, scales, gamma, inverse, row, real, n, keep, K, 0, K // PARTS, heads_stride, BN, BK, V, NORM, FLOAT_DOT)
-    for part in range(1, PARTS):
-        acc += multiply(x, w, scales, gamma, inverse, row, real, n, keep, K, part * (K // PARTS), (part + 1) * (K // PARTS),
-                        heads_stride, BN, BK, V, NORM, FLOAT_DOT)
     at = target.to(tl.int64)[None, :] * N + n[:, None]
     mask = keep[:, None] & real[None, :]
-    if RESIDUAL:
-        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, narrow(acc, out.dtype.element_ty, FLOAT_DOT), mask=mask)
+    if KEEP:
+        for part in range(0, PARTS):
+            acc = multiply(x, w, scales, gamma, inverse, row, real, n, keep, K, part * (K // PARTS), (part + 1) * (K // PARTS),
+                           heads_stride, BN, BK, V, NORM, FLOAT_DOT)
+            tl.store(out + part * R * N + at, acc, mask=mask)
+    else:
+        acc = tl.zeros((BN, _ROWS), tl.float32)
+        if PARTS == 1:
+            acc = multiply(x, w, scales, gamma, inverse, row, real, n, keep, K, 0, K, heads_stride, BN, BK, V, NORM, FLOAT_DOT)
+        else:
+            for part in range(0, PARTS):
+                acc += multiply(x, w, scales, gamma, inverse, row, real, n, keep, K, part * (K // PARTS),
+                                (part + 1) * (K // PARTS), heads_stride, BN, BK, V, NORM, FLOAT_DOT)
+        if RESIDUAL:
+            acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + at, narrow(acc, out.dtype.element_ty, FLOAT_DOT), mask=mask)
 
 
 @triton.jit
 def product_kernel(x, w, scales, gamma, rows, residual, out, R, N, K, epsilon, heads_stride, BN: tl.constexpr,
                    BK: tl.constexpr, V: tl.constexpr, NORM: tl.constexpr, PICK: tl.constexpr, RESIDUAL: tl.constexpr,
-                   PARTS: tl.constexpr, FLOAT_DOT: tl.constexpr):
+                   PARTS: tl.constexpr, KEEP: tl.constexpr, FLOAT_DOT: tl.constexpr):
     """Twin: `model.merge_heads` (V > 0), `model.head_logits`, the down product of `model.dense_mlp`; with RESIDUAL
     `model.add_parts` after it. Program (tile, group)."""
     product_tile(tl.program_id(0), tl.program_id(1), x, w, scales, gamma, rows, residual, out, R, N, K, epsilon, heads_stride,
-                 BN, BK, V, NORM, PICK, RESIDUAL, PARTS, FLOAT_DOT)
+                 BN, BK, V, NORM, PICK, RESIDUAL, PARTS, KEEP, FLOAT_DOT)
 
 
 @triton.jit
@@ -274,11 +287,11 @@ def write_kernel(source, store, slots, R, stride, WIDTH: tl.constexpr, WIDE: tl.
 
 
 @triton.jit
-def add_kernel(x, partial, out, N, RANKS: tl.constexpr, BLOCK: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """bf16 out = x + partial[0] + partial[1] + ..., float32 [RANKS, N], summed from the first. Twin: `model.add_parts`."""
+def add_kernel(x, partial, out, N, PARTS: tl.constexpr, BLOCK: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """bf16 out = x + (0 + partial[0] + partial[1] + ...), float32 [PARTS, N], in this order. Twin: `model.add_parts`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(partial + at, mask=at < N, other=0.0)
-    for rank in tl.static_range(1, RANKS):
-        total += tl.load(partial + rank * N + at, mask=at < N, other=0.0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(partial + part * N + at, mask=at < N, other=0.0)
     total += tl.load(x + at, mask=at < N, other=0.0).to(tl.float32)
     tl.store(out + at, narrow(total, tl.bfloat16, FLOAT_DOT), mask=at < N)

@@ -76,7 +76,8 @@ def experts_constants(tokens: int, tile: Tile, *, tickets: bool, ptx: bool, conf
     inner, choices = config["moe_intermediate_size"] // ranks, config["num_experts_per_tok"]
     return {"A": choices, "M": max(16, 1 << (tokens * choices - 1).bit_length()), "UP": -(-inner // (tile.rows // 2)),
             "DOWN": -(-config["hidden_size"] // (tile.rows * chunk_tiles)), "TILES": chunk_tiles,
-            "K_DOWN": -(-inner // tile.depth), "UP_ROWS": tile.rows, "UP_DEPTH": tile.depth, "DOWN_ROWS": tile.rows,
+            "K_DOWN": -(-inner // tile.depth), "PARTS": 1, "KEEP": False, "UP_ROWS": tile.rows,
+            "UP_DEPTH": tile.depth, "DOWN_ROWS": tile.rows,
             "DOWN_DEPTH": tile.depth, "EVEN": config["hidden_size"] % tile.depth == 0, "STAGES": 3, "PREFETCH": 16384,
             "TICKETS": tickets, "WAIT": True, "POLL_LIMIT": 1 << 22, "PTX": ptx, "FLOAT_DOT": False, "PHASE": 0,
             "RESIDUAL": False}
@@ -95,7 +96,7 @@ def compile_kernel(kernel, constants: dict, target, changed: dict[str, str] | No
     names, pointers = kernel.arg_names, POINTERS | ROW_POINTERS | (changed or {})
     assert constants.keys() <= set(names), constants.keys() - set(names)
     types = {name: f"*{pointers[name]}" if name in pointers else "fp32" if name in FLOATS else "i32" for name in names}
-    types |= {name: "constexpr" for name in constants} | ({"out": "*fp32"} if "buffers" in names else {})
+    types |= {name: "constexpr" for name in constants} | ({"out": "*fp32"} if {"buffers", "out"} <= set(names) else {})
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
                if types[name].startswith("*") or types[name] != "constexpr" and name in ALIGNED}
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
@@ -163,7 +164,9 @@ def rows() -> list[Row]:
         found.append(_nvidia_row("attend_kernel, draft block of 8", target, attention.attend_kernel, constants, None,
                                  num_warps=8))
         shapes = experts_constants(8, tile, tickets=False, ptx=True)
-        for name, constants in (("8 tokens", step_constants(shapes)), ("drafter, block of 8", draft_constants(shapes))):
+        walks = {"8 tokens": step_constants(shapes, 1), "8 tokens, sums over 8 ranks": step_constants(shapes, 8),
+                 "drafter, block of 8": draft_constants(shapes)}
+        for name, constants in walks.items():
             found.append(_nvidia_row(f"step_kernel, {name}", target, step.step_kernel, constants, None,
                                      **step.walk_options(interpreted=False)))
     return found

@@ -20,7 +20,7 @@ ROW_POINTERS = {"w": "bf16", "scales": "fp32", "gamma": "fp32", "head_gamma": "f
                 "logits": "fp32",
                 "drafts": "i32", "best": "fp32", "place": "i32", "tokens": "i32", "accepted": "i32", "rows_left": "i32",
                 "unsafe": "i32",
-                "barrier": "i32", "attend_arrived": "i32", "expert_inner": "bf16", "expert_partial": "fp32"}
+                "barrier": "i32", "walks": "i32", "attend_arrived": "i32", "expert_inner": "bf16", "expert_partial": "fp32"}
 for _kind in ("full", "window"):
     ROW_POINTERS |= {f"{_kind}_{name}": dtype for name, dtype in (
         ("cos", "fp32"), ("sin", "fp32"), ("keys", "bf16"), ("values", "bf16"), ("slots", "i32"), ("tables", "i32"),
@@ -41,7 +41,7 @@ def small_kernels() -> dict[str, tuple]:
 
     project = TILE | {"QUERIES": HEADS["queries"], "KEYS": HEADS["keys"], "D": HEADS["d"], "V": HEADS["v"],
                       "HALF": HEADS["rotated"] // 2, "NORM": True, "HEAD_NORM": False}
-    product = TILE | {"V": 0, "NORM": False, "PICK": False, "RESIDUAL": False, "PARTS": 1}
+    product = TILE | {"V": 0, "NORM": False, "PICK": False, "RESIDUAL": False, "PARTS": 1, "KEEP": False}
     return {
         "project_kernel, norm, FP8": (rows.project_kernel, project, {"w": "u8"}),
         "project_kernel, norm, bf16": (rows.project_kernel, project, {}),
@@ -54,7 +54,7 @@ def small_kernels() -> dict[str, tuple]:
         "fake_quantize_kernel, bf16, floor": (fake_quant_triton.fake_quantize_kernel, {"SATURATES": True, "BLOCKS": 64},
                                               {"w": "bf16"}),
         "norm_kernel": (rows.norm_kernel, {"BK": 128, "FLOAT_DOT": False}, {"out": "fp32"}),
-        "add_kernel, 8 ranks": (rows.add_kernel, {"RANKS": 8, "BLOCK": 1024, "FLOAT_DOT": False}, {})}
+        "add_kernel, 8 parts": (rows.add_kernel, {"PARTS": 8, "BLOCK": 1024, "FLOAT_DOT": False}, {})}
 
 
 def _kind(prefix: str, heads: dict, window: int | None, columns: int, sink: bool, draft: bool = False) -> dict:
@@ -69,20 +69,20 @@ def _kind(prefix: str, heads: dict, window: int | None, columns: int, sink: bool
 def _walk(experts: dict) -> dict:
     """Of any walk."""
     return {"PAGE_": PAGE, "CHUNK": CHUNK_PAGES, "ROUTE_BN": 16, "ROUTE_BK": 32, "COPY": 1024,
-            "POLLS": experts["POLL_LIMIT"]} | ROUTER | TILE | {
-                name: experts[name] for name in ("M", "UP", "DOWN", "TILES", "K_DOWN", "UP_ROWS", "UP_DEPTH", "DOWN_ROWS",
-                                                 "DOWN_DEPTH", "EVEN", "STAGES", "PREFETCH", "PTX")}
+            "POLLS": experts["POLL_LIMIT"], "F_PARTS": 1, "W_PARTS": 1, "D_PARTS": 1} | ROUTER | TILE | {
+                name: experts[name] for name in ("M", "UP", "DOWN", "TILES", "K_DOWN", "PARTS", "UP_ROWS", "UP_DEPTH",
+                                                 "DOWN_ROWS", "DOWN_DEPTH", "EVEN", "STAGES", "PREFETCH", "PTX")}
 
 
-def step_constants(experts: dict) -> dict:
+def step_constants(experts: dict, ranks: int) -> dict:
     """Of the persistent step; `experts`: compile-time arguments of the expert kernel, static order."""
     found = {"FULL": True, "WINDOW": True, "DENSE": True, "MOE": True, "DRAFT": False, "HEAD_NORM": False, "QKV_FP8": True,
-             "O_FP8": False, "MLP_FP8": True, "HAS_TAPS": True} | _walk(experts)
+             "O_FP8": False, "MLP_FP8": True, "HAS_TAPS": True, "RANKS": ranks} | _walk(experts)
     return found | _kind("F", HEADS, None, TILE["BN"], False) | _kind("W", HEADS, 128, TILE["BN"], True)
 
 
 def draft_constants(experts: dict) -> dict:
     """Of the persistent round of the drafter."""
     found = {"FULL": True, "WINDOW": False, "DENSE": True, "MOE": False, "DRAFT": True, "HEAD_NORM": True, "QKV_FP8": False,
-             "O_FP8": False, "MLP_FP8": False, "HAS_TAPS": False} | _walk(experts)
+             "O_FP8": False, "MLP_FP8": False, "HAS_TAPS": False, "RANKS": 1} | _walk(experts)
     return found | _kind("F", DRAFT_HEADS, 1024, DRAFT_HEADS["d"], True, True) | _kind("W", DRAFT_HEADS, 1024, 128, True)

@@ -17,8 +17,15 @@ Barriers: the counter only grows within a launch; the last program to leave puts
 between launches. A barrier costs more than a launch's share of a tile; with norms, rotation, cache writes, residuals and the
 router's choice fused into their neighbours there are five (attention layer with experts) to six per layer.
 
+Several ranks walk the same list at the same time and sum o_proj and down inside it, without leaving the kernel: whoever
+finishes a tile stores the rank's parts of it in memory that all ranks can read, and says so to each of them; when a program has
+no tile of its own left, it waits for those that it adds up, in order (`parts.py`). No second barrier: o_proj's sums and those
+of the MLP lie in different halves of that memory, and they alternate, so when a rank writes a half again, all have passed the
+other one since. Flags hold the number of the sum (`walks` before this one, times the sums of a walk, plus the task's place
+among them), kept on the device, so that a captured graph can be replayed.
+
 In Triton's interpreter programs run one after another, so a grid has one program there; several at once are proven by the
-tests' harness of one process per program.
+tests' harness of one process per program, and ranks by processes that share memory.
 
 Rejected: per-tile flags instead of barriers (each of a layer's products reads all columns of its input, so nearly every tile
 waits for every other one anyway); a table with pointers (64 bits, and the compiler cannot know their alignment).
@@ -30,10 +37,11 @@ import triton
 import triton.language as tl
 
 from runtime_ref.kernels.attention import attend_tile
+from runtime_ref.kernels.decode import narrow
 from runtime_ref.kernels.experts import experts_work
 from runtime_ref.kernels.routing import route_tile
 from runtime_ref.kernels.rows import gather_tile, product_tile, project_tile, swiglu_tile
-from runtime_ref.kernels.sync import grid_barrier
+from runtime_ref.kernels.sync import grid_barrier, signal_ranks, sum_ranks, wait_ranks
 
 FIELDS = 8
 OPS = ("embed", "enter_full", "enter_window", "attend_full", "attend_window", "merge_add", "norm_gate_up", "down_add",
@@ -113,14 +121,61 @@ def _attend(entry, arena, q, keys, values, tables, first, start, count, row, par
 
 @triton.jit
 def _product(entry, arena, x, gamma, rows, residual, out, R, N, K, epsilon, heads_stride, BN: tl.constexpr, BK: tl.constexpr,
-             V: tl.constexpr, NORM: tl.constexpr, PICK: tl.constexpr, RESIDUAL: tl.constexpr, FP8: tl.constexpr,
-             FLOAT_DOT: tl.constexpr):
+             V: tl.constexpr, NORM: tl.constexpr, PICK: tl.constexpr, RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
+             FP8: tl.constexpr, FLOAT_DOT: tl.constexpr):
     groups = tl.cdiv(R, 8)
     t = tl.program_id(0)
     while t < tl.cdiv(N, BN) * groups:
         product_tile(t // groups, t % groups, x, _matrix_at(arena, entry, 1, FP8), _floats_at(arena, entry, 2), gamma, rows,
-                     residual, out, R, N, K, epsilon, heads_stride, BN, BK, V, NORM, PICK, RESIDUAL, 1, FLOAT_DOT)
+                     residual, out, R, N, K, epsilon, heads_stride, BN, BK, V, NORM, PICK, RESIDUAL, PARTS, False, FLOAT_DOT)
         t += tl.num_programs(0)
+
+
+@triton.jit
+def _epoch(entry, walks):
+    """Number of a task's sum over ranks, counted since the memory of the ranks was made: what its flags become."""
+    return tl.load(walks) * tl.load(entry + 3) + tl.load(entry + 7)
+
+
+@triton.jit
+def _add_ranks(buffers, offset, x, first_row, first_column, R, H, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+               RANKS: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """x [8 rows, WIDTH columns] += all ranks' parts, added to zero in order first."""
+    row = first_row + tl.arange(0, 8)
+    column = first_column + tl.arange(0, WIDTH)
+    at = row[:, None] * H + column[None, :]
+    inside = (row < R)[:, None] & (column < H)[None, :]
+    total = sum_ranks(buffers, offset, at, inside, R * H, PARTS, RANKS)
+    total += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + at, narrow(total, x.dtype.element_ty, FLOAT_DOT), mask=inside)
+
+
+@triton.jit
+def _add_product(entry, arena, x, gamma, rows, out, buffers, signals, walks, rank, offset, place, failed, R, H, K, epsilon,
+                 heads_stride, BN: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr, FP8: tl.constexpr,
+                 RANKS: tl.constexpr, POLLS: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """out [R, H] += a product whose K is shared among the ranks.
+
+    offset, place: where its parts lie in the ranks' buffers, and its first flag.
+    """
+    if RANKS == 1:
+        _product(entry, arena, x, gamma, rows, out, out, R, H, K, epsilon, heads_stride, BN, BK, V, False, False, True, PARTS,
+                 FP8, FLOAT_DOT)
+    else:
+        groups = tl.cdiv(R, 8)
+        epoch = _epoch(entry, walks)
+        own = tl.load(buffers + rank).to(tl.pointer_type(tl.float32)) + offset
+        t = tl.program_id(0)
+        while t < tl.cdiv(H, BN) * groups:
+            product_tile(t // groups, t % groups, x, _matrix_at(arena, entry, 1, FP8), _floats_at(arena, entry, 2), gamma, rows,
+                         out, own, R, H, K, epsilon, heads_stride, BN, BK, V, False, False, False, PARTS, True, FLOAT_DOT)
+            signal_ranks(signals, place + t, rank, epoch, RANKS)
+            t += tl.num_programs(0)
+        t = tl.program_id(0)
+        while t < tl.cdiv(H, BN) * groups:
+            wait_ranks(signals, place + t, rank, epoch, failed, RANKS, POLLS)
+            _add_ranks(buffers, offset, out, t % groups * 8, t // groups * BN, R, H, BN, PARTS, RANKS, FLOAT_DOT)
+            t += tl.num_programs(0)
 
 
 @triton.jit
@@ -132,6 +187,7 @@ def step_kernel(
         window_count, window_row, partial, stats, attend_arrived, order, plan, expert_inner, expert_partial, ready, arrived,
         control, R, H, I, E, vocabulary, wanted, context, taps_width, epsilon, factor, v_scale, full_stride, window_stride,
         full_width, window_width, full_chunks, window_chunks, blocks, up_entries, down_entries, K_UP,
+        buffers, signals, walks, rank, half,
         FULL: tl.constexpr, WINDOW: tl.constexpr, DENSE: tl.constexpr, MOE: tl.constexpr, DRAFT: tl.constexpr,
         HEAD_NORM: tl.constexpr, QKV_FP8: tl.constexpr, O_FP8: tl.constexpr, MLP_FP8: tl.constexpr, HAS_TAPS: tl.constexpr,
         F_QUERIES: tl.constexpr, F_KEYS: tl.constexpr, F_SPLIT: tl.constexpr, F_M: tl.constexpr, F_D: tl.constexpr,
@@ -144,10 +200,12 @@ def step_kernel(
         M: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, TILES: tl.constexpr, K_DOWN: tl.constexpr, UP_ROWS: tl.constexpr,
         UP_DEPTH: tl.constexpr, DOWN_ROWS: tl.constexpr, DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
         PREFETCH: tl.constexpr, PTX: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROUTE_BN: tl.constexpr,
-        ROUTE_BK: tl.constexpr, COPY: tl.constexpr, POLLS: tl.constexpr, FLOAT_DOT: tl.constexpr):
+        ROUTE_BK: tl.constexpr, RANKS: tl.constexpr, F_PARTS: tl.constexpr, W_PARTS: tl.constexpr, D_PARTS: tl.constexpr,
+        PARTS: tl.constexpr, COPY: tl.constexpr, POLLS: tl.constexpr, FLOAT_DOT: tl.constexpr):
     """Walks `table`. `runtime_ref.persistent` documents and fills the arguments; lower-case ones change from step to step."""
     pid = tl.program_id(0)
     groups = tl.cdiv(R, 8)
+    places = tl.cdiv(H, BN) * 8  # flags of a product of up to 64 rows: o_proj's, then those of dense layers, then the experts'
     for i in tl.range(0, tasks, disable_licm=True):
         entry = table + i * _FIELDS
         op = tl.load(entry)
@@ -179,12 +237,12 @@ def step_kernel(
             # Field 6: which geometry the heads have.
             if FULL:
                 if tl.load(entry + 6) == 0:
-                    _product(entry, arena, heads, final_norm, head_rows, x, x, R, H, F_QUERIES * F_V, epsilon, R * F_V, BN, BK,
-                             F_V, False, False, True, O_FP8, FLOAT_DOT)
+                    _add_product(entry, arena, heads, final_norm, head_rows, x, buffers, signals, walks, rank, 0, 0, failed, R,
+                                 H, F_QUERIES * F_V, epsilon, R * F_V, BN, BK, F_V, F_PARTS, O_FP8, RANKS, POLLS, FLOAT_DOT)
             if WINDOW:
                 if tl.load(entry + 6) == 1:
-                    _product(entry, arena, heads, final_norm, head_rows, x, x, R, H, W_QUERIES * W_V, epsilon, R * W_V, BN, BK,
-                             W_V, False, False, True, O_FP8, FLOAT_DOT)
+                    _add_product(entry, arena, heads, final_norm, head_rows, x, buffers, signals, walks, rank, 0, 0, failed, R,
+                                 H, W_QUERIES * W_V, epsilon, R * W_V, BN, BK, W_V, W_PARTS, O_FP8, RANKS, POLLS, FLOAT_DOT)
         if DENSE:
             if op == _NORM_GATE_UP:
                 t = pid
@@ -193,8 +251,8 @@ def step_kernel(
                                 _floats_at(arena, entry, 3), inner, R, I, H, epsilon, BN, BK, True, FLOAT_DOT)
                     t += tl.num_programs(0)
             if op == _DOWN_ADD:
-                _product(entry, arena, inner, final_norm, head_rows, x, x, R, H, I, epsilon, 0, BN, BK, 0, False, False, True,
-                         MLP_FP8, FLOAT_DOT)
+                _add_product(entry, arena, inner, final_norm, head_rows, x, buffers, signals, walks, rank, half, places, failed,
+                             R, H, I, epsilon, 0, BN, BK, 0, D_PARTS, MLP_FP8, RANKS, POLLS, FLOAT_DOT)
         if MOE:
             if op == _NORM_ROUTE:
                 t = pid
@@ -204,10 +262,27 @@ def step_kernel(
                                tl.cdiv(E, ROUTE_BN), A, WIDE, GROUPS, TOP_GROUPS, NORMED, ROUTE_BN, ROUTE_BK, True, FLOAT_DOT)
                     t += tl.num_programs(0)
             if op == _EXPERTS_ADD:
-                experts_work(y, _bytes_at(arena, entry, 1), _bytes_at(arena, entry, 4), index, weight, order, plan,
-                             expert_inner, expert_partial, x, x, ready, arrived, control, R, H, E, up_entries, down_entries,
-                             K_UP, A, M, UP, DOWN, TILES, K_DOWN, UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES,
-                             PREFETCH, False, True, POLLS, PTX, FLOAT_DOT, 0, True)
+                if RANKS == 1:
+                    experts_work(y, _bytes_at(arena, entry, 1), _bytes_at(arena, entry, 4), index, weight, order, plan,
+                                 expert_inner, expert_partial, x, x, ready, arrived, control, R, H, E, up_entries, down_entries,
+                                 K_UP, 0, signals, rank, 0, 0, A, M, UP, DOWN, TILES, K_DOWN, PARTS, False, UP_ROWS, UP_DEPTH,
+                                 DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, False, True, POLLS, PTX, FLOAT_DOT, 0, True, 1)
+                else:
+                    COLUMNS: tl.constexpr = TILES * DOWN_ROWS
+                    BLOCK: tl.constexpr = COLUMNS if COLUMNS < 128 else 128
+                    epoch = _epoch(entry, walks)
+                    own = tl.load(buffers + rank).to(tl.pointer_type(tl.float32)) + half
+                    experts_work(y, _bytes_at(arena, entry, 1), _bytes_at(arena, entry, 4), index, weight, order, plan,
+                                 expert_inner, expert_partial, x, own, ready, arrived, control, R, H, E, up_entries,
+                                 down_entries, K_UP, R * H, signals, rank, 2 * places, epoch, A, M, UP, DOWN, TILES, K_DOWN,
+                                 PARTS, True, UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, False, True,
+                                 POLLS, PTX, FLOAT_DOT, 0, False, RANKS)
+                    # Blocks of 128 columns, so that more programs add up than there are chunks.
+                    t = pid
+                    while t < tl.cdiv(H, BLOCK) * groups:
+                        wait_ranks(signals, 2 * places + t // groups * BLOCK // COLUMNS, rank, epoch, failed, RANKS, POLLS)
+                        _add_ranks(buffers, half, x, t % groups * 8, t // groups * BLOCK, R, H, BLOCK, PARTS, RANKS, FLOAT_DOT)
+                        t += tl.num_programs(0)
         if HAS_TAPS:
             if op == _TAP:
                 target = taps + tl.load(entry + 5).to(tl.int64) * R * H
@@ -219,7 +294,7 @@ def step_kernel(
         if DRAFT:
             if op == _FUSE_TAPS:
                 _product(entry, arena, taps, final_norm, head_rows, x, features, context, H, taps_width, epsilon, 0, BN, BK, 0,
-                         False, False, False, False, FLOAT_DOT)
+                         False, False, False, 1, False, FLOAT_DOT)
             if op == _CONTEXT:
                 _enter(entry, arena, features, full_cos, full_sin, context_positions, context_slots, q, full_keys, full_values,
                        context, H, epsilon, v_scale, full_stride, 0, F_KEYS, F_D, F_V, F_HALF, F_BN, BK, HEAD_NORM, QKV_FP8,
@@ -229,13 +304,14 @@ def step_kernel(
             t = pid
             while t < tl.cdiv(vocabulary, BN) * head_groups:
                 product_tile(t // head_groups, t % head_groups, x, head, final_norm, final_norm, head_rows, x, logits, wanted,
-                             vocabulary, H, epsilon, 0, BN, BK, 0, True, True, False, 1, FLOAT_DOT)
+                             vocabulary, H, epsilon, 0, BN, BK, 0, True, True, False, 1, False, FLOAT_DOT)
                 t += tl.num_programs(0)
         grid_barrier(barrier, i + 1, failed, POLLS)
     # After the last barrier nobody polls the counter for a higher value: the last one to come here clears both.
     if tl.atomic_add(barrier + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(barrier, 0)
         tl.store(barrier + 1, 0)
+        tl.store(walks, tl.load(walks) + 1)
 
 
 def walk_options(interpreted: bool) -> dict:

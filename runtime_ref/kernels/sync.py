@@ -6,7 +6,8 @@ lines. Polls are limited: a lost signal becomes a flag that the host reads, not 
 
 `wait_for` is per datum. `grid_barrier` joins all programs of a launch, which then must all be resident at once: launch
 cooperatively, with no more programs than fit. Its counter is never reset: the caller counts epochs, so there is no race
-between leaving one barrier and entering the next. `all_reduce_rows` joins ranks instead of programs.
+between leaving one barrier and entering the next. `all_reduce_rows` joins ranks instead of programs, in a launch of its own;
+`signal_ranks` and `wait_ranks` are its halves for one tile inside a longer kernel, with work in between.
 
 Rejected: `tl.atomic_poll` (not in triton 3.6), relaxed or volatile polling (not portable), resetting counters in barriers.
 """
@@ -65,3 +66,50 @@ def all_reduce_rows(buffers, signals, out, rank, epoch, n, failed, RANKS: tl.con
         partial = tl.load(buffers + source).to(tl.pointer_type(tl.float32)) + (epoch % 2) * n
         total += tl.load(partial + at, mask=at < n, other=0.0)
     tl.store(out + at, total, mask=at < n)
+
+
+@triton.jit
+def signal_ranks(signals, place, rank, epoch, RANKS: tl.constexpr):
+    """Tells every rank that this one has stored what flag `place` stands for, in `epoch`. Never waits.
+
+    Flags are one int32 per place and source, written by their source alone: a place that a call does not use falls behind
+    without harm, which a counter would not.
+
+    Args:
+        signals: int64 [RANKS], addresses of each rank's int32 [places, RANKS].
+    """
+    tl.debug_barrier()
+    for peer in tl.static_range(RANKS):
+        there = tl.load(signals + (rank + peer) % RANKS).to(tl.pointer_type(tl.int32))
+        tl.atomic_xchg(there + place * RANKS + rank, epoch, sem="release", scope="sys")
+
+
+@triton.jit
+def wait_ranks(signals, place, rank, epoch, failed, RANKS: tl.constexpr, POLLS: tl.constexpr):
+    """Waits until all ranks have signalled `place` in `epoch`; then what they stored before can be read.
+
+    Compares for equality, so epochs may wrap around: no rank can be further, since it would need this one's next signal.
+    """
+    flags = tl.load(signals + rank).to(tl.pointer_type(tl.int32)) + place * RANKS + tl.arange(0, RANKS)
+    nothing = tl.zeros((RANKS,), tl.int32)
+    polls = 0
+    while (tl.max((tl.atomic_add(flags, nothing, sem="acquire", scope="sys") != epoch).to(tl.int32), 0) != 0) & (polls < POLLS):
+        polls += 1
+    if polls == POLLS:
+        tl.atomic_xchg(failed, 1, sem="relaxed")
+    tl.debug_barrier()
+
+
+@triton.jit
+def sum_ranks(buffers, offset, at, mask, part_stride, PARTS: tl.constexpr, RANKS: tl.constexpr):
+    """float32: zero + rank 0's parts in order + rank 1's + ..., each float32 at `offset` + part * part_stride + at.
+
+    Args:
+        buffers: int64 [RANKS], addresses of each rank's float32 buffer.
+    """
+    total = tl.zeros(at.shape, tl.float32)
+    for source in tl.static_range(RANKS):
+        there = tl.load(buffers + source).to(tl.pointer_type(tl.float32)) + offset
+        for part in tl.static_range(PARTS):
+            total += tl.load(there + part * part_stride + at, mask=mask, other=0.0)
+    return total

@@ -1,0 +1,67 @@
+"""Into how many parts a sum over ranks is cut: contract C5 for the kernels.
+
+o_proj and both down projections multiply what a rank has with its share of K, so their results are summed over ranks. Float
+sums depend on their order, and the number of ranks must not show in the tokens. So the *model* cuts K into parts (8, or what
+its sizes allow); a rank holds a run of them and sums each alone, from zero; and the parts of all ranks are added to zero in
+order. One rank of one adds its own eight in a register; one of eight has a single part to hand on.
+
+As `parallel.shares`, of which the torch backend makes the same rule, but in units that the kernels can cut: whole heads, whole
+FP8 blocks, whole pages of expert weights.
+
+Rejected: one part per rank (bits change with the number of ranks), a tree of pairs (a rank could add its parts before it
+hands them on, which at eight ranks, where it counts, saves nothing).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from modeling.configuration_mimo_v2 import MiMoV2Config
+from runtime_ref.parallel import SHARES, Ranks
+
+FP8_BLOCK = 128
+LEAST_DEPTH = 64  # of an expert page
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of this rank: of o_proj, of a dense layer's down product, of the experts' inner dimension."""
+
+    o: int
+    down: int
+    experts: int
+
+
+def parts_of(size: int, unit: int, shares: int = SHARES) -> int:
+    """Parts of a sum over `size` entries: the largest of 8, 4, 2, 1 (at most `shares`) that makes whole units."""
+    return next(n for n in (8, 4, 2, 1) if n <= shares and size % (n * unit) == 0 or n == 1)
+
+
+def own_parts(what: str, size: int, unit: int, ranks: Ranks, shares: int) -> int:
+    """Parts of one rank.
+
+    Raises:
+        ValueError: more ranks than parts.
+    """
+    parts = parts_of(size, unit, shares)
+    if parts % ranks.count:
+        raise ValueError(f"{ranks.count} ranks: a sum over {size} entries of {what} is cut into {parts} parts of whole "
+                         f"{unit}s, expected a number of ranks that divides {parts}")
+    return parts // ranks.count
+
+
+def layer_parts(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[str], shares: int = SHARES) -> Parts:
+    """How the sums of a layer over all ranks are cut.
+
+    Args:
+        fp8: matrices stored in FP8, whose parts are whole blocks of 128.
+        shares: the most parts; 1 for a model that stands for one rank of a larger one.
+    """
+    swa = "swa_" if config.hybrid_layer_pattern[index] else ""
+    heads, v = getattr(config, f"{swa}num_attention_heads"), getattr(config, f"{swa}v_head_dim")
+    unit = math.lcm(v, FP8_BLOCK) if "o" in fp8 else v
+    o = own_parts("o_proj", heads * v, unit, ranks, shares)
+    if config.moe_layer_freq[index]:
+        return Parts(o, 1, own_parts("the experts", config.moe_intermediate_size, LEAST_DEPTH, ranks, shares))
+    return Parts(o, own_parts("down_proj", config.intermediate_size, FP8_BLOCK if "down" in fp8 else 16, ranks, shares), 1)

@@ -1,0 +1,72 @@
+"""Started by test_kernel_ranks.py: the same requests on 1, 2, ... ranks with the interpreted kernels (forked, gloo).
+
+    kernel_rank_worker.py FOLDER 1 2      two JSON lines per number of ranks, op by op and walked: tokens, a hash of the logits
+"""
+
+import hashlib
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path[0] = str(Path(__file__).resolve().parents[3])
+
+import torch
+
+from runtime_ref.engine import Engine, EngineOptions
+from runtime_ref.kernels.gpu_steps import walking
+from runtime_ref.model import Span
+from runtime_ref.parallel import leave, ranks_from_environment
+from runtime_ref.sampler import SamplingParams
+from tests.runtime_ref.kernels.patched_once import patched_once
+
+
+def answers(folder, ranks, walked):
+    options = EngineOptions(max_context=128, prefix_pages=2, max_running=2)
+    engine = Engine.from_folder(folder, ranks=ranks, options=options, backend="triton")
+    if walked:
+        walking(engine, 1)
+    generator = torch.Generator().manual_seed(7)
+    prompts = [torch.randint(1, 128, (n,), generator=generator).tolist() for n in (1, 11)]
+    params = [SamplingParams(max_tokens=3, ignore_eos=True),
+              SamplingParams(max_tokens=3, temperature=0.8, seed=1, ignore_eos=True)]
+    tokens = engine.generate(prompts, params)
+    tables = engine.cache.tables()
+    engine.cache.extend(tables, list(tables), 9)
+    logits = engine.backend.run(engine.tasks, engine.backend.plan([Span(tables, 0, prompts[1][:9])]))["logits"]
+    if ranks.rank == 0:
+        print(json.dumps({"ranks": ranks.count, "rank": ranks.rank, "walked": walked, "tokens": tokens,
+                          "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest()}), flush=True)
+
+
+def child(folder, rank, count, port):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                   "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    ranks = ranks_from_environment()
+    with patched_once():
+        for walked in (False, True):
+            answers(folder, ranks, walked)
+    leave(ranks)
+
+
+def run(folder, count):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(count):
+        pid = os.fork()
+        if pid == 0:
+            child(folder, rank, count, port)
+            os._exit(0)
+        children.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
+if __name__ == "__main__":
+    _, folder, *counts = sys.argv
+    if any(any(run(folder, int(count))) for count in counts):
+        sys.exit(1)
