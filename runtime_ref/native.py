@@ -24,6 +24,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 SOURCES = (SOURCE, SOURCE.with_name("native_dots.h"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
 LANES = 16
+ALIGNED, BLOCK_BYTES = 64, 1 << 23  # of a vector; of the blocks that hold matrices one behind the other
 OPS = ("embed", "input_norm", "post_norm", "final_norm", "project", "write", "attend", "merge_heads", "add_attention",
        "add_mlp", "dense_mlp", "route", "experts", "tap", "pick_rows", "head", "fuse", "project_kv", "convolve_attention",
        "convolve_mlp")
@@ -148,6 +149,22 @@ class Memory:
     def __init__(self, dots: bool = False, coarse: bool = False):
         self.held: list = []
         self.dots, self.coarse = dots, coarse
+        self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
+
+    def _place(self, *parts: torch.Tensor) -> list[int]:
+        """Addresses of copies, one behind the other in the order of the calls: the ops fetch ahead, beyond a matrix's end."""
+        addresses = []
+        for part in parts:
+            raw = part.contiguous().view(-1).view(torch.uint8)
+            size = -(-raw.numel() // ALIGNED) * ALIGNED
+            if self._used + size > self._block.numel():
+                self._block, self._used = torch.empty(max(BLOCK_BYTES, size + ALIGNED), dtype=torch.uint8), 0
+                self._used = -self._block.data_ptr() % ALIGNED
+                self.held.append(self._block)
+            self._block[self._used:self._used + raw.numel()] = raw
+            addresses.append(self._block.data_ptr() + self._used)
+            self._used += size
+        return addresses
 
     def pointer(self, t: torch.Tensor | None) -> int | None:
         """Address of a float32 tensor's data (None: none)."""
@@ -169,8 +186,7 @@ class Memory:
             kept, form = panels, 0
         if form == 2:
             kept = kept.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
-        self.held.append(kept)
-        return Matrix(kept.data_ptr(), None, form, up(n), k)
+        return Matrix(*self._place(kept), None, form, up(n), k)
 
     def _bytes(self, w: torch.Tensor) -> Matrix:
         """Panels of w [n, k] rounded to bytes."""
@@ -179,8 +195,8 @@ class Memory:
         codes = (w / scales.clamp_min(torch.finfo(w.dtype).tiny)[:, None]).round().to(torch.int8)
         panels = codes.view(-1, LANES, k // 4, 4).transpose(1, 2).contiguous()
         beside = torch.cat((scales.view(torch.int32), 128 * codes.sum(1, dtype=torch.int32)))
-        self.held += [panels, beside]
-        return Matrix(panels.data_ptr(), beside.data_ptr(), 3, n, k)
+        self.held.append(beside)
+        return Matrix(*self._place(panels), beside.data_ptr(), 3, n, k)
 
     def matrices(self, parts: list[torch.Tensor]):
         array = (Matrix * len(parts))(*(self.matrix(w) for w in parts))
@@ -191,12 +207,15 @@ class Memory:
         """Expert structures over packed matrices (`weights.Packed`), in place, or a copy of the same codes in panels."""
         array = (Expert * len(matrices))()
         for expert, named in zip(array, matrices, strict=True):
-            for kind in ("gate", "up", "down"):
-                codes, scales = named[kind].codes, named[kind].scales
-                if self.dots:
-                    codes, scales = coded_panels(codes), scale_panels(scales)
-                self.held += [codes, scales]
-                setattr(expert, kind, PackedMatrix(codes.data_ptr(), scales.data_ptr(), codes.stride(0), scales.stride(0)))
+            codes, scales = ([getattr(named[kind], what) for kind in ("gate", "up", "down")] for what in ("codes", "scales"))
+            if self.dots:
+                codes, scales = [coded_panels(t) for t in codes], [scale_panels(t) for t in scales]
+                code_at, scale_at = self._place(*codes), self._place(*scales)
+            else:
+                code_at, scale_at = ([t.data_ptr() for t in part] for part in (codes, scales))
+                self.held += codes + scales
+            for i, kind in enumerate(("gate", "up", "down")):
+                setattr(expert, kind, PackedMatrix(code_at[i], scale_at[i], codes[i].stride(0), scales[i].stride(0)))
         self.held.append(array)
         return array
 

@@ -22,6 +22,8 @@ INLINE void to_half(const float *x, half *out, int64_t n) {
 }
 
 INLINE __m512i whole(const void *from) { return _mm512_loadu_si512(from); }
+/* For the next tile, which may be of the next matrix (they lie in the order of their use): several rows leave time to fetch it. */
+INLINE void soon(const void *from) { __builtin_prefetch(from, 0, 2); }
 INLINE __m512i both(const half *pair) { int32_t v; memcpy(&v, pair, sizeof v); return _mm512_set1_epi32(v); }
 INLINE vf dot(vf sum, __m512i a, __m512i b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 
@@ -33,6 +35,7 @@ INLINE void dot_tile(const int R, const int N, const Mat *m, const half *x, floa
     for (int64_t k = 0; k < K; k += 2) {
         __m512i part[8];
         for (int n = 0; n < N; n++) part[n] = whole(w + n * K * L + k * L);
+        if (R > 1) for (int n = 0; n < N; n++) soon(w + (N + n) * K * L + k * L);
         for (int r = 0; r < R; r++) {
             const __m512i a = both(x + r * K + k);
             for (int n = 0; n < N; n++) acc[r][n] = dot(acc[r][n], part[n], a);
@@ -86,6 +89,7 @@ INLINE void byte_tile(const int R, const int N, const Mat *m, const uint8_t *x, 
     for (int64_t k = 0; k < K; k += 4) {
         __m512i part[8];
         for (int n = 0; n < N; n++) part[n] = whole(w + n * K * L + k * L);
+        if (R > 1) for (int n = 0; n < N; n++) soon(w + (N + n) * K * L + k * L);
         for (int r = 0; r < R; r++) {
             const __m512i own = both((const half *)(x + r * K + k));
             for (int n = 0; n < N; n++) acc[r][n] = byte_dot(acc[r][n], own, part[n]);
@@ -145,6 +149,7 @@ INLINE void coded_tile(const int R, const int N, const Packed *w, int64_t p, int
         for (int c = 0; c < 4; c++) {
             __m512i four[4];
             for (int n = 0; n < N; n++) four[n] = whole(codes + n * w->code_stride + b * 256 + c * 64);
+            if (R > 1) for (int n = 0; n < N; n++) soon(codes + (N + n) * w->code_stride + b * 256 + c * 64);
             for (int j = 0; j < 4; j++) {
                 __m512i weight[4];
                 for (int n = 0; n < N; n++) weight[n] = _mm512_permutexvar_epi16(_mm512_srli_epi16(four[n], 4 * j), table);
