@@ -137,7 +137,8 @@ def render(plan: Plan, recipe: Recipe) -> None:
         ("published tensors", f"{plan.tensors}"), ("parameters", f"{plan.parameters:,}"),
         (f"of them updated by {job.optimizer.name} as matrices", f"{plan.muon_parameters:,}"),
         ("bytes on disk (bf16)", f"{plan.drafter_bytes:,}"), ("ranks", f"{plan.ranks}"),
-        ("steps", f"{job.steps:,}"), ("tokens per step", f"{plan.tokens_per_step:,}"),
+        ("first weights", job.start_from or "fresh"), ("steps", f"{job.steps:,}"),
+        ("tokens per step", f"{plan.tokens_per_step:,}"),
         ("predictions per step (anchors x masked positions)", f"{plan.signals_per_step:,}"),
         ("features per token (tapped layers and last state)", f"{plan.feature_bytes_per_token:,} bytes"),
     ):

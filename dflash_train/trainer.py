@@ -167,8 +167,10 @@ class Trainer:
     def _print_header(self) -> None:
         parameters = sum(p.numel() for p in self.drafter.parameters())
         tokens = sum(len(d.response) for d in self.dialogues)
-        self._say(f"{self.recipe.name}: drafter of {parameters:,} parameters, block {self.drafter.block_size}, window "
-                  f"{self.drafter.window}, features of layers {self.target.taps} of {self.target.path}; "
+        start = self.settings.start_from
+        self._say(f"{self.recipe.name}: drafter of {parameters:,} parameters{f' from {start}' if start else ''}, "
+                  f"block {self.drafter.block_size}, window {self.drafter.window}, "
+                  f"features of layers {self.target.taps} of {self.target.path}; "
                   f"{len(self.dialogues)} dialogues, {tokens:,} response tokens, {len(self.rows)} rows")
 
     def train(self, max_steps: int | None) -> int | None:
@@ -293,7 +295,7 @@ class Trainer:
         train = [r for r in report.read_metrics(self.folder / "metrics.jsonl") if r["kind"] == "train"]
         summary |= {
             "steps": self.settings.steps, "seed": self.recipe.seed, "target": describe_target(self.target, self.recipe),
-            "parameters": sum(p.numel() for p in self.drafter.parameters()),
+            "start_from": self.settings.start_from, "parameters": sum(p.numel() for p in self.drafter.parameters()),
             "response_tokens": sum(len(d.response) for d in self.dialogues),
             "seconds": report.mean(r["seconds"] for r in train) * self.settings.steps,
             "measuring_seconds": time.perf_counter() - began, "environment": report.environment(),
