@@ -1,13 +1,20 @@
-"""From logits to accepted tokens on the device: the third launch of a step, for requests at temperature 0.
+"""From logits to accepted tokens on the device: the third launch of a step.
 
-Each program takes a chunk of the vocabulary for one row and leaves its best value and place; whoever delivers the last
-chunk of a row has the row's token (the lowest of equal ones), whoever delivers the last row counts how many drafts in a
-row were the target's own tokens. A token per row and a count per sequence leave the device instead of 600 KB of logits a row.
+Each program takes a chunk of the vocabulary for one row and leaves its best value and place and, above temperature 0, the
+float64 sum of its exponentials; whoever delivers the last chunk of a row has the row's token, whoever delivers the last row
+counts how many drafts in a row were the target's own tokens (rule "equality"). A token per row and a count per sequence leave
+the device instead of 600 KB of logits a row.
 
-Reference twin: `torch.argmax` and the greedy branch of `runtime_ref.speculative.accept`.
+At temperature 0 the token is the lowest of the best. Above it, it is where the cumulative distribution passes the uniform
+number of its position. That number is counted, not streamed (`sampler.uniform`), so the host knows it before the step and
+hands it over; the cumulative sum runs over chunks, then inside the one that is hit.
 
-Sampling above temperature 0 stays with `runtime_ref.sampler`: its order of penalties, top-k, top-p and min-p over float64
-probabilities is the contract that drafting must not change, and a vocabulary-wide sort belongs to no walk.
+Reference twins: `torch.argmax`, `sampler.sample`, and `speculative.accept` with rule "equality". Draws are the reference's
+unless the uniform number lies within the rounding of a float64 sum of a boundary between two tokens (the order of the sum and
+the last place of the exponential differ).
+
+Penalties, top-k, top-p, min-p and rule "rejection" stay with `runtime_ref.sampler` (`draws_here`): they are a contract that
+drafting must not change, and a vocabulary-wide sort belongs to no walk.
 """
 
 from __future__ import annotations
@@ -16,25 +23,60 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK = 4096
+from runtime_ref.sampler import SamplingParams
+
+CHUNK = 2048  # float64 sums of a longer one do not fit in registers
 
 
 @triton.jit
-def judge_kernel(logits, drafts, first, count, best, place, arrived, tokens, accepted, rows_left, vocabulary, R, sequences,
-                 CHUNKS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _draw(logits, best, mass, goal, heat, vocabulary, CHUNKS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The token of a row [vocabulary] at which the cumulative distribution passes `goal` in [0, 1); never one of probability 0.
+
+    best float32 and mass float64 [CHUNKS]: each chunk's highest value, and the sum of exponentials above it.
+    """
+    c = tl.arange(0, WIDE)
+    own = tl.load(best + c, mask=c < CHUNKS, other=float("-inf"))
+    top = tl.max(own, 0)
+    share = tl.load(mass + c, mask=c < CHUNKS, other=0.0) * tl.exp((own.to(tl.float64) - top) / heat)
+    running = tl.cumsum(share, 0)
+    goal = goal * tl.max(running, 0)
+    hit = tl.minimum(tl.sum(((running <= goal) & (c < CHUNKS)).to(tl.int32), 0), CHUNKS - 1)
+    before = tl.sum(tl.where(c == hit - 1, running, 0.0), 0)
+    at = hit * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(logits + at, mask=at < vocabulary, other=float("-inf"))
+    weights = tl.exp((values.to(tl.float64) - top) / heat)
+    passed = (before + tl.cumsum(weights, 0) <= goal) & (at < vocabulary)
+    last = tl.max(tl.where(weights > 0, at, -1), 0)
+    return tl.minimum(hit * BLOCK + tl.sum(passed.to(tl.int32), 0), last)
+
+
+@triton.jit
+def judge_kernel(logits, drafts, first, count, heat, uniform, best, place, mass, arrived, tokens, accepted, rows_left,
+                 vocabulary, R, sequences, CHUNKS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Program (row, chunk). `judge` documents and fills the arguments."""
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     at = chunk * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(logits + row.to(tl.int64) * vocabulary + at, mask=at < vocabulary, other=float("-inf"))
-    tl.store(best + row * CHUNKS + chunk, tl.max(values, 0))
+    source = logits + row.to(tl.int64) * vocabulary
+    values = tl.load(source + at, mask=at < vocabulary, other=float("-inf"))
+    top = tl.max(values, 0)
+    warm = tl.load(heat + row)
+    if warm > 0:
+        above = values.to(tl.float64) - tl.where(top == float("-inf"), 0.0, top)
+        tl.store(mass + row * CHUNKS + chunk, tl.sum(tl.exp(above / warm), 0))
+    tl.store(best + row * CHUNKS + chunk, top)
     tl.store(place + row * CHUNKS + chunk, chunk * BLOCK + tl.argmax(values, 0, tie_break_left=True).to(tl.int32))
     tl.debug_barrier()
     if tl.atomic_add(arrived + row, 1, sem="acq_rel", scope="gpu") == CHUNKS - 1:
         tl.debug_barrier()
-        c = tl.arange(0, WIDE)
-        found = tl.load(best + row * CHUNKS + c, mask=c < CHUNKS, other=float("-inf"))
-        tl.store(tokens + row, tl.load(place + row * CHUNKS + tl.argmax(found, 0, tie_break_left=True)))
+        if warm > 0:
+            token = _draw(source, best + row * CHUNKS, mass + row * CHUNKS, tl.load(uniform + row), warm, vocabulary, CHUNKS,
+                          WIDE, BLOCK)
+            tl.store(tokens + row, token)
+        else:
+            c = tl.arange(0, WIDE)
+            found = tl.load(best + row * CHUNKS + c, mask=c < CHUNKS, other=float("-inf"))
+            tl.store(tokens + row, tl.load(place + row * CHUNKS + tl.argmax(found, 0, tie_break_left=True)))
         tl.store(arrived + row, 0)
         tl.debug_barrier()
         if tl.atomic_add(rows_left, 1, sem="acq_rel", scope="gpu") == R - 1:
@@ -50,23 +92,42 @@ def judge_kernel(logits, drafts, first, count, best, place, arrived, tokens, acc
             tl.store(rows_left, 0)
 
 
-def judge(logits: torch.Tensor, drafts: torch.Tensor, first: torch.Tensor, count: torch.Tensor, *, chunk: int = CHUNK,
+def draws_here(params: SamplingParams) -> bool:
+    """Whether the token of these parameters is what `judge` says."""
+    plain = not (params.penalized or params.top_k or params.min_p) and params.top_p == 1
+    return params.plain_greedy or plain and (params.rule == "equality" or not params.speculate)
+
+
+def judge(logits: torch.Tensor, drafts: torch.Tensor, first: torch.Tensor, count: torch.Tensor, *,
+          temperature: torch.Tensor | None = None, uniform: torch.Tensor | None = None, chunk: int = CHUNK,
           ) -> tuple[torch.Tensor, torch.Tensor]:
     """The target's token of every row, and how many drafts of each sequence are accepted.
 
     Args:
         logits: float32 [R, V]. drafts: int32 [R], the draft that stands at row + 1 (anything in a sequence's last row).
         first, count: int32 [S]: a sequence's first row and its drafts.
+        temperature, uniform: float64 [R]; `sampler.uniform(seed, position, "token")` of the token that a row decides. Without
+            them all rows are greedy.
 
     Returns:
         tokens int32 [R], accepted int32 [S].
+
+    Raises:
+        ValueError: temperature or uniform that is not float64.
     """
     (R, V), device = logits.shape, logits.device
     chunks = triton.cdiv(V, chunk)
+    if temperature is None:
+        temperature = uniform = torch.zeros(R, dtype=torch.float64, device=device)
+    if temperature.dtype is not torch.float64 or uniform is None or uniform.dtype is not torch.float64:
+        found = None if uniform is None else uniform.dtype
+        raise ValueError(f"temperature is {temperature.dtype}, uniform {found}; expected float64 both")
     best = torch.empty((R, chunks), dtype=torch.float32, device=device)
     place = torch.empty((R, chunks), dtype=torch.int32, device=device)
+    mass = torch.empty((R, chunks), dtype=torch.float64, device=device)
     counters = torch.zeros(R + 1, dtype=torch.int32, device=device)
     tokens, accepted = torch.empty(R, dtype=torch.int32, device=device), torch.empty_like(first)
-    judge_kernel[(R, chunks)](logits, drafts, first, count, best, place, counters, tokens, accepted, counters[R:], V, R,
-                              first.shape[0], CHUNKS=chunks, WIDE=triton.next_power_of_2(chunks), BLOCK=chunk)
+    judge_kernel[(R, chunks)](logits, drafts, first, count, temperature, uniform, best, place, mass, counters, tokens,
+                              accepted, counters[R:], V, R, first.shape[0], CHUNKS=chunks,
+                              WIDE=triton.next_power_of_2(chunks), BLOCK=chunk)
     return tokens, accepted

@@ -18,8 +18,8 @@ ROW_POINTERS = {"w": "bf16", "scales": "fp32", "gamma": "fp32", "head_gamma": "f
                 "head": "bf16", "final_norm": "fp32", "ids": "i32", "head_rows": "i32", "heads": "bf16", "y": "bf16",
                 "route_arrived": "i32", "taps": "bf16", "features": "fp32", "context_positions": "i32", "context_slots": "i32",
                 "logits": "fp32",
-                "drafts": "i32", "best": "fp32", "place": "i32", "tokens": "i32", "accepted": "i32", "rows_left": "i32",
-                "unsafe": "i32",
+                "drafts": "i32", "best": "fp32", "heat": "fp64", "uniform": "fp64", "mass": "fp64", "place": "i32",
+                "tokens": "i32", "accepted": "i32", "rows_left": "i32", "unsafe": "i32",
                 "barrier": "i32", "walks": "i32", "attend_arrived": "i32", "expert_inner": "bf16", "expert_partial": "fp32"}
 for _kind in ("full", "window"):
     ROW_POINTERS |= {f"{_kind}_{name}": dtype for name, dtype in (
@@ -50,7 +50,7 @@ def small_kernels() -> dict[str, tuple]:
         "swiglu_kernel, norm, FP8": (rows.swiglu_kernel, TILE | {"NORM": True}, {"w": "u8"}),
         "route_kernel, norm, 384 experts": (routing.route_kernel, TILE | ROUTER | {"BN": 16, "BK": 32, "NORM": True},
                                             {"w": "fp32"}),
-        "judge_kernel": (sampling.judge_kernel, {"CHUNKS": 38, "WIDE": 64, "BLOCK": 4096}, {}),
+        "judge_kernel": (sampling.judge_kernel, {"CHUNKS": 75, "WIDE": 128, "BLOCK": 2048}, {}),
         "fake_quantize_kernel, bf16, floor": (fake_quant_triton.fake_quantize_kernel, {"SATURATES": True, "BLOCKS": 64},
                                               {"w": "bf16"}),
         "norm_kernel": (rows.norm_kernel, {"BK": 128, "FLOAT_DOT": False}, {"out": "fp32"}),
