@@ -55,8 +55,10 @@ typedef struct {
     float *taps;
     int32_t *index, *list;
     uint16_t *halves;
-    int64_t rows, tap_stride; /* of the arrays by kind; of the taps' rows */
+    int64_t tap_stride; /* of the taps' rows */
     const int32_t *tap_place; /* by layer, in units of H */
+    const int32_t *numbers; /* ids, positions, then by kind low, high, table_at, table_first, slots; tables, head_rows if `picks` */
+    int64_t rows, kinds, pages, picks;
 } Step;
 
 INLINE vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
@@ -521,8 +523,16 @@ static void convolve(Step *s, const Mat *pair) {
 enum { EMBED, INPUT_NORM, POST_NORM, FINAL_NORM, PROJECT, WRITE, ATTEND, MERGE, ADD_ATTENTION, ADD_MLP, DENSE, ROUTE, EXPERTS, TAP,
        PICK_ROWS, HEAD, FUSE, PROJECT_KV, CONVOLVE_ATTENTION, CONVOLVE_MLP };
 
+static void find_numbers(Step *s) {
+    const int64_t n = s->rows, all = s->kinds * n;
+    s->ids = s->numbers, s->positions = s->ids + n, s->low = s->positions + n, s->high = s->low + all;
+    s->table_at = s->high + all, s->table_first = s->table_at + all, s->slots = s->table_first + all, s->tables = s->slots + all;
+    s->head_rows = s->picks ? s->tables + s->pages : NULL;
+}
+
 /* Runs `count` instructions (op, layer). */
 void run(Step *s, const int32_t (*code)[2], int64_t count) {
+    find_numbers(s);
     for (int64_t c = 0; c < count; c++) {
         const Layer *l = s->layers + (code[c][1] < 0 ? 0 : code[c][1]);
         switch (code[c][0]) {

@@ -66,7 +66,8 @@ class Step(ctypes.Structure):
                                                 "head_rows", "x", "y", "qkv", "heads", "partial", "inner", "weight", "scratch",
                                                 "logits", "gathered", "features", "taps", "index", "list",
                                                 "halves")),
-                ("rows", _integer), ("tap_stride", _integer), ("tap_place", _pointer)]
+                ("tap_stride", _integer), ("tap_place", _pointer), ("numbers", _pointer),
+                *((name, _integer) for name in ("rows", "kinds", "pages", "picks"))]
 
 
 @functools.cache

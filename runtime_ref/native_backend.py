@@ -13,11 +13,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
 from runtime_ref import native
-from runtime_ref.kv_cache import PAGE, Pool
+from runtime_ref.kv_cache import PAGE, Pool, Table
 from runtime_ref.model import Span
 from runtime_ref.native import LANES, Layer, Memory, Workspace, can_dot, library, pad, up
 from runtime_ref.tasks import Task, rotary_tables
@@ -46,42 +47,82 @@ def refuses(weights: TargetWeights) -> str | None:
 
 @dataclass
 class NativeStep:
-    """Arrays of one step (see `native.c`); `real` and `wanted` as in `model.Step`."""
+    """Arrays of one step (`Step.numbers` of `native.c`); `real` and `wanted` as in `model.Step`."""
 
     real: int
     wanted: int
     numbers: array
-    offsets: dict[str, int]
-    head_rows: bool
+    kinds: int
+    pages: int
+    picks: bool
     highest: int
 
 
-def arrange(rows: list[tuple], head: list[int], tables: list[int], kinds: int) -> NativeStep:
-    """Rows (id, position, then low, high, table_at, table_first, slot for each kind) as one array of int32."""
-    columns = list(zip(*rows, strict=True))
-    n = len(rows)
-    numbers = array("i", columns[0])
-    numbers.extend(columns[1])
-    offsets = {"ids": 0, "positions": n}
-    for place, name in enumerate(("low", "high", "table_at", "table_first", "slots")):
-        offsets[name] = len(numbers)
-        for kind in range(kinds):
-            numbers.extend(columns[2 + 5 * kind + place])
-    offsets["tables"] = len(numbers)
-    numbers.extend(tables)
-    offsets["head_rows"] = len(numbers)
-    numbers.extend(head)
-    return NativeStep(n, len(head), numbers, offsets, len(head) != n, max(columns[1]))
+class Rows:
+    """The rows of a step, column by column: a span's positions follow each other, so most columns are ranges."""
+
+    def __init__(self, windows: list[int | None]):
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.head: list[int] = []
+        self.tables: list[int] = []
+        self.windows = windows
+        self.by_kind: list[tuple[list[int], ...]] = [([], [], [], [], []) for _ in windows]  # low, high, at, first, slots
+
+    def add(self, tokens: list[int], start: int, tables: list[Table], last_low: int | None = None,
+            high: int | None = None) -> None:
+        """Rows of `tokens` from position `start` on, with a table of each kind.
+
+        They see positions up to their own, or all up to `high`; from their window on, but at least from `last_low` on.
+        """
+        n = len(tokens)
+        end = start + n
+        own = range(start, end)
+        self.ids += tokens
+        self.positions += own
+        for window, table, (low, to, at, first, slots) in zip(self.windows, tables, self.by_kind, strict=True):
+            if window is None or end <= window:
+                low += [0] * n
+            else:
+                most = end if last_low is None else last_low
+                low += [max(0, min(most, position - window + 1)) for position in own]
+            to += own if high is None else [high] * n
+            at += [len(self.tables)] * n
+            first += [table.first] * n
+            self.tables += table.pages
+            position = start
+            while position < end:
+                page, offset = divmod(position, PAGE)
+                count = min(PAGE - offset, end - position)
+                slot = table.page(page) * PAGE + offset
+                slots += range(slot, slot + count)
+                position += count
+
+    def step(self) -> NativeStep:
+        columns = [column for columns in zip(*self.by_kind, strict=True) for column in columns]
+        n, picks = len(self.ids), len(self.head) != len(self.ids)
+        numbers = array("i", [*self.ids, *self.positions, *chain.from_iterable(columns), *self.tables])
+        if picks:
+            numbers.extend(self.head)
+        return NativeStep(n, len(self.head), numbers, len(self.windows), len(self.tables), picks, max(self.positions))
 
 
 def submit(step: native.Step, planned: NativeStep) -> None:
     """Points `step` at the arrays of a plan."""
-    base = planned.numbers.buffer_info()[0]
-    for name, at in planned.offsets.items():
-        setattr(step, name, base + 4 * at)
-    if not planned.head_rows:
-        step.head_rows = None
-    step.R, step.wanted, step.rows = planned.real, planned.wanted, planned.real
+    step.numbers = planned.numbers.buffer_info()[0]
+    step.R = step.rows = planned.real
+    step.wanted, step.kinds, step.pages, step.picks = planned.wanted, planned.kinds, planned.pages, planned.picks
+
+
+class Buffers(dict):
+    """What a step leaves; a single layer's taps are cut out when somebody asks for them."""
+
+    def __init__(self, width: int, places: dict[int, int]):
+        super().__init__()
+        self.cut = {f"tap.{layer}": slice(i * width, (i + 1) * width) for layer, i in places.items()}
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        return self["taps"][:, self.cut[name]]
 
 
 class NativeBackend:
@@ -166,27 +207,15 @@ class NativeBackend:
 
     def plan(self, spans: list[Span]) -> NativeStep:
         """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
-        rows: list[tuple] = []
-        head: list[int] = []
-        pages: list[int] = []
+        rows = Rows([pool.window for pool in self.pools.values()])
         for span in spans:
-            span.row, n = len(rows), len(span.tokens)
+            span.row, n = len(rows.ids), len(span.tokens)
             if span.logits == "all":
-                head += range(span.row, span.row + n)
+                rows.head += range(span.row, span.row + n)
             elif span.logits == "last":
-                head.append(span.row + n - 1)
-            held = []
-            for kind, pool in self.pools.items():
-                table = span.tables[kind]
-                held.append((table.pages, table.first, len(pages), pool.window))
-                pages += table.pages
-            for position, token in enumerate(span.tokens, span.start):
-                row = (token, position)
-                for ids, first, at, window in held:
-                    low = 0 if window is None else max(0, position - window + 1)
-                    row += (low, position, at, first, ids[position // PAGE - first] * PAGE + position % PAGE)
-                rows.append(row)
-        return arrange(rows, head, pages, len(self.pools))
+                rows.head.append(span.row + n - 1)
+            rows.add(span.tokens, span.start, [span.tables[kind] for kind in self.pools])
+        return rows.step()
 
     def _fit(self, planned: NativeStep) -> None:
         self.work.fit(self.step, planned.real, planned.highest + 1)
@@ -222,8 +251,8 @@ class NativeBackend:
 
     @torch.inference_mode()
     def run(self, tasks: list[Task], planned: NativeStep, watch: Callable[[Task, dict], None] | None = None) -> dict:
-        """Executes the tasks in order; returns the logits of the rows that want them and the taps, one by one and (`taps`)
-        side by side in the order of their layers.
+        """Executes the tasks in order; returns the logits of the rows that want them and the taps, side by side in the order of
+        their layers (`taps`) and by name (`tap.0`).
 
         `watch` sees all buffers after each task, in the shapes of `model.py`.
         """
@@ -232,11 +261,10 @@ class NativeBackend:
         self._fit(planned)
         submit(step, planned)
         logits = torch.empty(planned.wanted, step.head.n)
-        buffers = {}
+        buffers = Buffers(step.H, tapped[2] if tapped else {})
         if tapped is not None:
             buffers["taps"] = taps = torch.empty(planned.real, tapped[0] * step.H)
             step.taps, step.tap_stride, step.tap_place = taps.data_ptr(), taps.shape[1], tapped[1].buffer_info()[0]
-            buffers |= {f"tap.{layer}": taps[:, i * step.H:(i + 1) * step.H] for layer, i in tapped[2].items()}
         step.logits, base = logits.data_ptr(), numbers.buffer_info()[0]
         if watch is None and ranks.count == 1:
             self.run_code(step, base, len(tasks))
@@ -246,7 +274,8 @@ class NativeBackend:
                     self.run_code(step, base + 8 * at, 1 if watch else end - begin)
                     step.gathered = None
                     if watch:
-                        watch(tasks[at], buffers | self._buffers(tasks[at], planned) | {"logits": logits[:, :self.vocabulary]})
+                        watch(tasks[at], {name: buffers[name] for name in buffers.cut} | self._buffers(tasks[at], planned)
+                              | {"logits": logits[:, :self.vocabulary]})
                 if gathered != "logits":
                     self._gather(tasks[end].layer, gathered, planned.real)
         logits = logits[:, :self.vocabulary]

@@ -12,9 +12,9 @@ import torch
 
 from runtime_ref import native
 from runtime_ref.drafter import KIND, Drafter, Wanted
-from runtime_ref.kv_cache import PAGE, Pool
+from runtime_ref.kv_cache import Pool
 from runtime_ref.native import OP, Layer, Memory, Workspace, up
-from runtime_ref.native_backend import arrange, attention_fields, dense_fields, in_halves, padded_pointer, submit
+from runtime_ref.native_backend import NativeStep, Rows, attention_fields, dense_fields, in_halves, padded_pointer, submit
 
 # Products in bytes where the processor has dot products: a draft is a guess, and twice as many fit into the same time.
 IN_BYTES = True
@@ -89,29 +89,26 @@ class NativeDrafter(Drafter):
     def extend(self, taps: torch.Tensor, positions: list[int], slots: list[int]) -> None:
         taps = taps.contiguous()
         self.context_step.features = taps.data_ptr()
-        rows = [(0, p, 0, 0, 0, 0, s) for p, s in zip(positions, slots, strict=True)]
-        self._run(self.context_step, self.context_work, self.context_code, arrange(rows, [], [], 1))
+        n = len(positions)
+        numbers = array("i", [*[0] * n, *positions, *[0] * (4 * n), *slots])
+        planned = NativeStep(n, 0, numbers, kinds=1, pages=0, picks=False, highest=max(positions))
+        self._run(self.context_step, self.context_work, self.context_code, planned)
 
     @torch.inference_mode()
     def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
         self._catch_up(wanted)
-        rows, head, pages = [], [], []
+        rows = Rows([self.window])
         for w in wanted:
-            table, end = w.tables[KIND], w.position + w.count
-            for i in range(w.count + 1):
-                position = w.position + i
-                low = 0 if self.window is None else max(0, min(w.position, position - self.window + 1))
-                rows.append((-1 if i else w.anchor, position, low, position if self.causal else end, len(pages), table.first,
-                             table.page(position // PAGE) * PAGE + position % PAGE))
-                if i:
-                    head.append(len(rows) - 1)
-            pages += table.pages
-        logits = torch.empty(len(head), self.block_step.head.n)
+            at = len(rows.ids)
+            rows.head += range(at + 1, at + w.count + 1)
+            rows.add([w.anchor] + [-1] * w.count, w.position, [w.tables[KIND]], last_low=w.position,
+                     high=None if self.causal else w.position + w.count)
+        logits = torch.empty(len(rows.head), self.block_step.head.n)
         self.block_step.logits = logits.data_ptr()
-        self._run(self.block_step, self.block_work, self.block_code, arrange(rows, head, pages, 1))
+        self._run(self.block_step, self.block_work, self.block_code, rows.step())
         logits, ranks = logits[:, :self.backend.vocabulary], self.backend.weights.ranks
         if ranks.count > 1:
-            logits = ranks.gather(logits[None].contiguous()).transpose(0, 1).reshape(len(head), -1)
+            logits = ranks.gather(logits[None].contiguous()).transpose(0, 1).reshape(len(rows.head), -1)
         return list(logits.split([w.count for w in wanted]))
 
 
