@@ -86,7 +86,9 @@ def generate_answers(recipe: Recipe, target: Target, path: Path, *, accelerator=
     partial = path.with_suffix(f".rank{rank}.partial")
     done = _finished(partial)
     mine = [b for b in batches if b.number % processes == rank]
-    answers = sum(len(b.prompts) for b in batches)
+    answers, room = sum(len(b.prompts) for b in batches), recipe.dflash.sequence_length - 2
+    if too_long := sum(len(i) > room for i in ids):
+        say(f"{too_long} of {len(rows)} prompts are longer than dflash.sequence_length - 2 = {room} tokens: left out")
     began, tokens = time.monotonic(), 0
     say(f"the target answers {len(rows)} prompts: {answers} answers in {len(batches)} batches"
         + (f", {len(done)} of them done before" if done else ""))

@@ -303,6 +303,8 @@ def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:
     if aside is not None:
         print(f"an earlier export was set aside as {aside}")
     drafter = "with a drafter" if export.drafter is not None else "no drafter"
+    if export.layout != "native" and (export.run_folder / "dflash" / "model").is_dir():
+        drafter = f"without the drafter, which this layout has no place for: {export.run_folder / 'dflash' / 'model'}"
     print(f"written and verified: {export.out} ({export.layout}, {export.bytes / 1e9:.3f} GB in {len(export.shards)} files, "
           f"{drafter}; {written:.1f} s writing, {time.monotonic() - began:.1f} s in all)")
     return 0

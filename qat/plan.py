@@ -348,7 +348,8 @@ def render(plan: Plan) -> None:
         _bytes_table(console, "host memory per rank", plan.host_memory, plan.host_available)
     _bytes_table(console, "disk", plan.disk, None, total=False)
     _bytes_table(console, "exported FP4 checkpoint", plan.export, None)
-    console.print(f"shards of 5 GB: {-(-sum(plan.export.values()) // SHARD_BYTES)}")
+    least = -(-sum(plan.export.values()) // SHARD_BYTES)
+    console.print(f"shards of 5 GB: at least {least} (export/to_hf.py --plan deals the tensors to files)")
     if plan.communication:
         _bytes_table(console, "communication: what one rank receives per step", plan.communication, None,
                      seconds=plan.seconds)

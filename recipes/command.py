@@ -14,8 +14,9 @@ from pathlib import Path
 from recipes.load import load_recipe
 from recipes.schema import Recipe
 
-# What a disk or its owner refuses: no defect of ours, wherever in a library it is raised.
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+# What a disk, its owner or a path refuses: no defect of ours, wherever in a library it is raised.
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
+            errno.ENAMETOOLONG, errno.ELOOP}
 
 _PACKAGES = ("mxfp4", "modeling", "recipes", "qat", "dflash_train", "export", "runtime_ref")
 
