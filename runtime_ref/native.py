@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import platform
 import shutil
@@ -21,10 +22,11 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_suffix(".c")
-SOURCES = (SOURCE, SOURCE.with_name("native_dots.h"))
+SOURCES = (SOURCE, SOURCE.with_name("native_experts.h"), SOURCE.with_name("native_dots.h"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
 LANES = 16
-ALIGNED, BLOCK_BYTES = 64, 1 << 23  # of a vector; of the blocks that hold matrices one behind the other
+ALIGNED, LARGE_PAGE = 64, 1 << 21
+BLOCK_BYTES = 1 << 24  # of what holds matrices one behind the other
 OPS = ("embed", "input_norm", "post_norm", "final_norm", "project", "write", "attend", "merge_heads", "add_attention",
        "add_mlp", "dense_mlp", "route", "experts", "tap", "pick_rows", "head", "fuse", "project_kv", "convolve_attention",
        "convolve_mlp")
@@ -159,8 +161,7 @@ class Memory:
             raw = part.contiguous().view(-1).view(torch.uint8)
             size = -(-raw.numel() // ALIGNED) * ALIGNED
             if self._used + size > self._block.numel():
-                self._block, self._used = torch.empty(max(BLOCK_BYTES, size + ALIGNED), dtype=torch.uint8), 0
-                self._used = -self._block.data_ptr() % ALIGNED
+                self._block, self._used = _huge(max(BLOCK_BYTES, size)), 0
                 self.held.append(self._block)
             self._block[self._used:self._used + raw.numel()] = raw
             addresses.append(self._block.data_ptr() + self._used)
@@ -219,6 +220,16 @@ class Memory:
                 setattr(expert, kind, PackedMatrix(code_at[i], scale_at[i], codes[i].stride(0), scales[i].stride(0)))
         self.held.append(array)
         return array
+
+
+def _huge(size: int) -> torch.Tensor:
+    """Memory [size] bytes in large pages where the system has them: a step walks through all of it."""
+    pages = mmap.mmap(-1, size + LARGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(pages, dtype=torch.uint8)
+    begin = -whole.data_ptr() % LARGE_PAGE
+    return whole[begin:begin + size]
 
 
 def coded_panels(codes: torch.Tensor) -> torch.Tensor:

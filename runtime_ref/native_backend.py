@@ -4,6 +4,9 @@ The same tasks in the same order as the torch backend; what it saves is the call
 tasks of microseconds) and the bytes (weights in bf16 where that is exact, experts packed). With several ranks the list is
 cut where a collective is needed. With `watch`, one call per task, and the buffers in the shapes of `model.py`.
 
+An engine in bf16 multiplies by bf16 dot products where the processor has them (`native_dots.h`): activations are rounded where
+they enter a product, which halves the arithmetic of a step of eight rows. Elsewhere, and in float32, nothing is rounded there.
+
 Bits differ from the torch backend's (sums have another order), and are the same for any rows, batch, cut and number of ranks.
 The float32 weights of `TargetWeights` stay in memory beside it: the torch backend, the checks and the drafter share them.
 """

@@ -2,6 +2,10 @@
 
 A block attends to one run of positions: context within the window before the anchor, then the block itself (up to the row's
 own position if the drafter is causal). That is a lowest and a highest position per row, as for the target.
+
+Beside bf16 dot products the drafter's matrices are held in bytes, each row with a scale of its own, and activations are rounded
+to bytes where they enter a product. The target judges every draft, so tokens cannot change; how many drafts it accepts could,
+and did not (docs/results/runtime.md).
 """
 
 from __future__ import annotations
