@@ -24,7 +24,7 @@ from runtime_ref.kernel_weights import random_weights
 from runtime_ref.kernels.sync import grid_barrier
 from runtime_ref.kv_cache import PAGE, KvCache
 from runtime_ref.model import Span
-from runtime_ref.parallel import ALONE
+from runtime_ref.parallel import ALONE, SHARES
 from runtime_ref.persistent import PersistentStep
 from runtime_ref.tasks import target_tasks
 from runtime_ref.triton_backend import TritonBackend
@@ -35,7 +35,7 @@ ACCEPTANCE = 6.30
 TOY = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 3, "hybrid_layer_pattern": [0, 1, 0],
        "moe_layer_freq": [0, 1, 1], "num_attention_heads": 2, "num_key_value_heads": 1, "swa_num_attention_heads": 2,
        "swa_num_key_value_heads": 1, "head_dim": 48, "v_head_dim": 32, "swa_head_dim": 48, "swa_v_head_dim": 32,
-       "sliding_window": 16, "intermediate_size": 128, "moe_intermediate_size": 64, "n_routed_experts": 8,
+       "sliding_window": 16, "intermediate_size": 256, "moe_intermediate_size": 128, "n_routed_experts": 8,
        "num_experts_per_tok": 2, "partial_rotary_factor": 0.334, "add_swa_attention_sink_bias": True,
        "attention_value_scale": 0.7, "rope_theta": 10000, "swa_rope_theta": 1000}
 
@@ -64,12 +64,16 @@ def rank_config(config: dict, ranks: int) -> MiMoV2Config:
 
 
 class Prepared:
-    """A backend with random weights, and steps over a sequence whose cache is taken as it is (zeros) up to `position`."""
+    """A backend with random weights, and steps over a sequence whose cache is taken as it is (zeros) up to `position`.
 
-    def __init__(self, config: MiMoV2Config, device: str, position: int):
+    Args:
+        shares: parts of a sum over ranks; 1 for a model that stands for one of eight ranks, which has one part of each.
+    """
+
+    def __init__(self, config: MiMoV2Config, device: str, position: int, shares: int):
         self.config, self.tasks = config, target_tasks(config, [config.num_hidden_layers - 1])
         pages = position // PAGE + 2
-        weights = random_weights(config, ALONE, device=device, shares=1)  # a rank of eight has one part of every sum
+        weights = random_weights(config, ALONE, device=device, shares=shares)
         self.backend = TritonBackend(weights, pages={"full": pages, "window": pages}, positions=position + 2 * PAGE)
         self.position, self.device = position, device
         self.tables = KvCache(self.backend.pools, prefix=False).tables()
@@ -83,7 +87,7 @@ class Prepared:
 
 def check_steps(device: str, programs: int) -> list[dict]:
     """A walk against the launches one by one, and eight rows against one row at a time, on a toy with every feature."""
-    ready = Prepared(MiMoV2Config(**TOY), device, 70)
+    ready = Prepared(MiMoV2Config(**TOY), device, 70, SHARES)
     step, walk = ready.step(8), PersistentStep(ready.backend, ready.tasks, programs)
     launched = ready.backend.run(ready.tasks, step)["logits"].cpu()
     alone = [0, 3, 7]  # their predecessors' keys are in the cache by now
@@ -143,7 +147,7 @@ def measure_steps(config: MiMoV2Config, time_graph, *, position: int = 8192, red
         reductions: all-reduces of a step, for the projection.
     """
     programs = torch.cuda.get_device_properties(0).multi_processor_count
-    ready = Prepared(config, "cuda", position)
+    ready = Prepared(config, "cuda", position, 1)
     step = ready.step(8)
     walk = PersistentStep(ready.backend, ready.tasks, programs)
     report = {"weights_bytes": ready.backend.kernel_weights.arena.used, "position": position,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from runtime_ref.kernels.experts import experts_kernel, kernel_arguments, run_experts
-from runtime_ref.kernels.sync import all_reduce_rows, grid_barrier
+from runtime_ref.kernels.sync import all_reduce_rows, grid_barrier, signal_ranks, sum_ranks, wait_ranks
 from tests.runtime_ref.kernels import expert_cases as cases
 from tests.runtime_ref.kernels.at_once import at_once, fixed_program, programs_at_once, shared
 
@@ -177,3 +177,57 @@ def test_an_all_reduce_that_does_not_wait_is_found():
     codes, out, expected = reduce_ranks(skip_wait=True)
     assert codes == [0] * RANKS
     assert not torch.equal(out, expected)
+
+
+@triton.jit
+def alternating_sums(buffers, signals, partials, out, rank, first_epoch, failed, N: tl.constexpr, PARTS: tl.constexpr,
+                     EPOCHS: tl.constexpr, LATE: tl.constexpr, WAIT: tl.constexpr, RANKS: tl.constexpr, POLLS: tl.constexpr):
+    """Sums over ranks one after another, in alternating halves, nothing in between: the protocol inside a walk."""
+    at = tl.arange(0, N)
+    own = tl.load(buffers + rank).to(tl.pointer_type(tl.float32))
+    for i in range(0, EPOCHS):
+        if rank == LATE:
+            for _ in range(0, 200):
+                tl.load(partials)
+        half = i % 2 * (PARTS * N)
+        for part in range(0, PARTS):
+            tl.store(own + half + part * N + at, tl.load(partials + (i * PARTS + part) * N + at))
+        signal_ranks(signals, i % 2, rank, first_epoch + i, RANKS)
+        if WAIT:
+            wait_ranks(signals, i % 2, rank, first_epoch + i, failed, RANKS, POLLS)
+        tl.store(out + i * N + at, sum_ranks(buffers, half, at, at < N, N, PARTS, RANKS))
+
+
+def alternate(wait=True, first_epoch=1, parts=2, epochs=5):
+    """Exit codes, outputs [RANKS, epochs, 64], and what they should be: parts added to zero in the order of the ranks."""
+    n = 64
+    partials = torch.randn(RANKS, epochs, parts, n, generator=torch.Generator().manual_seed(1))
+    memory = [shared(torch.full((2 * parts * n,), float("nan"))) for _ in range(RANKS)]
+    flags = [shared(torch.zeros(2 * RANKS, dtype=torch.int32)) for _ in range(RANKS)]
+    out, failed = shared(torch.full((RANKS, epochs, n), float("nan"))), shared(torch.zeros(1, dtype=torch.int32))
+    tables = [torch.tensor([t.data_ptr() for t in group], dtype=torch.int64) for group in (memory, flags)]
+
+    def job(rank):
+        fixed_program(0, 1)
+        alternating_sums[(1,)](*tables, partials[rank], out[rank], rank, first_epoch, failed, N=n, PARTS=parts, EPOCHS=epochs,
+                               LATE=3, WAIT=wait, RANKS=RANKS, POLLS=MANY)
+
+    codes = at_once(RANKS, job)
+    expected = torch.zeros(epochs, n)
+    for rank in range(RANKS):
+        for part in range(parts):
+            expected = expected + partials[rank, :, part]
+    return codes, out, expected.expand_as(out)
+
+
+@pytest.mark.parametrize("first_epoch", [1, 2**31 - 3])
+def test_alternating_sums_of_eight_ranks_are_everywhere_those_in_order(first_epoch):
+    """Also where the number of the sum passes the largest int32 and goes on from the smallest."""
+    codes, out, expected = alternate(first_epoch=first_epoch)
+    assert codes == [0] * RANKS
+    assert torch.equal(out.view(torch.int32), expected.contiguous().view(torch.int32))
+
+
+def test_alternating_sums_that_do_not_wait_are_found():
+    codes, out, expected = alternate(wait=False)
+    assert codes == [0] * RANKS and not torch.equal(out, expected)

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 from tolerance import EXPERTS_KERNEL, EXPERTS_RANKS
 
 from runtime_ref.kernels.experts import Workspace, experts_kernel, kernel_arguments, run_experts
-from runtime_ref.kernels.repack import Tile
+from runtime_ref.kernels.repack import Tile, repack_experts
 from tests.runtime_ref.kernels import expert_cases as cases
 from tests.runtime_ref.kernels.expert_cases import A, E, H
 
@@ -118,6 +118,19 @@ def test_scratch_is_ready_for_the_next_call(pages):
     other = cases.make_tokens(8, seed=9)
     run_experts(*other, pages, space, torch.empty(other[0].shape))
     assert same_bits(run_experts(x, index, weight, pages, space, torch.empty(x.shape)), first)
+
+
+def test_parts_kept_apart_are_those_of_ranks_and_add_up_to_the_bits_of_one():
+    weights, tile = cases.make_weights(inner=128), {"up_tile": cases.SMALL, "down_tile": Tile(32, 64)}
+    whole = repack_experts(*weights, **tile, parts=2)
+    x, index, weight = cases.make_tokens(9)
+    kept = torch.full((2, *x.shape), float("nan"))
+    run_experts(x, index, weight, whole, cases.poisoned(whole, 9), kept)
+    for rank in range(2):
+        pages, own = repack_experts(*weights, rank=rank, ranks=2, **tile), torch.full((1, *x.shape), float("nan"))
+        assert same_bits(run_experts(x, index, weight, pages, cases.poisoned(pages, 9), own)[0], kept[rank])
+    assert same_bits(call(x, index, weight, whole), kept[0] + kept[1])
+    assert error(kept.sum(0), cases.oracle(weights)(x.float(), index.long(), weight)) < EXPERTS_KERNEL
 
 
 def test_shards_sum_to_the_whole(weights, pages):

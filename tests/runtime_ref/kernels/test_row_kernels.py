@@ -129,6 +129,11 @@ def test_parts_of_a_product_are_added_in_order():
     parts = [launches.product(x[:, i:i + 64].contiguous(), Matrix(m.w[:, i:i + 64].contiguous()),
                               poisoned(5, 40, dtype=torch.float32), TILING) for i in range(0, 256, 64)]
     assert same_bits(found, ((parts[0] + parts[1]) + parts[2]) + parts[3])
+    kept = launches.product(x, m, poisoned(4, 5, 40, dtype=torch.float32), TILING, parts=4)
+    assert same_bits(kept, torch.stack(parts))
+    residual = bf16(5, 40, seed=3)
+    whole = launches.product(x, m, poisoned(5, 40), TILING, residual=residual, parts=4)
+    assert torch.equal(launches.add(residual, kept, TILING), whole)
 
 
 def test_head_norms_the_rows_that_are_asked_for():
