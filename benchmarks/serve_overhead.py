@@ -1,22 +1,29 @@
 #!/usr/bin/env python
 """What the server adds to the engine: `python benchmarks/serve_overhead.py CHECKPOINT_DIR [--rounds 7] [--json FILE]`.
 
-The same prompts, tokens and parameters, greedy: by the engine in this process, and as streams from a server (a process of its
-own), in turns, so that a busy machine slows both alike. One client, then eight at a time. Overhead per token is the median over
-the rounds of (server - engine) / engine, HTTP included: in CPU time of the server's process, and in wall time, which has the
-client's own work in it where cores are scarce. Beside it, from the server alone and therefore without the noise between two
-processes: CPU time of its event loop over that of its engine thread. Nothing is printed if a streamed answer differs from the
-engine's.
+The same prompts, tokens and parameters, greedy and without a drafter (the cheapest tokens, so the largest share of
+overhead): by an engine in the main thread, and as streams from a server that runs in threads of this process on an engine of
+its own, in turns. One client, then eight at a time; the clients are a process of their own. Overhead per token is the median over
+the rounds of (server - engine) / engine. CPU time of the server is that of its engine's thread and of its event loop, HTTP
+included, read from the threads' own clocks; wall time has the client's work in it where cores are scarce. Nothing is printed if
+a streamed answer differs from the engine's.
+
+In one process, because two processes with the same engine differ by more than what is measured here: by up to 25 % from start
+to start on a shared machine. With a drafter, adaptive drafting would decide for itself in each of the engines.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 # Launched by path, Python puts this script's folder first on sys.path.
@@ -26,8 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = 512
 
 
-async def through_server(url: str, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]], int]:
-    """Seconds until all streams have ended, their tokens, and in how many events they came."""
+def through_server(url: str, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]], int]:
+    """Seconds until all streams have ended, their tokens, and in how many events they came; runs in the clients' process."""
+    return asyncio.run(_streams(url, prompts, tokens))
+
+
+async def _streams(url: str, prompts: list[list[int]], tokens: int) -> tuple[float, list[list[int]], int]:
     import httpx
 
     events = 0
@@ -45,7 +56,6 @@ async def through_server(url: str, prompts: list[list[int]], tokens: int) -> tup
         return found
 
     async with httpx.AsyncClient(timeout=600) as client:
-        await client.get(f"{url}/health")
         began = time.perf_counter()
         found = await asyncio.gather(*(one(client, p) for p in prompts))
         return time.perf_counter() - began, list(found), events
@@ -56,45 +66,65 @@ def prompts_of(tokenizer, count: int) -> list[list[int]]:
     return [tokenizer.encode(row["prompt"])[:CONTEXT // 2] for row in rows[:: len(rows) // count][:count]]
 
 
-def cpu_by_thread(process) -> dict[int, float]:
-    """Seconds by thread; the main thread, which runs the event loop, has the process's id."""
-    return {t.id: t.user_time + t.system_time for t in process.threads()}
+@contextlib.contextmanager
+def serving(engine, tokenizer):
+    """(url, clocks) of a server in a thread: CPU seconds so far of its engine's thread and of its event loop."""
+    import socket
+
+    import uvicorn
+
+    from runtime_ref.api import Api, Settings
+    from runtime_ref.routes import application
+    from runtime_ref.worker import EngineWorker
+
+    worker = EngineWorker(engine)
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(application(Api(worker, tokenizer, Settings("model"))), log_level="error"))
+    loop = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    loop.start()
+    while not server.started:
+        time.sleep(0.01)
+    computing = next(t for t in threading.enumerate() if t.name == "engine")
+
+    def clocks() -> tuple[float, float]:
+        return tuple(time.clock_gettime(time.pthread_getcpuclockid(t.ident)) for t in (computing, loop))
+
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}", clocks
+    server.should_exit = True
+    loop.join(30)
 
 
-def measure(engine, url: str, pid: int, prompts: list[list[int]], tokens: int, rounds: int) -> dict:
+def measure(engine, served: tuple, clients: ProcessPoolExecutor, prompts: list[list[int]], tokens: int, rounds: int) -> dict:
     """Medians over the rounds.
 
     Raises:
         ValueError: the server's tokens are not the engine's.
     """
-    import psutil
-
     from runtime_ref.sampler import SamplingParams
 
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True, adaptive=True)
-    process, rows, loop, computing, events = psutil.Process(pid), [], 0.0, 0.0, 0
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    (url, clocks), rows, events = served, [], 0
     for _ in range(rounds + 1):
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), time.thread_time()
         expected = engine.generate(prompts, params)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        before, threads = sum(process.cpu_times()[:2]), cpu_by_thread(process)
-        seconds, found, sent = asyncio.run(through_server(url, prompts, tokens))
+        wall, cpu = time.perf_counter() - wall, time.thread_time() - cpu
+        before = clocks()
+        seconds, found, sent = clients.submit(through_server, url, prompts, tokens).result()
+        computing, loop = (b - a for a, b in zip(before, clocks(), strict=True))
+        rows.append((wall, seconds, cpu, computing + loop, loop / computing))
         events += sent
-        rows.append((wall, seconds, cpu, sum(process.cpu_times()[:2]) - before))
-        spent = {i: t - threads.get(i, 0.0) for i, t in cpu_by_thread(process).items()}
-        loop += spent.pop(pid)
-        computing += sum(spent.values())
         if found != expected:
             raise ValueError("the server's tokens are not the engine's")
-    wall, served, cpu, served_cpu = zip(*rows[1:], strict=True)  # the first round fills the prefix caches of both
+    wall, through, cpu, served_cpu, shares = zip(*rows[1:], strict=True)  # the first round fills the prefix caches of both
     per_token = 1e3 / (tokens * len(prompts))
     report = {"clients": len(prompts), "tokens": tokens * len(prompts),
-              "event_loop_over_engine_cpu": round(loop / computing, 4),
+              "event_loop_over_engine_thread_cpu": round(statistics.median(shares), 4),
               "tokens_per_event": round((rounds + 1) * tokens * len(prompts) / events, 2)}
-    for name, alone, through in (("cpu", cpu, served_cpu), ("wall", wall, served)):
-        ratios = [t / a - 1 for a, t in zip(alone, through, strict=True)]
+    for name, alone, other in (("cpu", cpu, served_cpu), ("wall", wall, through)):
+        ratios = [t / a - 1 for a, t in zip(alone, other, strict=True)]
         report |= {f"engine_{name}_ms_per_token": round(per_token * statistics.median(alone), 4),
-                   f"server_{name}_ms_per_token": round(per_token * statistics.median(through), 4),
+                   f"server_{name}_ms_per_token": round(per_token * statistics.median(other), 4),
                    f"{name}_overhead": round(statistics.median(ratios), 4),
                    f"{name}_overhead_of_each_round": [round(r, 3) for r in ratios]}
     return report
@@ -117,23 +147,15 @@ def main(argv: list[str] | None = None) -> int:
     from modeling.load import load_tokenizer
     from runtime_ref.engine import Engine, EngineOptions
 
-    command = [sys.executable, str(ROOT / "runtime_ref" / "serve.py"), str(options.folder), "--port", "0", "--quiet",
-               "--max-context", str(CONTEXT)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        line = next((li for li in server.stdout if li.startswith("serving ")), None)
-        if line is None:
-            raise ValueError("the server did not start")
-        url = line.split(" on ")[1].split()[0]
         tokenizer = load_tokenizer(options.folder)
-        engine = Engine.from_folder(options.folder, tokenizer=tokenizer, options=EngineOptions(max_context=CONTEXT))
-        found = [measure(engine, url, server.pid, prompts_of(tokenizer, n), options.tokens, options.rounds) for n in (1, 8)]
+        alone, other = (Engine.from_folder(options.folder, drafter=False, tokenizer=tokenizer,
+                                           options=EngineOptions(max_context=CONTEXT)) for _ in range(2))
+        with serving(other, tokenizer) as served, ProcessPoolExecutor(1, get_context("spawn")) as clients:
+            found = [measure(alone, served, clients, prompts_of(tokenizer, n), options.tokens, options.rounds) for n in (1, 8)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    finally:
-        server.terminate()
-        server.wait(60)
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     report = {"date": time.strftime("%Y-%m-%d"), "revision": revision, "machine": platform.processor() or platform.machine(),
               "cores": os.cpu_count(), "load_average": os.getloadavg()[0], "threads": torch.get_num_threads(),

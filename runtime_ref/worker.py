@@ -66,7 +66,7 @@ class Command:
     params: tuple[SamplingParams, ...] = ()
 
 
-@dataclass
+@dataclass(slots=True)
 class Part:
     """One step's output for one choice of a ticket; `at` is time.monotonic() at the end of the step."""
 
@@ -304,13 +304,37 @@ class EngineWorker:
             self._call(self._fail, said)
 
     def _turn(self) -> bool:
-        """Commands, then one step. Returns whether it was told to stop."""
+        """Commands, if there are any, then one step. Returns whether it was told to stop.
+
+        Short on purpose: a step sweeps the processor's caches with weights, and whatever is touched here comes from far away.
+        """
+        engine = self.engine
+        if (self._commands or self._asked or not engine.busy or self.ranks.count > 1) and self._attend():
+            return True
+        self._step_began = time.monotonic()
+        outputs = engine.step()
+        now = time.monotonic()
+        self._step_began = None
+        urgent = not engine.busy
+        for output in outputs:
+            ticket, choice = self._book.settle(output)
+            self._held.append((ticket, Part(choice, output, now)))
+            if output.finish is not None or ticket in self._fresh:
+                urgent = True
+                self._fresh.discard(ticket)
+        waited = now - self._handed
+        if urgent or waited >= HAND_OVER_SECONDS and due(waited, time.thread_time() - self._computed, len(self._book.ids)):
+            self._hand_over(now)
+        return False
+
+    def _attend(self) -> bool:
+        """Applies commands, on all ranks; waits for one while there is nothing to do. Returns whether to stop."""
         with self._condition:
             if not (self._commands or self._asked or self.engine.busy):
                 self._condition.wait(HEARTBEAT_SECONDS)
             commands, self._commands = self._commands, []
             asked, self._asked = self._asked, []
-        self._step_began = time.monotonic()
+        self._step_began = time.monotonic()  # other ranks may be waited for
         commands = self.ranks.broadcast(commands)
         replies: list[tuple[int, BaseException | None]] = []
         for command in commands:
@@ -325,18 +349,6 @@ class EngineWorker:
                 self._fresh.discard(command.ticket)
         if replies:
             self._call(self._reply, replies)
-        outputs = self.engine.step()
-        now = time.monotonic()
-        self._step_began = None
-        urgent = not self.engine.busy
-        for output in outputs:
-            ticket, choice = self._book.settle(output)
-            self._held.append((ticket, Part(choice, output, now)))
-            if output.finish is not None or ticket in self._fresh:
-                urgent = True
-                self._fresh.discard(ticket)
-        if urgent or due(now - self._handed, time.thread_time() - self._computed, len(self._book.ids)):
-            self._hand_over(now)
         if asked:
             self._call(self._answer, asked, statistics(self.engine))
         return False

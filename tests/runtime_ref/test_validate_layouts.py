@@ -243,3 +243,28 @@ def test_an_edit_that_changes_no_value_is_told_from_one_that_does(layouts, tmp_p
     code, verdict = judged(copy, tmp_path, capsys)
     files = next(c for c in verdict["checks"] if c["name"] == "files")
     assert code == 1 and "every value is the exported one" in files["findings"][0]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt-oss"])
+def test_every_suspect_can_be_tried_and_changes_what_it_says(layouts, family):
+    import copy
+
+    from runtime_ref.checks_reference import load_stock
+    from runtime_ref.families import read_geometry
+    from runtime_ref.stock_faults import stock_suspects
+    from runtime_ref.suspects import SAME, difference
+
+    folder = layouts[family][0]
+    model = load_stock(folder)
+    ids = torch.randint(1, 119, (1, 40), generator=torch.Generator().manual_seed(1))
+    without_effect = []
+    with torch.no_grad():
+        right = model(input_ids=ids).logits
+        for suspect in stock_suspects(read_geometry(folder)[0]):
+            changed = copy.deepcopy(model)
+            if suspect.change(changed) is not False and difference(changed(input_ids=ids).logits, right) < SAME:
+                without_effect.append(suspect.name)
+    # Activations of this model stay below 7; its routing weights are what one of the two suspects would make of them.
+    clamps = {"no clamp", "swiglu clamp", "router chosen"}
+    # Beside activations of ordinary size epsilons below 1e-4 are one.
+    assert set(without_effect) <= clamps | {f"epsilon={e}" for e in ("1e-05", "1e-06", "1e-08", "1e-12")}, without_effect
