@@ -106,7 +106,7 @@ def _acceptance_table(facts: Facts) -> str:
 def _serving(facts: Facts) -> str:
     lines = ["## Use", "", "Transformers:", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
              f'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="bfloat16"{_trust(facts)})',
-             'tokenizer = AutoTokenizer.from_pretrained("PATH")', "```"]
+             f'tokenizer = AutoTokenizer.from_pretrained("PATH"{_trust(facts)})', "```"]  # it reads config.json: asks otherwise
     if facts.layout != "native":
         return "\n".join(lines)
     block = facts.block_size
