@@ -2,11 +2,11 @@
 """What the server adds to the engine: `python benchmarks/serve_overhead.py CHECKPOINT_DIR [--rounds 7] [--json FILE]`.
 
 The same prompts, tokens and parameters, greedy and without a drafter (the cheapest tokens, so the largest share of
-overhead): by an engine in the main thread, and as streams from a server that runs in threads of this process on an engine of
-its own, in turns. One client, then eight at a time; the clients are a process of their own. Overhead per token is the median over
-the rounds of (server - engine) / engine. CPU time of the server is that of its engine's thread and of its event loop, HTTP
-included, read from the threads' own clocks; wall time has the client's work in it where cores are scarce. Nothing is printed if
-a streamed answer differs from the engine's.
+overhead): by an engine in the main thread, and as streams from a server that runs in threads of this process on an engine
+of its own, in turns. One client, then eight at a time; the clients are a process of their own. Overhead per token is the
+median over the rounds of (server - engine) / engine. CPU time of the server is that of its engine's thread and of its event
+loop, HTTP included, read from the threads' own clocks; wall time has the client's work in it where cores are scarce. Nothing
+is printed if a streamed answer differs from the engine's.
 
 In one process, because two processes with the same engine differ by more than what is measured here: by up to 25 % from start
 to start on a shared machine. With a drafter, adaptive drafting would decide for itself in each of the engines.

@@ -59,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     import importlib.util
 
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("fastapi", "uvicorn", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
-        return told(f"needs {' and '.join(missing)}: pip install -e '.[serve]'", 2)
+        return told(f"needs {', '.join(missing)}: pip install -e '.[serve]'", 2)
     if not options.folder.is_dir():
         return told(f"{options.folder}: no such folder, expected an exported checkpoint", 2)
     from runtime_ref.parallel import RankLost, leave, ranks_from_environment
@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         return told(error, 2) if ranks.rank == 0 else 2
     except RankLost as error:
         return told(error, 1)
+    except KeyboardInterrupt:  # later ones are the server's
+        return told("interrupted while loading", 1)
     leave(ranks)
     return code
 
@@ -107,6 +109,7 @@ def load(options: argparse.Namespace, ranks, tokenizer):
 
 def serve(options: argparse.Namespace, ranks) -> int:
     """Rank 0: loads, listens, answers until told to end."""
+    import errno
     import signal
     import socket
 
@@ -122,7 +125,8 @@ def serve(options: argparse.Namespace, ranks) -> int:
     try:
         listening.bind((options.host, options.port))
     except OSError as error:
-        raise ValueError(f"--host {options.host} --port {options.port}: {error.strerror or error}") from None
+        hint = ", expected a free port (--port 0 takes any)" if error.errno == errno.EADDRINUSE else ""
+        raise ValueError(f"--host {options.host} --port {options.port}: {error.strerror or error}{hint}") from None
     tokenizer = load_tokenizer(options.folder)
     engine = load(options, ranks, tokenizer)
     worker = EngineWorker(engine, ranks, max_requests=options.max_requests)

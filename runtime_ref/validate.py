@@ -77,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     except RankLost as error:
         print(f"runtime_ref/validate.py: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print("runtime_ref/validate.py: interrupted, no verdict", file=sys.stderr, flush=True)
+        return 1
     passed = ranks.broadcast(verdict.passed)
     code = 0 if passed else 1
     if ranks.rank == 0:
