@@ -4,7 +4,8 @@
 (`check_tasks` holds for it): the Triton backend runs it op by op, the persistent step encodes it as its table. Buffers that
 only pass between joined tasks (y of a projection, partial sums) disappear.
 
-With several ranks a sum over ranks stands between product and residual: those two stay apart (`ranks`).
+Op by op on several ranks, a sum over ranks stands between product and residual: those two stay apart (`ranks`). A walk sums
+over ranks inside the task, so its list is that of one rank.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ Triton's interpreter.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 
@@ -23,7 +25,7 @@ from runtime_ref.kernel_weights import Arena, KernelLayer
 from runtime_ref.kernels.attention import CHUNK_PAGES, attention_constants, most_chunks
 from runtime_ref.kernels.experts import MAX_TOKENS, POLLS, Workspace, kernel_arguments
 from runtime_ref.kernels.row_launches import Heads, Matrix
-from runtime_ref.kernels.step import OPS, step_kernel, walk_options
+from runtime_ref.kernels.step import OPS, STAGES, step_kernel, walk_options
 from runtime_ref.kernels.symmetric import Symmetric
 from runtime_ref.kv_cache import PAGE
 from runtime_ref.tasks import Task
@@ -129,7 +131,7 @@ class PersistentStep:
         self.spaces = {}
         if any(layer.pages is not None for layer in weights.layers):
             pages = next(layer.pages for layer in weights.layers if layer.pages is not None)
-            launch = type(backend.launch)(**(vars(backend.launch) | {"tickets": False, "programs": programs, "polls": polls}))
+            launch = replace(backend.launch, tickets=False, programs=programs, polls=polls, stages=STAGES)
             self.spaces = {n: Workspace(pages, n, backend.config.num_experts_per_tok, launch) for n in (BLOCK, MAX_TOKENS)}
         self.scratch = self._scratch()
         self.symmetric = self._symmetric()

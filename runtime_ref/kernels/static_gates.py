@@ -164,7 +164,8 @@ def rows() -> list[Row]:
         found.append(_nvidia_row("attend_kernel, draft block of 8", target, attention.attend_kernel, constants, None,
                                  num_warps=8))
         shapes = experts_constants(8, tile, tickets=False, ptx=True)
-        walks = {"8 tokens": step_constants(shapes, 1), "8 tokens, sums over 8 ranks": step_constants(shapes, 8),
+        deep = shapes | {"STAGES": step.STAGES}
+        walks = {"8 tokens": step_constants(deep, 1), "8 tokens, sums over 8 ranks": step_constants(deep, 8),
                  "drafter, block of 8": draft_constants(shapes)}
         for name, constants in walks.items():
             found.append(_nvidia_row(f"step_kernel, {name}", target, step.step_kernel, constants, None,

@@ -46,9 +46,11 @@ from runtime_ref.kernels.sync import grid_barrier, signal_ranks, sum_ranks, wait
 FIELDS = 8
 OPS = ("embed", "enter_full", "enter_window", "attend_full", "attend_window", "merge_add", "norm_gate_up", "down_add",
        "norm_route", "experts_add", "tap", "pick_norm_head", "fuse_taps", "context")
-# Of a launch: warps of a program, registers of a thread.
+# Of a launch: warps of a program, registers of a thread. Pages of expert weights in flight: a multiprocessor holds one program
+# here, where the expert kernel alone has four with three pages each; memory is as far away.
 WARPS = 8
 REGISTERS = 160
+STAGES = 8
 _FIELDS = tl.constexpr(FIELDS)
 _UNIT = tl.constexpr(128)
 _EMBED = tl.constexpr(OPS.index("embed"))
