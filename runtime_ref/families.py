@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
+from modeling.load import TensorFiles
 from runtime_ref.weights import (
     Attention,
     DecodedCache,
@@ -92,7 +94,19 @@ def read_geometry(folder: str | Path) -> tuple[object, dict]:
         if kind != "mimo_v2":
             held = ["mimo_v2 (native layout)", *(f"{kind} ({layout} layout)" for kind, (_, _, layout) in _FAMILIES.items())]
             raise NotHeld(f"{file}: model_type: {kind!r}, expected one of {', '.join(held)}{_nearest(raw)}")
+        if raw.get("quantization_config") is None and _unpacked(Path(folder)):
+            raise NotHeld(f"{file}: no quantization_config, and the experts are not packed as MXFP4: a trained checkpoint; "
+                          "export/to_hf.py RECIPE writes a folder that this runtime runs")
     return read_config(folder)
+
+
+def _unpacked(folder: Path) -> bool:
+    """Whether a folder has experts and no scales of them."""
+    try:
+        names = [str(name) for name in TensorFiles(folder)]
+    except (ValueError, OSError, KeyError, TypeError, SafetensorError):
+        return False  # what is wrong with the files is for their reader to say
+    return any(".mlp.experts." in n for n in names) and not any(n.endswith("weight_scale") for n in names)
 
 
 def _nearest(raw: dict) -> str:

@@ -237,6 +237,16 @@ def test_what_the_engine_cannot_hold_is_refused_in_one_line(layouts, tmp_path, c
     assert code == 2 and said in out.err and out.err.count("\n") == 1 and "config.json" in out.err and not out.out
 
 
+def test_a_trained_checkpoint_that_was_not_exported_is_refused_with_what_exports_it(tmp_path, capsys):
+    from toy_export import toy_config, toy_model
+
+    toy_model(toy_config()).save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    code = validate.main([str(tmp_path / "model")])
+    out = capsys.readouterr()
+    assert code == 2 and "export/to_hf.py RECIPE writes" in out.err and out.err.count("\n") == 1
+
+
 def test_an_edit_that_changes_no_value_is_told_from_one_that_does(layouts, tmp_path, capsys):
     copy = shutil.copytree(layouts["qwen3"][0], tmp_path / "copy")
     (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text())))
