@@ -76,8 +76,6 @@ def main(argv: list[str] | None = None) -> int:
         return told(error, 2) if ranks.rank == 0 else 2
     except RankLost as error:
         return told(error, 1)
-    except KeyboardInterrupt:  # later ones are the server's
-        return told("interrupted while loading", 1)
     leave(ranks)
     return code
 
@@ -192,4 +190,7 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while importing or loading; later ones are the server's
+        sys.exit(told("interrupted while loading", 1))

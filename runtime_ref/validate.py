@@ -77,9 +77,6 @@ def main(argv: list[str] | None = None) -> int:
     except RankLost as error:
         print(f"runtime_ref/validate.py: {error}", file=sys.stderr, flush=True)
         return 1
-    except KeyboardInterrupt:
-        print("runtime_ref/validate.py: interrupted, no verdict", file=sys.stderr, flush=True)
-        return 1
     passed = ranks.broadcast(verdict.passed)
     code = 0 if passed else 1
     if ranks.rank == 0:
@@ -241,4 +238,8 @@ def report(options: argparse.Namespace, verdict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("runtime_ref/validate.py: interrupted, no verdict", file=sys.stderr, flush=True)
+        sys.exit(1)
