@@ -89,7 +89,6 @@ class NativeDrafter(Drafter):
         submit(step, planned)
         self.backend.run_code(step, code.buffer_info()[0], len(code) // 2)
 
-    @torch.inference_mode()
     def extend(self, taps: torch.Tensor, positions: list[int], slots: list[int]) -> None:
         taps = taps.contiguous()
         self.context_step.features = taps.data_ptr()
@@ -98,7 +97,6 @@ class NativeDrafter(Drafter):
         planned = NativeStep(n, 0, numbers, kinds=1, pages=0, picks=False, highest=max(positions))
         self._run(self.context_step, self.context_work, self.context_code, planned)
 
-    @torch.inference_mode()
     def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
         self._catch_up(wanted)
         rows = Rows([self.window])
