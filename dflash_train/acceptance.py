@@ -193,6 +193,8 @@ def groups(recipe: Recipe, target: Target) -> dict[tuple[str, str], list[list[in
             group = found[row.get("domain", "all"), kind]
             if len(group) < settings.prompts_per_group:
                 group.append(prompt_ids(row, settings.prompt_field, target.tokenizer, "dflash.acceptance.prompts"))
+    if not found:
+        raise ValueError(f"dflash.acceptance.prompts: {', '.join(settings.prompts)}: no prompt there")
     return dict(found)
 
 

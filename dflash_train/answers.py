@@ -81,6 +81,8 @@ def generate_answers(recipe: Recipe, target: Target, path: Path, *, accelerator=
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     rows = read_jsonl(settings.prompts, KEY)
     ids = [prompt_ids(row, settings.prompt_field, target.tokenizer, KEY) for row in rows]
+    if not rows:
+        raise ValueError(f"{KEY}: {', '.join(settings.prompts)}: no prompt there")
     batches = plan_batches(recipe, rows, ids)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".rank{rank}.partial")

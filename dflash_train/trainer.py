@@ -93,10 +93,14 @@ class Trainer:
         self.accelerator = make_accelerator()
         self.main = self.accelerator.is_main_process
         self.folder = run_folder(recipe)
+        report.require_wandb(recipe.tracking.wandb)
+        newest = checkpoint_to_resume(self.folder, recipe, "dflash", self._say) if resume else None
         self.target = load_target(recipe, self.accelerator.device)
+        acceptance.groups(recipe, self.target)  # a mistake in what is measured at the end is told before hours of training
         self.drafter = new_drafter(recipe, self.target).to(self.accelerator.device).train()
-        newest = self._find_earlier(resume)
         self._load_data()
+        if not resume:
+            self._set_earlier_aside()
         optimizer = make_optimizer(self.drafter, self.settings.optimizer)
         self.schedule = make_schedule(optimizer, self.settings.steps, self.settings.optimizer)
         self.state = Progress()
@@ -111,10 +115,9 @@ class Trainer:
         if self.main:
             self._open_records(newest is not None)
 
-    def _find_earlier(self, resume: bool) -> Path | None:
-        """The checkpoint to resume; without --resume an earlier run is set aside (its answers and features stay in use)."""
-        if resume:
-            return checkpoint_to_resume(self.folder, self.recipe, "dflash", self._say)
+    def _set_earlier_aside(self) -> None:
+        """Gives an earlier run another name, once this one is known to start; its answers and features stay in use."""
+        self.accelerator.wait_for_everyone()
         if self.main and (self.folder / "resolved.yaml").exists():
             aside = next(p for n in range(1, 10_000) if not (p := self.folder.with_name(f"dflash.{n}")).exists())
             self.folder.rename(aside)
@@ -124,7 +127,6 @@ class Trainer:
                     (aside / kept).rename(self.folder / kept)
             print(f"an earlier run was set aside as {aside} (--resume would have continued it)")
         self.accelerator.wait_for_everyone()
-        return None
 
     def _load_data(self) -> None:
         settings, target = self.settings, self.target

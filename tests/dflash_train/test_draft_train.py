@@ -17,6 +17,7 @@ from tiny_models import draft_recipe_text, write_tokenizer
 
 from modeling.drafter import load_drafter
 from qat.report import CLOCK_KEYS, read_metrics
+from recipes.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
@@ -140,10 +141,32 @@ def test_a_qwen3_moe_target_trains_a_drafter_through_the_same_sections(draft_rec
     (["dflash.target=qat"], "run qat/train.py with this recipe first"),
     (["dflash.regenerate.prompts=[nowhere/*.jsonl]"], "dflash.regenerate.prompts: 'nowhere/*.jsonl' matches no file"),
     (["dflash.batch_size=5000"], "fewer than one batch of dflash.batch_size=5000"),
+    (["dflash.acceptance.prompts=[nowhere.jsonl]"], "dflash.acceptance.prompts: 'nowhere.jsonl' matches no file"),
 ], ids=lambda v: v[0] if isinstance(v, list) else "")
 def test_mistakes_are_one_line(draft_recipe, overrides, words):
     output = train(draft_recipe, *overrides, expect=2)
     assert words in output and "Traceback" not in output
+    assert "  loss " not in output  # told before training
+
+
+def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(draft_recipe):
+    train(draft_recipe, "--max-steps", 2)
+    train(draft_recipe, "dflash.batch_size=5000", expect=2)
+    assert "resuming" in train(draft_recipe, "--resume", "--max-steps", 3)
+    assert not folder(draft_recipe).with_name("dflash.1").exists()
+
+
+@pytest.mark.parametrize("key", ["dflash.acceptance.prompts", "dflash.regenerate.prompts"])
+def test_files_without_a_prompt_are_refused_by_key(key, draft_recipe, tmp_path, loaded):
+    from dflash_train import acceptance, answers
+
+    (tmp_path / "empty.jsonl").write_text("")
+    recipe = load_recipe(draft_recipe, [f"{key}=[{tmp_path / 'empty.jsonl'}]"])
+    with pytest.raises(ValueError, match=f"{key}: .*empty.jsonl: no prompt there"):
+        if "acceptance" in key:
+            acceptance.groups(recipe, loaded[1])
+        else:
+            answers.generate_answers(recipe, loaded[1], tmp_path / "answers.jsonl")
 
 
 def test_a_recipe_without_a_drafter_says_so(tiny_recipe):
