@@ -150,11 +150,6 @@ class Trainer:
 
     def _open_folder(self, resume: bool, newest: Path | None) -> None:
         """Loads the checkpoint to resume, or sets an earlier run aside and warm-starts; opens the metrics."""
-        if self.main and not resume and self.folder.exists():
-            aside = next(p for n in range(1, 10_000) if not (p := self.folder.with_name(f"qat.{n}")).exists())
-            self.folder.rename(aside)
-            print(f"an earlier run was set aside as {aside} (--resume would have continued it)")
-        self.accelerator.wait_for_everyone()
         if newest is not None:
             checkpoint.load_checkpoint(self.accelerator, newest)
         elif self.recipe.qat.warm_start.method != "none":
@@ -162,6 +157,11 @@ class Trainer:
             choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
                                seed=self.recipe.seed)
             self.state.health.rebase()  # what the start changed is not training's doing
+        if self.main and not resume and self.folder.exists():
+            aside = next(p for n in range(1, 10_000) if not (p := self.folder.with_name(f"qat.{n}")).exists())
+            self.folder.rename(aside)
+            print(f"an earlier run was set aside as {aside} (--resume would have continued it)")
+        self.accelerator.wait_for_everyone()
         self.metrics = None
         if not self.main:
             return
