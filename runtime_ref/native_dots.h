@@ -9,7 +9,10 @@
 
    Everything is laid out in pairs along the sum: matrices [n / 16][k / 2][16][2], keys [page][d / 2][64][2], values
    [page][32][v][2], experts' codes [n / 16][k / 8][16][2] words, each with the codes of k, k + 2, k + 4 and k + 6, so that a word
-   shifted is an index of the look-up as it is, and scales [n / 16][k / 32][16]. E2M1 is exact in bf16; scales are applied to sums. */
+   shifted is an index of the look-up as it is, and scales [n / 16][k / 32][16]. E2M1 is exact in bf16; scales are applied to sums.
+
+   Rejected: bytes for the target's activations too (they would decide tokens); experts decoded to bf16 in memory (four times the
+   bytes of a step that, for one row, waits for bytes). */
 
 typedef uint16_t half;
 
@@ -177,7 +180,7 @@ static void coded_product(int64_t R, const Packed *w, int64_t n, int64_t from, i
     }
 }
 
-/* Weights [n, k] as the products see them, column by column, out [k][n]: what the contract of bit-exact decoding is tested on. */
+/* Weights [n, k], k at most 512, as the products see them, column by column, out [k][n]: what the contract of bit-exact decoding is tested on. */
 void decode_panels(const Packed *w, int64_t n, int64_t k, float *out) {
     half unit[8][512];
     for (int64_t first = 0; first < k; first += 8) {
