@@ -41,8 +41,9 @@ def git_revision() -> str:
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here.parent, text=True, capture_output=True, check=True,
-                              timeout=10).stdout.strip()
+        # Without the variable, git locks the index to refresh it: in the way of a commit, and left behind if it is killed.
+        return subprocess.run(["git", *arguments], cwd=here.parent, text=True, capture_output=True, check=True, timeout=10,
+                              env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie inside a repository that is not its own

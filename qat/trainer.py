@@ -286,7 +286,7 @@ class Trainer:
     def _doubt_the_text(self, cross_entropy: float) -> None:
         """A tokenizer of another model with as many entries shows in nothing but the loss."""
         guess = math.log(self.model.get_output_embeddings().weight.shape[0])
-        if cross_entropy > guess:
+        if cross_entropy > guess + 0.5:  # a model that knows nothing yet lies at the guess itself
             self._say(f"warning: the text costs the model {cross_entropy:.2f} nats per token, a uniform guess {guess:.2f}: is "
                       f"the tokenizer in {self.recipe.model.path} this model's, and data.train its language?")
 

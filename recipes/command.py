@@ -41,21 +41,24 @@ def parse_job(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Name
 
 def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int]) -> int:
     """Loads the recipe and runs `job` on it; mistakes become one line on stderr (of the first process) and an exit code."""
+    where = "a file"
     try:
-        return job(load_recipe(recipe, overrides))
+        loaded = load_recipe(recipe, overrides)
+        where = f"a file below {Path(loaded.output) / loaded.name}"
+        return job(loaded)
     except ValueError as error:  # RecipeError included
-        code, text = 2, own_message(error)
+        code, text = 2, own_message(error, where)
     except (OSError, ArithmeticError) as error:
-        code, text = 1, own_message(error)
+        code, text = 1, own_message(error, where)
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {text}", file=sys.stderr)
     return code
 
 
-def own_message(error: Exception) -> str:
+def own_message(error: Exception, where: str) -> str:
     """The text of an error raised on purpose, or of a refusal by the disk; the rest are defects and keep their traceback."""
     if isinstance(error, OSError) and error.errno in _REFUSED:
-        return f"{error.filename or 'a file of this run'}: cannot be read or written: {error.strerror}"
+        return f"{error.filename or where}: cannot be read or written: {error.strerror}"
     frame = error.__traceback__
     while frame.tb_next is not None:
         frame = frame.tb_next

@@ -1,10 +1,11 @@
 """metrics.jsonl survives kills and resumes; provenance is complete; a missing wandb is one line."""
 
+import subprocess
 import sys
 
 import pytest
 
-from qat.report import Metrics, draw_curves, environment, read_metrics, start_wandb
+from qat.report import Metrics, draw_curves, environment, git_revision, read_metrics, start_wandb
 
 
 def test_a_resumed_file_drops_what_came_after_the_checkpoint_and_a_cut_off_line(tmp_path):
@@ -48,3 +49,15 @@ def test_wandb_is_off_without_being_asked_and_refused_clearly_when_missing(tmp_p
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"tracking\.wandb: the wandb package is not installed"):
         start_wandb("offline", "p", "n", tmp_path, {})
+
+
+def test_asking_for_the_revision_never_locks_the_repository(monkeypatch):
+    """A lock would be in the way of a commit, and stay behind where git is killed (a full disk, a stopped job)."""
+    seen = []
+
+    def run(command, **options):
+        seen.append(options["env"].get("GIT_OPTIONAL_LOCKS"))
+        return subprocess.CompletedProcess(command, 0, stdout="abc\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert git_revision() == "abc" and seen == ["0", "0"]
