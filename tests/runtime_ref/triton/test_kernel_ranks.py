@@ -133,7 +133,7 @@ def test_a_sum_that_does_not_wait_for_its_peers_is_found(alone_and_shared, monke
 
 @pytest.fixture(scope="module")
 def answers(shared_folder):
-    """Lines of the worker: engines of 1 and 2 ranks, op by op and walked."""
+    """Lines of the worker: an engine of one rank op by op, of two ranks op by op and walked."""
     done = subprocess.run([sys.executable, str(WORKER), str(shared_folder), "1", "2"], capture_output=True, text=True,
                           timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -142,7 +142,7 @@ def answers(shared_folder):
 
 def test_tokens_and_logits_of_two_ranks_are_those_of_one(answers):
     assert [(line["ranks"], line["rank"], line["walked"]) for line in answers] == [
-        (1, 0, False), (1, 0, True), (2, 0, False), (2, 0, True)]
+        (1, 0, False), (2, 0, False), (2, 0, True)]
     for line in answers[1:]:
         assert line["tokens"] == answers[0]["tokens"] and line["logits"] == answers[0]["logits"]
     assert all(len(tokens) == 3 for tokens in answers[0]["tokens"])
