@@ -128,6 +128,26 @@ def test_a_right_folder_passes_and_every_check_says_whether_it_ran(layouts, tmp_
     assert re.search("Not applicable: the folder has no drafter", (tmp_path / "v.html").read_text())
 
 
+@pytest.mark.parametrize("family, layers", [("qwen3", 4), ("gpt-oss", 3)])
+def test_a_drafter_is_judged_in_every_layout(layouts, tmp_path, capsys, family, layers):
+    from modeling.drafter import DFlashDraftModel, drafter_config, save_drafter
+
+    copy = shutil.copytree(layouts[family][0], tmp_path / "copy")
+    torch.manual_seed(3)
+    drafter = DFlashDraftModel(drafter_config(
+        hidden_size=96, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        vocab_size=120, target_layer_ids=[0, layers - 1], num_target_layers=layers, mask_token_id=119, rotary_base=1e4,
+        window=24, partial_rotary_factor=1.0, attention_value_scale=None)).float()
+    torch.nn.init.normal_(drafter.mask_embedding)
+    save_drafter(drafter, copy / "dflash")
+    code, verdict = judged(copy, tmp_path, capsys)
+    checks = {c["name"]: c for c in verdict["checks"]}
+    assert code == 0 and checks["acceptance"]["status"] == "passed", verdict["causes"]
+    assert checks["logits"]["numbers"]["draft logits error"] < 1e-4
+    assert [row[0] for row in checks["lossless"]["tables"]["greedy answers"][1:]] == ["batched", "with drafts",
+                                                                                      "with drafts, batched"]
+
+
 @pytest.mark.parametrize("by", ["checksums", "original"])
 @pytest.mark.parametrize("fault", SILENT)
 def test_a_silent_fault_is_found_and_named(layouts, tmp_path, capsys, fault, by):
