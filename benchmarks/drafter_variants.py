@@ -77,12 +77,11 @@ def VariantTrainer(recipe, out: Path):
     from dflash_train.trainer import Trainer
 
     class Quiet(Trainer):
-        def _find_earlier(self, resume):
-            self.folder = out / "shared"
-            return None
+        def _set_earlier_aside(self):
+            pass
 
         def _load_data(self):
-            own = self.recipe
+            own, self.folder = self.recipe, out / "shared"
             self.recipe = own.model_copy(update={"seed": 0})
             super()._load_data()
             self.recipe = own
