@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 ADAMW_RATES = ("3e-4", "1e-3", "2e-3", "4e-3", "8e-3")
+# The tiny recipe goes on from the seed's drafter; these runs begin at the beginning, at a beginner's rate.
+FRESH = ["dflash.start_from=null", "dflash.optimizer.learning_rate=1e-2", "dflash.optimizer.adamw_learning_rate=1e-2",
+         "dflash.regenerate.passes=[{temperature: 0.0, where: {kind: task}}, {temperature: 1.0, where: {kind: open}}]"]
 VARIANTS: dict[str, list[str]] = {
     "demo": [],
     **{f"adamw-{rate}": ["dflash.optimizer.name=adamw", f"dflash.optimizer.learning_rate={rate}",
@@ -55,7 +58,7 @@ def run(variant: str, seed: int, out: Path, extra: list[str]) -> dict:
     settings = [*VARIANTS[variant], *extra]
     if result.is_file() and json.loads(result.read_text())["overrides"] == settings:
         return json.loads(result.read_text())
-    always = ["dflash.acceptance.timed_prompts=0", "dflash.start_from=null", *extra]
+    always = [*FRESH, "dflash.acceptance.timed_prompts=0", *extra]
     served = load_recipe(ROOT / "recipes/tiny.yaml", always)
     recipe = load_recipe(ROOT / "recipes/tiny.yaml", [*always, f"seed={seed}", *VARIANTS[variant]])
     job = VariantTrainer(recipe, out)
