@@ -56,7 +56,7 @@ def test_a_folder_without_a_drafter_is_refused(loaded, tmp_path):
 
 def test_the_seeds_own_drafter_fits_the_tiny_recipe_and_drafts_what_the_seed_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    recipe = load_recipe("recipes/tiny.yaml", ["dflash.target=base", "dflash.start_from=recipes/seed/drafter",
+    recipe = load_recipe("recipes/tiny.yaml", ["dflash.target=base", "dflash.start_from=recipes/seed-drafter",
                                                "dflash.acceptance.prompts_per_group=4", "dflash.acceptance.max_new_tokens=64",
                                                "dflash.acceptance.timed_prompts=0"])
     target = load_target(recipe)
