@@ -367,6 +367,18 @@ static void route(Step *s, const Layer *l) {
     }
 }
 
+/* Both forms of the experts: where expert `e` was chosen (row * top + choice), into the step's list; returns how often. */
+static int64_t places_of(Step *s, const Layer *l, int64_t e) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < s->R * l->top; i++) if (s->index[i] == e) s->list[n++] = (int32_t)i;
+    return n;
+}
+
+/* gate = silu(gate) * up * scale, I numbers. */
+INLINE void weighted_swiglu(float *gate, const float *up, float scale, int64_t I) {
+    for (int64_t i = 0; i < I; i += L) store(gate + i, silu(load(gate + i)) * load(up + i) * scale);
+}
+
 #include "native_experts.h"
 #ifdef DOTS
 #include "native_dots.h"

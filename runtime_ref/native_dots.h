@@ -201,8 +201,7 @@ static void dot_experts(Step *s, const Layer *l) {
     for (int64_t r = 0; r < s->R; r++) to_half(s->y + r * H, rows + r * H, H);
     for (int64_t e = 0; e < l->count; e++) {
         const Expert *w = l->experts + e;
-        int64_t n = 0;
-        for (int64_t i = 0; i < s->R * l->top; i++) if (s->index[i] == e) s->list[n++] = (int32_t)i;
+        const int64_t n = places_of(s, l, e);
         for (int64_t begin = 0; begin < n; begin += 8) {
             const int64_t R = n - begin < 8 ? n - begin : 8;
             const half *own[8], *mids[8];
@@ -212,8 +211,7 @@ static void dot_experts(Step *s, const Layer *l) {
             coded_product(R, &w->gate, I, 0, H / 32, own, gates, 0);
             coded_product(R, &w->up, I, 0, H / 32, own, ups, 0);
             for (int64_t r = 0; r < R; r++) {
-                const float scale = s->weight[s->list[begin + r]];
-                for (int64_t i = 0; i < I; i += L) store(gates[r] + i, silu(load(gates[r] + i)) * load(ups[r] + i) * scale);
+                weighted_swiglu(gates[r], ups[r], s->weight[s->list[begin + r]], I);
                 to_half(gates[r], middle + r * I, I);
             }
             for (int64_t p = 0; p < l->mlp_parts; p++) {
