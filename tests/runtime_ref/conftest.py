@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from modeling.names import expert_parts
 from mxfp4 import quantize
+from runtime_ref.weights import load_target
 
 
 def tensors_of(model) -> dict[str, torch.Tensor]:
@@ -114,6 +115,18 @@ def folder(tmp_path_factory) -> Path:
     write_tokenizer(out)
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
     return out
+
+
+@pytest.fixture(scope="module")
+def weights(folder):
+    """What the engine reads of `folder`."""
+    return load_target(folder)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    """200 tokens."""
+    return torch.randint(1, 260, (200,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
 @pytest.fixture(scope="session")

@@ -12,20 +12,9 @@ from runtime_ref.model import Span
 from runtime_ref.native_backend import NativeBackend, refuses
 from runtime_ref.sampler import SamplingParams
 from runtime_ref.tasks import TorchBackend, target_tasks
-from runtime_ref.weights import load_target
 
 pytestmark = pytest.mark.skipif(native.library()[0] is None, reason=f"compiled ops: {native.library()[1]}")
 PAGES = {"full": 40, "window": 40}
-
-
-@pytest.fixture(scope="module")
-def weights(folder):
-    return load_target(folder)
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return torch.randint(1, 260, (200,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
 def computed(backend, ids, pieces):

@@ -14,21 +14,10 @@ from runtime_ref.kv_cache import PAGE, KvCache
 from runtime_ref.model import Span
 from runtime_ref.native_backend import NativeBackend
 from runtime_ref.tasks import target_tasks
-from runtime_ref.weights import load_target
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(native.library()[0] is None or not native.can_dot(BF16), reason="no bf16 dot products here")
 PAGES = {"full": 40, "window": 40}
-
-
-@pytest.fixture(scope="module")
-def weights(folder):
-    return load_target(folder)
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return torch.randint(1, 260, (200,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
