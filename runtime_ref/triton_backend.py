@@ -335,17 +335,23 @@ def interpreted() -> bool:
 
 
 def kernel_device() -> str:
-    """Where kernels run: "cpu" in the interpreter, else "cuda".
+    """Where kernels run: "cuda" where there is a GPU, else "cpu": in the interpreter if TRITON_INTERPRET=1 is set, else compiled
+    for the CPU (`kernels/host`).
 
     Raises:
-        ValueError: neither is possible here.
+        ValueError: no GPU, no interpreter, no C compiler.
     """
     if interpreted():
         return "cpu"
-    if not torch.cuda.is_available():
-        raise ValueError("backend 'triton': torch sees no GPU; expected one, or TRITON_INTERPRET=1 to run the kernels on the "
-                         "CPU, slowly")
-    return "cuda"
+    if torch.cuda.is_available():
+        return "cuda"
+    from runtime_ref.kernels.host.backend import use_host
+
+    try:
+        use_host()
+    except ValueError as error:
+        raise ValueError(f"backend 'triton': torch sees no GPU, and {error}") from None
+    return "cpu"
 
 
 def default_tiling() -> Tiling:
@@ -353,10 +359,10 @@ def default_tiling() -> Tiling:
 
 
 def default_launch() -> Launch:
-    """One program in the interpreter, else four per multiprocessor."""
+    """One program in the interpreter; compiled for the CPU, four that come one after another; else four per multiprocessor."""
     if interpreted():
         return Launch(programs=1, ptx=False, float_dot=True, prefetch=0)
-    return Launch(programs=4 * torch.cuda.get_device_properties(0).multi_processor_count)
+    return Launch(programs=4 * (torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1))
 
 
 def load_triton_backend(folder: str | Path, ranks: Ranks = ALONE, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int],

@@ -13,8 +13,9 @@ import torch
 import yaml
 from tiny_models import draft_recipe_text, tiny_config, write_tokenizer
 
-# Kernels are tested in triton's interpreter, which must be chosen before anything (torchao, for one) imports triton.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# Kernels are tested in triton's interpreter (or, with FP4_TEST_KERNELS=1, compiled for the CPU), which must be chosen before
+# anything (torchao, for one) imports triton.
+os.environ["TRITON_INTERPRET"] = "0" if os.environ.get("FP4_TEST_KERNELS") == "1" else "1"
 # Remote code is imported from one folder per process, settled before transformers is: two folders in one process hide
 # each other's modules, and workers must not share one.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")

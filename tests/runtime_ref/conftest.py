@@ -5,6 +5,7 @@ and runtime shared would show.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -104,11 +105,44 @@ def random_drafter(config, seed=1, **changes):
     return model.eval()
 
 
+# With FP4_TEST_KERNELS=1 (`make test-kernels`) engines of this folder's tests run the embedded model on the Triton kernels,
+# compiled for the CPU, instead of a small random model on the default backend.
+KERNELS = os.environ.get("FP4_TEST_KERNELS") == "1"
+SEED = Path(__file__).resolve().parents[2] / "recipes" / "seed" / "model"
+
+
+def seed_folder(out: Path) -> Path:
+    """The embedded model with its experts rounded, its drafter and its tokenizer, in the native layout."""
+    from modeling.drafter import load_drafter
+    from modeling.load import load_model
+
+    return write_native(out, load_model(SEED, dtype=torch.bfloat16), load_drafter(SEED.parents[1] / "seed-drafter"), SEED)
+
+
+@pytest.fixture(scope="session")
+def kernels_without_a_gpu():
+    """Triton's interpreter, at its best, or the compiler for the CPU."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
+    if KERNELS:
+        from runtime_ref.kernels.host.backend import on_host
+
+        with on_host():
+            yield
+        return
+    assert os.environ.get("TRITON_INTERPRET") == "1", "kernel tests need TRITON_INTERPRET=1; tests/conftest.py sets it"
+    from tests.runtime_ref.kernels.patched_once import patched_once
+
+    with patched_once():
+        yield
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """Exported folder of a random target and drafter, with a byte tokenizer."""
     from conftest import write_tokenizer
 
+    if KERNELS:
+        return seed_folder(tmp_path_factory.mktemp("seed"))
     config = runtime_config()
     out = tmp_path_factory.mktemp("native")
     write_native(out, random_target(config), random_drafter(config))
@@ -138,7 +172,7 @@ def make_engine(folder):
 
     def make(**kwargs):
         options = EngineOptions(**{"max_context": 512, **{k: kwargs.pop(k) for k in list(kwargs) if k in fields}})
-        return Engine.from_folder(folder, options=options, **kwargs)
+        return Engine.from_folder(folder, options=options, **({"backend": "triton"} if KERNELS else {}) | kwargs)
 
     return make
 
@@ -187,7 +221,8 @@ def with_oracle(make_engine):
 
     def make(prompts, answers, wrong=0.25, **kwargs):
         plain = make_engine(drafter=False, **kwargs)
-        oracle = OracleProposer({tuple(p): a for p, a in zip(prompts, answers, strict=True)}, 264, wrong)
+        vocabulary = plain.backend.config.vocab_size
+        oracle = OracleProposer({tuple(p): a for p, a in zip(prompts, answers, strict=True)}, vocabulary, wrong)
         engine = Engine(plain.backend, oracle, plain.options, end_ids=plain.end_ids)
         oracle.know(engine)
         return engine

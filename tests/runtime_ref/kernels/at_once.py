@@ -1,12 +1,14 @@
-"""Runs interpreted programs (or ranks) at the same time: one process each over shared memory, with a time limit.
+"""Runs programs (or ranks) at the same time: one process each over shared memory, with a time limit.
 
 Triton's interpreter runs programs one after another, so a program that waits for a later one never ends. Here every
-program is a forked process whose interpreter is told a fixed program id. Atomics of the interpreter are the machine's
-own atomics, so counters in shared memory work across processes. A deadlock is a process that outlives the limit: it is
-killed and reported. What this can't show: reorderings that x86 does not make, and programs that are not resident.
+program is a forked process whose interpreter (or launcher, where kernels are compiled for the CPU) is told a fixed program
+id. Atomics are the machine's own in both, so counters in shared memory work across processes. A deadlock is a process that
+outlives the limit: it is killed and reported. What this can't show: reorderings that x86 does not make, and programs that are
+not resident.
 """
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 
@@ -16,6 +18,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 SECONDS = 60
+# Whether kernels run in the interpreter; else they are compiled for the CPU (tests/conftest.py).
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def shared(tensor: torch.Tensor) -> torch.Tensor:
@@ -24,7 +28,13 @@ def shared(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def fixed_program(program: int, programs: int) -> None:
-    """Makes this process's interpreter believe that it runs program `program` of a one-dimensional grid."""
+    """Makes this process's launches run program `program` of a one-dimensional grid, and nothing else."""
+    if not INTERPRETED:
+        from runtime_ref.kernels.host.backend import HostLauncher
+
+        HostLauncher.only = program, programs
+        return
+
     def handle(value):
         return interpreter.TensorHandle(np.array([value], dtype=np.int32), tl.int32)
 

@@ -7,6 +7,7 @@ from modeling.modeling_mimo_v2 import Experts
 from mxfp4 import dequantize, quantize
 from runtime_ref.kernels.experts import Launch, Workspace
 from runtime_ref.kernels.repack import Tile, repack_experts
+from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 E, H, I, A = 4, 160, 96, 2  # no multiples of the tile: 1.25 pages of hidden, 0.75 of inner, 5 tiles of 32 rows
 SMALL = Tile(32, 128)
@@ -41,13 +42,15 @@ def make_tokens(count, seed=0, experts=E, hidden=H, choices=A):
     return x, index, torch.rand(count, choices, generator=generator)
 
 
-def interpreted(**options) -> Launch:
-    return Launch(**({"programs": 1, "ptx": False, "float_dot": True, "prefetch": 0} | options))
+def launched(**options) -> Launch:
+    """One program; as a GPU is given it where nothing is interpreted."""
+    here = {"ptx": False, "float_dot": True, "prefetch": 0} if INTERPRETED else {"prefetch": 128}
+    return Launch(**({"programs": 1} | here | options))
 
 
 def poisoned(pages, tokens, choices=A, **options) -> Workspace:
     """Scratch full of NaN: whatever is read without having been written shows in the result."""
-    space = Workspace(pages, tokens, choices, interpreted(**options))
+    space = Workspace(pages, tokens, choices, launched(**options))
     space.inner.fill_(float("nan"))
     space.partial.fill_(float("nan"))
     space.plan.fill_(2**30)

@@ -9,6 +9,7 @@ from tolerance import ATTENTION_KERNEL
 
 from runtime_ref.kernels.attention import PAGE, attend
 from runtime_ref.model import attend_pages
+from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 K, G, D, V, POOL = 2, 3, 24, 20, 14
 
@@ -41,7 +42,7 @@ class Case:
         blocks = blocks or [(i, *block) for i, block in enumerate(self.blocks)]
         out = torch.full((K * G, self.R, self.values.shape[2]), float("nan"))
         attend(self.q, self.keys, self.values, self.sink, *self.places(blocks), rows=8, window=self.window,
-               longest=max(s + c for _, s, c in blocks), out=out, float_dot=True, **options)
+               longest=max(s + c for _, s, c in blocks), out=out, float_dot=INTERPRETED, **options)
         return out
 
     def places(self, blocks=None):
@@ -119,7 +120,8 @@ def test_many_query_heads_share_a_key_head_in_several_tiles():
     case.q = (torch.randn(K * 12, case.R, D, generator=generator) * 0.5).to(torch.bfloat16)
     case.sink = torch.randn(K * 12, generator=generator)
     found = torch.full((K * 12, case.R, V), float("nan"))
-    attend(case.q, case.keys, case.values, case.sink, *case.places(), rows=8, window=40, longest=78, out=found, float_dot=True)
+    attend(case.q, case.keys, case.values, case.sink, *case.places(), rows=8, window=40, longest=78, out=found,
+           float_dot=INTERPRETED)
     for h in range(4):  # three query heads of each key head at a time, as the other tests have them
         own = torch.tensor([k * 12 + 3 * h + g for k in range(K) for g in range(3)])
         part = Case([(70, 8), (3, 2)], 40, sink=True)

@@ -11,6 +11,7 @@ from mxfp4.format import BLOCK_SIZE, E2M1_VALUES
 from runtime_ref.kernels.decode import DECODE_PTX, decode_kernel
 from runtime_ref.kernels.ptx_emulator import run_ptx
 from runtime_ref.kernels.repack import MAX_SCALE_BYTE, SCALE_OFFSET, Tile, pack_pages
+from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 SCALES = MAX_SCALE_BYTE + 1
 
@@ -31,7 +32,7 @@ def test_integer_decoding_equals_the_codec(tile):
     codes, scales = every_code_under_every_scale(tile)
     pages = pack_pages(codes, scales, tile)
     out = torch.full((2, SCALES, tile.rows, tile.depth // 2), float("nan"))
-    decode_kernel[(SCALES,)](pages, out[0], out[1], ROWS=tile.rows, DEPTH=tile.depth, PTX=False)
+    decode_kernel[(SCALES,)](pages, out[0], out[1], ROWS=tile.rows, DEPTH=tile.depth, PTX=not INTERPRETED)
     expected = dequantize(codes, scales, dtype=torch.float32)
     assert torch.equal(torch.cat((out[0], out[1]), -1).view(torch.int32), expected.view(torch.int32))
 

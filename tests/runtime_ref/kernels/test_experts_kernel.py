@@ -155,7 +155,7 @@ def test_misfits_are_refused(pages):
     with pytest.raises(ValueError, match="expected int32 and float32"):
         run_experts(x, index.long(), weight, pages, space)
     with pytest.raises(ValueError, match="65 tokens in one call"):
-        Workspace(pages, 65, A, cases.interpreted())
+        Workspace(pages, 65, A, cases.launched())
 
 
 def test_a_lost_signal_becomes_a_flag_not_a_hang(pages):

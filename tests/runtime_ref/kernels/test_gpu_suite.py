@@ -11,6 +11,7 @@ from tolerance import ATTENTION_KERNEL, EXPERTS_KERNEL, MODEL_FP32
 
 from runtime_ref.kernels import gpu_suite
 from tests.runtime_ref.kernels import expert_cases as cases
+from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 
 def test_its_oracle_is_the_models_experts():
@@ -26,17 +27,17 @@ def test_its_tolerance_is_the_tests_tolerance():
 
 def test_its_check_of_the_experts_is_green_on_good_and_red_on_broken_kernels(monkeypatch):
     pages = cases.make_pages(cases.make_weights())
-    (good,) = gpu_suite._check_experts("small", pages, cases.interpreted(), (2,))
+    (good,) = gpu_suite._check_experts("small", pages, cases.launched(), (2,))
     assert good["passed"], good
     kernel = gpu_suite.run_experts
     monkeypatch.setattr(gpu_suite, "run_experts", lambda *args: kernel(*args).mul_(1.01))
-    (wrong,) = gpu_suite._check_experts("small", pages, cases.interpreted(), (2,))
+    (wrong,) = gpu_suite._check_experts("small", pages, cases.launched(), (2,))
     assert not wrong["passed"] and "relative error" in wrong["detail"]
 
 
 @pytest.mark.parametrize("window", [None, 128])
 def test_its_check_of_attention_is_green(window):
-    check = gpu_suite.check_attention(window, "cpu", float_dot=True)
+    check = gpu_suite.check_attention(window, "cpu", float_dot=INTERPRETED)
     assert check["passed"], check
 
 

@@ -11,8 +11,9 @@ from runtime_ref import model as ops
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.row_launches import Heads, Matrix, Tiling
 from runtime_ref.parallel import ALONE
+from tests.runtime_ref.kernels.at_once import INTERPRETED
 
-TILING = Tiling(columns=32, depth=64, experts=16, block=64, float_dot=True)
+TILING = Tiling(columns=32, depth=64, experts=16, block=64, float_dot=INTERPRETED)
 EPSILON = 1e-5
 POISON = float("nan")
 

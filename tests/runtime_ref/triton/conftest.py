@@ -1,13 +1,10 @@
-"""The smallest exported folder that has every feature, and engines that run it with the Triton kernels (interpreted)."""
-
-import os
+"""The smallest exported folder that has every feature, and engines that run it with the Triton kernels: interpreted, or with
+FP4_TEST_KERNELS=1 compiled for the CPU."""
 
 import pytest
 import torch
 
 from tests.runtime_ref.conftest import random_drafter, random_target, runtime_config, write_native
-
-assert os.environ.get("TRITON_INTERPRET") == "1", "these tests need TRITON_INTERPRET=1; tests/conftest.py sets it"
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1],
          "num_attention_heads": 2, "num_key_value_heads": 1, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2,
@@ -16,11 +13,8 @@ SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "hybrid_layer_pattern": [0, 
 
 
 @pytest.fixture(autouse=True, scope="session")
-def fast_interpreter():
-    from tests.runtime_ref.kernels.patched_once import patched_once
-
-    with patched_once():
-        yield
+def no_gpu_needed(kernels_without_a_gpu):
+    """The kernels run on this machine."""
 
 
 def small_config(**changes):
