@@ -89,7 +89,7 @@ class KernelWeights:
 
 
 def layer_heads(config: MiMoV2Config, index: int, ranks: Ranks) -> Heads:
-    """Heads of a layer on one rank.
+    """Heads of a layer on one rank; with more ranks than key heads, several ranks hold the same one.
 
     Raises:
         ValueError: a number of ranks that cannot share them.
@@ -97,10 +97,10 @@ def layer_heads(config: MiMoV2Config, index: int, ranks: Ranks) -> Heads:
     swa = "swa_" if config.hybrid_layer_pattern[index] else ""
     queries, keys, d, v = (getattr(config, swa + name) for name in
                            ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim"))
-    if queries % ranks.count or keys % ranks.count:
+    if queries % ranks.count or keys % ranks.count and ranks.count % keys:
         raise ValueError(f"{ranks.count} ranks: {queries} query heads and {keys} key heads of layer {index} cannot be shared; "
-                         "expected a divisor of both")
-    return Heads(queries // ranks.count, keys // ranks.count, d, v, int(d * config.partial_rotary_factor))
+                         "expected a divisor of the query heads, and a divisor or multiple of the key heads")
+    return Heads(queries // ranks.count, max(1, keys // ranks.count), d, v, int(d * config.partial_rotary_factor))
 
 
 def expert_tiles(config: MiMoV2Config, ranks: Ranks, shares: int = SHARES) -> tuple[Tile, Tile]:
@@ -254,9 +254,11 @@ class _Reader:
         if f"{prefix}.self_attn.attention_sink_bias" in self.names:
             out["sink"] = self._share(self._f32(f"{prefix}.self_attn.attention_sink_bias"), 0)
         rows = self._qkv(f"{prefix}.self_attn", index)
+        keys = self.config.swa_num_key_value_heads if self.config.hybrid_layer_pattern[index] else self.config.num_key_value_heads
         for name in rows[0]:
             suffix = "" if name == "weight" else "_scales"
-            shared = torch.cat([self._share(part[name], 0) for part in rows])
+            queries, *others = (part[name] for part in rows)
+            shared = torch.cat([self._share(queries, 0), *(self._key_heads(t, keys) for t in others)])
             out[f"qkv{suffix}"] = paired(shared, heads)
         self._put_matrix(out, "o", [f"{prefix}.self_attn.o_proj"], columns=True)
         if self.config.moe_layer_freq[index]:
@@ -345,6 +347,13 @@ class _Reader:
         if rest:
             raise ValueError(f"{self.ranks.count} ranks: a dimension of {t.shape[dim]} entries cannot be shared evenly")
         return t.narrow(dim, self.ranks.rank * own, own)
+
+    def _key_heads(self, rows: torch.Tensor, keys: int) -> torch.Tensor:
+        """The rows [keys * width, ...] of this rank's key heads, or of the one that it shares with its neighbours."""
+        if keys % self.ranks.count == 0:
+            return self._share(rows, 0)
+        width = rows.shape[0] // keys
+        return rows.narrow(0, self.ranks.rank * keys // self.ranks.count * width, width)
 
 
 def piece_bytes(tensor: torch.Tensor) -> int:

@@ -335,8 +335,8 @@ def interpreted() -> bool:
 
 
 def kernel_device() -> str:
-    """Where kernels run: "cuda" where there is a GPU, else "cpu": in the interpreter if TRITON_INTERPRET=1 is set, else compiled
-    for the CPU (`kernels/host`).
+    """Where kernels run: "cuda" where there is a GPU, else "cpu": compiled for it (`kernels/host`), or interpreted if
+    TRITON_INTERPRET=1 is set.
 
     Raises:
         ValueError: no GPU, no interpreter, no C compiler.

@@ -108,6 +108,7 @@ def random_drafter(config, seed=1, **changes):
 # With FP4_TEST_KERNELS=1 (`make test-kernels`) engines of this folder's tests run the embedded model on the Triton kernels,
 # compiled for the CPU, instead of a small random model on the default backend.
 KERNELS = os.environ.get("FP4_TEST_KERNELS") == "1"
+BACKEND = {"backend": "triton"} if KERNELS else {}
 SEED = Path(__file__).resolve().parents[2] / "recipes" / "seed" / "model"
 
 
@@ -172,7 +173,7 @@ def make_engine(folder):
 
     def make(**kwargs):
         options = EngineOptions(**{"max_context": 512, **{k: kwargs.pop(k) for k in list(kwargs) if k in fields}})
-        return Engine.from_folder(folder, options=options, **({"backend": "triton"} if KERNELS else {}) | kwargs)
+        return Engine.from_folder(folder, options=options, **BACKEND | kwargs)
 
     return make
 

@@ -29,7 +29,11 @@ def prompts():
     return [torch.randint(1, 260, (n,), generator=generator).tolist() for n in (3, 17, 70)]
 
 
-def same(folder, ranks, pipe, backend="auto"):
+# What `test_ranks.py` asks for: the kernels, compiled for the CPU (tests/runtime_ref/conftest.py), or the default.
+BACKEND = "triton" if os.environ.get("FP4_TEST_KERNELS") == "1" else "auto"
+
+
+def same(folder, ranks, pipe, backend=BACKEND):
     engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256), backend=backend)
     params = [SamplingParams(max_tokens=8, ignore_eos=True), SamplingParams(max_tokens=8, temperature=0.8, seed=1),
               SamplingParams(max_tokens=8, temperature=0.8, seed=2, rule="rejection")]
@@ -50,7 +54,7 @@ def same_on_torch(folder, ranks, pipe):
 
 
 def die(folder, ranks, pipe):
-    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256))
+    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256), backend=BACKEND)
     for prompt in prompts():
         engine.add(prompt, SamplingParams(max_tokens=100, ignore_eos=True))
     for number in range(100):
@@ -60,7 +64,7 @@ def die(folder, ranks, pipe):
 
 
 def fail(folder, ranks, pipe):
-    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256))
+    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256), backend=BACKEND)
     for prompt in prompts():
         engine.add(prompt, SamplingParams(max_tokens=100, ignore_eos=True))
     for _ in range(3):

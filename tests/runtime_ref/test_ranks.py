@@ -10,6 +10,7 @@ import pytest
 
 from runtime_ref.parallel import Ranks, shares
 from runtime_ref.weights import load_target
+from tests.runtime_ref.conftest import KERNELS
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 
@@ -20,7 +21,9 @@ def run_worker(*arguments):
                           env=environment)
 
 
-@pytest.mark.parametrize("job, counts", [("same", [1, 2, 4, 8]), ("same-on-torch", [1, 4])])
+# The kernels cut an expert of the embedded model into four parts of 64, so four ranks can share it.
+@pytest.mark.parametrize("job, counts", [("same", [1, 2, 4])] if KERNELS else [("same", [1, 2, 4, 8]),
+                                                                              ("same-on-torch", [1, 4])])
 def test_tokens_and_logits_of_many_ranks_are_those_of_one(folder, job, counts):
     done = run_worker(folder, job, *counts)
     assert done.returncode == 0, done.stderr[-2000:]

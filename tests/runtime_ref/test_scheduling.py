@@ -106,7 +106,8 @@ def test_an_abort_frees_everything_at_once_and_nobody_else_notices(make_engine, 
 
 def test_limits_are_refused_in_one_line(make_engine):
     engine = make_engine()
-    for prompt, params, named in (([], SHORT, "no tokens"), ([264], SHORT, "token 264"), ([-1], SHORT, "token -1"),
+    beyond = engine.backend.config.vocab_size
+    for prompt, params, named in (([], SHORT, "no tokens"), ([beyond], SHORT, f"token {beyond}"), ([-1], SHORT, "token -1"),
                                   ([1] * 600, SHORT, "600 tokens"), ([1], SamplingParams(stop=("x",)), "tokenizer")):
         with pytest.raises(ValueError, match=named):
             engine.add(prompt, params)

@@ -1,8 +1,8 @@
 """C of a kernel's TTIR: one function per program of the grid, tensors as arrays, operations as loops over them.
 
 Values are numbers of their own type, not of Python's or numpy's: bf16 and FP8 are bits, rounded where the IR rounds; products
-of bf16 matrices are summed in float32; inline PTX is executed instruction by instruction (`ptx_code`). Programs are threads when
-the launch is cooperative, so barriers, flags and tickets wait for each other as on a GPU. An element that a masked load
+of bf16 matrices are summed in float32; inline PTX is executed instruction by instruction (`ptx_code`). Programs are threads
+when the launch is cooperative, so barriers, flags and tickets wait for each other as on a GPU. An element that a masked load
 leaves undefined becomes NaN or a recognizable integer, so whoever uses one is seen.
 
 What differs from a GPU: the order of sums (here from left to right), the last bits of exp and rsqrt, the memory model (x86
@@ -151,8 +151,8 @@ int launch(int only, int x, int y, int z, int together, const Slot *slots) {
 class Value:
     """A value of the IR as C: `at(indices)` is the C expression of an element.
 
-    array: the name of the flat array that holds it, if one does. free: whether reading it twice costs nothing. steps: operations
-    on scalars and places that an element takes, None if it reads an array.
+    array: the name of the flat array that holds it, if one does. free: whether reading it twice costs nothing. steps:
+    operations on scalars and places that an element takes, None if it reads an array.
     """
 
     def __init__(self, kind: Type, at: Callable[[Sequence[str]], str], *, array: str | None = None, free: bool = True,
@@ -343,7 +343,8 @@ class _Writer:
     def _tt_trans(self, operation: Operation) -> None:
         source = self._get(operation.operands[0])
         order = [int(n) for n in operation.rest.split("i32:")[1].split(">")[0].split(",")]
-        self._set(operation, [Value(operation.result_types[0], lambda i: source.at([i[order.index(d)] for d in range(len(order))]),
+        self._set(operation, [Value(operation.result_types[0],
+                                    lambda i: source.at([i[order.index(d)] for d in range(len(order))]),
                                     free=source.free, steps=source.steps)])
 
     def _tt_reshape(self, operation: Operation) -> None:
@@ -390,8 +391,8 @@ class _Writer:
         pointer, value, *rest = (self._get(name) for name in operation.operands)
         kind = value.type
         mask = (lambda i: rest[0].at(i)) if rest else (lambda i: "1")
-        calls = {"add": "__atomic_fetch_add", "and": "__atomic_fetch_and", "or": "__atomic_fetch_or", "exch": "__atomic_exchange_n",
-                 "xor": "__atomic_fetch_xor"} | ({"max": "fetch_max", "min": "fetch_min"} if kind.element == "i32" else {})
+        calls = {"add": "__atomic_fetch_add", "and": "__atomic_fetch_and", "or": "__atomic_fetch_or",
+                 "xor": "__atomic_fetch_xor", "exch": "__atomic_exchange_n"} | ({"max": "fetch_max", "min": "fetch_min"} if kind.element == "i32" else {})
         if kind_of not in calls or kind.element not in ("i32", "i64"):
             raise ValueError(f"atomic {kind_of} of {kind.element}: expected {', '.join(calls)} of i32 (i64: no max, min)")
 
@@ -733,7 +734,9 @@ def _cast(name: str, element: str, result: str, unsigned: str) -> Callable[[str]
     if name in ("arith.extf", "arith.truncf", "tt.fp_to_fp"):
         return lambda a: _from_float(_number(a, element), result)
     if name in ("arith.extui", "arith.uitofp"):
-        return lambda a: _from_float(f"({unsigned})({a})", result) if result in ("bf16",) else f"(({c_type(result)})({unsigned})({a}))"
+        if result == "bf16":
+            return lambda a: _from_float(f"({unsigned})({a})", result)
+        return lambda a: f"(({c_type(result)})({unsigned})({a}))"
     if name == "arith.trunci" and result == "i1":
         return lambda a: f"(({a}) & 1)"
     if name == "arith.sitofp" and result == "bf16":

@@ -9,6 +9,7 @@ from live_server import MODEL, live_server
 
 from modeling.load import load_tokenizer
 from runtime_ref.engine import Engine, EngineOptions
+from tests.runtime_ref.conftest import BACKEND
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -31,7 +32,7 @@ def tokenizer(chat_folder):
 def new_engine(chat_folder, tokenizer):
     def make(*, drafter: bool = True, **options):
         return Engine.from_folder(chat_folder, drafter=drafter, tokenizer=tokenizer,
-                                  options=EngineOptions(**{"max_context": 256, **options}))
+                                  options=EngineOptions(**{"max_context": 256, **options}), **BACKEND)
 
     return make
 
