@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 2147483648
 export MALLOC_TOP_PAD_ := 134217728
 
-.PHONY: demo smoke test test-clients lint format clean
+.PHONY: demo smoke test test-kernels test-clients test-load lint format clean
 
 $(VENV)/.demo: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or 3.12 on PATH (or make PYTHON=/path/to/python)"; exit 2; }
@@ -38,8 +38,16 @@ smoke: $(VENV)/.demo
 	$(BIN)/python export/to_hf.py recipes/tiny.yaml $(SMOKE)
 	$(BIN)/python runtime_ref/validate.py runs-smoke/tiny/export/model --tokens 16 --prompts-per-domain 2
 
+# Whole engines on the kernels are minutes in Triton's interpreter: they run in the second part, compiled for the CPU.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/runtime_ref/triton
+	$(MAKE) test-kernels
+
+# The kernels' tests and the runtime's own, on the embedded model, with the Triton kernels compiled for the CPU.
+ON_KERNELS := kernels triton test_lossless.py test_scheduling.py test_sampling.py test_ranks.py serve/test_openai_client.py
+test-kernels: $(VENV)/.dev
+	FP4_TEST_KERNELS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q $(addprefix tests/runtime_ref/,$(ON_KERNELS)) \
+	    --ignore tests/runtime_ref/kernels/test_static_gates.py --ignore tests/runtime_ref/kernels/test_roofline.py
 
 # Real engines, in an environment of their own (about 3.5 GB); the tests skip, with the reason, on a CPU that cannot run them.
 CLIENTS := .venv-clients

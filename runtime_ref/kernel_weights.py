@@ -254,7 +254,8 @@ class _Reader:
         if f"{prefix}.self_attn.attention_sink_bias" in self.names:
             out["sink"] = self._share(self._f32(f"{prefix}.self_attn.attention_sink_bias"), 0)
         rows = self._qkv(f"{prefix}.self_attn", index)
-        keys = self.config.swa_num_key_value_heads if self.config.hybrid_layer_pattern[index] else self.config.num_key_value_heads
+        swa = "swa_" if self.config.hybrid_layer_pattern[index] else ""
+        keys = getattr(self.config, f"{swa}num_key_value_heads")
         for name in rows[0]:
             suffix = "" if name == "weight" else "_scales"
             queries, *others = (part[name] for part in rows)

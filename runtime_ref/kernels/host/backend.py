@@ -32,7 +32,7 @@ from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
-from runtime_ref.kernels.host import c_code, ptx_code, ttir
+from runtime_ref.kernels.host import c_code, c_text, elements, emitter, ptx_code, ttir
 
 # The GPU whose front end and passes are used.
 LIKE = GPUTarget("cuda", 90, 32)
@@ -57,7 +57,8 @@ def compiler() -> str:
 @functools.cache
 def _made_of() -> str:
     """What the C of a kernel, and what becomes of it, depends on beside the kernel."""
-    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in (ttir, c_code, ptx_code)]
+    modules = ttir, c_code, c_text, elements, emitter, ptx_code
+    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
     return hashlib.sha256("\n".join((*texts, *FLAGS, version)).encode()).hexdigest()
 
@@ -189,7 +190,7 @@ class HostDriver(DriverBase):
         raise NotImplementedError("times of kernels on a CPU say nothing about a GPU")
 
     def map_python_to_cpp_type(self, ty: str) -> str:
-        return c_code.c_type(ty.replace("*", "ptr:"))
+        return elements.c_type(ty.replace("*", "ptr:"))
 
 
 def use_host() -> None:
