@@ -20,6 +20,8 @@ from runtime_ref.worker import EngineDown, Part, Ticket
 
 # JSON has no -Infinity; clients know this number for "not at all".
 NEVER = -9999.0
+# The last event of a stream.
+END = "data: [DONE]\n\n"
 
 
 dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -144,7 +146,7 @@ class Answer:
                 last.append(self._event(self._chunk([]) | {"usage": self.usage(), "metrics": self.report()}))
         except EngineDown as error:
             last.append(self._event(error_body(str(error), "server_error", code="engine_down")))
-        yield "".join([*last, "data: [DONE]\n\n"])
+        yield "".join([*last, END])
 
     def _worth_saying(self, part: Part) -> bool:
         """Whether a client can see anything of it: a part of a character, or of a stop string, it cannot."""

@@ -25,7 +25,7 @@ from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
 from runtime_ref import request_schema as schema
-from runtime_ref.answers import Answer, Vocabulary, Wanted, dumps, error_body
+from runtime_ref.answers import END, Answer, Vocabulary, Wanted, dumps, error_body
 from runtime_ref.metrics import CONTENT_TYPE, Metrics
 from runtime_ref.request_schema import BadRequest
 from runtime_ref.worker import Busy, EngineDown, EngineWorker
@@ -338,5 +338,5 @@ class EventStream(Response):
     async def _send(self, send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self.answer.stream():
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            # The last event ends the body too: one write less. In JSON no line is END, so nothing else ends like this.
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": not event.endswith(END)})
