@@ -27,7 +27,7 @@ import torch
 from runtime_ref.drafter import KIND, Wanted, load_runtime_drafter
 from runtime_ref.families import read_geometry
 from runtime_ref.kv_cache import PAGE, KvCache, OutOfPages
-from runtime_ref.model import Span
+from runtime_ref.model import Span, logit_rows
 from runtime_ref.parallel import ALONE, Ranks
 from runtime_ref.sampler import SamplingParams, logprob_of
 from runtime_ref.scheduler import Scheduler, Work
@@ -39,6 +39,7 @@ from runtime_ref.speculative import (
     DraftLength,
     Proposal,
     Proposer,
+    Verdict,
     accept,
     propose,
     weigh_in,
@@ -95,7 +96,9 @@ class Engine:
                                       "finished", "aborted"), 0)
         self._taps_ascend = drafter is not None and list(drafter.taps) == sorted(set(drafter.taps))
         self._costs: dict[int, float] | None = None
-        self._rates, self._unpromising = [ASSUMED] * max(DRAFT_COSTS), 0
+        # What is accepted, by whether tokens are drawn: who is right about the likeliest token may be wrong about samples.
+        self._rates = {drawn: [ASSUMED] * max(DRAFT_COSTS) for drawn in (False, True)}
+        self._unpromising = 0
         self._per_position = [0] * (drafter.block - 1 if drafter is not None else 0)
 
     @classmethod
@@ -181,7 +184,7 @@ class Engine:
         else:
             if self._costs is None:
                 self._costs = self.options.draft_costs or self._measure_costs()
-            costs, rates = self._costs or DRAFT_COSTS, list(self._rates)
+            costs, rates = self._costs or DRAFT_COSTS, list(self._rates[params.temperature > 0])
         return DraftLength({n: cost for n, cost in costs.items() if n < self.drafter.block}, rates)
 
     def _explores(self, length: DraftLength, params: SamplingParams) -> bool:
@@ -259,17 +262,25 @@ class Engine:
             logits = "all" if not item.reads_prompt else "last" if item.completes else "none"
             spans.append(Span(sequence.tables, start, tokens, logits))
         step = self.backend.plan(spans)
-        buffers = self.backend.run(self.tasks, step)
+        buffers, verdicts = self._computed(step, work, spans, proposals)
         self._counts["steps"] += 1
         outputs, row = [], 0
         for item, span in zip(work, spans, strict=True):
-            count = {"all": len(span.tokens), "last": 1, "none": 0}[span.logits]
-            own = buffers["logits"][row:row + count]
-            row += count
-            output = self._commit(item, span, own, buffers, proposals.get(item.sequence.id, Proposal([])))
+            own = slice(row, row := row + logit_rows(span))
+            output = self._commit(item, span, own, buffers, proposals.get(item.sequence.id, Proposal([])),
+                                  verdicts.get(item.sequence.id))
             if output is not None:
                 outputs.append(output)
         return sorted(outputs, key=lambda o: o.id)
+
+    def _computed(self, step, work: list[Work], spans: list[Span], proposals: dict[int, Proposal]) -> tuple[dict, dict]:
+        """Buffers of a step, and the verdicts of the sequences that a backend judges where its logits are, by id."""
+        if not hasattr(self.backend, "judge"):
+            return self.backend.run(self.tasks, step), {}
+        from runtime_ref.device_judge import judge_on_device
+
+        buffers = self.backend.run(self.tasks, step, host=False)
+        return buffers, judge_on_device(self.backend, buffers["logits"], work, spans, proposals)
 
     def _draft(self, work: list[Work]) -> dict[int, Proposal]:
         drafting = [w for w in work if w.drafts]
@@ -285,10 +296,15 @@ class Engine:
                                              sequence.tokens[-1])
         return proposals
 
-    def _commit(self, item: Work, span: Span, logits: torch.Tensor, buffers: dict, proposal: Proposal) -> Output | None:
+    def _commit(self, item: Work, span: Span, own: slice, buffers: dict, proposal: Proposal, verdict: Verdict | None,
+                ) -> Output | None:
+        """Takes over what a step gave a sequence: the rows `own` of the logits, unless there is a verdict already."""
         sequence, anchor = item.sequence, span.start + item.count - 1
-        emitted, accepted = [], 0
-        if span.logits != "none":
+        emitted, accepted, logits = [], 0, None
+        if verdict is not None:
+            emitted, accepted = verdict.tokens, verdict.accepted
+        elif span.logits != "none":
+            logits = buffers["logits"][own].cpu()
             if not math.isfinite(float(logits.sum())):
                 row = int((~logits.isfinite()).any(-1).nonzero()[0])
                 raise FloatingPointError(f"request {sequence.id}: the logits after position {span.start + row} are not finite "
@@ -327,12 +343,12 @@ class Engine:
             self._per_position[i] += 1
         if sequence.length is not None:
             sequence.length.update(drafted, accepted)
-            weigh_in(self._rates, drafted, accepted, NEWEST_OF_ENGINE)
+            weigh_in(self._rates[sequence.params.temperature > 0], drafted, accepted, NEWEST_OF_ENGINE)
             if sequence.length.hopeless:
                 sequence.drafting, sequence.length, sequence.taps = False, None, []
 
-    def _emit(self, sequence: Sequence, emitted: list[int], logits: torch.Tensor) -> Output | None:
-        """Takes over tokens until one of them ends the answer."""
+    def _emit(self, sequence: Sequence, emitted: list[int], logits: torch.Tensor | None) -> Output | None:
+        """Takes over tokens until one of them ends the answer; `logits` are needed where log-probabilities are wanted."""
         if not emitted:
             return None
         params, stream = sequence.params, self._streams.get(sequence.id)

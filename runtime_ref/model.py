@@ -183,6 +183,11 @@ class Span:
     row: int = 0  # first row, set by `plan_rows`
 
 
+def logit_rows(span: Span) -> int:
+    """How many of a span's rows want logits."""
+    return {"all": len(span.tokens), "last": 1, "none": 0}[span.logits]
+
+
 @dataclass
 class Step:
     """Everything about the rows of one step that no layer changes."""

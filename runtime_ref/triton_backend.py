@@ -30,6 +30,7 @@ from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.experts import MAX_TOKENS, Launch, Workspace, run_experts
 from runtime_ref.kernels.row_launches import Tiling
+from runtime_ref.kernels.sampling import judge
 from runtime_ref.kv_cache import PAGE, Pool, Table
 from runtime_ref.model import Span
 from runtime_ref.parallel import ALONE, Ranks
@@ -37,6 +38,17 @@ from runtime_ref.tasks import Task
 from runtime_ref.weights import TargetWeights, load_target
 
 BLOCK = 8
+
+
+@dataclass
+class JudgedRows:
+    """A sequence whose tokens the device chooses: its first row, its drafts, and of each row the uniform number of the token
+    that it decides (`sampler.uniform`; any if the temperature is 0)."""
+
+    first: int
+    drafts: list[int]
+    temperature: float
+    uniform: list[float]
 
 
 class KernelPool(Pool):
@@ -170,12 +182,20 @@ class TritonBackend:
         return step
 
     @torch.inference_mode()
-    def run(self, tasks: list[Task], step: KernelStep, watch: Callable[[Task, dict], None] | None = None,
-            ) -> dict[str, torch.Tensor]:
-        """Executes the tasks in order; returns the buffers. `watch` sees the buffers after each task of the list as it is."""
+    def run(self, tasks: list[Task], step: KernelStep, watch: Callable[[Task, dict], None] | None = None, *,
+            host: bool = True) -> dict[str, torch.Tensor]:
+        """Executes the tasks in order; returns the buffers, logits on the host unless told otherwise. `watch` sees the buffers
+        after each task of the list as it is."""
         if watch is None and self.walk is not None and self.walk.serves(tasks, step):
-            found = self.walk.run(step)
-            return found | {"logits": found["logits"].cpu()}
+            buffers = self.walk.run(step)
+        else:
+            buffers = self._launch(tasks, step, watch)
+        if host and "logits" in buffers:
+            buffers["logits"] = buffers["logits"].cpu()
+        return buffers
+
+    def _launch(self, tasks: list[Task], step: KernelStep, watch: Callable[[Task, dict], None] | None) -> dict:
+        """Op by op."""
         buffers = {"ids": step.ids}
         for task in tasks if watch is not None else fused(tasks, self.ranks.count):
             found = self.ops[task.op](step, task.layer, *[buffers[name] for name in task.reads])
@@ -185,9 +205,27 @@ class TritonBackend:
                 buffers.update(zip(task.writes, found or (), strict=True))
             if watch is not None:
                 watch(task, buffers)
-        if "logits" in buffers:
-            buffers["logits"] = buffers["logits"].cpu()  # sampling and acceptance are the engine's, on the host
         return buffers
+
+    @torch.inference_mode()
+    def judge(self, logits: torch.Tensor, rows: list[JudgedRows]) -> list[tuple[list[int], int]]:
+        """Tokens and number of accepted drafts of each sequence, from logits on the device: one launch.
+
+        A token of -1 stands for logits that are not finite.
+        """
+        R = logits.shape[0]
+        drafts, heat, uniform = [0] * R, [0.0] * R, [0.0] * R
+        for own in rows:
+            drafts[own.first:own.first + len(own.drafts)] = own.drafts
+            heat[own.first:own.first + len(own.uniform)] = [own.temperature] * len(own.uniform)
+            uniform[own.first:own.first + len(own.uniform)] = own.uniform
+        whole = {"dtype": torch.int32, "device": self.device}
+        real = {"dtype": torch.float64, "device": self.device}
+        tokens, accepted = judge(logits, torch.tensor(drafts, **whole), torch.tensor([own.first for own in rows], **whole),
+                                 torch.tensor([len(own.drafts) for own in rows], **whole),
+                                 temperature=torch.tensor(heat, **real), uniform=torch.tensor(uniform, **real))
+        tokens, accepted = tokens.tolist(), accepted.tolist()
+        return [(tokens[own.first:own.first + n + 1], n) for own, n in zip(rows, accepted, strict=True)]
 
     def _layer(self, index: int):
         return self.kernel_weights.layers[index]

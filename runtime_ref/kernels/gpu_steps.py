@@ -152,7 +152,8 @@ def measure_steps(config: MiMoV2Config, time_graph, *, position: int = 8192, red
     walk = PersistentStep(ready.backend, ready.tasks, programs)
     report = {"weights_bytes": ready.backend.kernel_weights.arena.used, "position": position,
               "launches_op_by_op": count_launches(ready), "launches_walk": 1,
-              "barriers_of_a_walk": len(walk.tasks), "op_by_op": time_graph([lambda: ready.backend.run(ready.tasks, step)])}
+              "barriers_of_a_walk": len(walk.tasks),
+              "op_by_op": time_graph([lambda: ready.backend.run(ready.tasks, step, host=False)])}
     report["walk"] = time_graph([lambda: walk.run(step)]) | {"failed": walk.failed()}
     counter, failed = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))
 

@@ -14,7 +14,8 @@ unless the uniform number lies within the rounding of a float64 sum of a boundar
 the last place of the exponential differ).
 
 Penalties, top-k, top-p, min-p and rule "rejection" stay with `runtime_ref.sampler` (`draws_here`): they are a contract that
-drafting must not change, and a vocabulary-wide sort belongs to no walk.
+drafting must not change, and a vocabulary-wide sort belongs to no walk. Who judges a sequence follows from its own parameters
+alone, so company cannot change its tokens.
 """
 
 from __future__ import annotations
@@ -64,18 +65,22 @@ def judge_kernel(logits, drafts, first, count, heat, uniform, best, place, mass,
     if warm > 0:
         above = values.to(tl.float64) - tl.where(top == float("-inf"), 0.0, top)
         tl.store(mass + row * CHUNKS + chunk, tl.sum(tl.exp(above / warm), 0))
-    tl.store(best + row * CHUNKS + chunk, top)
+    # A maximum passes over NaN, so logits that are not finite are marked: their row has no token.
+    broken = tl.max(((values - values != 0) & (at < vocabulary)).to(tl.int32), 0) > 0
+    tl.store(best + row * CHUNKS + chunk, tl.where(broken, float("nan"), top))
     tl.store(place + row * CHUNKS + chunk, chunk * BLOCK + tl.argmax(values, 0, tie_break_left=True).to(tl.int32))
     tl.debug_barrier()
     if tl.atomic_add(arrived + row, 1, sem="acq_rel", scope="gpu") == CHUNKS - 1:
         tl.debug_barrier()
-        if warm > 0:
+        c = tl.arange(0, WIDE)
+        found = tl.load(best + row * CHUNKS + c, mask=c < CHUNKS, other=float("-inf"))
+        if tl.max((found != found).to(tl.int32), 0) > 0:
+            tl.store(tokens + row, -1)
+        elif warm > 0:
             token = _draw(source, best + row * CHUNKS, mass + row * CHUNKS, tl.load(uniform + row), warm, vocabulary, CHUNKS,
                           WIDE, BLOCK)
             tl.store(tokens + row, token)
         else:
-            c = tl.arange(0, WIDE)
-            found = tl.load(best + row * CHUNKS + c, mask=c < CHUNKS, other=float("-inf"))
             tl.store(tokens + row, tl.load(place + row * CHUNKS + tl.argmax(found, 0, tie_break_left=True)))
         tl.store(arrived + row, 0)
         tl.debug_barrier()
@@ -95,7 +100,7 @@ def judge_kernel(logits, drafts, first, count, heat, uniform, best, place, mass,
 def draws_here(params: SamplingParams) -> bool:
     """Whether the token of these parameters is what `judge` says."""
     plain = not (params.penalized or params.top_k or params.min_p) and params.top_p == 1
-    return params.plain_greedy or plain and (params.rule == "equality" or not params.speculate)
+    return params.logprobs is None and (params.plain_greedy or plain and (params.rule == "equality" or not params.speculate))
 
 
 def judge(logits: torch.Tensor, drafts: torch.Tensor, first: torch.Tensor, count: torch.Tensor, *,
@@ -110,7 +115,7 @@ def judge(logits: torch.Tensor, drafts: torch.Tensor, first: torch.Tensor, count
             them all rows are greedy.
 
     Returns:
-        tokens int32 [R], accepted int32 [S].
+        tokens int32 [R], -1 where logits are not finite; accepted int32 [S].
 
     Raises:
         ValueError: temperature or uniform that is not float64.

@@ -173,8 +173,8 @@ def test_logits_that_are_not_finite_end_the_engine_and_say_where(make_engine, mo
     engine = make_engine(drafter=False)
     run = engine.backend.run
 
-    def broken(*args):
-        found = run(*args)
+    def broken(*args, **options):
+        found = run(*args, **options)
         return found | {"logits": found["logits"].clone().index_fill_(1, torch.tensor([7]), float("nan"))}
 
     monkeypatch.setattr(engine.backend, "run", broken)

@@ -27,6 +27,15 @@ def test_verdicts_are_those_of_the_reference(vocabulary, chunk):
         assert verdict.tokens == tokens[begin:begin + verdict.accepted + 1].tolist()
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_has_no_token_and_its_neighbours_have_theirs(wrong):
+    logits = torch.randn(4, 130, generator=torch.Generator().manual_seed(9))
+    expected = logits.argmax(-1).tolist()
+    logits[1, 100], logits[2, 3] = wrong, wrong
+    assert draws(logits, [0.0] * 4, [0.0] * 4, 64) == [expected[0], -1, -1, expected[3]]
+    assert draws(logits, [0.0, 0.5, 0.0, 0.0], [0.5] * 4, 64)[1:3] == [-1, -1]
+
+
 def test_equal_logits_give_the_lower_token_within_and_across_chunks():
     logits = torch.zeros(2, 200)
     logits[0, [70, 150]] = 3.0
@@ -48,8 +57,8 @@ def test_draws_are_those_of_the_reference(vocabulary, chunk):
     """Warm and cold rows side by side, flat and peaked distributions, tokens that were ruled out."""
     generator = torch.Generator().manual_seed(vocabulary)
     logits = torch.randn(24, vocabulary, generator=generator) * 4
-    logits[5:10, ::3] = float("-inf")
-    logits[7, 64:] = float("-inf")  # whole chunks without a chance
+    logits[5:10, ::3] = -3e38
+    logits[7, 64:] = -3e38  # whole chunks without a chance
     temperatures = [0.0, 0.8, 1.0, 3.0, 0.05, 100.0] * 4
     params = [SamplingParams(temperature=t, seed=i) for i, t in enumerate(temperatures)]
     numbers = [uniform(p.seed, 10 + i, "token") for i, p in enumerate(params)]
@@ -61,7 +70,7 @@ def test_draws_are_those_of_the_reference(vocabulary, chunk):
 def test_the_ends_of_the_distribution_are_tokens_that_have_a_chance():
     """Uniform numbers 0 and just below 1, where the first and the last tokens are ruled out."""
     logits = torch.randn(1, 200, generator=torch.Generator().manual_seed(2))
-    logits[0, :3] = logits[0, 190:] = float("-inf")
+    logits[0, :3] = logits[0, 190:] = -3e38
     params = SamplingParams(temperature=0.7)
     for number in (0.0, 1 - 2.0**-53):
         assert draws(logits, [0.7], [number], 64) == [draw(distribution(logits[0], params), number)]

@@ -15,6 +15,7 @@ from tolerance import ROW_KERNEL, TRITON_LOGITS
 
 from modeling.names import qkv_rows
 from mxfp4 import dequantize
+from runtime_ref import device_judge
 from runtime_ref.checks_model import run_watched
 from runtime_ref.drafter import Wanted
 from runtime_ref.engine import Engine
@@ -158,6 +159,24 @@ def test_sampled_tokens_of_equality_are_those_of_plain_decoding(small_engine, sm
     params = [SamplingParams(max_tokens=3, temperature=0.8, seed=i, ignore_eos=True) for i in range(2)]
     plain = small_engine(drafter=False).generate(small_prompts[:2], params)
     assert small_engine().generate(small_prompts[:2], params) == plain
+
+
+def test_what_the_device_judges_the_host_judges_alike(small_engine, small_prompts, monkeypatch):
+    """Greedy, drawn and filtered sequences side by side, with drafts; only the last one's logits reach the host."""
+    params = [SamplingParams(max_tokens=6, ignore_eos=True, **own) for own in (
+        {}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 4, "top_p": 0.9})]
+    engine, judged = small_engine(prefix_cache=False), []
+    judge = engine.backend.judge
+
+    def watched(logits, rows):
+        judged.append(len(rows))
+        return judge(logits, rows)
+
+    monkeypatch.setattr(engine.backend, "judge", watched)
+    together = engine.generate(small_prompts, params)
+    assert judged and max(judged) == 2
+    monkeypatch.setattr(device_judge, "draws_here", lambda params: False)
+    assert engine.generate(small_prompts, params) == together
 
 
 def test_drafts_are_those_of_the_torch_drafter(small_engine, ids):
