@@ -30,6 +30,7 @@ from runtime_ref.tasks import target_tasks
 from runtime_ref.triton_backend import TritonBackend
 
 BARRIERS = 200
+QUANTIZED = 1 << 29  # bfloat16 weights
 ALL_REDUCE_SECONDS = (3e-6, 5e-6, 8e-6, 12e-6)
 ACCEPTANCE = 6.30
 TOY = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 3, "hybrid_layer_pattern": [0, 1, 0],
@@ -119,7 +120,7 @@ def check_fake_quantize(device: str) -> dict:
 
 def measure_fake_quantize(time_graph, copy: float) -> dict:
     """G4: bfloat16 weights of one GiB, without the flag's synchronization; `copy`: bytes per second of a copy."""
-    w = torch.randn(1 << 29, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(QUANTIZED, device="cuda", dtype=torch.bfloat16)
     out, unsafe, blocks = torch.empty_like(w), torch.zeros(1, dtype=torch.int32, device="cuda"), w.numel() // 32
     grid = (triton.cdiv(blocks, BLOCKS_PER_PROGRAM),)
     timed = time_graph([lambda: fake_quantize_kernel[grid](w, out, unsafe, blocks, 1, scale_bump(ScaleRule.EVEN), 27 << 23,

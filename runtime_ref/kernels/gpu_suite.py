@@ -42,6 +42,7 @@ SECONDS = 540
 RANKS, TOKENS = 8, 8
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
 CALLS, REPLAYS = 32, 7
+BANDWIDTH_BYTES = 4 << 30
 # Relative error (Frobenius) against float32: see EXPERTS_KERNEL in the tests' tolerances.
 TOLERANCE = 2.0**-8
 
@@ -293,7 +294,7 @@ def check_attention(window: int | None, device: str, **options) -> dict:
 
 def _bandwidths(count: int) -> dict:
     """Bytes per second of a pure read and of a copy (read plus written)."""
-    data = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").fill_(1)
+    data = torch.empty(BANDWIDTH_BYTES, dtype=torch.uint8, device="cuda").fill_(1)
     other, sums = torch.empty_like(data), torch.empty(8 * count, device="cuda")
     read = [_time(lambda p=programs: read_kernel[(p * count,)](data, sums, data.numel() // 16384, BLOCK=16384), 3)
             for programs in (2, 4, 8)]

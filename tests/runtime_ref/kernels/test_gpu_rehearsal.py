@@ -1,0 +1,112 @@
+"""The GPU suite from its first line to its JSON on a machine without a GPU: a dress rehearsal, because a card's minutes are
+few.
+
+torch.cuda is played by the CPU: tensors meant for "cuda" are made there, graphs call what they would have recorded, events say
+a millisecond. Kernels are compiled for the CPU, cooperative launches are threads. What comes out are no measurements.
+"""
+
+import contextlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
+
+from modeling.released import released_config
+from runtime_ref.kernels import gpu_steps, gpu_suite
+from tests.runtime_ref.kernels.at_once import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here: make test-kernels")
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Tensors for "cuda" lie on the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        if function is torch.Tensor.cuda:
+            return args[0]
+        return function(*["cpu" if isinstance(a, str) and a == "cuda" else a for a in args], **kwargs)
+
+
+class Graph:
+    """Calls are made while they are recorded; the suite's `graph` gives them to whoever replays."""
+
+    def replay(self):
+        """Nothing is left to do."""
+
+
+class Event:
+    def __init__(self, **options):
+        """Options of torch's."""
+
+    def record(self):
+        """No stream."""
+
+    synchronize = record
+
+    def elapsed_time(self, other) -> float:
+        return 1.0
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """A card, as far as the suite looks."""
+    card = SimpleNamespace(multi_processor_count=1)
+    generator = torch.Generator
+    host_copies = []
+
+    def no_copy(tensor, *args, **options):
+        host_copies.append(tuple(tensor.shape))
+        return cpu(tensor, *args, **options)
+
+    @contextlib.contextmanager
+    def recording(graph):
+        before = len(host_copies)
+        yield
+        assert len(host_copies) == before, f"copied to the host while a graph was recorded: {host_copies[before:]}"
+
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", no_copy)
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
+    for name, value in {"is_available": lambda: True, "get_device_capability": lambda *_: (9, 0), "synchronize": lambda: None,
+                        "get_device_name": lambda *_: "NVIDIA H200 (played)", "get_device_properties": lambda *_: card,
+                        "empty_cache": lambda: None, "CUDAGraph": Graph, "graph": recording, "Event": Event}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    traced = SimpleNamespace(key_averages=lambda: [SimpleNamespace(key="product_kernel", count=3)])
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: contextlib.nullcontext(traced))
+    with OnTheCpu():
+        yield
+
+
+def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch):
+    small = released_config("MiMo-V2.5-Pro") | gpu_steps.TOY | {
+        "hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 8, "swa_num_attention_heads": 16,
+        "swa_num_key_value_heads": 8, "moe_intermediate_size": 8 * 64, "intermediate_size": 8 * 256, "n_routed_experts": 8}
+    for module in (gpu_suite, gpu_steps):
+        if hasattr(module, "released_config"):
+            monkeypatch.setattr(module, "released_config", lambda name: dict(small))
+    real = gpu_suite._random_weights
+    monkeypatch.setattr(gpu_suite, "_random_weights", lambda experts, hidden, inner: real(experts, min(hidden, 512), inner))
+    for module, name, value in ((gpu_suite, "BANDWIDTH_BYTES", 1 << 20), (gpu_suite, "CALLS", 2), (gpu_suite, "SWEEP", (1, 16)),
+                                (gpu_suite, "REPLAYS", 2), (gpu_steps, "QUANTIZED", 1 << 16), (gpu_steps, "BARRIERS", 3)):
+        monkeypatch.setattr(module, name, value)
+    variants, check = gpu_suite.launches, gpu_suite._check_experts
+    monkeypatch.setattr(gpu_suite, "launches", lambda *args: [v for v in variants(*args)[:1] + variants(*args)[-2:]
+                                                              if v.warps == 4])
+    monkeypatch.setattr(gpu_suite, "_check_experts", lambda *args: check(*args[:3], args[3][:1]))
+    engine, steps = gpu_steps.measure_engine, gpu_steps.measure_steps
+    monkeypatch.setattr(gpu_steps, "measure_engine", lambda folder: engine(folder, tokens=8))
+    monkeypatch.setattr(gpu_steps, "measure_steps", lambda *args: steps(*args, position=200))
+    assert gpu_suite.run(tmp_path / "gpu.json", folder) == 0
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["skipped"] == [] and report["refused"] == [] and all(check["passed"] for check in report["checks"])
+    assert not any(row["failed"] for row in report["experts"] + report["sweep"]) and len(report["sweep"]) == 2
+    assert not report["step"]["walk"]["failed"] and report["step"]["barriers_of_a_walk"] > 3
+    assert set(report["engine"]["greedy_equal"].values()) == {True} and len(report["engine"]["greedy_equal"]) == 4
+    assert {"bandwidth", "fake_quantize", "torch_bf16", "peers"} <= report.keys()
