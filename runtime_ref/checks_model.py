@@ -57,7 +57,7 @@ class OpErrors:
             self._kept["ids"] = step.ids
         backend.run(target_tasks(backend.config), step, self._watch)
         cache.release(tables)
-        self.found = _worst_of_ranks(self.found, backend.weights.ranks)
+        self.found = _worst_of_ranks(self.found, backend.ranks)
 
     def _watch(self, task: Task, buffers: dict) -> None:
         inputs, rows = {name: self._kept[name] for name in task.reads if name in self._kept}, len(self._span.tokens)
@@ -208,7 +208,7 @@ def check_ops(all_ops: list[OpErrors]) -> Check:
             check.fail(f"{name}: {place_of(task)}: relative error {error:.2g}, expected at most {OP_ERROR:g}",
                        f"the {name} backend's op {task.op} is wrong")
         if hasattr(ops.backend, "ops"):
-            error = _worst_of_ranks([(None, _large_activations(ops.backend))], ops.backend.weights.ranks)[0][1]
+            error = _worst_of_ranks([(None, _large_activations(ops.backend))], ops.backend.ranks)[0][1]
             rows.append([name, "dense_mlp, experts at large activations", error, len(ops.backend.weights.layers)])
             if not error <= OP_ERROR:
                 clamped = getattr(ops.backend.config, "clamp", None) is not None
@@ -216,7 +216,7 @@ def check_ops(all_ops: list[OpErrors]) -> Check:
                            f"{ENGINE_CAUSE}: {MISSING_CLAMP_CAUSE if clamped else CLAMP_CAUSE}")
     check.tables["ops"] = rows
     check.numbers = {"backends": ", ".join(ops.backend.name for ops in all_ops),
-                     "ranks": all_ops[0].backend.weights.ranks.count, "row blocks": f"multiples of {_quantum()}"}
+                     "ranks": all_ops[0].backend.ranks.count, "row blocks": f"multiples of {_quantum()}"}
     return check
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,34 +23,21 @@ from pathlib import Path
 
 import torch
 
+from runtime_ref.adaptive import Adaptive
 from runtime_ref.drafter import KIND, Wanted, load_runtime_drafter
 from runtime_ref.families import read_geometry
-from runtime_ref.kv_cache import PAGE, KvCache, OutOfPages
+from runtime_ref.kv_cache import PAGE, KvCache
 from runtime_ref.model import Span, logit_rows
 from runtime_ref.parallel import ALONE, Ranks
 from runtime_ref.sampler import SamplingParams, logprob_of
 from runtime_ref.scheduler import Scheduler, Work
 from runtime_ref.sequence import Finish, Output, Sequence
-from runtime_ref.speculative import (
-    ASSUMED,
-    EXPLORE,
-    NEWEST_OF_ENGINE,
-    DraftLength,
-    Proposal,
-    Proposer,
-    Verdict,
-    accept,
-    propose,
-    weigh_in,
-)
+from runtime_ref.speculative import Proposal, Proposer, Verdict, accept, propose
 from runtime_ref.streaming import TextStream
 from runtime_ref.tasks import TorchBackend, check_tasks, target_tasks
 from runtime_ref.weights import DECODED_BYTES, TargetWeights, drafter_folder, load_target, verify_checksums
 
 BACKENDS = ("auto", "native", "torch", "triton")
-# Rounds of three or seven drafts against a plain step, where they are not measured (drafters without weights).
-DRAFT_COSTS = {0: 1.0, 3: 1.6, 7: 2.2}
-MEASURED_ROUNDS = 24
 
 
 @dataclass
@@ -62,7 +48,7 @@ class EngineOptions:
         max_running: sequences decoded side by side. rows: tokens per step (prompts included).
         max_context: longest prompt and answer; with max_running it decides how many pages there are, unless `pages` does.
         prefix_pages: pages kept beyond that for beginnings of prompts.
-        draft_costs: see `speculative.DraftLength`; None: measured when the first adaptive request comes.
+        draft_costs: see `adaptive.DraftLength`; None: measured when the first adaptive request comes.
     """
 
     max_running: int = 8
@@ -95,10 +81,7 @@ class Engine:
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "cached_tokens", "tokens", "rounds", "drafted", "accepted",
                                       "finished", "aborted"), 0)
         self._taps_ascend = drafter is not None and list(drafter.taps) == sorted(set(drafter.taps))
-        self._costs: dict[int, float] | None = None
-        # What is accepted, by whether tokens are drawn: who is right about the likeliest token may be wrong about samples.
-        self._rates = {drawn: [ASSUMED] * max(DRAFT_COSTS) for drawn in (False, True)}
-        self._unpromising = 0
+        self.adaptive = Adaptive(backend, drafter, self.cache, self.tasks, options.draft_costs) if drafter is not None else None
         self._per_position = [0] * (drafter.block - 1 if drafter is not None else 0)
 
     @classmethod
@@ -163,8 +146,7 @@ class Engine:
         drafting = self.drafter is not None and params.speculate and params.drafts != 0
         length = None
         if drafting and params.adaptive:
-            length = self._draft_length(params)
-            drafting = not length.hopeless and self._explores(length, params)
+            length, drafting = self.adaptive.begin(params)
         sequence = Sequence(next(self._ids), list(prompt), params, len(self._sequences), self.cache.tables(), drafting, length)
         sequence.arrival = sequence.id
         self._sequences[sequence.id] = sequence
@@ -172,55 +154,6 @@ class Engine:
             self._streams[sequence.id] = TextStream(self.tokenizer, params.stop)
         self.scheduler.add(sequence)
         return sequence.id
-
-    def _draft_length(self, params: SamplingParams) -> DraftLength:
-        """What decides on a new sequence's drafts.
-
-        Under the rule "rejection" the number of drafts shows in the tokens (not in their distribution), so nothing that was
-        measured decides there: the same seed gives the same answer.
-        """
-        if params.rule == "rejection" and params.temperature > 0:
-            costs, rates = self.options.draft_costs or DRAFT_COSTS, []
-        else:
-            if self._costs is None:
-                self._costs = self.options.draft_costs or self._measure_costs()
-            costs, rates = self._costs or DRAFT_COSTS, list(self._rates[params.temperature > 0])
-        return DraftLength({n: cost for n, cost in costs.items() if n < self.drafter.block}, rates)
-
-    def _explores(self, length: DraftLength, params: SamplingParams) -> bool:
-        """Whether a new sequence may draft at all: its features cost something even while it decodes plainly."""
-        if length.best or params.rule == "rejection" and params.temperature > 0:
-            return True
-        self._unpromising += 1
-        return self._unpromising % EXPLORE == 1
-
-    def _measure_costs(self) -> dict[int, float] | None:
-        """Seconds of rounds over those of a plain step, for one sequence; None if there is no room to measure now."""
-        if getattr(self.drafter, "pool", None) is None:
-            return DRAFT_COSTS
-        tables, start = self.cache.tables(), PAGE
-        try:
-            self.cache.extend(tables, list(tables), start + self.drafter.block)
-        except OutOfPages:
-            return None
-        width = self.backend.config.hidden_size * len(self.drafter.taps)
-        seconds = {n: [] for n in DRAFT_COSTS if n < self.drafter.block}
-        # Alone, in CPU time: whatever else the machine does is not this engine's cost. Ranks also wait for each other.
-        clock = time.process_time if self.backend.weights.ranks.count == 1 else time.perf_counter
-        params, markov = SamplingParams(temperature=0.0), getattr(self.drafter, "markov", None)
-        features = {n: torch.zeros(1 + n // 2, width) for n in seconds}
-        for _ in range(MEASURED_ROUNDS):
-            for n, found in seconds.items():
-                began, proposal = clock(), Proposal([])
-                if n:
-                    drafts = self.drafter.logits([Wanted(tables, 0, start, n, features[n])])[0]
-                    proposal = propose(drafts, params, start, markov)
-                buffers = self.backend.run(self.tasks, self.backend.plan([Span(tables, start, [0, *proposal.tokens])]))
-                accept(buffers["logits"], proposal, params, start, [0], [])
-                found.append(clock() - began)
-        self.cache.release(tables)
-        plain = min(seconds[0])
-        return self.backend.weights.ranks.broadcast({n: min(found) / plain for n, found in seconds.items()})
 
     def abort(self, request: int) -> None:
         """Ends a request and frees what it holds; unknown and finished ids are ignored."""
@@ -246,7 +179,7 @@ class Engine:
             return outputs
         finally:
             if not done:
-                self.backend.weights.ranks.abandon()
+                self.backend.ranks.abandon()
 
     def _step(self) -> list[Output]:
         work = self.scheduler.plan()
@@ -343,7 +276,7 @@ class Engine:
             self._per_position[i] += 1
         if sequence.length is not None:
             sequence.length.update(drafted, accepted)
-            weigh_in(self._rates[sequence.params.temperature > 0], drafted, accepted, NEWEST_OF_ENGINE)
+            self.adaptive.learn(sequence.params, drafted, accepted)
             if sequence.length.hopeless:
                 sequence.drafting, sequence.length, sequence.taps = False, None, []
 

@@ -67,7 +67,7 @@ def found(task: Task, buffers: dict[str, torch.Tensor], backend) -> torch.Tensor
         dense = torch.zeros(buffers["index"].shape[0], config.n_routed_experts, dtype=torch.float64)
         return dense.scatter_(1, buffers["index"], buffers["weight"].double())
     if task.op == "head" and buffers["logits"].shape[1] < config.vocab_size:  # own columns, gathered after the last task
-        return torch.cat(list(backend.weights.ranks.gather(buffers["logits"][None].contiguous())), dim=-1)
+        return torch.cat(list(backend.ranks.gather(buffers["logits"][None].contiguous())), dim=-1)
     return buffers[task.writes[0]]
 
 

@@ -147,7 +147,7 @@ class NativeBackend:
             raise ValueError(f"dtype {dtype}: expected bfloat16 or float32")
         if dots and not can_dot(dtype):
             raise ValueError(f"dots: bf16 dot products need a processor that has them and dtype bfloat16, this is {dtype}")
-        self.weights, self.config, self.dtype = weights, weights.config, dtype
+        self.weights, self.config, self.dtype, self.ranks = weights, weights.config, dtype, weights.ranks
         self.dots = can_dot(dtype) if dots is None else dots
         self.run_code, self.memory = library()[0].run, Memory(self.dots)
         self.rotary = rotary_tables(self.config)

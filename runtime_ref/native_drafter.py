@@ -108,7 +108,7 @@ class NativeDrafter(Drafter):
         logits = torch.empty(len(rows.head), self.block_step.head.n)
         self.block_step.logits = logits.data_ptr()
         self._run(self.block_step, self.block_work, self.block_code, rows.step())
-        logits, ranks = logits[:, :self.backend.vocabulary], self.backend.weights.ranks
+        logits, ranks = logits[:, :self.backend.vocabulary], self.backend.ranks
         if ranks.count > 1:
             logits = ranks.gather(logits[None].contiguous()).transpose(0, 1).reshape(len(rows.head), -1)
         return list(logits.split([w.count for w in wanted]))

@@ -8,9 +8,9 @@ from enum import StrEnum
 
 import torch
 
+from runtime_ref.adaptive import DraftLength
 from runtime_ref.kv_cache import PAGE, Table, extend_hashes
 from runtime_ref.sampler import Logprob, SamplingParams
-from runtime_ref.speculative import DraftLength
 
 
 class Finish(StrEnum):

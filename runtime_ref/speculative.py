@@ -9,16 +9,11 @@ with exactly the target's distribution:
                 from max(p - q, 0). Accepts more often when q is close to p but not sharp.
 
 At temperature 0 both are "equal to the arg-max".
-
-How many drafts to ask for (`DraftLength`): from running means of the conditional acceptance by position follow the tokens
-expected of a round; the count with the most tokens per unit of cost wins, 0 (plain decoding) included. Costs are relative
-to a plain step; the engine measures them once, on rank 0, and tells the others, so that all ranks decide alike. A sequence
-starts from what the engine's sequences accepted last. One that does not draft tries again ever more rarely, and gives up.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -26,15 +21,6 @@ import torch
 from runtime_ref.drafter import Wanted
 from runtime_ref.markov import MarkovHead
 from runtime_ref.sampler import SamplingParams, distribution, draw, penalize, sample, uniform
-
-# Plain tokens after which a sequence that does not draft tries again (twice as many each time), and how often it does.
-RETRY_AFTER, RETRIES = 32, 3
-# Weight of the newest round in a sequence's means and in the engine's; what is assumed before anything was measured.
-NEWEST, NEWEST_OF_ENGINE, ASSUMED = 0.15, 0.02, 0.7
-# Where the engine's sequences show that drafts do not pay, one in so many new ones finds out whether that still holds.
-EXPLORE = 16
-# Tokens per cost that a round must be able to reach, all drafts accepted, to be tried at all.
-WORTH_TRYING = 1.1
 
 
 class Proposer(Protocol):
@@ -117,67 +103,3 @@ def _judge(logits, draft, proposal, i, params, position, prompt, said) -> int:
     rest = (p - q).clamp_min_(0)
     # p and q differ by rounding only: the draft was rejected with a probability of about 0, and p is the answer.
     return draw(rest if float(rest.sum()) > 0 else p, uniform(params.seed, where, "token"))
-
-
-@dataclass
-class DraftLength:
-    """Number of drafts of a sequence's next round.
-
-    Attributes:
-        costs: number of drafts -> cost of a round of that many (drafting and verifying), a plain step being 1.
-        rates: P(draft i accepted | all before it were), running means.
-    """
-
-    costs: dict[int, float]
-    rates: list[float] = field(default_factory=list)
-    plain: int = 0
-    retries: int = 0
-
-    def __post_init__(self):
-        if not self.rates:
-            self.rates = [ASSUMED] * max(self.costs)
-
-    def next(self) -> int:
-        best = self.best
-        if best == 0 and self.plain >= RETRY_AFTER << self.retries:
-            return min((c for c in self.costs if c), default=0)
-        return best
-
-    @property
-    def best(self) -> int:
-        return max(self.costs, key=lambda count: self.expected(count) / self.costs[count])
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether the sequence should stop to ask for drafts for good."""
-        return self.retries >= RETRIES or not worth_trying(self.costs)
-
-    def expected(self, count: int) -> float:
-        """Tokens of a round of `count` drafts."""
-        reached, total = 1.0, 1.0
-        for rate in self.rates[:count]:
-            reached *= rate
-            total += reached
-        return total
-
-    def update(self, drafted: int, accepted: int) -> None:
-        if not drafted:
-            self.plain += 1
-            return
-        tried, self.plain = self.plain > 0, 0
-        weigh_in(self.rates, drafted, accepted, NEWEST)
-        if self.best:
-            self.retries = 0
-        elif tried:
-            self.retries += 1
-
-
-def worth_trying(costs: dict[int, float]) -> bool:
-    """Whether any round would pay if all of its drafts were accepted."""
-    return any((count + 1) / cost >= WORTH_TRYING for count, cost in costs.items() if count)
-
-
-def weigh_in(rates: list[float], drafted: int, accepted: int, weight: float) -> None:
-    """Moves running means by one round's outcome."""
-    for i in range(min(accepted + 1, drafted)):
-        rates[i] += weight * ((i < accepted) - rates[i])

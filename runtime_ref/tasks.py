@@ -89,7 +89,7 @@ class TorchBackend:
     def __init__(self, weights: TargetWeights, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int]):
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"dtype {dtype}: expected bfloat16 or float32")
-        self.weights, self.config, self.dtype = weights, weights.config, dtype
+        self.weights, self.config, self.dtype, self.ranks = weights, weights.config, dtype, weights.ranks
         self.pools = self._pools(pages)
         self.rotary = rotary_tables(self.config)
         self.ops: dict[str, Callable] = {name.removeprefix("op_"): getattr(self, name)

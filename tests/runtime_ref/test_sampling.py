@@ -6,8 +6,9 @@ import zlib
 import pytest
 import torch
 
+from runtime_ref.adaptive import DraftLength
 from runtime_ref.sampler import SamplingParams, distribution, draw, logprob_of, penalize, sample, uniform
-from runtime_ref.speculative import DraftLength, Proposal, accept, propose
+from runtime_ref.speculative import Proposal, accept, propose
 from tests.runtime_ref.conftest import KERNELS
 
 VOCABULARY, DRAFTS, TRIALS = 5, 2, 4000
@@ -202,7 +203,7 @@ def test_costs_of_rounds_decide_whether_an_adaptive_request_drafts(make_engine):
         assert engine.stats()["rounds"] == rounds  # the next ones take the first one's word for it
     engine = make_engine()
     engine.generate([[5, 6, 7]], adaptive)
-    assert engine._costs[0] == 1.0 and all(cost > 1 for n, cost in engine._costs.items() if n)
+    assert engine.adaptive.costs[0] == 1.0 and all(cost > 1 for n, cost in engine.adaptive.costs.items() if n)
     engine.cache.forget_prefixes()
     assert set(engine.stats()["pages"].values()) == {0}
 

@@ -31,13 +31,14 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
 
 from runtime_ref.kernels.host import c_code, c_text, elements, emitter, ptx_code, ttir
 
 # The GPU whose front end and passes are used.
 LIKE = GPUTarget("cuda", 90, 32)
 TARGET = GPUTarget("host", 90, 1)
-FLAGS = ("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native", "-fno-math-errno", "-ffp-contract=off",
+FLAGS = ("-O1", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native", "-fno-math-errno", "-ffp-contract=off",
          "-fno-trapping-math", "-std=gnu11", "-shared", "-fPIC", "-pthread")
 MOST_THREADS = 1 << 20  # per program, as the check of Triton's launcher counts them
 
@@ -64,18 +65,22 @@ def _made_of() -> str:
 
 
 def compile_c(source: str) -> bytes:
-    """A shared library.
+    """A shared library. Kernels that differ only in what Triton promises of their arguments have the same C, compiled once.
 
     Raises:
         RuntimeError: the compiler refuses the source (a mistake of `c_code`).
     """
-    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
-        file, made = Path(folder, "kernel.c"), Path(folder, "kernel.so")
-        file.write_text(source, encoding="utf-8")
-        done = subprocess.run([compiler(), *FLAGS, str(file), "-o", str(made), "-lm"], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError("the C of a kernel does not compile: " + "\n".join(done.stderr.splitlines()[:5]))
-        return made.read_bytes()
+    kept, name = get_cache_manager(hashlib.sha256((source + _made_of()).encode()).hexdigest()), "kernel.so"
+    found = kept.get_file(name)
+    if found is None:
+        with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+            file, made = Path(folder, "kernel.c"), Path(folder, name)
+            file.write_text(source, encoding="utf-8")
+            done = subprocess.run([compiler(), *FLAGS, str(file), "-o", str(made), "-lm"], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError("the C of a kernel does not compile: " + "\n".join(done.stderr.splitlines()[:5]))
+            found = kept.put(made.read_bytes(), name)
+    return Path(found).read_bytes()
 
 
 class HostBackend(CUDABackend):
