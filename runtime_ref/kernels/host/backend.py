@@ -148,7 +148,7 @@ class HostLauncher:
     only: tuple[int, int] | None = None
 
     def __init__(self, source, metadata):
-        self.kinds = list(source.signature.values())
+        self.name, self.names, self.kinds = metadata.name, list(source.signature), list(source.signature.values())
         self.together = bool(metadata.launch_cooperative_grid)
         self.slots = _Slot * max(1, sum(kind != "constexpr" for kind in self.kinds))
 

@@ -7,6 +7,8 @@ a millisecond. Kernels are compiled for the CPU, cooperative launches are thread
 
 import contextlib
 import json
+import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,22 +18,64 @@ from torch.overrides import TorchFunctionMode
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
 from modeling.released import released_config
+from runtime_ref.engine import Engine, EngineOptions
 from runtime_ref.kernels import gpu_steps, gpu_suite
+from runtime_ref.kernels.host.backend import HostLauncher
+from runtime_ref.sampler import SamplingParams
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted here: make test-kernels")
 
 
 class OnTheCpu(TorchFunctionMode):
-    """Tensors for "cuda" lie on the CPU."""
+    """Tensors for "cuda" lie on the CPU and bear a mark, which what is computed of them inherits. `mixed` are the calls that a
+    card would refuse: marked and unmarked tensors together, outside copies and indices."""
+
+    FREE = {"copy_", "__getitem__", "__setitem__", "index_copy_", "__get__", "__set__", "cpu", "to", "cuda"}
+
+    def __init__(self):
+        super().__init__()
+        self.mixed: list[str] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if function is torch.device:
+            return function(*args, **kwargs)
+        tensors = [t for t in flattened((args, tuple(kwargs.values()))) if isinstance(t, torch.Tensor)]
+        marked = [on_card(t) for t in tensors if t.dim()]
+        name = getattr(function, "__name__", str(function))
+        places = [str(a) for a in (*args, kwargs.get("device")) if isinstance(a, (str, torch.device))]
+        here = any(place.startswith("cuda") for place in places)
+        gone = name == "cpu" or "cpu" in places
+        if len(set(marked)) > 1 and name not in self.FREE or name == "numpy" and any(marked):
+            caller = next(frame for frame in traceback.extract_stack()[::-1] if "/tests/" not in frame.filename
+                          and "/runtime_ref/" in frame.filename)
+            self.mixed.append(f"{name} in {Path(caller.filename).name}:{caller.lineno}")
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
-        if function is torch.Tensor.cuda:
-            return args[0]
-        return function(*["cpu" if isinstance(a, str) and a == "cuda" else a for a in args], **kwargs)
+        if name == "cuda":
+            found, here = args[0], True
+        else:
+            found = function(*["cpu" if isinstance(a, (str, torch.device)) and str(a).startswith("cuda") else a for a in args],
+                             **kwargs)
+        if here or gone:
+            found = found.detach().clone() if isinstance(found, torch.Tensor) else found
+        for t in flattened((found,)):
+            if isinstance(t, torch.Tensor) and t.dim() and (here or any(marked) and not gone):
+                t.on_card = True
+        return found
+
+
+def on_card(tensor: torch.Tensor) -> bool:
+    return getattr(tensor, "on_card", False)
+
+
+def flattened(values):
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from flattened(value)
+        else:
+            yield value
 
 
 class Graph:
@@ -72,6 +116,7 @@ def played(monkeypatch):
         assert len(host_copies) == before, f"copied to the host while a graph was recorded: {host_copies[before:]}"
 
     cpu = torch.Tensor.cpu
+    no_copy.__name__ = "cpu"  # torch looks its methods up by name
     monkeypatch.setattr(torch.Tensor, "cpu", no_copy)
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
     for name, value in {"is_available": lambda: True, "get_device_capability": lambda *_: (9, 0), "synchronize": lambda: None,
@@ -80,8 +125,20 @@ def played(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     traced = SimpleNamespace(key_averages=lambda: [SimpleNamespace(key="product_kernel", count=3)])
     monkeypatch.setattr(torch.profiler, "profile", lambda **options: contextlib.nullcontext(traced))
-    with OnTheCpu():
+    launch, strangers = HostLauncher.__call__, set()
+
+    def launched(self, *arguments):
+        strangers.update(f"{self.name}({name})" for name, t in zip(self.names, arguments[9:], strict=True)
+                         if isinstance(t, torch.Tensor) and not on_card(t))
+        return launch(self, *arguments)
+
+    monkeypatch.setattr(HostLauncher, "__call__", launched)
+    place = property(lambda t: torch.device("cuda" if on_card(t) else "cpu"))
+    monkeypatch.setattr(torch.Tensor, "device", place, raising=False)
+    with OnTheCpu() as mode:
         yield
+    assert not strangers, f"kernels were given tensors of the host: {strangers}"
+    assert not mode.mixed, f"tensors of the host and of the card in one call: {sorted(set(mode.mixed))}"
 
 
 def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch):
@@ -110,3 +167,15 @@ def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch)
     assert not report["step"]["walk"]["failed"] and report["step"]["barriers_of_a_walk"] > 3
     assert set(report["engine"]["greedy_equal"].values()) == {True} and len(report["engine"]["greedy_equal"]) == 4
     assert {"bandwidth", "fake_quantize", "torch_bf16", "peers"} <= report.keys()
+
+
+def test_an_engine_keeps_to_the_card(played, folder):
+    """Adaptive (costs are measured), drawn on the card, judged by the host, with log-probabilities: together, and walked."""
+    engine = Engine.from_folder(folder, backend="triton", options=EngineOptions(max_context=256, max_running=4))
+    assert engine.backend.device == "cuda"
+    params = [SamplingParams(max_tokens=6, ignore_eos=True, **own) for own in (
+        {"adaptive": True}, {"temperature": 0.8, "seed": 1}, {"temperature": 0.8, "seed": 2, "top_p": 0.9}, {"logprobs": 2})]
+    prompts = [[5, 6, 7, 8 + i] for i in range(4)]
+    found = engine.generate(prompts, params)
+    gpu_steps.walking(engine, 2)
+    assert engine.generate(prompts, params) == found and all(len(answer) == 6 for answer in found)
