@@ -87,18 +87,20 @@ class _Writer(Emitter):
             return of_elements(*[o.at(indices if o.type.shape else ()) for o in operands])
 
         result = operation.results[0]
+        foreign = operation.name == "tt.int_to_ptr" or any(o.foreign for o in operands)
         if not kind.shape:
-            self._scalar(result, kind, at(()))
+            self._scalar(result, kind, at(())).foreign = foreign
             return
         steps = None if any(o.steps is None for o in operands) else 1 + sum(o.steps for o in operands)
         of_places = steps is not None and steps <= MOST_STEPS and operation.name in _OF_PLACES
-        lazy = Value(kind, at, free=of_places, steps=steps if of_places else None)
+        lazy = Value(kind, at, free=of_places, steps=steps if of_places else None, foreign=foreign)
         own, everywhere = self.uses[result]
         pointer = operation.name in ("tt.addptr", "tt.bitcast") and kind.element.startswith("ptr:")
         if of_places or pointer or everywhere == 1 and own == id(block):
             self.values[result] = lazy
         else:
             self.values[result] = self._filled(lazy)
+            self.values[result].foreign = foreign
 
     def _arith_constant(self, operation: Operation) -> None:
         text = operation.rest.strip()
@@ -114,8 +116,9 @@ class _Writer(Emitter):
         self._set(operation, [Value(operation.result_types[0], lambda i: f"({i[0]} + {start})" if start else i[0])])
 
     def _tt_splat(self, operation: Operation) -> None:
-        source = self._get(operation.operands[0]).scalar
-        self._set(operation, [Value(operation.result_types[0], lambda _: source)])
+        source = self._get(operation.operands[0])
+        text = source.scalar
+        self._set(operation, [Value(operation.result_types[0], lambda _: text, foreign=source.foreign)])
 
     def _spread(self, operation: Operation) -> Value:
         """The operand, made an array if reading an element of it several times would cost."""
@@ -125,21 +128,21 @@ class _Writer(Emitter):
     def _tt_expand_dims(self, operation: Operation) -> None:
         source, axis = self._get(operation.operands[0]), operation.integer("axis")
         self._set(operation, [Value(operation.result_types[0], lambda i: source.at([*i[:axis], *i[axis + 1:]]),
-                                    free=source.free, steps=source.steps)])
+                                    free=source.free, steps=source.steps, foreign=source.foreign)])
 
     def _tt_broadcast(self, operation: Operation) -> None:
         source = self._spread(operation)
         shape = source.type.shape
         self._set(operation, [Value(operation.result_types[0],
                                     lambda i: source.at(["0" if n == 1 else x for n, x in zip(shape, i, strict=True)]),
-                                    steps=source.steps)])
+                                    steps=source.steps, foreign=source.foreign)])
 
     def _tt_trans(self, operation: Operation) -> None:
         source = self._get(operation.operands[0])
         order = [int(n) for n in operation.rest.split("i32:")[1].split(">")[0].split(",")]
         self._set(operation, [Value(operation.result_types[0],
                                     lambda i: source.at([i[order.index(d)] for d in range(len(order))]),
-                                    free=source.free, steps=source.steps)])
+                                    free=source.free, steps=source.steps, foreign=source.foreign)])
 
     def _tt_reshape(self, operation: Operation) -> None:
         source = self._get(operation.operands[0])
@@ -163,13 +166,14 @@ class _Writer(Emitter):
         mask, other = [*others, None, None][:2]
 
         def loaded(i: Sequence[str]) -> str:
+            value = f"({_inside(pointer, i, 1)} ? *(volatile {c_type(kind.element)} *)({pointer.at(i)}) : 0)" if not i else (
+                f"({_inside(pointer, i, 1)} ? *({pointer.at(i)}) : {undefined(kind.element)})")
             if mask is None:
-                return f"*({pointer.at(i)})"
-            return f"{mask.at(i)} ? *({pointer.at(i)}) : {undefined(kind.element) if other is None else other.at(i)}"
+                return value
+            return f"{mask.at(i)} ? {value} : {undefined(kind.element) if other is None else other.at(i)}"
 
         if not kind.shape:
-            volatile = f"*(volatile {c_type(kind.element)} *)({pointer.scalar})"
-            self._scalar(operation.results[0], kind, volatile if mask is None else loaded(()))
+            self._scalar(operation.results[0], kind, loaded(()))
             return
         array = self._array(kind)
         self._loops(kind.shape, lambda i: [f"{array}[{linear(kind.shape, i)}] = {loaded(i)};"])
@@ -178,7 +182,7 @@ class _Writer(Emitter):
     def _tt_store(self, operation: Operation) -> None:
         pointer, value, *rest = (self._get(name) for name in operation.operands)
         self._loops(pointer.type.shape, lambda i: [
-            (f"if ({rest[0].at(i)}) " if rest else "") + f"*({pointer.at(i)}) = {value.at(i)};"])
+            f"if (({rest[0].at(i) if rest else 1}) && {_inside(pointer, i, 2)}) *({pointer.at(i)}) = {value.at(i)};"])
 
     def _tt_atomic_rmw(self, operation: Operation) -> None:
         kind_of, order = operation.rest.strip().split(", ")[:2]
@@ -193,7 +197,8 @@ class _Writer(Emitter):
             raise ValueError(f"atomic {kind_of} of {kind.element}: expected {', '.join(calls)} of i32 (i64: no max, min)")
 
         def done(i: Sequence[str]) -> str:
-            return f"{mask(i)} ? {calls[kind_of]}({pointer.at(i)}, {value.at(i)}, {_ORDERS[order]}) : 0"
+            call = f"{calls[kind_of]}({pointer.at(i)}, {value.at(i)}, {_ORDERS[order]})"
+            return f"({mask(i)}) && {_inside(pointer, i, 3)} ? {call} : 0"
 
         if not kind.shape:
             self._scalar(operation.results[0], kind, done(()))
@@ -401,6 +406,15 @@ class _Writer(Emitter):
         self._leave(after, carried)
         self._emit("}")
         self._set(operation, results)
+
+
+ACCESSES = (None, "load", "store", "atomic")
+
+
+def _inside(pointer: Value, indices: Sequence[str], kind: int) -> str:
+    """Whether an access (a place in ACCESSES) stays inside the arguments; where that is not compiled in, true."""
+    size = f"sizeof({c_type(pointer.type.pointee)})"
+    return "1" if pointer.foreign else f"inside({pointer.at(indices)}, {size}, {kind}, place)"
 
 
 def _size(block: Block) -> int:

@@ -14,11 +14,13 @@ class Value:
     """A value of the IR as C: `at(indices)` is the C expression of an element.
 
     array: the name of the flat array that holds it, if one does. free: whether reading it twice costs nothing. steps:
-    operations on scalars and places that an element takes, None if it reads an array.
+    operations on scalars and places that an element takes, None if it reads an array. foreign: a pointer made of an integer,
+    of which no argument says where it may point.
     """
 
     def __init__(self, kind: Type, at: Callable[[Sequence[str]], str], *, array: str | None = None, free: bool = True,
-                 steps: int | None = 0):
+                 steps: int | None = 0, foreign: bool = False):
+        self.foreign = foreign
         self.type, self.at, self.array, self.free, self.steps = kind, at, array, free, None if array else steps
 
     @property

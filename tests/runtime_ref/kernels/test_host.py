@@ -1,5 +1,6 @@
 """The compiler for the CPU itself: small kernels against torch, programs as threads, and what it refuses."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -272,6 +273,18 @@ def test_c_that_does_not_compile_is_a_mistake_said_in_few_lines():
     with pytest.raises(RuntimeError, match="the C of a kernel does not compile") as error:
         compile_c("int launch(void) { return nothing; }")
     assert len(str(error.value).splitlines()) <= 5
+
+
+@compiled
+def test_an_access_outside_of_a_kernels_tensors_is_named_where_that_is_asked_for():
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("out_of_bounds.py"))], capture_output=True, text=True,
+                          env=os.environ | {"FP4_KERNEL_BOUNDS": "1"}, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [
+        "nothing", "shifted, program (1, 0, 0): load of 4 bytes 4 bytes behind the end of x, the nearest tensor",
+        "shifted, program (0, 0, 0): load of 4 bytes 8 bytes before the beginning of x, the nearest tensor",
+        "shifted, program (2, 0, 0): store of 4 bytes 4 bytes behind the end of out, the nearest tensor",
+        "counted, program (0, 0, 0): atomic of 4 bytes 4 bytes behind the end of counter, the nearest tensor", "nothing True"]
 
 
 @compiled
