@@ -49,19 +49,19 @@ def barrier_kernel(counter, failed, COUNT: tl.constexpr, POLLS: tl.constexpr):
 
 
 def rank_config(config: dict, ranks: int) -> MiMoV2Config:
-    """The model that one of `ranks` tensor-parallel ranks computes.
+    """The model that one of `ranks` tensor-parallel ranks computes; with more ranks than key heads it has one of them.
 
     Raises:
         ValueError: a size that the ranks cannot share.
     """
     shared = ("num_attention_heads", "num_key_value_heads", "swa_num_attention_heads", "swa_num_key_value_heads",
               "intermediate_size", "moe_intermediate_size", "vocab_size")
-    odd = [name for name in shared if config[name] % ranks]
+    odd = [name for name in shared if config[name] % ranks and ("key_value" not in name or ranks % config[name])]
     if odd:
         raise ValueError(f"{odd[0]}: {config[odd[0]]}, expected a multiple of {ranks} ranks")
     drop = ("quantization_config", "model_type", "dtype", "torch_dtype")
     own = {name: value for name, value in config.items() if name not in drop}
-    return MiMoV2Config.from_dict(own | {name: config[name] // ranks for name in shared})
+    return MiMoV2Config.from_dict(own | {name: max(1, config[name] // ranks) for name in shared})
 
 
 class Prepared:
