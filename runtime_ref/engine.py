@@ -92,8 +92,8 @@ class Engine:
 
         Args:
             backend: "native" (compiled ops, see `native.py`), "torch", or "auto": native where it can run, and where it
-                cannot, torch, with a warning that says why. "triton": kernels, on the GPU, or with TRITON_INTERPRET=1 slowly on
-                the CPU.
+                cannot, torch, with a warning that says why. "triton": kernels, on the GPU; without one compiled for the
+                CPU, or interpreted with TRITON_INTERPRET=1.
 
         Raises:
             ValueError: a folder that cannot be served (what is wrong with it is said), an unknown backend or device.

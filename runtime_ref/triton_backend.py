@@ -1,8 +1,8 @@
 """Runs task lists with the Triton kernels: the same list, the same buffers, the same caches as `tasks.TorchBackend`.
 
 Every op of the list has a kernel; none falls back to torch. The list is fused first (`fusion.py`); a caller that watches
-buffers gets the list as it is, op by op. On a machine without a GPU the kernels run in Triton's interpreter if
-TRITON_INTERPRET=1 is set: slowly, for tests and checks.
+buffers gets the list as it is, op by op. On a machine without a GPU the kernels are compiled for the CPU (`kernels/host`), or run
+in Triton's interpreter if TRITON_INTERPRET=1 is set: for tests and checks.
 
 Numbers: bf16 only. Operands of products are rounded to bf16, which the torch backend does not do, so logits of the two agree
 within a tolerance. What they share is C4: no kernel lets a row see its company.
@@ -17,6 +17,7 @@ Rejected: torch ops for the small steps in between, which is what makes decoding
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -389,6 +390,8 @@ def kernel_device() -> str:
         use_host()
     except ValueError as error:
         raise ValueError(f"backend 'triton': torch sees no GPU, and {error}") from None
+    warnings.warn("backend 'triton': torch sees no GPU; the kernels are compiled for this CPU, each at its first launch: their "
+                  "answers count, their speed does not", stacklevel=2)
     return "cpu"
 
 
