@@ -1,8 +1,8 @@
 """Runs task lists with the Triton kernels: the same list, the same buffers, the same caches as `tasks.TorchBackend`.
 
 Every op of the list has a kernel; none falls back to torch. The list is fused first (`fusion.py`); a caller that watches
-buffers gets the list as it is, op by op. On a machine without a GPU the kernels are compiled for the CPU (`kernels/host`), or run
-in Triton's interpreter if TRITON_INTERPRET=1 is set: for tests and checks.
+buffers gets the list as it is, op by op. On a machine without a GPU the kernels are compiled for the CPU (`kernels/host`), or
+run in Triton's interpreter if TRITON_INTERPRET=1 is set: for tests and checks.
 
 Numbers: bf16 only. Operands of products are rounded to bf16, which the torch backend does not do, so logits of the two agree
 within a tolerance. What they share is C4: no kernel lets a row see its company.
