@@ -7,34 +7,46 @@ from __future__ import annotations
 
 import torch
 
-from runtime_ref.kernels.sampling import draws_here
+from runtime_ref.kernels.sampling import draws_here, judge
 from runtime_ref.model import Span, logit_rows
 from runtime_ref.sampler import uniform
 from runtime_ref.scheduler import Work
 from runtime_ref.speculative import Proposal, Verdict
-from runtime_ref.triton_backend import JudgedRows, TritonBackend
 
 
-def judge_on_device(backend: TritonBackend, logits: torch.Tensor, work: list[Work], spans: list[Span],
-                    proposals: dict[int, Proposal]) -> dict[int, Verdict]:
-    """Verdicts by sequence. A sequence whose logits are not finite has none: the host finds out where.
+@torch.inference_mode()
+def judge_on_device(logits: torch.Tensor, work: list[Work], spans: list[Span], proposals: dict[int, Proposal],
+                    ) -> dict[int, Verdict]:
+    """Verdicts by sequence, from one launch. A sequence whose logits are not finite has none: the host finds out where.
 
     Args:
         logits: float32 [rows that want them, V] on the device, sequence after sequence as in `spans`.
     """
-    rows, ids, row = [], [], 0
+    R, row = logits.shape[0], 0
+    drafts, heat, numbers = [0] * R, [0.0] * R, [0.0] * R
+    ids, first, count = [], [], []
     for item, span in zip(work, spans, strict=True):
-        count, sequence = logit_rows(span), item.sequence
-        if count and draws_here(sequence.params):
-            params, anchor = sequence.params, span.start + item.count - 1
-            numbers = [0.0] * count
+        rows, sequence = logit_rows(span), item.sequence
+        params, anchor = sequence.params, span.start + item.count - 1
+        if rows and draws_here(params):
+            own = proposals[sequence.id].tokens if item.drafts else []
+            drafts[row:row + len(own)] = own
             if params.temperature > 0:
-                numbers = [uniform(params.seed, anchor + 1 + i, "token") for i in range(count)]
-            drafts = proposals[sequence.id].tokens if item.drafts else []
-            rows.append(JudgedRows(row, drafts, params.temperature, numbers))
+                heat[row:row + rows] = [params.temperature] * rows
+                numbers[row:row + rows] = [uniform(params.seed, anchor + 1 + i, "token") for i in range(rows)]
             ids.append(sequence.id)
-        row += count
-    if not rows:
+            first.append(row)
+            count.append(len(own))
+        row += rows
+    if not ids:
         return {}
-    return {i: Verdict(tokens, accepted) for i, (tokens, accepted) in zip(ids, backend.judge(logits, rows), strict=True)
-            if -1 not in tokens}
+    whole = {"dtype": torch.int32, "device": logits.device}
+    real = {"dtype": torch.float64, "device": logits.device}
+    tokens, accepted = judge(logits, *(torch.tensor(column, **whole) for column in (drafts, first, count)),
+                             temperature=torch.tensor(heat, **real), uniform=torch.tensor(numbers, **real))
+    tokens, found = tokens.tolist(), {}
+    for i, begin, n in zip(ids, first, accepted.tolist(), strict=True):
+        emitted = tokens[begin:begin + n + 1]
+        if -1 not in emitted:
+            found[i] = Verdict(emitted, n)
+    return found

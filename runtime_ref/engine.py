@@ -208,12 +208,12 @@ class Engine:
 
     def _computed(self, step, work: list[Work], spans: list[Span], proposals: dict[int, Proposal]) -> tuple[dict, dict]:
         """Buffers of a step, and the verdicts of the sequences that a backend judges where its logits are, by id."""
-        if not hasattr(self.backend, "judge"):
+        if self.backend.name != "triton":
             return self.backend.run(self.tasks, step), {}
         from runtime_ref.device_judge import judge_on_device
 
         buffers = self.backend.run(self.tasks, step, host=False)
-        return buffers, judge_on_device(self.backend, buffers["logits"], work, spans, proposals)
+        return buffers, judge_on_device(buffers["logits"], work, spans, proposals)
 
     def _draft(self, work: list[Work]) -> dict[int, Proposal]:
         drafting = [w for w in work if w.drafts]

@@ -2,7 +2,7 @@
 
 The source is compiled once per machine with the system's C compiler (GCC; `CC` overrides it) and kept in the user's cache
 folder, under a name that says which source, compiler, flags and processor made it. Where that is not possible, the torch
-backend serves, and `library` says why. Rejected: a wheel with binaries (the kernels are for the CPU at hand); torch's
+backend serves, and `compiled_ops` says why. Rejected: a wheel with binaries (the kernels are for the CPU at hand); torch's
 extension loader (it takes half a minute to include headers that these ops do not need).
 """
 
@@ -73,7 +73,7 @@ class Step(ctypes.Structure):
 
 
 @functools.cache
-def library(flags: tuple[str, ...] = FLAGS) -> tuple[ctypes.CDLL | None, str]:
+def compiled_ops(flags: tuple[str, ...] = FLAGS) -> tuple[ctypes.CDLL | None, str]:
     """(the compiled ops, "") or (None, why there are none, in one line)."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
@@ -101,7 +101,7 @@ def library(flags: tuple[str, ...] = FLAGS) -> tuple[ctypes.CDLL | None, str]:
 
 def can_dot(dtype: torch.dtype) -> bool:
     """Whether an engine in this dtype multiplies by bf16 dot products here."""
-    return dtype is torch.bfloat16 and bool(library()[0].has_dots())
+    return dtype is torch.bfloat16 and bool(compiled_ops()[0].has_dots())
 
 
 def _processor() -> str:

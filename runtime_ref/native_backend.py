@@ -23,7 +23,7 @@ import torch
 from runtime_ref import native
 from runtime_ref.kv_cache import PAGE, Pool, Table
 from runtime_ref.model import Span
-from runtime_ref.native import LANES, Layer, Memory, Workspace, can_dot, library, pad, up
+from runtime_ref.native import LANES, Layer, Memory, Workspace, can_dot, compiled_ops, pad, up
 from runtime_ref.tasks import Task, rotary_tables
 from runtime_ref.weights import Dense, TargetWeights
 
@@ -32,7 +32,7 @@ KINDS = ("full", "window")
 
 def refuses(weights: TargetWeights) -> str | None:
     """Why the compiled ops cannot run this model here, in one line; None if they can."""
-    found, reason = library()
+    found, reason = compiled_ops()
     if found is None:
         return reason
     if weights.config.hidden_size % 32:
@@ -149,7 +149,7 @@ class NativeBackend:
             raise ValueError(f"dots: bf16 dot products need a processor that has them and dtype bfloat16, this is {dtype}")
         self.weights, self.config, self.dtype, self.ranks = weights, weights.config, dtype, weights.ranks
         self.dots = can_dot(dtype) if dots is None else dots
-        self.run_code, self.memory = library()[0].run, Memory(self.dots)
+        self.run_code, self.memory = compiled_ops()[0].run, Memory(self.dots)
         self.rotary = rotary_tables(self.config)
         self.pools = self._pools(pages)
         self.layers = (Layer * len(weights.layers))(*(self._layer(i) for i in range(len(weights.layers))))

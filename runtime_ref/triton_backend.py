@@ -31,7 +31,6 @@ from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.experts import MAX_TOKENS, Launch, Workspace, run_experts
 from runtime_ref.kernels.row_launches import Tiling
-from runtime_ref.kernels.sampling import judge
 from runtime_ref.kv_cache import PAGE, Pool, Table
 from runtime_ref.model import Span
 from runtime_ref.parallel import ALONE, Ranks
@@ -39,17 +38,6 @@ from runtime_ref.tasks import Task
 from runtime_ref.weights import TargetWeights, load_target
 
 BLOCK = 8
-
-
-@dataclass
-class JudgedRows:
-    """A sequence whose tokens the device chooses: its first row, its drafts, and of each row the uniform number of the token
-    that it decides (`sampler.uniform`; any if the temperature is 0)."""
-
-    first: int
-    drafts: list[int]
-    temperature: float
-    uniform: list[float]
 
 
 class KernelPool(Pool):
@@ -207,26 +195,6 @@ class TritonBackend:
             if watch is not None:
                 watch(task, buffers)
         return buffers
-
-    @torch.inference_mode()
-    def judge(self, logits: torch.Tensor, rows: list[JudgedRows]) -> list[tuple[list[int], int]]:
-        """Tokens and number of accepted drafts of each sequence, from logits on the device: one launch.
-
-        A token of -1 stands for logits that are not finite.
-        """
-        R = logits.shape[0]
-        drafts, heat, uniform = [0] * R, [0.0] * R, [0.0] * R
-        for own in rows:
-            drafts[own.first:own.first + len(own.drafts)] = own.drafts
-            heat[own.first:own.first + len(own.uniform)] = [own.temperature] * len(own.uniform)
-            uniform[own.first:own.first + len(own.uniform)] = own.uniform
-        whole = {"dtype": torch.int32, "device": self.device}
-        real = {"dtype": torch.float64, "device": self.device}
-        tokens, accepted = judge(logits, torch.tensor(drafts, **whole), torch.tensor([own.first for own in rows], **whole),
-                                 torch.tensor([len(own.drafts) for own in rows], **whole),
-                                 temperature=torch.tensor(heat, **real), uniform=torch.tensor(uniform, **real))
-        tokens, accepted = tokens.tolist(), accepted.tolist()
-        return [(tokens[own.first:own.first + n + 1], n) for own, n in zip(rows, accepted, strict=True)]
 
     def _layer(self, index: int):
         return self.kernel_weights.layers[index]

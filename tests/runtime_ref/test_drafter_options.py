@@ -10,7 +10,7 @@ from runtime_ref.drafter import Wanted, load_runtime_drafter
 from runtime_ref.engine import Engine, EngineOptions
 from runtime_ref.kv_cache import KvCache
 from runtime_ref.markov import MarkovHead
-from runtime_ref.native import library
+from runtime_ref.native import compiled_ops
 from runtime_ref.native_backend import NativeBackend
 from runtime_ref.sampler import SamplingParams
 from runtime_ref.speculative import propose
@@ -36,8 +36,8 @@ def drafter(**options):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", [TorchBackend, NativeBackend])
 def test_logits_of_a_block_are_the_models(folder, tmp_path, options, kind):
-    if kind is NativeBackend and library()[0] is None:
-        pytest.skip(library()[1])
+    if kind is NativeBackend and compiled_ops()[0] is None:
+        pytest.skip(compiled_ops()[1])
     save_drafter(drafter(**options), tmp_path)
     model = load_drafter(tmp_path, torch.float32)
     backend = kind(load_target(folder), dtype=torch.float32, pages={"full": 8, "window": 8})

@@ -117,7 +117,7 @@ def test_packed_experts_are_the_files_bytes(made):
         assert torch.equal(held[kind].scales, files[name + "_scales"][3, rows])
 
 
-@pytest.mark.skipif(native.library()[0] is None, reason="no compiled ops")
+@pytest.mark.skipif(native.compiled_ops()[0] is None, reason="no compiled ops")
 def test_compiled_ops_run_qwen3_and_refuse_biases(tmp_path, ids):
     from runtime_ref.native_backend import NativeBackend, refuses
 

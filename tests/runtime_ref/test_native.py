@@ -13,7 +13,7 @@ from runtime_ref.native_backend import NativeBackend, refuses
 from runtime_ref.sampler import SamplingParams
 from runtime_ref.tasks import TorchBackend, target_tasks
 
-pytestmark = pytest.mark.skipif(native.library()[0] is None, reason=f"compiled ops: {native.library()[1]}")
+pytestmark = pytest.mark.skipif(native.compiled_ops()[0] is None, reason=f"compiled ops: {native.compiled_ops()[1]}")
 PAGES = {"full": 40, "window": 40}
 
 
@@ -34,7 +34,7 @@ def test_decoding_equals_the_codec_for_every_code_and_scale_byte():
     scales = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16).contiguous()
     found = torch.empty(256, 512)
     packed = native.PackedMatrix(codes.data_ptr(), scales.data_ptr(), 256, 16)
-    native.library()[0].decode_rows(packed, 256, 512, found.data_ptr())
+    native.compiled_ops()[0].decode_rows(packed, 256, 512, found.data_ptr())
     expected = dequantize(codes, scales, dtype=torch.float32)
     assert torch.equal(found[:255].view(torch.int32), expected[:255].view(torch.int32))
     assert found[255].isnan().all() and expected[255].isnan().all()
@@ -108,7 +108,7 @@ def test_drafts_are_those_of_the_torch_drafter(folder, weights, ids):
 
 
 def test_without_a_compiler_torch_serves_and_says_why(folder, monkeypatch, weights):
-    monkeypatch.setattr("runtime_ref.native_backend.library", lambda: (None, "no C compiler (cc) on this machine"))
+    monkeypatch.setattr("runtime_ref.native_backend.compiled_ops", lambda: (None, "no C compiler (cc) on this machine"))
     assert refuses(weights) == "no C compiler (cc) on this machine"
     with pytest.warns(UserWarning, match="no C compiler"):
         engine = Engine.from_folder(folder)

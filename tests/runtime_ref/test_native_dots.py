@@ -16,7 +16,8 @@ from runtime_ref.native_backend import NativeBackend
 from runtime_ref.tasks import target_tasks
 
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.skipif(native.library()[0] is None or not native.can_dot(BF16), reason="no bf16 dot products here")
+pytestmark = pytest.mark.skipif(native.compiled_ops()[0] is None or not native.can_dot(BF16),
+                                reason="no bf16 dot products here")
 PAGES = {"full": 40, "window": 40}
 
 
@@ -38,7 +39,7 @@ def test_decoding_in_panels_equals_the_codec_for_every_code_and_scale_byte():
     panels, beside = native.coded_panels(codes), native.scale_panels(scales)
     found = torch.empty(512, 256)
     packed = native.PackedMatrix(panels.data_ptr(), beside.data_ptr(), panels.stride(0), beside.stride(0))
-    native.library()[0].decode_panels(packed, 256, 512, found.data_ptr())
+    native.compiled_ops()[0].decode_panels(packed, 256, 512, found.data_ptr())
     expected = dequantize(codes, scales, dtype=torch.float32)
     assert torch.equal(found.T[:255], expected[:255])  # numbers: a sum that begins with zero has no minus zero
     assert found.T[255].isnan().all() and expected[255].isnan().all()
@@ -117,10 +118,10 @@ def test_what_lies_in_unused_pages_does_not_matter(weights, ids):
 
 
 def test_without_the_instruction_the_same_source_gives_float32_products(weights, ids, monkeypatch):
-    plainly = native.library((*(flag for flag in native.FLAGS if flag != "-O3"), "-O1", "-mno-avx512bf16"))
+    plainly = native.compiled_ops((*(flag for flag in native.FLAGS if flag != "-O3"), "-O1", "-mno-avx512bf16"))
     assert plainly[0] is not None and not plainly[0].has_dots()
-    monkeypatch.setattr(native, "library", lambda: plainly)
-    monkeypatch.setattr("runtime_ref.native_backend.library", lambda: plainly)
+    monkeypatch.setattr(native, "compiled_ops", lambda: plainly)
+    monkeypatch.setattr("runtime_ref.native_backend.compiled_ops", lambda: plainly)
     backend = NativeBackend(weights, dtype=BF16, pages=PAGES)
     assert not backend.dots
     worst = op_errors(backend, ids[:13])
@@ -162,7 +163,7 @@ def test_a_product_in_bytes_is_exact_for_numbers_that_bytes_hold_and_gives_nan_f
     for name, t in held.items():
         setattr(step, name, t.data_ptr())
     code = torch.tensor([[native.OP["fuse"], -1]], dtype=torch.int32)
-    native.library()[0].run(step, code.data_ptr(), 1)
+    native.compiled_ops()[0].run(step, code.data_ptr(), 1)
     expected = x.double() @ w.double().T
     whole = rows - (rows == 9)
     assert torch.equal(held["x"][:whole, :33].double(), expected[:whole]) and not held["x"][0].any()

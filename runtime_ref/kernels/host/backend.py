@@ -127,14 +127,14 @@ class _Utils:
         handle, path = tempfile.mkstemp(prefix="kernel-", suffix=".so")
         with os.fdopen(handle, "wb") as file:
             file.write(binary)
-        library = ctypes.CDLL(path)
+        loaded = ctypes.CDLL(path)
         os.unlink(path)
-        library.launch.argtypes, library.launch.restype = [ctypes.c_int] * 5 + [ctypes.c_void_p], ctypes.c_int
+        loaded.launch.argtypes, loaded.launch.restype = [ctypes.c_int] * 5 + [ctypes.c_void_p], ctypes.c_int
         if BOUNDS:
-            library.set_bounds.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
-            library.found_fault.restype = ctypes.POINTER(ctypes.c_int64)
-        library.launch.library = library
-        return library, library.launch, 0, 0, MOST_THREADS
+            loaded.set_bounds.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
+            loaded.found_fault.restype = ctypes.POINTER(ctypes.c_int64)
+        loaded.launch.loaded = loaded
+        return loaded, loaded.launch, 0, 0, MOST_THREADS
 
     @staticmethod
     def get_device_properties(device: int) -> dict:
@@ -173,23 +173,23 @@ class HostLauncher:
             at += 1
         program, x = self.only or (-1, x)
         if BOUNDS:
-            ends = self._bound(function.library, arguments)
+            ends = self._bound(function.loaded, arguments)
         if function(program, x, y, z, self.together, ctypes.addressof(slots)):
             raise RuntimeError(f"{x * y * z} programs at once: the system does not give as many threads")
         if BOUNDS:
-            self._check(function.library, ends)
+            self._check(function.loaded, ends)
 
-    def _bound(self, library, arguments) -> list[tuple[str, int, int]]:
+    def _bound(self, loaded, arguments) -> list[tuple[str, int, int]]:
         """Tells the kernel where its tensors lie; returns name, first and last address of each."""
         ends = [(name, t.data_ptr(), t.data_ptr() + t.element_size() * (1 + sum(
             (n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))))
             for name, t in zip(self.names, arguments, strict=True) if hasattr(t, "data_ptr") and t.numel()]
-        library.set_bounds(len(ends), (ctypes.c_int64 * (2 * len(ends)))(*(end for _, *pair in ends for end in pair)))
+        loaded.set_bounds(len(ends), (ctypes.c_int64 * (2 * len(ends)))(*(end for _, *pair in ends for end in pair)))
         return ends
 
-    def _check(self, library, ends: list[tuple[str, int, int]]) -> None:
+    def _check(self, loaded, ends: list[tuple[str, int, int]]) -> None:
         """Raises IndexError if the launch has left its tensors."""
-        kind, at, size, *program = library.found_fault()[:6]
+        kind, at, size, *program = loaded.found_fault()[:6]
         if not kind:
             return
         name, low, high = min(ends, key=lambda end: max(end[1] - at, at + size - end[2]))

@@ -166,13 +166,13 @@ def test_what_the_device_judges_the_host_judges_alike(small_engine, small_prompt
     params = [SamplingParams(max_tokens=6, ignore_eos=True, **own) for own in (
         {}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 4, "top_p": 0.9})]
     engine, judged = small_engine(prefix_cache=False), []
-    judge = engine.backend.judge
+    judge = device_judge.judge
 
-    def watched(logits, rows):
-        judged.append(len(rows))
-        return judge(logits, rows)
+    def watched(logits, drafts, first, count, **options):
+        judged.append(len(first))
+        return judge(logits, drafts, first, count, **options)
 
-    monkeypatch.setattr(engine.backend, "judge", watched)
+    monkeypatch.setattr(device_judge, "judge", watched)
     together = engine.generate(small_prompts, params)
     assert judged and max(judged) == 2
     monkeypatch.setattr(device_judge, "draws_here", lambda params: False)
