@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from runtime_ref.kernels.host.c_text import LAUNCHER, PREAMBLE
 from runtime_ref.kernels.host.elements import ELEMENTWISE, c_type, elementwise, literal, to_float, undefined
@@ -160,6 +160,13 @@ class _Writer(Emitter):
 
     # Memory.
 
+    def _now(self, operation: Operation, kind: Type, at: Callable[[Sequence[str]], str]) -> None:
+        """The result of an operation on memory, whose elements are made here and not where they are used."""
+        if kind.shape:
+            self._set(operation, [self._filled(Value(kind, at))])
+        else:
+            self._scalar(operation.results[0], kind, at(()))
+
     def _tt_load(self, operation: Operation) -> None:
         pointer, *others = (self._get(name) for name in operation.operands)
         kind = pointer.type.of(pointer.type.pointee)
@@ -172,12 +179,7 @@ class _Writer(Emitter):
                 return value
             return f"{mask.at(i)} ? {value} : {undefined(kind.element) if other is None else other.at(i)}"
 
-        if not kind.shape:
-            self._scalar(operation.results[0], kind, loaded(()))
-            return
-        array = self._array(kind)
-        self._loops(kind.shape, lambda i: [f"{array}[{linear(kind.shape, i)}] = {loaded(i)};"])
-        self._set(operation, [self._held(kind, array)])
+        self._now(operation, kind, loaded)
 
     def _tt_store(self, operation: Operation) -> None:
         pointer, value, *rest = (self._get(name) for name in operation.operands)
@@ -200,12 +202,7 @@ class _Writer(Emitter):
             call = f"{calls[kind_of]}({pointer.at(i)}, {value.at(i)}, {_ORDERS[order]})"
             return f"({mask(i)}) && {_inside(pointer, i, 3)} ? {call} : 0"
 
-        if not kind.shape:
-            self._scalar(operation.results[0], kind, done(()))
-            return
-        array = self._array(kind)
-        self._loops(kind.shape, lambda i: [f"{array}[{linear(kind.shape, i)}] = {done(i)};"])
-        self._set(operation, [self._held(kind, array)])
+        self._now(operation, kind, done)
 
     def _gpu_barrier(self, operation: Operation) -> None:
         """A program is one thread."""
