@@ -72,6 +72,13 @@ class Geometry:
     n_group: int = 1
     topk_group: int = 1
     routed_scaling_factor: float | None = None
+    partial_rotary_factor: float = 1.0
+    attention_value_scale: float | None = None
+    add_full_attention_sink_bias: bool = False
+
+    @property
+    def v_head_dim(self) -> int:
+        return self.head_dim
 
 
 def read_geometry(folder: str | Path) -> tuple[object, dict]:

@@ -1,4 +1,4 @@
-"""An exported native folder -> one rank's weights as the kernels read them: bf16 and FP8 as stored, experts in pages.
+"""An exported folder -> one rank's weights as the kernels read them: bf16 and FP8 as stored, experts in pages.
 
 Nothing is decoded and nothing is encoded: FP8 matrices keep their bytes, with one row of scales per row of the matrix (the grid
 of 128 x 128 blocks restarts inside a fused qkv, so a rank's share has no grid of its own); expert codes and scales are only
@@ -22,11 +22,11 @@ from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.load import TensorFiles
 from modeling.names import qkv_rows, qkv_scale_rows
 from mxfp4.format import BLOCK_SIZE
-from runtime_ref.kernels.parts import LEAST_DEPTH, Parts, layer_parts, parts_of
+from runtime_ref.families import NotHeld, read_geometry
+from runtime_ref.kernels.parts import LEAST_DEPTH, Parts, expert_share, layer_parts, parts_of
 from runtime_ref.kernels.repack import SCALE_OFFSET, ExpertPages, Tile, repack_experts
 from runtime_ref.kernels.row_launches import Heads, Matrix, Router, paired
 from runtime_ref.parallel import ALONE, SHARES, Ranks
-from runtime_ref.weights import read_config
 
 ALIGN = 128
 FP8_BLOCK = 128
@@ -71,6 +71,7 @@ class KernelLayer:
     sink: torch.Tensor | None
     input_norm: torch.Tensor
     post_norm: torch.Tensor
+    head_norm: torch.Tensor | None = None  # of each query and key head, in the order of `row_launches.project` (Qwen3)
     gate_up: Matrix | None = None
     down: Matrix | None = None
     router: Router | None = None
@@ -111,7 +112,13 @@ def expert_tiles(config: MiMoV2Config, ranks: Ranks, shares: int = SHARES) -> tu
     inner = config.moe_intermediate_size
     parts = parts_of(inner, LEAST_DEPTH, shares)
     depth = _power(inner) if parts == 1 else math.gcd(inner // parts, Tile().depth)
-    return fitting(2 * inner // ranks.count, _power(config.hidden_size)), fitting(config.hidden_size, depth)
+    own = inner // expert_share(inner, ranks, shares).of
+    return fitting(2 * own, _power(config.hidden_size)), fitting(config.hidden_size, depth)
+
+
+def has_head_norms(config) -> bool:
+    """Whether queries and keys are normed head by head."""
+    return config.model_type == "qwen3_moe"
 
 
 def layer_shapes(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[str], shares: int = SHARES,
@@ -123,9 +130,12 @@ def layer_shapes(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[
     shapes: dict[str, tuple] = {"input_norm": ((H,), torch.float32), "post_norm": ((H,), torch.float32)}
     if config.add_swa_attention_sink_bias if swa else config.add_full_attention_sink_bias:
         shapes["sink"] = ((heads.queries,), torch.float32)
+    if has_head_norms(config):
+        shapes["head_norm"] = (((heads.queries + heads.keys) * heads.d,), torch.float32)
     if config.moe_layer_freq[index]:
         up_tile, down_tile = expert_tiles(config, ranks, shares)
-        E, inner = config.n_routed_experts, config.moe_intermediate_size // count
+        E, inner = config.n_routed_experts, config.moe_intermediate_size
+        inner //= expert_share(inner, ranks, shares).of
         shapes["router"], shapes["correction"] = ((E, H), torch.float32), ((E,), torch.float32)
         shapes["up_pages"] = ((E, -(-inner // (up_tile.rows // 2)), -(-H // up_tile.depth), up_tile.page_bytes), torch.uint8)
         shapes["down_pages"] = ((E, -(-H // down_tile.rows), -(-inner // down_tile.depth), down_tile.page_bytes), torch.uint8)
@@ -153,10 +163,14 @@ def load_kernel_weights(folder: str | Path, ranks: Ranks = ALONE, *, device: str
     """One rank's weights from an exported folder.
 
     Raises:
-        ValueError: a damaged or incomplete folder, a geometry that the ranks cannot share, a scale byte that pages cannot hold.
+        ValueError: a damaged or incomplete folder, a geometry that the ranks cannot share, a scale byte that pages cannot hold,
+            a family that the kernels do not run.
     """
-    config, _ = read_config(folder)
-    reader = _Reader(TensorFiles(Path(folder)), config, ranks)
+    config, _ = read_geometry(folder)
+    if config.model_type not in _READERS:
+        raise NotHeld(f"{Path(folder) / 'config.json'}: model_type: {config.model_type!r}, expected {' or '.join(_READERS)}: "
+                      "the kernels have no biases and no clamped SwiGLU; run this checkpoint with --backend torch")
+    reader = _READERS[config.model_type](TensorFiles(Path(folder)), config, ranks)
     fp8 = [reader.fp8(i) for i in range(config.num_hidden_layers)]
 
     def layer(index: int) -> dict[str, torch.Tensor]:
@@ -210,26 +224,30 @@ def _assembled(config, ranks, device, fp8, outer: Callable[[], dict], layer: Cal
 
     top = placed(plans[0], outer())
     tiles = expert_tiles(config, ranks, shares)
-    layers = [_layer(config, ranks, i, placed(plan, layer(i)), parts[i], tiles) for i, plan in enumerate(plans[1:])]
+    layers = [_layer(config, ranks, i, placed(plan, layer(i)), parts[i], tiles, shares) for i, plan in enumerate(plans[1:])]
     return KernelWeights(config, ranks, arena, top["embed"], layers, top["norm"], Matrix(top["head"]))
 
 
-def _layer(config, ranks, index: int, t: dict[str, torch.Tensor], parts: Parts, tiles: tuple[Tile, Tile]) -> KernelLayer:
+def _layer(config, ranks, index: int, t: dict[str, torch.Tensor], parts: Parts, tiles: tuple[Tile, Tile],
+           shares: int) -> KernelLayer:
     matrices = {n: Matrix(t[n], t.get(f"{n}_scales")) for n in ("qkv", "o", "gate_up", "down") if n in t}
     router = pages = None
     if "router" in t:
         factor = config.routed_scaling_factor
         router = Router(t["router"], t["correction"], config.num_experts_per_tok, config.n_group, config.topk_group,
-                        config.norm_topk_prob, 1.0 if factor is None else factor)
+                        config.norm_topk_prob, 1.0 if factor is None else factor, config.model_type == "qwen3_moe")
+        inner = config.moe_intermediate_size
         pages = ExpertPages(t["up_pages"], t["down_pages"], *tiles, config.hidden_size,
-                            config.moe_intermediate_size // ranks.count, parts.experts)
+                            inner // expert_share(inner, ranks, shares).of, parts.experts)
     return KernelLayer("window" if config.hybrid_layer_pattern[index] else "full", layer_heads(config, index, ranks),
-                       parts=parts, sink=t.get("sink"), input_norm=t["input_norm"], post_norm=t["post_norm"], router=router,
-                       pages=pages, **matrices)
+                       parts=parts, sink=t.get("sink"), input_norm=t["input_norm"], post_norm=t["post_norm"],
+                       head_norm=t.get("head_norm"), router=router, pages=pages, **matrices)
 
 
 class _Reader:
-    """Reads the tensors of one rank, as `layer_shapes` names them."""
+    """Reads the tensors of one rank, as `layer_shapes` names them, of the native layout."""
+
+    codes = "weight"  # how an expert matrix's codes are called
 
     def __init__(self, files: TensorFiles, config: MiMoV2Config, ranks: Ranks):
         self.files, self.config, self.ranks, self.names = files, config, ranks, set(files)
@@ -311,17 +329,22 @@ class _Reader:
         def stacked(suffix: str) -> dict[str, torch.Tensor]:
             width = 2 if not suffix else BLOCK_SIZE
             shapes = {"gate": (inner, H // width), "up": (inner, H // width), "down": (H, inner // width)}
-            return {kind: torch.stack(list(self._codes(f"{prefix}.experts", f"{kind}_proj.weight{suffix}", E, shapes[kind])))
+            name = f"weight{suffix}" if suffix else self.codes
+            return {kind: torch.stack(list(self._codes(f"{prefix}.experts", f"{kind}_proj.{name}", E, shapes[kind])))
                     for kind in shapes}
 
-        codes, scales = stacked(""), stacked("_scale")
+        codes, scales, share = stacked(""), stacked("_scale"), expert_share(inner, self.ranks)
+        if not share.adds:
+            codes["down"], scales["down"] = torch.zeros_like(codes["down"]), torch.zeros_like(scales["down"])
         up_tile, down_tile = expert_tiles(self.config, self.ranks)
         gate_up, down = (torch.cat((t["gate"], t["up"]), 1) for t in (codes, scales)), (codes["down"], scales["down"])
-        parts = parts_of(inner, LEAST_DEPTH) // self.ranks.count
-        pages = repack_experts(tuple(gate_up), down, rank=self.ranks.rank, ranks=self.ranks.count, up_tile=up_tile,
-                               down_tile=down_tile, parts=parts)
-        return {"router": self._f32(f"{prefix}.gate.weight"), "correction": self._f32(f"{prefix}.gate.e_score_correction_bias"),
+        pages = repack_experts(tuple(gate_up), down, rank=share.index, ranks=share.of, up_tile=up_tile, down_tile=down_tile,
+                               parts=parts_of(inner, LEAST_DEPTH) // share.of)
+        return {"router": self._f32(f"{prefix}.gate.weight"), "correction": self._correction(prefix),
                 "up_pages": pages.up, "down_pages": pages.down}
+
+    def _correction(self, prefix: str) -> torch.Tensor:
+        return self._f32(f"{prefix}.gate.e_score_correction_bias")
 
     def _codes(self, prefix: str, name: str, experts: int, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
         for e in range(experts):
@@ -355,6 +378,24 @@ class _Reader:
             return self._share(rows, 0)
         width = rows.shape[0] // keys
         return rows.narrow(0, self.ranks.rank * keys // self.ranks.count * width, width)
+
+
+class _Qwen3Reader(_Reader):
+    """Qwen3-MoE in the compressed-tensors layout."""
+
+    codes = "weight_packed"
+
+    def layer(self, index: int) -> dict[str, torch.Tensor]:
+        heads = layer_heads(self.config, index, self.ranks)
+        norms = [self._f32(f"model.layers.{index}.self_attn.{n}_norm.weight").repeat(count)
+                 for n, count in (("q", heads.queries), ("k", heads.keys))]
+        return super().layer(index) | {"head_norm": paired(torch.cat(norms), heads)}
+
+    def _correction(self, prefix: str) -> torch.Tensor:
+        return torch.zeros(self.config.n_routed_experts)
+
+
+_READERS = {"mimo_v2": _Reader, "qwen3_moe": _Qwen3Reader}
 
 
 def piece_bytes(tensor: torch.Tensor) -> int:

@@ -139,6 +139,8 @@ class PersistentStep:
 
     def _constants(self) -> dict:
         backend, layers, tiling = self.backend, self.backend.kernel_weights.layers, self.backend.tiling
+        if any(layer.head_norm is not None or layer.router and layer.router.softmax for layer in layers):
+            raise ValueError("the persistent step has neither norms of heads nor a softmax router; this model runs op by op")
         found = {"DRAFT": False, "HEAD_NORM": False, "HAS_TAPS": bool(self.taps), "PAGE_": PAGE, "CHUNK": CHUNK_PAGES,
                  "QKV_FP8": used_once([a.qkv.scales is not None for a in layers], "FP8 qkv"),
                  "O_FP8": used_once([a.o.scales is not None for a in layers], "FP8 o_proj"),

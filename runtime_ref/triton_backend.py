@@ -96,12 +96,14 @@ def plan_blocks(pool: Pool, places: list[tuple[Table, int, int, int]], device: s
 
 
 class RotaryTable:
-    """cos and sin float32 [positions, rotated / 2] of one base."""
+    """cos and sin float32 [positions, rotated / 2] of one base; `extension` as of `families.Geometry.rotary`."""
 
-    def __init__(self, base: float, rotated: int, positions: int, device: str):
-        exponents = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
-        angles = torch.arange(positions, dtype=torch.float32)[:, None] * base**-exponents
-        self.table = angles.cos().to(device), angles.sin().to(device)
+    def __init__(self, base: float, rotated: int, positions: int, device: str,
+                 extension: tuple[tuple[float, ...] | None, float] = (None, 1.0)):
+        given, scaling = extension
+        powers = base ** -(torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+        angles = torch.arange(positions, dtype=torch.float32)[:, None] * (powers if given is None else torch.tensor(given))
+        self.table = (angles.cos() * scaling).to(device), (angles.sin() * scaling).to(device)
 
 
 class TritonBackend:
@@ -125,8 +127,10 @@ class TritonBackend:
         self.folder = folder
         self.pools = self._pools(pages)
         config, factor = self.config, self.config.partial_rotary_factor
-        bases = {"full": (config.rope_theta, config.head_dim), "window": (config.swa_rope_theta, config.swa_head_dim)}
-        self.rotary = {kind: RotaryTable(base, int(width * factor), positions + BLOCK, self.device).table
+        names = {"full": ("rope_theta", "head_dim"), "window": ("swa_rope_theta", "swa_head_dim")}
+        bases = {kind: [getattr(config, name) for name in names[kind]] for kind in self.pools}
+        self.rotary = {kind: RotaryTable(base, int(width * factor), positions + BLOCK, self.device,
+                                         getattr(config, "rotary", (None, 1.0))).table
                        for kind, (base, width) in bases.items()}
         self.epsilon = config.layernorm_epsilon
         self.ops: dict[str, Callable] = {name.removeprefix("op_"): getattr(self, name)
@@ -218,6 +222,7 @@ class TritonBackend:
         own = self._layer(layer)
         q = self._empty(own.heads.queries, x.shape[0], own.heads.d)
         launches.project(x, own.qkv, own.heads, self.rotary[own.kind], step.positions, slots, q, k, v, self.tiling, norm=norm,
+                         head_norm=None if own.head_norm is None else (own.head_norm, self.epsilon),
                          value_scale=self.config.attention_value_scale)
         return q
 

@@ -3,7 +3,8 @@
 o_proj and both down projections multiply what a rank has with its share of K, so their results are summed over ranks. Float
 sums depend on their order, and the number of ranks must not show in the tokens. So the *model* cuts K into parts (8, or what
 its sizes allow); a rank holds a run of them and sums each alone, from zero; and the parts of all ranks are added to zero in
-order. One rank of one adds its own eight in a register; one of eight has a single part to hand on.
+order. One rank of one adds its own eight in a register; one of eight has a single part to hand on. Experts so small that they
+have fewer parts than there are ranks are held by several ranks (`expert_share`).
 
 As `parallel.shares`, of which the torch backend makes the same rule, but in units that the kernels can cut: whole heads, whole
 FP8 blocks, whole pages of expert weights.
@@ -51,6 +52,26 @@ def own_parts(what: str, size: int, unit: int, ranks: Ranks, shares: int) -> int
     return parts // ranks.count
 
 
+@dataclass(frozen=True)
+class ExpertShare:
+    """Which of `of` equal shares of the experts' inner dimension a rank holds, and whether it is the one that adds it."""
+
+    index: int
+    of: int
+    adds: bool
+
+
+def expert_share(inner: int, ranks: Ranks, shares: int = SHARES) -> ExpertShare:
+    """A rank's share of the experts. With more ranks than parts neighbours hold the same one, and only the first of them adds
+    it: the down weights of the others are zeros. Adding zeros changes no bit, so sums need no other rule.
+
+    Rejected: smaller parts than a page has room for, which would change the bits of small models on fewer ranks.
+    """
+    of = min(ranks.count, parts_of(inner, LEAST_DEPTH, shares))
+    holders = ranks.count // of
+    return ExpertShare(ranks.rank // holders, of, ranks.rank % holders == 0)
+
+
 def layer_parts(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[str], shares: int = SHARES) -> Parts:
     """How the sums of a layer over all ranks are cut.
 
@@ -63,5 +84,6 @@ def layer_parts(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[s
     unit = math.lcm(v, FP8_BLOCK) if "o" in fp8 else v
     o = own_parts("o_proj", heads * v, unit, ranks, shares)
     if config.moe_layer_freq[index]:
-        return Parts(o, 1, own_parts("the experts", config.moe_intermediate_size, LEAST_DEPTH, ranks, shares))
+        inner = config.moe_intermediate_size
+        return Parts(o, 1, parts_of(inner, LEAST_DEPTH, shares) // expert_share(inner, ranks, shares).of)
     return Parts(o, own_parts("down_proj", config.intermediate_size, FP8_BLOCK if "down" in fp8 else 16, ranks, shares), 1)

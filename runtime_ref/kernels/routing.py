@@ -8,6 +8,8 @@ Who computes the last tile of scores of a group of rows chooses: sigmoid, correc
 them, the A best, their weights. The rule for ties is that of `torch.topk` on the CPU for distinct values; equal values go
 to the lower index, which torch does not promise.
 
+SOFTMAX (Qwen3) instead: the best by logit, weighted by their share of all experts' exponentials, or (NORMED) of the chosen.
+
 Rejected: a launch (in the persistent step: a barrier) of its own for the choice.
 """
 
@@ -24,8 +26,8 @@ _ROWS = tl.constexpr(8)
 
 @triton.jit
 def score_tile(tile, group, x, w, gamma, scores, rounded, R, E, H, epsilon, TILES, BN: tl.constexpr, BK: tl.constexpr,
-               NORM: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """sigmoid(x w^T) of BN experts for a group of rows -> scores float32 [R, E]; w is float32 [E, H].
+               NORM: tl.constexpr, FLOAT_DOT: tl.constexpr, SOFTMAX: tl.constexpr = False):
+    """sigmoid(x w^T) of BN experts for a group of rows -> scores float32 [R, E]; w is float32 [E, H]. SOFTMAX: x w^T itself.
 
     With NORM x is normed first, and tile t also writes its share of the normed rows to bf16 `rounded` [R, H].
     """
@@ -47,7 +49,9 @@ def score_tile(tile, group, x, w, gamma, scores, rounded, R, E, H, epsilon, TILE
                      mask=(here < H)[:, None] & real[None, :] & (at // BK % TILES == tile))
         block = tl.load(w + n[:, None] * H + here[None, :], mask=(n < E)[:, None] & (here < H)[None, :], other=0.0)
         acc = tl.dot(block, values, acc, input_precision="ieee")
-    tl.store(scores + row[None, :] * E + n[:, None], 1.0 / (1.0 + tl.exp(-acc)), mask=(n < E)[:, None] & real[None, :])
+    if not SOFTMAX:
+        acc = 1.0 / (1.0 + tl.exp(-acc))
+    tl.store(scores + row[None, :] * E + n[:, None], acc, mask=(n < E)[:, None] & real[None, :])
 
 
 @triton.jit
@@ -71,7 +75,7 @@ def _best_groups(choice, e, E, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr):
 
 @triton.jit
 def choose_tile(group, scores, correction, index, weight, R, E, factor, A: tl.constexpr, WIDE: tl.constexpr,
-                GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMED: tl.constexpr):
+                GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMED: tl.constexpr, SOFTMAX: tl.constexpr = False):
     """The A best experts by score + correction, best first, and their weights, for a group of rows."""
     low = float("-inf")
     COLUMNS: tl.constexpr = triton.next_power_of_2(A)
@@ -81,6 +85,10 @@ def choose_tile(group, scores, correction, index, weight, R, E, factor, A: tl.co
     score = tl.load(scores + row[:, None] * E + e[None, :], mask=real[:, None] & (e < E)[None, :], other=0.0)
     choice = score + tl.load(correction + e, mask=e < E, other=0.0)[None, :]
     choice = tl.where((e < E)[None, :], choice, low)
+    if SOFTMAX:
+        score = tl.exp(choice - tl.max(choice, 1)[:, None])
+        if not NORMED:
+            score = score / tl.sum(score, 1)[:, None]
     if GROUPS > 1:
         choice = _best_groups(choice, e, E, GROUPS, TOP_GROUPS)
     column = tl.arange(0, COLUMNS)
@@ -107,20 +115,22 @@ def choose_tile(group, scores, correction, index, weight, R, E, factor, A: tl.co
 @triton.jit
 def route_tile(tile, group, x, w, gamma, correction, scores, rounded, arrived, index, weight, R, E, H, epsilon, factor, TILES,
                A: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMED: tl.constexpr,
-               BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, FLOAT_DOT: tl.constexpr):
+               BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, FLOAT_DOT: tl.constexpr,
+               SOFTMAX: tl.constexpr = False):
     """A tile of scores; the last one of a group of rows chooses and puts the group's counter back to zero."""
-    score_tile(tile, group, x, w, gamma, scores, rounded, R, E, H, epsilon, TILES, BN, BK, NORM, FLOAT_DOT)
+    score_tile(tile, group, x, w, gamma, scores, rounded, R, E, H, epsilon, TILES, BN, BK, NORM, FLOAT_DOT, SOFTMAX)
     tl.debug_barrier()
     if tl.atomic_add(arrived + group, 1, sem="acq_rel", scope="gpu") == TILES - 1:
         tl.debug_barrier()
-        choose_tile(group, scores, correction, index, weight, R, E, factor, A, WIDE, GROUPS, TOP_GROUPS, NORMED)
+        choose_tile(group, scores, correction, index, weight, R, E, factor, A, WIDE, GROUPS, TOP_GROUPS, NORMED, SOFTMAX)
         tl.store(arrived + group, 0)
 
 
 @triton.jit
 def route_kernel(x, w, gamma, correction, scores, rounded, arrived, index, weight, R, E, H, epsilon, factor, A: tl.constexpr,
                  WIDE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMED: tl.constexpr, BN: tl.constexpr,
-                 BK: tl.constexpr, NORM: tl.constexpr, FLOAT_DOT: tl.constexpr):
+                 BK: tl.constexpr, NORM: tl.constexpr, FLOAT_DOT: tl.constexpr, SOFTMAX: tl.constexpr = False):
     """Twin: `model.route`. Program (tile of experts, group of rows)."""
     route_tile(tl.program_id(0), tl.program_id(1), x, w, gamma, correction, scores, rounded, arrived, index, weight, R, E, H,
-               epsilon, factor, tl.num_programs(0), A, WIDE, GROUPS, TOP_GROUPS, NORMED, BN, BK, NORM, FLOAT_DOT)
+               epsilon, factor, tl.num_programs(0), A, WIDE, GROUPS, TOP_GROUPS, NORMED, BN, BK, NORM, FLOAT_DOT,
+               SOFTMAX)

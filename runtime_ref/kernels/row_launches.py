@@ -210,7 +210,7 @@ def add(x: torch.Tensor, partial: torch.Tensor, tiling: Tiling) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Router:
-    """w float32 [E, H], correction float32 [E] and the rules of `model.route`."""
+    """w float32 [E, H], correction float32 [E] (zeros with softmax) and the rules of `model.route`."""
 
     w: torch.Tensor
     correction: torch.Tensor
@@ -219,6 +219,7 @@ class Router:
     top_groups: int = 1
     normed: bool = True
     factor: float = 1.0
+    softmax: bool = False
 
     def constants(self) -> dict:
         return {"A": self.choices, "WIDE": triton.next_power_of_2(self.w.shape[0]), "GROUPS": self.groups,
@@ -238,5 +239,5 @@ def route(x: torch.Tensor, router: Router, tiling: Tiling, *, norm: tuple[torch.
     route_kernel[(triton.cdiv(E, tiling.experts), groups(R))](
         x, router.w, gamma, router.correction, scores, narrow, arrived, index, weight, R, E, H, float(epsilon),
         float(router.factor), **router.constants(), BN=tiling.experts, BK=tiling.router_depth, NORM=norm is not None,
-        FLOAT_DOT=tiling.float_dot, **tiling.options)
+        FLOAT_DOT=tiling.float_dot, SOFTMAX=router.softmax, **tiling.options)
     return index, weight, narrow

@@ -18,7 +18,8 @@ import triton.language as tl
 from runtime_ref import persistent
 from runtime_ref.kernel_weights import load_kernel_weights
 from runtime_ref.kernels import step as walk
-from runtime_ref.kernels.parts import Parts, layer_parts, parts_of
+from runtime_ref.kernels.parts import ExpertShare, Parts, expert_share, layer_parts, parts_of
+from runtime_ref.kernels.repack import unpack_pages
 from runtime_ref.kernels.symmetric import Symmetric
 from runtime_ref.kv_cache import KvCache
 from runtime_ref.model import Span
@@ -160,5 +161,23 @@ def test_parts_are_the_models_not_the_ranks():
     config = small_config(**SHARED)
     assert layer_parts(config, 0, ALONE, frozenset()) == Parts(4, 4, 1)
     assert layer_parts(config, 1, Ranks(1, 2), frozenset()) == Parts(2, 1, 1)
-    with pytest.raises(ValueError, match="4 ranks: .* of the experts is cut into 2 parts of whole 64s"):
-        layer_parts(config, 1, Ranks(0, 4), frozenset())
+    with pytest.raises(ValueError, match="8 ranks: .* of down_proj is cut into 4 parts of whole 16s"):
+        layer_parts(small_config(**SHARED | {"num_attention_heads": 8}), 0, Ranks(0, 8), frozenset())
+
+
+def test_ranks_beyond_the_experts_parts_hold_a_neighbours_share_and_add_zeros(tmp_path):
+    """Two parts on four ranks."""
+    folder = write_native(tmp_path / "quarters", random_target(small_config(**SHARED | {"vocab_size": 132})))
+    assert [expert_share(128, Ranks(rank, 4)) for rank in range(4)] == [
+        ExpertShare(0, 2, True), ExpertShare(0, 2, False), ExpertShare(1, 2, True), ExpertShare(1, 2, False)]
+    assert expert_share(2048, Ranks(3, 4)) == ExpertShare(3, 4, True)
+    halves, quarters = ([load_kernel_weights(folder, Ranks(rank, count)).layers[1].pages for rank in range(count)]
+                        for count in (2, 4))
+    for rank, own in enumerate(quarters):
+        assert own.parts == 1 and own.inner == 64
+        assert torch.equal(own.up, halves[rank // 2].up)
+        codes, scales = unpack_pages(own.down, own.down_tile, 64, 64)
+        if rank % 2:
+            assert not codes.any() and not scales.any()
+        else:
+            assert codes.any() and torch.equal(own.down, halves[rank // 2].down)

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
 from safetensors.torch import load_file, save_file
-from tolerance import ROW_KERNEL, TRITON_LOGITS
+from tolerance import TRITON_LOGITS
 
 from modeling.names import qkv_rows
 from mxfp4 import dequantize
@@ -30,6 +30,7 @@ from runtime_ref.sampler import SamplingParams
 from runtime_ref.tasks import TorchBackend, check_tasks, target_tasks
 from runtime_ref.weights import load_target
 from tests.runtime_ref.conftest import OracleProposer
+from tests.runtime_ref.triton.op_by_op import check_each_op, relative
 
 ROOT = Path(__file__).resolve().parents[3]
 PLAIN = SamplingParams(max_tokens=4, ignore_eos=True, speculate=False)
@@ -58,48 +59,8 @@ def alone(small_engine, small_prompts):
     return [engine.generate([p], PLAIN)[0] for p in small_prompts]
 
 
-def relative(found, expected):
-    assert not found.isnan().any()
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
-
-
 def test_every_op_equals_its_torch_twin_on_the_inputs_it_had(backend, torch_backend, ids):
-    """The torch op gets the buffers of the Triton run, so errors do not add up and no choice of experts flips."""
-    tasks = target_tasks(backend.config, [0, 2])
-    caches = [KvCache(b.pools) for b in (backend, torch_backend)]
-    tables = [cache.tables() for cache in caches]
-    for cache, own in zip(caches, tables, strict=True):
-        cache.extend(own, list(own), len(ids))
-    theirs = torch_backend.plan([Span(tables[1], 0, ids)])
-    held, seen, R = {"ids": theirs.ids}, set(), theirs.ids.shape[0]
-
-    def rows_of(name, value):
-        """A Triton buffer as torch's, with torch's padding."""
-        if name not in ("q", "k", "v", "heads", "partial"):
-            value = value[None]
-        value = value if name == "index" else value.float()
-        value = torch.cat((value, value[:, -1:].expand(-1, R - value.shape[1], -1)), 1)
-        return value if name in ("q", "k", "v", "heads", "partial") else value[0]
-
-    def watch(task, buffers):
-        inputs = [held[name] for name in task.reads]
-        found = torch_backend.ops[task.op](theirs, task.layer, *inputs)
-        for name, expected in zip(task.writes, found if len(task.writes) > 1 else (found,), strict=True) if task.writes else ():
-            mine = rows_of(name, buffers[name])
-            if name == "partial":
-                expected, mine = expected.sum(0), mine.sum(0)
-            real = slice(0, len(ids))
-            if name == "index":
-                assert torch.equal(mine[real].long(), expected[real]), str(task)
-            else:
-                assert relative(mine[..., real, :], expected[..., real, :]) < 2 * ROW_KERNEL, str(task)
-        for name in task.writes:
-            held[name] = rows_of(name, buffers[name])
-            held[name] = held[name].long() if name == "index" else held[name]
-        seen.add(task.op)
-
-    backend.run(tasks, backend.plan([Span(tables[0], 0, ids)]), watch)
-    assert seen == {task.op for task in tasks} and len(seen) == 18
+    assert len(check_each_op(backend, torch_backend, target_tasks(backend.config, [0, 2]), ids)) == 18
 
 
 def test_logits_are_those_of_the_torch_backend_where_routing_agrees(backend, torch_backend, ids):
