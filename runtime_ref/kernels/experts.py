@@ -34,11 +34,13 @@ import torch
 import triton
 import triton.language as tl
 
-from runtime_ref.kernels.decode import decode_tile, narrow, scale_tiles
+from mxfp4.format import BLOCK_SIZE
+from runtime_ref.kernels.decode import narrow
+from runtime_ref.kernels.expert_tiles import TOKENS_PER_SLOT, down_chunk, gate_up_tile
+from runtime_ref.kernels.native_tiles import native_down_chunk, native_gate_up_tile, round_rows_kernel
 from runtime_ref.kernels.repack import ExpertPages
-from runtime_ref.kernels.sync import signal_ranks, wait_for
+from runtime_ref.kernels.sync import signal_ranks
 
-TOKENS_PER_SLOT = 8
 MAX_TOKENS = 64
 _WIDE = tl.constexpr(TOKENS_PER_SLOT)
 
@@ -80,30 +82,6 @@ def _plan_slots(index, plan, assignments, E, M: tl.constexpr):
     tl.store(plan + 4 * M + own * _WIDE + rank % _WIDE, i, mask=valid)
     tl.debug_barrier()
     return tl.sum(opens, 0)
-
-
-@triton.jit
-def _multiply(page, lower_x, upper_x, acc, at, ROWS: tl.constexpr, DEPTH: tl.constexpr, PTX: tl.constexpr,
-              FLOAT_DOT: tl.constexpr):
-    """acc [ROWS, 8] += page x (lower_x, upper_x), each [DEPTH / 2, 8]."""
-    codes = tl.load(page + at)
-    lower_scale, upper_scale = scale_tiles(page + ROWS * DEPTH // 2, ROWS, DEPTH, PTX)
-    lower, upper = decode_tile(codes, lower_scale, upper_scale, ROWS, DEPTH, PTX)
-    if FLOAT_DOT:
-        acc = tl.dot(lower.to(tl.float32), lower_x.to(tl.float32), acc)
-        return tl.dot(upper.to(tl.float32), upper_x.to(tl.float32), acc)
-    else:
-        acc = tl.dot(lower.to(tl.bfloat16), lower_x, acc)
-        return tl.dot(upper.to(tl.bfloat16), upper_x, acc)
-
-
-@triton.jit
-def _prefetch(page, BYTES: tl.constexpr, PTX: tl.constexpr):
-    """Asks for a power of two of bytes to be brought into the second-level cache; changes nothing else."""
-    if PTX and BYTES > 0:
-        lines = page + tl.arange(0, BYTES // 128) * 128
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False,
-                                  pack=1)
 
 
 @triton.jit
@@ -153,87 +131,14 @@ def _next(position, tickets, TICKETS: tl.constexpr):
 
 
 @triton.jit
-def _gate_up_tile(x, up, plan, inner, slot, tile, H, K_UP, A: tl.constexpr, M: tl.constexpr, UP: tl.constexpr,
-                  ROWS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PTX: tl.constexpr,
-                  FLOAT_DOT: tl.constexpr):
-    """SwiGLU of ROWS / 2 inner columns for a slot's rows -> inner[slot] (bf16 [8, UP * ROWS / 2]); empty rows become zeros."""
-    HALF: tl.constexpr = DEPTH // 2
-    PAGE: tl.constexpr = ROWS * DEPTH // 2 + ROWS * DEPTH // 32
-    WIDTH: tl.constexpr = UP * ROWS // 2
-    row = tl.arange(0, _WIDE)
-    k = tl.arange(0, HALF)
-    at = tl.arange(0, ROWS)[:, None] * HALF + k[None, :]
-    filled = row < tl.load(plan + 3 * M + slot)
-    token = tl.load(plan + 4 * M + slot * _WIDE + row, mask=filled, other=0) // A
-    page = up + (tl.load(plan + 2 * M + slot).to(tl.int64) * UP + tile) * K_UP * PAGE
-    source = x + token[None, :] * H + k[:, None]
-    acc = tl.zeros((ROWS, _WIDE), tl.float32)
-    for q in tl.range(0, K_UP, num_stages=STAGES):
-        if EVEN:
-            lower = tl.load(source + q * DEPTH, mask=filled[None, :], other=0.0)
-            upper = tl.load(source + q * DEPTH + HALF, mask=filled[None, :], other=0.0)
-        else:
-            lower = tl.load(source + q * DEPTH, mask=filled[None, :] & (q * DEPTH + k < H)[:, None], other=0.0)
-            upper = tl.load(source + q * DEPTH + HALF, mask=filled[None, :] & (q * DEPTH + HALF + k < H)[:, None], other=0.0)
-        acc = _multiply(page + q * PAGE, lower, upper, acc, at, ROWS, DEPTH, PTX, FLOAT_DOT)
-    gate, up_ = acc.reshape(ROWS // 16, 2, 8, _WIDE).permute(0, 2, 3, 1).split()
-    hidden = (gate / (1.0 + tl.exp(-gate)) * up_).reshape(ROWS // 2, _WIDE)
-    column = tile * (ROWS // 2) + tl.arange(0, ROWS // 2)
-    tl.store(inner + (slot * _WIDE + row)[None, :] * WIDTH + column[:, None], narrow(hidden, tl.bfloat16, FLOAT_DOT))
-
-
-@triton.jit
-def _down_chunk(down, plan, inner, partial, ready, failed, slot, chunk, assignments, H, M: tl.constexpr, UP: tl.constexpr,
-                WIDTH: tl.constexpr, TILES: tl.constexpr, DOWN: tl.constexpr, K_DOWN: tl.constexpr, PARTS: tl.constexpr,
-                ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, WAIT: tl.constexpr,
-                POLL_LIMIT: tl.constexpr, PTX: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """TILES row tiles of an expert's down projection for a slot's rows -> partial (float32 [PARTS, assignments, H]).
-
-    K_DOWN pages make a part of K; with several parts they are full (`repack_experts`)."""
-    HALF: tl.constexpr = DEPTH // 2
-    PAGE: tl.constexpr = ROWS * DEPTH // 2 + ROWS * DEPTH // 32
-    row = tl.arange(0, _WIDE)
-    k = tl.arange(0, HALF)
-    at = tl.arange(0, ROWS)[:, None] * HALF + k[None, :]
-    page = down + (tl.load(plan + 2 * M + slot).to(tl.int64) * DOWN + chunk) * (TILES * PARTS * K_DOWN) * PAGE
-    _prefetch(page, PREFETCH, PTX)
-    filled = row < tl.load(plan + 3 * M + slot)
-    assignment = tl.load(plan + 4 * M + slot * _WIDE + row, mask=filled, other=0)
-    if WAIT:
-        wait_for(ready + slot, UP, failed, POLL_LIMIT, False)
-        tl.debug_barrier()
-    source = inner + (slot * _WIDE + row)[None, :] * WIDTH + k[:, None]
-    if K_DOWN * PARTS == 1:
-        lower = tl.load(source, mask=(k < WIDTH)[:, None] & filled[None, :], other=0.0)
-        upper = tl.load(source + HALF, mask=(HALF + k < WIDTH)[:, None] & filled[None, :], other=0.0)
-    target = partial + assignment[None, :] * H + tl.arange(0, ROWS)[:, None]
-    n = chunk * (TILES * ROWS) + tl.arange(0, ROWS)
-    acc = tl.zeros((ROWS, _WIDE), tl.float32)
-    for q in tl.range(0, TILES * PARTS * K_DOWN, num_stages=STAGES):
-        tile = q // (PARTS * K_DOWN)
-        keep = (n + tile * ROWS < H)[:, None] & filled[None, :]
-        if K_DOWN * PARTS == 1:
-            acc = _multiply(page + q * PAGE, lower, upper, tl.zeros((ROWS, _WIDE), tl.float32), at, ROWS, DEPTH, PTX, FLOAT_DOT)
-            tl.store(target + (chunk * TILES + tile) * ROWS, acc, mask=keep)
-        else:
-            step = q % K_DOWN
-            first = q % (PARTS * K_DOWN) * DEPTH
-            lower = tl.load(source + first, mask=(first + k < WIDTH)[:, None] & filled[None, :], other=0.0)
-            upper = tl.load(source + first + HALF, mask=(first + HALF + k < WIDTH)[:, None] & filled[None, :], other=0.0)
-            acc = _multiply(page + q * PAGE, lower, upper, acc, at, ROWS, DEPTH, PTX, FLOAT_DOT)
-            into = target + q // K_DOWN % PARTS * assignments * H
-            tl.store(into + (chunk * TILES + tile) * ROWS, acc, mask=keep & (step == K_DOWN - 1))
-            acc = acc * (step < K_DOWN - 1).to(tl.float32)
-
-
-@triton.jit
 def experts_work(x, up, down, index, weight, order, plan, inner, partial, residual, out, ready, arrived, control,
                  N, H, E, up_entries, down_entries, K_UP, part_stride, signals, rank, place, epoch, A: tl.constexpr,
                  M: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, TILES: tl.constexpr, K_DOWN: tl.constexpr,
                  PARTS: tl.constexpr, KEEP: tl.constexpr, UP_ROWS: tl.constexpr, UP_DEPTH: tl.constexpr,
                  DOWN_ROWS: tl.constexpr, DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
                  PREFETCH: tl.constexpr, TICKETS: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr,
-                 FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr, RESIDUAL: tl.constexpr, RANKS: tl.constexpr):
+                 FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr, RESIDUAL: tl.constexpr, RANKS: tl.constexpr,
+                 NATIVE: tl.constexpr):
     """What one program does for one call of the experts; see `experts_kernel`.
 
     With RANKS > 1, whoever has stored a chunk of `out` tells all ranks so: flag `place` + chunk becomes `epoch`.
@@ -250,8 +155,12 @@ def experts_work(x, up, down, index, weight, order, plan, inner, partial, residu
         entry = tl.load(order + position)
         slot = entry // UP
         if slot < slots:
-            _gate_up_tile(x, up, plan, inner, slot, entry % UP, H, K_UP, A, M, UP, UP_ROWS, UP_DEPTH, EVEN, STAGES, PTX,
-                          FLOAT_DOT)
+            if NATIVE:
+                native_gate_up_tile(x, up, plan, inner, slot, entry % UP, N, H, K_UP, up_entries // UP, A, M, UP, UP_ROWS,
+                                    UP_DEPTH, EVEN, STAGES, FLOAT_DOT)
+            else:
+                gate_up_tile(x, up, plan, inner, slot, entry % UP, H, K_UP, A, M, UP, UP_ROWS, UP_DEPTH, EVEN, STAGES, PTX,
+                             FLOAT_DOT)
             tl.debug_barrier()
             tl.atomic_add(ready + slot, 1, sem="release", scope="gpu")
         position = following
@@ -262,9 +171,14 @@ def experts_work(x, up, down, index, weight, order, plan, inner, partial, residu
             slot = entry // DOWN
             chunk = entry % DOWN
             if slot < slots:
-                _down_chunk(down, plan, inner, partial, ready, control + 2, slot, chunk, N * A, H, M, UP, UP * UP_ROWS // 2,
-                            TILES, DOWN, K_DOWN, PARTS, DOWN_ROWS, DOWN_DEPTH, STAGES, PREFETCH, WAIT, POLL_LIMIT, PTX,
-                            FLOAT_DOT)
+                if NATIVE:
+                    native_down_chunk(down, plan, inner, partial, ready, control + 2, slot, chunk, N * A, H, up_entries // UP,
+                                      M, UP, UP * UP_ROWS // 2, TILES, DOWN, K_DOWN, PARTS, DOWN_ROWS, DOWN_DEPTH, STAGES,
+                                      PREFETCH, WAIT, POLL_LIMIT, PTX, FLOAT_DOT)
+                else:
+                    down_chunk(down, plan, inner, partial, ready, control + 2, slot, chunk, N * A, H, M, UP, UP * UP_ROWS // 2,
+                               TILES, DOWN, K_DOWN, PARTS, DOWN_ROWS, DOWN_DEPTH, STAGES, PREFETCH, WAIT, POLL_LIMIT, PTX,
+                               FLOAT_DOT)
                 tl.debug_barrier()
                 if tl.atomic_add(arrived + chunk, 1, sem="acq_rel", scope="gpu") == slots - 1:
                     tl.debug_barrier()
@@ -297,7 +211,8 @@ def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, resi
                    UP_DEPTH: tl.constexpr, DOWN_ROWS: tl.constexpr,
                    DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
                    TICKETS: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr,
-                   FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr = 0, RESIDUAL: tl.constexpr = False):
+                   FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr = 0, RESIDUAL: tl.constexpr = False,
+                   NATIVE: tl.constexpr = False):
     """One call of the experts. `run_experts` documents and fills the arguments.
 
     control: int32 [3]: tickets drawn, programs that left, failed. PHASE 1 or 2 runs only gate-up or only down (with WAIT
@@ -306,7 +221,7 @@ def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, resi
     experts_work(x, up, down, index, weight, order, plan, inner, partial, residual, out, ready, arrived, control, N, H, E,
                  up_entries, down_entries, K_UP, part_stride, None, 0, 0, 0, A, M, UP, DOWN, TILES, K_DOWN, PARTS, KEEP,
                  UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, TICKETS, WAIT, POLL_LIMIT, PTX, FLOAT_DOT,
-                 PHASE, RESIDUAL, 1)
+                 PHASE, RESIDUAL, 1, NATIVE)
 
 
 @dataclass(frozen=True)
@@ -348,7 +263,7 @@ class Workspace:
         if not 1 <= tokens <= MAX_TOKENS:
             raise ValueError(f"{tokens} tokens in one call of the experts; expected 1 to {MAX_TOKENS}")
         device = pages.up.device
-        self.tokens, self.choices, self.launch = tokens, choices, launch
+        self.tokens, self.choices, self.launch, self.native = tokens, choices, launch, pages.native
         self.stride = triton.next_power_of_2(max(tokens * choices, 16))
         self.slots = min(tokens * choices, pages.experts * -(-tokens // TOKENS_PER_SLOT))
         row_tiles = pages.down.shape[1]
@@ -357,7 +272,11 @@ class Workspace:
         width = pages.up.shape[1] * pages.up_tile.rows // 2
         self.order = listed_order(self.slots, pages.up.shape[1], self.chunks).to(device)
         self.plan = torch.zeros((4 + TOKENS_PER_SLOT) * self.stride, dtype=torch.int32, device=device)
-        self.inner = torch.empty((self.slots, TOKENS_PER_SLOT, width), dtype=torch.bfloat16, device=device)
+        if self.native:  # codes of all rows, then their scales, of what enters and of what lies between the products
+            self.rounded = torch.empty(rounded_bytes(tokens * pages.hidden), dtype=torch.uint8, device=device)
+            self.inner = torch.empty(rounded_bytes(self.slots * TOKENS_PER_SLOT * width), dtype=torch.uint8, device=device)
+        else:
+            self.inner = torch.empty((self.slots, TOKENS_PER_SLOT, width), dtype=torch.bfloat16, device=device)
         self.partial = torch.empty((pages.parts, tokens * choices, pages.hidden), dtype=torch.float32, device=device)
         self.ready = torch.zeros(self.stride, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(self.chunks, dtype=torch.int32, device=device)
@@ -370,7 +289,7 @@ class Workspace:
 
 def kernel_arguments(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, pages: ExpertPages, space: Workspace,
                      out: torch.Tensor | None, residual: torch.Tensor | None = None) -> tuple[tuple, dict]:
-    """Positional and compile-time arguments of `experts_kernel`."""
+    """Positional and compile-time arguments of `experts_kernel`; x as `round_rows` returns it where pages are native."""
     keep = out is not None and out.ndim == 3
     launch, up, down = space.launch, pages.up, pages.down
     entries = space.slots * up.shape[1], space.slots * space.chunks
@@ -384,12 +303,26 @@ def kernel_arguments(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor,
         "DOWN_ROWS": pages.down_tile.rows, "DOWN_DEPTH": pages.down_tile.depth,
         "EVEN": pages.hidden % pages.up_tile.depth == 0, "STAGES": launch.stages, "PREFETCH": launch.prefetch,
         "TICKETS": launch.tickets, "WAIT": True, "POLL_LIMIT": launch.polls, "PTX": launch.ptx, "FLOAT_DOT": launch.float_dot,
-        "RESIDUAL": residual is not None}
+        "RESIDUAL": residual is not None, "NATIVE": pages.native}
+
+
+def rounded_bytes(values: int) -> int:
+    """Of so many values in MXFP8."""
+    return values + values // BLOCK_SIZE
+
+
+def round_rows(x: torch.Tensor, space: Workspace) -> torch.Tensor:
+    """x bfloat16 [N, H] as MXFP8 in the scratch, one launch: N H 33 / 32 bytes, codes of all rows, then their scales."""
+    (N, H), blocks = x.shape, 32
+    out = space.rounded[:rounded_bytes(N * H)]
+    options = {} if space.launch.float_dot else {"num_warps": 4}
+    round_rows_kernel[(N, triton.cdiv(H // BLOCK_SIZE, blocks))](x, out, N, H, BLOCKS=blocks, **options)
+    return out.view(N, -1)
 
 
 def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, pages: ExpertPages, space: Workspace,
                 out: torch.Tensor | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """The experts' weighted sum for a block of tokens, one launch.
+    """The experts' weighted sum for a block of tokens: one launch, and one before it that rounds x where pages are native.
 
     Args:
         x: bfloat16 [N, H], contiguous.
@@ -416,6 +349,7 @@ def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, page
     if N > space.tokens or A != space.choices:
         raise ValueError(f"{N} tokens with {A} choices; this scratch holds {space.tokens} tokens with {space.choices}")
     out = torch.empty_like(x) if out is None else out
+    x = round_rows(x, space) if space.native else x
     positional, options = kernel_arguments(x, index.contiguous(), weight.contiguous(), pages, space, out, residual)
     if space.launch.float_dot:
         experts_kernel[(space.launch.programs,)](*positional, **options)

@@ -30,6 +30,7 @@ from triton.errors import TritonError
 from modeling.released import released_config
 from mxfp4 import dequantize, quantize
 from mxfp4.format import BLOCK_SIZE
+from mxfp4.mxfp8 import dequantize_mxfp8, quantize_mxfp8
 from runtime_ref import roofline
 from runtime_ref.kernels import gpu_steps
 from runtime_ref.kernels.attention import PAGE, attend
@@ -85,6 +86,17 @@ def run(path: Path, checkpoint: Path | None = None) -> int:
     return 1 if red else 0
 
 
+def up_tiles() -> list[Tile]:
+    """Pages to compare: decoded ones, and native ones where tensor cores read E2M1 (they round activations to MXFP8)."""
+    native = torch.cuda.get_device_capability()[0] == 10
+    return [Tile(), Tile(128, 256), *([Tile(128, 256, native=True)] if native else [])]
+
+
+def down_tile(up: Tile) -> Tile:
+    """Of the down projection, beside `up`."""
+    return up if up.native else Tile()
+
+
 def launches(count: int, page_rows: int) -> list[Launch]:
     """Launch variants for a GPU with `count` multiprocessors and pages of so many rows, the expected one first."""
     plain = Launch(programs=4 * count)
@@ -100,10 +112,10 @@ def check_kernels() -> list[dict]:
     count = torch.cuda.get_device_properties(0).multi_processor_count
     checks = [_check_decoding()]
     weights = _random_weights(5, 6144, 256)
-    for tile in (Tile(), Tile(128, 256)):
-        pages = repack_experts(*weights, up_tile=tile, down_tile=Tile()).to("cuda")
+    for tile in up_tiles():
+        pages = repack_experts(*weights, up_tile=tile, down_tile=down_tile(tile)).to("cuda")
         for launch in launches(count, tile.rows):
-            checks += _check_experts(f"6144-256, {tile.rows} rows, {_words(launch)}", pages, launch,
+            checks += _check_experts(f"6144-256, {_page_words(tile)}, {_words(launch)}", pages, launch,
                                      (1, 7, 8, 9, 63, 64) if launch == Launch(programs=4 * count) else (8,))
     odd = _random_weights(4, 160, 96)
     small = repack_experts(*odd, up_tile=Tile(64, 128), down_tile=Tile(32, 64)).to("cuda")
@@ -121,16 +133,16 @@ def measure(end: float, skipped: list[str]) -> dict:
     report = {"bandwidth": _bandwidths(count), "experts": [], "refused": [], "sweep": []}
     print(f"pure read {report['bandwidth']['read'] / 1e12:.2f} TB/s, copy {report['bandwidth']['copy'] / 1e12:.2f} TB/s")
     best = None
-    for tile in (Tile(), Tile(128, 256)):
+    for tile in up_tiles():
         pages = _random_pages(experts, hidden, inner, tile)
         for launch in launches(count, tile.rows):
             if time.monotonic() > end - 120:
-                skipped.append(f"8 tokens, {tile.rows} rows, {_words(launch)}")
+                skipped.append(f"8 tokens, {_page_words(tile)}, {_words(launch)}")
                 continue
             try:
                 row = _measure_experts(pages, launch, TOKENS, report["bandwidth"]["read"])
             except (RuntimeError, TritonError) as error:  # a variant that this card cannot launch ends only itself
-                report["refused"].append(f"8 tokens, {tile.rows} rows, {_words(launch)}: {error}")
+                report["refused"].append(f"8 tokens, {_page_words(tile)}, {_words(launch)}: {error}")
                 continue
             report["experts"].append(row)
             if not row["failed"] and (best is None or row["seconds"] < best[0]):
@@ -172,6 +184,10 @@ def measure_whole(end: float, skipped: list[str], checkpoint: Path | None) -> di
     return report
 
 
+def _page_words(tile: Tile) -> str:
+    return f"{tile.rows} rows{', native' if tile.native else ''}"
+
+
 def _words(launch: Launch) -> str:
     return ", ".join(f"{key} {value}" for key, value in asdict(launch).items() if key not in ("ptx", "float_dot", "polls"))
 
@@ -194,12 +210,13 @@ def _random_pages(experts: int, hidden: int, inner: int, tile: Tile) -> ExpertPa
     def fill(row_tiles: int, depth_tiles: int, of: Tile) -> torch.Tensor:
         pages = torch.randint(0, 256, (experts, row_tiles, depth_tiles, of.page_bytes), dtype=torch.uint8, device="cuda")
         tail = pages[..., of.rows * of.depth // 2:]
-        tail.copy_(torch.randint(SCALE_OFFSET + 119, SCALE_OFFSET + 123, tail.shape, dtype=torch.uint8, device="cuda"))
+        least = 119 if of.native else SCALE_OFFSET + 119
+        tail.copy_(torch.randint(least, least + 4, tail.shape, dtype=torch.uint8, device="cuda"))
         return pages
 
-    down = Tile()
-    return ExpertPages(fill(2 * inner // tile.rows, hidden // tile.depth, tile),
-                       fill(hidden // down.rows, inner // down.depth, down), tile, down, hidden, inner)
+    down = down_tile(tile)
+    return ExpertPages(fill(-(-2 * inner // tile.rows), hidden // tile.depth, tile),
+                       fill(hidden // down.rows, -(-inner // down.depth), down), tile, down, hidden, inner)
 
 
 def _check_decoding() -> dict:
@@ -216,7 +233,11 @@ def _check_decoding() -> dict:
 
 
 def reference(x, index, weight, pages: ExpertPages) -> torch.Tensor:
-    """Float32 experts on a shard's pages, expert by expert; the kernel's oracle here, where shards are too big to copy."""
+    """Float32 experts on a shard's pages, expert by expert, between rounded activations where pages are native; the kernel's
+    oracle here, where shards are too big to copy."""
+    def entering(rows: torch.Tensor) -> torch.Tensor:
+        return dequantize_mxfp8(*quantize_mxfp8(rows)) if pages.native else rows
+
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in index.unique().tolist():
         token, choice = (index == expert).nonzero(as_tuple=True)
@@ -224,8 +245,8 @@ def reference(x, index, weight, pages: ExpertPages) -> torch.Tensor:
         up = dequantize(*unpack_pages(pages.up[expert], pages.up_tile, rows, pages.hidden), dtype=torch.float32)
         gate, up = up.unflatten(0, (-1, 2, 8)).unbind(1)
         down = dequantize(*unpack_pages(pages.down[expert], pages.down_tile, pages.hidden, pages.inner), dtype=torch.float32)
-        rows_x = x[token].float()
-        hidden = torch.nn.functional.silu(rows_x @ gate.flatten(0, 1).T) * (rows_x @ up.flatten(0, 1).T)
+        rows_x = entering(x[token].float())
+        hidden = entering(torch.nn.functional.silu(rows_x @ gate.flatten(0, 1).T) * (rows_x @ up.flatten(0, 1).T))
         out.index_add_(0, token, weight[token, choice][:, None] * (hidden[:, :pages.inner] @ down.T))
     return out
 
@@ -237,7 +258,7 @@ def _check_experts(name: str, pages: ExpertPages, launch: Launch, token_counts) 
     for tokens in token_counts:
         x, index, weight = _random_tokens(tokens, pages.hidden, pages.experts - 1, 3, tokens, device)
         space = Workspace(pages, tokens, 3, launch)
-        space.inner.fill_(float("nan"))
+        space.inner.fill_(0x7F if pages.native else float("nan"))
         space.partial.fill_(float("nan"))
         first, again = (run_experts(x, index, weight, pages, space, torch.full_like(x, float("nan"), dtype=torch.float32))
                         for _ in range(2))
@@ -336,12 +357,12 @@ def _measure_experts(pages: ExpertPages, launch: Launch, tokens: int, read: floa
     timed = _time_graph([lambda i=i: run_experts(*i, pages, space, out) for i in inputs])
     distinct = sum(i[1].unique().numel() for i in inputs) / CALLS
     size = distinct * (pages.up[0].numel() + pages.down[0].numel())
-    row = {"tokens": tokens, "page_rows": pages.up_tile.rows, "launch": asdict(launch), "distinct": distinct, "bytes": size,
-           "share_of_read": size / timed["seconds"] / read, "bytes_per_second": size / timed["seconds"],
-           "failed": space.failed(), **timed}
+    row = {"tokens": tokens, "page_rows": pages.up_tile.rows, "native": pages.native, "launch": asdict(launch),
+           "distinct": distinct, "bytes": size, "share_of_read": size / timed["seconds"] / read,
+           "bytes_per_second": size / timed["seconds"], "failed": space.failed(), **timed}
     peak = {name: size / timed["seconds"] / bandwidth for name, bandwidth in roofline.BANDWIDTH.items()
             if name in torch.cuda.get_device_name()}
-    print(f"experts, {tokens} tokens, {pages.up_tile.rows} rows, {_words(launch)}: {timed['seconds'] * 1e6:.1f} us, "
+    print(f"experts, {tokens} tokens, {_page_words(pages.up_tile)}, {_words(launch)}: {timed['seconds'] * 1e6:.1f} us, "
           f"{distinct:.1f} experts, {row['bytes_per_second'] / 1e12:.2f} TB/s = {100 * row['share_of_read']:.0f} % of pure read"
           + "".join(f", {100 * share:.0f} % of the {name}'s" for name, share in peak.items()))
     return row | {"share_of_stated": peak}

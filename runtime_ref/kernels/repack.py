@@ -22,7 +22,12 @@ is a subnormal). Both 16-bit halves of the word look alike, and hold the even an
 A scale byte b is stored as b + 126: shifted left by 7 it is the bf16 number 2^126 * 2^(b - 127), and one product makes the
 weight, exactly. That ends at b = 128 (a scale of 2), which trained weights never come near; larger bytes are refused.
 
-Odd sizes are filled with code 0 under scale byte 0, which add exact zeros. Rejected: the checkpoint's nibble order (8 to 10
+Odd sizes are filled with code 0 under scale byte 0, which add exact zeros.
+
+Tensor cores that read E2M1 themselves (`native_tiles`) get native pages: codes [rows, depth / 2] and scales [rows, depth / 32],
+both as in the checkpoint, of any scale.
+
+Rejected: the checkpoint's nibble order (8 to 10
 instructions per weight), scales in a tensor of their own (a second, short read per tile).
 """
 
@@ -40,13 +45,14 @@ MAX_SCALE_BYTE = 254 - SCALE_OFFSET
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of a page: output rows and values of K. Both powers of two, rows >= 16, depth >= 64."""
+    """Shape of a page: output rows and values of K. Both powers of two, rows >= 16 (native: 64), depth >= 64."""
 
     rows: int = 64
     depth: int = 256
+    native: bool = False
 
     def __post_init__(self):
-        for name, value, least in (("rows", self.rows, 16), ("depth", self.depth, 2 * BLOCK_SIZE)):
+        for name, value, least in (("rows", self.rows, 64 if self.native else 16), ("depth", self.depth, 2 * BLOCK_SIZE)):
             if value < least or value & (value - 1):
                 raise ValueError(f"tile {name} {value}: expected a power of two of at least {least}")
 
@@ -72,9 +78,16 @@ class ExpertPages:
     inner: int
     parts: int = 1
 
+    def __post_init__(self):
+        assert self.up_tile.native == self.down_tile.native, "one kernel reads both"
+
     @property
     def experts(self) -> int:
         return self.up.shape[0]
+
+    @property
+    def native(self) -> bool:
+        return self.up_tile.native
 
     def to(self, device) -> ExpertPages:
         return ExpertPages(self.up.to(device), self.down.to(device), self.up_tile, self.down_tile, self.hidden, self.inner,
@@ -98,7 +111,7 @@ def pack_pages(codes: torch.Tensor, scales: torch.Tensor, tile: Tile) -> torch.T
         raise ValueError(f"codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together; expected "
                          f"[..., n, K / 2] and [..., n, K / 32]")
     scales = scales.view(torch.uint8)
-    if scales.numel() and int(scales.max()) > MAX_SCALE_BYTE:
+    if not tile.native and scales.numel() and int(scales.max()) > MAX_SCALE_BYTE:
         where = (scales > MAX_SCALE_BYTE).nonzero()[0].tolist()
         raise ValueError(f"scale byte {int(scales[tuple(where)])} at index {where}: the packed decoding holds scales up to 2 "
                          f"(byte {MAX_SCALE_BYTE}); run this checkpoint with the torch backend")
@@ -106,6 +119,9 @@ def pack_pages(codes: torch.Tensor, scales: torch.Tensor, tile: Tile) -> torch.T
     rows, depth = -(-n // tile.rows) * tile.rows, -(-2 * half // tile.depth) * tile.depth
     codes = torch.nn.functional.pad(codes, (0, depth // 2 - half, 0, rows - n))
     scales = torch.nn.functional.pad(scales, (0, depth // BLOCK_SIZE - scales.shape[-1], 0, rows - n))
+    if tile.native:
+        return torch.cat([t.reshape(*lead, rows // tile.rows, tile.rows, depth // tile.depth, -1).movedim(-2, -3).flatten(-2)
+                          for t in (codes, scales)], -1).contiguous()
     elements = torch.stack((codes & 15, codes >> 4), -1)
     # [..., row tile, K tile, row, half of K, words, 4]
     elements = elements.reshape(*lead, rows // tile.rows, tile.rows, depth // tile.depth, 2, tile.depth // 8, 4)
@@ -122,6 +138,10 @@ def unpack_pages(pages: torch.Tensor, tile: Tile, n: int, k: int) -> tuple[torch
     *lead, row_tiles, k_tiles, size = pages.shape
     assert size == tile.page_bytes and row_tiles * tile.rows >= n and k_tiles * tile.depth >= k
     body, tail = pages.split((tile.rows * tile.depth // 2, tile.rows * tile.depth // BLOCK_SIZE), -1)
+    if tile.native:
+        codes, scales = (t.unflatten(-1, (tile.rows, -1)).movedim(-2, -3).reshape(*lead, row_tiles * tile.rows, -1)
+                         for t in (body, tail))
+        return codes[..., :n, :k // 2].contiguous(), scales[..., :n, :k // BLOCK_SIZE].contiguous()
     body = body.reshape(*lead, row_tiles, k_tiles, tile.rows, tile.depth // 8, 4).to(torch.int64)
     elements = torch.stack(_elements(sum(body[..., i] << 8 * i for i in range(4))), -3)
     # [..., row tile, K tile, row, half, words, 4] -> rows, K

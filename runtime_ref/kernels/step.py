@@ -268,7 +268,8 @@ def step_kernel(
                     experts_work(y, _bytes_at(arena, entry, 1), _bytes_at(arena, entry, 4), index, weight, order, plan,
                                  expert_inner, expert_partial, x, x, ready, arrived, control, R, H, E, up_entries, down_entries,
                                  K_UP, 0, signals, rank, 0, 0, A, M, UP, DOWN, TILES, K_DOWN, PARTS, False, UP_ROWS, UP_DEPTH,
-                                 DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, False, True, POLLS, PTX, FLOAT_DOT, 0, True, 1)
+                                 DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, False, True, POLLS, PTX, FLOAT_DOT, 0, True, 1,
+                                 False)
                 else:
                     COLUMNS: tl.constexpr = TILES * DOWN_ROWS
                     BLOCK: tl.constexpr = COLUMNS if COLUMNS < 128 else 128
@@ -278,7 +279,7 @@ def step_kernel(
                                  expert_inner, expert_partial, x, own, ready, arrived, control, R, H, E, up_entries,
                                  down_entries, K_UP, R * H, signals, rank, 2 * places, epoch, A, M, UP, DOWN, TILES, K_DOWN,
                                  PARTS, True, UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, False, True,
-                                 POLLS, PTX, FLOAT_DOT, 0, False, RANKS)
+                                 POLLS, PTX, FLOAT_DOT, 0, False, RANKS, False)
                     # Blocks of 128 columns, so that more programs add up than there are chunks.
                     t = pid
                     while t < tl.cdiv(H, BLOCK) * groups:

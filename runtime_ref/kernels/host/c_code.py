@@ -227,10 +227,35 @@ class _Writer(Emitter):
         if c.type.element != "f32":
             raise ValueError(f"tt.dot into {c.type.element}: expected f32")
         out = self._filled(c)
+        self._product(operation, (M, N, K), left, right, out)
+
+    def _product(self, operation: Operation, sizes: tuple[int, int, int], left: Value, right: Value, out: Value) -> None:
+        """out [M, N] += left [M, K] right [K, N], all float32 arrays; out becomes the result."""
+        M, N, K = sizes
         if M % 4 or N % 8:
-            raise ValueError(f"tt.dot of {M} x {N}: expected multiples of 4 and 8")
+            raise ValueError(f"{operation.name} of {M} x {N}: expected multiples of 4 and 8")
         self._emit(f"multiply({M}, {N}, {K}, {left.array}, {right.array}, {out.array});")
         self._set(operation, [out])
+
+    def _tt_dot_scaled(self, operation: Operation) -> None:
+        """E2M1 by E4M3, both with scale bytes per 32 of K: exact products, summed in float32."""
+        left, left_scale, right, right_scale, c = (self._get(name) for name in operation.operands)
+        kinds = "lhs = e2m1 rhs = e4m3"
+        if kinds not in operation.rest or right.type.element != "f8E4M3FN" or c.type.element != "f32":
+            raise ValueError(f"tt.dot_scaled{operation.rest[:80]}: expected {kinds}")
+        (M, half), N = left.type.shape, right.type.shape[1]
+        codes, left_scale, right_scale = (x if x.free else self._as_array(x) for x in (left, left_scale, right_scale))
+
+        def weight(i: Sequence[str]) -> str:
+            code = f"{codes.at([i[0], f'{i[1]} / 2'])} >> {i[1]} % 2 * 4 & 15"
+            return f"fp4_values[{code}] * e8m0({left_scale.at([i[0], f'{i[1]} / 32'])})"
+
+        def activation(i: Sequence[str]) -> str:
+            return f"{to_float(right.at(i), 'f8E4M3FN')} * e8m0({right_scale.at([i[1], f'{i[0]} / 32'])})"
+
+        a, b = (self._filled(Value(Type(shape, "f32"), at))
+                for shape, at in (((M, 2 * half), weight), ((2 * half, N), activation)))
+        self._product(operation, (M, N, 2 * half), a, b, self._filled(c))
 
     def _combine(self, block: Block, left: list[str], right: list[str]) -> list[str]:
         """Emits a combiner's operations on two tuples of scalars; returns the C of its results."""

@@ -14,6 +14,11 @@ static inline uint16_t narrow(float f) {
   return f != f ? 0x7FC0 : (uint16_t)rounded;
 }
 static float fp8_values[256];
+static const float fp4_values[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
+static inline float e8m0(uint8_t b) {
+  union { uint32_t u; float f; } x = {b ? (uint32_t)b << 23 : 1u << 22};
+  return b == 255 ? NAN : x.f;
+}
 __attribute__((constructor)) static void fill(void) {
   for (int i = 0; i < 256; i++) {
     int e = i >> 3 & 15, m = i & 7;

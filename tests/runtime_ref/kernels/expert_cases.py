@@ -5,12 +5,13 @@ import torch
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.modeling_mimo_v2 import Experts
 from mxfp4 import dequantize, quantize
+from mxfp4.mxfp8 import dequantize_mxfp8, quantize_mxfp8
 from runtime_ref.kernels.experts import Launch, Workspace
 from runtime_ref.kernels.repack import Tile, repack_experts
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 E, H, I, A = 4, 160, 96, 2  # no multiples of the tile: 1.25 pages of hidden, 0.75 of inner, 5 tiles of 32 rows
-SMALL = Tile(32, 128)
+SMALL, NATIVE = Tile(32, 128), Tile(64, 128, native=True)
 
 
 def make_weights(seed=0, experts=E, hidden=H, inner=I):
@@ -23,15 +24,24 @@ def make_pages(weights, rank=0, ranks=1, tile=SMALL):
     return repack_experts(*weights, rank=rank, ranks=ranks, up_tile=tile, down_tile=tile)
 
 
-def oracle(weights) -> Experts:
-    """The model's experts on the decoded weights, in float32."""
+def oracle(weights, native: bool = False):
+    """The model's experts on the decoded weights, in float32; native: between activations rounded to MXFP8."""
     gate_up, down = (dequantize(*w, dtype=torch.float32) for w in weights)
     config = MiMoV2Config(n_routed_experts=down.shape[0], num_experts_per_tok=1, hidden_size=down.shape[1],
                           moe_intermediate_size=down.shape[2], num_hidden_layers=1,
                           hybrid_layer_pattern=[0], moe_layer_freq=[1])
     experts = Experts(config)
     experts.gate_up_proj.data, experts.down_proj.data = gate_up, down
-    return experts.requires_grad_(False)
+    experts.requires_grad_(False)
+    if not native:
+        return experts
+
+    def rounded(x):
+        return dequantize_mxfp8(*quantize_mxfp8(x))
+
+    gate = experts._apply_gate
+    experts._apply_gate = lambda gate_up: rounded(gate(gate_up))
+    return lambda x, index, weight: experts(rounded(x), index, weight)
 
 
 def make_tokens(count, seed=0, experts=E, hidden=H, choices=A):
@@ -51,7 +61,9 @@ def launched(**options) -> Launch:
 def poisoned(pages, tokens, choices=A, **options) -> Workspace:
     """Scratch full of NaN: whatever is read without having been written shows in the result."""
     space = Workspace(pages, tokens, choices, launched(**options))
-    space.inner.fill_(float("nan"))
+    space.inner.fill_(0x7F if pages.native else float("nan"))
+    if pages.native:
+        space.rounded.fill_(0x7F)
     space.partial.fill_(float("nan"))
     space.plan.fill_(2**30)
     return space

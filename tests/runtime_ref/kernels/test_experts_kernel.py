@@ -1,4 +1,7 @@
-"""The expert kernel against the model's experts, and the properties that timing and batch must not change."""
+"""The expert kernel against the model's experts, and the properties that timing and batch must not change.
+
+All of it for pages that are decoded and for native ones, whose activations are rounded to MXFP8.
+"""
 
 from dataclasses import replace
 
@@ -9,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 
 from tolerance import EXPERTS_KERNEL, EXPERTS_RANKS
 
-from runtime_ref.kernels.experts import Workspace, experts_kernel, kernel_arguments, run_experts
+from runtime_ref.kernels.experts import Workspace, experts_kernel, kernel_arguments, round_rows, run_experts
 from runtime_ref.kernels.repack import Tile, repack_experts
 from tests.runtime_ref.kernels import expert_cases as cases
 from tests.runtime_ref.kernels.expert_cases import A, E, H
@@ -20,9 +23,9 @@ def weights():
     return cases.make_weights()
 
 
-@pytest.fixture(scope="module")
-def pages(weights):
-    return cases.make_pages(weights)
+@pytest.fixture(scope="module", params=[cases.SMALL, cases.NATIVE], ids=["decoded", "native"])
+def pages(weights, request):
+    return cases.make_pages(weights, tile=request.param)
 
 
 def call(x, index, weight, pages, **options):
@@ -30,6 +33,11 @@ def call(x, index, weight, pages, **options):
     out = run_experts(x, index, weight, pages, space, torch.full(x.shape, float("nan")))
     assert not space.failed()
     return out
+
+
+def entering(x, space):
+    """x as the kernel reads it."""
+    return round_rows(x, space) if space.native else x
 
 
 def error(out, expected):
@@ -44,28 +52,29 @@ def same_bits(a, b):
 def test_equals_the_models_experts(weights, pages, tokens):
     x, index, weight = cases.make_tokens(tokens, seed=tokens)
     assert int(index.max()) < E - 1, "one expert stays without tokens"
-    expected = cases.oracle(weights)(x.float(), index.long(), weight)
+    expected = cases.oracle(weights, pages.native)(x.float(), index.long(), weight)
     assert error(call(x, index, weight, pages), expected) < EXPERTS_KERNEL
 
 
-@pytest.mark.parametrize("tile", [Tile(16, 64), Tile(64, 256)], ids=str)
+@pytest.mark.parametrize("tile", [Tile(16, 64), Tile(64, 256), Tile(64, 64, native=True), Tile(128, 256, native=True)], ids=str)
 def test_page_shape_does_not_matter(weights, tile):
     x, index, weight = cases.make_tokens(3)
-    expected = cases.oracle(weights)(x.float(), index.long(), weight)
+    expected = cases.oracle(weights, tile.native)(x.float(), index.long(), weight)
     assert error(call(x, index, weight, cases.make_pages(weights, tile=tile)), expected) < EXPERTS_KERNEL
 
 
 def test_all_tokens_on_one_expert(weights, pages):
     x, _, weight = cases.make_tokens(9)
     index = torch.full((9, 1), 2, dtype=torch.int32)
-    expected = cases.oracle(weights)(x.float(), index.long(), weight[:, :1])
+    expected = cases.oracle(weights, pages.native)(x.float(), index.long(), weight[:, :1])
     assert error(call(x, index, weight[:, :1].contiguous(), pages), expected) < EXPERTS_KERNEL
 
 
 def test_choices_outside_the_experts_count_as_none(weights, pages):
     x, index, weight = cases.make_tokens(3)
     index[1, 0], index[2] = -1, E
-    expected = cases.oracle(weights)(x.float(), index.long().clamp(0, E - 1), weight * ((index >= 0) & (index < E)))
+    valid = (index >= 0) & (index < E)
+    expected = cases.oracle(weights, pages.native)(x.float(), index.long().clamp(0, E - 1), weight * valid)
     out = call(x, index, weight, pages)
     assert error(out, expected) < EXPERTS_KERNEL
     assert not out[2].any()
@@ -104,7 +113,7 @@ def test_phases_of_several_programs_run_one_after_another(pages):
     x, index, weight = cases.make_tokens(5)
     space = cases.poisoned(pages, 5, tickets=False)
     out = torch.full(x.shape, float("nan"))
-    positional, options = kernel_arguments(x, index, weight, pages, space, out)
+    positional, options = kernel_arguments(entering(x, space), index, weight, pages, space, out)
     for phase in (1, 2):
         experts_kernel[(3,)](*positional, **(options | {"WAIT": False, "PHASE": phase}))
     assert same_bits(out, call(x, index, weight, pages))
@@ -120,8 +129,10 @@ def test_scratch_is_ready_for_the_next_call(pages):
     assert same_bits(run_experts(x, index, weight, pages, space, torch.empty(x.shape)), first)
 
 
-def test_parts_kept_apart_are_those_of_ranks_and_add_up_to_the_bits_of_one():
-    weights, tile = cases.make_weights(inner=128), {"up_tile": cases.SMALL, "down_tile": Tile(32, 64)}
+@pytest.mark.parametrize("tiles", [(cases.SMALL, Tile(32, 64)), (cases.NATIVE, Tile(64, 64, native=True))],
+                         ids=["decoded", "native"])
+def test_parts_kept_apart_are_those_of_ranks_and_add_up_to_the_bits_of_one(tiles):
+    weights, tile = cases.make_weights(inner=128), dict(zip(("up_tile", "down_tile"), tiles, strict=True))
     whole = repack_experts(*weights, **tile, parts=2)
     x, index, weight = cases.make_tokens(9)
     kept = torch.full((2, *x.shape), float("nan"))
@@ -130,12 +141,12 @@ def test_parts_kept_apart_are_those_of_ranks_and_add_up_to_the_bits_of_one():
         pages, own = repack_experts(*weights, rank=rank, ranks=2, **tile), torch.full((1, *x.shape), float("nan"))
         assert same_bits(run_experts(x, index, weight, pages, cases.poisoned(pages, 9), own)[0], kept[rank])
     assert same_bits(call(x, index, weight, whole), kept[0] + kept[1])
-    assert error(kept.sum(0), cases.oracle(weights)(x.float(), index.long(), weight)) < EXPERTS_KERNEL
+    assert error(kept.sum(0), cases.oracle(weights, tiles[0].native)(x.float(), index.long(), weight)) < EXPERTS_KERNEL
 
 
 def test_shards_sum_to_the_whole(weights, pages):
     x, index, weight = cases.make_tokens(4)
-    parts = [call(x, index, weight, cases.make_pages(weights, rank, 3)) for rank in range(3)]
+    parts = [call(x, index, weight, cases.make_pages(weights, rank, 3, pages.up_tile)) for rank in range(3)]
     assert error(sum(parts), call(x, index, weight, pages)) < EXPERTS_RANKS
 
 
@@ -162,6 +173,6 @@ def test_a_lost_signal_becomes_a_flag_not_a_hang(pages):
     x, index, weight = cases.make_tokens(2)
     space = cases.poisoned(pages, 2, polls=3)
     space.launch = replace(space.launch, tickets=False)
-    positional, options = kernel_arguments(x, index, weight, pages, space, torch.empty(x.shape))
+    positional, options = kernel_arguments(entering(x, space), index, weight, pages, space, torch.empty(x.shape))
     experts_kernel[(1,)](*positional, **(options | {"PHASE": 2}))  # the first phase never ran
     assert space.failed()

@@ -98,8 +98,8 @@ class Event:
         return 1.0
 
 
-@pytest.fixture
-def played(monkeypatch):
+@pytest.fixture(params=[(9, 0), (10, 0)], ids=["Hopper", "Blackwell"])
+def played(monkeypatch, request):
     """A card, as far as the suite looks."""
     card = SimpleNamespace(multi_processor_count=1)
     generator = torch.Generator
@@ -119,7 +119,8 @@ def played(monkeypatch):
     no_copy.__name__ = "cpu"  # torch looks its methods up by name
     monkeypatch.setattr(torch.Tensor, "cpu", no_copy)
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
-    for name, value in {"is_available": lambda: True, "get_device_capability": lambda *_: (9, 0), "synchronize": lambda: None,
+    for name, value in {"is_available": lambda: True, "get_device_capability": lambda *_: request.param,
+                        "synchronize": lambda: None,
                         "get_device_name": lambda *_: "NVIDIA H200 (played)", "get_device_properties": lambda *_: card,
                         "empty_cache": lambda: None, "CUDAGraph": Graph, "graph": recording, "Event": Event}.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -255,6 +255,9 @@ def function(*lines: str) -> str:
 @pytest.mark.parametrize("text, said", [
     (function("%0 = arith.frobnicate %arg0 : i32"), "operation arith.frobnicate: no C for it"),
     (function("%0 = arith.constant dense<[1, 2]> : tensor<2xi32>"), "expected one value for all elements"),
+    (function("%0 = tt.dot_scaled %arg0 scale %arg0, %arg0 scale %arg0, %arg0 lhs = e2m1 rhs = e2m1 {fastMath = false} : "
+              "tensor<16x32xi8>, tensor<16x2xi8> * tensor<32x16xi8>, tensor<16x2xi8> -> tensor<16x16xf32>"),
+     "tt.dot_scaled.*expected lhs = e2m1 rhs = e4m3"),
     (function("%0 = arith.extf %arg0 : f32 to f4"), "type f4: expected one of i1"),
     ("module {\n}", "module of 0 functions"),
 ], ids=["operation", "constant", "type", "module"])
