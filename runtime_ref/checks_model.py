@@ -3,10 +3,14 @@
 2b  The runtime in float32 against the folder's model (modeling/), layer by layer. A difference means that the runtime is wrong:
     the first layer, the first op of it whose result is not its twin's, and the suspect that explains it are named.
 3   Every op of the backend against its float64 twin (`naive.py`), on the inputs that it really had. With several ranks each
-    checks its own shares, and what is gathered is checked against gathered twins.
+    checks its own shares, and what is gathered is checked against gathered twins. The kernels, which have no float32, are
+    checked as they serve: their ops within the rounding of bf16, and their drafts. What they compute wrong is named by the
+    suspect that comes nearest to it.
 """
 
 from __future__ import annotations
+
+import copy
 
 import torch
 
@@ -17,13 +21,18 @@ from runtime_ref.facts import Facts
 from runtime_ref.kv_cache import KvCache
 from runtime_ref.model import Span
 from runtime_ref.parallel import Ranks
-from runtime_ref.suspects import CLAMP_CAUSE, SAME, Suspect, culprits, difference, drafter_suspects
+from runtime_ref.suspects import CLAMP_CAUSE, SAME, Suspect, culprits, difference, drafter_suspects, nearest
 from runtime_ref.tasks import Task, TorchBackend, target_tasks
 from runtime_ref.verdict import Check
 from runtime_ref.weights import Dense
 
 # Relative error of one float32 op against float64: sums of a few thousand terms.
 OP_ERROR = 2e-5
+# The same of one op of the kernels, in the worst row: operands of products are rounded to bf16, by at most 2^-9 each, in an MLP
+# twice, and terms of a sum that cancel double that relative to it.
+KERNEL_OP_ERROR = 2.0**-6
+# Of the kernels' draft logits: a dozen such products lie between features and logits.
+KERNEL_DRAFT_ERROR = 8 * 2.0**-8
 MISSING_CLAMP_CAUSE = "the clamp of gpt-oss's SwiGLU is missing, or has another limit or alpha (swiglu_limit)"
 ENGINE_CAUSE = "the runtime computes it otherwise"
 
@@ -42,11 +51,22 @@ class OpErrors:
 
     Attributes:
         found: (task, error), the worst of all ranks; tasks whose inputs were not finite are left out.
+        bound: what an error may be.
+        twin: the backend whose float32 weights the twins take.
     """
 
-    def __init__(self, backend: TorchBackend, ids: list[int]):
-        """Runs the target over `ids` on a fresh cache; to be made on all ranks alike."""
+    def __init__(self, backend: TorchBackend, ids: list[int], exact: TorchBackend | None = None):
+        """Runs the target over `ids` on a fresh cache; to be made on all ranks alike.
+
+        Args:
+            exact: for kernels, a float32 backend on the same folder. Their errors are those of the worst row, so that a few
+                wrong rows are not lost among many rounded ones.
+        """
         self.backend, self.found = backend, []
+        self.kernels, self.bound, self.twin = exact is not None, OP_ERROR, backend
+        if self.kernels:
+            self.bound, self.twin = KERNEL_OP_ERROR, copy.copy(exact)
+            self.twin.pools = backend.pools
         self._kept: dict[str, torch.Tensor] = {}
         cache = KvCache(backend.pools, prefix=False)
         tables = cache.tables()
@@ -62,24 +82,41 @@ class OpErrors:
     def _watch(self, task: Task, buffers: dict) -> None:
         inputs, rows = {name: self._kept[name] for name in task.reads if name in self._kept}, len(self._span.tokens)
         if len(inputs) == len(task.reads) and all(bool(torch.isfinite(x).all()) for x in inputs.values()):
-            wanted = naive.expected(self.backend, task, inputs, self._span, rows)
+            wanted = naive.expected(self.twin, task, inputs, self._span, rows)
             if wanted is not None:
                 got = naive.found(task, buffers, self.backend)
                 if task.op.startswith("attend"):
                     got = got[:, :rows]
-                self.found.append((task, difference(got.double(), wanted)))
+                self.found.append((task, self.error(task, got.cpu().double(), wanted)))
         # Some backends show only what a task touches: what it left alone is as it was.
-        self._kept |= {name: value.clone() for name, value in buffers.items()}
+        self._kept |= {name: value.to("cpu", copy=True) for name, value in buffers.items()}
+
+    def error(self, task: Task, found: torch.Tensor, expected: torch.Tensor) -> float:
+        if not self.kernels:
+            return difference(found, expected)
+        if task.writes == ("partial",):  # a rank of the kernels may add for its neighbour
+            found, expected = (self.backend.ranks.gather(t[None].contiguous()).sum(0) for t in (found, expected))
+        if task.op.startswith("project"):  # one flat vector of all heads
+            return difference(found, expected)
+        return worst_row(found, expected)
 
     @property
     def first_wrong(self) -> tuple[Task, float] | None:
-        return next(((task, error) for task, error in self.found if not error <= OP_ERROR), None)
+        return next(((task, error) for task, error in self.found if not error <= self.bound), None)
 
     def by_op(self) -> dict[str, float]:
         worst: dict[str, float] = {}
         for task, error in self.found:
             worst[task.op] = max(worst.get(task.op, 0.0), error)
         return worst
+
+
+def worst_row(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest relative error of a row (of all heads, where a row has heads: [heads, rows, width])."""
+    if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
+        return float("inf")
+    over = (0, 2) if found.ndim == 3 else (1,)
+    return float(((found - expected).norm(dim=over) / expected.norm(dim=over).clamp_min(1e-30)).max())
 
 
 def _worst_of_ranks(found: list[tuple[Task, float]], ranks: Ranks) -> list[tuple[Task, float]]:
@@ -127,8 +164,30 @@ def check_runtime(facts: Facts, probe: Probe, exact: TorchBackend, served: Torch
         _blame_runtime(check, facts, probe, ids, runs[0][1], f"layer {first}" if first != "logits" else "the logits", ops)
         check.findings[0] += f" (relative error of the logits {rows[-1][1]:.2g})"
     elif drafts is not None and probe.drafter is not None:
-        _compare_drafts(check, facts, probe, drafts, expected)
+        _compare_drafts(check, facts, probe, drafts, expected, SAME, culprits)
     return check
+
+
+def check_kernels(check: Check, facts: Facts, probe: Probe, ops: OpErrors, drafter) -> None:
+    """What only kernels need, added to check 3: what their wrong ops make of the model, and the drafts that they serve.
+
+    Args:
+        check: of `check_ops`. ops: of the kernels. drafter: theirs, or None. To be called on all ranks alike.
+    """
+    layers, n = facts.config.num_hidden_layers, len(probe.ids)
+    buffers, span, cache = run_watched(ops.backend, probe.ids, taps=range(layers))
+    cache.release(span.tables)
+    taps = torch.stack([buffers[f"tap.{i}"][:n] for i in range(layers)], dim=1)
+    drafts = None if drafter is None else _runtime_drafts(probe, ops.backend, drafter, taps).cpu()
+    if probe.target is None:
+        return
+    if ops.first_wrong is not None:
+        ids = torch.tensor([probe.ids])
+        found = nearest(probe.target, suspects_of(facts), lambda m: m(input_ids=ids).logits[0], buffers["logits"][:n])
+        for suspect in found:
+            check.fail(f"explained by: {suspect.name}", f"{ENGINE_CAUSE}: {suspect.cause}")
+    elif drafts is not None and probe.drafter is not None:
+        _compare_drafts(check, facts, probe, drafts, taps.cpu().float(), KERNEL_DRAFT_ERROR, nearest)
 
 
 def _rounding(check: Check, served: torch.Tensor, logits: torch.Tensor) -> None:
@@ -165,7 +224,9 @@ def _runtime_drafts(probe: Probe, exact: TorchBackend, drafter: Drafter, taps: t
 
 
 @torch.no_grad()
-def _compare_drafts(check: Check, facts: Facts, probe: Probe, found: torch.Tensor, layers: torch.Tensor) -> None:
+def _compare_drafts(check: Check, facts: Facts, probe: Probe, found: torch.Tensor, layers: torch.Tensor, bound: float,
+                    explain) -> None:
+    """The runtime's draft logits against the drafter model's on the outputs of `layers`; `explain` finds the suspects."""
     n, embed = len(probe.ids) - 1, probe.target.model.embed_tokens
     taps, anchor = layers[None, :n][:, :, probe.drafter.target_layer_ids], torch.tensor(probe.ids[n])
 
@@ -174,12 +235,12 @@ def _compare_drafts(check: Check, facts: Facts, probe: Probe, found: torch.Tenso
 
     error = difference(found, run(probe.drafter))
     check.numbers["draft logits error"] = error
-    if error < SAME:
+    if error < bound:
         return
     check.fail(f"the runtime's drafts differ from the drafter model (relative error {error:.2g})")
     row = embed.weight[probe.drafter.mask_token_id]
     suspects = [*drafter_suspects(probe.drafter, row, target_bases(facts)), *_fed_otherwise(probe, taps)]
-    name_causes(check, culprits(probe.drafter, suspects, run, found), "the drafter; no known bug explains it",
+    name_causes(check, explain(probe.drafter, suspects, run, found), "the drafter; no known bug explains it",
                 f"{ENGINE_CAUSE}: ")
 
 
@@ -203,14 +264,14 @@ def check_ops(all_ops: list[OpErrors]) -> Check:
     for ops in all_ops:
         name, calls = ops.backend.name, [task.op for task, _ in ops.found]
         rows += [[name, op, error, calls.count(op)] for op, error in sorted(ops.by_op().items())]
-        wrong = [(task, error) for task, error in ops.found if not error <= OP_ERROR]
+        wrong = [(task, error) for task, error in ops.found if not error <= ops.bound]
         for task, error in wrong[:3]:
-            check.fail(f"{name}: {place_of(task)}: relative error {error:.2g}, expected at most {OP_ERROR:g}",
+            check.fail(f"{name}: {place_of(task)}: relative error {error:.2g}, expected at most {ops.bound:.2g}",
                        f"the {name} backend's op {task.op} is wrong")
         if hasattr(ops.backend, "ops"):
-            error = _worst_of_ranks([(None, _large_activations(ops.backend))], ops.backend.ranks)[0][1]
+            error = _worst_of_ranks([(None, _large_activations(ops))], ops.backend.ranks)[0][1]
             rows.append([name, "dense_mlp, experts at large activations", error, len(ops.backend.weights.layers)])
-            if not error <= OP_ERROR:
+            if not error <= ops.bound:
                 clamped = getattr(ops.backend.config, "clamp", None) is not None
                 check.fail(f"{name}: experts at large activations: relative error {error:.2g}",
                            f"{ENGINE_CAUSE}: {MISSING_CLAMP_CAUSE if clamped else CLAMP_CAUSE}")
@@ -220,21 +281,21 @@ def check_ops(all_ops: list[OpErrors]) -> Check:
     return check
 
 
-def _large_activations(exact: TorchBackend) -> float:
+def _large_activations(ops: OpErrors) -> float:
     """Worst error of the MLPs on inputs that take gates far beyond 7, where a clamp would show."""
-    generator = torch.Generator().manual_seed(3)
-    step, worst = exact.plan_of_rows(), 0.0
-    for i, layer in enumerate(exact.weights.layers):
-        y = 64 * torch.randn(8, exact.config.hidden_size, generator=generator)
+    generator, backend = torch.Generator().manual_seed(3), ops.backend
+    step, worst = backend.plan_of_rows(), 0.0
+    for i, layer in enumerate(backend.weights.layers):
+        y = (64 * torch.randn(8, backend.config.hidden_size, generator=generator)).to(getattr(backend, "device", "cpu"))
         if isinstance(layer.mlp, Dense):
             task, inputs = Task("dense_mlp", i, ("y",), ("partial",)), {"y": y}
         else:
-            index, weight = exact.ops["route"](step, i, y)
+            index, weight = backend.ops["route"](step, i, y)
             inputs = {"y": y, "index": index, "weight": weight}
             task = Task("experts", i, tuple(inputs), ("partial",))
-        wanted = naive.expected(exact, task, inputs, Span({}, 0, []), 8)
-        got = exact.ops[task.op](step, i, *inputs.values()).double().sum(0)
-        worst = max(worst, difference(got.float(), wanted.float()))
+        wanted = naive.expected(ops.twin, task, {name: t.cpu() for name, t in inputs.items()}, Span({}, 0, []), 8)
+        got = backend.ops[task.op](step, i, *inputs.values()).cpu().double().sum(0)
+        worst = max(worst, ops.error(task, got, wanted))
     return worst
 
 

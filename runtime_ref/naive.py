@@ -65,7 +65,7 @@ def found(task: Task, buffers: dict[str, torch.Tensor], backend) -> torch.Tensor
         return buffers["partial"].double().sum(0)
     if task.op == "route":
         dense = torch.zeros(buffers["index"].shape[0], config.n_routed_experts, dtype=torch.float64)
-        return dense.scatter_(1, buffers["index"], buffers["weight"].double())
+        return dense.scatter_(1, buffers["index"].cpu().long(), buffers["weight"].cpu().double())
     if task.op == "head" and buffers["logits"].shape[1] < config.vocab_size:  # own columns, gathered after the last task
         return torch.cat(list(backend.ranks.gather(buffers["logits"][None].contiguous())), dim=-1)
     return buffers[task.writes[0]]
@@ -98,8 +98,8 @@ def _attended(q, backend, task, span, real):
     kind = task.op.removeprefix("attend_")
     pool, a = backend.pools[kind], backend.weights.layers[task.layer].attention
     slots = torch.tensor([span.tables[kind].page(p // PAGE) * PAGE + p % PAGE for p in range(real)])
-    keys, values = (store[task.layer].index_select(1, slots).double()[..., :width]  # some backends pad the widths
-                    for store, width in ((pool.keys, a.qk_dim), (pool.values, a.v_dim)))
+    keys, values = (store[task.layer].index_select(1, slots.to(store[task.layer].device)).cpu().double()[..., :width]
+                    for store, width in ((pool.keys, a.qk_dim), (pool.values, a.v_dim)))  # some backends pad the widths
     groups = q.shape[0] // keys.shape[0]
     scores = torch.einsum("qrd,qsd->qrs", q[:, :real], keys.repeat_interleave(groups, 0))
     rows, columns = torch.arange(real)[:, None], torch.arange(real)[None]

@@ -60,6 +60,20 @@ def first_culprit(model: torch.nn.Module, suspects: Iterable[Suspect], run: Call
     return next(([suspect] for suspect in suspects if _explains(model, suspect, run, observed)), [])
 
 
+def nearest(model: torch.nn.Module, suspects: Iterable[Suspect], run: Callable[[torch.nn.Module], torch.Tensor],
+            observed: torch.Tensor) -> list[Suspect]:
+    """The suspect that comes nearest to outputs of rounded arithmetic, which no suspect equals, and those that come as near:
+    none if the best leaves more than half of the difference."""
+    with torch.no_grad():
+        limit, errors = difference(run(model), observed) / 2, []
+        for suspect in suspects:
+            changed = copy.deepcopy(model)
+            if suspect.change(changed) is not False:
+                errors.append((difference(run(changed), observed), suspect))
+    best = min((error for error, _ in errors), default=float("inf"))
+    return [suspect for error, suspect in errors if error <= min(1.1 * best, limit)]
+
+
 def _explains(model, suspect: Suspect, run, observed) -> bool:
     changed = copy.deepcopy(model)
     with torch.no_grad():

@@ -174,6 +174,11 @@ class TritonBackend:
                                                    for begin in range(0, len(span.tokens), BLOCK)], self.device)
         return step
 
+    def plan_of_rows(self) -> KernelStep:
+        """A step of eight rows without a sequence, for ops that look at rows only."""
+        rows = torch.zeros(BLOCK, dtype=torch.int32, device=self.device)
+        return KernelStep(rows, rows, rows, BLOCK, 0)
+
     @torch.inference_mode()
     def run(self, tasks: list[Task], step: KernelStep, watch: Callable[[Task, dict], None] | None = None, *,
             host: bool = True) -> dict[str, torch.Tensor]:

@@ -139,7 +139,7 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
 
     import torch
 
-    from runtime_ref.checks_model import OpErrors, check_ops, check_runtime
+    from runtime_ref.checks_model import OpErrors, check_kernels, check_ops, check_runtime
     from runtime_ref.checks_reference import check_reference
     from runtime_ref.drafter import Drafter, load_runtime_drafter
     from runtime_ref.engine import Engine, EngineOptions
@@ -172,7 +172,10 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
             exact.probe(drafter.product_shapes())
     ops = [OpErrors(backend, probe.ids) for backend in backends]
     checks.append(check_runtime(facts, probe, exact, engine.backend if served != torch.float32 else None, drafter, ops[0]))
-    checks.append(check_ops(ops))
+    kernels = [OpErrors(engine.backend, probe.ids, exact)] if engine.backend.name == "triton" else []
+    checks.append(check_ops([*ops, *kernels]))
+    for judged in kernels:
+        check_kernels(checks[-1], facts, probe, judged, engine.drafter)
     checks[-1].notes += dict.fromkeys(str(w.message) for w in warned if "compiled ops" in str(w.message))
     failed = ranks.broadcast(any(check.status == "failed" for check in [*earlier, *checks]))  # references are rank 0's alone
     if failed and not options.all:
