@@ -8,8 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from modeling.names import fused_name
 from runtime_ref import validate
+from tests.runtime_ref.conftest import KERNELS
 
-LAYERS = [0, 2, 3]
+# What `validate` is told to serve with: the kernels where `make test-kernels` asks for them.
+ON_BACKEND = ["--backend", "triton"] if KERNELS else []
 
 
 def write_reference(folder: Path) -> None:
@@ -18,16 +20,18 @@ def write_reference(folder: Path) -> None:
     from modeling.load import load_model
 
     target, drafter = load_model(folder, dtype=torch.float32), load_drafter(folder / "dflash", torch.float32)
-    ids = torch.randint(0, 260, (1, 41), generator=torch.Generator().manual_seed(0))
+    text = max(41, target.config.sliding_window + 12)  # long enough to show the target's window
+    ids = torch.randint(0, 260, (1, text), generator=torch.Generator().manual_seed(0))
+    layers = list(drafter.target_layer_ids)
     with torch.no_grad():
-        out = target(input_ids=ids[:, :-1], tap_layers=LAYERS, use_cache=False, logits_to_keep=8)
+        out = target(input_ids=ids[:, :-1], tap_layers=layers, use_cache=False, logits_to_keep=8)
         taps = torch.stack(out.taps, dim=2)
-        positions = torch.arange(40)[None]
+        positions = torch.arange(text - 1)[None]
         context = drafter.context_keys_values(drafter.fuse(taps.flatten(2)), positions)
         hidden = drafter.block_hidden(drafter.embed_block(ids[:, -1], target.model.embed_tokens),
-                                      40 + torch.arange(8)[None], context, positions)
+                                      text - 1 + torch.arange(8)[None], context, positions)
         logits = target.lm_head(hidden[:, 1:])
-    facts = json.dumps({"target_layer_ids": LAYERS, "features": "target"})
+    facts = json.dumps({"target_layer_ids": layers, "features": "target"})
     save_file({"input_ids": ids, "taps": taps.contiguous(), "draft_hidden": hidden.contiguous(),
                "draft_logits": logits.contiguous(), "target_logits": out.logits.contiguous()},
               folder / "dflash" / "dflash_reference.safetensors", metadata={"reference": facts})
@@ -47,7 +51,7 @@ def edit_json(file: Path, change) -> None:
 
 def judged(folder: Path, tmp_path: Path, capsys, *more) -> tuple[int, dict]:
     code = validate.main([str(folder), "--json", str(tmp_path / "v.json"), "--html", str(tmp_path / "v.html"), "--tokens", "8",
-                          "--prompts-per-domain", "2", *more])
+                          "--prompts-per-domain", "2", *ON_BACKEND, *more])
     capsys.readouterr()
     return code, json.loads((tmp_path / "v.json").read_text())
 
@@ -58,6 +62,11 @@ def target(change):
 
 def config(**values):
     return lambda folder: edit_json(folder / "config.json", lambda raw: raw.update(values))
+
+
+def config_of(change):
+    """A fault that depends on what is right: raw config -> values."""
+    return lambda folder: edit_json(folder / "config.json", lambda raw: raw.update(change(raw)))
 
 
 def drafter(top=None, special=None):
