@@ -3,12 +3,14 @@
 The table of `kernels/step.py` again, with the drafter's ops (`fuse_taps`, `context`) before those of a plain decoder with norms
 of heads and dense layers. Features of more than 64 positions (prompts) enter the cache by `TritonDrafter.extend_tables` first.
 
-Reference twin: `triton_drafter.TritonDrafter.logits`, whose bits it makes.
+Reference twin: `triton_drafter.TritonDrafter.logits`, whose bits it makes. Ranks that share the drafter sum inside the walk, in
+memory of the drafter's own, as `persistent.PersistentStep`.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
 
 from runtime_ref.drafter import KIND, Wanted
 from runtime_ref.kernels.attention import CHUNK_PAGES, most_chunks
@@ -17,7 +19,6 @@ from runtime_ref.kernels.row_launches import Matrix
 from runtime_ref.kernels.step import FIELDS, OPS, step_kernel, walk_options
 from runtime_ref.kernels.symmetric import Symmetric
 from runtime_ref.kv_cache import PAGE
-from runtime_ref.parallel import ALONE
 from runtime_ref.persistent import (
     EXPERT_BUFFERS,
     EXPERT_NUMBERS,
@@ -31,11 +32,17 @@ from runtime_ref.triton_drafter import CONTEXT_ROWS, TritonDrafter, slot_of
 
 
 def draft_table(drafter: TritonDrafter) -> torch.Tensor:
-    """int32 [1 + layers + 2 + 5 layers, FIELDS]; the first 1 + layers rows are for pending features only."""
+    """int32 [1 + layers + 2 + 5 layers, FIELDS]; the first 1 + layers rows are for pending features only.
+
+    Sums over ranks have no gamma; fields 3 and 7 say what `persistent.table_of` says there."""
     def row(op: str, w=None, gamma=None, extra=None, place: int = 0) -> list[int]:
         pieces = [t.w if isinstance(t, Matrix) else t for t in (w, None, gamma, extra)]
         offsets = [0 if t is None else drafter.arena.offset(t) for t in pieces]
         return [OPS.index(op), *offsets, place, 0, 0][:FIELDS]
+
+    def added(op: str, w: Matrix, number: int) -> list[int]:
+        code, at, scales, _, *rest = row(op, w)
+        return [code, at, scales, len(drafter.layers), *rest[:-1], number]
 
     rows = [row("fuse_taps", drafter.fc)]
     rows += [row("context", layer["context"], drafter.hidden_norm, layer["context_norm"], i)
@@ -43,15 +50,15 @@ def draft_table(drafter: TritonDrafter) -> torch.Tensor:
     rows.append(row("embed"))
     for i, layer in enumerate(drafter.layers):
         rows += [row("enter_full", layer["qkv"], layer["input_norm"], layer["head_norm"], i),
-                 row("attend_full", extra=layer["sink"], place=i), row("merge_add", layer["o"]),
-                 row("norm_gate_up", layer["gate_up"], layer["post_norm"]), row("down_add", layer["down"])]
+                 row("attend_full", extra=layer["sink"], place=i), added("merge_add", layer["o"], i + 1),
+                 row("norm_gate_up", layer["gate_up"], layer["post_norm"]), added("down_add", layer["down"], i + 1)]
     return torch.tensor([*rows, row("pick_norm_head")], dtype=torch.int32)
 
 
 class PersistentDraft:
     """A drafter whose rounds are one launch each; what the engine asks for, it does like `TritonDrafter`.
 
-    Every rank walks the whole drafter and its share of the head, whose logits are gathered afterwards.
+    Every rank walks its share of the drafter and of the head, whose logits are gathered afterwards.
     """
 
     def __init__(self, drafter: TritonDrafter, programs: int = 1, polls: int = POLLS):
@@ -70,11 +77,14 @@ class PersistentDraft:
             "O_FP8": False, "MLP_FP8": False, "HAS_TAPS": False, "PAGE_": PAGE, "CHUNK": CHUNK_PAGES, "A": 1, "WIDE": 16,
             "GROUPS": 1, "TOP_GROUPS": 1, "NORMED": False, "BN": tiling.columns, "BK": tiling.depth,
             "ROUTE_BN": tiling.experts, "ROUTE_BK": tiling.router_depth, "COPY": tiling.block, "POLLS": polls,
-            "RANKS": 1, "F_PARTS": 1, "W_PARTS": 1, "D_PARTS": 1, "FLOAT_DOT": tiling.float_dot}
+            "RANKS": drafter.share.ranks.count, "F_PARTS": drafter.share.parts_o, "W_PARTS": 1,
+            "D_PARTS": drafter.share.parts_down, "FLOAT_DOT": tiling.float_dot}
         if drafter.causal:
             raise ValueError("dflash/config.json: a causal block; the persistent drafter wants one that is drafted at once")
         self.scratch = self._scratch()
-        self.symmetric = Symmetric(ALONE, 0, 0, backend.device)
+        share, H = drafter.share, backend.config.hidden_size
+        self.symmetric = Symmetric(share.ranks, max(share.parts_o, share.parts_down) * MAX_TOKENS * H,
+                                   2 * (MAX_TOKENS // BLOCK) * triton.cdiv(H, tiling.columns), backend.device)
 
     def _scratch(self) -> dict[str, torch.Tensor]:
         heads, R, device = self.drafter.heads, MAX_TOKENS, self.backend.device

@@ -3,11 +3,14 @@
 Reference twin: `drafter.Drafter`. Differences: everything is bf16 where a product reads it; a block has exactly the rows that
 are wanted (the anchor and its drafts), and only the drafts' rows meet the head.
 
-Every rank holds the whole drafter and multiplies its share of the head, as there.
+Ranks share its heads and inner dimensions as those of the target, and sum o_proj and down in parts that the model fixes
+(`kernels/parts.py`): read whole by every rank, the published drafter would cost one of eight a quarter of its step. What joins
+the features (`fc`) is read whole. A drafter whose sizes the ranks cannot share is held by each of them, in the same parts.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,11 +20,48 @@ from runtime_ref.drafter import KIND, Wanted, check_drafter
 from runtime_ref.kernel_weights import Arena, piece_bytes
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
+from runtime_ref.kernels.parts import parts_of
 from runtime_ref.kernels.row_launches import Heads, Matrix, paired
 from runtime_ref.kv_cache import PAGE, Table
+from runtime_ref.parallel import ALONE, Ranks
 from runtime_ref.triton_backend import BLOCK, Blocks, KernelPool, RotaryTable, TritonBackend, plan_blocks
 
 CONTEXT_ROWS = 64
+LEAST_DOWN = 16  # entries of a part of the down product
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank holds: of whole heads and of the inner dimension, `parts_o` and `parts_down` parts of the sums over them.
+
+    ranks: those that sum; ALONE where each holds everything.
+    """
+
+    ranks: Ranks
+    parts_o: int
+    parts_down: int
+
+    def of(self, weight: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """This rank's equal share of a dimension."""
+        own = weight.shape[dim] // self.ranks.count
+        return weight.narrow(dim, self.ranks.rank * own, own)
+
+    def of_keys(self, weight: torch.Tensor, keys: int) -> torch.Tensor:
+        """The rows of this rank's key heads, or of the one that it shares with its neighbours."""
+        if keys % self.ranks.count == 0:
+            return self.of(weight)
+        width = weight.shape[0] // keys
+        return weight.narrow(0, self.ranks.rank * keys // self.ranks.count * width, width)
+
+
+def share_of(model: DFlashDraftModel, ranks: Ranks) -> Share:
+    """How `ranks` share a drafter; see the module's text."""
+    config, v = model.config, model.layers[0].self_attn.v_dim
+    queries, keys, count = config.num_attention_heads, config.num_key_value_heads, ranks.count
+    o, down = parts_of(queries * v, v), parts_of(config.intermediate_size, LEAST_DOWN)
+    if queries % count or (keys % count and count % keys) or o % count or down % count:
+        return Share(ALONE, o, down)
+    return Share(ranks, o // count, down // count)
 
 
 class TritonDrafter:
@@ -38,16 +78,18 @@ class TritonDrafter:
             raise ValueError(f"dflash/config.json: window {self.window} of a causal block of {self.block}, expected at least "
                              "the block")
         attention = model.layers[0].self_attn
-        keys, d = config.num_key_value_heads, config.head_dim
-        self.heads = Heads(config.num_attention_heads, keys, d, attention.v_dim, model.rotary_dim)
+        self.share = share_of(model, backend.ranks)
+        count = self.share.ranks.count
+        keys, d = max(1, config.num_key_value_heads // count), config.head_dim
+        self.heads = Heads(config.num_attention_heads // count, keys, d, attention.v_dim, model.rotary_dim)
         self.context_heads = Heads(0, keys, d, attention.v_dim, model.rotary_dim)
         self.value_scale = attention.value_scale
         self.rotary = RotaryTable(model.rotary_base, model.rotary_dim, positions + 2 * BLOCK, device).table
         self.pool = KernelPool({i: (keys, d, attention.v_dim) for i in range(len(model.layers))}, pages, self.window, device)
-        self.fc = _matrix(device, model.fc)
+        self.fc = _matrix(device, model.fc.weight)
         self.hidden_norm, self.norm = (m.weight.detach().float().to(device) for m in (model.hidden_norm, model.norm))
         self.mask = model.mask_embedding.detach().to(device, torch.bfloat16)
-        self.layers = [self._layer(layer, device) for layer in model.layers]
+        self.layers = [self._layer(layer, config.num_key_value_heads, device) for layer in model.layers]
         self._place(device)
 
     def _place(self, device: str) -> None:
@@ -65,17 +107,20 @@ class TritonDrafter:
         """See `TritonBackend.probe`: nothing to measure."""
         return set()
 
-    def _layer(self, layer, device: str) -> dict:
-        a, m, heads = layer.self_attn, layer.mlp, self.heads
-        qkv = paired(torch.cat([p.weight.detach() for p in (a.q_proj, a.k_proj, a.v_proj)]).to(device, torch.bfloat16), heads)
+    def _layer(self, layer, keys: int, device: str) -> dict:
+        """This rank's weights of a layer; keys: key heads of all ranks."""
+        a, m, heads, share = layer.self_attn, layer.mlp, self.heads, self.share
+        own = share.of(a.q_proj.weight), share.of_keys(a.k_proj.weight, keys), share.of_keys(a.v_proj.weight, keys)
+        qkv = paired(torch.cat([w.detach() for w in own]).to(device, torch.bfloat16), heads)
         norms = torch.cat((a.q_norm.weight.detach().float().repeat(heads.queries),
                            a.k_norm.weight.detach().float().repeat(heads.keys))).to(device)
         norms, split = paired(norms, heads), heads.queries * heads.d
         sink = a.attention_sink_bias
         return {"qkv": Matrix(qkv), "context": Matrix(qkv[split:].contiguous()), "head_norm": norms,
-                "context_norm": norms[split:].contiguous(), "o": _matrix(device, a.o_proj),
-                "gate_up": _matrix(device, m.gate_proj, m.up_proj), "down": _matrix(device, m.down_proj),
-                "sink": None if sink is None else sink.detach().float().to(device),
+                "context_norm": norms[split:].contiguous(), "o": _matrix(device, share.of(a.o_proj.weight, 1)),
+                "gate_up": _matrix(device, share.of(m.gate_proj.weight), share.of(m.up_proj.weight)),
+                "down": _matrix(device, share.of(m.down_proj.weight, 1)),
+                "sink": None if sink is None else share.of(sink.detach()).float().to(device).contiguous(),
                 "input_norm": layer.input_layernorm.weight.detach().float().to(device),
                 "post_norm": layer.post_attention_layernorm.weight.detach().float().to(device)}
 
@@ -132,13 +177,21 @@ class TritonDrafter:
         heads = attend(q, keys, values, layer["sink"], blocks.tables, blocks.first, blocks.start, blocks.count, blocks.row,
                        rows=BLOCK, window=self.window, longest=blocks.longest, float_dot=tiling.float_dot,
                        draft=not self.causal)
-        x = launches.product(heads, layer["o"], torch.empty_like(x), tiling, residual=x)
+        x = self._added(x, heads, layer["o"], self.share.parts_o)
         inner = launches.swiglu(x, layer["gate_up"], tiling, norm=(layer["post_norm"], self.epsilon))
-        return launches.product(inner, layer["down"], torch.empty_like(x), tiling, residual=x)
+        return self._added(x, inner, layer["down"], self.share.parts_down)
+
+    def _added(self, x: torch.Tensor, inner: torch.Tensor, matrix: Matrix, parts: int) -> torch.Tensor:
+        """x plus a product that the ranks share."""
+        tiling, ranks = self.backend.tiling, self.share.ranks
+        if ranks.count == 1:
+            return launches.product(inner, matrix, torch.empty_like(x), tiling, residual=x, parts=parts)
+        own = torch.empty((parts, *x.shape), dtype=torch.float32, device=x.device)
+        return launches.add(x, ranks.gather(launches.product(inner, matrix, own, tiling, parts=parts)), tiling)
 
 
-def _matrix(device: str, *modules) -> Matrix:
-    return Matrix(torch.cat([m.weight.detach() for m in modules]).to(device, torch.bfloat16).contiguous())
+def _matrix(device: str, *weights: torch.Tensor) -> Matrix:
+    return Matrix(torch.cat([w.detach() for w in weights]).to(device, torch.bfloat16).contiguous())
 
 
 def slot_of(table: Table, position: int) -> int:

@@ -31,7 +31,7 @@ ALIGNED = ("H", "K", "I", "taps_width", "full_stride", "window_stride")
 TILE = {"BN": 32, "BK": 128, "FLOAT_DOT": False}
 ROUTER = {"A": 8, "WIDE": 512, "GROUPS": 1, "TOP_GROUPS": 1, "NORMED": True}
 HEADS = {"queries": 16, "keys": 1, "d": 192, "v": 128, "rotated": 64}
-DRAFT_HEADS = {"queries": 128, "keys": 8, "d": 128, "v": 128, "rotated": 128}  # every rank holds the whole drafter
+DRAFT_HEADS = {"queries": 16, "keys": 1, "d": 128, "v": 128, "rotated": 64}
 
 
 def small_kernels() -> dict[str, tuple]:
@@ -48,8 +48,8 @@ def small_kernels() -> dict[str, tuple]:
         "product_kernel, o_proj, residual": (rows.product_kernel, product | {"V": 128, "RESIDUAL": True}, {}),
         "product_kernel, norm, head": (rows.product_kernel, product | {"NORM": True, "PICK": True}, {"out": "fp32"}),
         "swiglu_kernel, norm, FP8": (rows.swiglu_kernel, TILE | {"NORM": True}, {"w": "u8"}),
-        "route_kernel, norm, 384 experts": (routing.route_kernel, TILE | ROUTER | {"BN": 16, "BK": 32, "NORM": True},
-                                            {"w": "fp32"}),
+        "route_kernel, norm, 384 experts": (routing.route_kernel, TILE | ROUTER | {"BN": 16, "BK": 32, "NORM": True,
+                                                                                   "SOFTMAX": False}, {"w": "fp32"}),
         "judge_kernel": (sampling.judge_kernel, {"CHUNKS": 75, "WIDE": 128, "BLOCK": 2048}, {}),
         "fake_quantize_kernel, bf16, floor": (fake_quant_triton.fake_quantize_kernel, {"SATURATES": True, "BLOCKS": 64},
                                               {"w": "bf16"}),
@@ -81,8 +81,8 @@ def step_constants(experts: dict, ranks: int) -> dict:
     return found | _kind("F", HEADS, None, TILE["BN"], False) | _kind("W", HEADS, 128, TILE["BN"], True)
 
 
-def draft_constants(experts: dict) -> dict:
-    """Of the persistent round of the drafter."""
+def draft_constants(experts: dict, ranks: int) -> dict:
+    """Of the persistent round of the drafter's share of one of eight ranks."""
     found = {"FULL": True, "WINDOW": False, "DENSE": True, "MOE": False, "DRAFT": True, "HEAD_NORM": True, "QKV_FP8": False,
-             "O_FP8": False, "MLP_FP8": False, "HAS_TAPS": False, "RANKS": 1} | _walk(experts)
+             "O_FP8": False, "MLP_FP8": False, "HAS_TAPS": False, "RANKS": ranks} | _walk(experts)
     return found | _kind("F", DRAFT_HEADS, 1024, DRAFT_HEADS["d"], True, True) | _kind("W", DRAFT_HEADS, 1024, 128, True)

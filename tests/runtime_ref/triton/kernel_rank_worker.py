@@ -1,6 +1,8 @@
 """Started by test_kernel_ranks.py: the same requests on 1, 2, ... ranks with the interpreted kernels (forked, gloo).
 
-    kernel_rank_worker.py FOLDER 1 2      JSON lines, tokens and a hash of logits: op by op, and with several ranks walked too
+    kernel_rank_worker.py FOLDER 1 2
+
+JSON lines, tokens and hashes of logits (the target's and the drafter's): op by op, and with several ranks walked too.
 """
 
 import hashlib
@@ -15,6 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
 
+from runtime_ref.drafter import Wanted
 from runtime_ref.engine import Engine, EngineOptions
 from runtime_ref.kernels.gpu_steps import walking
 from runtime_ref.model import Span
@@ -36,9 +39,20 @@ def answers(folder, ranks, walked):
     tables = engine.cache.tables()
     engine.cache.extend(tables, list(tables), 9)
     logits = engine.backend.run(engine.tasks, engine.backend.plan([Span(tables, 0, prompts[1][:9])]))["logits"]
+    engine.cache.extend(tables, list(tables), 20)
+    taps = torch.randn(5, 128, generator=generator).to(torch.bfloat16)
+    drafts = torch.cat([engine.drafter.logits([wanted])[0]
+                        for wanted in (Wanted(tables, 5, 9, 7, taps), Wanted(tables, 7, 9, 2, None))])
+    share = getattr(engine.drafter, "drafter", engine.drafter).share
     if ranks.rank == 0:
         print(json.dumps({"ranks": ranks.count, "rank": ranks.rank, "walked": walked, "tokens": tokens,
-                          "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest()}), flush=True)
+                          "logits": hashed(logits), "drafts": hashed(drafts), "drafters": share.ranks.count,
+                          "parts": [share.parts_o, share.parts_down]}), flush=True)
+
+
+def hashed(logits):
+    assert not logits.isnan().any()
+    return hashlib.sha256(logits.numpy().tobytes()).hexdigest()
 
 
 def child(folder, rank, count, port):

@@ -148,10 +148,12 @@ def answers(shared_folder):
 
 
 def test_tokens_and_logits_of_two_ranks_are_those_of_one(answers):
+    """The drafter's too, which the ranks share: its products are cut into two parts (o_proj) and four (down)."""
+    assert [(line["drafters"], line["parts"]) for line in answers] == [(1, [2, 4]), (2, [1, 2]), (2, [1, 2])]
     assert [(line["ranks"], line["rank"], line["walked"]) for line in answers] == [
         (1, 0, False), (2, 0, False), (2, 0, True)]
     for line in answers[1:]:
-        assert line["tokens"] == answers[0]["tokens"] and line["logits"] == answers[0]["logits"]
+        assert all(line[name] == answers[0][name] for name in ("tokens", "logits", "drafts"))
     assert all(len(tokens) == 3 for tokens in answers[0]["tokens"])
 
 
