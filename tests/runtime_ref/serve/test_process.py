@@ -14,16 +14,19 @@ import httpx
 import pytest
 
 from runtime_ref.sampler import SamplingParams
+from tests.runtime_ref.conftest import BACKEND
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = str(ROOT / "runtime_ref" / "serve.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+ON_BACKEND = [word for name, value in BACKEND.items() for word in (f"--{name}", value)]
 LONG = {"prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
 
 
 def start(folder, *more, launcher=()):
     """A serving process and its address."""
-    command = [sys.executable, *launcher, SCRIPT, str(folder), "--port", "0", "--max-context", "256", "--quiet", *more]
+    command = [sys.executable, *launcher, SCRIPT, str(folder), "--port", "0", "--max-context", "256", "--quiet", *ON_BACKEND,
+               *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     for line in process.stdout:
         if line.startswith("serving "):
