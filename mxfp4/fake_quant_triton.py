@@ -3,10 +3,10 @@
 The arithmetic is that of `fake_quant`'s fast path, in registers: the exponent of the block's maximum gives the scale, adding
 and subtracting 1.5 * 2^22 steps rounds to the E2M1 grid. Products with the constant are exact (it is multiplied by powers of
 two), so a compiler that fuses them into the additions changes nothing. Blocks that this cannot do (magnitudes from 2^100 on,
-maxima below 2^-100 that are not zero, non-finite values) raise a flag; the call is then done again by `fake_quantize_`, which
+maxima below 2^-100 that are not zero, non-finite values) raise a flag; the call is then done again by `round_chunks`, which
 treats them as the codec does and refuses what is not finite.
 
-Reference twin: `fake_quant.fake_quantize_`, bit for bit. The rule `mse` has no kernel and is refused here.
+Reference twin: `fake_quant.round_chunks`, bit for bit. `fake_quantize_` calls this on GPUs. The rule `mse` has no kernel and is refused here.
 
 Rejected: the codec's midpoints (seven comparisons a value); a kernel that writes codes, then one that reads them.
 """
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from mxfp4.codec import FLOAT32_MANTISSA_BITS, check_blocks, scale_bump
-from mxfp4.fake_quant import _SAFE_END, _SAFE_MIN, fake_quantize_
+from mxfp4.fake_quant import _SAFE_END, _SAFE_MIN, round_chunks
 from mxfp4.format import BLOCK_SIZE, E2M1_MAX_EXPONENT, ScaleRule
 
 _BLOCK = tl.constexpr(BLOCK_SIZE)
@@ -75,4 +75,4 @@ def fake_quantize_fused_(out: torch.Tensor, w: torch.Tensor, *, scale_rule: Scal
     fake_quantize_kernel[(triton.cdiv(blocks, BLOCKS_PER_PROGRAM),)](
         w, out, unsafe, blocks, w.shape[axis + 1:].numel(), scale_bump(rule), _SAFE_MIN, _SAFE_END[w.dtype],
         SATURATES=rule is ScaleRule.FLOOR, BLOCKS=BLOCKS_PER_PROGRAM)
-    return fake_quantize_(out, w, scale_rule=rule, axis=axis) if int(unsafe) else out
+    return round_chunks(out, w, rule, axis, False) if int(unsafe) else out

@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
-from mxfp4.fake_quant import fake_quantize_
+from mxfp4 import fake_quant, fake_quant_triton
+from mxfp4.fake_quant import fake_quantize, fake_quantize_
 from mxfp4.fake_quant_triton import fake_quantize_fused_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -58,6 +59,44 @@ def test_what_is_not_finite_is_refused(value):
     w[1, 7] = value
     with pytest.raises(ValueError):
         fake_quantize_fused_(torch.empty_like(w), w)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Tensors count as a GPU's; the list of what the fused kernel was given."""
+    given, fused = [], fake_quant_triton.fake_quantize_fused_
+
+    def counted(out, w, **options):
+        given.append(tuple(w.shape))
+        return fused(out, w, **options)
+
+    monkeypatch.setattr(fake_quant, "fuses", lambda w: True)
+    monkeypatch.setattr(fake_quant_triton, "fake_quantize_fused_", counted)
+    return given
+
+
+def test_training_on_a_gpu_rounds_in_one_launch_and_elsewhere_does_not(on_a_gpu, monkeypatch):
+    masters = weights((4, 9, 64), torch.float32)
+    found = fake_quantize_(torch.empty(masters.shape, dtype=torch.bfloat16), masters)
+    differentiable = fake_quantize(masters.requires_grad_(), axis=-1)
+    differentiable.sum().backward()
+    assert on_a_gpu == [(4, 9, 64)] * 2 and torch.equal(masters.grad, torch.ones_like(masters))
+    monkeypatch.undo()
+    assert same(found, fake_quantize_(torch.empty_like(found), masters))
+    assert same(differentiable.detach(), fake_quantize(masters.detach()))
+
+
+def test_what_the_kernel_does_not_do_stays_with_the_chunks(on_a_gpu):
+    w = weights((4, 64), torch.bfloat16)
+    expected = fake_quantize_(torch.empty_like(w), w, scale_rule="mse")
+    in_place = w.clone()
+    fake_quantize_(in_place, in_place)
+    w[1, 2] = float("inf")
+    assert fake_quantize_(torch.empty_like(w), w, nan_scale=True)[1, :32].isnan().all()
+    assert on_a_gpu == [] and not expected.isnan().any() and not in_place.isnan().any()
+    with pytest.raises(ValueError, match="index"):
+        fake_quantize_(torch.empty_like(w), w)
+    assert on_a_gpu == [(4, 64)]
 
 
 def test_mse_and_outputs_that_cannot_be_are_refused():
