@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from toy_export import export, make_run, put_on_grid, toy_config, toy_model
 
-from export.grid import pack_on_grid, unpack
+from export.grid import decodes_to, pack_on_grid, unpack
 from export.inspection import Checkpoint
 from export.job import Request, run
 from export.layouts import quantize_fp8
@@ -64,6 +64,35 @@ def test_weights_off_the_grid_are_never_packed():
         off[3, :32] = torch.tensor([6.0, -4.0, 0.5] + [1.0] * 29)
         off[3, 7] = value
         assert pack_on_grid(off) is None
+
+
+@pytest.mark.parametrize("exponent", [-116, -80, -1, 2, 3, 4, 80, 124])
+def test_any_changed_bit_of_a_weight_on_the_grid_is_seen_at_any_scale(exponent):
+    """Codes are read off a product; where it could vanish or have a neighbour's bits, the proof must still see it."""
+    block = torch.tensor([6.0, -4.0, 3.0, -2.0, 1.5, -1.0, 0.5, -0.5, 0.0, -0.0]).repeat(4)[:32]
+    w = (torch.cat((block, torch.zeros(32), -block)).double() * 2.0**exponent).bfloat16().view(1, -1)
+    packed = pack_on_grid(w)
+    assert packed is not None and torch.equal(packed[0], quantize(w)[0]) and torch.equal(packed[1], quantize(w)[1])
+    for place in range(w.numel()):
+        for bit in range(16):
+            other = w.clone()
+            other.view(torch.int16)[0, place] ^= -(2**15) if bit == 15 else 1 << bit
+            packed = pack_on_grid(other)
+            if packed is not None:  # another value of the grid
+                assert torch.equal(dequantize(*packed, dtype=torch.bfloat16).view(torch.int16), other.view(torch.int16))
+
+
+def test_decoded_codes_are_compared_to_the_last_bit_of_every_chunk(monkeypatch):
+    monkeypatch.setattr("export.grid.CHUNK_BLOCKS", 4)
+    w = fake_quantize(torch.randn(7, 64).bfloat16())
+    codes, scales = pack_on_grid(w)
+    scales[3] = 0  # subnormal units: the reference decodes them
+    w = dequantize(codes, scales, dtype=torch.bfloat16)
+    assert decodes_to(codes, scales, w) and torch.equal(unpack(codes, scales), w)
+    for place in range(w.numel()):
+        other = w.clone()
+        other.view(torch.int16).view(-1)[place] ^= 1
+        assert not decodes_to(codes, scales, other)
 
 
 def test_exported_experts_decode_to_the_trained_weights_and_the_rest_is_the_base(toy_run, exported):
