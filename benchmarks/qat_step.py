@@ -21,7 +21,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 from torch import nn
 
-
 # hidden, intermediate, tokens
 SIZES = {"cpu": (512, 256, 1024), "cuda": (2048, 768, 8192)}
 

@@ -3,7 +3,8 @@
 
     python runtime_ref/bench.py --roofline                     limit model of the published geometries, from arithmetic
     python runtime_ref/bench.py --static [--json F --page F]   ahead-of-time compilation: registers, spills, instructions
-    python runtime_ref/bench.py --suite gpu --json FILE        correctness, then speed, on one GPU, in under ten minutes
+    python runtime_ref/bench.py --suite gpu --json FILE [--page F --checkpoint DIR]
+                                                               correctness, then speed, on one GPU, in under ten minutes
 
 A leaf: reads arguments and hands over. A speed is printed only after every check before it was green. Exit codes: 0, 1 if
 a check failed, 2 for a mistake in the arguments or a machine that cannot run what was asked.
@@ -33,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--distinct-share", type=float, default=1.0, help="distinct experts relative to independent routing")
     parse.add_argument("--checkpoint", type=Path, metavar="DIR", help="exported folder that --suite gpu runs end to end")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the numbers of --static or --suite here")
-    parse.add_argument("--page", type=Path, metavar="FILE", help="write the table of --static here")
+    parse.add_argument("--page", type=Path, metavar="FILE", help="write the table of --static, or the page of --suite, here")
     return parse
 
 
@@ -67,7 +68,7 @@ def _suite(args: argparse.Namespace) -> int:
 
     if args.json is None:
         raise ValueError("--suite gpu: --json FILE is missing; expected a file for the numbers")
-    return gpu_suite.run(args.json, args.checkpoint)
+    return gpu_suite.run(args.json, args.checkpoint, args.page)
 
 
 def main(argv: list[str]) -> int:

@@ -104,6 +104,16 @@ class PersistentDraft:
         Raises:
             ValueError: more than 64 rows in all.
         """
+        arguments = self.prepare(wanted)
+        self.launch(arguments)
+        return list(self.backend.whole_vocabulary(arguments["logits"]).split([w.count for w in wanted]))
+
+    def launch(self, arguments: dict) -> None:
+        """The walk itself: one launch, of what `prepare` returned."""
+        step_kernel[(self.programs,)](**arguments, **self.constants, **walk_options(self.constants["FLOAT_DOT"]))
+
+    def prepare(self, wanted: list[Wanted]) -> dict:
+        """Run-time arguments of the round; its "logits" are what it fills."""
         late = [w for w in wanted if w.taps is not None and w.taps.shape[0]]
         if sum(w.taps.shape[0] for w in late) > CONTEXT_ROWS:
             for w in late:
@@ -114,11 +124,9 @@ class PersistentDraft:
             raise ValueError(f"{ids.shape[0]} rows of drafts, expected at most {MAX_TOKENS}")
         logits = torch.empty((picked.shape[0], self.backend.kernel_weights.head.w.shape[0]), dtype=torch.float32,
                              device=self.backend.device)
-        arguments = self.arguments(late, ids, positions, picked, blocks, logits)
-        step_kernel[(self.programs,)](**arguments, **self.constants, **walk_options(self.constants["FLOAT_DOT"]))
-        return list(self.backend.whole_vocabulary(logits).split([w.count for w in wanted]))
+        return self._arguments(late, ids, positions, picked, blocks, logits)
 
-    def arguments(self, late: list[Wanted], ids, positions, picked, blocks, logits) -> dict:
+    def _arguments(self, late: list[Wanted], ids, positions, picked, blocks, logits) -> dict:
         """Run-time arguments of `step_kernel`; `late`: sequences with pending features."""
         drafter, backend, s, device = self.drafter, self.backend, self.scratch, self.backend.device
         places = [(w, p) for w in late for p in range(w.position - w.taps.shape[0], w.position)]

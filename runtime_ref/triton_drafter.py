@@ -23,7 +23,7 @@ from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.parts import parts_of
 from runtime_ref.kernels.row_launches import Heads, Matrix, paired
 from runtime_ref.kv_cache import PAGE, Table
-from runtime_ref.parallel import ALONE, Ranks
+from runtime_ref.parallel import ALONE, SHARES, Ranks
 from runtime_ref.triton_backend import BLOCK, Blocks, KernelPool, RotaryTable, TritonBackend, plan_blocks
 
 CONTEXT_ROWS = 64
@@ -54,11 +54,11 @@ class Share:
         return weight.narrow(0, self.ranks.rank * keys // self.ranks.count * width, width)
 
 
-def share_of(model: DFlashDraftModel, ranks: Ranks) -> Share:
-    """How `ranks` share a drafter; see the module's text."""
+def share_of(model: DFlashDraftModel, ranks: Ranks, shares: int = SHARES) -> Share:
+    """How `ranks` share a drafter; see the module's text. shares: the most parts of a sum, as for `parts.layer_parts`."""
     config, v = model.config, model.layers[0].self_attn.v_dim
     queries, keys, count = config.num_attention_heads, config.num_key_value_heads, ranks.count
-    o, down = parts_of(queries * v, v), parts_of(config.intermediate_size, LEAST_DOWN)
+    o, down = parts_of(queries * v, v, shares), parts_of(config.intermediate_size, LEAST_DOWN, shares)
     if queries % count or (keys % count and count % keys) or o % count or down % count:
         return Share(ALONE, o, down)
     return Share(ranks, o // count, down // count)
@@ -67,7 +67,7 @@ def share_of(model: DFlashDraftModel, ranks: Ranks) -> Share:
 class TritonDrafter:
     """Weights, pool and the two passes: `extend_tables` by context features, `logits` of blocks."""
 
-    def __init__(self, model: DFlashDraftModel, backend: TritonBackend, pages: int, positions: int):
+    def __init__(self, model: DFlashDraftModel, backend: TritonBackend, pages: int, positions: int, shares: int = SHARES):
         config, device = model.config, backend.device
         check_drafter(model, backend.config)
         self.backend, self.taps, self.block = backend, list(model.target_layer_ids), model.block_size
@@ -78,7 +78,7 @@ class TritonDrafter:
             raise ValueError(f"dflash/config.json: window {self.window} of a causal block of {self.block}, expected at least "
                              "the block")
         attention = model.layers[0].self_attn
-        self.share = share_of(model, backend.ranks)
+        self.share = share_of(model, backend.ranks, shares)
         count = self.share.ranks.count
         keys, d = max(1, config.num_key_value_heads // count), config.head_dim
         self.heads = Heads(config.num_attention_heads // count, keys, d, attention.v_dim, model.rotary_dim)

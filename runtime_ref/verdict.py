@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from runtime_ref.written import write
+
 STATUSES = ("passed", "failed", "skipped", "not applicable")
 
 
@@ -79,17 +81,10 @@ class Verdict:
 
 
 def write_json(verdict: Verdict, path: Path) -> None:
-    _write(path, json.dumps(verdict.as_dict(), indent=2, default=str) + "\n")
+    write(path, json.dumps(verdict.as_dict(), indent=2, default=str) + "\n")
 
 
 def write_html(verdict: Verdict, path: Path) -> None:
     from runtime_ref.report_page import page
 
-    _write(path, page(verdict))
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    write(path, page(verdict))

@@ -1,8 +1,8 @@
 """Whole steps for `bench.py --suite gpu`: checks first, then a rank's step at full geometry, and an engine end to end.
 
 One of eight ranks is a model of its own with an eighth of the heads, of every expert and of the vocabulary (`rank_config`), so
-its step is timed on one GPU without the other seven; what is missing is the communication, which is added as a stated
-assumption (`projected`). Weights are random: 66 GB of experts at 1.02 trillion parameters.
+its step and its drafter's round are timed on one GPU without the other seven; what is missing is the communication, which is
+added as a stated assumption (`projected`). Weights are random: 66 GB of experts at 1.02 trillion parameters.
 
 Every function also runs in Triton's interpreter at toy size (`device` "cpu"), where times mean nothing and are not taken.
 """
@@ -16,18 +16,23 @@ import triton
 import triton.language as tl
 
 from modeling.configuration_mimo_v2 import MiMoV2Config
+from modeling.drafter import DFlashDraftModel, drafter_config, released_drafter
 from mxfp4.codec import scale_bump
 from mxfp4.fake_quant import fake_quantize_
 from mxfp4.fake_quant_triton import BLOCKS_PER_PROGRAM, fake_quantize_fused_, fake_quantize_kernel
 from mxfp4.format import ScaleRule
+from runtime_ref.drafter import KIND, Wanted
 from runtime_ref.kernel_weights import random_weights
+from runtime_ref.kernels.sampling import judge
 from runtime_ref.kernels.sync import grid_barrier
 from runtime_ref.kv_cache import PAGE, KvCache
 from runtime_ref.model import Span
 from runtime_ref.parallel import ALONE, SHARES
 from runtime_ref.persistent import PersistentStep
+from runtime_ref.persistent_draft import PersistentDraft
 from runtime_ref.tasks import target_tasks
-from runtime_ref.triton_backend import TritonBackend
+from runtime_ref.triton_backend import BLOCK, TritonBackend
+from runtime_ref.triton_drafter import TritonDrafter
 
 BARRIERS = 200
 QUANTIZED = 1 << 29  # bfloat16 weights
@@ -62,6 +67,27 @@ def rank_config(config: dict, ranks: int) -> MiMoV2Config:
     drop = ("quantization_config", "model_type", "dtype", "torch_dtype")
     own = {name: value for name, value in config.items() if name not in drop}
     return MiMoV2Config.from_dict(own | {name: max(1, config[name] // ranks) for name in shared})
+
+
+def rank_drafter(config: MiMoV2Config, ranks: int, device: str) -> DFlashDraftModel:
+    """A random drafter of the published depth and widths as one of `ranks` has it, for the target `config` of one rank."""
+    own, last = released_drafter("MiMo-V2.5-Pro"), config.num_hidden_layers - 1
+    own = drafter_config(
+        hidden_size=config.hidden_size, intermediate_size=own.intermediate_size // ranks,
+        num_hidden_layers=own.num_hidden_layers, num_attention_heads=own.num_attention_heads // ranks,
+        num_key_value_heads=max(1, own.num_key_value_heads // ranks), head_dim=own.head_dim, vocab_size=config.vocab_size,
+        num_target_layers=config.num_hidden_layers,
+        target_layer_ids=sorted({last * i // 4 for i in range(5)}), mask_token_id=config.vocab_size - 1,
+        rotary_base=float(config.rope_theta), window=own.sliding_window,
+        partial_rotary_factor=own.rope_parameters["partial_rotary_factor"],
+        attention_value_scale=own.dflash_config["attention_value_scale"])
+    with torch.device(device):
+        model = DFlashDraftModel(own).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter.shape[-1]**-0.5)
+    return model.eval()
 
 
 class Prepared:
@@ -153,7 +179,7 @@ def measure_steps(config: MiMoV2Config, time_graph, *, position: int = 8192, red
     step = ready.step(8)
     walk = PersistentStep(ready.backend, ready.tasks, programs)
     report = {"weights_bytes": ready.backend.kernel_weights.arena.used, "position": position,
-              "launches_op_by_op": count_launches(ready), "launches_walk": 1,
+              "launches_op_by_op": count_launches(ready), "launches_walk": 1, "judge": measure_judge(config, time_graph),
               "barriers_of_a_walk": len(walk.tasks),
               "op_by_op": time_graph([lambda: ready.backend.run(ready.tasks, step, host=False)])}
     report["walk"] = time_graph([lambda: walk.run(step)]) | {"failed": walk.failed()}
@@ -164,15 +190,45 @@ def measure_steps(config: MiMoV2Config, time_graph, *, position: int = 8192, red
         barrier_kernel[(programs,)](counter, failed, COUNT=BARRIERS, POLLS=1 << 22, num_warps=8, launch_cooperative_grid=True)
 
     report["barrier_seconds"] = time_graph([barriers])["seconds"] / BARRIERS
+    report["draft"] = measure_draft(ready, programs, time_graph)
     best = min(report["op_by_op"]["seconds"], report["walk"]["seconds"])
-    report["projected"] = projected(best, reductions)
+    report["step_and_draft_seconds"] = best + report["draft"]["seconds"]
+    report["projected"] = projected(report["step_and_draft_seconds"], reductions + report["draft"]["reductions"])
     return report
 
 
+def measure_judge(config: MiMoV2Config, time_graph) -> dict:
+    """The verdict on a block of eight rows over all ranks' logits, half of whose tokens are drawn: the third launch."""
+    rows = {"device": "cuda", "dtype": torch.int32}
+    logits = torch.randn(BLOCK, config.vocab_size * 8, device="cuda")
+    drafts, first, count = (torch.tensor(c, **rows) for c in ([3] * BLOCK, [0], [BLOCK - 1]))
+    heat = torch.tensor([0.0, 0.8] * (BLOCK // 2), dtype=torch.float64, device="cuda")
+    numbers = torch.full((BLOCK,), 0.5, dtype=torch.float64, device="cuda")
+    return time_graph([lambda: judge(logits, drafts, first, count, temperature=heat, uniform=numbers)])
+
+
+def measure_draft(ready: Prepared, programs: int, time_graph) -> dict:
+    """The walk of a rank's drafter: features of seven accepted tokens, then a block of seven drafts, in one launch."""
+    backend, position = ready.backend, ready.position
+    model = rank_drafter(ready.config, 8, ready.device)
+    drafter = TritonDrafter(model, backend, position // PAGE + 2, position + 2 * PAGE, shares=1)
+    walk = PersistentDraft(drafter, programs)
+    cache = KvCache({KIND: drafter.pool}, prefix=False)
+    tables = cache.tables()
+    cache.extend(tables, [KIND], position + BLOCK)
+    width = len(drafter.taps) * ready.config.hidden_size
+    features = torch.randn(BLOCK - 1, width, device=ready.device).to(torch.bfloat16)
+    arguments = walk.prepare([Wanted(tables, 5, position, BLOCK - 1, features)])
+    timed = time_graph([lambda: walk.launch(arguments)])
+    return timed | {"weights_bytes": drafter.arena.used, "launches": 1, "reductions": 2 * len(drafter.layers),
+                    "failed": walk.failed(), "finite": bool(arguments["logits"].isfinite().all())}
+
+
 def projected(seconds: float, reductions: int) -> dict:
-    """Tokens per second of eight ranks from one rank's step: not measured, the all-reduce time is an assumption."""
-    return {"note": "projected: no draft step, no communication but the stated all-reduces", "acceptance": ACCEPTANCE,
-            "tokens_per_second": {f"{1e6 * t:.0f} us": ACCEPTANCE / (seconds + reductions * t) for t in ALL_REDUCE_SECONDS}}
+    """Tokens per second of eight ranks from one rank's step and draft: not measured, the all-reduce time is an assumption."""
+    return {"note": "projected: no communication but the stated all-reduces", "acceptance": ACCEPTANCE,
+            "reductions": reductions, "tokens_per_second": {f"{1e6 * t:.0f} us": ACCEPTANCE / (seconds + reductions * t)
+                                                           for t in ALL_REDUCE_SECONDS}}
 
 
 def measure_engine(folder, tokens: int = 128) -> dict:
@@ -183,7 +239,7 @@ def measure_engine(folder, tokens: int = 128) -> dict:
     engine = Engine.from_folder(folder, backend="triton")
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, engine.backend.config.vocab_size, (n,), generator=generator).tolist() for n in (5, 40)]
-    answers, seconds = {}, {}
+    answers, seconds, spans = {}, {}, {}
     for walked in (False, True):
         if walked:
             programs = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1
@@ -195,15 +251,27 @@ def measure_engine(folder, tokens: int = 128) -> dict:
             began = time.perf_counter()
             answers[name] = [engine.generate([p], params)[0] for p in prompts]
             seconds[name] = time.perf_counter() - began
+            if speculate:
+                spans["walked" if walked else "op by op"] = timeline(lambda p=params: engine.generate([prompts[0]], p))
     return {"greedy_equal": {name: found == answers["plain, op by op"] for name, found in answers.items()},
-            "acceptance_length": engine.stats()["acceptance_length"],
+            "acceptance_length": engine.stats()["acceptance_length"], "timeline": spans,
             "tokens_per_second": {name: len(prompts) * tokens / s for name, s in seconds.items()}}
+
+
+def timeline(call, most: int = 400) -> list[list]:
+    """[name, begin, seconds] of the GPU's activities at the end of a call, at most so many, the first at 0."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        call()
+        torch.cuda.synchronize()
+    spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in trace.events()
+                   if event.device_type == torch.autograd.DeviceType.CUDA)[-most:]
+    return [[name, 1e-6 * (begin - spans[0][0]), 1e-6 * (end - begin)] for begin, end, name in spans]
 
 
 def walking(engine, programs: int) -> None:
     """Makes an engine of the Triton backend walk its steps and its drafter's rounds."""
-    from runtime_ref.persistent_draft import PersistentDraft
-
     engine.backend.walk = PersistentStep(engine.backend, engine.tasks, programs)
     if engine.drafter is not None:
         engine.drafter = PersistentDraft(engine.drafter, programs)

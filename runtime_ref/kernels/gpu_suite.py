@@ -18,6 +18,9 @@ import importlib.util
 import json
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,9 +39,12 @@ from runtime_ref.kernels import gpu_steps
 from runtime_ref.kernels.attention import PAGE, attend
 from runtime_ref.kernels.decode import decode_kernel
 from runtime_ref.kernels.experts import Launch, Workspace, run_experts
+from runtime_ref.kernels.gpu_page import write_page
 from runtime_ref.kernels.repack import MAX_SCALE_BYTE, SCALE_OFFSET, ExpertPages, Tile, pack_pages, repack_experts, unpack_pages
 from runtime_ref.model import attend_pages
+from runtime_ref.written import write
 
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 540
 RANKS, TOKENS = 8, 8
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
@@ -58,8 +64,9 @@ def read_kernel(data, out, blocks, BLOCK: tl.constexpr):
     tl.store(out + tl.program_id(0), tl.sum(total, 0).to(tl.float32))
 
 
-def run(path: Path, checkpoint: Path | None = None) -> int:
-    """Runs the suite and writes `path`; 1 if a check is red. `checkpoint`: an exported folder for the engine end to end.
+def run(path: Path, checkpoint: Path | None = None, page_path: Path | None = None) -> int:
+    """Runs the suite and writes `path`, and a page if asked to; 1 if a check is red. `checkpoint`: an exported folder for the
+    engine end to end.
 
     Raises:
         ValueError: no GPU that runs the kernels.
@@ -69,7 +76,8 @@ def run(path: Path, checkpoint: Path | None = None) -> int:
     if torch.cuda.get_device_capability()[0] < 9:
         raise ValueError(f"--suite gpu: {torch.cuda.get_device_name()} lacks bf16x2 products; expected Hopper or newer")
     end = time.monotonic() + SECONDS
-    report = {"device": torch.cuda.get_device_name(), "date": datetime.datetime.now().isoformat(timespec="seconds"),
+    report = {"device": torch.cuda.get_device_name(), "command": " ".join([Path(sys.executable).name, *sys.argv]),
+              "revision": revision(), "date": datetime.datetime.now().isoformat(timespec="seconds"),
               "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
               "checks": check_kernels(), "skipped": []}
     red = [check for check in report["checks"] if not check["passed"]]
@@ -78,12 +86,36 @@ def run(path: Path, checkpoint: Path | None = None) -> int:
     if not red:
         report |= measure(end, report["skipped"])
         report["fake_quantize"] = gpu_steps.measure_fake_quantize(_time_graph, report["bandwidth"]["copy"])
+        report["qat_step"] = measure_training(end, report["skipped"])
         report |= measure_whole(end, report["skipped"], checkpoint)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write(path, json.dumps(report, indent=1) + "\n")
+    if page_path is not None:
+        write_page(report, page_path)
     print(f"{len(red)} of {len(report['checks'])} checks are red" + (": no speed was measured" if red else f"; {path}"))
     return 1 if red else 0
+
+
+def revision() -> str:
+    """Of the working tree, or "unknown" (a copy without its history)."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def measure_training(end: float, skipped: list[str]) -> dict:
+    """A training step with and without expert QAT, in a process of its own: training is none of the runtime's business."""
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "step.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / "qat_step.py"), "--device", "cuda", "--json", str(out)]
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=max(10.0, min(90.0, end - time.monotonic())))
+        except subprocess.TimeoutExpired as late:
+            skipped.append(f"a training step: not done in {late.timeout:.0f} s")
+            return {}
+        if ran.returncode:
+            skipped.append("a training step: " + (ran.stderr.strip().splitlines() or ["no reason given"])[-1])
+            return {}
+        return json.loads(out.read_text(encoding="utf-8"))
 
 
 def up_tiles() -> list[Tile]:

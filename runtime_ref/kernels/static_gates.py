@@ -24,6 +24,7 @@ from pathlib import Path
 
 from modeling.released import released_config
 from runtime_ref.kernels.repack import Tile
+from runtime_ref.written import write
 
 LANE_INSTRUCTIONS, NATIVE_LANE_INSTRUCTIONS = 3.5, 1.0
 REGISTERS = 128
@@ -218,9 +219,9 @@ def run(*, json_path: Path | None, page_path: Path | None) -> int:
     print(text := as_table(table))
     print("\n".join(faults) or "all gates hold")
     if json_path:
-        _write(json_path, json.dumps(facts | {"kernels": [asdict(row) for row in table]}, indent=1) + "\n")
+        write(json_path, json.dumps(facts | {"kernels": [asdict(row) for row in table]}, indent=1) + "\n")
     if page_path:
-        _write(page_path, _page(text, facts))
+        write(page_path, _page(text, facts))
     return 1 if faults else 0
 
 
@@ -260,10 +261,3 @@ Lane-instructions per weight count every instruction of the hot loop (loads, dec
 lane of the program, over the weights of one turn. A memory-bound H200 leaves 3.70 at full bandwidth, a B200 2.33
 (`bench.py --roofline`). The path without inline PTX also compiles for {amd}.
 """
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

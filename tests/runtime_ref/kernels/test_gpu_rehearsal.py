@@ -124,7 +124,10 @@ def played(monkeypatch, request):
                         "get_device_name": lambda *_: "NVIDIA H200 (played)", "get_device_properties": lambda *_: card,
                         "empty_cache": lambda: None, "CUDAGraph": Graph, "graph": recording, "Event": Event}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    traced = SimpleNamespace(key_averages=lambda: [SimpleNamespace(key="product_kernel", count=3)])
+    spans = [SimpleNamespace(name=name, time_range=SimpleNamespace(start=begin, end=begin + 5.0),
+                             device_type=torch.autograd.DeviceType.CUDA)
+             for name, begin in (("product_kernel", 0.0), ("m", 9.0))]
+    traced = SimpleNamespace(key_averages=lambda: [SimpleNamespace(key="product_kernel", count=3)], events=lambda: spans)
     monkeypatch.setattr(torch.profiler, "profile", lambda **options: contextlib.nullcontext(traced))
     launch, strangers = HostLauncher.__call__, set()
 
@@ -161,13 +164,25 @@ def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch)
     engine, steps = gpu_steps.measure_engine, gpu_steps.measure_steps
     monkeypatch.setattr(gpu_steps, "measure_engine", lambda folder: engine(folder, tokens=8))
     monkeypatch.setattr(gpu_steps, "measure_steps", lambda *args: steps(*args, position=200))
-    assert gpu_suite.run(tmp_path / "gpu.json", folder) == 0
+    monkeypatch.setattr(gpu_suite, "measure_training", lambda *_: {"ratio": {"ours": 1.2}})
+    page = tmp_path / "gpu.md"
+    assert gpu_suite.run(tmp_path / "gpu.json", folder, page) == 0
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert report["skipped"] == [] and report["refused"] == [] and all(check["passed"] for check in report["checks"])
     assert not any(row["failed"] for row in report["experts"] + report["sweep"]) and len(report["sweep"]) == 2
     assert not report["step"]["walk"]["failed"] and report["step"]["barriers_of_a_walk"] > 3
     assert set(report["engine"]["greedy_equal"].values()) == {True} and len(report["engine"]["greedy_equal"]) == 4
     assert {"bandwidth", "fake_quantize", "torch_bf16", "peers"} <= report.keys()
+    draft = report["step"]["draft"]
+    assert draft["finite"] and not draft["failed"] and draft["reductions"] == 10
+    assert report["step"]["projected"]["reductions"] == 150
+    assert report["step"]["step_and_draft_seconds"] > draft["seconds"] > 0
+    words = page.read_text()
+    assert "# The kernels on NVIDIA H200 (played)" in words and "DIFFER" not in words and "GIVEN UP" not in words
+    goals = [line for line in words.splitlines() if line.startswith("| G")]
+    assert len(goals) == 13 and sum("not measured" in line for line in goals) == 2  # the peers
+    picture = page.with_name("gpu-timeline.svg").read_text()
+    assert picture.count("<title>") == 4 and "product_kernel" in picture
 
 
 def test_an_engine_keeps_to_the_card(played, folder):
