@@ -66,7 +66,7 @@ class OpErrors:
         self.kernels, self.bound, self.twin = exact is not None, OP_ERROR, backend
         if self.kernels:
             self.bound, self.twin = KERNEL_OP_ERROR, copy.copy(exact)
-            self.twin.pools = backend.pools
+            self.twin.pools, self.twin.mxfp8 = backend.pools, backend.mxfp8
         self._kept: dict[str, torch.Tensor] = {}
         cache = KvCache(backend.pools, prefix=False)
         tables = cache.tables()

@@ -37,7 +37,7 @@ from runtime_ref.streaming import TextStream
 from runtime_ref.tasks import TorchBackend, check_tasks, target_tasks
 from runtime_ref.weights import DECODED_BYTES, TargetWeights, drafter_folder, load_target, verify_checksums
 
-BACKENDS = ("auto", "native", "torch", "triton")
+BACKENDS = ("auto", "native", "torch", "triton", "triton-mxfp8")
 
 
 @dataclass
@@ -93,7 +93,8 @@ class Engine:
         Args:
             backend: "native" (compiled ops, see `native.py`), "torch", or "auto": native where it can run, and where it
                 cannot, torch, with a warning that says why. "triton": kernels, on the GPU; without one compiled for the
-                CPU, or interpreted with TRITON_INTERPRET=1.
+                CPU, or interpreted with TRITON_INTERPRET=1. "triton-mxfp8": the same, with experts for tensor cores that
+                read FP4 themselves (Blackwell), which want activations rounded to MXFP8: other numbers.
 
         Raises:
             ValueError: a folder that cannot be served (what is wrong with it is said), an unknown backend or device.
@@ -108,8 +109,8 @@ class Engine:
         pages = options.pages or {kind: n * options.max_running + options.prefix_pages for kind, n in per_sequence.items()}
         found = drafter_folder(path) if drafter else None
         own = None
-        if backend == "triton":
-            runner, own = _triton(path, found, ranks, dtype, pages, context, checksum, progress)
+        if backend.startswith("triton"):
+            runner, own = _triton(path, found, ranks, dtype, pages, context, checksum, progress, backend == "triton-mxfp8")
             return cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
         weights = load_target(path, ranks, decoded_bytes=options.decoded_bytes, checksum=checksum, progress=progress)
         runner = _backend(backend, weights)(weights, dtype=dtype, pages=pages)
@@ -363,7 +364,8 @@ def _backend(name: str, weights: TargetWeights) -> type:
     return TorchBackend
 
 
-def _triton(path, dflash: Path | None, ranks, dtype, pages, context: int, checksum: bool, progress) -> tuple:
+def _triton(path, dflash: Path | None, ranks, dtype, pages, context: int, checksum: bool, progress,
+            native: bool) -> tuple:
     """The Triton backend, and its drafter if there is a `dflash` folder."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError("backend 'triton': triton is not installed; expected `pip install -e '.[gpu]'` (Linux)")
@@ -372,7 +374,7 @@ def _triton(path, dflash: Path | None, ranks, dtype, pages, context: int, checks
 
     if checksum:
         verify_checksums(path)
-    runner = load_triton_backend(path, ranks, dtype=dtype, pages=pages, positions=context, progress=progress)
+    runner = load_triton_backend(path, ranks, dtype=dtype, pages=pages, positions=context, native=native, progress=progress)
     if dflash is None:
         return runner, None
     return runner, load_triton_drafter(dflash, runner, pages.get(KIND, max(pages.values())), context)

@@ -104,10 +104,14 @@ def layer_heads(config: MiMoV2Config, index: int, ranks: Ranks) -> Heads:
     return Heads(queries // ranks.count, max(1, keys // ranks.count), d, v, int(d * config.partial_rotary_factor))
 
 
-def expert_tiles(config: MiMoV2Config, ranks: Ranks, shares: int = SHARES) -> tuple[Tile, Tile]:
-    """Tiles of gate-up and down pages: the standard ones, or smaller for small matrices; several parts are whole down pages."""
+def expert_tiles(config: MiMoV2Config, ranks: Ranks, shares: int = SHARES, native: bool = False) -> tuple[Tile, Tile]:
+    """Tiles of gate-up and down pages: the standard ones, or smaller for small matrices; several parts are whole down pages.
+
+    native: for tensor cores that read E2M1 themselves, whose wide side are 128 rows."""
+    least, most = (64, 128) if native else (16, Tile().rows)
+
     def fitting(rows: int, depth: int) -> Tile:
-        return Tile(max(16, min(Tile().rows, _power(rows))), max(LEAST_DEPTH, min(Tile().depth, depth)))
+        return Tile(max(least, min(most, _power(rows))), max(LEAST_DEPTH, min(Tile().depth, depth)), native)
 
     inner = config.moe_intermediate_size
     parts = parts_of(inner, LEAST_DEPTH, shares)
@@ -122,7 +126,7 @@ def has_head_norms(config) -> bool:
 
 
 def layer_shapes(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[str], shares: int = SHARES,
-                 ) -> dict[str, tuple]:
+                 native: bool = False) -> dict[str, tuple]:
     """(shape, dtype) of the tensors of a layer on one rank; `fp8`: those of "qkv", "o", "gate_up", "down" that are FP8."""
     H, heads, count = config.hidden_size, layer_heads(config, index, ranks), ranks.count
     swa = config.hybrid_layer_pattern[index]
@@ -133,7 +137,7 @@ def layer_shapes(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[
     if has_head_norms(config):
         shapes["head_norm"] = (((heads.queries + heads.keys) * heads.d,), torch.float32)
     if config.moe_layer_freq[index]:
-        up_tile, down_tile = expert_tiles(config, ranks, shares)
+        up_tile, down_tile = expert_tiles(config, ranks, shares, native)
         E, inner = config.n_routed_experts, config.moe_intermediate_size
         inner //= expert_share(inner, ranks, shares).of
         shapes["router"], shapes["correction"] = ((E, H), torch.float32), ((E,), torch.float32)
@@ -158,9 +162,9 @@ def outer_shapes(config: MiMoV2Config, ranks: Ranks) -> dict[str, tuple]:
             "head": ((vocabulary // ranks.count, H), torch.bfloat16)}
 
 
-def load_kernel_weights(folder: str | Path, ranks: Ranks = ALONE, *, device: str = "cpu",
+def load_kernel_weights(folder: str | Path, ranks: Ranks = ALONE, *, device: str = "cpu", native: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> KernelWeights:
-    """One rank's weights from an exported folder.
+    """One rank's weights from an exported folder. native: experts in native pages (`kernels/native_tiles.py`).
 
     Raises:
         ValueError: a damaged or incomplete folder, a geometry that the ranks cannot share, a scale byte that pages cannot hold,
@@ -170,7 +174,7 @@ def load_kernel_weights(folder: str | Path, ranks: Ranks = ALONE, *, device: str
     if config.model_type not in _READERS:
         raise NotHeld(f"{Path(folder) / 'config.json'}: model_type: {config.model_type!r}, expected {' or '.join(_READERS)}: "
                       "the kernels have no biases and no clamped SwiGLU; run this checkpoint with --backend torch")
-    reader = _READERS[config.model_type](TensorFiles(Path(folder)), config, ranks)
+    reader = _READERS[config.model_type](TensorFiles(Path(folder)), config, ranks, native)
     fp8 = [reader.fp8(i) for i in range(config.num_hidden_layers)]
 
     def layer(index: int) -> dict[str, torch.Tensor]:
@@ -178,7 +182,7 @@ def load_kernel_weights(folder: str | Path, ranks: Ranks = ALONE, *, device: str
             progress(index + 1, config.num_hidden_layers)
         return reader.layer(index)
 
-    return _assembled(config, ranks, device, fp8, reader.outer, layer)
+    return _assembled(config, ranks, device, fp8, reader.outer, layer, native=native)
 
 
 def random_weights(config: MiMoV2Config, ranks: Ranks, *, device: str, fp8: frozenset[str] = RELEASED_FP8,
@@ -213,9 +217,10 @@ def _random(name, shape, dtype, tiles, device, generator, config) -> torch.Tenso
 
 
 def _assembled(config, ranks, device, fp8, outer: Callable[[], dict], layer: Callable[[int], dict],
-               shares: int = SHARES) -> KernelWeights:
+               shares: int = SHARES, native: bool = False) -> KernelWeights:
     parts = [layer_parts(config, i, ranks, kinds, shares) for i, kinds in enumerate(fp8)]
-    plans = [outer_shapes(config, ranks), *(layer_shapes(config, i, ranks, kinds, shares) for i, kinds in enumerate(fp8))]
+    plans = [outer_shapes(config, ranks),
+             *(layer_shapes(config, i, ranks, kinds, shares, native) for i, kinds in enumerate(fp8))]
     arena = Arena(sum(_rounded(_bytes(*of)) for plan in plans for of in plan.values()), device)
 
     def placed(plan: dict[str, tuple], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -223,7 +228,7 @@ def _assembled(config, ranks, device, fp8, outer: Callable[[], dict], layer: Cal
         return {name: arena.put(tensor) for name, tensor in tensors.items()}
 
     top = placed(plans[0], outer())
-    tiles = expert_tiles(config, ranks, shares)
+    tiles = expert_tiles(config, ranks, shares, native)
     layers = [_layer(config, ranks, i, placed(plan, layer(i)), parts[i], tiles, shares) for i, plan in enumerate(plans[1:])]
     return KernelWeights(config, ranks, arena, top["embed"], layers, top["norm"], Matrix(top["head"]))
 
@@ -249,8 +254,8 @@ class _Reader:
 
     codes = "weight"  # how an expert matrix's codes are called
 
-    def __init__(self, files: TensorFiles, config: MiMoV2Config, ranks: Ranks):
-        self.files, self.config, self.ranks, self.names = files, config, ranks, set(files)
+    def __init__(self, files: TensorFiles, config: MiMoV2Config, ranks: Ranks, native: bool = False):
+        self.files, self.config, self.ranks, self.names, self.native = files, config, ranks, set(files), native
 
     def outer(self) -> dict[str, torch.Tensor]:
         config = self.config
@@ -336,7 +341,7 @@ class _Reader:
         codes, scales, share = stacked(""), stacked("_scale"), expert_share(inner, self.ranks)
         if not share.adds:
             codes["down"], scales["down"] = torch.zeros_like(codes["down"]), torch.zeros_like(scales["down"])
-        up_tile, down_tile = expert_tiles(self.config, self.ranks)
+        up_tile, down_tile = expert_tiles(self.config, self.ranks, native=self.native)
         gate_up, down = (torch.cat((t["gate"], t["up"]), 1) for t in (codes, scales)), (codes["down"], scales["down"])
         pages = repack_experts(tuple(gate_up), down, rank=share.index, ranks=share.of, up_tile=up_tile, down_tile=down_tile,
                                parts=parts_of(inner, LEAST_DEPTH) // share.of)

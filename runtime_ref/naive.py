@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from mxfp4.mxfp8 import dequantize_mxfp8, quantize_mxfp8
 from runtime_ref.kv_cache import PAGE
 from runtime_ref.model import Span
 from runtime_ref.tasks import Task, TorchBackend
@@ -45,7 +46,9 @@ def expected(backend: TorchBackend, task: Task, inputs: dict[str, torch.Tensor],
     if task.op == "route":
         return _routed(x["y"], layer.mlp, config)
     if task.op == "experts":
-        return _experts(x["y"], x["index"], x["weight"], layer.mlp.experts)
+        if backend.mxfp8:
+            return _experts(x["y"].bfloat16(), x["index"], x["weight"], layer.mlp.experts, _mxfp8)
+        return _experts(x["y"], x["index"], x["weight"], layer.mlp.experts, lambda rows: rows)
     if task.op == "head":
         parts = torch.stack([x["y"] @ part.double() for part in w.head])
         return torch.cat(list(w.ranks.gather(parts)), dim=-1)
@@ -148,15 +151,21 @@ def _routed(y, moe, config):
     return dense.scatter_(1, index, weight * (config.routed_scaling_factor or 1.0))
 
 
-def _experts(y, index, weight, experts):
+def _mxfp8(rows):
+    """Rounded as kernels with native pages round them, from bf16 or float32 [n, ...] of whole blocks."""
+    return dequantize_mxfp8(*quantize_mxfp8(rows.flatten(1).float())).double().view_as(rows)
+
+
+def _experts(y, index, weight, experts, entering):
+    """entering: what the rows become that a product takes."""
     out = torch.zeros(y.shape, dtype=torch.float64)
     for expert in index.unique().tolist():
         rows, place = torch.nonzero(index == expert, as_tuple=True)
         gate_up, down = (t.double() for t in experts.decoded(expert))
-        inner = torch.einsum("rh,phi->rpi", y[rows], gate_up)
+        inner = torch.einsum("rh,phi->rpi", entering(y[rows]), gate_up)
         if experts.biases is not None:
             inner = inner + experts.biases.gate_up[expert].mT.reshape(1, *inner.shape[1:])
-        found = torch.einsum("rpi,pih->rh", _gated(*inner.chunk(2, -1), experts.clamp), down)
+        found = torch.einsum("rpi,pih->rh", entering(_gated(*inner.chunk(2, -1), experts.clamp)), down)
         if experts.biases is not None and experts.biases.down is not None:
             found = found + experts.biases.down[expert]
         out[rows] += weight[rows, place, None] * found

@@ -139,6 +139,8 @@ class PersistentStep:
 
     def _constants(self) -> dict:
         backend, layers, tiling = self.backend, self.backend.kernel_weights.layers, self.backend.tiling
+        if backend.mxfp8:
+            raise ValueError("the persistent step has no experts in native pages (backend 'triton-mxfp8'); they run op by op")
         if any(layer.head_norm is not None or layer.router and layer.router.softmax for layer in layers):
             raise ValueError("the persistent step has neither norms of heads nor a softmax router; this model runs op by op")
         found = {"DRAFT": False, "HEAD_NORM": False, "HAS_TAPS": bool(self.taps), "PAGE_": PAGE, "CHUNK": CHUNK_PAGES,

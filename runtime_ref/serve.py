@@ -36,7 +36,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="answers running or waiting; more are told to come back, 429 (%(default)s)")
     parser.add_argument("--max-body-mib", type=float, default=4.0, metavar="MIB", help="largest body (%(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations (%(default)s)")
-    parser.add_argument("--backend", default="auto", help="what runs the steps: auto, native, torch, ... (%(default)s)")
+    parser.add_argument("--backend", default="auto",
+                        help="what runs the steps: auto, native, torch, triton, triton-mxfp8 (%(default)s)")
     parser.add_argument("--no-drafter", action="store_true", help="decode without the drafter")
     parser.add_argument("--fixed-drafts", action="store_true", help="always draft whole blocks, whatever is accepted")
     parser.add_argument("--ignore-generation-config", action="store_true",

@@ -85,6 +85,7 @@ class TorchBackend:
     """
 
     name = "torch"
+    mxfp8 = False  # whether activations of experts are rounded to it, which only kernels do
 
     def __init__(self, weights: TargetWeights, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int]):
         if dtype not in (torch.bfloat16, torch.float32):
