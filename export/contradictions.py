@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from export.config_files import TOKENIZER
+from export.grid import same_bytes
 from export.layouts import SPLIT, Weights, plain
 from export.sources import DTYPES, Source, read_json
 from modeling.load import dequantize_fp8
@@ -106,42 +107,43 @@ def companion_differences(folder: Path, trained: Path) -> Iterator[str]:
             yield f"{name}: differs from the trained checkpoint's"
 
 
-def other_tensors(source: Source, weights: Weights, mask_row: int | None) -> Iterator[str]:
-    """Tensors that are no experts and are not as they were trained (exactly, in the coarser of the two precisions).
+def difference(name: str, ours: torch.Tensor, source: Source, weights: Weights, mask_row: int | None) -> Iterator[str]:
+    """How a tensor that is no expert is not as it was trained (exactly, in the coarser of the two precisions).
 
     Matrices that are FP8 only here may be rounded by half a step. Left out: the embedding's `mask_row`.
     """
-    trained = weights.trained.infos
-    for name, (shape, dtype) in sorted(source.infos.items()):
-        whole = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name) if name not in trained else name
-        if fused_name(name) or whole not in trained or not dtype.startswith(("BF", "F")):
-            continue
-        if dtype == "F8_E4M3" and trained[whole][1] != "F8_E4M3":
-            yield from _fp8_faults(name, source, weights)
-            continue
-        ours = source.read(name)
-        held = DTYPES[dtype if trained[whole][1] == "F8_E4M3" else trained[whole][1]]
-        stored = dtype == "F8_E4M3" or name.endswith("_scale_inv")
-        wanted = weights.trained.read(name) if stored else plain(weights, whole, held)
-        if whole != name and not hasattr(weights.config, "hybrid_layer_pattern"):
-            continue  # no configuration of the training's own that says how its rows are joined
-        if whole != name:
-            layer = int(re.search(r"layers\.(\d+)\.", name)[1])
-            wanted = split_qkv(wanted, weights.config, layer)[SPLIT.index(name.split("_proj")[0][-1])]
-        if tuple(wanted.shape) != tuple(shape):
-            yield f"{name}: shape {list(shape)}, trained {list(wanted.shape)}"
-            continue
-        differ = (ours.float() != wanted.to(ours.dtype).float()) & (ours.to(wanted.dtype).float() != wanted.float())
-        if name == EMBEDDING and mask_row is not None:
-            differ[mask_row] = False
-        if bool(differ.any()):
-            yield (f"{name}: {int(differ.sum())} of {differ.numel()} values differ from training, the first at "
-                   f"{differ.nonzero()[0].tolist()}")
+    trained, (shape, dtype) = weights.trained.infos, source.infos[name]
+    whole = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name) if name not in trained else name
+    if fused_name(name) or whole not in trained or not dtype.startswith(("BF", "F")):
+        return
+    if dtype == "F8_E4M3" and trained[whole][1] != "F8_E4M3":
+        yield from _fp8_faults(name, ours, source, weights)
+        return
+    held = DTYPES[dtype if trained[whole][1] == "F8_E4M3" else trained[whole][1]]
+    stored = dtype == "F8_E4M3" or name.endswith("_scale_inv")
+    wanted = weights.trained.read(name) if stored else plain(weights, whole, held)
+    if whole != name and not hasattr(weights.config, "hybrid_layer_pattern"):
+        return  # no configuration of the training's own that says how its rows are joined
+    if whole != name:
+        layer = int(re.search(r"layers\.(\d+)\.", name)[1])
+        wanted = split_qkv(wanted, weights.config, layer)[SPLIT.index(name.split("_proj")[0][-1])]
+    if tuple(wanted.shape) != tuple(shape):
+        yield f"{name}: shape {list(shape)}, trained {list(wanted.shape)}"
+        return
+    if name == EMBEDDING and mask_row is not None:
+        wanted = wanted.clone()
+        wanted[mask_row] = ours[mask_row].to(wanted.dtype)
+    if same_bytes(ours, wanted):
+        return
+    differ = (ours.float() != wanted.to(ours.dtype).float()) & (ours.to(wanted.dtype).float() != wanted.float())
+    if bool(differ.any()):
+        yield (f"{name}: {int(differ.sum())} of {differ.numel()} values differ from training, the first at "
+               f"{differ.nonzero()[0].tolist()}")
 
 
-def _fp8_faults(name: str, source: Source, weights: Weights) -> Iterator[str]:
+def _fp8_faults(name: str, ours: torch.Tensor, source: Source, weights: Weights) -> Iterator[str]:
     """An FP8 matrix whose training is at hand in more bits: every value within half a step of E4M3, with its block's scale."""
-    ours, grid = source.read(name), source.read(name + "_scale_inv")
+    grid = source.read(name + "_scale_inv")
     wanted = plain(weights, name, torch.float32)
     if wanted.shape != ours.shape:
         yield f"{name}: shape {list(ours.shape)}, trained {list(wanted.shape)}"

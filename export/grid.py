@@ -135,6 +135,14 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return numpy.array_equal(a.view(torch.int64).numpy(), b.view(torch.int64).numpy())
 
 
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one dtype, one shape and the same bytes; of any size, a piece at a time."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    pieces = (t.contiguous().view(-1).view(torch.uint8).split(CHUNK_BLOCKS * BLOCK_SIZE) for t in (a, b))
+    return all(numpy.array_equal(x.numpy(), y.numpy()) for x, y in zip(*pieces, strict=True))
+
+
 def _chunks(blocks: int) -> list[slice]:
     return [slice(start, min(start + CHUNK_BLOCKS, blocks)) for start in range(0, blocks, CHUNK_BLOCKS)]
 

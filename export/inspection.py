@@ -7,15 +7,12 @@ all of them. Where a file is too broken to go on, that is a finding and the chec
 
 from __future__ import annotations
 
-import pickle
-import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from export.config_files import (
     AUTO_MAP,
@@ -32,39 +29,28 @@ from export.contradictions import (
     config_contradictions,
     config_differences,
     front_matter,
-    other_tensors,
     refuse_oversize,
     token_faults,
 )
 from export.drafter_files import EMBEDDING, MASK, REFERENCE, draft_round, drafter_faults, expected_tensors, read_reference
-from export.grid import same_bits, unpack
-from export.inventory import (
-    block_faults,
-    configuration,
-    expected_inventory,
-    exported_experts,
-    layout_of,
-    scale_name,
-    tensor_faults,
-)
-from export.layouts import Weights, computed, encode
+from export.inventory import configuration, expected_inventory, layout_of
+from export.layouts import Weights
 from export.shards import INDEX
-from export.sources import SafetensorsSource, Source, open_source, read_expert, read_json
-from mxfp4 import dequantize
+from export.sources import SafetensorsSource, Source, open_source, read_json
+from export.tensor_checks import DAMAGE, TensorChecks, first_line, side_by_side, usable_cores
 from mxfp4.format import BLOCK_SIZE
 
-# What reading damaged files and configurations may raise, and no more: anything else is a defect of this file.
-DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RuntimeError, SafetensorError, EOFError,
-          pickle.UnpicklingError, struct.error, UnicodeDecodeError)
 # Tables, norms and matrices of a reference drafted again on another machine: float32 sums in another order.
 REFERENCE_ERROR = 1e-3
+
 
 class Checkpoint:
     """An exported folder under inspection; `findings` grows as checks run."""
 
     def __init__(self, folder: Path, against: Path | None = None):
-        self.folder, self.against = folder, against
+        self.folder, self.against, self.threads = folder, against, usable_cores()
         self.findings: list[str] = []
+        self.hashed: set[str] = set()
         self.hashes: dict[str, Future] = {}
         self.tensors = 0
         self.bytes = 0
@@ -81,8 +67,11 @@ class Checkpoint:
         if not self.folder.is_dir():
             self.add(f"{self.folder}: no such folder")
             return self.findings
-        with ThreadPoolExecutor(1) as self.hasher:
+        self.pool = ThreadPoolExecutor(self.threads)
+        try:
             self._run_checks()
+        finally:
+            self.pool.shutdown(cancel_futures=True)
         return self.findings
 
     def _run_checks(self) -> None:
@@ -93,7 +82,8 @@ class Checkpoint:
             self._guard("inventory", self._check_inventory)
             self._guard("index", self._check_index)
             self._guard("tensors", self._check_tensors)
-            self._guard("contract C2", self._check_against)
+        for name in sorted(self.hashed):
+            self._hash(name)
         self._guard("companion files", self._check_companions)
         if (self.folder / "dflash").is_dir() or self.manifest.get("drafter"):
             self._guard("dflash", self._check_drafter)
@@ -103,8 +93,7 @@ class Checkpoint:
         try:
             check()
         except DAMAGE as error:
-            lines = str(error).splitlines() or [type(error).__name__]
-            self.add(f"{what}: cannot be checked: {lines[0]}")
+            self.add(f"{what}: cannot be checked: {first_line(error)}")
 
     def _read_config(self) -> None:
         if (self.folder / "export.json").is_file():
@@ -131,7 +120,7 @@ class Checkpoint:
                      "configuration_mimo_v2.py")
 
     def _check_files(self) -> None:
-        """Names now; the SHA-256 sums are made by another thread while tensors are read (`_check_sums`)."""
+        """Names now; the SHA-256 sums are made by other threads, those of weights while their tensors are read."""
         self.file_sums, self.tensor_sums = read_checksums(self.folder)
         if not self.file_sums:
             self.add(f"{CHECKSUMS}: missing or empty")
@@ -141,11 +130,15 @@ class Checkpoint:
             self.add(f"{name}: missing, but listed in {CHECKSUMS}")
         for name in sorted(present - self.file_sums.keys()):
             self.add(f"{name}: not listed in {CHECKSUMS}")
-        self.hashes = {name: self.hasher.submit(sha256, self.folder / name) for name in sorted(present & self.file_sums.keys())}
+        self.hashed = present & self.file_sums.keys()
+
+    def _hash(self, name: str) -> None:
+        if name in self.hashed and name not in self.hashes:
+            self.hashes[name] = self.pool.submit(sha256, self.folder / name)
 
     def _check_sums(self) -> None:
-        for name, digest in self.hashes.items():
-            if digest.result() != self.file_sums[name]:
+        for name in sorted(self.hashed):
+            if self.hashes[name].result() != self.file_sums[name]:
                 self.add(f"{name}: bytes changed since the export (SHA-256 differs)")
 
     def _open_weights(self) -> None:
@@ -162,7 +155,7 @@ class Checkpoint:
                         self.add(f"{held}: in two files, {homes[held]} and {name}")
                 whole.append(name)
             except DAMAGE as error:
-                self.add(f"{name}: cannot be opened: {(str(error).splitlines() or [type(error).__name__])[0]}")
+                self.add(f"{name}: cannot be opened: {first_line(error)}")
         if whole:
             self.source = SafetensorsSource(self.folder, whole)
 
@@ -219,65 +212,43 @@ class Checkpoint:
             self.add(f"{INDEX}: total_size {size}, the tensors have {self.source.size()} bytes")
 
     def _check_tensors(self) -> None:
-        """Reads every tensor once: checksum, block invariants, scales, finite values."""
+        """Every tensor by itself, and its file's SHA-256 meanwhile."""
         sums = getattr(self, "tensor_sums", {})
-        rule = self.manifest.get("scale_rule", "even") if self.manifest.get("rounded") else "even"
         for name in sorted(n for n in sums.keys() - self.source.infos.keys() if not n.startswith("dflash/")):
             self.add(f"checksums.json: lists {name}, which is in no file")
-        for name, tensor, scales, error in prefetched(self._tensors()):
-            if error is not None:
-                self.add(f"{name}: cannot be read: {error}")
-                continue
-            data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
-            if name not in sums:
-                self.add(f"{name}: no checksum in checksums.json")
-            elif f"{zlib.crc32(data):08x}" != sums[name]:
-                self.add(f"{name}: bytes changed since the export (CRC-32 differs)")
-            for fault in tensor_faults(name, tensor):
-                self.add(f"{name}: {fault}")
-            if scales is not None:
-                for fault in block_faults(tensor.view(torch.uint8), scales, rule):
-                    self.add(f"{name}: {fault}")
+        rule = self.manifest.get("scale_rule", "even") if self.manifest.get("rounded") else "even"
+        checks = TensorChecks(self.source, self.layout, sums, rule)
+        if self.against is not None:
+            self._guard("contract C2", lambda: self._compare_with_training(checks))
+        experts, incomparable = 0, []
+        for report in side_by_side(self.pool, checks.report, self._units_and_files(checks), 4 * self.threads):
+            for finding in report.findings:
+                self.add(finding)
+            experts += report.experts
+            incomparable += [report.incomparable] if report.incomparable else []
+        if incomparable:
+            more = f" (and {len(incomparable) - 1} tensors more)" if len(incomparable) > 1 else ""
+            self.add(f"contract C2: cannot be checked: {incomparable[0]}{more}")
+        elif checks.weights is not None and not experts:
+            self.add("contract C2: there are no experts to compare")
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor | None, torch.Tensor | None, str | None]]:
-        """(name, tensor, its scales if it holds codes, why it cannot be read)."""
-        for name in sorted(self.source.infos):
-            try:
-                tensor, scale = self.source.read(name), scale_name(self.layout, name)
-                packed = scale in self.source.infos and tensor.dtype in (torch.uint8, torch.int8)
-                yield name, tensor, self.source.read(scale) if packed else None, None
-            except DAMAGE as error:
-                yield name, None, None, (str(error).splitlines() or [type(error).__name__])[0]
+    def _units_and_files(self, checks: TensorChecks) -> Iterator[tuple[str, ...]]:
+        """The units of `checks`; a file's hash is begun with its first tensor."""
+        for names in checks.units():
+            self._hash(self.source.where[names[0]])
+            yield names
 
-    def _check_against(self) -> None:
-        """Contract C2: experts decoded from these files equal the trained ones bit for bit."""
-        if self.against is None:
-            return
+    def _compare_with_training(self, checks: TensorChecks) -> None:
+        """Contract C2 and all other tensors, too; what stands beside the weights is compared at once."""
         trained, config = open_source(self.against), self.model_config
         if (self.against / "config.json").is_file():  # a client's own class may lack what joins q, k and v
             config = configuration(read_json(self.against / "config.json"))
-        weights = Weights(trained, trained, config, on_grid=not self.manifest.get("rounded"),
-                          scale_rule=self.manifest.get("scale_rule", "even"))
-        compared = 0
-        pairs = ((name, codes, scales, trained_expert(weights, self.layout, name))
-                 for name, codes, scales in exported_experts(self.layout, self.source))
-        for name, codes, scales, wanted in prefetched(pairs):
-            compared += 1
-            decoded = unpack(codes, scales)
-            if wanted.shape != decoded.shape:
-                self.add(f"{name}: decodes to {list(decoded.shape)}, trained {list(wanted.shape)}")
-            elif not same_bits(wanted, decoded):
-                off = (wanted.view(torch.int16) != decoded.view(torch.int16)).nonzero()
-                self.add(f"{name}: {off.shape[0]} of {wanted.numel()} weights differ from training (contract C2), the first at "
-                         f"{off[0].tolist()}: {float(decoded[tuple(off[0])]):.6g}, trained {float(wanted[tuple(off[0])]):.6g}")
-        if not compared:
-            self.add("contract C2: there are no experts to compare")
-        row = self.mask_row() if (self.folder / "dflash").is_dir() else None
-        for finding in other_tensors(self.source, weights, row):
-            self.add(finding)
         for finding in (*companion_differences(self.folder, self.against),
                         *config_differences(self.config, self.against, self.layout)):
             self.add(finding)
+        checks.mask_row = self.mask_row() if (self.folder / "dflash").is_dir() else None
+        checks.weights = Weights(trained, trained, config, on_grid=not self.manifest.get("rounded"),
+                                 scale_rule=self.manifest.get("scale_rule", "even"))
 
     def mask_row(self) -> int | None:
         """The vocabulary row that holds the drafter's mask embedding instead of the trained one."""
@@ -365,26 +336,3 @@ class Checkpoint:
         error = float((logits - recorded).abs().max()) if logits.shape == recorded.shape else float("inf")
         if not error <= REFERENCE_ERROR * float(recorded.abs().max()):
             self.add(f"dflash/{REFERENCE}: the drafter gives other logits than recorded (largest difference {error:.3g})")
-
-
-def prefetched(items: Iterator) -> Iterator:
-    """The items of an iterator, each made by another thread while the one before is worked on; only that thread reads."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
-
-
-def trained_expert(weights: Weights, layout: str, name: str) -> torch.Tensor:
-    """What the exported matrix must decode to, bf16 [out, in]: the trained weight, or the base's rounded by the rule."""
-    from export.layouts import codes_of
-
-    if layout == "gpt-oss":
-        fused, _, rest = name.partition("[")
-        w = computed(weights, weights.trained.read_rows(fused, int(rest[:-1]), slice(None)).mT.contiguous())
-        codes = encode(name, w, on_grid=False, scale_rule=weights.scale_rule) if not weights.on_grid else None
-    else:
-        w = computed(weights, read_expert(weights.trained, name)) if weights.on_grid else None
-        codes = codes_of(weights, name) if w is None or w.dtype == torch.uint8 else None
-    return w.to(torch.bfloat16) if codes is None else dequantize(*codes, dtype=torch.bfloat16)

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 
 import torch
 
-from export.sources import Source
 from modeling.names import fused_name, published_tensors
-from mxfp4.format import BLOCK_SIZE, E8M0_NAN
+from mxfp4.format import BLOCK_SIZE, E8M0_BIAS, E8M0_NAN, MAX_SCALE_EXPONENT
+
+MAX_SCALE = E8M0_BIAS + MAX_SCALE_EXPONENT  # the largest scale byte under which six units are finite in bf16
+FLOATS_AT_ONCE = 1 << 20
 
 Expected = dict[str, tuple[tuple[int, ...], set[str]]]
 
@@ -114,61 +116,58 @@ def scale_name(layout: str, name: str) -> str | None:
     return name + ("_scale" if layout == "native" else "_scale_inv")
 
 
-def exported_experts(layout: str, source: Source) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(published name, codes uint8 [out, in / 2], scales) of every expert matrix; "<fused>[e]" for gpt-oss."""
-    for name in sorted(source.infos):
-        scale = scale_name(layout, name)
-        if scale is None or scale not in source.infos:
-            continue
-        codes, scales = source.read(name).view(torch.uint8), source.read(scale)
-        if layout == "gpt-oss":
-            for e in range(codes.shape[0]):
-                yield f"{name.removesuffix('_blocks')}[{e}]", codes[e].flatten(-2), scales[e]
-        else:
-            yield name.removesuffix("_packed"), codes, scales
-
-
 def block_faults(codes: torch.Tensor, scales: torch.Tensor, rule: str) -> Iterator[str]:
     """Violations of what every quantizer of this rule leaves in a block.
 
     The largest magnitude is 4 or 6 units (floor, even; also trained weights, whatever their rule) or at least 3 (rceil, mse);
     a block of zeros has the scale byte 0; blocks at the smallest scale may hold anything.
     """
-    nibbles = codes if codes.ndim == 4 else codes.unflatten(-1, (-1, BLOCK_SIZE // 2))
-    words = nibbles.contiguous().view(torch.int32)  # eight magnitudes at a time
-    low, high = words & 0x07070707, (words >> 4) & 0x07070707
-    largest = torch.maximum(low.view(torch.uint8), high.view(torch.uint8)).amax(-1)
-    if largest.shape != scales.shape:
-        yield f"{list(largest.shape)} blocks, {list(scales.shape)} scales"
+    words = codes.contiguous().view(-1, BLOCK_SIZE // 2).view(torch.int64)  # a block is two words of sixteen nibbles
+    grid = codes.shape[:-1] if codes.ndim == 4 else (*codes.shape[:-1], codes.shape[-1] * 2 // BLOCK_SIZE)
+    if grid != scales.shape:
+        yield f"{list(grid)} blocks, {list(scales.shape)} scales"
         return
-    least = 6 if rule in ("floor", "even") else 5
-    low = (largest < least) & (largest > 0) & (scales > 0) & (scales != E8M0_NAN)
+    # Of the magnitudes 0 to 7 those with both higher bits are 4 and 6 units; 5 is 3 units.
+    strong = (words << 1).bitwise_and_(words)
+    if rule not in ("floor", "even"):
+        strong |= (words << 2) & words
+    strong = _either(strong.bitwise_and_(0x4444444444444444)).view(scales.shape)
+    some = _either(words).bitwise_and_(0x7777777777777777).view(scales.shape)
+    low = (strong == 0) & (some != 0) & (scales > 0) & (scales != E8M0_NAN)
     if bool(low.any()):
         index = low.nonzero()[0].tolist()
-        yield (f"{int(low.sum())} blocks whose largest magnitude is below {4 if least == 6 else 3} units, the first at "
-               f"{index}: not what scale rule {rule} writes")
-    idle = (largest == 0) & (scales != 0) & (scales != E8M0_NAN)
+        yield (f"{int(low.sum())} blocks whose largest magnitude is below {4 if rule in ('floor', 'even') else 3} units, the "
+               f"first at {index}: not what scale rule {rule} writes")
+    idle = (some == 0) & (scales != 0) & (scales != E8M0_NAN)
     if bool(idle.any()):
         yield f"{int(idle.sum())} blocks of zeros with a scale, the first at {idle.nonzero()[0].tolist()}"
+
+
+def _either(words: torch.Tensor) -> torch.Tensor:
+    """The bits set in one of the two words of each block."""
+    return words[:, 0] | words[:, 1]
 
 
 def tensor_faults(name: str, tensor: torch.Tensor) -> Iterator[str]:
     """Values that no tensor of this kind may have."""
     if re.search(r"weight_scale$|_scales$|experts\..*weight_scale_inv$", name) and tensor.dtype == torch.uint8:
+        if not tensor.numel() or int(tensor.max()) <= MAX_SCALE:
+            return
         bad = (tensor == E8M0_NAN).nonzero()
         if bad.numel():
             yield f"{bad.shape[0]} scales are 255 (NaN), the first at {bad[0].tolist()}"
-        beyond = (tensor > 252) & (tensor != E8M0_NAN)
+        beyond = (tensor > MAX_SCALE) & (tensor != E8M0_NAN)
         if bool(beyond.any()):
-            yield f"scale {int(tensor[beyond][0])} overflows bf16, expected at most 252"
+            yield f"scale {int(tensor[beyond][0])} overflows bf16, expected at most {MAX_SCALE}"
         return
     if not tensor.is_floating_point():
         return
-    values = tensor.float()
-    bad = (~torch.isfinite(values)).nonzero()
-    if bad.numel():
+    # Piece by piece: the float32 twin of an embedding is what would take the most memory of all.
+    pieces = tensor.contiguous().view(-1).split(FLOATS_AT_ONCE)
+    if not all(bool(torch.isfinite(piece.float()).all()) for piece in pieces):
+        bad = (~torch.isfinite(tensor.float())).nonzero()
         yield f"{bad.shape[0]} values are not finite, the first at {bad[0].tolist()}"
-    if name.endswith("weight_scale_inv") and not bool((values > 0).all()):
+    if name.endswith("weight_scale_inv") and not all(bool((piece.float() > 0).all()) for piece in pieces):
         yield "a scale that is not positive"
-    if re.search(r"(layernorm|norm)\.weight$", name) and not bool(values.any()):
+    if re.search(r"(layernorm|norm)\.weight$", name) and not bool(tensor.float().any()):
         yield "a norm whose weights are all zero"

@@ -7,12 +7,14 @@
     *_optim_states.pt         DeepSpeed ZeRO 1 to 3, also below the folder that `latest` names (`export.zero_shards`)
 
 Nothing is gathered: a matrix of one expert is a slice of the file, except for torch.distributed.checkpoint, whose unit is
-one tensor (the last one read is kept).
+one tensor (the last two are kept: a layer's experts are read by turns from both of its fused tensors). Several threads may
+read from one source.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +26,27 @@ from modeling.names import fused_name
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
           "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class LastFile(threading.local):
+    """The file that a thread read last, left open for the next tensor; every thread has its own place in a file."""
+
+    path: Path | None = None
+    file: BinaryIO
+
+    def fill(self, path: Path, start: int, view: memoryview, name: str) -> None:
+        """Reads into all of `view`, from byte `start` on; ValueError where the file ends within tensor `name`."""
+        if self.path != path:
+            file = path.open("rb", buffering=0)
+            if self.path is not None:
+                self.file.close()
+            self.path, self.file = path, file
+        self.file.seek(start)
+        while view.nbytes:
+            got = self.file.readinto(view)
+            if not got:
+                raise ValueError(f"{path}: ends within tensor {name}")
+            view = view[got:]
 
 
 class Source:
@@ -48,7 +71,11 @@ class Source:
 
     def size(self) -> int:
         """Bytes of all tensors."""
-        return sum(torch.Size(shape).numel() * DTYPES[dtype].itemsize for shape, dtype in self.infos.values())
+        return sum(self.bytes_of(name) for name in self.infos)
+
+    def bytes_of(self, name: str) -> int:
+        shape, dtype = self.infos[name]
+        return torch.Size(shape).numel() * DTYPES[dtype].itemsize
 
     def identity(self) -> list:
         """What tells these files from others: names, sizes, times of change."""
@@ -69,7 +96,7 @@ class SafetensorsSource(Source):
     def __init__(self, folder: Path, files: list[str]):
         self.where: dict[str, str] = {}
         self._starts: dict[str, int] = {}
-        self._open: tuple[str, BinaryIO] | None = None
+        self._last = LastFile()
         infos = {}
         for file in files:
             for name, (shape, dtype, start) in _header(folder / file).items():
@@ -79,20 +106,14 @@ class SafetensorsSource(Source):
     def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> torch.Tensor:
         """`shape` elements of a tensor, from its element number `skipped` on."""
         file, dtype = self.where[name], DTYPES[self.infos[name][1]]
-        if self._open is None or self._open[0] != file:
-            if self._open is not None:
-                self._open[1].close()
-            self._open = (file, (self.folder / file).open("rb", buffering=0))
         out = torch.empty(shape, dtype=dtype)
         view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
-        handle = self._open[1]
-        handle.seek(self._starts[name] + skipped * dtype.itemsize)
-        while view.nbytes:
-            got = handle.readinto(view)
-            if not got:
-                raise ValueError(f"{self.folder / file}: ends within tensor {name}")
-            view = view[got:]
+        self._last.fill(self.folder / file, self._starts[name] + skipped * dtype.itemsize, view, name)
         return out
+
+    def in_order(self) -> list[str]:
+        """All names as they stand on disk, file by file."""
+        return sorted(self.where, key=lambda name: (self.where[name], self._starts[name]))
 
     def read(self, name: str) -> torch.Tensor:
         if name not in self.where:
@@ -158,19 +179,23 @@ class DistributedSource(Source):
         self._stored = {name.removeprefix("model.") if nested else name: name for name in tensors}
         super().__init__(folder, {name: (tuple(tensors[stored].size), DTYPE_NAMES[tensors[stored].properties.dtype])
                                   for name, stored in self._stored.items()})
-        self._last: tuple[str, torch.Tensor] | None = None
+        self._kept: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
 
     def read(self, name: str) -> torch.Tensor:
         if name not in self._stored:
             raise self._missing(name)
-        if self._last is None or self._last[0] != name:
-            from torch.distributed import checkpoint
+        with self._lock:
+            if name not in self._kept:
+                from torch.distributed import checkpoint
 
-            shape, dtype = self.infos[name]
-            state = {self._stored[name]: torch.empty(shape, dtype=DTYPES[dtype])}
-            checkpoint.load(state, checkpoint_id=str(self.folder), no_dist=True)
-            self._last = (name, state[self._stored[name]])
-        return self._last[1]
+                if len(self._kept) == 2:
+                    del self._kept[next(iter(self._kept))]
+                shape, dtype = self.infos[name]
+                state = {self._stored[name]: torch.empty(shape, dtype=DTYPES[dtype])}
+                checkpoint.load(state, checkpoint_id=str(self.folder), no_dist=True)
+                self._kept[name] = state[self._stored[name]]
+            return self._kept[name]
 
 
 def open_source(folder: str | Path) -> Source:

@@ -28,11 +28,10 @@ import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
-from export.sources import DTYPE_NAMES, DTYPES, Source
+from export.sources import DTYPE_NAMES, DTYPES, LastFile, Source
 
 OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
@@ -73,7 +72,7 @@ class ZeroSource(Source):
             raise ValueError(f"{folder}: no *_model_states.pt beside the optimizer's shards")
         self._states = [_load(path) for path in model]
         self._pieces: dict[str, list[Piece]] = {}
-        self._open: tuple[Path, BinaryIO] | None = None
+        self._last = LastFile()
         infos: dict[str, tuple[tuple[int, ...], str]] = {}
         first = self._states[0]
         if any("autoep" in key and value for key, value in first.items()):
@@ -149,24 +148,11 @@ class ZeroSource(Source):
             skipped -= within
             count = min(piece.count - within, wanted - done)
             if count:
-                self._fill(piece.path, piece.start + within * width, view[done * width:(done + count) * width], name)
+                self._last.fill(piece.path, piece.start + within * width, view[done * width:(done + count) * width], name)
                 done += count
         if done != wanted:
             raise ValueError(f"{self.tag}: tensor {name} has {done} of {wanted} values in the shards")
         return out
-
-    def _fill(self, path: Path, start: int, view: memoryview, name: str) -> None:
-        if self._open is None or self._open[0] != path:
-            if self._open is not None:
-                self._open[1].close()
-            self._open = (path, path.open("rb", buffering=0))
-        handle = self._open[1]
-        handle.seek(start)
-        while view.nbytes:
-            got = handle.readinto(view)
-            if not got:
-                raise ValueError(f"{path}: ends within tensor {name}")
-            view = view[got:]
 
 
 def zero_folder(folder: Path) -> Path | None:

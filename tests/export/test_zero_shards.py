@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file
 from toy_export import export, make_run, put_on_grid, toy_config, toy_model
 
-from export.sources import open_source
-from export.zero_shards import ZeroSource, zero_folder
+from export.sources import LastFile, open_source
+from export.zero_shards import zero_folder
 
 ALIGN = 2  # flattened groups end at a multiple of this many values a rank
 
@@ -141,8 +141,8 @@ def test_a_shard_that_does_not_name_its_stage_is_stage_1(tmp_path):
 def test_only_the_bytes_asked_for_are_read(tmp_path, monkeypatch):
     groups, module = sample()
     write_zero(tmp_path / "z", 3, 2, groups, module=module)
-    source, read, fill = open_source(tmp_path / "z"), [], ZeroSource._fill
-    monkeypatch.setattr(ZeroSource, "_fill", lambda self, path, start, view, name: (
+    source, read, fill = open_source(tmp_path / "z"), [], LastFile.fill
+    monkeypatch.setattr(LastFile, "fill", lambda self, path, start, view, name: (
         read.append(view.nbytes), fill(self, path, start, view, name)))
     source.read_rows("experts", 2, slice(0, 2))
     assert sum(read) == 2 * 7 * 4

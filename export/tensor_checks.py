@@ -1,0 +1,175 @@
+"""What is asked of every tensor of a checkpoint: read from disk once, by as many threads as there are cores.
+
+    checksum      CRC-32 as recorded when the tensor was written
+    values        finite floats, scale bytes in range, blocks as the scale rule leaves them
+    training      contract C2: experts decode to the trained weights, bit for bit; all other tensors are the trained ones
+
+Codes and their scales are read together. Reading, hashing and arithmetic on whole chunks let other threads go on meanwhile, so
+threads do as well as processes would and share the tables. Tensors are taken in the order of the files, and a file's own
+SHA-256 is made while its tensors are read: a disk reads it once.
+
+Memory: a thread holds one matrix, what was trained in its place, and scratch. Two tensors above 256 MiB (embeddings, fused
+experts of gpt-oss) are held at a time, however many threads there are.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import pickle
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import SafetensorError
+
+from export.contradictions import difference
+from export.grid import decodes_to, unpack
+from export.inventory import block_faults, scale_name, tensor_faults
+from export.layouts import Weights, codes_of, computed, encode
+from export.sources import SafetensorsSource, read_expert
+from mxfp4 import dequantize
+from mxfp4.format import BLOCK_SIZE
+
+# What reading damaged files and configurations may raise, and no more: anything else is a defect of the inspection.
+DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RuntimeError, SafetensorError, EOFError,
+          pickle.UnpicklingError, struct.error, UnicodeDecodeError)
+LARGE = 256 << 20
+# Threads beyond these wait for memory and disk, and each may hold two matrices.
+MOST_THREADS = 8
+
+
+def usable_cores() -> int:
+    """Threads that can work at once: the cores this process may use, at most 8."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, MOST_THREADS)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@dataclass
+class Report:
+    """Of one tensor with its scales: findings, experts compared with training, and why that could not be done."""
+
+    findings: list[str] = field(default_factory=list)
+    experts: int = 0
+    incomparable: str | None = None
+
+
+class TensorChecks:
+    """Checks of the tensors of one source; `report` may be called by several threads.
+
+    Attributes:
+        sums: CRC-32 (hex) by name; rule: the scale rule whose blocks are expected.
+        weights: what the tensors must equal, None = nothing to compare with.
+        mask_row: row of the embedding that was not trained, if there is one.
+    """
+
+    def __init__(self, source: SafetensorsSource, layout: str, sums: dict[str, str], rule: str):
+        self.source, self.layout, self.sums, self.rule = source, layout, sums, rule
+        self.weights: Weights | None = None
+        self.mask_row: int | None = None
+        self._large = threading.BoundedSemaphore(2)
+
+    def units(self) -> list[tuple[str, ...]]:
+        """Names of the tensors that are checked together, as they stand on disk: codes with their scales, others alone."""
+        infos = self.source.infos
+        scales = {name: scale for name in infos if (scale := scale_name(self.layout, name)) in infos}
+        paired = set(scales.values())
+        return [(name, scales[name]) if name in scales else (name,) for name in self.source.in_order() if name not in paired]
+
+    def report(self, names: tuple[str, ...]) -> Report:
+        """Reads a tensor (and its scales) and checks all there is to check."""
+        report = Report()
+        with self._large if self.source.bytes_of(names[0]) > LARGE else contextlib.nullcontext():
+            tensors = [self._read(name, report) for name in names]
+            if tensors[0] is not None and tensors[-1] is not None:
+                self._check(names, tensors, report)
+        return report
+
+    def _read(self, name: str, report: Report) -> torch.Tensor | None:
+        try:
+            tensor = self.source.read(name)
+            data = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+            if name not in self.sums:
+                report.findings.append(f"{name}: no checksum in checksums.json")
+            elif f"{zlib.crc32(data):08x}" != self.sums[name]:
+                report.findings.append(f"{name}: bytes changed since the export (CRC-32 differs)")
+            report.findings += [f"{name}: {fault}" for fault in tensor_faults(name, tensor)]
+        except DAMAGE as error:
+            report.findings.append(f"{name}: cannot be read: {first_line(error)}")
+            return None
+        return tensor
+
+    def _check(self, names: tuple[str, ...], tensors: list[torch.Tensor], report: Report) -> None:
+        name, tensor, codes = names[0], tensors[0], len(names) == 2
+        if codes and tensor.dtype in (torch.uint8, torch.int8):
+            try:
+                report.findings += [f"{name}: {fault}" for fault in block_faults(tensor.view(torch.uint8), tensors[1],
+                                                                                 self.rule)]
+            except DAMAGE as error:
+                report.findings.append(f"{name}: blocks cannot be checked: {first_line(error)}")
+        weights = self.weights
+        if weights is None:
+            return
+        try:
+            if not codes:
+                report.findings += difference(name, tensor, self.source, weights, self.mask_row)
+                return
+            for expert, matrix, scales in self._experts(name, tensor.view(torch.uint8), tensors[1]):
+                report.findings += expert_difference(expert, matrix, scales, trained_expert(weights, self.layout, expert))
+                report.experts += 1
+        except DAMAGE as error:
+            report.incomparable = first_line(error)
+
+    def _experts(self, name: str, codes: torch.Tensor, scales: torch.Tensor) -> Iterator[tuple]:
+        """(published name, codes [out, in / 2], scales) of every expert matrix; "<fused>[e]" for gpt-oss."""
+        if self.layout != "gpt-oss":
+            yield name.removesuffix("_packed"), codes, scales
+            return
+        for e in range(codes.shape[0]):
+            yield f"{name.removesuffix('_blocks')}[{e}]", codes[e].flatten(-2), scales[e]
+
+
+def expert_difference(name: str, codes: torch.Tensor, scales: torch.Tensor, wanted: torch.Tensor) -> Iterator[str]:
+    """Where codes and scales do not decode to `wanted` (bf16), bit for bit."""
+    shape = [*codes.shape[:-1], 2 * codes.shape[-1]]
+    if list(wanted.shape) != shape:
+        yield f"{name}: decodes to {shape}, trained {list(wanted.shape)}"
+    elif scales.dtype != torch.uint8 or scales.numel() * BLOCK_SIZE != wanted.numel():
+        yield f"{name}: {scales.dtype} scales {list(scales.shape)} decode nothing of shape {shape}"
+    elif not decodes_to(codes, scales, wanted):
+        decoded = unpack(codes, scales)
+        off = (wanted.view(torch.int16) != decoded.view(torch.int16)).nonzero()
+        yield (f"{name}: {off.shape[0]} of {wanted.numel()} weights differ from training (contract C2), the first at "
+               f"{off[0].tolist()}: {float(decoded[tuple(off[0])]):.6g}, trained {float(wanted[tuple(off[0])]):.6g}")
+
+
+def trained_expert(weights: Weights, layout: str, name: str) -> torch.Tensor:
+    """What the exported matrix must decode to, bf16 [out, in]: the trained weight, or the base's rounded by the rule."""
+    if layout == "gpt-oss":
+        fused, _, rest = name.partition("[")
+        w = computed(weights, weights.trained.read_rows(fused, int(rest[:-1]), slice(None)).mT.contiguous())
+        codes = encode(name, w, on_grid=False, scale_rule=weights.scale_rule) if not weights.on_grid else None
+    else:
+        w = computed(weights, read_expert(weights.trained, name)) if weights.on_grid else None
+        codes = codes_of(weights, name) if w is None or w.dtype == torch.uint8 else None
+    return w.to(torch.bfloat16) if codes is None else dequantize(*codes, dtype=torch.bfloat16)
+
+
+def side_by_side(pool: Executor, work: Callable, items: Iterable, ahead: int) -> Iterator:
+    """`work` of each item, in their order, by the threads of a pool; at most `ahead` results are waiting."""
+    waiting: collections.deque[Future] = collections.deque()
+    for item in items:
+        if len(waiting) == ahead:
+            yield waiting.popleft().result()
+        waiting.append(pool.submit(work, item))
+    while waiting:
+        yield waiting.popleft().result()
