@@ -33,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--gpus", type=int, default=8, help="tensor-parallel GPUs (default 8)")
     parse.add_argument("--distinct-share", type=float, default=1.0, help="distinct experts relative to independent routing")
     parse.add_argument("--checkpoint", type=Path, metavar="DIR", help="exported folder that --suite gpu runs end to end")
+    parse.add_argument("--only", nargs="+", metavar="PART",
+                       help="measure only these parts of --suite: experts, quantize, training, steps, engine, peers")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write the numbers of --static or --suite here")
     parse.add_argument("--page", type=Path, metavar="FILE", help="write the table of --static, or the page of --suite, here")
     return parse
@@ -68,7 +70,7 @@ def _suite(args: argparse.Namespace) -> int:
 
     if args.json is None:
         raise ValueError("--suite gpu: --json FILE is missing; expected a file for the numbers")
-    return gpu_suite.run(args.json, args.checkpoint, args.page)
+    return gpu_suite.run(args.json, args.checkpoint, args.page, args.only or ())
 
 
 def main(argv: list[str]) -> int:

@@ -52,11 +52,11 @@ def goals(report: dict) -> list[tuple[str, str, str, str]]:
     for name, limit in EXPERTS_US.items():
         judged(f"G1 experts, 8 tokens ({name})", micro, f"{micro or 0:.1f} us", f"at most {limit:g} us",
                micro is not None and micro <= limit)
-    ratio = _peer_ratio(report, 8, best)
+    against = {row["tokens"]: row for row in report.get("against", [])}
+    ratio = against[8]["peer_seconds"] / best if 8 in against and best else None
     judged("G1 the faster peer over this kernel", ratio, f"{ratio or 0:.2f}", f"at least {PEERS:g}",
            ratio is not None and ratio >= PEERS)
-    worst = min((r for row in report.get("sweep", []) if row["tokens"] <= PEERS_UP_TO
-                 and (r := _peer_ratio(report, row["tokens"], row["seconds"])) is not None), default=None)
+    worst = min((row["ratio"] for tokens, row in against.items() if tokens <= PEERS_UP_TO), default=None)
     judged(f"G1 the same, worst of 1 to {PEERS_UP_TO} tokens", worst, f"{worst or 0:.2f}", "at least 1",
            worst is not None and worst >= 1)
     for name, limit in STEP_MS.items():
@@ -80,13 +80,6 @@ def goals(report: dict) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def _peer_ratio(report: dict, tokens: int, seconds: float | None) -> float | None:
-    """The fastest peer's seconds over ours, if one was measured."""
-    peers = [times[str(tokens)] for peer in report.get("peers", {}).values() if isinstance(peer, dict)
-             and str(tokens) in (times := peer.get("seconds", {}))]
-    return min(peers) / seconds if peers and seconds else None
-
-
 def _bandwidth(report: dict) -> list[str]:
     rates = report["bandwidth"]
     return [f"Bandwidth in the same minutes: pure read {rates['read'] / 1e12:.2f} TB/s, copy {rates['copy'] / 1e12:.2f} TB/s.",
@@ -94,6 +87,8 @@ def _bandwidth(report: dict) -> list[str]:
 
 
 def _experts(report: dict) -> list[str]:
+    if "experts" not in report:
+        return []
     rows = sorted(report["experts"], key=lambda row: row["seconds"])
     lines = ["## Experts, 8 tokens, one of eight ranks", "",
              "| us | TB/s | of pure read | pages | launch |", "|---|---|---|---|---|"]
@@ -106,18 +101,29 @@ def _experts(report: dict) -> list[str]:
 
 
 def _sweep(report: dict) -> list[str]:
-    peers = {name: peer for name, peer in report.get("peers", {}).items() if isinstance(peer, dict) and peer.get("seconds")}
-    others = [f"{name}: {peer if isinstance(peer, str) else peer.get('refused', 'not measured')}"
-              for name, peer in report.get("peers", {}).items() if name not in peers]
+    if "sweep" not in report:
+        return []
+    peers = {name: {row["tokens"]: row for row in peer["sweep"]} for name, peer in report.get("peers", {}).items()
+             if peer.get("sweep")}
     lines = ["## Tokens", "",
-             "| tokens | distinct experts | us | of pure read | " + "".join(f"{name}, us | " for name in peers),
+             "| tokens | distinct experts | us | of pure read |"
+             + "".join(f" {name}, us (with its routing) |" for name in peers),
              "|---|---|---|---|" + "---|" * len(peers)]
     for row in report["sweep"]:
-        cells = [f"{1e6 * peer['seconds'][str(row['tokens'])]:.1f} | " if str(row["tokens"]) in peer["seconds"] else "- | "
-                 for peer in peers.values()]
+        cells = [_peer_cell(times.get(row["tokens"])) for times in peers.values()]
         lines.append(f"| {row['tokens']} | {row['distinct']:.1f} | {1e6 * row['seconds']:.1f} | "
-                     f"{100 * row['share_of_read']:.0f} % | " + "".join(cells))
-    return [*lines, "", *(f"Peer {line}." for line in others), "" if others else ""]
+                     f"{100 * row['share_of_read']:.0f} % |" + "".join(f" {cell} |" for cell in cells))
+    lines.append("")
+    for name, peer in report.get("peers", {}).items():
+        said = peer.get("missing") or peer["refused"] or f"{peer['version']}; timed: {peer['timed']}"
+        lines.append(f"- {name}: {said}")
+    return [*lines, ""]
+
+
+def _peer_cell(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    return f"{1e6 * row['seconds']:.1f}" + (f" ({1e6 * row['routed']['seconds']:.1f})" if "routed" in row else "")
 
 
 def _steps(report: dict) -> list[str]:

@@ -5,16 +5,16 @@ minutes, which are the denominators, then the expert kernel: launch variants at 
 
 A measurement is a CUDA graph of calls with different routings over one layer of 384 experts (850 MB, 17 times the cache), so
 that no call finds its experts cached; its time per call includes the gaps between launches. The median of several replays
-counts, and all of them are kept. What the deadline cut off is listed, not guessed.
+counts, and all of them are kept. What did not fit into the minutes is listed, not guessed.
 
-Peers are only named when they are installed: no adapter to humming-kernels or triton_kernels has run yet, so no comparison
-is claimed. The baseline that is always there is torch on the decoded bf16 weights of the same experts.
+Peers (`peers.py`) are measured where they are installed, on the same weights and routings, and last of all: a fault of theirs
+that takes the device with it must not take what was measured. The baseline that is always there is torch on the decoded bf16
+weights of the same experts.
 """
 
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import json
 import platform
 import statistics
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from mxfp4 import dequantize, quantize
 from mxfp4.format import BLOCK_SIZE
 from mxfp4.mxfp8 import dequantize_mxfp8, quantize_mxfp8
 from runtime_ref import roofline
-from runtime_ref.kernels import gpu_steps
+from runtime_ref.kernels import gpu_steps, peers
 from runtime_ref.kernels.attention import PAGE, attend
 from runtime_ref.kernels.decode import decode_kernel
 from runtime_ref.kernels.experts import Launch, Workspace, run_experts
@@ -46,6 +47,8 @@ from runtime_ref.written import write
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 540
+# Parts of the suite in their order, and seconds that each needs: an earlier one ends where the later ones would not fit any more.
+PARTS = {"experts": 40, "quantize": 5, "training": 45, "steps": 110, "engine": 35, "peers": 80}
 RANKS, TOKENS = 8, 8
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
 CALLS, REPLAYS = 32, 7
@@ -64,35 +67,95 @@ def read_kernel(data, out, blocks, BLOCK: tl.constexpr):
     tl.store(out + tl.program_id(0), tl.sum(total, 0).to(tl.float32))
 
 
-def run(path: Path, checkpoint: Path | None = None, page_path: Path | None = None) -> int:
-    """Runs the suite and writes `path`, and a page if asked to; 1 if a check is red. `checkpoint`: an exported folder for the
-    engine end to end.
+class Plan:
+    """Which parts are wanted, and until when each may begin something; `skipped` is what did not fit."""
+
+    def __init__(self, only: Sequence[str] = ()):
+        """only: parts that are wanted, by default all.
+
+        Raises:
+            ValueError: a part that is not known.
+        """
+        unknown = [name for name in only if name not in PARTS]
+        if unknown:
+            raise ValueError(f"--only: {unknown[0]!r}, expected some of {', '.join(PARTS)}")
+        self.wanted, self.skipped = [name for name in PARTS if not only or name in only], []
+        self.end = time.monotonic() + SECONDS
+
+    def seconds_left(self, part: str) -> float:
+        """Until what comes after `part` would not fit any more."""
+        later = [name for name in self.wanted if list(PARTS).index(name) > list(PARTS).index(part)]
+        return self.end - time.monotonic() - sum(PARTS[name] for name in later)
+
+    def begins(self, part: str, what: str) -> bool:
+        """Whether a part is wanted and fits; if it does not fit, `what` was skipped."""
+        if part in self.wanted and self.seconds_left(part) < PARTS[part]:
+            self.skipped.append(what)
+            return False
+        return part in self.wanted
+
+
+def run(path: Path, checkpoint: Path | None = None, page_path: Path | None = None, only: Sequence[str] = ()) -> int:
+    """Runs the suite and writes `path`, and a page if asked to; 1 if a check is red.
+
+    Args:
+        checkpoint: an exported folder for the engine end to end.
+        only: parts to measure, for whoever tunes one; the checks are always made.
 
     Raises:
-        ValueError: no GPU that runs the kernels.
+        ValueError: no GPU that runs the kernels, an unknown part.
     """
     if not torch.cuda.is_available():
         raise ValueError("--suite gpu: torch sees no GPU on this machine; --static and --roofline need none")
     if torch.cuda.get_device_capability()[0] < 9:
         raise ValueError(f"--suite gpu: {torch.cuda.get_device_name()} lacks bf16x2 products; expected Hopper or newer")
-    end = time.monotonic() + SECONDS
+    plan = Plan(only)
     report = {"device": torch.cuda.get_device_name(), "command": " ".join([Path(sys.executable).name, *sys.argv]),
               "revision": revision(), "date": datetime.datetime.now().isoformat(timespec="seconds"),
               "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
-              "checks": check_kernels(), "skipped": []}
+              "parts": plan.wanted, "checks": check_kernels(), "skipped": plan.skipped}
     red = [check for check in report["checks"] if not check["passed"]]
     for check in report["checks"]:
         print(f"{'ok ' if check['passed'] else 'RED'} {check['name']}: {check['detail']}")
     if not red:
-        report |= measure(end, report["skipped"])
-        report["fake_quantize"] = gpu_steps.measure_fake_quantize(_time_graph, report["bandwidth"]["copy"])
-        report["qat_step"] = measure_training(end, report["skipped"])
-        report |= measure_whole(end, report["skipped"], checkpoint)
+        count = torch.cuda.get_device_properties(0).multi_processor_count
+        report["bandwidth"] = _bandwidths(count)
+        print(f"pure read {report['bandwidth']['read'] / 1e12:.2f} TB/s, copy {report['bandwidth']['copy'] / 1e12:.2f} TB/s")
+        if plan.begins("experts", "experts"):
+            report |= measure(plan, count, report["bandwidth"]["read"])
+        if plan.begins("quantize", "fused fake quantization"):
+            report["fake_quantize"] = gpu_steps.measure_fake_quantize(_time_graph, report["bandwidth"]["copy"])
+        if plan.begins("training", "a training step"):
+            report["qat_step"] = measure_training(plan)
+        report |= measure_whole(plan, checkpoint)
+        _write(report, path, page_path)
+        if plan.begins("peers", "peers"):
+            report |= measure_peers(report.get("sweep", []))
+    _write(report, path, page_path)
+    print(f"{len(red)} of {len(report['checks'])} checks are red" + (": no speed was measured" if red else f"; {path}"))
+    return 1 if red else 0
+
+
+def _write(report: dict, path: Path, page_path: Path | None) -> None:
     write(path, json.dumps(report, indent=1) + "\n")
     if page_path is not None:
         write_page(report, page_path)
-    print(f"{len(red)} of {len(report['checks'])} checks are red" + (": no speed was measured" if red else f"; {path}"))
-    return 1 if red else 0
+
+
+def measure_peers(sweep: list[dict]) -> dict:
+    """Peers on the routings of our `sweep`, and ours against the fastest of them."""
+    found = peers.available()
+    if all(isinstance(peer, str) for _, peer in found):
+        return {"peers": {name: {"missing": why} for name, why in found}, "against": []}
+    torch.cuda.empty_cache()
+    config = released_config("MiMo-V2.5-Pro")
+    hidden, inner, experts = config["hidden_size"], config["moe_intermediate_size"] // RANKS, config["n_routed_experts"]
+    choices, pages = config["num_experts_per_tok"], _random_pages(experts, hidden, inner, Tile())
+    report = peers.measure_peers(
+        *peers.checkpoint_layer(pages),
+        lambda n: [_random_tokens(n, hidden, experts, choices, seed, "cuda") for seed in range(CALLS)], SWEEP, _time_graph,
+        lambda *inputs: reference(*inputs, pages), found)
+    return {"peers": report, "against": peers.against(sweep, report)}
 
 
 def revision() -> str:
@@ -101,19 +164,19 @@ def revision() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def measure_training(end: float, skipped: list[str]) -> dict:
+def measure_training(plan: Plan) -> dict:
     """A training step with and without expert QAT, in a process of its own: training is none of the runtime's business."""
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "step.json"
         command = [sys.executable, str(ROOT / "benchmarks" / "qat_step.py"), "--device", "cuda", "--json", str(out)]
         try:
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=max(10.0, min(90.0, end - time.monotonic())))
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=plan.seconds_left("training"))
         except subprocess.TimeoutExpired as late:
-            skipped.append(f"a training step: not done in {late.timeout:.0f} s")
+            plan.skipped.append(f"a training step: not done in {late.timeout:.0f} s")
             return {}
         if ran.returncode:
-            skipped.append("a training step: " + (ran.stderr.strip().splitlines() or ["no reason given"])[-1])
+            plan.skipped.append("a training step: " + (ran.stderr.strip().splitlines() or ["no reason given"])[-1])
             return {}
         return json.loads(out.read_text(encoding="utf-8"))
 
@@ -157,22 +220,19 @@ def check_kernels() -> list[dict]:
     return checks + gpu_steps.check_steps("cuda", count)
 
 
-def measure(end: float, skipped: list[str]) -> dict:
-    """Bandwidths and times; appends to `skipped` what the deadline `end` cut off."""
-    count = torch.cuda.get_device_properties(0).multi_processor_count
+def measure(plan: Plan, count: int, read: float) -> dict:
+    """Launch variants of the experts at 8 tokens, then the sweep with the best. read: bytes per second of a pure read."""
     config = released_config("MiMo-V2.5-Pro")
     hidden, inner, experts = config["hidden_size"], config["moe_intermediate_size"] // RANKS, config["n_routed_experts"]
-    report = {"bandwidth": _bandwidths(count), "experts": [], "refused": [], "sweep": []}
-    print(f"pure read {report['bandwidth']['read'] / 1e12:.2f} TB/s, copy {report['bandwidth']['copy'] / 1e12:.2f} TB/s")
+    report = {"experts": [], "refused": [], "sweep": []}
     best = None
     for tile in up_tiles():
         pages = _random_pages(experts, hidden, inner, tile)
         for launch in launches(count, tile.rows):
-            if time.monotonic() > end - 120:
-                skipped.append(f"8 tokens, {_page_words(tile)}, {_words(launch)}")
+            if not plan.begins("experts", f"8 tokens, {_page_words(tile)}, {_words(launch)}"):
                 continue
             try:
-                row = _measure_experts(pages, launch, TOKENS, report["bandwidth"]["read"])
+                row = _measure_experts(pages, launch, TOKENS, read)
             except (RuntimeError, TritonError) as error:  # a variant that this card cannot launch ends only itself
                 report["refused"].append(f"8 tokens, {_page_words(tile)}, {_words(launch)}: {error}")
                 continue
@@ -185,34 +245,26 @@ def measure(end: float, skipped: list[str]) -> dict:
     _, launch, tile = best
     pages = _random_pages(experts, hidden, inner, tile)
     for tokens in SWEEP:
-        if time.monotonic() > end - 60:
-            skipped.append(f"sweep, {tokens} tokens")
+        if plan.seconds_left("experts") < 0:
+            plan.skipped.append(f"sweep, {tokens} tokens")
             continue
-        report["sweep"].append(_measure_experts(pages, launch, tokens, report["bandwidth"]["read"]))
-    if time.monotonic() < end - 40:
-        report["torch_bf16"] = _measure_torch(pages)
-    else:
-        skipped.append("torch on decoded bf16 weights")
-    report["peers"] = {name: "installed, no adapter" if importlib.util.find_spec(name) else "not installed"
-                       for name in ("humming", "triton_kernels")}
+        report["sweep"].append(_measure_experts(pages, launch, tokens, read))
+    report["torch_bf16"] = _measure_torch(pages)
     return report
 
 
-def measure_whole(end: float, skipped: list[str], checkpoint: Path | None) -> dict:
+def measure_whole(plan: Plan, checkpoint: Path | None) -> dict:
     """G2, G3 and G5; each only if there is time, and for G5 a checkpoint."""
     report = {}
     torch.cuda.empty_cache()
-    if time.monotonic() < end - 100:
+    if plan.begins("steps", "a rank's step at full geometry"):
         config = gpu_steps.rank_config(released_config("MiMo-V2.5-Pro"), RANKS)
         report["step"] = gpu_steps.measure_steps(config, _time_graph)
-    else:
-        skipped.append("a rank's step at full geometry")
-    if checkpoint is None:
-        skipped.append("the engine end to end: no --checkpoint")
-    elif time.monotonic() < end - 30:
-        report["engine"] = gpu_steps.measure_engine(checkpoint)
-    else:
-        skipped.append("the engine end to end")
+    if plan.begins("engine", "the engine end to end"):
+        if checkpoint is None:
+            plan.skipped.append("the engine end to end: no --checkpoint")
+        else:
+            report["engine"] = gpu_steps.measure_engine(checkpoint)
     return report
 
 

@@ -21,6 +21,7 @@ from modeling.released import released_config
 from runtime_ref.engine import Engine, EngineOptions
 from runtime_ref.kernels import gpu_steps, gpu_suite
 from runtime_ref.kernels.host.backend import HostLauncher
+from runtime_ref.kernels.repack import repack_experts
 from runtime_ref.sampler import SamplingParams
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
@@ -98,6 +99,21 @@ class Event:
         return 1.0
 
 
+class Twin(gpu_suite.peers.Peer):
+    """A peer that computes what is wanted."""
+
+    name, package, routed, timed = "twin", "no_such_package", "", "everything"
+
+    def prepare(self, gate_up, down, device):
+        self.layer = repack_experts(gate_up, down).to(device)
+
+    def route(self, index):
+        return index
+
+    def compute(self, x, weight, routes):
+        return gpu_suite.reference(x, routes, weight, self.layer).to(torch.bfloat16)
+
+
 @pytest.fixture(params=[(9, 0), (10, 0)], ids=["Hopper", "Blackwell"])
 def played(monkeypatch, request):
     """A card, as far as the suite looks."""
@@ -164,6 +180,7 @@ def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch)
     engine, steps = gpu_steps.measure_engine, gpu_steps.measure_steps
     monkeypatch.setattr(gpu_steps, "measure_engine", lambda folder: engine(folder, tokens=8))
     monkeypatch.setattr(gpu_steps, "measure_steps", lambda *args: steps(*args, position=200))
+    monkeypatch.setattr(gpu_suite.peers, "available", lambda: [("twin", Twin()), ("absent", "not importable: no such module")])
     monkeypatch.setattr(gpu_suite, "measure_training", lambda *_: {"ratio": {"ours": 1.2}})
     page = tmp_path / "gpu.md"
     assert gpu_suite.run(tmp_path / "gpu.json", folder, page) == 0
@@ -180,7 +197,9 @@ def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch)
     words = page.read_text()
     assert "# The kernels on NVIDIA H200 (played)" in words and "DIFFER" not in words and "GIVEN UP" not in words
     goals = [line for line in words.splitlines() if line.startswith("| G")]
-    assert len(goals) == 13 and sum("not measured" in line for line in goals) == 2  # the peers
+    assert len(goals) == 13 and sum("not measured" in line for line in goals) == 1  # no peer at 8 tokens in this sweep
+    assert report["peers"]["twin"]["refused"] is None and [row["ratio"] for row in report["against"]] == [1.0, 1.0]
+    assert "- absent: not importable: no such module" in words and "| twin, us" in words
     picture = page.with_name("gpu-timeline.svg").read_text()
     assert picture.count("<title>") == 4 and "product_kernel" in picture
 

@@ -90,3 +90,18 @@ def test_a_rank_of_eight_is_a_model_with_an_eighth_of_every_shared_size():
     assert projected(4.4e-3, 140)["tokens_per_second"]["5 us"] == pytest.approx(6.30 / (4.4e-3 + 140 * 5e-6))
     with pytest.raises(ValueError, match="expected a multiple of 7 ranks"):
         rank_config(released_config("MiMo-V2.5-Pro"), 7)
+
+
+def test_a_part_begins_only_while_what_comes_after_it_still_fits(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(gpu_suite.time, "monotonic", lambda: now[0])
+    plan = gpu_suite.Plan()
+    now[0] = gpu_suite.SECONDS - sum(gpu_suite.PARTS.values())
+    assert plan.begins("experts", "a variant") and not plan.skipped
+    now[0] += 1
+    assert not plan.begins("experts", "a variant") and plan.begins("quantize", "rounding") and plan.skipped == ["a variant"]
+    alone = gpu_suite.Plan(["experts"])
+    now[0] += gpu_suite.SECONDS - gpu_suite.PARTS["experts"]
+    assert alone.begins("experts", "a variant") and not alone.begins("steps", "a step") and not alone.skipped
+    with pytest.raises(ValueError, match="--only: 'expert', expected some of experts, quantize"):
+        gpu_suite.Plan(["expert"])
