@@ -34,24 +34,25 @@ from runtime_ref.triton_drafter import CONTEXT_ROWS, TritonDrafter, slot_of
 def draft_table(drafter: TritonDrafter) -> torch.Tensor:
     """int32 [1 + layers + 2 + 5 layers, FIELDS]; the first 1 + layers rows are for pending features only.
 
-    Sums over ranks have no gamma; fields 3 and 7 say what `persistent.table_of` says there."""
+    What ranks put together has no gamma; fields 3 and 7 say what `persistent.table_of` says there."""
     def row(op: str, w=None, gamma=None, extra=None, place: int = 0) -> list[int]:
         pieces = [t.w if isinstance(t, Matrix) else t for t in (w, None, gamma, extra)]
         offsets = [0 if t is None else drafter.arena.offset(t) for t in pieces]
         return [OPS.index(op), *offsets, place, 0, 0][:FIELDS]
 
-    def added(op: str, w: Matrix, number: int) -> list[int]:
+    def summed(op: str, w: Matrix, number: int, of: int) -> list[int]:
         code, at, scales, _, *rest = row(op, w)
-        return [code, at, scales, len(drafter.layers), *rest[:-1], number]
+        return [code, at, scales, of, *rest[:-1], number]
 
-    rows = [row("fuse_taps", drafter.fc)]
+    layers = len(drafter.layers)
+    rows = [summed("fuse_taps", drafter.fc, 1, 1)]
     rows += [row("context", layer["context"], drafter.hidden_norm, layer["context_norm"], i)
              for i, layer in enumerate(drafter.layers)]
     rows.append(row("embed"))
     for i, layer in enumerate(drafter.layers):
         rows += [row("enter_full", layer["qkv"], layer["input_norm"], layer["head_norm"], i),
-                 row("attend_full", extra=layer["sink"], place=i), added("merge_add", layer["o"], i + 1),
-                 row("norm_gate_up", layer["gate_up"], layer["post_norm"]), added("down_add", layer["down"], i + 1)]
+                 row("attend_full", extra=layer["sink"], place=i), summed("merge_add", layer["o"], i + 1, layers),
+                 row("norm_gate_up", layer["gate_up"], layer["post_norm"]), summed("down_add", layer["down"], i + 1, layers)]
     return torch.tensor([*rows, row("pick_norm_head")], dtype=torch.int32)
 
 
@@ -83,8 +84,10 @@ class PersistentDraft:
             raise ValueError("dflash/config.json: a causal block; the persistent drafter wants one that is drafted at once")
         self.scratch = self._scratch()
         share, H = drafter.share, backend.config.hidden_size
-        self.symmetric = Symmetric(share.ranks, max(share.parts_o, share.parts_down) * MAX_TOKENS * H,
-                                   2 * (MAX_TOKENS // BLOCK) * triton.cdiv(H, tiling.columns), backend.device)
+        columns = H // share.ranks.count  # of the features
+        places = (2 * triton.cdiv(H, tiling.columns) + triton.cdiv(columns, tiling.columns)) * (MAX_TOKENS // BLOCK)
+        self.symmetric = Symmetric(share.ranks, max(share.parts_o, share.parts_down) * MAX_TOKENS * H, places, backend.device,
+                                   more=CONTEXT_ROWS * columns)
 
     def _scratch(self) -> dict[str, torch.Tensor]:
         heads, R, device = self.drafter.heads, MAX_TOKENS, self.backend.device

@@ -4,8 +4,9 @@ Reference twin: `drafter.Drafter`. Differences: everything is bf16 where a produ
 are wanted (the anchor and its drafts), and only the drafts' rows meet the head.
 
 Ranks share its heads and inner dimensions as those of the target, and sum o_proj and down in parts that the model fixes
-(`kernels/parts.py`): read whole by every rank, the published drafter would cost one of eight a quarter of its step. What joins
-the features (`fc`) is read whole. A drafter whose sizes the ranks cannot share is held by each of them, in the same parts.
+(`kernels/parts.py`): read whole by every rank, the published drafter would cost one of eight a quarter of its step. Of what
+joins the features (`fc`) each makes a share of the columns. A drafter whose sizes the ranks cannot share is held by each of
+them, in the same parts.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def share_of(model: DFlashDraftModel, ranks: Ranks, shares: int = SHARES) -> Sha
     config, v = model.config, model.layers[0].self_attn.v_dim
     queries, keys, count = config.num_attention_heads, config.num_key_value_heads, ranks.count
     o, down = parts_of(queries * v, v, shares), parts_of(config.intermediate_size, LEAST_DOWN, shares)
-    if queries % count or (keys % count and count % keys) or o % count or down % count:
+    if config.hidden_size % count or queries % count or (keys % count and count % keys) or o % count or down % count:
         return Share(ALONE, o, down)
     return Share(ranks, o // count, down // count)
 
@@ -86,7 +87,7 @@ class TritonDrafter:
         self.value_scale = attention.value_scale
         self.rotary = RotaryTable(model.rotary_base, model.rotary_dim, positions + 2 * BLOCK, device).table
         self.pool = KernelPool({i: (keys, d, attention.v_dim) for i in range(len(model.layers))}, pages, self.window, device)
-        self.fc = _matrix(device, model.fc.weight)
+        self.fc = _matrix(device, self.share.of(model.fc.weight))
         self.hidden_norm, self.norm = (m.weight.detach().float().to(device) for m in (model.hidden_norm, model.norm))
         self.mask = model.mask_embedding.detach().to(device, torch.bfloat16)
         self.layers = [self._layer(layer, config.num_key_value_heads, device) for layer in model.layers]
@@ -131,6 +132,8 @@ class TritonDrafter:
         at, into = (torch.tensor(c, dtype=torch.int32, device=device) for c in (positions, slots))
         out = torch.empty((taps.shape[0], self.fc.w.shape[0]), dtype=torch.float32, device=device)
         features = launches.product(taps.contiguous(), self.fc, out, tiling)
+        if self.share.ranks.count > 1:
+            features = self.share.ranks.gather(features[None]).transpose(0, 1).reshape(taps.shape[0], -1)
         for i, layer in enumerate(self.layers):
             launches.project(features, layer["context"], self.context_heads, self.rotary, at, into, self.pool.keys[i],
                              self.pool.keys[i], self.pool.values[i], tiling, norm=(self.hidden_norm, self.epsilon),

@@ -138,6 +138,8 @@ def _steps(report: dict) -> list[str]:
              f"| drafter's round, walked{_failed(step['draft'])} | {1e3 * step['draft']['seconds']:.2f} | "
              f"{step['draft']['launches']} |",
              f"| verdict | {1e3 * step['judge']['seconds']:.3f} | 1 |", "",
+             f"The drafter's round reads {step['draft']['bytes_beyond_a_rank'] / 1e6:.0f} MB more here than on one of eight.",
+             "",
              f"Projected, not measured: tokens/s of eight GPUs at an acceptance length of {step['projected']['acceptance']:g} "
              f"with {step['projected']['reductions']} all-reduces of so many microseconds:", "",
              "| " + " | ".join(step["projected"]["tokens_per_second"]) + " |",

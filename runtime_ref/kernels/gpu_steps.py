@@ -34,6 +34,7 @@ from runtime_ref.tasks import target_tasks
 from runtime_ref.triton_backend import BLOCK, TritonBackend
 from runtime_ref.triton_drafter import TritonDrafter
 
+RANKS = 8
 BARRIERS = 200
 QUANTIZED = 1 << 29  # bfloat16 weights
 ALL_REDUCE_SECONDS = (3e-6, 5e-6, 8e-6, 12e-6)
@@ -200,7 +201,7 @@ def measure_steps(config: MiMoV2Config, time_graph, *, position: int = 8192, red
 def measure_judge(config: MiMoV2Config, time_graph) -> dict:
     """The verdict on a block of eight rows over all ranks' logits, half of whose tokens are drawn: the third launch."""
     rows = {"device": "cuda", "dtype": torch.int32}
-    logits = torch.randn(BLOCK, config.vocab_size * 8, device="cuda")
+    logits = torch.randn(BLOCK, config.vocab_size * RANKS, device="cuda")
     drafts, first, count = (torch.tensor(c, **rows) for c in ([3] * BLOCK, [0], [BLOCK - 1]))
     heat = torch.tensor([0.0, 0.8] * (BLOCK // 2), dtype=torch.float64, device="cuda")
     numbers = torch.full((BLOCK,), 0.5, dtype=torch.float64, device="cuda")
@@ -210,7 +211,7 @@ def measure_judge(config: MiMoV2Config, time_graph) -> dict:
 def measure_draft(ready: Prepared, programs: int, time_graph) -> dict:
     """The walk of a rank's drafter: features of seven accepted tokens, then a block of seven drafts, in one launch."""
     backend, position = ready.backend, ready.position
-    model = rank_drafter(ready.config, 8, ready.device)
+    model = rank_drafter(ready.config, RANKS, ready.device)
     drafter = TritonDrafter(model, backend, position // PAGE + 2, position + 2 * PAGE, shares=1)
     walk = PersistentDraft(drafter, programs)
     cache = KvCache({KIND: drafter.pool}, prefix=False)
@@ -220,8 +221,10 @@ def measure_draft(ready: Prepared, programs: int, time_graph) -> dict:
     features = torch.randn(BLOCK - 1, width, device=ready.device).to(torch.bfloat16)
     arguments = walk.prepare([Wanted(tables, 5, position, BLOCK - 1, features)])
     timed = time_graph([lambda: walk.launch(arguments)])
-    return timed | {"weights_bytes": drafter.arena.used, "launches": 1, "reductions": 2 * len(drafter.layers),
-                    "failed": walk.failed(), "finite": bool(arguments["logits"].isfinite().all())}
+    # A rank of eight would read an eighth of the features' product; here it is read whole.
+    beyond = drafter.fc.w.numel() * drafter.fc.w.element_size() * (RANKS - 1) // RANKS
+    return timed | {"weights_bytes": drafter.arena.used, "bytes_beyond_a_rank": beyond, "launches": 1,
+                    "reductions": 2 * len(drafter.layers), "failed": walk.failed(), "finite": bool(arguments["logits"].isfinite().all())}
 
 
 def projected(seconds: float, reductions: int) -> dict:

@@ -41,15 +41,16 @@ from runtime_ref.kernels.attention import PAGE, attend
 from runtime_ref.kernels.decode import decode_kernel
 from runtime_ref.kernels.experts import Launch, Workspace, run_experts
 from runtime_ref.kernels.gpu_page import write_page
+from runtime_ref.kernels.gpu_steps import RANKS
 from runtime_ref.kernels.repack import MAX_SCALE_BYTE, SCALE_OFFSET, ExpertPages, Tile, pack_pages, repack_experts, unpack_pages
 from runtime_ref.model import attend_pages
 from runtime_ref.written import write
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 540
-# Parts of the suite in their order, and seconds that each needs: an earlier one ends where the later ones would not fit any more.
+# Parts of the suite in their order, and seconds that each needs: an earlier one ends where later ones would not fit any more.
 PARTS = {"experts": 40, "quantize": 5, "training": 45, "steps": 110, "engine": 35, "peers": 80}
-RANKS, TOKENS = 8, 8
+TOKENS = 8
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
 CALLS, REPLAYS = 32, 7
 BANDWIDTH_BYTES = 4 << 30

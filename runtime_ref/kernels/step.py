@@ -181,6 +181,40 @@ def _add_product(entry, arena, x, gamma, rows, out, buffers, signals, walks, ran
 
 
 @triton.jit
+def _fuse_taps(entry, arena, taps, gamma, rows, x, features, buffers, signals, walks, rank, offset, place, failed, R, H, K,
+               BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr, POLLS: tl.constexpr, FLOAT_DOT: tl.constexpr):
+    """features float32 [R, H] of taps [R, K]. Each of several ranks makes an equal share of the columns, and all copy them.
+
+    offset, place: where a rank's columns lie in its buffer, and its first flag; in no half of the sums, whose turn is not its.
+    """
+    if RANKS == 1:
+        _product(entry, arena, taps, gamma, rows, x, features, R, H, K, 0.0, 0, BN, BK, 0, False, False, False, 1, False,
+                 FLOAT_DOT)
+    else:
+        groups = tl.cdiv(R, 8)
+        share = H // RANKS
+        epoch = _epoch(entry, walks)
+        own = tl.load(buffers + rank).to(tl.pointer_type(tl.float32)) + offset
+        t = tl.program_id(0)
+        while t < tl.cdiv(share, BN) * groups:
+            product_tile(t // groups, t % groups, taps, _matrix_at(arena, entry, 1, False), _floats_at(arena, entry, 2), gamma,
+                         rows, own, own, R, share, K, 0.0, 0, BN, BK, 0, False, False, False, 1, False, FLOAT_DOT)
+            signal_ranks(signals, place + t, rank, epoch, RANKS)
+            t += tl.num_programs(0)
+        t = tl.program_id(0)
+        while t < tl.cdiv(share, BN) * groups:
+            wait_ranks(signals, place + t, rank, epoch, failed, RANKS, POLLS)
+            row = t % groups * 8 + tl.arange(0, 8)
+            column = t // groups * BN + tl.arange(0, BN)
+            inside = (row < R)[:, None] & (column < share)[None, :]
+            for source in tl.static_range(RANKS):
+                there = tl.load(buffers + source).to(tl.pointer_type(tl.float32)) + offset
+                values = tl.load(there + row[:, None] * share + column[None, :], mask=inside)
+                tl.store(features + row[:, None] * H + (source * share + column)[None, :], values, mask=inside)
+            t += tl.num_programs(0)
+
+
+@triton.jit
 def step_kernel(
         table, tasks, arena, embed, spare, head, final_norm, ids, positions, head_rows, x, q, heads, y, inner, index, weight,
         scores, route_arrived, taps, features, context_positions, context_slots, logits, barrier, failed,
@@ -296,8 +330,8 @@ def step_kernel(
                     t += tl.num_programs(0)
         if DRAFT:
             if op == _FUSE_TAPS:
-                _product(entry, arena, taps, final_norm, head_rows, x, features, context, H, taps_width, epsilon, 0, BN, BK, 0,
-                         False, False, False, 1, False, FLOAT_DOT)
+                _fuse_taps(entry, arena, taps, final_norm, head_rows, x, features, buffers, signals, walks, rank, 2 * half,
+                           2 * places, failed, context, H, taps_width, BN, BK, RANKS, POLLS, FLOAT_DOT)
             if op == _CONTEXT:
                 _enter(entry, arena, features, full_cos, full_sin, context_positions, context_slots, q, full_keys, full_values,
                        context, H, epsilon, v_scale, full_stride, 0, F_KEYS, F_D, F_V, F_HALF, F_BN, BK, HEAD_NORM, QKV_FP8,

@@ -24,20 +24,21 @@ _LINE = 128  # bytes that one piece of memory keeps to itself
 
 
 class Symmetric:
-    """Two halves of `half` float32 and `places` flags per rank, on every rank. Collective: all ranks make it together.
+    """Two halves of `half` float32, `more` of them, and `places` flags per rank, on every rank. Collective: all ranks make it
+    together.
 
     Raises:
         ValueError: GPUs that cannot address each other's memory.
     """
 
-    def __init__(self, ranks: Ranks, half: int, places: int, device: str):
+    def __init__(self, ranks: Ranks, half: int, places: int, device: str, more: int = 0):
         self.ranks, self.half = ranks, half
         self.walks = torch.zeros(1, dtype=torch.int32, device=device)  # walks so far, counted by the kernel
         if ranks.count == 1:
             nothing = torch.zeros(1, dtype=torch.int64, device=device)
             self.buffers, self.signals, self._held = nothing, nothing, None
             return
-        floats, flags = -(-8 * half // _LINE) * _LINE, -(-4 * places * ranks.count // _LINE) * _LINE
+        floats, flags = -(-(8 * half + 4 * more) // _LINE) * _LINE, -(-4 * places * ranks.count // _LINE) * _LINE
         make = _mapped if device == "cpu" else _symmetric
         addresses, self._held = make(ranks, floats + flags, device)
         self.buffers = torch.tensor(addresses, dtype=torch.int64, device=device)
