@@ -224,7 +224,8 @@ def measure_draft(ready: Prepared, programs: int, time_graph) -> dict:
     # A rank of eight would read an eighth of the features' product; here it is read whole.
     beyond = drafter.fc.w.numel() * drafter.fc.w.element_size() * (RANKS - 1) // RANKS
     return timed | {"weights_bytes": drafter.arena.used, "bytes_beyond_a_rank": beyond, "launches": 1,
-                    "reductions": 2 * len(drafter.layers), "failed": walk.failed(), "finite": bool(arguments["logits"].isfinite().all())}
+                    "reductions": 2 * len(drafter.layers), "failed": walk.failed(),
+                    "finite": bool(arguments["logits"].isfinite().all())}
 
 
 def projected(seconds: float, reductions: int) -> dict:
