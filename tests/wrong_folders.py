@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -12,6 +13,13 @@ from tests.runtime_ref.conftest import KERNELS
 
 # What `validate` is told to serve with: the kernels where `make test-kernels` asks for them.
 ON_BACKEND = ["--backend", "triton"] if KERNELS else []
+
+
+def faults(wrong: dict, some: set[str]) -> list:
+    """Names of faults to parametrize with; all but some are marked `faults`: `make test-kernels` leaves them out, because each
+    takes ten seconds on the embedded model."""
+    assert some <= set(wrong)
+    return [pytest.param(name, marks=() if name in some else pytest.mark.faults) for name in wrong]
 
 
 def write_reference(folder: Path) -> None:

@@ -40,7 +40,8 @@ def answers(folder, ranks, walked):
     engine.cache.extend(tables, list(tables), 9)
     logits = engine.backend.run(engine.tasks, engine.backend.plan([Span(tables, 0, prompts[1][:9])]))["logits"]
     engine.cache.extend(tables, list(tables), 20)
-    taps = torch.randn(5, 128, generator=generator).to(torch.bfloat16)
+    width = len(engine.drafter.taps) * engine.backend.config.hidden_size
+    taps = torch.randn(5, width, generator=generator).to(torch.bfloat16)
     drafts = torch.cat([engine.drafter.logits([wanted])[0]
                         for wanted in (Wanted(tables, 5, 9, 7, taps), Wanted(tables, 7, 9, 2, None))])
     share = getattr(engine.drafter, "drafter", engine.drafter).share
