@@ -1,8 +1,8 @@
 """What a checkpoint folder must be, and everything in which one is not: the findings of `export/verify.py`.
 
 Nothing here trusts the exporter: the folder is opened again from disk, the inventory is computed from its config.json,
-tensors are read through safetensors as an engine would read them. Findings are collected, not raised, so that one run names
-all of them. Where a file is too broken to go on, that is a finding and the checks that need it are left out.
+tensors are read from their files (`export.tensor_checks`) as an engine would read them. Findings are collected, not raised, so
+that one run names all of them. Where a file is too broken to go on, that is a finding and the checks that need it are left out.
 """
 
 from __future__ import annotations
@@ -239,16 +239,16 @@ class Checkpoint:
             yield names
 
     def _compare_with_training(self, checks: TensorChecks) -> None:
-        """Contract C2 and all other tensors, too; what stands beside the weights is compared at once."""
+        """Contract C2 and all other tensors, too, by `checks`; here what stands beside the weights."""
         trained, config = open_source(self.against), self.model_config
         if (self.against / "config.json").is_file():  # a client's own class may lack what joins q, k and v
             config = configuration(read_json(self.against / "config.json"))
+        checks.weights = Weights(trained, trained, config, on_grid=not self.manifest.get("rounded"),
+                                 scale_rule=self.manifest.get("scale_rule", "even"))
+        checks.mask_row = self.mask_row() if (self.folder / "dflash").is_dir() else None
         for finding in (*companion_differences(self.folder, self.against),
                         *config_differences(self.config, self.against, self.layout)):
             self.add(finding)
-        checks.mask_row = self.mask_row() if (self.folder / "dflash").is_dir() else None
-        checks.weights = Weights(trained, trained, config, on_grid=not self.manifest.get("rounded"),
-                                 scale_rule=self.manifest.get("scale_rule", "even"))
 
     def mask_row(self) -> int | None:
         """The vocabulary row that holds the drafter's mask embedding instead of the trained one."""

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     from export.inspection import Checkpoint
     from export.shards import write_aside
 
-    torch.set_num_threads(1)  # as in an export: reading and hashing go on beside the arithmetic
+    torch.set_num_threads(1)  # as in an export: threads take whole tensors, and do not share the arithmetic of one
     checkpoint = Checkpoint(args.checkpoint, args.against)
     findings = checkpoint.run()
     if args.json is not None:
