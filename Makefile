@@ -8,7 +8,7 @@ export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 2147483648
 export MALLOC_TOP_PAD_ := 134217728
 
-.PHONY: demo smoke test test-kernels test-interpreter test-clients test-load lint format clean
+.PHONY: demo smoke test test-kernels test-kernels-long test-interpreter test-clients test-load lint format clean
 
 $(VENV)/.demo: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or 3.12 on PATH (or make PYTHON=/path/to/python)"; exit 2; }
@@ -43,15 +43,18 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/runtime_ref/triton
 	$(MAKE) test-kernels
 
-# The kernels' tests and the runtime's own, on the embedded model, with the Triton kernels compiled for the CPU. Of the faults
-# that validate finds, a few (`-m faults` has the others).
+# The kernels' tests and the runtime's own, on the embedded model, with the Triton kernels compiled for the CPU: a choice of them
+# that is part of `make test`, and all of them.
 ON_KERNELS := kernels triton test_lossless.py test_scheduling.py test_sampling.py test_ranks.py test_validate.py \
-              test_validate_faults.py test_validate_layouts.py serve/test_openai_client.py serve/test_limits_and_faults.py \
-              serve/test_process.py serve/test_openapi_cases.py
+              test_validate_layouts.py serve/test_openai_client.py
+LONG_ON_KERNELS := test_validate_faults.py serve/test_limits_and_faults.py serve/test_process.py serve/test_openapi_cases.py
+TEST_KERNELS = FP4_TEST_KERNELS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q \
+    --ignore tests/runtime_ref/kernels/test_static_gates.py --ignore tests/runtime_ref/kernels/test_roofline.py
 test-kernels: $(VENV)/.dev
-	FP4_TEST_KERNELS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q -m "not faults" \
-	    $(addprefix tests/runtime_ref/,$(ON_KERNELS)) \
-	    --ignore tests/runtime_ref/kernels/test_static_gates.py --ignore tests/runtime_ref/kernels/test_roofline.py
+	$(TEST_KERNELS) -m "not long" $(addprefix tests/runtime_ref/,$(ON_KERNELS))
+
+test-kernels-long: $(VENV)/.dev
+	$(TEST_KERNELS) $(addprefix tests/runtime_ref/,$(ON_KERNELS) $(LONG_ON_KERNELS))
 
 # Whole engines on the embedded model with the kernels in Triton's interpreter, a handful of tokens each: about ten minutes.
 test-interpreter: $(VENV)/.dev

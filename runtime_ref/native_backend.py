@@ -137,6 +137,7 @@ class NativeBackend:
     """
 
     name = "native"
+    mxfp8 = False
 
     def __init__(self, weights: TargetWeights, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int],
                  dots: bool | None = None):

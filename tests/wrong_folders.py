@@ -16,10 +16,9 @@ ON_BACKEND = ["--backend", "triton"] if KERNELS else []
 
 
 def faults(wrong: dict, some: set[str]) -> list:
-    """Names of faults to parametrize with; all but some are marked `faults`: `make test-kernels` leaves them out, because each
-    takes ten seconds on the embedded model."""
+    """Names of faults to parametrize with; all but some are marked `long`: each takes ten seconds on the kernels."""
     assert some <= set(wrong)
-    return [pytest.param(name, marks=() if name in some else pytest.mark.faults) for name in wrong]
+    return [pytest.param(name, marks=() if name in some else pytest.mark.long) for name in wrong]
 
 
 def write_reference(folder: Path) -> None:

@@ -52,7 +52,7 @@ def test_adaptive_draft_length_changes_no_token_and_stops_drafting_when_nothing_
     assert stats["acceptance_length"] < 1.3 and stats["rounds"] < 0.5 * stats["tokens"]
 
 
-@pytest.mark.parametrize("rows", [64, 72, 200])
+@pytest.mark.parametrize("rows", [pytest.param(64, marks=pytest.mark.long), 72, pytest.param(200, marks=pytest.mark.long)])
 def test_the_size_of_prefill_pieces_changes_no_token(make_engine, prompts, alone, rows):
     assert make_engine(rows=rows).generate(prompts, GREEDY) == alone
 
@@ -85,7 +85,7 @@ def test_an_answer_is_a_prefix_that_a_longer_prompt_takes_over(make_engine, prom
     assert engine.stats()["prefix_hits"] == 1
 
 
-@pytest.mark.parametrize("rule", ["equality", "rejection"])
+@pytest.mark.parametrize("rule", ["equality", pytest.param("rejection", marks=pytest.mark.long)])
 def test_sampled_answers_do_not_depend_on_the_batch(make_engine, prompts, rule):
     params = [SamplingParams(max_tokens=24, temperature=0.8, seed=i, rule=rule, top_p=0.95) for i in range(len(prompts))]
     engine = make_engine()

@@ -188,7 +188,7 @@ def test_an_unreadable_folder_fails_with_a_cause_and_without_a_traceback(copied,
     assert code == 1 and verdict["causes"]
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_every_failed_check_has_a_cause_and_every_skipped_one_a_reason(copied, tmp_path, capsys):
     edit(copied / "model.safetensors", shuffled_values)
     _, verdict = judged(copied, tmp_path, capsys)
@@ -201,7 +201,7 @@ def shuffled_values(tensors):
         tensors[name] = tensors[name].flip(0)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_file_that_was_changed_after_the_export_is_named(copied, tmp_path, capsys):
     sums = {str(f.relative_to(copied)): hashlib.sha256(f.read_bytes()).hexdigest() for f in copied.rglob("*") if f.is_file()}
     (copied / "checksums.sha256").write_text("".join(f"{s}  {n}\n" for n, s in sums.items()))
