@@ -74,7 +74,7 @@ class OpErrors:
         self._span = Span(tables, 0, ids)
         step = backend.plan([self._span])
         if isinstance(getattr(step, "ids", None), torch.Tensor):
-            self._kept["ids"] = step.ids
+            self._kept["ids"] = step.ids.cpu()
         backend.run(target_tasks(backend.config), step, self._watch)
         cache.release(tables)
         self.found = _worst_of_ranks(self.found, backend.ranks)
@@ -142,8 +142,8 @@ def check_runtime(facts: Facts, probe: Probe, exact: TorchBackend, served: Torch
         if backend is not None:
             buffers, span, cache = run_watched(backend, probe.ids, taps=range(layers))
             cache.release(span.tables)
-            taps = torch.stack([buffers[f"tap.{i}"][:n].float() for i in range(layers)], dim=1)
-            runs.append((taps, buffers["logits"][:n]))
+            taps = torch.stack([buffers[f"tap.{i}"][:n].float().cpu() for i in range(layers)], dim=1)
+            runs.append((taps, buffers["logits"][:n].cpu()))
     drafts = _runtime_drafts(probe, exact, drafter, runs[0][0]) if drafter is not None else None
     if probe.target is None:
         return check.skip(probe.absent)

@@ -72,8 +72,9 @@ class Ranks:
         return box[0]
 
     def barrier(self) -> None:
+        """On the host, whatever else the ranks talk over."""
         if self.count > 1:
-            self._guarded(dist.barrier)
+            self._guarded(dist.all_reduce, torch.zeros(1))
 
     def abandon(self) -> None:
         """Closes the connections to the other ranks, so that those who wait for this one end at once, not after a timeout.
@@ -97,7 +98,8 @@ ALONE = Ranks()
 
 
 def ranks_from_environment(timeout_seconds: float = PEER_TIMEOUT_SECONDS) -> Ranks:
-    """The ranks that torchrun started (gloo), or a single one when it did not.
+    """The ranks that torchrun started, or a single one when it did not. They talk over gloo; what lies on GPUs goes over NCCL
+    if there is one for each rank.
 
     Raises:
         ValueError: a number of ranks that is not 1, 2, 4 or 8.
@@ -108,7 +110,8 @@ def ranks_from_environment(timeout_seconds: float = PEER_TIMEOUT_SECONDS) -> Ran
     if SHARES % count:
         raise ValueError(f"{count} ranks, expected 1, 2, 4 or 8")
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+        own = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own else "gloo", timeout=timedelta(seconds=timeout_seconds))
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 

@@ -396,7 +396,7 @@ def load_triton_backend(folder: str | Path, ranks: Ranks = ALONE, *, dtype: torc
     """
     device = kernel_device()
     if device == "cuda" and ranks.count > 1:
-        torch.cuda.set_device(ranks.rank % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", ranks.rank)) % torch.cuda.device_count())
     if dtype is not torch.bfloat16:
         raise ValueError(f"backend 'triton': dtype {str(dtype).removeprefix('torch.')}, expected bfloat16")
     weights = load_kernel_weights(folder, ranks, device=device, native=native, progress=progress)

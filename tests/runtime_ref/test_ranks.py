@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime_ref.parallel import Ranks, shares
+from runtime_ref import parallel
+from runtime_ref.parallel import Ranks, ranks_from_environment, shares
 from runtime_ref.weights import load_target
 from tests.runtime_ref.conftest import KERNELS
 
@@ -72,3 +73,15 @@ def test_parts_do_not_depend_on_the_number_of_ranks(size, parts):
 def test_ranks_together_hold_every_packed_byte_once(folder):
     whole = load_target(folder).packed_bytes
     assert sum(load_target(folder, Ranks(rank, 4)).packed_bytes for rank in range(4)) == whole
+
+
+@pytest.mark.parametrize("gpus, spoken", [(0, "gloo"), (1, "gloo"), (2, "cpu:gloo,cuda:nccl")])
+def test_what_lies_on_gpus_goes_over_nccl_if_each_rank_has_one(monkeypatch, gpus, spoken):
+    said = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(parallel.torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(parallel.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda backend, **options: said.append(backend))
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    assert ranks_from_environment() == Ranks(1, 2) and said == [spoken]

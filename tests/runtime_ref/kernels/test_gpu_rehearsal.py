@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from wrong_folders import judged
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
@@ -114,9 +115,10 @@ class Twin(gpu_suite.peers.Peer):
         return gpu_suite.reference(x, routes, weight, self.layer).to(torch.bfloat16)
 
 
-@pytest.fixture(params=[(9, 0), (10, 0)], ids=["Hopper", "Blackwell"])
+@pytest.fixture
 def played(monkeypatch, request):
-    """A card, as far as the suite looks."""
+    """A card, as far as the suite looks: a Hopper one, or of the compute capability that is asked for."""
+    capability = getattr(request, "param", (9, 0))
     card = SimpleNamespace(multi_processor_count=1)
     generator = torch.Generator
     host_copies = []
@@ -135,7 +137,7 @@ def played(monkeypatch, request):
     no_copy.__name__ = "cpu"  # torch looks its methods up by name
     monkeypatch.setattr(torch.Tensor, "cpu", no_copy)
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
-    for name, value in {"is_available": lambda: True, "get_device_capability": lambda *_: request.param,
+    for name, value in {"is_available": lambda: True, "get_device_capability": lambda *_: capability,
                         "synchronize": lambda: None,
                         "get_device_name": lambda *_: "NVIDIA H200 (played)", "get_device_properties": lambda *_: card,
                         "empty_cache": lambda: None, "CUDAGraph": Graph, "graph": recording, "Event": Event}.items():
@@ -161,6 +163,7 @@ def played(monkeypatch, request):
     assert not mode.mixed, f"tensors of the host and of the card in one call: {sorted(set(mode.mixed))}"
 
 
+@pytest.mark.parametrize("played", [(9, 0), (10, 0)], indirect=True, ids=["Hopper", "Blackwell"])
 def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch):
     small = released_config("MiMo-V2.5-Pro") | gpu_steps.TOY | {
         "hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 8, "swa_num_attention_heads": 16,
@@ -214,3 +217,19 @@ def test_an_engine_keeps_to_the_card(played, folder):
     found = engine.generate(prompts, params)
     gpu_steps.walking(engine, 2)
     assert engine.generate(prompts, params) == found and all(len(answer) == 6 for answer in found)
+
+
+def test_validate_judges_what_lies_on_the_card(played, exported, tmp_path, capsys):
+    code, verdict = judged(exported, tmp_path, capsys, "--backend", "triton")
+    assert code == 0, verdict["causes"]
+    assert {check["status"] for check in verdict["checks"]} <= {"passed", "skipped"}
+
+
+def test_validate_names_a_fault_of_what_lies_on_the_card(played, copied, tmp_path, capsys, monkeypatch):
+    """Of the kernels, so that every comparison with what they serve is made."""
+    from runtime_ref import triton_backend
+
+    right = triton_backend.attend
+    monkeypatch.setattr(triton_backend, "attend", lambda q, k, v, sink, *more, **own: right(q, k, v, None, *more, **own))
+    code, verdict = judged(copied, tmp_path, capsys, "--backend", "triton")
+    assert code == 1 and any("sinks" in cause for cause in verdict["causes"]), verdict["causes"]
