@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from recipes.seed import build_tokenizer, tasks
+from recipes.seed import build_tokenizer, own_text, tasks
 from recipes.seed.corpus import (
     CODE_SOURCES,
     DOMAINS,
@@ -202,3 +202,23 @@ def test_the_licence_text_of_every_source_lies_beside_the_text():
             source = document["source"].split("/")[0]
             package = names.get(source, source.removeprefix("python-").removesuffix("-doc"))
             assert (SEED / "text" / "licences" / f"{package}.txt").stat().st_size > 500, source
+
+
+def test_text_of_the_models_own_goes_on_where_a_killed_run_ended(tmp_path):
+    def write(name, tokens):
+        sizes = ["--length", "32", "--batch-size", "2", "--tokens", str(tokens)]
+        assert own_text.main(["--out", str(tmp_path / name), *sizes]) == 0
+        return (tmp_path / name).read_text()
+
+    whole = write("whole.jsonl", 4 * 32)
+    half = write("part.jsonl", 2 * 32)
+    (tmp_path / "part.jsonl").write_text(half + '{"text": "cut o')
+    assert write("part.jsonl", 4 * 32) == whole
+    rows = [json.loads(row)["text"] for row in whole.splitlines()]
+    assert len(rows) == 4 and len(set(rows)) == 4
+
+
+def test_own_text_refuses_a_row_without_room_for_any(capsys):
+    with pytest.raises(SystemExit):
+        own_text.main(["--out", "x.jsonl", "--length", "24"])
+    assert "--length 24" in capsys.readouterr().err
