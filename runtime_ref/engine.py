@@ -365,7 +365,7 @@ def _backend(name: str, weights: TargetWeights) -> type:
 
 
 def _triton(path, dflash: Path | None, ranks, dtype, pages, context: int, checksum: bool, progress,
-            native: bool) -> tuple:
+            native: bool = False) -> tuple:
     """The Triton backend, and its drafter if there is a `dflash` folder."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError("backend 'triton': triton is not installed; expected `pip install -e '.[gpu]'` (Linux)")

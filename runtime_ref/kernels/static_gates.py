@@ -179,7 +179,6 @@ def rows() -> list[Row]:
         shapes = experts_constants(8, tile, tickets=False, ptx=True)
         deep = shapes | {"STAGES": step.STAGES}
         walks = {"8 tokens": step_constants(deep, 1), "8 tokens, sums over 8 ranks": step_constants(deep, 8),
-                 "drafter, block of 8": draft_constants(shapes, 1),
                  "drafter, block of 8, sums over 8 ranks": draft_constants(shapes, 8)}
         for name, constants in walks.items():
             found.append(_nvidia_row(f"step_kernel, {name}", target, step.step_kernel, constants, None,

@@ -47,7 +47,8 @@ def test_decoding_in_panels_equals_the_codec_for_every_code_and_scale_byte():
 
 def op_errors(backend, ids) -> dict[str, float]:
     """Worst relative error by op of a step over `ids`, against the float64 twin on the inputs that the op had."""
-    shown = SimpleNamespace(weights=backend.weights, config=backend.config, rotary=backend.rotary, pools=backend.pools)
+    shown = SimpleNamespace(weights=backend.weights, config=backend.config, rotary=backend.rotary, pools=backend.pools,
+                            mxfp8=False)
     span, kept, worst, chosen = Span(opened(backend), 0, ids), {}, {}, []
 
     def watch(task, buffers):

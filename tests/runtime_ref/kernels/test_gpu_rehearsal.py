@@ -225,6 +225,7 @@ def test_validate_judges_what_lies_on_the_card(played, exported, tmp_path, capsy
     assert {check["status"] for check in verdict["checks"]} <= {"passed", "skipped"}
 
 
+@pytest.mark.long
 def test_validate_names_a_fault_of_what_lies_on_the_card(played, copied, tmp_path, capsys, monkeypatch):
     """Of the kernels, so that every comparison with what they serve is made."""
     from runtime_ref import triton_backend

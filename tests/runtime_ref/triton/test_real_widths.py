@@ -14,7 +14,7 @@ from tests.runtime_ref.kernels.at_once import INTERPRETED
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="minutes where kernels are interpreted: make test-kernels")
 
 
-@pytest.mark.parametrize("name", ["MiMo-V2.5-Pro", "MiMo-V2-Flash"])
+@pytest.mark.parametrize("name", ["MiMo-V2.5-Pro", pytest.param("MiMo-V2-Flash", marks=pytest.mark.long)])
 def test_rows_alone_launches_and_walks_make_the_same_bits(name):
     config = rank_config(released_config(name), 8)
     config.num_hidden_layers, config.hybrid_layer_pattern, config.moe_layer_freq = 3, [0, 1, 0], [0, 1, 1]
