@@ -160,8 +160,11 @@ def measure_peers(sweep: list[dict]) -> dict:
 
 
 def revision() -> str:
-    """Of the working tree, or "unknown" (a copy without its history)."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    """Of the working tree, or "unknown" (a copy without its history, a machine without git)."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 
