@@ -178,8 +178,10 @@ def rows() -> list[Row]:
                                  num_warps=8))
         shapes = experts_constants(8, tile, tickets=False, ptx=True)
         deep = shapes | {"STAGES": step.STAGES}
-        walks = {"8 tokens": step_constants(deep, 1), "8 tokens, sums over 8 ranks": step_constants(deep, 8),
+        walks = {"8 tokens, sums over 8 ranks": step_constants(deep, 8),
                  "drafter, block of 8, sums over 8 ranks": draft_constants(shapes, 8)}
+        if target == "sm_90a":  # what one Hopper GPU walks of a rank
+            walks["8 tokens"] = step_constants(deep, 1)
         for name, constants in walks.items():
             found.append(_nvidia_row(f"step_kernel, {name}", target, step.step_kernel, constants, None,
                                      **step.walk_options(interpreted=False)))

@@ -101,6 +101,7 @@ def test_equality_gives_the_sampled_tokens_of_plain_decoding(with_oracle, make_e
     assert engine.stats()["acceptance_length"] > 2
 
 
+@pytest.mark.long
 def test_penalties_see_the_accepted_drafts(with_oracle, make_engine, prompts):
     params = SamplingParams(max_tokens=40, ignore_eos=True, presence_penalty=0.5, frequency_penalty=0.3, repetition_penalty=1.1)
     plain = make_engine(drafter=False).generate(prompts, params)

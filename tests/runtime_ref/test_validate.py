@@ -326,6 +326,7 @@ def test_ops_that_depend_on_the_company_are_found(exported, tmp_path, capsys, mo
     assert code == 1 and any("row-invariant" in c or "op" in c for c in verdict["causes"])
 
 
+@pytest.mark.long
 def test_acceptance_below_what_training_measured_fails(exported, tmp_path, capsys):
     trained = tmp_path / "summary.json"
     trained.write_text(json.dumps({"acceptance": {"random tokens": {"task_t0": 4.0}}}))
@@ -333,6 +334,7 @@ def test_acceptance_below_what_training_measured_fails(exported, tmp_path, capsy
     assert code == 1 and any("than in training" in c or "for another target" in c for c in verdict["causes"])
 
 
+@pytest.mark.long
 def test_prompts_of_a_file_are_grouped_by_domain(exported, tmp_path, capsys):
     file = tmp_path / "p.jsonl"
     file.write_text("\n".join(json.dumps({"domain": d, "prompt": f"{d} text {i}"}) for d in ("code", "math") for i in range(3)))

@@ -53,6 +53,7 @@ def test_no_speed_is_measured_after_a_red_check(monkeypatch, tmp_path, capsys):
     assert "no speed was measured" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_its_check_of_whole_steps_is_green_in_the_interpreter_and_red_when_a_walk_differs(monkeypatch):
     from runtime_ref.kernels import gpu_steps
 

@@ -290,6 +290,7 @@ def test_an_access_outside_of_a_kernels_tensors_is_named_where_that_is_asked_for
         "counted, program (0, 0, 0): atomic of 4 bytes 4 bytes behind the end of counter, the nearest tensor", "nothing True"]
 
 
+@pytest.mark.long
 @compiled
 def test_validate_judges_the_kernels_without_a_gpu(folder):
     """As a user types it: no interpreter, no GPU."""
