@@ -45,9 +45,9 @@ test: $(VENV)/.dev
 
 # The kernels' tests and the runtime's own, on the embedded model, with the Triton kernels compiled for the CPU: a choice of them
 # that is part of `make test`, and all of them.
-ON_KERNELS := kernels triton test_lossless.py test_scheduling.py test_sampling.py test_ranks.py test_validate.py \
-              serve/test_openai_client.py
-LONG_ON_KERNELS := test_validate_faults.py test_validate_layouts.py serve/test_limits_and_faults.py serve/test_process.py serve/test_openapi_cases.py
+ON_KERNELS := kernels triton test_lossless.py test_scheduling.py test_sampling.py test_ranks.py test_validate.py
+LONG_ON_KERNELS := test_validate_faults.py test_validate_layouts.py serve/test_openai_client.py \
+                   serve/test_limits_and_faults.py serve/test_process.py serve/test_openapi_cases.py
 TEST_KERNELS = FP4_TEST_KERNELS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q \
     --ignore tests/runtime_ref/kernels/test_static_gates.py --ignore tests/runtime_ref/kernels/test_roofline.py
 test-kernels: $(VENV)/.dev

@@ -133,19 +133,44 @@ def test_a_qwen3_moe_target_trains_a_drafter_through_the_same_sections(draft_rec
     assert summary["detail"]["alpha"]["task_t0"]["decoded"]["same_text"] == 1.0
 
 
-@pytest.mark.parametrize("overrides, words", [
-    (["dflash.loss.decay=3"], "did you mean dflash.loss.decay_gamma"),
-    (["drafter.mask_token=999"], "drafter.mask_token: 999, expected an id from 0 to 263"),
-    (["drafter.num_key_value_heads=3"], "drafter: num_attention_heads=4 is not a multiple"),
-    (["drafter.target_layer_ids=[0, 7]"], "drafter.target_layer_ids: layer 7, but the target has layers 0 to 2"),
-    (["dflash.target=qat"], "run qat/train.py with this recipe first"),
-    (["dflash.regenerate.prompts=[nowhere/*.jsonl]"], "dflash.regenerate.prompts: 'nowhere/*.jsonl' matches no file"),
-    (["dflash.batch_size=5000"], "fewer than one batch of dflash.batch_size=5000"),
-    (["dflash.acceptance.prompts=[nowhere.jsonl]"], "dflash.acceptance.prompts: 'nowhere.jsonl' matches no file"),
-], ids=lambda v: v[0] if isinstance(v, list) else "")
-def test_mistakes_are_one_line(draft_recipe, overrides, words):
-    output = train(draft_recipe, *overrides, expect=2)
-    assert words in output and "Traceback" not in output
+MISTAKES = {
+    "dflash.loss.decay=3": "did you mean dflash.loss.decay_gamma",
+    "drafter.mask_token=999": "drafter.mask_token: 999, expected an id from 0 to 263",
+    "drafter.num_key_value_heads=3": "drafter: num_attention_heads=4 is not a multiple",
+    "drafter.target_layer_ids=[0, 7]": "drafter.target_layer_ids: layer 7, but the target has layers 0 to 2",
+    "dflash.target=qat": "run qat/train.py with this recipe first",
+    "dflash.regenerate.prompts=[nowhere/*.jsonl]": "dflash.regenerate.prompts: 'nowhere/*.jsonl' matches no file",
+    "dflash.batch_size=5000": "fewer than one batch of dflash.batch_size=5000",
+    "dflash.acceptance.prompts=[nowhere.jsonl]": "dflash.acceptance.prompts: 'nowhere.jsonl' matches no file",
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(tiny_checkpoint, prompt_files, text_files, tmp_path_factory) -> dict:
+    """Exit code and output of a run with each mistake, all in one process (imports are most of a run's time)."""
+    place = tmp_path_factory.mktemp("mistakes")
+    recipe = place / "draft.yaml"
+    recipe.write_text(yaml.safe_dump(draft_recipe_text(tiny_checkpoint, prompt_files, text_files, place / "runs")))
+    script = (
+        "import contextlib, io, json, sys; sys.argv = ['dflash_train/train.py']; sys.path.insert(0, '.')\n"
+        "from dflash_train.train import main\n"
+        "out = {}\n"
+        "for i, override in enumerate(json.loads(sys.stdin.read())):\n"
+        "    said = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):\n"
+        f"        code = main([{str(recipe)!r}, override, f'name=m{{i}}'])\n"
+        "    out[override] = code, said.getvalue()\n"
+        "print('RESULT', json.dumps(out))\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True,
+                          timeout=200, input=json.dumps(list(MISTAKES)))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("RESULT", 1)[1])
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_mistakes_are_one_line(mistakes, override):
+    code, output = mistakes[override]
+    assert code == 2 and MISTAKES[override] in output and "Traceback" not in output
     assert "  loss " not in output  # told before training
 
 

@@ -44,6 +44,7 @@ def test_any_number_of_drafts_changes_no_token(with_oracle, prompts, alone, draf
     assert engine.generate(prompts, mixed) == alone
 
 
+@pytest.mark.long
 def test_adaptive_draft_length_changes_no_token_and_stops_drafting_when_nothing_is_accepted(with_oracle, prompts, alone):
     engine = with_oracle(prompts, alone, wrong=0.9, draft_costs={0: 1.0, 3: 1.6, 7: 2.2})
     adaptive = SamplingParams(max_tokens=40, ignore_eos=True, adaptive=True)
@@ -57,6 +58,7 @@ def test_the_size_of_prefill_pieces_changes_no_token(make_engine, prompts, alone
     assert make_engine(rows=rows).generate(prompts, GREEDY) == alone
 
 
+@pytest.mark.long
 def test_a_small_cache_preempts_and_changes_no_token(make_engine, prompts, alone):
     engine = make_engine(pages={"full": 7, "window": 30, "draft": 40}, prefix_cache=False)
     assert engine.generate(prompts, GREEDY) == alone
@@ -64,6 +66,7 @@ def test_a_small_cache_preempts_and_changes_no_token(make_engine, prompts, alone
     assert engine.stats()["pages"] == {"full": 0, "window": 0, "draft": 0}
 
 
+@pytest.mark.long
 def test_prefixes_are_taken_over_and_change_no_token(make_engine, prompts, alone):
     engine = make_engine()
     long = [p for p in prompts if len(p) > 64]
@@ -75,6 +78,7 @@ def test_prefixes_are_taken_over_and_change_no_token(make_engine, prompts, alone
     assert engine.stats()["cached_tokens"] >= 2 * 64 * len(long)
 
 
+@pytest.mark.long
 def test_an_answer_is_a_prefix_that_a_longer_prompt_takes_over(make_engine, prompts, alone):
     engine = make_engine()
     prompt, answer = prompts[-1], alone[-1]
@@ -93,6 +97,7 @@ def test_sampled_answers_do_not_depend_on_the_batch(make_engine, prompts, rule):
     assert [engine.generate([p], s)[0] for p, s in zip(prompts, params, strict=True)] == together
 
 
+@pytest.mark.long
 def test_equality_gives_the_sampled_tokens_of_plain_decoding(with_oracle, make_engine, prompts):
     params = [SamplingParams(max_tokens=30, temperature=0.7, seed=i, ignore_eos=True, min_p=0.01) for i in range(len(prompts))]
     plain = make_engine(drafter=False).generate(prompts, params)

@@ -52,6 +52,7 @@ def test_a_walk_refuses_it_in_one_line(engines):
         walking(engines[0], 1)
 
 
+@pytest.mark.long
 def test_validate_judges_it_by_twins_that_round_alike(exported, tmp_path, capsys):
     code, verdict = judged(exported, tmp_path, capsys, "--backend", "triton-mxfp8")
     ops = next(check for check in verdict["checks"] if check["name"] == "ops")
