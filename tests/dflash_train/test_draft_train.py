@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from misled_runs import misled
 from safetensors.torch import load_file
 from tiny_models import draft_recipe_text, write_tokenizer
 
@@ -147,24 +148,11 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistakes(tiny_checkpoint, prompt_files, text_files, tmp_path_factory) -> dict:
-    """Exit code and output of a run with each mistake, all in one process (imports are most of a run's time)."""
+    """Exit code and output of a run with each mistake."""
     place = tmp_path_factory.mktemp("mistakes")
     recipe = place / "draft.yaml"
     recipe.write_text(yaml.safe_dump(draft_recipe_text(tiny_checkpoint, prompt_files, text_files, place / "runs")))
-    script = (
-        "import contextlib, io, json, sys; sys.argv = ['dflash_train/train.py']; sys.path.insert(0, '.')\n"
-        "from dflash_train.train import main\n"
-        "out = {}\n"
-        "for i, override in enumerate(json.loads(sys.stdin.read())):\n"
-        "    said = io.StringIO()\n"
-        "    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):\n"
-        f"        code = main([{str(recipe)!r}, override, f'name=m{{i}}'])\n"
-        "    out[override] = code, said.getvalue()\n"
-        "print('RESULT', json.dumps(out))\n")
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True,
-                          timeout=200, input=json.dumps(list(MISTAKES)))
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.split("RESULT", 1)[1])
+    return misled("dflash_train.train", recipe, list(MISTAKES), ENVIRONMENT)
 
 
 @pytest.mark.parametrize("override", MISTAKES)

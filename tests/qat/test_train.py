@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from misled_runs import misled
 from safetensors.torch import load_file
 
 from mxfp4 import fake_quantize
@@ -216,22 +217,9 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def mistakes(uninterrupted, tmp_path_factory) -> dict:
-    """Exit code and stderr of a run with each mistake, all in one process (imports are most of a run's time)."""
-    script = (
-        "import contextlib, io, json, sys; sys.argv = ['qat/train.py']; sys.path.insert(0, '.')\n"
-        "from qat.train import main\n"
-        "out = {}\n"
-        "for override in json.loads(sys.stdin.read()):\n"
-        "    errors = io.StringIO()\n"
-        "    with contextlib.redirect_stderr(errors):\n"
-        f"        code = main([{str(uninterrupted[0])!r}, override, 'name=mistake'])\n"
-        "    out[override] = code, errors.getvalue()\n"
-        "print('RESULT', json.dumps(out))\n")
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True,
-                          timeout=200, input=json.dumps(list(MISTAKES)))
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.split("RESULT", 1)[1])
+def mistakes(uninterrupted) -> dict:
+    """Exit code and output of a run with each mistake."""
+    return misled("qat.train", uninterrupted[0], list(MISTAKES), ENVIRONMENT)
 
 
 @pytest.mark.parametrize("override", MISTAKES)
