@@ -70,6 +70,21 @@ def gate_up_tile(x, up, plan, inner, slot, tile, H, K_UP, A: tl.constexpr, M: tl
 
 
 @triton.jit
+def open_chunk(down, plan, ready, failed, slot, chunk, row, M: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr,
+               BYTES: tl.constexpr, PREFETCH: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr):
+    """A down chunk's first page (BYTES a chunk), which of the rows are filled, and their assignments. The pages are on their
+    way while it waits for the slot's gate-up tiles."""
+    page = down + (tl.load(plan + 2 * M + slot).to(tl.int64) * DOWN + chunk) * BYTES
+    prefetch_lines(page, PREFETCH, PTX)
+    filled = row < tl.load(plan + 3 * M + slot)
+    assignment = tl.load(plan + 4 * M + slot * _WIDE + row, mask=filled, other=0)
+    if WAIT:
+        wait_for(ready + slot, UP, failed, POLL_LIMIT, False)
+        tl.debug_barrier()
+    return page, filled, assignment
+
+
+@triton.jit
 def down_chunk(down, plan, inner, partial, ready, failed, slot, chunk, assignments, H, M: tl.constexpr, UP: tl.constexpr,
                 WIDTH: tl.constexpr, TILES: tl.constexpr, DOWN: tl.constexpr, K_DOWN: tl.constexpr, PARTS: tl.constexpr,
                 ROWS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, WAIT: tl.constexpr,
@@ -82,13 +97,8 @@ def down_chunk(down, plan, inner, partial, ready, failed, slot, chunk, assignmen
     row = tl.arange(0, _WIDE)
     k = tl.arange(0, HALF)
     at = tl.arange(0, ROWS)[:, None] * HALF + k[None, :]
-    page = down + (tl.load(plan + 2 * M + slot).to(tl.int64) * DOWN + chunk) * (TILES * PARTS * K_DOWN) * PAGE
-    prefetch_lines(page, PREFETCH, PTX)
-    filled = row < tl.load(plan + 3 * M + slot)
-    assignment = tl.load(plan + 4 * M + slot * _WIDE + row, mask=filled, other=0)
-    if WAIT:
-        wait_for(ready + slot, UP, failed, POLL_LIMIT, False)
-        tl.debug_barrier()
+    page, filled, assignment = open_chunk(down, plan, ready, failed, slot, chunk, row, M, UP, DOWN,
+                                          TILES * PARTS * K_DOWN * PAGE, PREFETCH, WAIT, POLL_LIMIT, PTX)
     source = inner + (slot * _WIDE + row)[None, :] * WIDTH + k[:, None]
     if K_DOWN * PARTS == 1:
         lower = tl.load(source, mask=(k < WIDTH)[:, None] & filled[None, :], other=0.0)

@@ -22,8 +22,7 @@ import triton.language as tl
 
 from mxfp4.format import BLOCK_SIZE
 from mxfp4.mxfp8 import CEILING, E4M3_MAX_EXPONENT
-from runtime_ref.kernels.expert_tiles import TOKENS_PER_SLOT, prefetch_lines
-from runtime_ref.kernels.sync import wait_for
+from runtime_ref.kernels.expert_tiles import TOKENS_PER_SLOT, open_chunk
 
 COLUMNS = 16
 _COLUMNS = tl.constexpr(COLUMNS)
@@ -154,13 +153,8 @@ def native_down_chunk(down, plan, inner, partial, ready, failed, slot, chunk, as
     row = tl.arange(0, _COLUMNS)
     k = tl.arange(0, DEPTH)
     block = tl.arange(0, DEPTH // _BLOCK)
-    page = down + (tl.load(plan + 2 * M + slot).to(tl.int64) * DOWN + chunk) * (TILES * PARTS * K_DOWN) * PAGE
-    prefetch_lines(page, PREFETCH, PTX)
-    filled = row < tl.load(plan + 3 * M + slot)
-    assignment = tl.load(plan + 4 * M + slot * _WIDE + row, mask=filled, other=0)
-    if WAIT:
-        wait_for(ready + slot, UP, failed, POLL_LIMIT, False)
-        tl.debug_barrier()
+    page, filled, assignment = open_chunk(down, plan, ready, failed, slot, chunk, row, M, UP, DOWN,
+                                          TILES * PARTS * K_DOWN * PAGE, PREFETCH, WAIT, POLL_LIMIT, PTX)
     place = slot * _WIDE + row
     source = inner + place[None, :] * WIDTH + k[:, None]
     scales = inner + slots * _WIDE * WIDTH + place[:, None] * (WIDTH // _BLOCK) + block[None, :]
