@@ -111,7 +111,7 @@ class Trainer:
         if newest is not None:
             checkpoint.load_checkpoint(self.accelerator, newest)
             self._say(f"resuming {newest} at step {self.state.step} of {self.settings.steps}")
-        self.metrics = None
+        self.metrics, self.drawn = None, time.monotonic()
         if self.main:
             self._open_records(newest is not None)
 
@@ -191,11 +191,13 @@ class Trainer:
                     if state.step % settings.checkpoint_every == 0 or state.step == last or signal:
                         self._save()
                     if signal:
+                        self._draw()
                         self._say(f"stopped by signal {signal} after step {state.step}; --resume continues")
                         return signal
             finally:
                 bar.close()
         if last < settings.steps:
+            self._draw()
             self._say(f"stopped at --max-steps {last}; --resume continues to step {settings.steps}")
         return None
 
@@ -278,8 +280,13 @@ class Trainer:
         checkpoint.save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state.step,
                                    recipe_yaml=dump_recipe(self.recipe), keep_last=self.settings.keep_last,
                                    facts={"git_revision": report.git_revision()})
+        if time.monotonic() - self.drawn > report.CURVES_SECONDS:
+            self._draw()
+
+    def _draw(self) -> None:
         if self.main:
             figures.draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", self.recipe.name)
+        self.drawn = time.monotonic()
 
     def finish(self) -> None:
         """Writes model/, measures it as read back from disk, writes summary.json and prints the table."""
@@ -303,7 +310,7 @@ class Trainer:
             "measuring_seconds": time.perf_counter() - began, "environment": report.environment(),
         }
         checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
-        figures.draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", self.recipe.name)
+        self._draw()
         figures.draw_acceptance(summary, self.folder / "acceptance.png", self.recipe.name)
         Console().print(acceptance.table(summary))
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png, acceptance.png)")

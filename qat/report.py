@@ -130,6 +130,10 @@ def start_wandb(mode: str, project: str, name: str, folder: Path, config: dict):
     return wandb.init(project=project, name=name, dir=str(folder), mode=mode, config=config)
 
 
+# Curves are drawn again at a checkpoint if the last ones are older than this: a picture costs a second.
+CURVES_SECONDS = 60
+
+
 def draw_curves(metrics_path: Path, png_path: Path, title: str) -> None:
     """Loss, learning rate, flipped codes and signal-to-noise over steps, from metrics.jsonl."""
     import matplotlib

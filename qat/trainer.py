@@ -162,7 +162,7 @@ class Trainer:
             self.folder.rename(aside)
             print(f"an earlier run was set aside as {aside} (--resume would have continued it)")
         self.accelerator.wait_for_everyone()
-        self.metrics = None
+        self.metrics, self.drawn = None, time.monotonic()
         if not self.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -212,11 +212,13 @@ class Trainer:
                         self._save()
                         saved_at = state.step
                     if signal:
+                        self._draw()
                         self._say(f"stopped by signal {signal} after step {saved_at}; --resume continues")
                         return signal
             finally:
                 bar.close()
         if last < settings.steps:
+            self._draw()
             self._say(f"stopped at --max-steps {last}; --resume continues to step {settings.steps}")
         return None
 
@@ -320,8 +322,13 @@ class Trainer:
         checkpoint.save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state.step,
                                    recipe_yaml=dump_recipe(self.recipe), keep_last=self.recipe.qat.keep_last,
                                    facts={"git_revision": report.git_revision()})
+        if time.monotonic() - self.drawn > report.CURVES_SECONDS:
+            self._draw()
+
+    def _draw(self) -> None:
         if self.main:
             report.draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", self.recipe.name)
+        self.drawn = time.monotonic()
 
     def finish(self) -> None:
         """Evaluates BF16, PTQ and QAT on held-out text; writes model/, summary.json and the last curves."""
@@ -346,7 +353,7 @@ class Trainer:
         }
         self._save_model()
         checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
-        report.draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", self.recipe.name)
+        self._draw()
         Console().print(evaluate.comparison_table(summary))
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png)")
 

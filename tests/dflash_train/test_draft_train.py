@@ -1,18 +1,15 @@
 """The drafter's job as a user runs it, in processes that are killed and misled."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from misled_runs import misled
+from jobs import Job, run, run_alone
 from safetensors.torch import load_file
 from tiny_models import draft_recipe_text, write_tokenizer
 
@@ -21,20 +18,7 @@ from qat.report import CLOCK_KEYS, read_metrics
 from recipes.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
-    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
-
-
-def start(*arguments, script="dflash_train/train.py", launcher=()) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *launcher, script, *map(str, arguments)], cwd=ROOT, text=True, env=ENVIRONMENT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def train(*arguments, expect: int = 0, **options) -> str:
-    process = start(*arguments, **options)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == expect, output
-    return output
+SCRIPT = "dflash_train/train.py"
 
 
 def folder(recipe: Path) -> Path:
@@ -49,7 +33,7 @@ def computed(recipe: Path) -> list[dict]:
 def uninterrupted(tiny_checkpoint, prompt_files, text_files, tmp_path_factory):
     path = tmp_path_factory.mktemp("uninterrupted") / "draft.yaml"
     path.write_text(yaml.safe_dump(draft_recipe_text(tiny_checkpoint, prompt_files, text_files, path.parent / "runs")))
-    return path, train(path)
+    return path, run_alone(SCRIPT, path)
 
 
 def test_a_run_leaves_drafter_summary_metrics_pictures_and_provenance(uninterrupted):
@@ -75,7 +59,7 @@ def test_a_run_leaves_drafter_summary_metrics_pictures_and_provenance(uninterrup
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(uninterrupted, draft_recipe):
     rng = random.Random()
     for _ in range(2):
-        process = start(draft_recipe, "--resume")
+        process = Job(SCRIPT, draft_recipe, "--resume")
         delay = rng.random() * 0.5
         for line in process.stdout:
             if line.startswith("step ") and "loss" in line:
@@ -84,7 +68,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(uninterrupted
                 break
         process.communicate()
         print(f"killed {delay:.3f} s after the first step")
-    train(draft_recipe, "--resume")
+    run(SCRIPT, draft_recipe, "--resume")
     left, right = (load_file(folder(p) / "model" / "model.safetensors") for p in (uninterrupted[0], draft_recipe))
     assert left.keys() == right.keys()
     for name in left:
@@ -95,14 +79,14 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(uninterrupted
 
 
 def test_a_second_run_sets_the_first_aside_and_keeps_its_answers(uninterrupted, draft_recipe):
-    train(draft_recipe, "--max-steps", 2)
-    output = train(draft_recipe, "dflash.acceptance.timed_prompts=0")
+    run(SCRIPT, draft_recipe, "--max-steps", 2)
+    output = run(SCRIPT, draft_recipe, "dflash.acceptance.timed_prompts=0")
     assert "set aside" in output and "the target answers" not in output
     assert (folder(draft_recipe).with_name("dflash.1") / "checkpoints" / "step-00000002").is_dir()
 
 
 def test_sigterm_saves_and_says_how_to_go_on(draft_recipe):
-    process = start(draft_recipe, "dflash.steps=500")
+    process = Job(SCRIPT, draft_recipe, "dflash.steps=500")
     for line in process.stdout:
         if line.startswith("step ") and "loss" in line:
             process.send_signal(signal.SIGTERM)
@@ -113,8 +97,8 @@ def test_sigterm_saves_and_says_how_to_go_on(draft_recipe):
 
 
 def test_two_processes_train_one_drafter(draft_recipe):
-    train(draft_recipe, "dflash.features=online", "dflash.steps=3", "dflash.batch_size=1", "dflash.acceptance.timed_prompts=0",
-          launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2"))
+    run_alone("-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT, draft_recipe, "dflash.features=online",
+              "dflash.steps=3", "dflash.batch_size=1", "dflash.acceptance.timed_prompts=0")
     assert len(computed(draft_recipe)) == 3 and (folder(draft_recipe) / "summary.json").exists()
 
 
@@ -127,7 +111,7 @@ def test_a_qwen3_moe_target_trains_a_drafter_through_the_same_sections(draft_rec
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=0))
     model.save_pretrained(tmp_path / "qwen")
     write_tokenizer(tmp_path / "qwen")
-    output = train(draft_recipe, f"model.path={tmp_path / 'qwen'}", "dflash.steps=3", "dflash.features=online")
+    output = run(SCRIPT, draft_recipe, f"model.path={tmp_path / 'qwen'}", "dflash.steps=3", "dflash.features=online")
     assert "acceptance length" in output
     summary = json.loads((folder(draft_recipe) / "summary.json").read_text())
     assert summary["target"]["model_type"] == "qwen3_moe"
@@ -146,26 +130,17 @@ MISTAKES = {
 }
 
 
-@pytest.fixture(scope="module")
-def mistakes(tiny_checkpoint, prompt_files, text_files, tmp_path_factory) -> dict:
-    """Exit code and output of a run with each mistake."""
-    place = tmp_path_factory.mktemp("mistakes")
-    recipe = place / "draft.yaml"
-    recipe.write_text(yaml.safe_dump(draft_recipe_text(tiny_checkpoint, prompt_files, text_files, place / "runs")))
-    return misled("dflash_train.train", recipe, list(MISTAKES), ENVIRONMENT)
-
-
 @pytest.mark.parametrize("override", MISTAKES)
-def test_mistakes_are_one_line(mistakes, override):
-    code, output = mistakes[override]
-    assert code == 2 and MISTAKES[override] in output and "Traceback" not in output
+def test_mistakes_are_one_line(draft_recipe, override):
+    output = run(SCRIPT, draft_recipe, override, expect=2)
+    assert MISTAKES[override] in output and "Traceback" not in output
     assert "  loss " not in output  # told before training
 
 
 def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(draft_recipe):
-    train(draft_recipe, "--max-steps", 2)
-    train(draft_recipe, "dflash.batch_size=5000", expect=2)
-    assert "resuming" in train(draft_recipe, "--resume", "--max-steps", 3)
+    run(SCRIPT, draft_recipe, "--max-steps", 2)
+    run(SCRIPT, draft_recipe, "dflash.batch_size=5000", expect=2)
+    assert "resuming" in run(SCRIPT, draft_recipe, "--resume", "--max-steps", 3)
     assert not folder(draft_recipe).with_name("dflash.1").exists()
 
 
@@ -183,13 +158,13 @@ def test_files_without_a_prompt_are_refused_by_key(key, draft_recipe, tmp_path, 
 
 
 def test_a_recipe_without_a_drafter_says_so(tiny_recipe):
-    assert "drafter: the recipe has no such section" in train(tiny_recipe, expect=2)
+    assert "drafter: the recipe has no such section" in run(SCRIPT, tiny_recipe, expect=2)
 
 
 def test_regenerate_alone_writes_what_training_then_uses(draft_recipe):
-    output = train(draft_recipe, script="dflash_train/regenerate.py")
+    output = run("dflash_train/regenerate.py", draft_recipe)
     assert "written:" in output
-    assert "the target answers" not in train(draft_recipe, "--max-steps", 1)
+    assert "the target answers" not in run(SCRIPT, draft_recipe, "--max-steps", 1)
 
 
 def test_non_finite_gradients_stop_before_the_update_and_name_the_tensor(loaded):
@@ -206,11 +181,11 @@ def test_non_finite_gradients_stop_before_the_update_and_name_the_tensor(loaded)
 
 
 def test_the_plan_of_the_published_drafter_needs_no_weights():
-    output = train(ROOT / "recipes/mimo.yaml", "--plan")
+    output = run(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan")
     for words in ("5,536,632,576", "[0, 15, 31, 47, 69]", "7,340,032", "not causal in the block"):
         assert words in output.replace("\n", " ").replace("block  8", "block 8"), words
 
 
 def test_a_plan_that_cannot_fit_says_what_is_too_large():
-    output = train(ROOT / "recipes/mimo.yaml", "--plan", "dflash.batch_size=64", expect=2)
+    output = run(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan", "dflash.batch_size=64", expect=2)
     assert "a rank needs" in output and "the largest part is activations" in output

@@ -1,7 +1,6 @@
 """The job as a user runs it: `python qat/train.py recipe …` in processes that are killed, stopped, starved and misled."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -11,28 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from misled_runs import misled
+from jobs import ENVIRONMENT, ROOT, Job, run, run_alone
 from safetensors.torch import load_file
 
 from mxfp4 import fake_quantize
 from qat.checkpoint import complete_checkpoints
 from qat.report import CLOCK_KEYS, read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
-    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
-
-
-def start(*arguments, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "qat/train.py", *map(str, arguments)], cwd=ROOT, text=True,
-                            env=ENVIRONMENT | options.pop("env", {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def train(*arguments, expect: int = 0, **options) -> str:
-    process = start(*arguments, **options)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == expect, output
-    return output
+SCRIPT = "qat/train.py"
 
 
 def folder(recipe: Path) -> Path:
@@ -68,8 +53,7 @@ def uninterrupted(tiny_checkpoint, text_files, tmp_path_factory):
                 "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2}},
     }
     path.write_text(yaml.safe_dump(recipe))
-    output = train(path)
-    return path, output
+    return path, run_alone(SCRIPT, path)
 
 
 def test_a_run_leaves_model_summary_metrics_curves_and_provenance(uninterrupted, tiny_checkpoint):
@@ -118,7 +102,7 @@ def test_the_result_folder_reloads_exactly(uninterrupted):
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(uninterrupted, tiny_recipe):
     rng = random.Random()
     for _ in range(2):
-        process = start(tiny_recipe, "--resume")
+        process = Job(SCRIPT, tiny_recipe, "--resume")
         delay = rng.random() * 0.3
         for line in process.stdout:
             if line.startswith("step "):  # the first step of this launch
@@ -127,22 +111,22 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(uninterrupted
                 break
         process.communicate()
         print(f"killed {delay:.3f} s after the first step")
-    train(tiny_recipe, "--resume")
+    run(SCRIPT, tiny_recipe, "--resume")
     assert_same_result(uninterrupted[0], tiny_recipe)
 
 
 def test_max_steps_stops_with_a_checkpoint_and_resume_finishes_the_same_run(uninterrupted, tiny_recipe):
-    output = train(tiny_recipe, "--max-steps", 5)
+    output = run(SCRIPT, tiny_recipe, "--max-steps", 5)
     assert "stopped at --max-steps 5" in output
     assert [p.name for p in complete_checkpoints(folder(tiny_recipe) / "checkpoints")] == ["step-00000004", "step-00000005"]
     assert not (folder(tiny_recipe) / "summary.json").exists()
-    assert "at step 5 of 12" in train(tiny_recipe, "--resume")
+    assert "at step 5 of 12" in run(SCRIPT, tiny_recipe, "--resume")
     assert_same_result(uninterrupted[0], tiny_recipe)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_saves_a_checkpoint_first(tiny_recipe, number):
-    process = start(tiny_recipe, "qat.steps=1000", "qat.checkpoint_every=1000")
+    process = Job(SCRIPT, tiny_recipe, "qat.steps=1000", "qat.checkpoint_every=1000")
     for line in process.stdout:
         if line.startswith("step 3/"):
             process.send_signal(number)
@@ -154,17 +138,15 @@ def test_a_stop_signal_saves_a_checkpoint_first(tiny_recipe, number):
 
 
 def test_an_earlier_run_is_set_aside_not_overwritten(tiny_recipe):
-    train(tiny_recipe, "--max-steps", 1)
-    output = train(tiny_recipe, "--max-steps", 1)
+    run(SCRIPT, tiny_recipe, "--max-steps", 1)
+    output = run(SCRIPT, tiny_recipe, "--max-steps", 1)
     assert "an earlier run was set aside as" in output
     assert (folder(tiny_recipe).with_name("qat.1") / "checkpoints" / "step-00000001").is_dir()
 
 
 def test_two_processes_train_together(tiny_recipe):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533",
-               "qat/train.py", str(tiny_recipe), "qat.steps=4", "qat.gradient_accumulation=2"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_alone("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533", SCRIPT, tiny_recipe,
+              "qat.steps=4", "qat.gradient_accumulation=2")
     summary = json.loads((folder(tiny_recipe) / "summary.json").read_text())
     assert summary["tokens"] == 4 * 2 * 2 * 2 * 64  # steps x accumulation x processes x rows x tokens
     assert summary["kl_gap_closed"] > 0
@@ -180,21 +162,14 @@ def test_a_launch_that_accelerate_does_not_see_is_refused(tiny_recipe):
 
 
 def test_a_non_finite_gradient_stops_with_step_tensor_expert_and_keeps_the_checkpoint(tiny_recipe):
-    script = (
-        "import sys; sys.argv = ['qat/train.py']; sys.path.insert(0, '.')\n"
-        "import torch, runpy\n"
-        "from qat import attach, trainer\n"
+    poison = (
+        "from qat import attach\n"
         "original = attach.ExpertQuantizer.pull_gradients\n"
         "def poisoned(self, count=[0]):\n"
         "    original(self); count[0] += 1\n"
         "    if count[0] == 6: self.masters[1].grad[2, 3, 4] = float('nan')\n"
-        "attach.ExpertQuantizer.pull_gradients = poisoned\n"
-        "from qat.train import main\n"
-        f"sys.exit(main([{str(tiny_recipe)!r}]))\n")
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True,
-                          timeout=120)
-    assert done.returncode == 1
-    error = done.stderr.strip().splitlines()[-1]
+        "attach.ExpertQuantizer.pull_gradients = poisoned\n")
+    error = run(SCRIPT, tiny_recipe, expect=1, before=poison).strip().splitlines()[-1]
     assert "step 6" in error and "down_proj" in error and "expert 2, index [3, 4]" in error and "step-00000004" in error
     assert [p.name for p in complete_checkpoints(folder(tiny_recipe) / "checkpoints")] == ["step-00000004"]
 
@@ -216,52 +191,40 @@ MISTAKES = {
 }
 
 
-@pytest.fixture(scope="module")
-def mistakes(uninterrupted) -> dict:
-    """Exit code and output of a run with each mistake."""
-    return misled("qat.train", uninterrupted[0], list(MISTAKES), ENVIRONMENT)
-
-
 @pytest.mark.parametrize("override", MISTAKES)
-def test_a_mistake_is_one_helpful_line_and_exit_code_2(mistakes, override):
-    code, text = mistakes[override]
+def test_a_mistake_is_one_helpful_line_and_exit_code_2(tiny_recipe, override):
+    text = run(SCRIPT, tiny_recipe, override, expect=2)
     errors = [line for line in text.splitlines() if line.startswith("error:")]
-    assert code == 2 and len(errors) == 1 and MISTAKES[override] in errors[0]
+    assert len(errors) == 1 and MISTAKES[override] in errors[0]
 
 
 def test_a_checkpoint_of_another_shape_is_one_line(tiny_recipe, tiny_checkpoint, tmp_path):
-    train(tiny_recipe, "--max-steps", 1)
+    run(SCRIPT, tiny_recipe, "--max-steps", 1)
     state = next(complete_checkpoints(folder(tiny_recipe) / "checkpoints")[0].glob("custom_checkpoint_0.pkl"))
     content = torch.load(state, weights_only=False)
     content["masters"][0] = content["masters"][0][:, :-1]
     torch.save(content, state)
-    done = train(tiny_recipe, "--resume", expect=2)
+    done = run(SCRIPT, tiny_recipe, "--resume", expect=2)
     assert "does not fit this recipe's model" in done and "gate_up_proj" in done
 
 
 def test_another_number_of_processes_is_refused_on_resume(tiny_recipe):
-    train(tiny_recipe, "--max-steps", 1)
+    run(SCRIPT, tiny_recipe, "--max-steps", 1)
     facts = complete_checkpoints(folder(tiny_recipe) / "checkpoints")[0] / "complete.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"processes": 8}))
-    assert "written by 8 processes, now running 1" in train(tiny_recipe, "--resume", expect=2)
+    assert "written by 8 processes, now running 1" in run(SCRIPT, tiny_recipe, "--resume", expect=2)
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_recipe):
-    script = (
-        "import sys; sys.path.insert(0, '.')\n"
+    full = (
         "import errno, accelerate\n"
         "original = accelerate.Accelerator.save_state\n"
         "def full(self, path, **k):\n"
         "    original(self, path, **k)\n"
         "    if 'step-00000008' in path: raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "accelerate.Accelerator.save_state = full\n"
-        "sys.argv = ['qat/train.py']\n"
-        "from qat.train import main\n"
-        f"sys.exit(main([{str(tiny_recipe)!r}]))\n")
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True,
-                          timeout=120)
-    assert done.returncode == 1
-    assert "No space left on device; the last good checkpoint is" in done.stderr and "Traceback" not in done.stderr
+        "accelerate.Accelerator.save_state = full\n")
+    said = run(SCRIPT, tiny_recipe, expect=1, before=full)
+    assert "No space left on device; the last good checkpoint is" in said and "Traceback" not in said
     names = [p.name for p in (folder(tiny_recipe) / "checkpoints").iterdir()]
     assert names == ["step-00000004"]
 
@@ -270,16 +233,13 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_recipe):
 def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing_half_written(tiny_recipe, finished):
     """A limit on the size of files stands for the full disk: a write fails in the middle, in whatever library it happens."""
     if finished:  # then --resume evaluates and writes the result once more
-        train(tiny_recipe)
+        run(SCRIPT, tiny_recipe)
     kept = {p: p.read_bytes() for p in folder(tiny_recipe).rglob("*.safetensors")}
-    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
-            "sys.argv = ['qat/train.py']; sys.path.insert(0, '.')\n"
-            "from qat.train import main\n"
-            f"sys.exit(main([{str(tiny_recipe)!r}, '--resume']))\n")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, timeout=120)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    said = run(SCRIPT, tiny_recipe, "--resume", expect=1,
+               before="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))")
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
     words = "model could not be written" if finished else "checkpoint of step 4 could not be written"
-    assert done.returncode == 1 and len(errors) == 1 and words in errors[0] and "Traceback" not in done.stderr
+    assert len(errors) == 1 and words in errors[0] and "Traceback" not in said
     assert not list(folder(tiny_recipe).rglob("*.partial"))
     assert kept == {p: p.read_bytes() for p in folder(tiny_recipe).rglob("*.safetensors")}
 
@@ -290,12 +250,12 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing_half_written(t
     "seed=4": "seed (was 3, now 4)",
 }.items())
 def test_a_run_is_not_continued_by_a_recipe_that_trains_something_else(uninterrupted, override, words):
-    done = train(uninterrupted[0], "--resume", override, expect=2)
+    done = run(SCRIPT, uninterrupted[0], "--resume", override, expect=2)
     assert words in done and done.count("error:") == 1 and "Traceback" not in done
 
 
 def test_a_resume_without_a_checkpoint_says_so(tiny_recipe):
-    assert "no complete checkpoint in" in train(tiny_recipe, "--resume", "--max-steps", 1)
+    assert "no complete checkpoint in" in run(SCRIPT, tiny_recipe, "--resume", "--max-steps", 1)
 
 
 def test_help_and_recipe_errors_import_no_torch(tiny_recipe):
