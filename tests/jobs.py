@@ -83,7 +83,7 @@ class Job:
         return said, None
 
 
-def run(script: str, *arguments, expect: int = 0, **options) -> str:
+def run_job(script: str, *arguments, expect: int = 0, **options) -> str:
     """What a job says; it must end with code `expect`."""
     job = Job(script, *arguments, **options)
     said, _ = job.communicate()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from jobs import Job, run, run_alone
+from jobs import Job, run_alone, run_job
 from safetensors.torch import load_file
 from tiny_models import draft_recipe_text, write_tokenizer
 
@@ -68,7 +68,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(uninterrupted
                 break
         process.communicate()
         print(f"killed {delay:.3f} s after the first step")
-    run(SCRIPT, draft_recipe, "--resume")
+    run_job(SCRIPT, draft_recipe, "--resume")
     left, right = (load_file(folder(p) / "model" / "model.safetensors") for p in (uninterrupted[0], draft_recipe))
     assert left.keys() == right.keys()
     for name in left:
@@ -79,8 +79,8 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(uninterrupted
 
 
 def test_a_second_run_sets_the_first_aside_and_keeps_its_answers(uninterrupted, draft_recipe):
-    run(SCRIPT, draft_recipe, "--max-steps", 2)
-    output = run(SCRIPT, draft_recipe, "dflash.acceptance.timed_prompts=0")
+    run_job(SCRIPT, draft_recipe, "--max-steps", 2)
+    output = run_job(SCRIPT, draft_recipe, "dflash.acceptance.timed_prompts=0")
     assert "set aside" in output and "the target answers" not in output
     assert (folder(draft_recipe).with_name("dflash.1") / "checkpoints" / "step-00000002").is_dir()
 
@@ -111,7 +111,7 @@ def test_a_qwen3_moe_target_trains_a_drafter_through_the_same_sections(draft_rec
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, eos_token_id=0))
     model.save_pretrained(tmp_path / "qwen")
     write_tokenizer(tmp_path / "qwen")
-    output = run(SCRIPT, draft_recipe, f"model.path={tmp_path / 'qwen'}", "dflash.steps=3", "dflash.features=online")
+    output = run_job(SCRIPT, draft_recipe, f"model.path={tmp_path / 'qwen'}", "dflash.steps=3", "dflash.features=online")
     assert "acceptance length" in output
     summary = json.loads((folder(draft_recipe) / "summary.json").read_text())
     assert summary["target"]["model_type"] == "qwen3_moe"
@@ -132,15 +132,15 @@ MISTAKES = {
 
 @pytest.mark.parametrize("override", MISTAKES)
 def test_mistakes_are_one_line(draft_recipe, override):
-    output = run(SCRIPT, draft_recipe, override, expect=2)
+    output = run_job(SCRIPT, draft_recipe, override, expect=2)
     assert MISTAKES[override] in output and "Traceback" not in output
     assert "  loss " not in output  # told before training
 
 
 def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(draft_recipe):
-    run(SCRIPT, draft_recipe, "--max-steps", 2)
-    run(SCRIPT, draft_recipe, "dflash.batch_size=5000", expect=2)
-    assert "resuming" in run(SCRIPT, draft_recipe, "--resume", "--max-steps", 3)
+    run_job(SCRIPT, draft_recipe, "--max-steps", 2)
+    run_job(SCRIPT, draft_recipe, "dflash.batch_size=5000", expect=2)
+    assert "resuming" in run_job(SCRIPT, draft_recipe, "--resume", "--max-steps", 3)
     assert not folder(draft_recipe).with_name("dflash.1").exists()
 
 
@@ -158,13 +158,13 @@ def test_files_without_a_prompt_are_refused_by_key(key, draft_recipe, tmp_path, 
 
 
 def test_a_recipe_without_a_drafter_says_so(tiny_recipe):
-    assert "drafter: the recipe has no such section" in run(SCRIPT, tiny_recipe, expect=2)
+    assert "drafter: the recipe has no such section" in run_job(SCRIPT, tiny_recipe, expect=2)
 
 
 def test_regenerate_alone_writes_what_training_then_uses(draft_recipe):
-    output = run("dflash_train/regenerate.py", draft_recipe)
+    output = run_job("dflash_train/regenerate.py", draft_recipe)
     assert "written:" in output
-    assert "the target answers" not in run(SCRIPT, draft_recipe, "--max-steps", 1)
+    assert "the target answers" not in run_job(SCRIPT, draft_recipe, "--max-steps", 1)
 
 
 def test_non_finite_gradients_stop_before_the_update_and_name_the_tensor(loaded):
@@ -181,11 +181,11 @@ def test_non_finite_gradients_stop_before_the_update_and_name_the_tensor(loaded)
 
 
 def test_the_plan_of_the_published_drafter_needs_no_weights():
-    output = run(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan")
+    output = run_job(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan")
     for words in ("5,536,632,576", "[0, 15, 31, 47, 69]", "7,340,032", "not causal in the block"):
         assert words in output.replace("\n", " ").replace("block  8", "block 8"), words
 
 
 def test_a_plan_that_cannot_fit_says_what_is_too_large():
-    output = run(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan", "dflash.batch_size=64", expect=2)
+    output = run_job(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan", "dflash.batch_size=64", expect=2)
     assert "a rank needs" in output and "the largest part is activations" in output

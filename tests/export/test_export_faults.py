@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from jobs import run_job
 from toy_export import export, make_run
 
 from export.drafter_files import REFERENCE
@@ -21,13 +22,10 @@ COMMAND = [sys.executable, str(ROOT / "export" / "to_hf.py")]
 
 def test_a_full_disk_is_one_line_with_the_file_and_the_same_command_continues(toy_run, exported, tmp_path):
     """A limit on the size of files stands for the full disk."""
-    arguments = [str(toy_run), "export.shard_bytes=100000", "--out", str(tmp_path / "out")]
-    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (90000, 90000))\n"
-            "sys.path.insert(0, '.'); from export.to_hf import main\n"
-            f"sys.exit(main({arguments!r}))\n")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=120)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr
+    said = run_job("export/to_hf.py", toy_run, "export.shard_bytes=100000", "--out", tmp_path / "out", expect=1,
+               before="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (90000, 90000))")
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "Traceback" not in said
     assert ".safetensors: could not be written: File too large; complete files stay" in errors[0]
     partial = tmp_path / "out.partial"
     assert partial.is_dir() and not (tmp_path / "out").exists() and not list(partial.glob("*.partial"))

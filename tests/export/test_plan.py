@@ -1,11 +1,10 @@
 """`--plan` says what an export writes, for every layout, from shapes alone, and refuses what an export would refuse."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from jobs import run_job
 from toy_export import export, gpt_oss_run, make_run, qwen3_run
 
 from export.plan import make_plan
@@ -56,9 +55,8 @@ def test_a_plan_reads_no_weights(dense, tmp_path, monkeypatch):
 def test_the_weights_named_on_the_command_line_are_planned(tmp_path):
     recipe = make_run(tmp_path, drafter=False)
     shutil.move(tmp_path / "base", tmp_path / "elsewhere")
-    done = subprocess.run([sys.executable, str(ROOT / "export/to_hf.py"), str(recipe), "--plan", "--from",
-                           str(tmp_path / "elsewhere")], capture_output=True, text=True)
-    assert done.returncode == 0 and "elsewhere,layoutnative" in "".join(done.stdout.split())  # wrapped
+    said = run_job("export/to_hf.py", recipe, "--plan", "--from", tmp_path / "elsewhere")
+    assert "elsewhere,layoutnative" in "".join(said.split())  # wrapped
     with pytest.raises(ValueError, match="no such checkpoint folder"):
         make_plan(load_recipe(recipe), tmp_path / "nowhere")
 

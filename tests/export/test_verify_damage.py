@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from damage import (
     swap_nibbles,
     tensor,
 )
+from jobs import run_alone, run_job
 
 from export.inspection import Checkpoint
 
@@ -136,16 +135,13 @@ def test_all_damage_is_reported_in_one_run(exported, tmp_path):
     for kind in ("not a number", "scale of 255", "taps off by one", "card lost"):
         DAMAGE[kind][0](folder)
     report = tmp_path / "findings.json"
-    done = subprocess.run([sys.executable, str(ROOT / "export/verify.py"), str(folder), "--json", str(report)],
-                          capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    said = run_job("export/verify.py", folder, "--json", report, expect=1)
+    assert "Traceback" not in said
     for needle in (FLOAT, EXPERT + "_scale", "target_layer_ids", "README.md"):
-        assert needle in done.stdout
+        assert needle in said
     assert len(json.loads(report.read_text())["findings"]) >= 4
 
 
 def test_a_whole_checkpoint_has_exit_code_0_and_a_missing_one_2(exported, tmp_path):
-    command = [sys.executable, str(ROOT / "export/verify.py")]
-    assert subprocess.run([*command, str(exported)], capture_output=True).returncode == 0
-    done = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True)
-    assert done.returncode == 2 and "no such folder" in done.stderr
+    run_alone("export/verify.py", exported)
+    assert "no such folder" in run_job("export/verify.py", tmp_path / "nowhere", expect=2)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jobs import run_job
 
 from qat.plan import GIB, as_json, make_plan, refuse_if_too_large
 from recipes.load import load_recipe
@@ -72,11 +73,9 @@ def test_the_command_prints_the_plan_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cluster_too_small_is_exit_code_2_with_one_line(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "qat/train.py", ROOT / "recipes/mimo.yaml", "--plan", "cluster.nodes=1"],
-                          cwd=tmp_path, text=True, capture_output=True, timeout=120)
-    assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: does not fit")]
+def test_a_cluster_too_small_is_exit_code_2_with_one_line():
+    said = run_job("qat/train.py", "recipes/mimo.yaml", "--plan", "cluster.nodes=1", expect=2)
+    assert [line for line in said.splitlines() if line.startswith("error: does not fit")]
 
 
 def test_memory_of_one_process_is_the_documented_sum():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import ENVIRONMENT, ROOT, Job, run, run_alone
+from jobs import ENVIRONMENT, ROOT, Job, run_alone, run_job
 from safetensors.torch import load_file
 
 from mxfp4 import fake_quantize
@@ -111,16 +111,16 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(uninterrupted
                 break
         process.communicate()
         print(f"killed {delay:.3f} s after the first step")
-    run(SCRIPT, tiny_recipe, "--resume")
+    run_job(SCRIPT, tiny_recipe, "--resume")
     assert_same_result(uninterrupted[0], tiny_recipe)
 
 
 def test_max_steps_stops_with_a_checkpoint_and_resume_finishes_the_same_run(uninterrupted, tiny_recipe):
-    output = run(SCRIPT, tiny_recipe, "--max-steps", 5)
+    output = run_job(SCRIPT, tiny_recipe, "--max-steps", 5)
     assert "stopped at --max-steps 5" in output
     assert [p.name for p in complete_checkpoints(folder(tiny_recipe) / "checkpoints")] == ["step-00000004", "step-00000005"]
     assert not (folder(tiny_recipe) / "summary.json").exists()
-    assert "at step 5 of 12" in run(SCRIPT, tiny_recipe, "--resume")
+    assert "at step 5 of 12" in run_job(SCRIPT, tiny_recipe, "--resume")
     assert_same_result(uninterrupted[0], tiny_recipe)
 
 
@@ -138,8 +138,8 @@ def test_a_stop_signal_saves_a_checkpoint_first(tiny_recipe, number):
 
 
 def test_an_earlier_run_is_set_aside_not_overwritten(tiny_recipe):
-    run(SCRIPT, tiny_recipe, "--max-steps", 1)
-    output = run(SCRIPT, tiny_recipe, "--max-steps", 1)
+    run_job(SCRIPT, tiny_recipe, "--max-steps", 1)
+    output = run_job(SCRIPT, tiny_recipe, "--max-steps", 1)
     assert "an earlier run was set aside as" in output
     assert (folder(tiny_recipe).with_name("qat.1") / "checkpoints" / "step-00000001").is_dir()
 
@@ -169,7 +169,7 @@ def test_a_non_finite_gradient_stops_with_step_tensor_expert_and_keeps_the_check
         "    original(self); count[0] += 1\n"
         "    if count[0] == 6: self.masters[1].grad[2, 3, 4] = float('nan')\n"
         "attach.ExpertQuantizer.pull_gradients = poisoned\n")
-    error = run(SCRIPT, tiny_recipe, expect=1, before=poison).strip().splitlines()[-1]
+    error = run_job(SCRIPT, tiny_recipe, expect=1, before=poison).strip().splitlines()[-1]
     assert "step 6" in error and "down_proj" in error and "expert 2, index [3, 4]" in error and "step-00000004" in error
     assert [p.name for p in complete_checkpoints(folder(tiny_recipe) / "checkpoints")] == ["step-00000004"]
 
@@ -193,26 +193,26 @@ MISTAKES = {
 
 @pytest.mark.parametrize("override", MISTAKES)
 def test_a_mistake_is_one_helpful_line_and_exit_code_2(tiny_recipe, override):
-    text = run(SCRIPT, tiny_recipe, override, expect=2)
+    text = run_job(SCRIPT, tiny_recipe, override, expect=2)
     errors = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and MISTAKES[override] in errors[0]
 
 
 def test_a_checkpoint_of_another_shape_is_one_line(tiny_recipe, tiny_checkpoint, tmp_path):
-    run(SCRIPT, tiny_recipe, "--max-steps", 1)
+    run_job(SCRIPT, tiny_recipe, "--max-steps", 1)
     state = next(complete_checkpoints(folder(tiny_recipe) / "checkpoints")[0].glob("custom_checkpoint_0.pkl"))
     content = torch.load(state, weights_only=False)
     content["masters"][0] = content["masters"][0][:, :-1]
     torch.save(content, state)
-    done = run(SCRIPT, tiny_recipe, "--resume", expect=2)
+    done = run_job(SCRIPT, tiny_recipe, "--resume", expect=2)
     assert "does not fit this recipe's model" in done and "gate_up_proj" in done
 
 
 def test_another_number_of_processes_is_refused_on_resume(tiny_recipe):
-    run(SCRIPT, tiny_recipe, "--max-steps", 1)
+    run_job(SCRIPT, tiny_recipe, "--max-steps", 1)
     facts = complete_checkpoints(folder(tiny_recipe) / "checkpoints")[0] / "complete.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"processes": 8}))
-    assert "written by 8 processes, now running 1" in run(SCRIPT, tiny_recipe, "--resume", expect=2)
+    assert "written by 8 processes, now running 1" in run_job(SCRIPT, tiny_recipe, "--resume", expect=2)
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_recipe):
@@ -223,7 +223,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_recipe):
         "    original(self, path, **k)\n"
         "    if 'step-00000008' in path: raise OSError(errno.ENOSPC, 'No space left on device')\n"
         "accelerate.Accelerator.save_state = full\n")
-    said = run(SCRIPT, tiny_recipe, expect=1, before=full)
+    said = run_job(SCRIPT, tiny_recipe, expect=1, before=full)
     assert "No space left on device; the last good checkpoint is" in said and "Traceback" not in said
     names = [p.name for p in (folder(tiny_recipe) / "checkpoints").iterdir()]
     assert names == ["step-00000004"]
@@ -233,9 +233,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_recipe):
 def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing_half_written(tiny_recipe, finished):
     """A limit on the size of files stands for the full disk: a write fails in the middle, in whatever library it happens."""
     if finished:  # then --resume evaluates and writes the result once more
-        run(SCRIPT, tiny_recipe)
+        run_job(SCRIPT, tiny_recipe)
     kept = {p: p.read_bytes() for p in folder(tiny_recipe).rglob("*.safetensors")}
-    said = run(SCRIPT, tiny_recipe, "--resume", expect=1,
+    said = run_job(SCRIPT, tiny_recipe, "--resume", expect=1,
                before="import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))")
     errors = [line for line in said.splitlines() if line.startswith("error:")]
     words = "model could not be written" if finished else "checkpoint of step 4 could not be written"
@@ -250,12 +250,12 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing_half_written(t
     "seed=4": "seed (was 3, now 4)",
 }.items())
 def test_a_run_is_not_continued_by_a_recipe_that_trains_something_else(uninterrupted, override, words):
-    done = run(SCRIPT, uninterrupted[0], "--resume", override, expect=2)
+    done = run_job(SCRIPT, uninterrupted[0], "--resume", override, expect=2)
     assert words in done and done.count("error:") == 1 and "Traceback" not in done
 
 
 def test_a_resume_without_a_checkpoint_says_so(tiny_recipe):
-    assert "no complete checkpoint in" in run(SCRIPT, tiny_recipe, "--resume", "--max-steps", 1)
+    assert "no complete checkpoint in" in run_job(SCRIPT, tiny_recipe, "--resume", "--max-steps", 1)
 
 
 def test_help_and_recipe_errors_import_no_torch(tiny_recipe):
