@@ -376,7 +376,8 @@ def kernel_device() -> str:
 
 
 def default_tiling() -> Tiling:
-    return Tiling(columns=64, block=256, float_dot=True) if interpreted() else Tiling()
+    """Wide tiles in the interpreter, where an operation costs the same whatever its size."""
+    return Tiling(columns=256, router_depth=256, block=2048, float_dot=True) if interpreted() else Tiling()
 
 
 def default_launch() -> Launch:

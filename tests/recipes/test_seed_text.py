@@ -21,6 +21,7 @@ from recipes.seed.corpus import (
 )
 from recipes.seed.more_prompts import more_prompts
 from recipes.seed.packing import chat_text, read_prompts
+from tests.runtime_ref.conftest import seed_folder
 
 SEED = Path(__file__).resolve().parents[2] / "recipes" / "seed"
 SIDES = ("train", "heldout")
@@ -205,9 +206,10 @@ def test_the_licence_text_of_every_source_lies_beside_the_text():
 
 
 def test_text_of_the_models_own_goes_on_where_a_killed_run_ended(tmp_path):
+    folder = seed_folder(tmp_path / "rounded")
+
     def write(name, tokens):
-        sizes = ["--length", "32", "--batch-size", "2", "--tokens", str(tokens)]
-        assert own_text.main(["--out", str(tmp_path / name), *sizes]) == 0
+        assert own_text.main([str(folder), "--out", str(tmp_path / name), "--length", "32", "--tokens", str(tokens)]) == 0
         return (tmp_path / name).read_text()
 
     whole = write("whole.jsonl", 4 * 32)
@@ -218,7 +220,9 @@ def test_text_of_the_models_own_goes_on_where_a_killed_run_ended(tmp_path):
     assert len(rows) == 4 and len(set(rows)) == 4
 
 
-def test_own_text_refuses_a_row_without_room_for_any(capsys):
+@pytest.mark.parametrize("more, words", [(["--length", "24"], "--length 24"), ([], "nowhere: no such folder")])
+def test_own_text_refuses_mistakes_in_one_line(more, words, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        own_text.main(["--out", "x.jsonl", "--length", "24"])
-    assert "--length 24" in capsys.readouterr().err
+        own_text.main(["nowhere", "--out", str(tmp_path / "x.jsonl"), *more])
+    said = capsys.readouterr().err
+    assert words in said.splitlines()[-1] and not (tmp_path / "x.jsonl").exists()

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 
 from modeling.released import released_config
 from runtime_ref.engine import Engine, EngineOptions
-from runtime_ref.kernels import gpu_steps, gpu_suite
+from runtime_ref.kernels import gpu_checks, gpu_steps, gpu_suite
 from runtime_ref.kernels.host.backend import HostLauncher
 from runtime_ref.kernels.repack import repack_experts
 from runtime_ref.sampler import SamplingParams
@@ -112,7 +112,7 @@ class Twin(gpu_suite.peers.Peer):
         return index
 
     def compute(self, x, weight, routes):
-        return gpu_suite.reference(x, routes, weight, self.layer).to(torch.bfloat16)
+        return gpu_checks.reference(x, routes, weight, self.layer).to(torch.bfloat16)
 
 
 @pytest.fixture
@@ -172,15 +172,15 @@ def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch)
     for module in (gpu_suite, gpu_steps):
         if hasattr(module, "released_config"):
             monkeypatch.setattr(module, "released_config", lambda name: dict(small))
-    real = gpu_suite._random_weights
-    monkeypatch.setattr(gpu_suite, "_random_weights", lambda experts, hidden, inner: real(experts, min(hidden, 512), inner))
+    real = gpu_checks.random_weights
+    monkeypatch.setattr(gpu_checks, "random_weights", lambda experts, hidden, inner: real(experts, min(hidden, 512), inner))
     for module, name, value in ((gpu_suite, "BANDWIDTH_BYTES", 1 << 20), (gpu_suite, "CALLS", 2), (gpu_suite, "SWEEP", (1, 16)),
                                 (gpu_suite, "REPLAYS", 2), (gpu_steps, "QUANTIZED", 1 << 16), (gpu_steps, "BARRIERS", 3)):
         monkeypatch.setattr(module, name, value)
-    variants, check = gpu_suite.launches, gpu_suite._check_experts
-    monkeypatch.setattr(gpu_suite, "launches", lambda *args: [v for v in variants(*args)[:1] + variants(*args)[-2:]
-                                                              if v.warps == 4])
-    monkeypatch.setattr(gpu_suite, "_check_experts", lambda *args: check(*args[:3], args[3][:1]))
+    variants, check = gpu_checks.launches, gpu_checks.check_experts
+    monkeypatch.setattr(gpu_checks, "launches", lambda *args: [v for v in variants(*args)[:1] + variants(*args)[-2:]
+                                                               if v.warps == 4])
+    monkeypatch.setattr(gpu_checks, "check_experts", lambda *args: check(*args[:3], args[3][:1]))
     engine, steps = gpu_steps.measure_engine, gpu_steps.measure_steps
     monkeypatch.setattr(gpu_steps, "measure_engine", lambda folder: engine(folder, tokens=8))
     monkeypatch.setattr(gpu_steps, "measure_steps", lambda *args: steps(*args, position=200))

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 from tolerance import EXPERTS_BF16, MODEL_FP32
 
 from mxfp4 import dequantize
-from runtime_ref.kernels import gpu_suite, peers
+from runtime_ref.kernels import gpu_checks, peers
 from runtime_ref.kernels.repack import Tile
 from tests.runtime_ref.kernels import expert_cases as cases
 from tests.runtime_ref.kernels.at_once import INTERPRETED
@@ -245,7 +245,7 @@ def test_the_suites_reference_judges_a_peer_on_the_pages_it_was_given():
     peer = peers.Humming(stand_in_for_humming())
     peer.prepare(*peers.checkpoint_layer(pages), "cpu")
     inputs = cases.make_tokens(7, 2, E, H, A)
-    assert relative(peer.call(*inputs), gpu_suite.reference(*inputs, pages)) < EXPERTS_BF16
+    assert relative(peer.call(*inputs), gpu_checks.reference(*inputs, pages)) < EXPERTS_BF16
 
 
 @pytest.fixture
