@@ -87,5 +87,6 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
+# Everything that the other targets made, trained weights included.
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(LOAD) runs runs-smoke build *.egg-info

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -149,11 +148,12 @@ def environment() -> dict:
     import torch
     import transformers
 
+    from runtime_ref.written import revision
+
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
-    revision = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
-    return {"date": time.strftime("%Y-%m-%d"), "revision": revision.strip(), "processor": model[0],
+    return {"date": time.strftime("%Y-%m-%d"), "revision": revision(), "processor": model[0],
             "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
             "load average": os.getloadavg()[0]}
 

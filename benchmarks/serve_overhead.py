@@ -18,7 +18,6 @@ import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -146,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from modeling.load import load_tokenizer
     from runtime_ref.engine import Engine, EngineOptions
+    from runtime_ref.written import revision
 
     try:
         tokenizer = load_tokenizer(options.folder)
@@ -156,8 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    report = {"date": time.strftime("%Y-%m-%d"), "revision": revision, "machine": platform.processor() or platform.machine(),
+    report = {"date": time.strftime("%Y-%m-%d"), "revision": revision(), "machine": platform.processor() or platform.machine(),
               "cores": os.cpu_count(), "load_average": os.getloadavg()[0], "threads": torch.get_num_threads(),
               "torch": torch.__version__, "rounds": options.rounds, "results": found}
     print(json.dumps(report, indent=1))

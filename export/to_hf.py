@@ -33,7 +33,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("recipe", help="YAML recipe, e.g. recipes/tiny.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replace a value of the recipe")
     parser.add_argument("--layout", choices=LAYOUTS, help="client to write for (export.layout)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="result (default: <output>/<name>/export/model)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="result (default: <output>/<name>/export/model, or the "
+                        "layout's name for another one; with --from, -ptq is added)")
     parser.add_argument("--from", dest="base", type=Path, metavar="BASE", help="round this untrained checkpoint")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="trained weights (default: the run's model/)")
     parser.add_argument("--processes", type=int, metavar="N", help="writers side by side (export.processes)")

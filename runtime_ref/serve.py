@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Serves an exported checkpoint over the OpenAI API, with a page to chat at /.
 
-    [torchrun --nproc-per-node 8] python runtime_ref/serve.py CHECKPOINT_DIR [--port 8000]
+    python runtime_ref/serve.py CHECKPOINT_DIR [--port 8000]
+    torchrun --nproc-per-node 8 runtime_ref/serve.py CHECKPOINT_DIR …
 
 Listens on loopback unless told otherwise. SIGTERM and Ctrl-C finish the answers that are under way, up to --drain-seconds.
 Exit code 0: ended on request; 1: the engine broke; 2: a mistake in arguments or folder.

@@ -1,6 +1,7 @@
 """Is this exported checkpoint right, and does the runtime serve it right? One command, one verdict.
 
-    [torchrun --nproc-per-node 8] python runtime_ref/validate.py CHECKPOINT_DIR [--prompts FILE] [--json FILE] [--html FILE]
+    python runtime_ref/validate.py CHECKPOINT_DIR [--prompts FILE] [--json FILE] [--html FILE]
+    torchrun --nproc-per-node 8 runtime_ref/validate.py CHECKPOINT_DIR …
 
 Checks, in order: files beside the weights, 1 folder, 2 reference outputs and layers, 3 ops, text, 4 greedy with = without
 drafting, 5 sampling, 6 acceptance, 7 cost; for each that fails, the likely cause in one line. Exit code 0: all passed; 1: a

@@ -1,6 +1,9 @@
-"""Files appear whole or not at all: written aside, then renamed."""
+"""Results: files that appear whole or not at all (written aside, then renamed), and the revision that made them."""
 
+import subprocess
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def write(path: Path, text: str) -> None:
@@ -9,3 +12,12 @@ def write(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
+
+
+def revision() -> str:
+    """Of the working tree, or "unknown" (a copy without its history, a machine without git)."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"

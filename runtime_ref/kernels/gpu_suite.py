@@ -38,7 +38,7 @@ from runtime_ref.kernels.experts import Launch, Workspace, run_experts
 from runtime_ref.kernels.gpu_page import write_page
 from runtime_ref.kernels.gpu_steps import RANKS
 from runtime_ref.kernels.repack import SCALE_OFFSET, ExpertPages, Tile
-from runtime_ref.written import write
+from runtime_ref.written import revision, write
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 540
@@ -149,15 +149,6 @@ def measure_peers(sweep: list[dict]) -> dict:
         lambda n: [gpu_checks.random_tokens(n, hidden, experts, choices, seed, "cuda") for seed in range(CALLS)], SWEEP,
         _time_graph, lambda *inputs: gpu_checks.reference(*inputs, pages), found)
     return {"peers": report, "against": peers.against(sweep, report)}
-
-
-def revision() -> str:
-    """Of the working tree, or "unknown" (a copy without its history, a machine without git)."""
-    try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
 
 
 def measure_training(plan: Plan) -> dict:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from modeling.released import released_config
 from runtime_ref.kernels.repack import Tile
-from runtime_ref.written import write
+from runtime_ref.written import revision, write
 
 LANE_INSTRUCTIONS, NATIVE_LANE_INSTRUCTIONS = 3.5, 1.0
 REGISTERS = 128
@@ -216,6 +216,7 @@ def run(*, json_path: Path | None, page_path: Path | None) -> int:
     table, amd = rows(), compile_amd()
     faults = [fault for row in table for fault in row.faults()]
     facts = {"triton": triton.__version__, "python": platform.python_version(), "date": datetime.date.today().isoformat(),
+             "revision": revision(),
              "gates": {"lane_instructions": LANE_INSTRUCTIONS, "registers": REGISTERS}, "faults": faults, "amd_bytes": amd}
     print(text := as_table(table))
     print("\n".join(faults) or "all gates hold")
@@ -242,8 +243,8 @@ def _page(table: str, facts: dict) -> str:
     verdict = "All gates hold." if not facts["faults"] else "Missed: " + "; ".join(facts["faults"]) + "."
     return f"""# The kernels as compiled, without a GPU
 
-Ahead-of-time compilation with triton {facts['triton']}, {facts['date']}. Nothing on this page was measured on a GPU: it is what
-the compiler made, read from the binaries. Written, with [kernels-static.json](kernels-static.json), by
+Ahead-of-time compilation with triton {facts['triton']}, {facts['date']}, revision
+{facts['revision']}. Nothing on this page was measured on a GPU: it is what the compiler made, read from the binaries. Written, with [kernels-static.json](kernels-static.json), by
 
     python runtime_ref/bench.py --static --json docs/results/kernels-static.json --page docs/results/kernels-static.md
 

@@ -80,10 +80,11 @@ def test_a_server_streams_what_the_engine_says(embedded):
 
     tokenizer = load_tokenizer(embedded)
     expected = answers(embedded, PROMPTS[:1], drafter=False)[0][0]
-    with live_server(make_engine(embedded, drafter=True), tokenizer, body_bytes=200_000) as server:
+    with live_server(make_engine(embedded, drafter=True), tokenizer, body_bytes=200_000, stall_seconds=600) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600)
         events = client.completions.create(model=MODEL, prompt=PROMPTS[0], max_tokens=TOKENS, temperature=0, stream=True,
-                                           extra_body={"ignore_eos": True, "return_token_ids": True})
+                                           extra_body={"ignore_eos": True, "return_token_ids": True,
+                                                       "adaptive_drafts": False})
         assert [token for event in events for token in event.choices[0].token_ids] == expected
 
 
