@@ -244,7 +244,8 @@ def _page(table: str, facts: dict) -> str:
     return f"""# The kernels as compiled, without a GPU
 
 Ahead-of-time compilation with triton {facts['triton']}, {facts['date']}, revision
-{facts['revision']}. Nothing on this page was measured on a GPU: it is what the compiler made, read from the binaries. Written, with [kernels-static.json](kernels-static.json), by
+{facts['revision']}. Nothing on this page was measured on a GPU: it is what the compiler made, read from the binaries.
+Written, with [kernels-static.json](kernels-static.json), by
 
     python runtime_ref/bench.py --static --json docs/results/kernels-static.json --page docs/results/kernels-static.md
 
