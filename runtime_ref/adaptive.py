@@ -102,10 +102,12 @@ class Adaptive:
 
     Args:
         costs: None: measured when the first adaptive request comes.
+        context: the longest sequence; where it is too short to measure in, costs are taken as usual.
     """
 
-    def __init__(self, backend, drafter: Proposer, cache: KvCache, tasks: list[Task], costs: dict[int, float] | None):
-        self.backend, self.drafter, self.cache, self.tasks = backend, drafter, cache, tasks
+    def __init__(self, backend, drafter: Proposer, cache: KvCache, tasks: list[Task], costs: dict[int, float] | None,
+                 context: int):
+        self.backend, self.drafter, self.cache, self.tasks, self.context = backend, drafter, cache, tasks, context
         self.given, self.costs = costs, costs
         # By whether tokens are drawn: who is right about the likeliest token may be wrong about samples.
         self.rates = {drawn: [ASSUMED] * max(DRAFT_COSTS) for drawn in (False, True)}
@@ -138,7 +140,7 @@ class Adaptive:
 
     def _measured(self) -> dict[int, float] | None:
         """Seconds of rounds over those of a plain step, for one sequence; None if there is no room to measure now."""
-        if getattr(self.drafter, "pool", None) is None:
+        if getattr(self.drafter, "pool", None) is None or self.context < PAGE + self.drafter.block:
             return DRAFT_COSTS
         tables, start = self.cache.tables(), PAGE
         try:

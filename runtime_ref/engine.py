@@ -81,11 +81,14 @@ class Engine:
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "cached_tokens", "tokens", "rounds", "drafted", "accepted",
                                       "finished", "aborted"), 0)
         self._taps_ascend = drafter is not None and list(drafter.taps) == sorted(set(drafter.taps))
-        self.adaptive = Adaptive(backend, drafter, self.cache, self.tasks, options.draft_costs) if drafter is not None else None
+        self.context = min(options.max_context, backend.config.max_position_embeddings)
+        self.adaptive = None
+        if drafter is not None:
+            self.adaptive = Adaptive(backend, drafter, self.cache, self.tasks, options.draft_costs, self.context)
         self._per_position = [0] * (drafter.block - 1 if drafter is not None else 0)
 
     @classmethod
-    def from_folder(cls, path: str | Path, *, backend: str = "auto", device: str = "cpu", ranks: Ranks = ALONE,
+    def from_folder(cls, path: str | Path, *, backend: str = "auto", ranks: Ranks = ALONE,
                     dtype: torch.dtype = torch.bfloat16, drafter: bool = True, options: EngineOptions | None = None,
                     checksum: bool = False, tokenizer=None, progress: Callable[[int, int], None] | None = None) -> Engine:
         """An engine on an exported folder, with its drafter if it has one.
@@ -97,10 +100,10 @@ class Engine:
                 read FP4 themselves (Blackwell), which want activations rounded to MXFP8: other numbers.
 
         Raises:
-            ValueError: a folder that cannot be served (what is wrong with it is said), an unknown backend or device.
+            ValueError: a folder that cannot be served (what is wrong with it is said), an unknown backend.
         """
-        if backend not in BACKENDS or device != "cpu":
-            raise ValueError(f"backend {backend!r} on {device!r}: expected {' or '.join(BACKENDS)} on cpu")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend {backend!r}: expected {', '.join(BACKENDS)}")
         options = options or EngineOptions()
         config, raw = read_geometry(path)
         context = min(options.max_context, config.max_position_embeddings)
@@ -137,7 +140,7 @@ class Engine:
         wrong = next((t for t in prompt if type(t) is not int or not 0 <= t < vocabulary), None)
         if wrong is not None:
             raise ValueError(f"prompt: token {wrong!r}, expected 0 to {vocabulary - 1}")
-        limit = min(self.options.max_context, self.backend.config.max_position_embeddings)
+        limit = self.context
         total = len(prompt) + params.max_tokens
         if total > limit or not self.scheduler.fits(total):
             raise ValueError(f"prompt of {len(prompt)} tokens and max_tokens {params.max_tokens}: expected at most {limit} "
@@ -263,7 +266,7 @@ class Engine:
         if output is not None:
             output.drafted, output.accepted = len(proposal.tokens), accepted
         if sequence.finish is None:
-            self._housekeep(sequence, bool(item.reads_prompt))
+            self._housekeep(sequence, item.reads_prompt)
         else:
             self._finish(sequence)
         return output

@@ -20,10 +20,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public way to change it later
 
 SHARES = 8
-# A step takes milliseconds; a peer that is silent for so long is gone.
-PEER_TIMEOUT_SECONDS = 60
+# Ranks load at their own pace, and some work is rank 0's alone; but a step takes milliseconds: a peer that is silent for so
+# long while requests are served is gone. (One that ends is noticed at once.)
+LOADING_SECONDS, PEER_TIMEOUT_SECONDS = 6 * 3600, 60
 
 
 class RankLost(RuntimeError):
@@ -76,6 +78,12 @@ class Ranks:
         if self.count > 1:
             self._guarded(dist.all_reduce, torch.zeros(1))
 
+    def settle(self, timeout_seconds: float = PEER_TIMEOUT_SECONDS) -> None:
+        """Waits until all ranks have come here; from now on a peer may be silent for so long, and no longer."""
+        self.barrier()
+        if self.count > 1:
+            _set_pg_timeout(timedelta(seconds=timeout_seconds))
+
     def abandon(self) -> None:
         """Closes the connections to the other ranks, so that those who wait for this one end at once, not after a timeout.
 
@@ -97,7 +105,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-def ranks_from_environment(timeout_seconds: float = PEER_TIMEOUT_SECONDS) -> Ranks:
+def ranks_from_environment() -> Ranks:
     """The ranks that torchrun started, or a single one when it did not. They talk over gloo; what lies on GPUs goes over NCCL
     if there is one for each rank.
 
@@ -111,7 +119,7 @@ def ranks_from_environment(timeout_seconds: float = PEER_TIMEOUT_SECONDS) -> Ran
         raise ValueError(f"{count} ranks, expected 1, 2, 4 or 8")
     if not dist.is_initialized():
         own = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", count))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if own else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own else "gloo", timeout=timedelta(seconds=LOADING_SECONDS))
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 

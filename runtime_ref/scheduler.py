@@ -23,15 +23,13 @@ ROWS = 8
 
 @dataclass
 class Work:
-    """`count` tokens of a sequence from `computed` on, and drafts after them (only when decoding)."""
+    """`count` tokens of a sequence from `computed` on: a piece of what is read (a prompt, or all of a sequence that comes back
+    after a preemption), or, decoding, the newest token and drafts after it."""
 
     sequence: Sequence
     count: int
     drafts: int = 0
-
-    @property
-    def reads_prompt(self) -> bool:
-        return self.count != 1 or not self.sequence.answered
+    reads_prompt: bool = True
 
     @property
     def completes(self) -> bool:
@@ -112,7 +110,7 @@ class Scheduler:
     def _divide(self) -> list[Work]:
         decoding = [s for s in self.running if s.answered and s.waiting_tokens == 1]
         reading = [s for s in self.running if not (s.answered and s.waiting_tokens == 1)]
-        work = [Work(s, 1, self._drafts(s)) for s in decoding]
+        work = [Work(s, 1, self._drafts(s), reads_prompt=False) for s in decoding]
         left = self.rows - sum(w.count + w.drafts for w in work)
         for i, sequence in enumerate(reading):
             share = max(ROWS, left // (len(reading) - i) // ROWS * ROWS)

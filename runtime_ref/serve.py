@@ -99,12 +99,14 @@ def load(options: argparse.Namespace, ranks, tokenizer):
         if shown:
             print(f"\rloading {done} of {of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
 
-    return Engine.from_folder(
+    engine = Engine.from_folder(
         options.folder, ranks=ranks, dtype=torch.float32 if options.dtype == "float32" else torch.bfloat16,
         backend=options.backend,
         drafter=not options.no_drafter, checksum=options.checksum, tokenizer=tokenizer, progress=progress,
         options=EngineOptions(max_context=options.max_context, max_running=options.max_running,
                               rows=max(256, 8 * options.max_running)))
+    ranks.settle()
+    return engine
 
 
 def serve(options: argparse.Namespace, ranks) -> int:

@@ -44,9 +44,11 @@ class Proposal:
 def propose(logits: torch.Tensor, params: SamplingParams, position: int, markov: MarkovHead | None = None,
             anchor: int = 0) -> Proposal:
     """Drafts from draft logits [n, V] for the positions after the anchor's `position`; `markov` if the drafter has one."""
-    if params.temperature == 0 or params.rule == "equality":
-        if markov is None:
-            return Proposal(logits.argmax(-1).tolist())
+    greedy = params.temperature == 0 or params.rule == "equality"
+    if greedy and markov is None:
+        return Proposal(logits.argmax(-1).tolist())
+    logits = logits.cpu()  # what is drawn, or depends on the token before, is chosen on the host
+    if greedy:
         if params.temperature == 0 and markov.candidates:
             return Proposal(markov.path(logits, anchor))
         return Proposal(markov.chain(logits, anchor, lambda row, i: int(row.argmax())))

@@ -30,7 +30,7 @@ def prompts():
 
 
 # What `test_ranks.py` asks for: the kernels, compiled for the CPU (tests/runtime_ref/conftest.py), or the default.
-BACKEND = "triton" if os.environ.get("FP4_TEST_KERNELS") == "1" else "auto"
+BACKEND = "triton" if os.environ.get("FP4_TEST_KERNELS") in ("1", "interpreted") else "auto"
 
 
 def same(folder, ranks, pipe, backend=BACKEND):
@@ -82,6 +82,22 @@ def fail(folder, ranks, pipe):
         raise
 
 
+def slow(folder, ranks, pipe):
+    """Rank 0 is late before the ranks have settled, which may take as long as it takes, and afterwards, which may not."""
+    if ranks.rank == 0:
+        time.sleep(4)
+    ranks.settle(timeout_seconds=2)
+    began = time.monotonic()
+    if ranks.rank == 0:
+        time.sleep(6)
+    try:
+        ranks.broadcast("late")
+    except RankLost:
+        if ranks.rank == 1:
+            os.write(pipe, (json.dumps({"waited": time.monotonic() - began}) + "\n").encode())
+        raise
+
+
 def child(job, folder, rank, count, port, pipe):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -113,5 +129,5 @@ def run(job, folder, count):
 if __name__ == "__main__":
     _, folder, name, *counts = sys.argv
     for count in map(int, counts):
-        codes, seconds = run({"same": same, "same-on-torch": same_on_torch, "die": die, "fail": fail}[name], folder, count)
+        codes, seconds = run({"same": same, "same-on-torch": same_on_torch, "die": die, "fail": fail, "slow": slow}[name], folder, count)
         print(json.dumps({"codes": codes, "seconds": round(seconds, 1)}), flush=True)

@@ -50,6 +50,14 @@ def test_a_dead_rank_ends_the_others_within_seconds_with_one_line(folder):
 
 
 @not_the_backends
+def test_ranks_wait_for_a_slow_one_until_all_have_loaded_and_no_longer(folder):
+    done = run_worker(folder, "slow", 2)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert 1 < lines[0]["waited"] < 5, done.stderr  # seconds; rank 0 is silent for 6
+    assert lines[-1]["codes"][1] == 1 and "does not answer" in done.stderr
+
+
+@not_the_backends
 def test_an_engine_that_fails_on_rank_0_ends_the_others_although_its_process_lives(folder):
     done = run_worker(folder, "fail", 4)
     lines = [json.loads(line) for line in done.stdout.splitlines()]

@@ -6,6 +6,7 @@ from runtime_ref.kv_cache import PAGE, KvCache, OutOfPages, Pool, extend_hashes
 from runtime_ref.sampler import SamplingParams
 from runtime_ref.sequence import Finish
 from runtime_ref.streaming import TextStream
+from tests.runtime_ref.conftest import KERNELS
 
 SHORT = SamplingParams(max_tokens=5, ignore_eos=True)
 
@@ -76,6 +77,23 @@ def test_a_long_prompt_does_not_stall_running_answers_nor_short_prompts(make_eng
         for i in outputs:
             seen.setdefault(i, number)
     assert seen[short] == 0 and long not in seen
+
+
+@pytest.mark.skipif(KERNELS, reason="the scheduler's alone: runs with the default backend")
+def test_a_sequence_that_comes_back_and_gets_one_row_emits_nothing_from_its_middle(make_engine, ids):
+    """Eight sequences share eight rows and too few pages of the window: whoever is read again may get a single row."""
+    prompts, long = [ids[20 * i:20 * i + 20] for i in range(8)], SamplingParams(max_tokens=100, ignore_eos=True)
+    engine = make_engine(drafter=False, rows=8, max_running=8, prefix_cache=False, pages={"full": 100, "window": 11})
+    plan, single = engine.scheduler.plan, []
+
+    def planned():
+        work = plan()
+        single.extend(w for w in work if w.count == 1 and w.sequence.answered and w.sequence.waiting_tokens > 1)
+        return work
+
+    engine.scheduler.plan = planned
+    assert engine.generate(prompts, long) == make_engine(drafter=False).generate(prompts, long)
+    assert single and engine.stats()["preemptions"] > 0
 
 
 def test_requests_beyond_the_limit_wait_in_order(make_engine, prompts):
