@@ -21,6 +21,7 @@ Greedy text of a small model loops and flatters everybody: `distinct_8gram` says
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import defaultdict
@@ -171,10 +172,10 @@ def _running_product(row: list[float]) -> list[float]:
     return out
 
 
-def distinct_8gram(answers: list[list[int]]) -> float:
-    """Share of different 8-grams within answers (nan if none has eight tokens)."""
+def distinct_8gram(answers: list[list[int]]) -> float | None:
+    """Share of different 8-grams within answers (None if none has eight tokens)."""
     grams = [tuple(a[i:i + 8]) for a in answers for i in range(len(a) - 7)]
-    return len(set(grams)) / len(grams) if grams else float("nan")
+    return len(set(grams)) / len(grams) if grams else None
 
 
 def groups(recipe: Recipe, target: Target) -> dict[tuple[str, str], list[list[int]]]:
@@ -272,6 +273,15 @@ def wall_clock(target: Target, drafter: DFlashDraftModel, texts: list[Text], max
             "same_text": same / len(texts), "prompts": len(texts), "threads": torch.get_num_threads()}
 
 
+def without_nan(value):
+    """A result as JSON can hold it: figures that are not finite are None."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def table(summary: dict):
     """rich table of `measure`'s result."""
     from rich.table import Table
@@ -286,5 +296,5 @@ def table(summary: dict):
             gain = summary["speedup"].get(domain, {}).get(kind)
             out.add_row(domain, {"task_t0": "task, T=0", "open_t1": "open, T=1"}[kind], f"{row['drafter']['length']:.2f}",
                         f"{low:.2f}-{high:.2f}", f"{row['lookup']['length']:.2f}", "-" if gain is None else f"{gain:.2f}x",
-                        f"{distinct:.0%}")
+                        "-" if distinct is None else f"{distinct:.0%}")
     return out

@@ -18,7 +18,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 
 from dflash_train.decoding import by_length, generate, in_batches
 from dflash_train.dialogues import Dialogue, prompt_ids, read_jsonl
-from dflash_train.target import Target, describe_target
+from dflash_train.target import Target, TargetFiles, describe_target, identity
 from qat.checkpoint import write_text
 from qat.data import expand
 from qat.report import ProgressBar, environment, git_revision
@@ -46,9 +46,12 @@ class Batch:
     prompts: list[int]
 
 
-def regenerated(recipe: Recipe, target: Target, folder: Path, *, accelerator=None,
+def regenerated(recipe: Recipe, target: TargetFiles, folder: Path, *, accelerator=None,
                 say: Callable[[str], None] = print) -> list[Dialogue]:
     """The answers that the recipe asks for, from disk if they are there, generated otherwise.
+
+    Args:
+        target: a `Target`, or, where `dflash.regenerate.endpoint` answers, its files alone.
 
     Raises:
         ValueError: no prompts, an unreadable prompt file, no prompt for a pass, prompts longer than a row.
@@ -61,20 +64,19 @@ def regenerated(recipe: Recipe, target: Target, folder: Path, *, accelerator=Non
     return [Dialogue(r["prompt_ids"], r["response_ids"]) for r in rows]
 
 
-def answer_file(recipe: Recipe, target: Target, folder: Path) -> Path:
+def answer_file(recipe: Recipe, target: TargetFiles, folder: Path) -> Path:
     """Where the answers of this recipe and target are or will be."""
     settings = recipe.dflash.regenerate
     if not settings.prompts:
         raise ValueError("dflash.regenerate.prompts: required (JSONL files of prompts), unless dflash.data names own dialogues")
-    facts = {"settings": settings.model_dump(exclude={"prompts", "endpoint"}), "target": target.fingerprint(),
-             "dtype": recipe.model.dtype, "seed": recipe.seed, "kind": recipe.dflash.target,
-             "room": recipe.dflash.sequence_length,
+    facts = {"settings": settings.model_dump(exclude={"prompts", "endpoint"}), "target": identity(target, recipe),
+             "seed": recipe.seed, "room": recipe.dflash.sequence_length,
              "prompts": [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in expand(settings.prompts, KEY)]}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     return folder / "data" / f"answers-{key}.jsonl"
 
 
-def generate_answers(recipe: Recipe, target: Target, path: Path, *, accelerator=None,
+def generate_answers(recipe: Recipe, target: TargetFiles, path: Path, *, accelerator=None,
                      say: Callable[[str], None] = print) -> None:
     """Writes `path` and its provenance; continues from what an interrupted run left."""
     settings = recipe.dflash.regenerate
@@ -86,7 +88,8 @@ def generate_answers(recipe: Recipe, target: Target, path: Path, *, accelerator=
     batches = plan_batches(recipe, rows, ids)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".rank{rank}.partial")
-    done = _finished(partial)
+    _cut(partial)
+    done = {number for part in _partials(path) for number, _ in _whole_batches(part)}
     mine = [b for b in batches if b.number % processes == rank]
     answers, room = sum(len(b.prompts) for b in batches), recipe.dflash.sequence_length - 2
     if too_long := sum(len(i) > room for i in ids):
@@ -110,8 +113,8 @@ def generate_answers(recipe: Recipe, target: Target, path: Path, *, accelerator=
     if accelerator:
         accelerator.wait_for_everyone()
     if rank == 0:
-        _merge(path, processes, {"target": describe_target(target, recipe), "settings": settings.model_dump(mode="json"),
-                                 "seed": recipe.seed, "git_revision": git_revision(), "environment": environment()})
+        _merge(path, {"target": describe_target(target, recipe), "settings": settings.model_dump(mode="json"),
+                      "seed": recipe.seed, "git_revision": git_revision(), "environment": environment()})
     if accelerator:
         accelerator.wait_for_everyone()
 
@@ -138,29 +141,40 @@ def plan_batches(recipe: Recipe, rows: list[dict], ids: list[list[int]]) -> list
     return batches
 
 
-def _finished(partial: Path) -> set[int]:
-    """Batches that are whole in a partial file, which is cut after the last of them."""
-    if not partial.is_file():
-        return set()
-    kept, pending, done = [], [], set()
+def _partials(path: Path) -> list[Path]:
+    """What processes have written so far, those of an earlier run included, which may have been more or fewer."""
+    return sorted(path.parent.glob(f"{path.stem}.rank*.partial"))
+
+
+def _whole_batches(partial: Path) -> Iterator[tuple[int, list[dict]]]:
+    """(number, lines) of the batches that are whole in a partial file, up to the place where its writer was killed."""
+    pending: list[dict] = []
     for line in partial.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            break
-        pending.append(line)
+            return
         if "finished" in row:
-            done.add(row["finished"])
-            kept, pending = kept + pending, []
-    write_text(partial, "".join(line + "\n" for line in kept))
-    return done
+            yield row["finished"], pending
+            pending = []
+        else:
+            pending.append(row)
 
 
-def _merge(path: Path, processes: int, facts: dict) -> None:
-    """All processes' lines in batch order, without the markers; provenance first, so that answers imply it."""
-    parts = [path.with_suffix(f".rank{rank}.partial") for rank in range(processes)]
-    lines = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
-    lines = sorted((line for line in lines if "finished" not in line), key=lambda line: line["batch"])
+def _cut(partial: Path) -> None:
+    """Cuts a partial file after its last whole batch, so that it can be written on."""
+    if partial.is_file():
+        kept = [line for number, lines in _whole_batches(partial) for line in [*lines, {"finished": number}]]
+        write_text(partial, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _merge(path: Path, facts: dict) -> None:
+    """One copy of every batch, in order, without the markers; provenance first, so that answers imply it."""
+    parts, batches = _partials(path), {}
+    for part in parts:
+        for number, rows in _whole_batches(part):
+            batches.setdefault(number, rows)
+    lines = [line for number in sorted(batches) for line in batches[number]]
     counts = {"answers": len(lines), "tokens": sum(len(r["response_ids"]) for r in lines),
               "ended": sum(r["ended"] for r in lines) / len(lines)}
     write_text(path.with_suffix(".json"), json.dumps(facts | counts, indent=1))
@@ -169,7 +183,7 @@ def _merge(path: Path, processes: int, facts: dict) -> None:
         part.unlink()
 
 
-def _line(row: dict, prompt: list[int], response: list[int], temperature: float, target: Target) -> dict:
+def _line(row: dict, prompt: list[int], response: list[int], temperature: float, target: TargetFiles) -> dict:
     kept = {k: row[k] for k in ("id", "domain", "kind") if k in row}
     return kept | {"prompt_ids": prompt, "response_ids": response, "temperature": temperature,
                    "ended": response[-1] in target.end_ids, "text": target.tokenizer.decode(response)}
@@ -187,7 +201,7 @@ def _answer(recipe: Recipe, target: Target, batch: Batch, prompts: list[list[int
     return generate(target, prompts, max_new_tokens=limit, temperature=temperature, generator=generator)
 
 
-def _ask(settings, target: Target, prompt: list[int], temperature: float, limit: int, seed: int) -> list[int]:
+def _ask(settings, target: TargetFiles, prompt: list[int], temperature: float, limit: int, seed: int) -> list[int]:
     """One answer from the endpoint, as tokens of the target's tokenizer."""
     url = settings.endpoint.rstrip("/") + "/completions"
     body = {"model": settings.endpoint_model or "default", "prompt": prompt, "temperature": temperature, "max_tokens": limit,

@@ -191,7 +191,7 @@ def verify(drafts: torch.Tensor, q: torch.Tensor, p: torch.Tensor, generator: to
     """
     for i, token in enumerate(drafts.tolist()):
         ratio = float(p[i, token] / q[i, token])
-        if ratio < 1 and float(torch.rand((), generator=generator)) >= ratio:
+        if ratio < 1 and float(torch.rand((), generator=generator, device=p.device)) >= ratio:
             rest = (p[i] - q[i]).clamp_min(0)
             rest = rest if float(rest.sum()) > 0 else p[i]
             return i, int(torch.multinomial(rest, 1, generator=generator))

@@ -32,22 +32,39 @@ class Dialogue:
 def read_jsonl(patterns: list[str], key: str) -> list[dict]:
     """Rows of JSONL files.
 
+    Lines end at "\\n" alone (JSON text may hold U+2028 and others at which str.splitlines cuts); empty ones and a byte order
+    mark are passed over.
+
     Raises:
-        ValueError: a pattern without a file, or a line that is not a JSON object; names recipe key, file and line.
+        ValueError: a pattern without a file, or a line that is not a JSON object in UTF-8; names recipe key, file and line.
     """
     rows = []
     for file in expand(patterns, key):
         if Path(file).suffix != ".jsonl":
             raise ValueError(f"{key}: {file}: expected a .jsonl file")
-        for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{key}: {file}:{number}: not valid JSON: {error.msg}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{key}: {file}:{number}: expected an object, found {type(row).__name__}")
-            rows.append(row | {"_where": f"{file}:{number}"})
+        with open(file, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                where = f"{file}:{number}"
+                if text := _text(line, f"{key}: {where}").strip():
+                    rows.append(_object(text, f"{key}: {where}") | {"_where": where})
     return rows
+
+
+def _text(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from None
+
+
+def _object(text: str, where: str) -> dict:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON: {error.msg}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+    return row
 
 
 def prompt_ids(row: dict, field: str, tokenizer, key: str) -> list[int]:

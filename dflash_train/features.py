@@ -10,7 +10,10 @@ than a hidden state): they are recomputed from the last hidden state.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +28,7 @@ from qat.checkpoint import write_text
 from qat.report import ProgressBar
 
 FILES = ("taps", "last")
-FORWARD_TOKENS = 8_192  # of one forward pass for the disk: larger ones need more memory and, on a CPU, up to 1.7 times the time
+FORWARD_TOKENS = 8_192  # of one forward pass: larger ones need more memory and, on a CPU, up to 1.7 times the time
 
 
 def run_dialogues(target: Target, token_lists: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,11 +47,15 @@ class OnlineFeatures:
     def of_rows(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [B, S, n * H] and last hidden states [B, S, H] of the packed rows `indices`; zeros where nothing is."""
         placed = [(b, *member) for b, r in enumerate(indices) for member in self.rows.members[r]]
-        taps, last = run_dialogues(self.target, [self.dialogues[i].tokens[:size] for _, i, _, size in placed])
-        length = self.rows.tokens.shape[1]
-        out = tuple(t.new_zeros(len(indices), length, t.shape[-1]) for t in (taps, last))
-        for source, (b, _, begin, size) in enumerate(placed):
-            out[0][b, begin:begin + size], out[1][b, begin:begin + size] = taps[source, :size], last[source, :size]
+        lengths, shape = [size for *_, size in placed], (len(indices), self.rows.tokens.shape[1])
+        out: tuple[torch.Tensor, ...] = ()
+        for batch in in_token_batches(by_length(lengths, int), lengths, len(lengths), FORWARD_TOKENS):
+            chosen = [placed[i] for i in sorted(batch)]
+            both = run_dialogues(self.target, [self.dialogues[i].tokens[:size] for _, i, _, size in chosen])
+            out = out or tuple(t.new_zeros(*shape, t.shape[-1]) for t in both)
+            for whole, part in zip(out, both, strict=True):
+                for source, (b, _, begin, size) in enumerate(chosen):
+                    whole[b, begin:begin + size] = part[source, :size]
         return out
 
 
@@ -95,13 +102,29 @@ def checksum(path: Path) -> int:
     return value
 
 
+def take_space(file: Path, size: int) -> None:
+    """An empty file of `size` bytes that the disk has room for: a map of one with holes ends the process (SIGBUS) when the disk
+    is full. Where the system or the disk cannot promise room, the file has holes.
+
+    Raises:
+        OSError: no room; it names the file.
+    """
+    with file.open("wb") as stream:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise OSError(error.errno, error.strerror, str(file)) from None
+
+
 def cached_features(target: Target, dialogues: list[Dialogue], rows: PackedRows, folder: Path, *, limit_gib: float,
                     batch_size: int, say: Callable[[str], None] = print) -> DiskFeatures:
     """The cache in `folder`, written first if it is not there.
 
     Raises:
         ValueError: it would be larger than `limit_gib` GiB (before anything is written); a damaged cache.
-        OSError: the disk is full.
+        OSError: the disk is full (before the target runs, where the system can tell).
     """
     if not (folder / "index.json").is_file():
         write_features(target, dialogues, rows, folder, limit_gib=limit_gib, batch_size=batch_size, say=say)
@@ -119,7 +142,13 @@ def write_features(target: Target, dialogues: list[Dialogue], rows: PackedRows, 
     folder.mkdir(parents=True, exist_ok=True)
     say(f"the target's features of {sum(lengths):,} tokens: {need / 2**30:.2f} GiB in {folder}")
     offsets = np.concatenate(([0], np.cumsum(lengths)))
-    maps = {n: np.memmap(folder / f"{n}.bf16", np.uint16, "w+", shape=(int(offsets[-1]), w)) for n, w in widths.items()}
+    try:
+        for name, width in widths.items():
+            take_space(folder / f"{name}.bf16", sum(lengths) * width * 2)
+    except OSError:
+        shutil.rmtree(folder)  # what was taken so far is given back
+        raise
+    maps = {n: np.memmap(folder / f"{n}.bf16", np.uint16, "r+", shape=(int(offsets[-1]), w)) for n, w in widths.items()}
     order = by_length(dialogues, lambda d: len(d.tokens))
     batches = list(in_token_batches(order, lengths, batch_size, FORWARD_TOKENS))
     bar = ProgressBar(len(batches), 0, enabled=True, every=max(1, len(batches) // 5), label="features")

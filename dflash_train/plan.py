@@ -2,8 +2,8 @@
 
 Exact from shapes: parameters, weights, masters' gradients and moments, features on disk. Estimated (and said so):
 activations, as the hidden states, head inputs and MLP inner states that autograd keeps for every block position and
-context position of a rank's rows. The target is counted as divided evenly over the ranks of the cluster that the recipe
-names, in the precision it is served in (experts MXFP4).
+context position of a rank's rows. The target is counted in `model.dtype`, as the job loads it, also where its experts lie on
+the MXFP4 grid: whole on every rank, or divided where the recipe plans a sharding (which the job does not do yet, and says so).
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ def run(recipe: Recipe) -> int:
     total = sum(plan.memory.values())
     if plan.available is not None and total > plan.available:
         largest = max(plan.memory, key=plan.memory.get)
+        advice = ("more ranks do not divide it" if largest.startswith("target, whole") else
+                  "use more ranks" if largest.startswith("target") else
+                  "use smaller dflash.batch_size, dflash.anchors or dflash.loss.chunk_anchors")
         raise ValueError(f"cluster.memory_gib: a rank needs {total / GIB:.1f} GiB and has {plan.available / GIB:.1f} usable; "
-                         f"the largest part is {largest} ({plan.memory[largest] / GIB:.1f} GiB): use more ranks, smaller "
-                         "dflash.batch_size, dflash.anchors or dflash.loss.chunk_anchors")
+                         f"the largest part is {largest} ({plan.memory[largest] / GIB:.1f} GiB): {advice}")
     return 0
 
 
@@ -79,10 +81,12 @@ def make_plan(recipe: Recipe) -> Plan:
     cluster, job = recipe.cluster, recipe.dflash
     ranks = cluster.nodes * cluster.accelerators_per_node if cluster else 1
     parameters = sum(sizes.values())
-    experts = sum(t.parameter.numel() for t in find_expert_tensors(model))
-    others = sum(p.numel() for p in model.parameters()) - experts
+    if job.target == "ptq":
+        find_expert_tensors(model)  # refuses a target without any, as the job does
+    target_bytes = sum(p.numel() for p in model.parameters()) * getattr(torch, recipe.model.dtype).itemsize
     moments = 4 * muon + 8 * (parameters - muon) if job.optimizer.name == "muon" else 8 * parameters
-    memory = {"target, divided (experts MXFP4, rest bf16)": int(experts * 17 / 32 + others * 2) // ranks,
+    divided = cluster is not None and cluster.sharding != "ddp"
+    memory = {f"target, {'divided' if divided else 'whole'} ({recipe.model.dtype})": target_bytes // (ranks if divided else 1),
               "drafter's weights (float32)": 4 * parameters, "gradients (float32)": 4 * parameters,
               f"moments ({job.optimizer.name})": moments,
               "activations (estimate)": _activation_bytes(recipe, config, len(taps)),
@@ -113,6 +117,9 @@ def _activation_bytes(recipe: Recipe, config, taps: int) -> int:
 
 def _notes(recipe: Recipe) -> list[str]:
     notes = []
+    if recipe.cluster is not None and recipe.cluster.sharding != "ddp":
+        notes.append(f"sharding {recipe.cluster.sharding} of the target is planned here; dflash_train/train.py itself loads it "
+                     "whole on every rank so far")
     if isinstance(recipe.drafter.mask_token, str) or recipe.drafter.mask_token is None:
         notes.append("drafter.mask_token is looked up in the tokenizer when the job starts")
     if recipe.dflash.features == "disk":

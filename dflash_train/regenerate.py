@@ -26,12 +26,13 @@ def main(argv: list[str]) -> int:
 
     def job(recipe: Recipe) -> int:
         from dflash_train import answers, trainer
-        from dflash_train.target import load_target
+        from dflash_train.target import load_target, target_files
         from qat.parallel import make_accelerator
 
         trainer.require_sections(recipe)
         accelerator = make_accelerator()
-        target = load_target(recipe, accelerator.device)
+        served = recipe.dflash.regenerate.endpoint is not None
+        target = target_files(recipe) if served else load_target(recipe, accelerator.device)
         folder = trainer.run_folder(recipe)
         answers.regenerated(recipe, target, folder, accelerator=accelerator, say=accelerator.print)
         accelerator.print(f"written: {answers.answer_file(recipe, target, folder)}")

@@ -18,23 +18,50 @@ from torch import nn
 
 from modeling.drafter import DFlashDraftModel, config_json, drafter_config, load_drafter
 from modeling.load import load_model, load_tokenizer
+from modeling.output_head import require_plain_head
 from mxfp4.fake_quant import fake_quantize_
 from qat.attach import find_expert_tensors
 from recipes.schema import Drafter, Recipe
 
 DEFAULT_TAPS = 5
+_WEIGHTS = ("*.safetensors", "*.bin")
+_SETTINGS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.json",
+             "merges.txt")
 
 
-class Target:
+class TargetFiles:
+    """What is known of a target without its weights: all that is needed where a server of it answers."""
+
+    def __init__(self, path: Path, tokenizer, end_ids: list[int], taps: list[int]):
+        self.path, self.tokenizer, self.end_ids, self.taps = path, tokenizer, end_ids, taps
+        if not end_ids:
+            raise ValueError(f"{path}: neither generation_config nor the tokenizer names a token that ends an answer")
+
+    def fingerprint(self) -> str:
+        """Identity of the files that decide what the target says: names and sizes; of weights evenly spaced samples, of
+        configuration, tokenizer and end tokens everything."""
+        digest = hashlib.sha256()
+        for patterns, samples in ((_WEIGHTS, 64), (_SETTINGS, 0)):
+            for file in sorted({f for pattern in patterns for f in self.path.glob(pattern) if f.is_file()}):
+                size = file.stat().st_size
+                digest.update(f"{file.name} {size}\n".encode())
+                with file.open("rb") as stream:
+                    for begin in range(0, size, max(1 << 16, size // samples if samples else 0)):
+                        stream.seek(begin)
+                        digest.update(stream.read(1 << 16))
+        return digest.hexdigest()[:16]
+
+
+class Target(TargetFiles):
     """A frozen causal language model, its tokenizer, and hooks that collect the outputs of the layers `taps`."""
 
     def __init__(self, model: nn.Module, tokenizer, taps: list[int], path: Path):
-        self.model, self.tokenizer, self.taps, self.path = model.eval().requires_grad_(False), tokenizer, taps, path
+        super().__init__(path, tokenizer, end_ids(getattr(model, "generation_config", None), tokenizer), taps)
+        self.model = model.eval().requires_grad_(False)
         self.base = model.base_model
         self.embed_tokens, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.hidden_size = self.embed_tokens.weight.shape[1]
         self.vocabulary = self.head.weight.shape[0]
-        self.end_ids = end_ids(model, tokenizer)
         self._caught: dict[int, torch.Tensor] = {}
         for layer in taps:
             self.base.layers[layer].register_forward_hook(lambda module, args, output, i=layer: self._catch(i, output))
@@ -54,22 +81,9 @@ class Target:
         last = self.base(input_ids=ids_BT, **kwargs).last_hidden_state
         return torch.cat([self._caught[layer] for layer in self.taps], dim=-1), last
 
-    def fingerprint(self) -> str:
-        """Identity of the weights on disk: config.json, and names, sizes and evenly spaced samples of the weight files."""
-        digest = hashlib.sha256()
-        for file in sorted([*self.path.glob("*.safetensors"), self.path / "config.json"]):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}\n".encode())
-            with file.open("rb") as stream:
-                for begin in range(0, size, max(1 << 16, size // 64)):
-                    stream.seek(begin)
-                    digest.update(stream.read(1 << 16))
-        return digest.hexdigest()[:16]
 
-
-def end_ids(model: nn.Module, tokenizer) -> list[int]:
-    """Tokens that end an answer."""
-    generation = getattr(model, "generation_config", None)
+def end_ids(generation, tokenizer) -> list[int]:
+    """Tokens that end an answer: those of the generation configuration (which may be None), else the tokenizer's."""
     ends = getattr(generation, "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
     return sorted({int(e) for e in (ends if isinstance(ends, (list, tuple)) else [ends]) if e is not None})
@@ -79,7 +93,7 @@ def target_folder(recipe: Recipe) -> Path:
     """Where the target's weights are.
 
     Raises:
-        ValueError: no such folder, with the command that makes it.
+        ValueError: no such folder, with the command that makes it; a name on the hub.
     """
     if recipe.dflash.target == "qat":
         folder = Path(recipe.output) / recipe.name / "qat" / "model"
@@ -89,14 +103,35 @@ def target_folder(recipe: Recipe) -> Path:
         return folder
     if recipe.model.path is None:
         raise ValueError("model.path: required to train a drafter (model.released serves --plan only)")
+    if not Path(recipe.model.path).is_dir():
+        raise ValueError(f"model.path: {recipe.model.path}: no such folder; a drafter's target is read from one, so fetch a "
+                         "model of the hub first (hf download NAME --local-dir FOLDER)")
     return Path(recipe.model.path)
+
+
+def target_files(recipe: Recipe) -> TargetFiles:
+    """The target that `dflash.target` names, without its weights.
+
+    Raises:
+        ValueError: as `load_target`, as far as it can be told without them.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    folder, trust = target_folder(recipe), recipe.model.trust_remote_code
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)  # it also makes mimo_v2 known to AutoConfig
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust)
+    generation = (GenerationConfig.from_pretrained(str(folder)) if (folder / "generation_config.json").is_file()
+                  else GenerationConfig.from_model_config(config))
+    taps = tapped_layers(recipe.drafter.target_layer_ids, config.get_text_config().num_hidden_layers)
+    return TargetFiles(folder, tokenizer, end_ids(generation, tokenizer), taps)
 
 
 def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:
     """The target that `dflash.target` names.
 
     Raises:
-        ValueError: no such folder; tapped layers that it does not have; a tokenizer without an end token.
+        ValueError: no such folder; tapped layers that it does not have; a tokenizer without an end token; a model whose
+            logits are not its head's (see `modeling.output_head`).
     """
     folder = target_folder(recipe)
     model = load_model(folder, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=recipe.model.trust_remote_code)
@@ -108,8 +143,7 @@ def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:
     layers = len(model.base_model.layers)
     taps = tapped_layers(recipe.drafter.target_layer_ids, layers)
     target = Target(model.to(device), tokenizer, taps, folder)
-    if not target.end_ids:
-        raise ValueError(f"{folder}: neither generation_config nor the tokenizer names a token that ends an answer")
+    require_plain_head(target.model)
     return target
 
 
@@ -213,8 +247,14 @@ def _earlier_drafter(folder: Path, wanted) -> DFlashDraftModel:
     return model
 
 
-def describe_target(target: Target, recipe: Recipe) -> dict:
-    """Facts for provenance: folder, kind, weights' fingerprint, tapped layers."""
+def identity(target: TargetFiles, recipe: Recipe) -> list:
+    """Everything that determines what the target says to given tokens: its files, the rounding of its experts, its dtype."""
+    rule = recipe.quantization.scale_rule if recipe.dflash.target == "ptq" else None
+    return [target.fingerprint(), recipe.dflash.target, rule, recipe.model.dtype]
+
+
+def describe_target(target: TargetFiles, recipe: Recipe) -> dict:
+    """Facts for provenance: folder, kind, fingerprint, tapped layers."""
     return {"folder": str(target.path), "kind": recipe.dflash.target, "dtype": recipe.model.dtype,
             "weights": target.fingerprint(), "taps": target.taps,
             "model_type": json.loads((target.path / "config.json").read_text())["model_type"]}

@@ -27,7 +27,7 @@ from dflash_train.dialogues import own_dialogues, pack
 from dflash_train.features import OnlineFeatures, cached_features
 from dflash_train.losses import draft_loss
 from dflash_train.optimizer import make_optimizer
-from dflash_train.target import describe_target, load_target, new_drafter
+from dflash_train.target import describe_target, identity, load_target, new_drafter
 from modeling.drafter import load_drafter, save_drafter
 from qat import checkpoint, report
 from qat.data import EpochOrder
@@ -96,6 +96,9 @@ class Trainer:
         report.require_wandb(recipe.tracking.wandb)
         newest = checkpoint_to_resume(self.folder, recipe, "dflash", self._say) if resume else None
         self.target = load_target(recipe, self.accelerator.device)
+        self.identity = identity(self.target, recipe)
+        if newest is not None:
+            self._require_same_target(newest)
         acceptance.groups(recipe, self.target)  # a mistake in what is measured at the end is told before hours of training
         self.drafter = new_drafter(recipe, self.target).to(self.accelerator.device).train()
         self._load_data()
@@ -114,6 +117,13 @@ class Trainer:
         self.metrics, self.drawn = None, time.monotonic()
         if self.main:
             self._open_records(newest is not None)
+
+    def _require_same_target(self, newest: Path) -> None:
+        """Raises ValueError if `newest` was trained on another target: a recipe says where it lies, not what it is."""
+        was = json.loads((newest / "complete.json").read_text(encoding="utf-8")).get("target")  # none in earlier versions'
+        if was is not None and was != self.identity:
+            raise ValueError(f"{newest}: trained on another target than {self.target.path} is now (fingerprint {was[0]}, now "
+                             f"{self.identity[0]}); restore it, or start a new run without --resume")
 
     def _set_earlier_aside(self) -> None:
         """Gives an earlier run another name, once this one is known to start; its answers and features stay in use."""
@@ -152,8 +162,7 @@ class Trainer:
         """Digest of what determines the features: target, tapped layers, dialogues and where they are cut."""
         import hashlib
 
-        facts = [self.target.fingerprint(), self.target.taps, self.recipe.dflash.target, self.recipe.model.dtype,
-                 self.settings.sequence_length, [d.tokens for d in self.dialogues]]
+        facts = [self.identity, self.target.taps, self.settings.sequence_length, [d.tokens for d in self.dialogues]]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
     def _open_records(self, resumed: bool) -> None:
@@ -279,7 +288,7 @@ class Trainer:
     def _save(self) -> None:
         checkpoint.save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state.step,
                                    recipe_yaml=dump_recipe(self.recipe), keep_last=self.settings.keep_last,
-                                   facts={"git_revision": report.git_revision()})
+                                   facts={"git_revision": report.git_revision(), "target": self.identity})
         if time.monotonic() - self.drawn > report.CURVES_SECONDS:
             self._draw()
 
@@ -309,7 +318,7 @@ class Trainer:
             "seconds": report.mean(r["seconds"] for r in train) * self.settings.steps,
             "measuring_seconds": time.perf_counter() - began, "environment": report.environment(),
         }
-        checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
+        checkpoint.write_text(self.folder / "summary.json", json.dumps(acceptance.without_nan(summary), indent=1))
         self._draw()
         figures.draw_acceptance(summary, self.folder / "acceptance.png", self.recipe.name)
         Console().print(acceptance.table(summary))

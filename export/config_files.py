@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,7 @@ def model_config(base: dict, layout: str, dtypes: dict[str, str]) -> dict:
         if config.get("model_type") in ("mimo_v2", "mimo_v2_flash"):
             config = flash_config(config)
         return config | {"quantization_config": quantization_config(layout, config, dtypes)}
-    split = not any(name.endswith("self_attn.qkv_proj.weight") for name in dtypes)
+    split = not any(re.fullmatch(r"model\.layers\.\d+\.self_attn\.qkv_proj\.weight", name) for name in dtypes)  # not MTP's
     config |= {"model_type": "mimo_v2", "architectures": ["MiMoV2ForCausalLM"], "auto_map": AUTO_MAP,
                "attention_projection_layout": "split" if split else "fused_qkv"}
     for key in ("sliding_window_size", "attention_chunk_size"):
@@ -67,7 +68,10 @@ def quantization_config(layout: str, config: dict, dtypes: dict[str, str]) -> di
 
 
 def ignored_layers(config: dict, dtypes: dict[str, str]) -> list[str]:
-    """Linear layers that are not FP8, by module path, in the decoder's order."""
+    """Linear layers that are not FP8, by module path, in the decoder's order; then those of MTP layers.
+
+    MTP layers go by two names: `model.decoder` for all of them (SGLang, and the published list), or each as its tensors (vLLM).
+    """
     names = [f"model.layers.{i}.self_attn.o_proj" for i in range(config["num_hidden_layers"])]
     for i in range(config["num_hidden_layers"]):
         attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
@@ -76,7 +80,13 @@ def ignored_layers(config: dict, dtypes: dict[str, str]) -> list[str]:
             names += [f"{attention}.{part}_proj" for part in ("q", "k", "v", "qkv")]
         if dtypes.get(f"{mlp}.gate_proj.weight", "F8_E4M3") != "F8_E4M3":
             names += [f"{mlp}.{part}_proj" for part in ("gate", "up", "gate_up", "down")]
-    return [*names, "model.decoder.self_attn.o_proj"]
+    plain = dict.fromkeys([*names, "model.decoder.self_attn.o_proj"])
+    for name in sorted(n for n, dtype in dtypes.items() if n.startswith("model.mtp.layers.") and dtype != "F8_E4M3"):
+        match = re.fullmatch(r"(model\.mtp\.layers\.\d+)\.(self_attn|mlp)\.(qkv|[qkv]|gate|up|down)_proj\.weight", name)
+        if match:
+            parts = ("q", "k", "v", "qkv", "o") if match[2] == "self_attn" else ("gate", "up", "gate_up", "down")
+            plain |= dict.fromkeys(f"{home}.{match[2]}.{part}_proj" for home in ("model.decoder", match[1]) for part in parts)
+    return list(plain)
 
 
 def flash_config(config: dict) -> dict:
@@ -153,9 +163,17 @@ def sha256(path: Path) -> str:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """All files of a checkpoint but the checksums, as relative paths, sorted."""
-    return sorted(p.relative_to(folder) for p in folder.rglob("*")
-                  if p.is_file() and p.name != CHECKSUMS and "__pycache__" not in p.parts)
+    """All files of a checkpoint but the checksums, as relative paths, sorted.
+
+    Hidden ones are not part of it: hubs and their clients add .gitattributes and .cache/.
+    """
+    paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    return [p for p in paths if not any(part.startswith(".") or part == "__pycache__" for part in p.parts)]
+
+
+def internal(path: Path) -> bool:
+    """Files of a running export that are not part of the checkpoint."""
+    return path.name == "plan.json" or path.suffix == ".sums"
 
 
 def write_checksums(folder: Path, sums: dict[str, str], *, skip: Callable[[Path], bool] = lambda path: False) -> None:

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from export.layouts import Unit
 from export.shards import index_json, plan_shards, tensor_bytes, write_shard
-from export.sources import open_source, read_json
+from export.sources import Source, open_source, read_json, refuse_pointer
+from export.tensor_checks import DAMAGE, first_line
 from modeling.names import PublishedTensor
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -62,12 +63,28 @@ def open_drafter(folder: Path, target_config) -> TrainedDrafter | None:
     config = read_json(folder / "config.json")
     if not (folder / MASK).is_file():
         raise ValueError(f"{folder}: {MASK} is missing: without it nearly every draft is rejected")
-    mask = torch.load(folder / MASK, weights_only=True)
-    drafter = TrainedDrafter(folder, config, mask["mask_token_id"], mask["embedding"].to(torch.bfloat16))
+    refuse_pointer(folder / MASK)
+    try:
+        mask = torch.load(folder / MASK, weights_only=True)
+        mask = {"mask_token_id": mask["mask_token_id"], "embedding": mask["embedding"].to(torch.bfloat16)}
+    except DAMAGE as error:
+        raise ValueError(f"{folder / MASK}: {first_line(error)}; expected a torch file of mask_token_id and "
+                         "embedding") from None
+    drafter = TrainedDrafter(folder, config, mask["mask_token_id"], mask["embedding"])
     faults = drafter_faults(config, target_config, drafter.mask_token_id, drafter.embedding)
     if faults:
         raise ValueError(f"{folder}: {faults[0]}")
+    _weights(drafter)  # before the target is written
     return drafter
+
+
+def _weights(drafter: TrainedDrafter) -> tuple[Source, dict[str, tuple[tuple[int, ...], str]]]:
+    """(The drafter's tensors, what they must be); ValueError for one that is missing or unknown."""
+    source, expected = open_source(drafter.folder), expected_tensors(drafter.config)
+    missing, extra = sorted(expected.keys() - source.infos.keys()), sorted(source.infos.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(f"{drafter.folder}: drafter tensors missing {missing or 'none'}, unexpected {extra or 'none'}")
+    return source, expected
 
 
 def drafter_faults(config: dict, target, mask_token_id: int, embedding: torch.Tensor) -> list[str]:
@@ -172,10 +189,7 @@ def write_drafter(drafter: TrainedDrafter, out: Path, shard_bytes: int) -> dict[
         ValueError: a tensor that is missing, unknown or of another shape.
     """
     out.mkdir(parents=True, exist_ok=True)
-    source, expected = open_source(drafter.folder), expected_tensors(drafter.config)
-    missing, extra = sorted(expected.keys() - source.infos.keys()), sorted(source.infos.keys() - expected.keys())
-    if missing or extra:
-        raise ValueError(f"{drafter.folder}: drafter tensors missing {missing or 'none'}, unexpected {extra or 'none'}")
+    source, expected = _weights(drafter)
     units = [Unit((PublishedTensor(n, shape, dtype),), lambda n=n: [source.read(n).to(torch.bfloat16)])
              for n, (shape, dtype) in expected.items()]
     shards = plan_shards(units, shard_bytes, STEM)

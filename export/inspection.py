@@ -8,7 +8,7 @@ that one run names all of them. Where a file is too broken to go on, that is a f
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,10 +45,14 @@ REFERENCE_ERROR = 1e-3
 
 
 class Checkpoint:
-    """An exported folder under inspection; `findings` grows as checks run."""
+    """An exported folder under inspection; `findings` grows as checks run.
 
-    def __init__(self, folder: Path, against: Path | None = None):
-        self.folder, self.against, self.threads = folder, against, usable_cores()
+    Args:
+        against: trained weights that it must equal. skip: files that may be there without being part of it.
+    """
+
+    def __init__(self, folder: Path, against: Path | None = None, *, skip: Callable[[Path], bool] = lambda path: False):
+        self.folder, self.against, self.skip, self.threads = folder, against, skip, usable_cores()
         self.findings: list[str] = []
         self.hashed: set[str] = set()
         self.hashes: dict[str, Future] = {}
@@ -125,7 +129,7 @@ class Checkpoint:
         if not self.file_sums:
             self.add(f"{CHECKSUMS}: missing or empty")
             return
-        present = {p.as_posix() for p in checkpoint_files(self.folder)}
+        present = {p.as_posix() for p in checkpoint_files(self.folder) if not self.skip(p)}
         for name in sorted(self.file_sums.keys() - present):
             self.add(f"{name}: missing, but listed in {CHECKSUMS}")
         for name in sorted(present - self.file_sums.keys()):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
+from export.layouts import plain_dtype
 from modeling.names import fused_name, published_tensors
 from mxfp4.format import BLOCK_SIZE, E8M0_BIAS, E8M0_NAN, MAX_SCALE_EXPONENT
 
@@ -42,18 +43,26 @@ def layout_of(config: dict) -> str:
 
 
 def configuration(config: dict):
-    """The configuration object of a config.json (MiMoV2Config for model_type mimo_v2).
+    """The configuration object of a config.json.
+
+    MiMoV2Config for model_type mimo_v2 and for a released V2-Flash; folders that transformers' own class for V2-Flash reads
+    have no `hybrid_layer_pattern` and stay with it.
 
     Raises:
-        ValueError: a geometry that cannot be.
+        ValueError: a model type that transformers does not know, or a geometry that cannot be.
     """
     from transformers import CONFIG_MAPPING
 
     from modeling.configuration_mimo_v2 import MiMoV2Config
 
+    kind = config.get("model_type")
     drop = ("quantization_config", "model_type", "dtype", "torch_dtype", "auto_map", "transformers_version")
-    kind = MiMoV2Config if config.get("model_type") == "mimo_v2" else CONFIG_MAPPING[config.get("model_type")]
-    return kind.from_dict({k: v for k, v in config.items() if k not in drop})
+    keys = {k: v for k, v in config.items() if k not in drop}
+    if kind == "mimo_v2" or kind == "mimo_v2_flash" and "hybrid_layer_pattern" in config:
+        return MiMoV2Config.from_dict(keys)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type {kind!r}: transformers does not know it, expected mimo_v2, qwen3_moe or gpt_oss")
+    return CONFIG_MAPPING[kind].from_dict(keys)
 
 
 def expected_inventory(layout: str, config: dict, settings) -> Expected:
@@ -87,7 +96,7 @@ def _inventory_by_transformers(layout: str, settings) -> Expected:
         fused = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)", name)
         if not fused:
             expected[name.replace("self_attn.sinks", "self_attn.attention_sink_bias" if layout != "gpt-oss"
-                                  else "self_attn.sinks")] = (tuple(value.shape), {"BF16", "F32"})
+                                  else "self_attn.sinks")] = (tuple(value.shape), {plain_dtype(name)})
             continue
         experts, a, b = value.shape
         if layout == "gpt-oss":

@@ -12,6 +12,7 @@ A killed export is continued if the fingerprint is the same: complete files stay
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -24,10 +25,11 @@ from pathlib import Path
 import torch
 
 from export import config_files, drafter_files, model_card
-from export.config_files import write_bytes, write_json
+from export.config_files import internal, write_bytes, write_json
+from export.inventory import configuration
 from export.layouts import Weights, units_of
 from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
-from export.sources import open_source, read_json
+from export.sources import local_folder, open_source, read_json
 from modeling.names import fused_name
 from qat.checkpoint import complete_checkpoints, disk_errors
 from recipes.load import dump_recipe
@@ -82,14 +84,14 @@ class Export:
         recipe, request = self.recipe, self.request
         self.trained_folder = request.base or request.weights or trained_weights(self.run_folder / "qat")
         trained = open_source(self.trained_folder)
-        base_folder = request.base or Path(recipe.model.path or self.trained_folder)
+        base_folder = request.base or (local_folder(recipe.model.path) if recipe.model.path else self.trained_folder)
         base = trained if base_folder == self.trained_folder else open_source(base_folder)
         self.homes = [f for f in dict.fromkeys((self.trained_folder, base_folder)) if f.is_dir()]
         described = next((f for f in self.homes if (f / "config.json").is_file()), None)
         if described is None:
             raise ValueError(f"{base_folder}: no config.json there, nor in {self.trained_folder}")
         self.config = read_json(described / "config.json")
-        self.weights = Weights(trained, base, source_configuration(self.config), on_grid=not self.rounded,
+        self.weights = Weights(trained, base, configuration(self.config), on_grid=not self.rounded,
                                scale_rule=recipe.quantization.scale_rule, changed=recipe.qat.train == "all")
 
     @property
@@ -136,10 +138,6 @@ class Export:
         try:
             for shard in own:
                 write_shard(shard, self.partial, written)
-        except (ValueError, OSError) as error:
-            if self.request.rank:  # only process 0 has its mistakes printed by the command line
-                print(f"error: writer {self.request.rank} of {self.request.world}: {error}", file=sys.stderr)
-            raise
         finally:
             progress.close()
 
@@ -169,16 +167,15 @@ class Export:
         write_bytes(out / "resolved.yaml", text.encode())
         write_json(out / "export.json", self.manifest())
         write_bytes(out / "README.md", model_card.card(self.facts(config)).encode())
-        for leftover in (*out.glob("*.sums"), *out.glob("*.tmp")):
-            if leftover.suffix != ".sums":
-                leftover.unlink()
-        config_files.write_checksums(out, sums, skip=_internal)
+        for leftover in out.glob("*.tmp"):
+            leftover.unlink()
+        config_files.write_checksums(out, sums, skip=internal)
 
     def manifest(self) -> dict:
         """export.json: what a verifier must know and config.json does not say."""
         facts = {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule,
                  "dense": self.recipe.export.dense, "drafter": self.drafter is not None, "format": 1}
-        trained = self.measured("dflash") if self.drafter is not None else None
+        trained = self.drafter_summary
         # What a runtime must reach with this drafter (contract C7).
         return facts | ({"acceptance": trained["acceptance"]} if trained and "acceptance" in trained else {})
 
@@ -194,7 +191,7 @@ class Export:
             scale_rule=self.weights.scale_rule, rounded=self.rounded, dense_rounded=self.recipe.export.dense == "fp8",
             expert_matrices=sum(fused_name(n) is not None for n in matrices) or self._fused_matrices(),
             bytes_by_dtype=sizes, block_size=special.get("block_size"),
-            qat=self.measured("qat"), drafter=self.measured("dflash"),
+            qat=self.measured("qat"), drafter=self.drafter_summary,
             config=config | {"drafter_window": special.get("swa_window_size")})
 
     def measured(self, job: str) -> dict | None:
@@ -203,6 +200,17 @@ class Export:
         path = self.run_folder / job / "summary.json"
         return read_json(path) if own and path.is_file() else None
 
+    @functools.cached_property
+    def drafter_summary(self) -> dict | None:
+        """What was measured with the drafter, if it was with the weights that are exported; otherwise None, and a line."""
+        summary = self.measured("dflash") if self.drafter is not None else None
+        reason = other_target(summary, self.measured("qat") or {}) if summary is not None else None
+        if reason is None:
+            return summary
+        print(f"warning: {self.run_folder / 'dflash' / 'summary.json'}: {reason} of {self.trained_folder}; its numbers are "
+              "left out of card and export.json", file=sys.stderr, flush=True)
+        return None
+
     def _fused_matrices(self) -> int:
         return sum(t.shape[0] for s in self.shards for t in s.tensors if t.name.endswith("_blocks"))
 
@@ -210,30 +218,38 @@ class Export:
         """Findings of the inspection of the partial folder, against the weights it was made from."""
         from export.inspection import Checkpoint
 
-        for leftover in self.partial.glob("*.sums"):
-            leftover.unlink()
-        plan = self.partial / "plan.json"
-        aside = self.partial.with_name(self.partial.name + ".plan")
-        os.replace(plan, aside)
-        try:
-            return Checkpoint(self.partial, self.trained_folder).run()
-        finally:
-            os.replace(aside, plan)
+        return Checkpoint(self.partial, self.trained_folder, skip=internal).run()
+
+    def close(self) -> None:
+        """Removes what an interrupted export is continued by: the folder is whole, or to be written anew."""
+        for path in (self.partial / "plan.json", *self.partial.glob("*.sums")):
+            path.unlink()
 
     def rename(self) -> Path | None:
         """Gives the folder its name; returns where an earlier one was set aside, if there was one."""
-        (self.partial / "plan.json").unlink()
         aside = None
         if self.out.exists():
             aside = next(p for n in range(1, 10_000) if not (p := self.out.with_name(f"{self.out.name}.{n}")).exists())
             self.out.rename(aside)
+        self.close()
         self.partial.rename(self.out)
         return aside
 
 
-def _internal(path: Path) -> bool:
-    """Files of a running export that are not part of the checkpoint."""
-    return path.name == "plan.json" or path.suffix == ".sums"
+def other_target(drafter: dict, qat: dict) -> str | None:
+    """How the weights that a drafter was measured with differ from the result of the run's QAT; None if nothing says so.
+
+    Told by the two summaries: by `dflash.target`, and by their dates (a drafter's numbers are younger than its target), which
+    a copied folder keeps. The drafter's fingerprint of its target is named, but only its own job knows how to make one.
+    """
+    target = drafter.get("target") or {}
+    measured, trained = (summary.get("environment", {}).get("date") for summary in (drafter, qat))
+    name = f"measured with the weights {target.get('weights')} of dflash.target={target.get('kind')}"
+    if target.get("kind") != "qat":
+        return f"{name}, not with those"
+    if measured and trained and measured < trained:
+        return f"{name} before {measured}, not with the later ones ({trained})"
+    return None
 
 
 def trained_weights(folder: Path) -> Path:
@@ -249,26 +265,6 @@ def trained_weights(folder: Path) -> Path:
         raise ValueError(f"{folder}: neither model/ nor a complete checkpoint; run qat/train.py first, or round a base "
                          "checkpoint with --from FOLDER")
     return checkpoints[-1]
-
-
-def source_configuration(config: dict):
-    """Configuration object of the weights to export.
-
-    Raises:
-        ValueError: a model type that transformers does not know, or a geometry that cannot be.
-    """
-    from transformers import CONFIG_MAPPING
-
-    from modeling.configuration_mimo_v2 import MiMoV2Config
-
-    kind = config.get("model_type")
-    drop = ("quantization_config", "model_type", "dtype", "torch_dtype", "auto_map", "transformers_version")
-    keys = {k: v for k, v in config.items() if k not in drop}
-    if kind == "mimo_v2" or kind == "mimo_v2_flash" and "hybrid_layer_pattern" in config:
-        return MiMoV2Config.from_dict(keys)
-    if kind not in CONFIG_MAPPING:
-        raise ValueError(f"model_type {kind!r}: transformers does not know it, expected mimo_v2, qwen3_moe or gpt_oss")
-    return CONFIG_MAPPING[kind].from_dict(keys)
 
 
 def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:
@@ -295,9 +291,10 @@ def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:
         export.finish()
     findings = export.verify()
     if findings:
+        export.close()  # a file that is damaged on the disk would be taken for written
         for finding in findings[:50]:
             print(f"FOUND  {finding}")
-        print(f"{export.partial}: {len(findings)} findings; not renamed to {export.out}")
+        print(f"{export.partial}: {len(findings)} findings; not renamed to {export.out}; the same command writes it anew")
         return 1
     aside = export.rename()
     if aside is not None:

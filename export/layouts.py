@@ -73,7 +73,7 @@ def codes_of(weights: Weights, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     if w.dtype == torch.uint8:  # already packed
         return w, weights.trained.read(name + "_scale")
     if w.dtype == torch.float8_e4m3fn:
-        w = dequantize_fp8(name, w, weights.trained.read(name + "_scale_inv"), weights.config).to(torch.bfloat16)
+        w = multiplied_out(weights, name, w, weights.trained).to(torch.bfloat16)
     return encode(name, w, on_grid=weights.on_grid, scale_rule=weights.scale_rule)
 
 
@@ -137,8 +137,22 @@ def plain(weights: Weights, name: str, dtype: torch.dtype) -> torch.Tensor:
     """A tensor other than an expert as training sees it: FP8 is multiplied out."""
     tensor = weights.trained.read(name)
     if tensor.dtype == torch.float8_e4m3fn:
-        tensor = dequantize_fp8(name, tensor, weights.trained.read(name + "_scale_inv"), weights.config)
+        tensor = multiplied_out(weights, name, tensor, weights.trained)
     return tensor.to(dtype)
+
+
+def multiplied_out(weights: Weights, name: str, codes: torch.Tensor, source: Source) -> torch.Tensor:
+    """An FP8 matrix in float32.
+
+    Only MiMo-V2 has scale grids that restart within a matrix; `dequantize_fp8` knows those matrices by name.
+    """
+    grid = name if hasattr(weights.config, "hybrid_layer_pattern") else name.removesuffix(".weight")
+    return dequantize_fp8(grid, codes, source.read(name + "_scale_inv"), weights.config)
+
+
+def plain_dtype(name: str) -> str:
+    """Of everything that is neither packed nor FP8 and has no precision of its own in the base: what config.json says."""
+    return "F32" if name.endswith("e_score_correction_bias") else "BF16"
 
 
 def kept(weights: Weights, name: str) -> torch.Tensor:
@@ -149,7 +163,7 @@ def kept(weights: Weights, name: str) -> torch.Tensor:
     trained = weights.trained.read(name)
     seen = own
     if own.dtype == torch.float8_e4m3fn:
-        seen = dequantize_fp8(name, own, weights.base.read(name + "_scale_inv"), weights.config)
+        seen = multiplied_out(weights, name, own, weights.base)
     if not torch.equal(seen.to(trained.dtype), trained):
         raise ValueError(f"{name}: differs from {weights.base.folder}, although only experts were trained; is model.path the "
                          "checkpoint that training started from?")
@@ -194,6 +208,8 @@ def native_units(weights: Weights, dense: str) -> Iterator[Unit]:
         if name not in trained:
             raise ValueError(f"{weights.trained.folder}: tensor {name} is missing")
         held, matrix = base.get(name, trained[name])[1], _dense_matrix(name)
+        if held == "F32" and not name.endswith("mlp.gate.weight"):  # a router may be float32, the rest is so by chance
+            held = plain_dtype(name)
         if held == trained[name][1] and not (matrix and (dense == "fp8" or "qkv_proj" in name) and held != "F8_E4M3"):
             yield copy_unit(weights, name, weights.trained)  # one precision: nothing to choose
         elif not weights.changed and held in ("F8_E4M3", "F32"):
@@ -248,9 +264,7 @@ def relabelled_units(weights: Weights, layout: str) -> Iterator[Unit]:
         elif "qkv_proj" in name:
             yield _split_unit(weights, name)
         else:
-            held = weights.trained.infos[name][1]
-            yield _cast_unit(weights, name, "F32" if name.endswith("e_score_correction_bias") else
-                             "BF16" if held.startswith("F8") else held)
+            yield _cast_unit(weights, name, plain_dtype(name))
 
 
 def _published_shapes(weights: Weights) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -271,9 +285,9 @@ def _published_shapes(weights: Weights) -> Iterator[tuple[str, tuple[int, ...]]]
 
 def gpt_oss_units(weights: Weights) -> Iterator[Unit]:
     """Units of the gpt-oss layout: fused experts [E, in, out] become blocks along `in`; biases and the rest are copied."""
-    for name, (shape, _) in weights.trained.infos.items():
+    for name, (shape, dtype) in weights.trained.infos.items():
         if not re.search(r"\.mlp\.experts\.(gate_up_proj|down_proj)$", name):
-            yield copy_unit(weights, name, weights.trained)
+            yield _cast_unit(weights, name, "BF16") if dtype == "F32" else copy_unit(weights, name, weights.trained)
             continue
         experts, inner, outer = shape
         if inner % BLOCK_SIZE:

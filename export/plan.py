@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from export.config_files import REMOTE_CODE
+from export.inventory import configuration
 from export.layouts import Unit, Weights, refuse_geometry, units_of
 from export.shards import Shard, plan_shards, tensor_bytes
-from export.sources import DTYPE_NAMES, Source, open_source, read_json
+from export.sources import DTYPE_NAMES, Source, local_folder, open_source, read_json
 from modeling.names import published_tensors
 from recipes.schema import Recipe
 
@@ -105,16 +106,18 @@ def working_bytes(unit: Unit) -> int:
 
 def _geometry(recipe: Recipe, folder: Path | None) -> tuple[object, str, Source]:
     """(configuration, where it comes from, the shapes)."""
-    from export.job import source_configuration
     from modeling.configuration_mimo_v2 import MiMoV2Config
     from modeling.released import MTP_LAYERS, OTHER_RELEASES, released_config
 
-    path = folder or (Path(recipe.model.path) if recipe.model.path else None)
+    own = recipe.model.path
+    # With another folder, or a published geometry to fall back on, the base need not be here.
+    base = Path(own) if own and (folder or recipe.model.released) else local_folder(own) if own else None
+    path = folder or base
     if folder is not None and not folder.is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
-    home = next((p for p in (path, recipe.model.path) if p and (Path(p) / "config.json").is_file()), None)
+    home = next((p for p in (path, base) if p and (p / "config.json").is_file()), None)
     if path is not None and home is not None:
-        config = source_configuration(read_json(Path(home) / "config.json"))
+        config = configuration(read_json(home / "config.json"))
         refuse_geometry(recipe.export.layout, config, recipe.export.dense)
         if any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
             return config, str(path), open_source(path)

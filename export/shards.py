@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from export.config_files import write_bytes
 from export.layouts import Unit
 from export.sources import DTYPE_NAMES, DTYPES
 from modeling.names import PublishedTensor
@@ -110,7 +111,7 @@ def write_shard(shard: Shard, folder: Path, progress: Callable[[int], None] = la
     partial = final.with_name(final.name + ".partial")
     try:
         sums = _fill(shard, partial, progress)
-        write_aside(sums_path, json.dumps(sums))
+        write_bytes(sums_path, json.dumps(sums).encode())
         os.replace(partial, final)
     except OSError as error:
         partial.unlink(missing_ok=True)  # half a file is of no use, and its bytes may be what the disk lacks
@@ -155,13 +156,6 @@ def _raw(spec: PublishedTensor, tensor: torch.Tensor) -> memoryview:
         raise ValueError(f"{spec.name}: {DTYPE_NAMES.get(tensor.dtype)} {list(tensor.shape)}, expected "
                          f"{spec.dtype} {list(spec.shape)}")
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Writes a small text file under a temporary name and renames it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 class ByteProgress:

@@ -14,6 +14,8 @@ read from one source.
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import threading
 from pathlib import Path
 from typing import BinaryIO
@@ -21,10 +23,12 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from modeling.load import weight_map
 from modeling.names import fused_name
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
           "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -133,6 +137,7 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
     """name -> (shape, dtype, first byte in the file) of a whole safetensors file."""
     if not path.is_file():
         raise ValueError(f"{path.parent}: shard {path.name} is missing")
+    refuse_pointer(path)
     try:
         with safe_open(str(path), framework="pt") as file:  # checks that header and length agree
             names = set(file.keys())
@@ -153,9 +158,10 @@ class TorchSource(Source):
     def __init__(self, folder: Path, files: list[str]):
         self._tensors: dict[str, torch.Tensor] = {}
         for file in files:
+            refuse_pointer(folder / file)
             try:
                 state = torch.load(folder / file, map_location="cpu", mmap=True, weights_only=True)
-            except (RuntimeError, OSError, EOFError) as error:
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
                 raise ValueError(f"{folder / file}: not a whole torch file: {str(error).splitlines()[0]}") from None
             self._tensors |= {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
         super().__init__(folder, {n: (tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in self._tensors.items()})
@@ -211,7 +217,8 @@ def open_source(folder: str | Path) -> Source:
     for stem, suffix, kind in (("model", "safetensors", SafetensorsSource), ("pytorch_model", "bin", TorchSource)):
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if index.is_file():
-            return kind(folder, sorted(set(read_json(index)["weight_map"].values())))
+            refuse_pointer(index)
+            return kind(folder, sorted(set(weight_map(index).values())))
         if single.is_file():
             return kind(folder, [single.name])
     for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
@@ -226,6 +233,24 @@ def open_source(folder: str | Path) -> Source:
                      "torch.distributed.checkpoint or shards of DeepSpeed ZeRO)")
 
 
+def local_folder(name: str) -> Path:
+    """The folder of that name or, of a hub name, the one that the hub's client has in its cache; nobody is asked.
+
+    Raises:
+        ValueError: a hub name that is not in the cache, with what to do. (A folder that is missing is said where it is opened.)
+    """
+    if Path(name).is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, HFValidationError):
+        raise ValueError(f"model.path: {name}: no such checkpoint folder, and no such hub name in the local cache; expected a "
+                         f"folder (hf download {name} --local-dir DIR, then model.path=DIR)") from None
+
+
 def read_expert(source: Source, name: str) -> torch.Tensor:
     """The matrix of one expert by its published name, whether the source holds it alone or within a fused tensor."""
     if name in source.infos:
@@ -238,10 +263,19 @@ def read_expert(source: Source, name: str) -> torch.Tensor:
     return source.read_rows(fused, expert, half)
 
 
+def refuse_pointer(path: Path) -> None:
+    """ValueError if the file is what git leaves of a large file that was not fetched: three lines that name it."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(f"{path}: a Git LFS pointer, expected the file itself (git lfs pull fetches it)")
+
+
 def read_json(path: Path) -> dict:
     """ValueError with file and line if it is missing or no JSON object."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -8,23 +8,27 @@
     --plan               tensors, bytes, files and memory, without weights
     --push REPO          afterwards upload the verified folder to a hub repository; nothing leaves the machine without it
 
-Exit code: 0 done and verified; 2 a mistake in arguments, recipe or input files; 1 the result did not verify, or the job broke.
+Exit code: 0 done and verified; 2 a mistake in arguments, recipe or input files; 1 the result did not verify, or the job broke;
+130 interrupted.
 """
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 # Launched by path, Python puts this script's folder first on sys.path, where export/'s files would shadow real packages.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.command import run_command
+from recipes.schema import Export as ExportSection
 from recipes.schema import Recipe
 
 PARENT = "FP4_EXPORT_PARENT"  # set for the writers that an export starts itself
-LAYOUTS = ("native", "hf-fp8", "compressed-tensors", "gpt-oss")
+LAYOUTS = get_args(ExportSection.model_fields["layout"].annotation)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -62,7 +66,12 @@ def main(argv: list[str]) -> int:
             return plan.run(recipe, args.base or args.weights)
         return _export(recipe, args, argv)
 
-    return run_command(args.recipe, args.overrides, job)
+    try:
+        return run_command(args.recipe, args.overrides, job)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted; files that are written stay, the same command goes on from there", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _export(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> int:

@@ -6,7 +6,6 @@ Every finding is printed in one run, with the tensor or file it is about; `expor
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -30,16 +29,15 @@ def main(argv: list[str]) -> int:
         return 2
     import torch
 
+    from export.config_files import write_json
     from export.inspection import Checkpoint
-    from export.shards import write_aside
 
     torch.set_num_threads(1)  # as in an export: threads take whole tensors, and do not share the arithmetic of one
     checkpoint = Checkpoint(args.checkpoint, args.against)
     findings = checkpoint.run()
     if args.json is not None:
-        text = json.dumps({"checkpoint": str(args.checkpoint), "tensors": checkpoint.tensors, "bytes": checkpoint.bytes,
-                           "findings": findings}, indent=1) + "\n"
-        write_aside(args.json, text)
+        write_json(args.json, {"checkpoint": str(args.checkpoint), "tensors": checkpoint.tensors, "bytes": checkpoint.bytes,
+                               "findings": findings})
     for finding in findings:
         print(f"FOUND  {finding}")
     compared = ", experts equal to training" if args.against is not None and not findings else ""

@@ -28,6 +28,7 @@ Sources: DFlash, arXiv 2602.06036; dflash/config.json of XiaomiMiMo/MiMo-V2.5-Pr
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -491,11 +492,24 @@ def save_drafter(model: DFlashDraftModel, folder: str | Path) -> None:
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
+def _read(file: Path, reader):
+    """What `reader` makes of a file. Raises ValueError, of one line, if it cannot."""
+    from safetensors import SafetensorError
+
+    try:
+        return reader(file)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError) as error:
+        start = file.read_bytes()[:64] if file.stat().st_size < 1024 else b""
+        why = ("a pointer of Git LFS: fetch the file itself (git lfs pull)" if start.startswith(b"version https://git-lfs")
+               else (str(error).splitlines() or [type(error).__name__])[0])
+        raise ValueError(f"{file}: cannot be read: {why}") from None
+
+
 def load_drafter(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> DFlashDraftModel:
     """A drafter folder as `save_drafter` (or the exporter) wrote it, in evaluation mode.
 
     Raises:
-        ValueError: a missing file, tensor or mask embedding, or a tensor of another shape.
+        ValueError: a missing or unreadable file, a missing tensor or mask embedding, or a tensor of another shape.
     """
     from safetensors.torch import load_file
 
@@ -503,15 +517,17 @@ def load_drafter(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> DFl
     for needed in ("config.json", MASK_FILE):
         if not (folder / needed).is_file():
             raise ValueError(f"{folder}: no {needed}, expected the folder of a trained drafter")
-    config = Qwen3Config.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = _read(folder / "config.json", lambda file: Qwen3Config.from_dict(json.loads(file.read_text(encoding="utf-8"))))
     model = DFlashDraftModel(config)
-    mask = torch.load(folder / MASK_FILE, weights_only=True)
+    mask = _read(folder / MASK_FILE, lambda file: torch.load(file, weights_only=True))
+    if not isinstance(mask, dict) or not {"mask_token_id", "embedding"} <= mask.keys():
+        raise ValueError(f"{folder / MASK_FILE}: expected mask_token_id and embedding")
     if mask["mask_token_id"] != model.mask_token_id:
         raise ValueError(f"{folder / MASK_FILE}: mask_token_id {mask['mask_token_id']}, config.json says {model.mask_token_id}")
     tensors = {"mask_embedding": mask["embedding"]}
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != "dflash_reference.safetensors":
-            tensors |= load_file(file)
+            tensors |= _read(file, load_file)
     wanted = dict(model.named_parameters())
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or extra:

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modeling.names import expert_parts, qkv_scale_rows
+from modeling.names import FP8_BLOCK, expert_parts, qkv_scale_rows
 from mxfp4 import dequantize
 
-FP8_BLOCK = 128
+INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
@@ -96,6 +96,8 @@ def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_cod
     """As AutoModelForCausalLM loads it, except that what it would initialise at random with a warning is an error."""
     from transformers import AutoModelForCausalLM
 
+    if (index := Path(path) / INDEX).is_file():
+        weight_map(index)  # transformers reads it without a word about what is wrong with it
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
@@ -123,6 +125,7 @@ def _fill(model, folder: Path, dtype: torch.dtype):
             module._buffers[leaf] = value
         else:
             module._parameters[leaf] = torch.nn.Parameter(value)
+    model.tie_weights()  # a tied head has no tensor of its own in the files
     unused = sorted(n for n in files.unused() if not n.startswith("model.mtp."))
     if unused:
         raise ValueError(f"{folder}: {len(unused)} tensors that this model does not have, the first {unused[0]}")
@@ -187,19 +190,35 @@ def dequantize_fp8(name: str, weight: torch.Tensor, scale_inv: torch.Tensor, con
     return out
 
 
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, of a safetensors index.
+
+    Raises:
+        ValueError: not JSON, or not an index.
+    """
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise ValueError(f"{index}: not valid JSON: {error}") from None
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise ValueError(f'{index}: not a safetensors index: expected {{"weight_map": {{tensor name: file name}}}}')
+    return found
+
+
 class TensorFiles:
     """The tensors of a checkpoint folder, by name, memory-mapped: one safetensors file, or shards with an index."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._handles: dict[str, safe_open] = {}
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        index, single = folder / INDEX, folder / "model.safetensors"
         if index.is_file():
-            self._where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self._where = weight_map(index)
         elif single.is_file():
             self._where = {name: single.name for name in self._open(single.name).keys()}
         else:
-            raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json")
+            raise ValueError(f"{folder}: neither model.safetensors nor {INDEX}")
         self._read: set[str] = set()
 
     def __iter__(self) -> Iterator[str]:

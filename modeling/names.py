@@ -6,8 +6,8 @@ Everything else has the same name in both. The tables:
                                                 mlp.experts.{e}.up_proj.weight   [I, H] (rows I..2I-1)
     mlp.experts.down_proj    [E, H, I]    <->   mlp.experts.{e}.down_proj.weight [H, I]
 
-    self_attn.qkv_proj.weight, chunks of      <->   self_attn.{q,k,v}_proj.weight (`split_qkv`, `fuse_qkv`): the same
-    [queries | keys | values] rows                  rows in another order, for clients that know one layout only
+    self_attn.qkv_proj.weight, chunks of      <->   self_attn.{q,k,v}_proj.weight (`split_qkv`): the same rows in
+    [queries | keys | values] rows                  another order, for clients that know one layout only
 
 `published_tensors` lists every tensor (name, shape, dtype) of a release of a given geometry and precision, from the
 configuration alone: what an exporter must write and a verifier must find.
@@ -22,8 +22,9 @@ from dataclasses import dataclass
 
 import torch
 
+from mxfp4 import BLOCK_SIZE
+
 FP8_BLOCK = 128
-MXFP4_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,6 @@ def split_qkv(fused, config, layer: int):
     if fused.shape[0] != last:
         raise ValueError(f"layer {layer}: fused qkv of {fused.shape[0]} rows, expected {last}")
     return tuple(torch.cat([fused[s] for s in rows[part]]) for part in "qkv")
-
-
-def fuse_qkv(q, k, v, config, layer: int):
-    """The fused qkv of separate projections: inverse of `split_qkv`."""
-    rows = qkv_rows(config, layer)
-    fused = q.new_empty(rows["v"][-1].stop, *q.shape[1:])
-    for part, tensor in zip("qkv", (q, k, v), strict=True):
-        sizes = [s.stop - s.start for s in rows[part]]
-        if tensor.shape[0] != sum(sizes):
-            raise ValueError(f"layer {layer}: {part} of {tensor.shape[0]} rows, expected {sum(sizes)}")
-        for s, piece in zip(rows[part], tensor.split(sizes), strict=True):
-            fused[s] = piece
-    return fused
 
 
 def qkv_scale_rows(name: str, rows: int, config) -> list[int]:
@@ -176,7 +164,7 @@ def _matrix(name: str, rows: int, columns: int, precision: str, config) -> Itera
         yield PublishedTensor(name + "_scale_inv", (scale_rows, -(-columns // FP8_BLOCK)), "F32")
     elif precision == "mxfp4":
         yield PublishedTensor(name, (rows, columns // 2), "U8")
-        yield PublishedTensor(name + "_scale", (rows, columns // MXFP4_BLOCK), "U8")
+        yield PublishedTensor(name + "_scale", (rows, columns // BLOCK_SIZE), "U8")
     else:
         raise ValueError(f"precision {precision!r}: expected bf16, fp8 or mxfp4")
 

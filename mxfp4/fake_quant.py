@@ -146,9 +146,13 @@ def round_chunks(out: torch.Tensor, w: torch.Tensor, rule: ScaleRule, axis: int,
     return out
 
 
-def saturated(w: torch.Tensor, *, scale_rule: ScaleRule | str = "even", axis: int = -1) -> torch.Tensor:
-    """Bool mask of the shape of `w`: True where |w| > 6 * 2^s, beyond the largest value of the element's block."""
-    limits = E2M1_MAX * scale_values(block_scales(w, scale_rule=scale_rule, axis=axis))
+def saturated(w: torch.Tensor, *, scale_rule: ScaleRule | str = "even", axis: int = -1,
+              nan_scale: bool = False) -> torch.Tensor:
+    """Bool mask of the shape of `w`: True where |w| > 6 * 2^s, beyond the largest value of the element's block.
+
+    With `nan_scale`, False throughout a block with a non-finite value, which is refused otherwise.
+    """
+    limits = E2M1_MAX * scale_values(block_scales(w, scale_rule=scale_rule, axis=axis, nan_scale=nan_scale))
     return w.detach().abs() > limits.repeat_interleave(BLOCK_SIZE, dim=axis)
 
 
@@ -157,7 +161,7 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx, w, rule, axis, ste, nan_scale):
         ctx.clip = ste == "clip"
         if ctx.clip:
-            ctx.save_for_backward(saturated(w, scale_rule=rule, axis=axis))
+            ctx.save_for_backward(saturated(w, scale_rule=rule, axis=axis, nan_scale=nan_scale))
         out = torch.empty_like(w, memory_format=torch.contiguous_format)
         return fake_quantize_(out, w, scale_rule=rule, axis=axis, nan_scale=nan_scale)
 

@@ -73,7 +73,8 @@ def fake_quantize_fused_(out: torch.Tensor, w: torch.Tensor, *, scale_rule: Scal
         return out
     w, blocks = w.contiguous(), w.numel() // BLOCK_SIZE
     unsafe = torch.zeros(1, dtype=torch.int32, device=w.device)
-    fake_quantize_kernel[(triton.cdiv(blocks, BLOCKS_PER_PROGRAM),)](
-        w, out, unsafe, blocks, w.shape[axis + 1:].numel(), scale_bump(rule), _SAFE_MIN, _SAFE_END[w.dtype],
-        SATURATES=rule is ScaleRule.FLOOR, BLOCKS=BLOCKS_PER_PROGRAM)
+    with torch.cuda.device_of(w):  # triton launches on the current GPU, wherever the tensors lie
+        fake_quantize_kernel[(triton.cdiv(blocks, BLOCKS_PER_PROGRAM),)](
+            w, out, unsafe, blocks, w.shape[axis + 1:].numel(), scale_bump(rule), _SAFE_MIN, _SAFE_END[w.dtype],
+            SATURATES=rule is ScaleRule.FLOOR, BLOCKS=BLOCKS_PER_PROGRAM)
     return round_chunks(out, w, rule, axis, False) if int(unsafe) else out

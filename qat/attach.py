@@ -71,11 +71,14 @@ def find_expert_tensors(model: nn.Module) -> list[ExpertTensor]:
 
     Raises:
         ValueError: no expert weights; an experts module of unknown layout; a protected module (router, shared expert,
-            attention, embedding, head, dense layer) would be touched; a block dimension that 32 does not divide.
+            attention, embedding, head) would be touched; experts tied to another tensor; a block dimension that 32 does
+            not divide.
     """
     found: list[ExpertTensor] = []
     unknown: list[str] = []
-    shared_storage = {id(p): n for n, p in model.named_parameters(remove_duplicate=False) if p.ndim == 2}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     for module_name, module in model.named_modules():
         axis = _block_axis(module)
         for own_name, parameter in module.named_parameters(recurse=False):
@@ -90,8 +93,9 @@ def find_expert_tensors(model: nn.Module) -> list[ExpertTensor]:
             if kind:
                 raise ValueError(f"{name}: belongs to a {kind}, which stays in high precision, but its class "
                                  f"{type(module).__name__} is marked as routed experts")
-            if id(parameter) in shared_storage:
-                raise ValueError(f"{name}: tied to {shared_storage[id(parameter)]}, which stays in high precision")
+            tied = [other for other in names[id(parameter)] if other != name]
+            if tied:
+                raise ValueError(f"{name}: tied to {tied[0]}: rounding one would round the other; expected a tensor of its own")
             size = parameter.shape[axis]
             if size % BLOCK_SIZE:
                 raise ValueError(f"{name}: shape {tuple(parameter.shape)}: dimension {axis} ({size}) is not a multiple "
@@ -208,13 +212,13 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
     raise ValueError(f"{name}: {int(bad.sum())} non-finite values, the first at {where} ({float(tensor[index])})")
 
 
-def describe(quantizer: ExpertQuantizer, model: nn.Module) -> list[tuple[str, str, int, int]]:
+def describe(tensors: list[ExpertTensor], model: nn.Module) -> list[tuple[str, str, int, int]]:
     """Rows (tensor name pattern, shape, count, parameters) of what is quantized, then one row of what is not."""
     groups: dict[tuple[str, str], list[int]] = {}
-    for tensor in quantizer.tensors:
+    for tensor in tensors:
         pattern = re.sub(r"\.\d+\.", ".*.", tensor.name)
         groups.setdefault((pattern, str(list(tensor.parameter.shape))), []).append(tensor.parameter.numel())
     rows = [(pattern, shape, len(sizes), sum(sizes)) for (pattern, shape), sizes in groups.items()]
-    total = sum(p.numel() for p in model.parameters())
-    others = sum(1 for _ in model.parameters()) - len(quantizer.tensors)
-    return [*rows, ("everything else (kept)", "", others, total - quantizer.num_parameters)]
+    sizes = [p.numel() for p in model.parameters()]
+    kept = sum(sizes) - sum(row[3] for row in rows)
+    return [*rows, ("everything else (kept)", "", len(sizes) - len(tensors), kept)]

@@ -1,9 +1,11 @@
 """Text -> packed token sequences, in an order that a resumed run can rejoin exactly.
 
 Documents are tokenized, each followed by the end-of-text token, joined, and cut into rows of `sequence_length` tokens;
-no padding, and the rest at the end of a file group is dropped. Loading, tokenizing and caching is the `datasets`
-library's (memory-mapped Arrow: a corpus need not fit in memory). The order of rows in epoch e is a permutation drawn
-from (seed, e), so the position in the data is one integer: rows consumed.
+no padding, and only what remains after the last document is dropped. A document is a row of a table (a line of a .jsonl
+file), or a whole .txt file, line breaks included: to end it at each line would teach that texts are one line long.
+Loading, tokenizing and caching is the `datasets` library's (memory-mapped Arrow: a corpus need not fit in memory). The
+order of rows in epoch e is a permutation drawn from (seed, e), so the position in the data is one integer: rows
+consumed.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def expand(patterns: list[str], key: str) -> list[str]:
     """
     files: list[str] = []
     for pattern in patterns:
-        matches = sorted(glob.glob(pattern, recursive=True))
+        # A name may look like a pattern: "a[1].jsonl".
+        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise ValueError(f"{key}: {pattern!r} matches no file (looked from {Path.cwd()})")
         files += matches
@@ -59,8 +62,9 @@ def packed_dataset(patterns: list[str], tokenizer, data: Data, *, key: str = "da
     if kind not in ("string", "large_string"):
         raise ValueError(f"data.text_field: column {data.text_field!r} of {key} holds {kind}, expected text")
 
-    packed = raw.map(pack, batched=True, batch_size=1000, remove_columns=raw.column_names,
-                     fn_kwargs={"tokenizer": tokenizer, "length": data.sequence_length, "field": data.text_field})
+    # In this process, batch after batch: a batch's rest begins the next one's first row.
+    packed = raw.map(Packer(tokenizer, data.sequence_length, data.text_field), batched=True, batch_size=1000,
+                     remove_columns=raw.column_names)
     if len(packed) == 0:
         raise ValueError(f"{key}: fewer than sequence_length={data.sequence_length} tokens in all")
     return packed.with_format("torch")
@@ -85,8 +89,10 @@ def _read(patterns: list[str], key: str):
     for file in files:
         if not _has_text(file):  # datasets ends without a word at a file without rows
             raise ValueError(f"{key}: {file}: is empty")
+    kind = kinds.pop()
+    options = {"sample_by": "document"} if kind == "text" else {}
     try:
-        return datasets.load_dataset(kinds.pop(), data_files=files, split="train")
+        return datasets.load_dataset(kind, data_files=[glob.escape(file) for file in files], split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         raise ValueError(f"{key}: {', '.join(files)}: cannot be read: {_first_line(error.__cause__ or error)}") from None
 
@@ -100,15 +106,26 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def pack(batch: dict[str, list[str]], *, tokenizer, length: int, field: str) -> dict[str, list[list[int]]]:
-    """Tokenizes documents, ends each with end-of-text, joins them and cuts rows of `length` (the rest is dropped)."""
-    ids: list[int] = []
-    documents = [text for text in batch[field] if text is not None]
-    for document in tokenizer(documents, add_special_tokens=False)["input_ids"] if documents else []:
-        ids += document
-        ids.append(tokenizer.eos_token_id)
-    rows = len(ids) // length
-    return {"input_ids": [ids[i * length:(i + 1) * length] for i in range(rows)]}
+class Packer:
+    """Called with the documents of one batch after the other: their rows of exactly `length` tokens.
+
+    Tokenizes documents, ends each with end-of-text and joins them; what does not fill a row waits in `rest` for the next
+    batch. Before the first call it is the same for the same arguments, so `datasets` finds what it has packed before.
+    """
+
+    def __init__(self, tokenizer, length: int, field: str):
+        self.tokenizer, self.length, self.field = tokenizer, length, field
+        self.rest: list[int] = []
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        ids, length = self.rest, self.length
+        documents = [text for text in batch[self.field] if text is not None]
+        for document in self.tokenizer(documents, add_special_tokens=False)["input_ids"] if documents else []:
+            ids += document
+            ids.append(self.tokenizer.eos_token_id)
+        whole = len(ids) // length * length
+        self.rest = ids[whole:]
+        return {"input_ids": [ids[i:i + length] for i in range(0, whole, length)]}
 
 
 class EpochOrder(Sampler[int]):

@@ -1,4 +1,4 @@
-"""Held-out evaluation of one model with three sets of expert weights: BF16, plainly rounded (PTQ), trained (QAT).
+"""Held-out evaluation of three models: the original (BF16), it with plainly rounded experts (PTQ), the trained one (QAT).
 
 For each: next-token loss (nats per token), KL to the original model (nats per token, teacher || student), and top-1
 agreement with it. `kl_gap_closed` = 1 - KL(qat) / KL(ptq): the share of the damage done by plain rounding that training
@@ -60,9 +60,12 @@ def _means(sums: torch.Tensor) -> dict[str, float]:
 @torch.no_grad()
 def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, originals: list[torch.Tensor],
             domains: dict[str, torch.Tensor], *, dtype: str = "model", **options) -> dict:
-    """Evaluates BF16, PTQ and QAT weights; the model holds the QAT weights again afterwards.
+    """Evaluates BF16, PTQ and QAT weights; neither model is changed.
+
+    What is trained beside experts (`qat.train: all`) belongs to QAT alone: plain rounding is that of the original model.
 
     Args:
+        model: the trained one, with quantized experts. teacher: the original.
         originals: the unquantized expert weights, in the quantizer's order.
         dtype: "model", or "float32": run float32 copies of both models, so that what differs is the weights alone and
             not also the rounding of activations (a bf16 model differs from its own float32 run by a KL of the order
@@ -72,8 +75,7 @@ def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, or
     Returns:
         {"bf16": ..., "ptq": ..., "qat": ...} (each with loss, kl, top1_agreement, domains) and kl_gap_closed.
     """
-    trained = [t.parameter.data for t in quantizer.tensors]
-    plain = [torch.empty_like(weights) for weights in trained]
+    plain = [torch.empty_like(tensor.parameter.data) for tensor in quantizer.tensors]
     for tensor, out, original in zip(quantizer.tensors, plain, originals, strict=True):
         fake_quantize_(out, original.data, scale_rule=quantizer.scale_rule, axis=tensor.axis)
     student, judge = model, teacher
@@ -81,18 +83,22 @@ def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, or
         student, judge = copy.deepcopy(model).float(), copy.deepcopy(teacher).float()
     was_training = student.training
     student.eval()
-    variants = {"bf16": evaluate_domains(judge, judge, domains, **options)}
-    for name, weights in (("ptq", plain), ("qat", trained)):
-        saved = [student.get_parameter(t.name).data for t in quantizer.tensors]
-        for tensor, value, old in zip(quantizer.tensors, weights, saved, strict=True):
-            student.get_parameter(tensor.name).data = value.to(old.dtype)
-        variants[name] = evaluate_domains(student, judge, domains, **options)
-        for tensor, old in zip(quantizer.tensors, saved, strict=True):
-            student.get_parameter(tensor.name).data = old
+    variants = {"bf16": evaluate_domains(judge, judge, domains, **options),
+                "ptq": evaluate_domains(_with_experts(judge, quantizer, plain), judge, domains, **options),
+                "qat": evaluate_domains(student, judge, domains, **options)}
     student.train(was_training)
     summary = {name: {**result.pop("all"), "domains": result} for name, result in variants.items()}
     summary["kl_gap_closed"] = 1 - summary["qat"]["kl"] / summary["ptq"]["kl"] if summary["ptq"]["kl"] > 0 else 0.0
     return summary
+
+
+def _with_experts(model: nn.Module, quantizer: ExpertQuantizer, weights: list[torch.Tensor]) -> nn.Module:
+    """A copy of the frozen `model` that has these expert weights and shares everything else with it."""
+    shared: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for tensor, value in zip(quantizer.tensors, weights, strict=True):
+        expert = model.get_parameter(tensor.name)
+        shared[id(expert)] = nn.Parameter(value.to(expert.dtype), requires_grad=False)
+    return copy.deepcopy(model, shared)
 
 
 def comparison_table(summary: dict):

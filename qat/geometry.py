@@ -90,8 +90,8 @@ def _model_at(path: str, trust_remote_code: bool):
 
 
 def _mtp_layers(folder: Path) -> int:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return 0
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    from modeling.load import INDEX, weight_map
+
+    index = folder / INDEX
+    names = weight_map(index) if index.is_file() else ()
     return len({m[1] for m in (re.match(r"model\.mtp\.layers\.(\d+)\.", n) for n in names) if m})

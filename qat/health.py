@@ -2,10 +2,13 @@
 
 For every expert: signal-to-quantization-noise ratio of its weights (dB, against the float32 master), share of codes that
 changed value since the last report, share of saturated elements, share of elements rounded to zero, and tokens routed
-to it since the last report. A dead expert, a collapsing scale or endless oscillation shows here long before the loss.
+to it since the last report by all processes. A ratio that is no number (no signal, no error) is null: JSON has no infinity.
+A dead expert, a collapsing scale or endless oscillation shows here long before the loss.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import nn
@@ -35,6 +38,12 @@ class RoutedTokens:
                 self.counts[name] += torch.bincount(chosen[0].reshape(-1).cpu().long(), minlength=size)[:size]
         return count
 
+    def gather(self, accelerator) -> None:
+        """Moves the counts of all processes to the first one, which alone writes reports and checkpoints."""
+        for name, counts in self.counts.items():
+            total = accelerator.reduce(counts.to(accelerator.device), reduction="sum").cpu()
+            self.counts[name] = total if accelerator.is_main_process else torch.zeros_like(total)
+
     def take(self, name: str) -> list[int]:
         """Counts since the last call, which starts them again."""
         counts = self.counts[name].tolist()
@@ -43,10 +52,13 @@ class RoutedTokens:
 
 
 class Health:
-    """Compares the quantized weights with their masters and with those of the last report (kept packed, 4.25 bits)."""
+    """Compares the quantized weights with their masters and with those of the last report (kept packed, 4.25 bits).
 
-    def __init__(self, model: nn.Module, quantizer: ExpertQuantizer):
-        self.quantizer = quantizer
+    With an `accelerator` tokens are counted over its processes, which then report and save together.
+    """
+
+    def __init__(self, model: nn.Module, quantizer: ExpertQuantizer, accelerator=None):
+        self.quantizer, self.accelerator = quantizer, accelerator
         self.routed = RoutedTokens(model, quantizer)
         self.rebase()
 
@@ -59,7 +71,11 @@ class Health:
 
     @torch.no_grad()
     def report(self) -> list[dict]:
-        """One record per expert tensor: name and, for each expert, the five figures (rounded to 6 digits)."""
+        """One record per expert tensor: name and, for each expert, the five figures (rounded to 6 digits).
+
+        Tokens are those of all processes on the first, and 0 on the others.
+        """
+        self._gather()
         records = []
         taken: dict[str, list[int]] = {}
         for i, (tensor, master) in enumerate(self.quantizer):
@@ -82,17 +98,27 @@ class Health:
             self._last[i] = self._packed(tensor)
         return records
 
+    def _gather(self) -> None:
+        if self.accelerator is not None:
+            self.routed.gather(self.accelerator)
+
     def state_dict(self) -> dict:
+        """For a checkpoint, which keeps the first process's; all processes call it."""
+        self._gather()
         return {"last": self._last, "routed": self.routed.counts}
 
     def load_state_dict(self, state: dict) -> None:
-        self._last = state["last"]
-        self.routed.counts = state["routed"]
+        """Takes a state that may lie on another device: Accelerate reads checkpoints to the CPU."""
+        self._last = [tuple(part.to(tensor.parameter.device) for part in packed)
+                      for tensor, packed in zip(self.quantizer.tensors, state["last"], strict=True)]
+        counted_here = self.accelerator is None or self.accelerator.is_main_process
+        self.routed.counts = {name: counts if counted_here else torch.zeros_like(counts)
+                              for name, counts in state["routed"].items()}
 
 
 def _share(mask: torch.Tensor) -> list[float]:
     return _rounded(mask.flatten(1).float().mean(1))
 
 
-def _rounded(values: torch.Tensor) -> list[float]:
-    return [round(float(v), 6) for v in values]
+def _rounded(values: torch.Tensor) -> list[float | None]:
+    return [round(v, 6) if math.isfinite(v) else None for v in values.tolist()]

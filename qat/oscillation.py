@@ -64,4 +64,7 @@ class OscillationControl:
         return {"means": self.means, "flips": self.flips, "frozen": self.frozen}
 
     def load_state_dict(self, state: dict) -> None:
-        self.means, self.flips, self.frozen = state["means"], state["flips"], state["frozen"]
+        """Takes a state that may lie on another device: Accelerate reads checkpoints to the CPU."""
+        self.means, self.flips, self.frozen = (
+            saved and [s.to(master.device) for s, master in zip(saved, self.quantizer.masters, strict=True)]
+            for saved in (state["means"], state["flips"], state["frozen"]))

@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from datetime import timedelta
 
 import torch
 
 LAUNCH_HELP = ("several processes on a CPU: ACCELERATE_USE_CPU=true torchrun --nproc-per-node N {script} RECIPE; "
                "on GPUs: accelerate launch --multi_gpu --num_processes N {script} RECIPE")
+
+# What the trainers do not do; `accelerate launch` asks for it with a variable ACCELERATE_USE_...
+_SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+# How long processes wait for the first one, which tokenizes a corpus alone (torch's default is ten minutes on GPUs). One that
+# dies is noticed by the launcher at once, whatever this says.
+PATIENCE = timedelta(hours=12)
 
 
 def make_accelerator(gradient_accumulation: int = 1):
@@ -17,19 +24,34 @@ def make_accelerator(gradient_accumulation: int = 1):
 
     Raises:
         ValueError: WORLD_SIZE > 1 but Accelerate sees one process. It would run that many independent jobs, each
-            writing the same folder, and report success.
+            writing the same folder, and report success. A launch that shards the model, or that runs it under autocast
+            (often in the user's own Accelerate defaults): of the models here it would change some and not the others.
     """
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
+    _refuse_launch()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     # Epochs end in the middle of an update when they like: only the number of micro-steps decides when to step.
     accumulation = GradientAccumulationPlugin(num_steps=gradient_accumulation, sync_with_dataloader=False)
-    accelerator = Accelerator(gradient_accumulation_plugin=accumulation)
+    accelerator = Accelerator(gradient_accumulation_plugin=accumulation,
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     if launched > 1 and accelerator.num_processes == 1:
         raise ValueError(f"launched with WORLD_SIZE={launched}, but Accelerate sees one process: {launched} independent "
                          f"runs would overwrite each other. Launch {LAUNCH_HELP.format(script=sys.argv[0])}")
     return accelerator
+
+
+def _refuse_launch() -> None:
+    """Reads the environment, before Accelerate looks for the packages that such a launch needs."""
+    for kind in _SHARDING:
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise ValueError(f"launched with distributed_type {kind}, but the trainer does not shard: every process holds the "
+                             f"whole model. Launch {LAUNCH_HELP.format(script=sys.argv[0])}")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision != "no":
+        raise ValueError(f"launched with mixed_precision {precision}, but weights carry their dtype: set model.dtype, and "
+                         "launch with --mixed_precision no (what is not given comes from Accelerate's own configuration)")
 
 
 class StopRequest:

@@ -24,9 +24,9 @@ of S ranks (S = R when sharded, 1 under plain data parallelism), T trained weigh
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from qat.attach import find_expert_tensors
+from qat.attach import describe, find_expert_tensors
 from qat.geometry import meta_model
 from recipes.schema import Recipe
 
@@ -115,7 +115,7 @@ def make_plan(recipe: Recipe) -> Plan:
     return Plan(
         model=name, ranks=sizes.ranks, steps=qat.steps,
         tokens_per_step=qat.batch_size * recipe.data.sequence_length * qat.gradient_accumulation * sizes.ranks,
-        quantized=_pattern_rows(tensors, model), matrices=_matrices(tensors), groups=groups,
+        quantized=describe(tensors, model), matrices=_matrices(tensors), groups=groups,
         precision=_precision(groups, inventory, recipe.model.dtype),
         mtp_parameters=sum(t.elements for t in inventory or () if _kind(t.name) == MTP and "scale" not in t.name),
         memory=working | ({} if offload else state), host_memory=state if offload else {},
@@ -165,16 +165,6 @@ def _sizes(recipe: Recipe, groups: dict[str, int]) -> _Sizes:
                   width=4 if recipe.model.dtype == "float32" else 2, ranks=ranks,
                   shards=ranks if cluster and cluster.sharding != "ddp" else 1,
                   expert_parallel=cluster.expert_parallel if cluster else 1)
-
-
-def _pattern_rows(tensors, model) -> list[tuple[str, str, int, int]]:
-    rows: dict[tuple[str, str], list[int]] = {}
-    for t in tensors:
-        rows.setdefault((re.sub(r"\.\d+\.", ".*.", t.name), str(list(t.parameter.shape))), []).append(t.parameter.numel())
-    kept = [p.numel() for p in model.parameters()]
-    quantized = sum(sum(n) for n in rows.values())
-    return [*((p, s, len(n), sum(n)) for (p, s), n in rows.items()),
-            ("everything else (kept)", "", len(kept) - len(tensors), sum(kept) - quantized)]
 
 
 def _matrices(tensors) -> int:
@@ -372,8 +362,3 @@ def _bytes_table(console, title: str, rows: dict[str, int], available: int | Non
     if available is not None:
         table.add_row("available", f"{available / GIB:,.2f}", f"{available / 1e9:,.2f}")
     console.print(table)
-
-
-def as_json(plan: Plan) -> dict:
-    """The plan as plain data."""
-    return asdict(plan)

@@ -160,7 +160,7 @@ def draw_curves(metrics_path: Path, png_path: Path, title: str) -> None:
         rows = [r for r in health if r["tensor"] == layer]
         x = [r["step"] for r in rows]
         axes[1, 0].plot(x, [100 * mean(r["flipped"]) for r in rows], label=layer)
-        axes[1, 1].plot(x, [mean(r["sqnr_db"]) for r in rows], label=layer)
+        axes[1, 1].plot(x, [mean(v for v in r["sqnr_db"] if v is not None) for r in rows], label=layer)
     axes[1, 0].set(title="codes changed since the last report", xlabel="step", ylabel="%")
     axes[1, 1].set(title="signal to quantization noise (master)", xlabel="step", ylabel="dB")
     if 0 < len(layers) <= 10:

@@ -21,9 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
 
 from modeling.load import load_model, load_tokenizer
+from modeling.output_head import require_plain_head
 from qat import checkpoint, evaluate, report
 from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite
 from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset
@@ -83,7 +85,9 @@ class TrainingState:
                 raise RuntimeError(f"{tensor.name}: shape {list(saved.shape)} in the checkpoint, {list(master.shape)} here")
             master.data.copy_(saved)
         self.step, self.batches = state["step"], state["batches"]
-        self.averaged_steps, self.average = state["averaged_steps"], state["average"]
+        # Accelerate reads checkpoints to the CPU.
+        self.averaged_steps = state["averaged_steps"]
+        self.average = [a.to(m.device) for a, m in zip(state["average"], self.quantizer.masters, strict=False)]
         self.oscillation.load_state_dict(state["oscillation"])
         self.health.load_state_dict(state["health"])
 
@@ -110,7 +114,8 @@ class Trainer:
         if settings.train == "all" and recipe.model.dtype != "float32":
             raise ValueError("qat.train: all needs model.dtype: float32 (only experts have float32 masters; small updates of "
                              "other bf16 weights would be rounded away)")
-        model.to(self.accelerator.device).train()
+        require_plain_head(model.to(self.accelerator.device))
+        model.train()
         self._choose_trainable(model)
         self.teacher = make_teacher(model)
         self.quantizer = ExpertQuantizer(model, scale_rule=recipe.quantization.scale_rule, ste=recipe.quantization.ste,
@@ -123,7 +128,7 @@ class Trainer:
         optimizer = make_optimizer([*self.quantizer.masters, *self.others], settings.optimizer)
         schedule = make_schedule(optimizer, settings.steps, settings.optimizer)
         self.state = TrainingState(self.quantizer, OscillationControl(self.quantizer, settings.oscillation, settings.steps),
-                                   Health(model, self.quantizer))
+                                   Health(model, self.quantizer, self.accelerator))
         # The schedule is stepped once per update by hand, so Accelerate's per-process multiplication is not wanted.
         self.schedule = schedule
         # evaluation_mode: no DistributedDataParallel wrapper (see the module's text).
@@ -156,6 +161,7 @@ class Trainer:
             self._say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
             choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
                                seed=self.recipe.seed)
+            self._agree_on_masters()
             self.state.health.rebase()  # what the start changed is not training's doing
         if self.main and not resume and self.folder.exists():
             aside = next(p for n in range(1, 10_000) if not (p := self.folder.with_name(f"qat.{n}")).exists())
@@ -174,6 +180,14 @@ class Trainer:
         self.metrics = report.Metrics(self.folder / "metrics.jsonl", wandb_run=wandb,
                                       resumed_step=self.state.step if newest else None)
 
+    def _agree_on_masters(self) -> None:
+        """Gives every process the first one's masters: each computed its own, and libraries do not promise equal bits."""
+        if self.accelerator.num_processes == 1:
+            return
+        for master in self.quantizer.masters:
+            master.data.copy_(broadcast(master.data))
+        self.quantizer.requantize()
+
     def _calibration_rows(self) -> torch.Tensor:
         """Rows spread evenly over the training set: its files, and so its domains, stand one after the other."""
         dataset, wanted = self.loader.dataset, self.recipe.qat.warm_start.sequences
@@ -188,7 +202,7 @@ class Trainer:
         table = Table(title=f"{self.recipe.name}: quantized to MXFP4 (scale rule {self.quantizer.scale_rule})")
         for column in ("tensors", "shape", "count", "parameters"):
             table.add_column(column, justify="left" if column in ("tensors", "shape") else "right")
-        for pattern, shape, count, parameters in describe(self.quantizer, self.model):
+        for pattern, shape, count, parameters in describe(self.quantizer.tensors, self.model):
             table.add_row(pattern, shape, str(count), f"{parameters:,}")
         Console().print(table)
         if newest is not None:
@@ -299,6 +313,9 @@ class Trainer:
         try:
             for tensor, master in self.quantizer:
                 require_finite(f"gradient of {tensor.name}", master.grad)
+            for name, parameter in self.model.named_parameters():
+                if parameter.grad is not None:
+                    require_finite(f"gradient of {name}", parameter.grad)
         except ValueError as error:
             what = f"{what}; {error}"
         raise NonFinite(f"step {self.state.step + 1}: {what}; stopped before the update, {advice}")

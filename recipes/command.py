@@ -40,7 +40,10 @@ def parse_job(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Name
 
 
 def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int]) -> int:
-    """Loads the recipe and runs `job` on it; mistakes become one line on stderr (of the first process) and an exit code."""
+    """Loads the recipe and runs `job` on it; mistakes become one line on stderr and an exit code.
+
+    Every process says its own (a full disk may be one machine's); all but the first put their rank before it.
+    """
     where = "a file"
     try:
         loaded = load_recipe(recipe, overrides)
@@ -50,8 +53,8 @@ def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int])
         code, text = 2, own_message(error, where)
     except (OSError, ArithmeticError) as error:
         code, text = 1, own_message(error, where)
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {text}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {text}" if rank == "0" else f"rank {rank}: error: {text}", file=sys.stderr)
     return code
 
 

@@ -43,7 +43,10 @@ class Model(Section):
 
 
 class Data(Section):
-    """Text for training and evaluation: local JSONL/JSON/Parquet/text files (globs allowed) or a hub dataset."""
+    """Text for training and evaluation: local JSONL/JSON/Parquet/text files (globs allowed) or a hub dataset.
+
+    A row of a table is a document, and so is a whole .txt file.
+    """
 
     train: Annotated[list[str], Field(min_length=1)] = Field(description="files, globs, or one hub dataset (prefix hub:)")
     heldout: Annotated[list[str], Field(min_length=1)] = Field(description="evaluation files, one for each reported domain")

@@ -1,11 +1,13 @@
 """Predicted acceptance is what the loop counts; lookup, intervals and rejection sampling do what they say."""
 
 import itertools
+import json
 import random
 
 import pytest
 import torch
 from tolerance import C7_ACCEPTANCE, FOUR_SIGMA
+from torch.overrides import TorchFunctionMode
 
 from dflash_train.acceptance import (
     Text,
@@ -18,6 +20,9 @@ from dflash_train.acceptance import (
     per_position,
     ratio_interval,
     summarize,
+    table,
+    wall_clock,
+    without_nan,
 )
 from dflash_train.decoding import DraftContext, best_path, draft, generate, plain, probabilities, speculate, verify
 from dflash_train.dialogues import prompt_ids, read_jsonl
@@ -213,3 +218,43 @@ def test_the_selector_finds_the_best_of_all_paths(loaded):
 
 def test_answers_of_one_token_have_nothing_to_accept():
     assert Text([1], [0]).beta == [] and lookup_beta([1], [0], 7) == []
+
+
+class DrawsWhereTheGeneratorIs(TorchFunctionMode):
+    """What is drawn with a generator has its device from a tensor or by name: on a card, the default (the CPU) is an error."""
+
+    draws = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if generator is not None:
+            type(self).draws += 1
+            given = [a.device for a in args if isinstance(a, torch.Tensor)] or [kwargs.get("device")]
+            assert given == [generator.device], f"{function.__name__}: generator on {generator.device}, result on {given[0]}"
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_decoding_draws_on_the_generators_device(loaded, temperature):
+    recipe, target, drafter = loaded
+    prompts = groups(recipe, target)["alpha", "open_t1"][:2]
+    DrawsWhereTheGeneratorIs.draws = 0
+    with DrawsWhereTheGeneratorIs():
+        texts = [t for t in answer_all(target, prompts, 12, temperature, seed=0) if len(t.answer) > 1]
+        judge(target, drafter, texts, temperature)
+        wall_clock(target, drafter, texts, 12, temperature, seed=0)
+    assert DrawsWhereTheGeneratorIs.draws > 0
+
+
+def test_answers_too_short_for_8grams_have_no_share_of_them():
+    assert distinct_8gram([[1, 2, 3], []]) is None
+    row = {"drafter": {"length": 1.0, "interval": [1.0, 1.0]}, "lookup": {"length": 1.0}}
+    summary = {"detail": {"a": {"task_t0": row}}, "speedup": {}, "acceptance": {"a": {"distinct_8gram": None}}}
+    assert list(table(summary).columns[-1].cells) == ["-"]
+
+
+def test_a_summary_is_valid_json_whatever_was_measured():
+    made = without_nan({"a": [1.0, float("nan"), {"b": (float("inf"), 2, None, "text", True)}]})
+    assert made == {"a": [1.0, None, {"b": [None, 2, None, "text", True]}]}
+    json.dumps(made, allow_nan=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dflash_train.anchors import block_labels, sample_anchors, teacher_index
-from dflash_train.dialogues import Dialogue, own_dialogues, pack, prompt_ids
+from dflash_train.dialogues import Dialogue, own_dialogues, pack, prompt_ids, read_jsonl
 
 
 def generator(seed=0):
@@ -115,3 +115,21 @@ def test_own_data_takes_dialogues_and_plain_text_and_names_bad_rows(tmp_path, lo
         own_dialogues([str(file)], "prompt", tokenizer)
     with pytest.raises(ValueError, match="empty prompt"):
         prompt_ids({"_where": "x:1", "prompt": ""}, "prompt", tokenizer, "k")
+
+
+def test_jsonl_lines_end_at_newlines_alone_and_empty_ones_are_passed_over(tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n' + '{"text": "b\u2028c\u0085d"}'.encode())
+    rows = read_jsonl([str(file)], "dflash.data")
+    assert [r["text"] for r in rows] == ["a", "b\u2028c\u0085d"]
+    assert [r["_where"] for r in rows] == [f"{file}:1", f"{file}:4"]
+
+
+def test_jsonl_in_another_encoding_is_refused_by_file_and_line(tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_bytes(b'{"text": "a"}\n' + '{"text": "\u00e9"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"^dflash.data: .*own.jsonl:2: not UTF-8: byte 0xe9 at column 11$"):
+        read_jsonl([str(file)], "dflash.data")
+    file.write_text("[1]\n")
+    with pytest.raises(ValueError, match="own.jsonl:1: expected an object, found list"):
+        read_jsonl([str(file)], "dflash.data")

@@ -1,24 +1,40 @@
 """Regenerated answers: resumable, shared out, served by an endpoint, never mixed up; features: exact, bounded, checked."""
 
+import errno
 import json
+import os
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
+from jobs import run_job
 from tolerance import MODEL_FP32
 
-from dflash_train import answers
+from dflash_train import answers, features
 from dflash_train.answers import answer_file, generate_answers, plan_batches, regenerated
 from dflash_train.decoding import by_length, in_token_batches, plain
 from dflash_train.dialogues import pack, read_jsonl
-from dflash_train.features import DiskFeatures, OnlineFeatures, cached_features
-from dflash_train.target import mask_token_id, tapped_layers
+from dflash_train.features import DiskFeatures, OnlineFeatures, cached_features, take_space
+from dflash_train.target import describe_target, load_target, mask_token_id, tapped_layers, target_files
+from recipes.command import own_message
 from recipes.load import load_recipe
 
 
 def quiet(text):
     pass
+
+
+class Rank:
+    """One of several processes, as far as answers look at it."""
+
+    def __init__(self, index, count):
+        self.process_index, self.num_processes = index, count
+
+    def wait_for_everyone(self):
+        pass
 
 
 def test_answers_come_with_provenance_and_are_the_targets_own(loaded, tmp_path):
@@ -64,18 +80,34 @@ def test_two_processes_write_what_one_does(loaded, tmp_path):
     recipe, target, _ = loaded
     generate_answers(recipe, target, tmp_path / "one.jsonl", say=quiet)
 
-    class Rank:
-        num_processes = 2
-
-        def __init__(self, index):
-            self.process_index = index
-
-        def wait_for_everyone(self):
-            pass
-
     for rank in (1, 0):  # the main process merges, after the others
-        generate_answers(recipe, target, tmp_path / "two.jsonl", accelerator=Rank(rank), say=quiet)
+        generate_answers(recipe, target, tmp_path / "two.jsonl", accelerator=Rank(rank, 2), say=quiet)
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+
+
+def test_another_number_of_processes_continues_and_answers_nothing_twice(loaded, tmp_path, monkeypatch):
+    recipe, target, _ = loaded
+    generate_answers(recipe, target, tmp_path / "one.jsonl", say=quiet)
+    real, answered = answers._answer, []
+
+    def answer(*args):
+        answered.append(args[2].number)
+        return real(*args)
+
+    monkeypatch.setattr(answers, "_answer", answer)
+    for rank in (2, 1):  # three processes, of which the main one was killed at once
+        generate_answers(recipe, target, tmp_path / "more.jsonl", accelerator=Rank(rank, 3), say=quiet)
+    with (tmp_path / "more.rank2.partial").open("a") as file:
+        file.write('{"prompt_ids": [1, 2')
+    again = (tmp_path / "more.rank1.partial").read_text()
+    for rank in (1, 0):
+        generate_answers(recipe, target, tmp_path / "more.jsonl", accelerator=Rank(rank, 2), say=quiet)
+    assert sorted(answered) == list(range(8))
+    assert (tmp_path / "more.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+    assert not list(tmp_path.glob("more*.partial"))
+    (tmp_path / "more.rank5.partial").write_text(again)  # batches that others have too
+    generate_answers(recipe, target, tmp_path / "more.jsonl", say=quiet)
+    assert (tmp_path / "more.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
 
 
 def test_whatever_changes_the_answers_changes_their_file(draft_recipe, loaded, tmp_path):
@@ -86,6 +118,43 @@ def test_whatever_changes_the_answers_changes_their_file(draft_recipe, loaded, t
     names.add(answer_file(load_recipe(draft_recipe), target, tmp_path).name)
     assert len(names) == len(overrides) + 1
     assert answer_file(load_recipe(draft_recipe, ["dflash.steps=99"]), target, tmp_path).name in names
+
+
+def test_the_rule_that_rounds_a_target_changes_its_answers_file(draft_recipe, loaded, tmp_path):
+    _, target, _ = loaded
+    rules = [f"quantization.scale_rule={rule}" for rule in ("floor", "even", "mse")]
+    files = {kind: {answer_file(load_recipe(draft_recipe, [o, f"dflash.target={kind}"]), target, tmp_path).name for o in rules}
+             for kind in ("ptq", "base")}
+    assert len(files["ptq"]) == 3 and len(files["base"]) == 1  # what is not rounded has no rule
+
+
+def copied(recipe, checkpoint, folder):
+    """`recipe` with a target of its own, to be changed."""
+    shutil.copytree(checkpoint, folder)
+    return load_recipe(recipe, [f"model.path={folder}"])
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json", "config.json", "model.safetensors"])
+def test_whatever_decides_what_the_target_says_is_in_its_fingerprint(file, draft_recipe, tiny_checkpoint, tmp_path):
+    recipe = copied(draft_recipe, tiny_checkpoint, tmp_path / "target")
+    before = target_files(recipe).fingerprint()
+    assert before == target_files(load_recipe(draft_recipe)).fingerprint()  # wherever it lies
+    data = bytearray((tmp_path / "target" / file).read_bytes())
+    data[-3:-3] = b" "  # before the last brace, or one more byte among the weights
+    (tmp_path / "target" / file).write_bytes(data)
+    assert target_files(recipe).fingerprint() != before
+
+
+def test_a_target_without_its_weights_knows_what_the_loaded_one_does(loaded):
+    recipe, target, _ = loaded
+    files = target_files(recipe)
+    assert (files.end_ids, files.taps, files.path) == (target.end_ids, target.taps, target.path)
+    assert describe_target(files, recipe) == describe_target(target, recipe)
+
+
+def test_a_name_on_the_hub_is_refused_before_anything_is_loaded(draft_recipe):
+    with pytest.raises(ValueError, match=r"^model.path: some/model: no such folder; .*hf download[^\n]*$"):
+        load_target(load_recipe(draft_recipe, ["model.path=some/model"]))
 
 
 def test_passes_choose_prompts_and_repeat_them(draft_recipe, prompt_files):
@@ -156,6 +225,16 @@ def test_a_serving_engine_gives_the_same_answers(draft_recipe, loaded, server, t
     assert here == there and Endpoint.count > len(here)
 
 
+def test_a_serving_engine_spares_regenerate_the_weights(draft_recipe, loaded, server, tmp_path):
+    _, target, _ = loaded
+    absent = "import modeling.load; modeling.load.load_model = None"
+    run_job("dflash_train/regenerate.py", draft_recipe, GREEDY, f"dflash.regenerate.endpoint={server}", before=absent)
+    recipe = load_recipe(draft_recipe, [GREEDY])
+    there = answer_file(recipe, target, Path(recipe.output) / recipe.name / "dflash")
+    generate_answers(recipe, target, tmp_path / "here.jsonl", say=quiet)
+    assert there.read_text() == (tmp_path / "here.jsonl").read_text()
+
+
 def test_endpoint_errors_are_one_line_and_lose_nothing(draft_recipe, loaded, server, tmp_path):
     _, target, _ = loaded
     wrong = load_recipe(draft_recipe, [GREEDY, f"dflash.regenerate.endpoint={server}/extra"])
@@ -203,6 +282,46 @@ def test_features_on_disk_are_the_rounded_ones_and_are_written_once(packed, tmp_
     written = (tmp_path / "f" / "taps.bf16").stat().st_mtime_ns
     cached_features(target, dialogues, rows, tmp_path / "f", **settings)
     assert (tmp_path / "f" / "taps.bf16").stat().st_mtime_ns == written
+
+
+def test_online_features_come_from_bounded_passes_and_are_those_of_one(packed, monkeypatch):
+    target, dialogues, rows = packed
+    online, real, passes = OnlineFeatures(target, dialogues, rows), features.run_dialogues, []
+
+    def run(target, lists):
+        passes.append(lists)
+        return real(target, lists)
+
+    monkeypatch.setattr(features, "run_dialogues", run)
+    whole = online.of_rows([2, 0, 1])
+    assert passes == [[dialogues[i].tokens[:size] for r in (2, 0, 1) for i, _, size in rows.members[r]]]
+    monkeypatch.setattr(features, "FORWARD_TOKENS", 100)
+    parts = online.of_rows([2, 0, 1])
+    assert len(passes) > 2 and all(len(p) == 1 or len(p) * max(map(len, p)) <= 100 for p in passes[1:])
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, **MODEL_FP32)
+
+
+def test_a_disk_without_room_is_told_before_the_target_runs_and_leaves_no_file(packed, tmp_path, monkeypatch):
+    target, dialogues, rows = packed
+
+    def full(descriptor, offset, size):
+        if (tmp_path / "f" / "last.bf16").exists():  # the second file
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    monkeypatch.setattr(features, "run_dialogues", None)
+    with pytest.raises(OSError, match="No space left on device: .*last.bf16") as caught:
+        cached_features(target, dialogues, rows, tmp_path / "f", limit_gib=1, batch_size=7, say=quiet)
+    assert own_message(caught.value, "") == f"{tmp_path}/f/last.bf16: cannot be read or written: No space left on device"
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot promise room on a disk")
+def test_features_have_their_room_before_they_are_mapped(tmp_path):
+    take_space(tmp_path / "f", 1_000_003)
+    found = (tmp_path / "f").stat()
+    assert found.st_size == 1_000_003 and found.st_blocks * 512 >= found.st_size
 
 
 def test_too_large_a_cache_is_refused_before_anything_is_written(packed, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from jobs import Job, run_alone, run_job
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import draft_recipe_text, write_tokenizer
 
 from modeling.drafter import load_drafter
@@ -180,12 +181,58 @@ def test_non_finite_gradients_stop_before_the_update_and_name_the_tensor(loaded)
     trainer.close()
 
 
+def test_a_run_is_not_resumed_on_another_target(draft_recipe, tiny_checkpoint, tmp_path):
+    from dflash_train.trainer import Trainer
+
+    shutil.copytree(tiny_checkpoint, tmp_path / "target")
+    recipe = load_recipe(draft_recipe, [f"model.path={tmp_path / 'target'}"])
+
+    def train(steps, resume):
+        trainer = Trainer(recipe, resume=resume)
+        trainer.train(steps)
+        trainer.close()
+
+    train(1, False)
+    train(2, True)
+    weights = tmp_path / "target" / "model.safetensors"
+    save_file({n: t + 1 for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"step-00000002: trained on another target than .*target is now [^\n]*$"):
+        train(3, True)
+    train(1, False)
+
+
 def test_the_plan_of_the_published_drafter_needs_no_weights():
     output = run_job(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan")
-    for words in ("5,536,632,576", "[0, 15, 31, 47, 69]", "7,340,032", "not causal in the block"):
+    for words in ("5,536,632,576", "[0, 15, 31, 47, 69]", "7,340,032", "not causal in the block",
+                  "loads it whole on every rank"):
         assert words in output.replace("\n", " ").replace("block  8", "block 8"), words
 
 
-def test_a_plan_that_cannot_fit_says_what_is_too_large():
-    output = run_job(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan", "dflash.batch_size=64", expect=2)
-    assert "a rank needs" in output and "the largest part is activations" in output
+@pytest.mark.parametrize("override, largest", [("dflash.batch_size=64", "activations"),
+                                               ("cluster.sharding=ddp", "target, whole (bfloat16)")])
+def test_a_plan_that_cannot_fit_says_what_is_too_large(override, largest):
+    output = run_job(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan", override, expect=2)
+    assert "a rank needs" in output and f"the largest part is {largest}" in output
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_counts_the_target_that_the_job_loads(draft_recipe, loaded, dtype):
+    from dflash_train.plan import make_plan
+
+    cluster = "cluster={nodes: 2, accelerators_per_node: 4, memory_gib: 1, sharding: ddp}"
+    plan = make_plan(load_recipe(draft_recipe, [f"model.dtype={dtype}", cluster]))
+    parameters = sum(p.numel() for p in loaded[1].model.parameters())
+    assert plan.memory[f"target, whole ({dtype})"] == parameters * getattr(torch, dtype).itemsize
+
+
+def test_the_plan_takes_a_dense_target_as_training_does(draft_recipe, tmp_path):
+    from transformers import Qwen3Config
+
+    from dflash_train.plan import make_plan
+
+    Qwen3Config(vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=16, architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path / "dense")
+    options = [f"model.path={tmp_path / 'dense'}"]
+    assert make_plan(load_recipe(draft_recipe, [*options, "dflash.target=base"])).taps == [0, 1, 2]
+    with pytest.raises(ValueError, match="expert"):
+        make_plan(load_recipe(draft_recipe, [*options, "dflash.target=ptq"]))

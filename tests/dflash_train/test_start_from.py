@@ -64,3 +64,14 @@ def test_the_seeds_own_drafter_fits_the_tiny_recipe_and_drafts_what_the_seed_say
     found = acceptance.measure(recipe, target, drafter, say=lambda text: None)["acceptance"]
     assert found["prose"]["task_t0"] > 5 and found["math"]["task_t0"] > 5  # untrained 1, at best 8; with 48 prompts 6.7 and 7.1
     assert found["math"]["open_t1"] > 4 and found["code"]["task_t0"] > 3
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "mask_embedding.pt"])
+@pytest.mark.parametrize(("content", "words"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS"), (b"\x00\x01", ""),
+    (b"", "")], ids=["pointer", "damaged", "empty"])
+def test_files_that_cannot_be_read_are_named_in_one_line(loaded, earlier, file, content, words):
+    recipe, target, _ = loaded
+    (earlier[1] / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^dflash.start_from: [^\n]*{file}: cannot be read: {words}[^\n]*$"):
+        started(recipe, target, earlier[1])

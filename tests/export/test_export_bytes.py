@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import change, seal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import run_job
 from safetensors.torch import load_file, save_file
-from toy_export import export, make_run, put_on_grid, toy_config, toy_model
+from toy_export import export, gpt_oss_run, make_run, put_on_grid, qwen3_run, toy_config, toy_model
 
 from export.grid import decodes_to, pack_on_grid, unpack
 from export.inspection import Checkpoint
@@ -297,6 +298,42 @@ def test_what_training_left_alone_is_copied_byte_for_byte_from_an_fp8_base(tmp_p
         assert torch.equal(base[name].view(torch.uint8), written[name].view(torch.uint8)), name
     layers = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignored_layers"]
     assert layers == [f"model.layers.{i}.self_attn.o_proj" for i in range(4)] + ["model.decoder.self_attn.o_proj"]
+
+
+def test_plain_mtp_matrices_are_listed_under_the_names_that_engines_ask_for(tmp_path):
+    """What is not listed is built as FP8; MTP layers are `model.decoder` for one engine, for another what the tensors say."""
+    path, file = make_run(tmp_path, drafter=False), tmp_path / "base/model.safetensors"
+    mtp = {f"model.mtp.layers.{i}.{module}.weight": torch.randn(8, 8).bfloat16() for i in range(2)
+           for module in ("eh_proj", "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
+    save_file(load_file(file) | mtp, file, metadata={"format": "pt"})
+    out = export(path)
+    layers = json.loads((out / "config.json").read_text())["quantization_config"]["ignored_layers"]
+    homes = ("model.decoder", "model.mtp.layers.0", "model.mtp.layers.1")
+    parts = [f"self_attn.{p}_proj" for p in ("q", "k", "v", "qkv", "o")] + [f"mlp.{p}_proj" for p in ("gate", "up", "gate_up",
+                                                                                                     "down")]
+    assert {n for n in layers if n.startswith(homes)} == {f"{home}.{part}" for home in homes for part in parts}
+    assert len(layers) == len(set(layers))
+
+
+@pytest.mark.parametrize("family, layout", [("qwen3", "compressed-tensors"), ("gpt-oss", "gpt-oss"), ("mimo", "native"),
+                                            ("mimo", "hf-fp8")])
+def test_a_run_in_float32_is_published_in_the_precision_that_its_config_promises(family, layout, tmp_path):
+    path = {"qwen3": qwen3_run, "gpt-oss": gpt_oss_run, "mimo": lambda root: (make_run(root, drafter=False), None)}[family](
+        tmp_path)[0]
+    narrow = export(path, f"export.layout={layout}", out=tmp_path / "narrow")
+    for file in (tmp_path / "base/model.safetensors", tmp_path / "runs/toy/qat/model/model.safetensors"):
+        save_file({n: t.float() for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    out = export(path, f"export.layout={layout}", out=tmp_path / "wide")
+    wanted, written = tensors(narrow), tensors(out)
+    router = (".mlp.gate.weight",) if layout == "native" else ()  # may be float32 there, as released
+    for name, tensor in written.items():
+        assert torch.equal(tensor.to(wanted[name].dtype), wanted[name])
+        assert tensor.dtype == (torch.float32 if name.endswith(router) else wanted[name].dtype), name
+    assert written.keys() == wanted.keys()
+    name = next(n for n in written if n.endswith("input_layernorm.weight"))
+    change(name, lambda held, n: held.__setitem__(n, held[n].float()))(out)
+    seal(out)
+    assert f"{name}: dtype F32, expected BF16" in Checkpoint(out).run()
 
 
 def test_a_base_that_training_did_not_start_from_is_refused(tmp_path):

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
-from jobs import run_job
-from toy_export import export, make_run
+from jobs import Job, run_job
+from safetensors.torch import load_file, save_file
+from toy_export import export, make_run, qwen3_run
 
-from export.drafter_files import REFERENCE
+from export.drafter_files import MASK, REFERENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "export" / "to_hf.py")]
@@ -32,6 +34,44 @@ def test_a_full_disk_is_one_line_with_the_file_and_the_same_command_continues(to
     out = export(toy_run, "export.shard_bytes=100000", out=tmp_path / "out")
     for file in exported.glob("*.safetensors"):
         assert file.read_bytes() == (out / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 128 + signal.SIGINT)])
+def test_an_export_stopped_while_it_verifies_goes_on_without_writing_a_file_again(number, code, toy_run, exported, tmp_path):
+    out = tmp_path / "out"
+    arguments = toy_run, "export.shard_bytes=100000", "--out", out
+    job = Job("export/to_hf.py", *arguments, before="import time; from export import inspection; "
+              "inspection.Checkpoint._check_tensors = lambda self: (print('verifying', flush=True), time.sleep(100))")
+    assert any(line == "verifying\n" for line in job.stdout)
+    job.send_signal(number)
+    said, _ = job.communicate()
+    assert job.returncode == code and "Traceback" not in said
+    if number == signal.SIGINT:
+        assert said == "interrupted; files that are written stay, the same command goes on from there\n"
+    partial = tmp_path / "out.partial"
+    written = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in partial.glob("*.safetensors")}
+    assert len(written) > 3
+    assert f"continuing {partial}: {len(written)} of {len(written)} files are there" in run_job("export/to_hf.py", *arguments)
+    assert {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in out.glob("*.safetensors")} == written
+    names = sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file())
+    assert names == sorted(p.relative_to(exported) for p in exported.rglob("*") if p.is_file())
+    assert (out / "checksums.sha256").read_bytes() == (exported / "checksums.sha256").read_bytes()
+
+
+def test_files_that_did_not_verify_are_written_anew(toy_run, exported, tmp_path):
+    """Else the export would go on forever with a file that the disk has damaged."""
+    arguments = toy_run, "export.shard_bytes=100000", "--out", tmp_path / "out"
+    said = run_job("export/to_hf.py", *arguments, expect=1, before="""
+from export import job
+def finish(self, finish=job.Export.finish):
+    finish(self)
+    with (self.partial / self.shards[1].name).open("r+b") as file:
+        file.seek(-3, 2)
+        file.write(b"xyz")
+job.Export.finish = finish""")
+    assert "FOUND" in said and "not renamed" in said
+    run_job("export/to_hf.py", *arguments)
+    assert (tmp_path / "out/checksums.sha256").read_bytes() == (exported / "checksums.sha256").read_bytes()
 
 
 def test_writers_end_when_the_process_that_started_them_is_killed(toy_run, tmp_path):
@@ -83,8 +123,8 @@ def test_figures_of_a_run_are_told_of_its_own_result_only(tmp_path):
     numbers = {"loss": 1.0, "kl": 0.5, "top1_agreement": 0.75, "eval_tokens": 10}
     summary = {"bf16": numbers, "ptq": numbers, "qat": numbers, "kl_gap_closed": 0.123}
     (tmp_path / "runs/toy/qat/summary.json").write_text(json.dumps(summary))
-    (tmp_path / "runs/toy/dflash/summary.json").write_text(json.dumps({"acceptance": {"a": {"task_t0": 4.25,
-                                                                                           "lookup_task_t0": 1.5}}}))
+    measured = {"acceptance": {"a": {"task_t0": 4.25, "lookup_task_t0": 1.5}}, "target": {"kind": "qat"}}
+    (tmp_path / "runs/toy/dflash/summary.json").write_text(json.dumps(measured))
     own = export(recipe, out=tmp_path / "own")
     assert "0.123" in (own / "README.md").read_text() and "4.25" in (own / "README.md").read_text()
     assert json.loads((own / "export.json").read_text())["acceptance"]["a"]["task_t0"] == 4.25
@@ -92,6 +132,93 @@ def test_figures_of_a_run_are_told_of_its_own_result_only(tmp_path):
     other = export(recipe, out=tmp_path / "other", weights=tmp_path / "elsewhere")
     assert "0.123" not in (other / "README.md").read_text() and "4.25" not in (other / "README.md").read_text()
     assert "acceptance" not in json.loads((other / "export.json").read_text())
+
+
+@pytest.mark.parametrize("kind, measured, reason", [
+    ("qat", "2026-02-01T00:00:00+00:00", None),
+    ("qat", "2026-01-01T00:00:00+00:00", "of dflash.target=qat before 2026-01-01T00:00:00+00:00, not with the later ones"),
+    ("ptq", "2026-02-01T00:00:00+00:00", "measured with the weights 0abc of dflash.target=ptq, not with those of "),
+    ("base", "2026-02-01T00:00:00+00:00", "measured with the weights 0abc of dflash.target=base, not with those of "),
+])
+def test_a_drafters_figures_are_told_with_the_target_they_were_measured_with_only(kind, measured, reason, tmp_path, capsys):
+    """A drafter of the base, or one that is older than the weights: QAT was run again."""
+    recipe = make_run(tmp_path)
+    numbers = {"loss": 1.0, "kl": 0.5, "top1_agreement": 0.75, "eval_tokens": 10}
+    summaries = {"qat": {"bf16": numbers, "ptq": numbers, "qat": numbers, "kl_gap_closed": 0.123,
+                         "environment": {"date": "2026-01-15T00:00:00+00:00"}},
+                 "dflash": {"acceptance": {"a": {"task_t0": 4.25, "lookup_task_t0": 1.5}},
+                            "target": {"kind": kind, "weights": "0abc"}, "environment": {"date": measured}}}
+    for job, summary in summaries.items():
+        (tmp_path / "runs/toy" / job / "summary.json").write_text(json.dumps(summary))
+    out = export(recipe)
+    card, manifest = (out / "README.md").read_text(), json.loads((out / "export.json").read_text())
+    assert "0.123" in card and ("4.25" in card) == ("acceptance" in manifest) == (reason is None)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == (reason is not None)
+    if reason is not None:
+        assert reason in warnings[0] and str(tmp_path / "runs/toy/qat/model") in warnings[0]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 1234567890\n"
+DRAFTER, BASE_INDEX = "runs/toy/dflash/model", "base/model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("file, content, message", [
+    (BASE_INDEX, b'{"metadata": {}}', "not a safetensors index: expected"),
+    (BASE_INDEX, b'{"weight_map": ["a"]}', "not a safetensors index: expected"),
+    (BASE_INDEX, b'{"weight_map": {"lm_head.weight": "mod', "not valid JSON"),
+    (BASE_INDEX, POINTER, "a Git LFS pointer, expected the file itself"),
+    ("base/model.safetensors", POINTER, "a Git LFS pointer, expected the file itself"),
+    (f"{DRAFTER}/model.safetensors", POINTER, "a Git LFS pointer, expected the file itself"),
+    (f"{DRAFTER}/model.safetensors", b"\0" * 100, "not a whole safetensors file"),
+    (f"{DRAFTER}/{MASK}", POINTER, "a Git LFS pointer, expected the file itself"),
+    (f"{DRAFTER}/{MASK}", b"junk", "expected a torch file of mask_token_id and embedding"),
+])
+def test_an_input_file_that_is_not_what_its_name_says_is_one_line_before_anything_is_written(file, content, message, tmp_path):
+    recipe = make_run(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        export(recipe)
+    assert str(tmp_path / file) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_base_by_its_hub_name_is_found_in_the_local_cache(tmp_path, monkeypatch):
+    """As training found it; no one is asked."""
+    recipe, cache = make_run(tmp_path, drafter=False), tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    with pytest.raises(ValueError, match=r"model\.path: some-org/some-moe: no such .*, then model\.path=DIR\)$"):
+        export(recipe, "model.path=some-org/some-moe", out=tmp_path / "none")
+    by_folder = export(recipe, out=tmp_path / "by_folder")
+    repository = cache / "models--some-org--some-moe"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0123456789" * 4)
+    (repository / "snapshots").mkdir()
+    (tmp_path / "base").rename(repository / "snapshots" / ("0123456789" * 4))
+    out = export(recipe, "model.path=some-org/some-moe", out=tmp_path / "by_name")
+    for file in by_folder.glob("*.safetensors"):
+        assert file.read_bytes() == (out / file.name).read_bytes()
+    assert front_matter(out)["base_model"] == "some-org/some-moe"
+
+
+def test_an_fp8_base_of_another_family_is_rounded(tmp_path):
+    """Scales of its k and v projections run through all heads."""
+    recipe, _ = qwen3_run(tmp_path)
+    file = tmp_path / "base/model.safetensors"
+    released, decoded = {}, {}
+    for name, w in load_file(file).items():
+        released[name] = decoded[name] = w
+        if "_proj.weight" in name and w.shape[0] > 1:
+            released[name] = w.to(torch.float8_e4m3fn)
+            released[name + "_scale_inv"] = torch.full((-(-w.shape[0] // 128), -(-w.shape[1] // 128)), 0.5)
+            decoded[name] = (released[name].float() * 0.5).bfloat16()
+    assert any(".k_proj.weight_scale_inv" in name for name in released)
+    save_file(released, file, metadata={"format": "pt"})
+    written = load_file(export(recipe, "export.layout=compressed-tensors", base=tmp_path / "base") /
+                        "model-00001-of-00001.safetensors")
+    plain = [name for name in decoded if ".experts." not in name]
+    assert all(torch.equal(written[name], decoded[name]) for name in plain)
+    assert not any(name.endswith("_scale_inv") for name in written)
 
 
 def test_every_file_may_be_read_by_whom_the_umask_allows(exported):

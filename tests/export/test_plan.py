@@ -7,6 +7,7 @@ import pytest
 from jobs import run_job
 from toy_export import export, gpt_oss_run, make_run, qwen3_run
 
+from export.inventory import configuration
 from export.plan import make_plan
 from export.sources import SafetensorsSource, open_source
 from recipes.load import load_recipe
@@ -50,6 +51,19 @@ def test_a_plan_reads_no_weights(dense, tmp_path, monkeypatch):
     recipe = load_recipe(make_run(tmp_path, drafter=False), (f"export.dense={dense}",))
     monkeypatch.setattr(SafetensorsSource, "_read", lambda self, name, *rest: pytest.fail(f"{name} was read"))
     assert ("F8_E4M3" in make_plan(recipe).bytes) == (dense == "fp8")
+
+
+@pytest.mark.parametrize("config, kind", [
+    ({"model_type": "mimo_v2"}, "mimo_v2"), ({"model_type": "mimo_v2_flash", "hybrid_layer_pattern": [0, 1]}, "mimo_v2"),
+    ({"model_type": "mimo_v2_flash"}, "mimo_v2_flash"), ({"model_type": "qwen3_moe"}, "qwen3_moe")])
+def test_writers_and_the_verifier_read_a_configuration_as_one_kind(config, kind):
+    """A released V2-Flash is this project's class, what transformers saved of it transformers' own."""
+    assert configuration({"num_hidden_layers": 2} | config).model_type == kind
+
+
+def test_a_model_type_that_nobody_knows_is_named():
+    with pytest.raises(ValueError, match="model_type 'mamba9': transformers does not know it"):
+        configuration({"model_type": "mamba9"})
 
 
 def test_the_weights_named_on_the_command_line_are_planned(tmp_path):

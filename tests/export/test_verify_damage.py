@@ -125,6 +125,15 @@ def test_damage_is_found_and_named(kind, toy_run, exported, tmp_path):
     assert any(needle in finding for finding in findings), findings
 
 
+def test_what_a_hub_and_its_client_add_is_no_damage(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+    (folder / ".cache/huggingface/download").mkdir(parents=True)
+    for name in (".cache/huggingface/.gitignore", ".cache/huggingface/download/model.safetensors.metadata"):
+        (folder / name).write_text("x")
+    assert Checkpoint(folder).run() == []
+
+
 def test_there_are_at_least_25_kinds_of_damage_and_each_changes_something():
     assert len(DAMAGE) >= 25 and len({id(d[0]) for d in DAMAGE.values()}) == len(DAMAGE)
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling.configuration_mimo_v2 import MiMoV2Config
-from modeling.load import dequantize_fp8, load_model, load_tokenizer
+from modeling.load import INDEX, dequantize_fp8, load_model, load_tokenizer
 from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
 from modeling.names import fused_name, qkv_scale_rows
 from mxfp4 import dequantize, quantize
@@ -121,6 +121,17 @@ def test_v2_flash_in_fp8_decodes_by_the_per_head_grid_of_its_keys(tmp_path):
             assert torch.equal(loaded[band], expected)
 
 
+def test_a_tied_head_is_the_embedding(tmp_path):
+    torch.manual_seed(0)
+    saved = MiMoV2ForCausalLM(MiMoV2Config(**tiny_config().to_dict() | {"tie_word_embeddings": True}))
+    saved.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path, dtype=torch.float32)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = torch.arange(20)[None]
+    assert torch.equal(loaded(input_ids=ids).logits, saved.eval()(input_ids=ids).logits)
+
+
 @pytest.fixture
 def foreign(tmp_path):
     """A tiny Qwen3-MoE, and its folder."""
@@ -154,6 +165,14 @@ def test_other_models_never_start_from_random_weights(foreign, change, message):
     with pytest.raises(ValueError, match=message) as error:
         load_model(foreign[1], dtype=torch.float32)
     assert "\n" not in str(error.value)
+
+
+def test_the_index_of_another_model_is_looked_at_too(foreign):
+    folder = foreign[1]
+    (folder / INDEX).write_text('{"metadata": {}}')
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="not a safetensors index: expected"):
+        load_model(folder, dtype=torch.float32)
 
 
 def test_a_dtype_that_needs_a_scale_is_not_read_as_plain_numbers(folders, tmp_path):
@@ -203,6 +222,11 @@ DAMAGE = {
     "unknown tensor": (add_tensor, "1 tensors that this model does not have, the first model.layers.0.extra.weight"),
     "no index": (lambda c: (c / "model.safetensors.index.json").unlink(), "neither model.safetensors nor"),
     "no config": (lambda c: (c / "config.json").unlink(), "no config.json"),
+    "truncated index": (lambda c: (c / INDEX).write_bytes((c / INDEX).read_bytes()[:200]), f"{INDEX}: not valid JSON"),
+    "bytes for an index": (lambda c: (c / INDEX).write_bytes(b"\xff\xfe"), f"{INDEX}: not valid JSON"),
+    "empty index": (lambda c: (c / INDEX).write_text("{}"), f"{INDEX}: not a safetensors index: expected"),
+    "list for an index": (lambda c: (c / INDEX).write_text("[]"), f"{INDEX}: not a safetensors index: expected"),
+    "numbers in the index": (lambda c: (c / INDEX).write_text('{"weight_map": {"a": 1}}'), "not a safetensors index"),
     "broken config": (lambda c: (c / "config.json").write_text('{\n "a": \n}'), "config.json:3: not valid JSON"),
 }
 

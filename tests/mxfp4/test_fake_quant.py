@@ -1,5 +1,7 @@
 """Fake quantization equals the codec bit for bit, on every path, and its gradient is straight through."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -143,10 +145,47 @@ def test_clipped_gradient_is_zero_exactly_beyond_six_units(dtype, rule, weights)
         assert bool(beyond.any()) == (rule != "rceil")
 
 
+def test_nan_scale_with_a_clipped_gradient_leaves_the_other_blocks_as_they_are(dtype, rule, weights, same_bits):
+    w = weights(dtype, 10, 96)
+    whole = w.clone().requires_grad_(True)
+    fake_quantize(whole, scale_rule=rule, ste="clip").sum().backward()
+    w[7, 40] = float("nan")
+    w.requires_grad_(True)
+    out = fake_quantize(w, scale_rule=rule, ste="clip", nan_scale=True)
+    out.sum().backward()
+    bad = torch.zeros(10, 96, dtype=torch.bool)
+    bad[7, 32:64] = True
+    assert torch.equal(out.isnan(), bad) and torch.equal(w.grad[~bad], whole.grad[~bad])
+
+
 def test_the_gradient_reaches_strided_weights(weights):
     w = weights(torch.float32, 63, 64).requires_grad_(True)
     (fake_quantize(w.t(), axis=0) * 3).sum().backward()
     assert torch.equal(w.grad, torch.full_like(w, 3.0))
+
+
+def test_the_fused_kernel_is_launched_on_the_gpu_of_its_tensor(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
+    from mxfp4 import fake_quant_triton
+
+    current = []
+
+    @contextmanager
+    def device_of(w):
+        current.append(w.device)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda w, out, *_, **__: launched.append((w.device, list(current)))
+
+    launched = []
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(fake_quant_triton, "fake_quantize_kernel", Kernel())
+    w = torch.zeros(4, 32)
+    fake_quant_triton.fake_quantize_fused_(torch.empty_like(w), w)
+    assert launched == [(w.device, [w.device])] and not current
 
 
 @pytest.mark.parametrize("call, message", [

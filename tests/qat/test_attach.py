@@ -65,6 +65,14 @@ def test_a_protected_module_marked_as_experts_is_refused(path, kind):
         find_expert_tensors(holder(path, Experts(2, 32, 32)))
 
 
+def test_an_expert_tensor_with_a_second_name_is_refused():
+    root = holder("mlp.experts", Experts(2, 32, 32))
+    root.mlp.shared_experts = nn.Module()
+    root.mlp.shared_experts.down_proj = root.mlp.experts.down_proj
+    with pytest.raises(ValueError, match=r"mlp\.experts\.down_proj: tied to mlp\.shared_experts\.down_proj"):
+        find_expert_tensors(root)
+
+
 def test_experts_of_unknown_layout_are_refused_by_name():
     strange = Experts(2, 32, 32)
     strange.is_transposed = None
@@ -152,7 +160,7 @@ def test_expected_tensors_guards_the_match(model):
 
 def test_description_accounts_for_every_parameter(model):
     quantizer = ExpertQuantizer(model)
-    rows = describe(quantizer, model)
+    rows = describe(quantizer.tensors, model)
     assert sum(r[3] for r in rows) == sum(p.numel() for p in model.parameters())
     assert sum(r[3] for r in rows[:-1]) == quantizer.num_parameters
 

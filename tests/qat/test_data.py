@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qat.data import EpochOrder, endless_batches, expand, heldout_domains, make_loader, pack, packed_dataset
+from qat.data import EpochOrder, Packer, endless_batches, expand, heldout_domains, make_loader, packed_dataset
 from recipes.schema import Data
 
 
@@ -20,7 +20,8 @@ class CharTokenizer:
 @pytest.mark.parametrize("length", [8, 63, 100])
 def test_packed_rows_are_the_joined_documents_cut_at_length(length):
     texts = ["ab" * 50, "", "xyz" * 33]
-    rows = pack({"text": texts}, tokenizer=CharTokenizer(), length=length, field="text")["input_ids"]
+    packer = Packer(CharTokenizer(), length, "text")
+    rows = [row for batch in (texts[:1], [], texts[1:]) for row in packer({"text": batch})["input_ids"]]
     joined = [i for ids in CharTokenizer()(texts, False)["input_ids"] for i in (*ids, 0)]
     assert [i for row in rows for i in row] == joined[:len(joined) // length * length]
 
@@ -29,6 +30,42 @@ def data(tmp_path, documents=30, **options) -> tuple[Data, str]:
     file = tmp_path / "alpha.train.jsonl"
     file.write_text("".join(json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range(documents)))
     return Data(train=[str(file)], heldout=[str(file)], sequence_length=16, **options), str(file)
+
+
+def test_more_documents_than_a_batch_are_packed_without_a_gap(tmp_path):
+    settings, file = data(tmp_path, documents=2500)
+    rows = packed_dataset([file], CharTokenizer(), settings)
+    texts = [json.loads(line)["text"] for line in open(file)]
+    joined = [i for ids in CharTokenizer()(texts, False)["input_ids"] for i in (*ids, 0)]
+    assert torch.stack(list(rows["input_ids"])).flatten().tolist() == joined[:len(joined) // 16 * 16]
+    again = packed_dataset([file], CharTokenizer(), settings)
+    assert again.cache_files == rows.cache_files and again[-1]["input_ids"].equal(rows[-1]["input_ids"])
+
+
+def test_many_short_documents_fill_a_long_row(tmp_path):
+    file = tmp_path / "short.jsonl"
+    file.write_text('{"text": "ab"}\n' * 2500)
+    settings = Data(train=[str(file)], heldout=[str(file)], sequence_length=5000)
+    assert len(packed_dataset([str(file)], CharTokenizer(), settings)) == 1
+
+
+def test_a_text_file_is_one_document_with_its_line_breaks(tmp_path):
+    settings, _ = data(tmp_path)
+    for name, text in (("a", "one\ntwo\n\nthree\n"), ("b", "four\nfive, six, seven")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    rows = packed_dataset([str(tmp_path / "*.txt")], CharTokenizer(), settings)
+    ids, = CharTokenizer()(["one\ntwo\n\nthree\n\0four\nfive, six, seven"], False)["input_ids"]
+    assert torch.stack(list(rows["input_ids"])).flatten().tolist() == [0 if i == 1 else i for i in ids][:32]
+
+
+@pytest.mark.parametrize("pattern", ["a[1].jsonl", "*.jsonl", "a[[]1].jsonl"])
+def test_a_name_that_looks_like_a_pattern_is_a_name(tmp_path, pattern):
+    settings, file = data(tmp_path)
+    wanted = tmp_path / "b" / "a[1].jsonl"
+    wanted.parent.mkdir()
+    wanted.write_bytes(open(file, "rb").read())
+    found = packed_dataset([str(wanted.parent / pattern)], CharTokenizer(), settings)
+    assert torch.equal(found[:]["input_ids"], packed_dataset([file], CharTokenizer(), settings)[:]["input_ids"])
 
 
 def test_order_is_a_permutation_set_by_seed_and_epoch():

@@ -52,6 +52,22 @@ def test_original_weights_close_the_whole_gap(attached, domains):
     assert summary["kl_gap_closed"] == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["model", "float32"])
+def test_plain_rounding_is_of_the_original_model_whatever_else_was_trained(model, domains, dtype):
+    teacher = make_teacher(model)  # nothing is frozen: all of it is the teacher's own
+    quantizer = ExpertQuantizer(model)
+    originals = [teacher.get_parameter(t.name).data for t in quantizer.tensors]
+    before = {n: p.clone() for n, p in teacher.named_parameters()}
+    untrained = compare(model, teacher, quantizer, originals, domains, batch_size=2, dtype=dtype)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)
+        model.get_parameter("model.layers.0.self_attn.o_proj.weight").mul_(0.5)
+    trained = compare(model, teacher, quantizer, originals, domains, batch_size=2, dtype=dtype)
+    assert trained["ptq"] == untrained["ptq"] and trained["bf16"] == untrained["bf16"]
+    assert trained["qat"]["kl"] > 2 * trained["ptq"]["kl"]
+    assert all(torch.equal(p, before[n]) for n, p in teacher.named_parameters())
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
 def test_sums_do_not_depend_on_the_batch_size(attached, domains, batch_size):
     model, teacher, _, _ = attached

@@ -1,6 +1,5 @@
 """--plan: published counts for the released geometries, figures that add up, and a refusal that names need and have."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 from jobs import run_job
 
-from qat.plan import GIB, as_json, make_plan, refuse_if_too_large
+from qat.plan import GIB, make_plan, refuse_if_too_large
 from recipes.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,8 +60,13 @@ def test_muon_needs_one_moment_less(pro):
     assert 2 * muon.memory["optimizer (muon)"] == pro.memory["optimizer (adamw)"]
 
 
-def test_a_plan_is_plain_data(pro):
-    assert json.loads(json.dumps(as_json(pro)))["matrices"] == 79_488
+@pytest.mark.parametrize("index, message", [('{"weight_map": {"a": ', "not valid JSON"), ("{}", "not a safetensors index")])
+def test_a_broken_index_is_one_line(tiny_checkpoint, tmp_path, index, message):
+    (tmp_path / "config.json").write_text((tiny_checkpoint / "config.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=f"model.safetensors.index.json: {message}") as error:
+        plan("tiny.yaml", f"model.path={tmp_path}")
+    assert "\n" not in str(error.value)
 
 
 def test_the_command_prints_the_plan_and_writes_nothing(tmp_path):

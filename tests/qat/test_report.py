@@ -44,6 +44,16 @@ def test_curves_need_no_health_lines_and_no_positive_losses(tmp_path):
     assert not (tmp_path / "curves.tmp.png").exists()
 
 
+def test_curves_leave_out_what_is_no_number(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl", resumed_step=None)
+    for step, sqnr in ((1, [None, 20.0]), (2, [None, None])):
+        metrics.write("train", step, kl=0.5, loss=1.0, learning_rate=1e-3)
+        metrics.write("health", step, tensor="t", flipped=[0.0, 0.1], sqnr_db=sqnr)
+    metrics.close()
+    draw_curves(tmp_path / "m.jsonl", tmp_path / "curves.png", "t")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_wandb_is_off_without_being_asked_and_refused_clearly_when_missing(tmp_path, monkeypatch):
     assert start_wandb("off", "p", "n", tmp_path, {}) is None
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -150,6 +150,35 @@ def test_two_processes_train_together(tiny_recipe):
     summary = json.loads((folder(tiny_recipe) / "summary.json").read_text())
     assert summary["tokens"] == 4 * 2 * 2 * 2 * 64  # steps x accumulation x processes x rows x tokens
     assert summary["kl_gap_closed"] > 0
+    health = [r for r in computed(tiny_recipe) if r["kind"] == "health"]
+    routed = {step: 2 * 2 * 2 * 64 * 2 * since for step, since in ((3, 3), (4, 1))}  # processes x ... x top-2 x steps
+    assert {r["step"] for r in health} == routed.keys() and all(sum(r["tokens"]) == routed[r["step"]] for r in health)
+
+
+def test_processes_that_chose_other_first_codes_begin_with_those_of_the_first(tiny_recipe, tmp_path):
+    script = tmp_path / "first_codes.py"
+    script.write_text(f"""
+import sys
+import torch
+sys.path[0] = {str(ROOT)!r}
+from qat import trainer
+from recipes.load import load_recipe
+
+def differently(teacher, quantizer, *_, **__):
+    for master in quantizer.masters:
+        master.data.mul_(1 + 0.1 * torch.distributed.get_rank())
+    quantizer.requantize()
+
+trainer.choose_first_codes = differently
+job = trainer.Trainer(load_recipe(sys.argv[1], ["qat.warm_start.method=gptq"]), resume=False)
+for tensor, master in job.quantizer:
+    original = job.teacher.get_parameter(tensor.name).float()
+    assert torch.equal(master, original), tensor.name
+    ours = tensor.parameter.detach().float()
+    assert torch.equal(2 * ours, job.accelerator.reduce(ours, reduction="sum")), tensor.name
+job.close()
+""")
+    run_alone("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29537", script, tiny_recipe)
 
 
 def test_a_launch_that_accelerate_does_not_see_is_refused(tiny_recipe):
@@ -172,6 +201,21 @@ def test_a_non_finite_gradient_stops_with_step_tensor_expert_and_keeps_the_check
     error = run_job(SCRIPT, tiny_recipe, expect=1, before=poison).strip().splitlines()[-1]
     assert "step 6" in error and "down_proj" in error and "expert 2, index [3, 4]" in error and "step-00000004" in error
     assert [p.name for p in complete_checkpoints(folder(tiny_recipe) / "checkpoints")] == ["step-00000004"]
+
+
+def test_a_non_finite_gradient_of_another_tensor_is_named_too(tiny_recipe):
+    poison = (
+        "import torch\n"
+        "from qat.trainer import Trainer\n"
+        "original = Trainer._losses\n"
+        "def poisoned(self, ids):\n"
+        "    if self.state.step == 2:\n"
+        "        self.model.get_parameter('model.norm.weight').register_hook(\n"
+        "            lambda g: g.index_fill(0, torch.tensor([5]), float('nan')))\n"
+        "    return original(self, ids)\n"
+        "Trainer._losses = poisoned\n")
+    error = run_job(SCRIPT, tiny_recipe, "qat.train=all", "model.dtype=float32", expect=1, before=poison)
+    assert "step 3: " in error and "gradient of model.norm.weight: 1 non-finite values, the first at index [5]" in error
 
 
 MISTAKES = {
@@ -256,6 +300,16 @@ def test_a_run_is_not_continued_by_a_recipe_that_trains_something_else(uninterru
 
 def test_a_resume_without_a_checkpoint_says_so(tiny_recipe):
     assert "no complete checkpoint in" in run_job(SCRIPT, tiny_recipe, "--resume", "--max-steps", 1)
+
+
+@pytest.mark.parametrize("variable, value, words", [
+    ("ACCELERATE_USE_FSDP", "true", "distributed_type FSDP, but the trainer does not shard"),
+    ("ACCELERATE_USE_DEEPSPEED", "true", "distributed_type DEEPSPEED, but the trainer does not shard"),
+    ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision bf16, but weights carry their dtype: set model.dtype"),
+])
+def test_a_launch_that_is_not_this_trainers_is_refused_in_one_line(tiny_recipe, variable, value, words):
+    said = run_job(SCRIPT, tiny_recipe, expect=2, before=f"import os; os.environ[{variable!r}] = {value!r}")
+    assert words in said and said.count("error:") == 1 and "Traceback" not in said
 
 
 def test_help_and_recipe_errors_import_no_torch(tiny_recipe):

@@ -1,0 +1,26 @@
+"""A job's mistakes are one line on every process, with the rank of all but the first."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from recipes.command import run_command
+
+TINY = str(Path(__file__).resolve().parents[2] / "recipes" / "tiny.yaml")
+
+
+def full_disk(recipe):
+    raise OSError(errno.ENOSPC, "No space left on device", "x.bin")
+
+
+@pytest.mark.parametrize("rank, prefix", [(None, ""), ("0", ""), ("3", "rank 3: ")])
+@pytest.mark.parametrize("override, code, words", [("qat.stepz=3", 2, "unknown key qat.stepz"),
+                                                   ("qat.steps=3", 1, "x.bin: cannot be read or written: No space left")])
+def test_every_process_says_what_stopped_it(capsys, monkeypatch, rank, prefix, override, code, words):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert run_command(TINY, [override], full_disk) == code
+    said = capsys.readouterr().err
+    assert said.startswith(f"{prefix}error: ") and words in said and said.count("\n") == 1
