@@ -56,7 +56,7 @@ test-kernels: $(VENV)/.dev
 test-kernels-long: $(VENV)/.dev
 	$(TEST_KERNELS) $(addprefix tests/runtime_ref/,$(ON_KERNELS) $(LONG_ON_KERNELS))
 
-# Whole engines on the embedded model with the kernels in Triton's interpreter, a handful of tokens each: about ten minutes.
+# Whole engines on the embedded model with the kernels in Triton's interpreter, a handful of tokens each: about a quarter of an hour.
 test-interpreter: $(VENV)/.dev
 	FP4_TEST_INTERPRETER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m interpreter tests/runtime_ref/test_interpreted.py
 

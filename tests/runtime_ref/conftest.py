@@ -67,13 +67,6 @@ def runtime_config(**changes):
         "rope_theta": 10000, "swa_rope_theta": 1000, "eos_token_id": 0, **changes})
 
 
-# The least that has every feature.
-SMALLEST = {"num_hidden_layers": 3, "hybrid_layer_pattern": [0, 1, 0], "moe_layer_freq": [0, 1, 1], "num_attention_heads": 2,
-            "num_key_value_heads": 1, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "intermediate_size": 64,
-            "moe_intermediate_size": 64, "n_routed_experts": 4}
-LEAST_DRAFTER = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "target_layer_ids": [0, 1, 2]}
-
-
 def random_target(config, seed=0):
     from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
 
@@ -113,13 +106,8 @@ def random_drafter(config, seed=1, **changes):
 
 
 # With FP4_TEST_KERNELS=1 (`make test-kernels`) engines of this folder's tests run the embedded model on the Triton kernels,
-# compiled for the CPU, instead of a small random model on the default backend. With "interpreted" (`make test-interpreter`)
-# they run a random model that is smaller still on the kernels in Triton's interpreter, where a step of the embedded one takes
-# seconds.
-KERNELS = os.environ.get("FP4_TEST_KERNELS") in ("1", "interpreted")
-COMPILED = os.environ.get("FP4_TEST_KERNELS") == "1"
-INTERPRETED = KERNELS and not COMPILED
-TOKENS = 9 if INTERPRETED else 40  # of an answer; with the first from the prompt, a whole block at least
+# compiled for the CPU, instead of a small random model on the default backend.
+KERNELS = os.environ.get("FP4_TEST_KERNELS") == "1"
 BACKEND = {"backend": "triton"} if KERNELS else {}
 SEED = Path(__file__).resolve().parents[2] / "recipes" / "seed" / "model"
 
@@ -136,7 +124,7 @@ def seed_folder(out: Path) -> Path:
 def kernels_without_a_gpu():
     """Triton's interpreter, at its best, or the compiler for the CPU."""
     pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
-    if COMPILED:
+    if KERNELS:
         from runtime_ref.kernels.host.backend import on_host
 
         with on_host():
@@ -149,23 +137,16 @@ def kernels_without_a_gpu():
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
-def no_gpu_needed(request):
-    """The kernels run on this machine."""
-    if KERNELS:
-        request.getfixturevalue("kernels_without_a_gpu")
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """Exported folder of a random target and drafter, with a byte tokenizer."""
     from conftest import write_tokenizer
 
-    if COMPILED:
+    if KERNELS:
         return seed_folder(tmp_path_factory.mktemp("seed"))
-    config, drafter = (runtime_config(**SMALLEST), LEAST_DRAFTER) if INTERPRETED else (runtime_config(), {})
+    config = runtime_config()
     out = tmp_path_factory.mktemp("native")
-    write_native(out, random_target(config), random_drafter(config, **drafter))
+    write_native(out, random_target(config), random_drafter(config))
     write_tokenizer(out)
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
     return out
@@ -199,10 +180,9 @@ def make_engine(folder):
 
 @pytest.fixture(scope="session")
 def prompts():
-    """Twelve prompts of 1 to 150 random tokens (in the interpreter seven of 1 to 66)."""
+    """Twelve prompts of 1 to 150 random tokens."""
     generator = torch.Generator().manual_seed(7)
-    lengths = (1, 2, 7, 8, 9, 20, 66) if INTERPRETED else (1, 2, 7, 8, 9, 20, 33, 63, 64, 65, 100, 150)
-    return [torch.randint(1, 260, (n,), generator=generator).tolist() for n in lengths]
+    return [torch.randint(1, 260, (n,), generator=generator).tolist() for n in (1, 2, 7, 8, 9, 20, 33, 63, 64, 65, 100, 150)]
 
 
 class OracleProposer:
@@ -268,7 +248,7 @@ def exported(folder, tmp_path_factory) -> Path:
     sidecar = torch.load(out / "dflash" / "mask_embedding.pt", weights_only=True)
     row = sidecar["mask_token_id"]
     edit(out / "model.safetensors", lambda t: t["model.embed_tokens.weight"][row].copy_(sidecar["embedding"]))
-    if not COMPILED:  # trained norms are not ones
+    if not KERNELS:  # trained norms are not ones
         edit(out / "model.safetensors", varied_norms)
     write_reference(out)
     return out

@@ -30,7 +30,7 @@ def prompts():
 
 
 # What `test_ranks.py` asks for: the kernels, compiled for the CPU (tests/runtime_ref/conftest.py), or the default.
-BACKEND = "triton" if os.environ.get("FP4_TEST_KERNELS") in ("1", "interpreted") else "auto"
+BACKEND = "triton" if os.environ.get("FP4_TEST_KERNELS") == "1" else "auto"
 
 
 def same(folder, ranks, pipe, backend=BACKEND):

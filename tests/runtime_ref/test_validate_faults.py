@@ -15,7 +15,7 @@ from wrong_folders import config, drafter, drafter_file, edit, edit_json, faults
 
 from runtime_ref import validate
 from runtime_ref.suspects import culprits, difference, drafter_suspects, target_suspects
-from tests.runtime_ref.conftest import COMPILED, KERNELS
+from tests.runtime_ref.conftest import KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -226,7 +226,7 @@ def test_a_tokenizer_of_another_model_is_found_by_what_the_model_expects(copied,
     prompts, trained = tmp_path / "p.jsonl", tmp_path / "summary.json"
     prompts.write_text(json.dumps({"prompt": "def f(x):\n    return x + 1\n"}))
     trained.write_text(json.dumps({"acceptance": {}}))
-    if COMPILED:  # the embedded model expects text, but not with its tokens exchanged; random weights expect none
+    if KERNELS:  # the embedded model expects text, but not with its tokens exchanged; random weights expect none
         edit_json(copied / "tokenizer.json", exchange_tokens)
     code, verdict = judged(copied, tmp_path, capsys, "--prompts", str(prompts), "--trained", str(trained))
     assert code == 1 and any("tokenizer is not this model's" in c for c in verdict["causes"])
