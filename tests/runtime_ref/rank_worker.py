@@ -128,6 +128,7 @@ def run(job, folder, count):
 
 if __name__ == "__main__":
     _, folder, name, *counts = sys.argv
+    job = {"same": same, "same-on-torch": same_on_torch, "die": die, "fail": fail, "slow": slow}[name]
     for count in map(int, counts):
-        codes, seconds = run({"same": same, "same-on-torch": same_on_torch, "die": die, "fail": fail, "slow": slow}[name], folder, count)
+        codes, seconds = run(job, folder, count)
         print(json.dumps({"codes": codes, "seconds": round(seconds, 1)}), flush=True)
