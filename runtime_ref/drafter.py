@@ -123,7 +123,7 @@ class Drafter:
         for begin in range(0, taps.shape[0], 64):
             part = taps[begin:begin + 64]
             positions = list(range(start + begin, start + begin + part.shape[0]))
-            self.extend(part, positions, [_slot(table, p) for p in positions])
+            self.extend(part, positions, [table.slot(p) for p in positions])
 
     @torch.inference_mode()
     def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
@@ -164,7 +164,7 @@ class Drafter:
         if not short:
             return
         positions = [p for w in short for p in range(w.position - w.taps.shape[0], w.position)]
-        slots = [_slot(w.tables[KIND], p) for w in short for p in range(w.position - w.taps.shape[0], w.position)]
+        slots = [w.tables[KIND].slot(p) for w in short for p in range(w.position - w.taps.shape[0], w.position)]
         self.extend(torch.cat([w.taps for w in short]) if len(short) > 1 else short[0].taps, positions, slots)
 
     def _reach(self, wanted: list[Wanted], positions: torch.Tensor, T: int) -> _DraftReach:
@@ -177,7 +177,7 @@ class Drafter:
             table = w.tables[KIND]
             held = table.pages[low - table.first:high + 1 - table.first]
             tables += held + [0] * (n - len(held))
-            slots += [_slot(table, w.position + i) for i in range(w.count + 1)]
+            slots += [table.slot(w.position + i) for i in range(w.count + 1)]
             rows += range(b * T, b * T + w.count + 1)
         anchors = torch.tensor([[w.position, w.position + w.count + 1] for w in wanted])[:, :, None, None, None]
         keys = (torch.tensor(first)[:, None] * PAGE + torch.arange(n * PAGE)).view(-1, n, 1, PAGE)
@@ -214,10 +214,6 @@ def convolved(y: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor] | None, b
         return y
     before = torch.nn.functional.pad(y.unflatten(0, (-1, block)), (0, 0, 1, 0))[:, :-1].flatten(0, 1)
     return torch.addcmul(y, ops.spread(ops.spread(y, pair[0])[0], pair[1])[0], before)
-
-
-def _slot(table: Table, position: int) -> int:
-    return table.page(position // PAGE) * PAGE + position % PAGE
 
 
 def check_drafter(model: DFlashDraftModel, target, refused: tuple[str, ...] = ("convolution_rank", "markov_rank")) -> None:

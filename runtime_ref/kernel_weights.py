@@ -5,31 +5,42 @@ of 128 x 128 blocks restarts inside a fused qkv, so a rank's share has no grid o
 moved into pages (`kernels/repack.py`). `weights.py` holds the same tensors for the torch backend, decoded to float32.
 
 All tensors of a rank lie in one `Arena`, a single allocation, because the persistent step finds them by 32-bit offsets: its
-task list is a table of int32. Sizes are known from the configuration (`layer_shapes`) before anything is read, so loading never
-holds more than a layer twice, and a geometry can be filled with random bytes instead (`random_weights`) to be timed.
+task list is a table of int32. Sizes are known from the configuration (`kernel_shapes.py`) before anything is read, so loading
+never holds more than a layer twice, and a geometry can be filled with random bytes instead (`random_weights`) to be timed.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from modeling.configuration_mimo_v2 import MiMoV2Config
-from modeling.load import TensorFiles
 from modeling.names import qkv_rows, qkv_scale_rows
 from mxfp4.format import BLOCK_SIZE
 from runtime_ref.families import NotHeld, read_geometry
-from runtime_ref.kernels.parts import LEAST_DEPTH, Parts, expert_share, layer_parts, parts_of
-from runtime_ref.kernels.repack import SCALE_OFFSET, ExpertPages, Tile, repack_experts
+from runtime_ref.kernel_shapes import expert_tiles, layer_heads, layer_shapes, outer_shapes
+from runtime_ref.kernels.parts import (
+    FP8_BLOCK,
+    LEAST_DEPTH,
+    ExpertShare,
+    Parts,
+    expert_share,
+    layer_parts,
+    own_keys,
+    own_run,
+    own_share,
+    parts_of,
+)
+from runtime_ref.kernels.repack import MAX_SCALE_BYTE, SCALE_OFFSET, ExpertPages, Tile, repack_experts
 from runtime_ref.kernels.row_launches import Heads, Matrix, Router, paired
 from runtime_ref.parallel import ALONE, SHARES, Ranks
+from runtime_ref.share_files import ShareFiles
 
 ALIGN = 128
-FP8_BLOCK = 128
+GROUP_BYTES = 1 << 25  # of the experts whose codes are moved into pages at once, which takes some thirty times that
 # What the releases store in FP8 (see `layer_shapes`).
 RELEASED_FP8 = frozenset({"qkv", "gate_up", "down"})
 
@@ -89,79 +100,6 @@ class KernelWeights:
     head: Matrix  # this rank's share of the vocabulary
 
 
-def layer_heads(config: MiMoV2Config, index: int, ranks: Ranks) -> Heads:
-    """Heads of a layer on one rank; with more ranks than key heads, several ranks hold the same one.
-
-    Raises:
-        ValueError: a number of ranks that cannot share them.
-    """
-    swa = "swa_" if config.hybrid_layer_pattern[index] else ""
-    queries, keys, d, v = (getattr(config, swa + name) for name in
-                           ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim"))
-    if queries % ranks.count or keys % ranks.count and ranks.count % keys:
-        raise ValueError(f"{ranks.count} ranks: {queries} query heads and {keys} key heads of layer {index} cannot be shared; "
-                         "expected a divisor of the query heads, and a divisor or multiple of the key heads")
-    return Heads(queries // ranks.count, max(1, keys // ranks.count), d, v, int(d * config.partial_rotary_factor))
-
-
-def expert_tiles(config: MiMoV2Config, ranks: Ranks, shares: int = SHARES, native: bool = False) -> tuple[Tile, Tile]:
-    """Tiles of gate-up and down pages: the standard ones, or smaller for small matrices; several parts are whole down pages.
-
-    native: for tensor cores that read E2M1 themselves, whose wide side are 128 rows."""
-    least, most = (64, 128) if native else (16, Tile().rows)
-
-    def fitting(rows: int, depth: int) -> Tile:
-        return Tile(max(least, min(most, _power(rows))), max(LEAST_DEPTH, min(Tile().depth, depth)), native)
-
-    inner = config.moe_intermediate_size
-    parts = parts_of(inner, LEAST_DEPTH, shares)
-    depth = _power(inner) if parts == 1 else math.gcd(inner // parts, Tile().depth)
-    own = inner // expert_share(inner, ranks, shares).of
-    return fitting(2 * own, _power(config.hidden_size)), fitting(config.hidden_size, depth)
-
-
-def has_head_norms(config) -> bool:
-    """Whether queries and keys are normed head by head."""
-    return config.model_type == "qwen3_moe"
-
-
-def layer_shapes(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[str], shares: int = SHARES,
-                 native: bool = False) -> dict[str, tuple]:
-    """(shape, dtype) of the tensors of a layer on one rank; `fp8`: those of "qkv", "o", "gate_up", "down" that are FP8."""
-    H, heads, count = config.hidden_size, layer_heads(config, index, ranks), ranks.count
-    swa = config.hybrid_layer_pattern[index]
-    matrices = {"qkv": (heads.rows, H), "o": (H, heads.queries * heads.v)}
-    shapes: dict[str, tuple] = {"input_norm": ((H,), torch.float32), "post_norm": ((H,), torch.float32)}
-    if config.add_swa_attention_sink_bias if swa else config.add_full_attention_sink_bias:
-        shapes["sink"] = ((heads.queries,), torch.float32)
-    if has_head_norms(config):
-        shapes["head_norm"] = (((heads.queries + heads.keys) * heads.d,), torch.float32)
-    if config.moe_layer_freq[index]:
-        up_tile, down_tile = expert_tiles(config, ranks, shares, native)
-        E, inner = config.n_routed_experts, config.moe_intermediate_size
-        inner //= expert_share(inner, ranks, shares).of
-        shapes["router"], shapes["correction"] = ((E, H), torch.float32), ((E,), torch.float32)
-        shapes["up_pages"] = ((E, -(-inner // (up_tile.rows // 2)), -(-H // up_tile.depth), up_tile.page_bytes), torch.uint8)
-        shapes["down_pages"] = ((E, -(-H // down_tile.rows), -(-inner // down_tile.depth), down_tile.page_bytes), torch.uint8)
-    else:
-        inner = config.intermediate_size // count
-        matrices |= {"gate_up": (2 * inner, H), "down": (H, inner)}
-    for name, shape in matrices.items():
-        shapes[name] = (shape, torch.uint8 if name in fp8 else torch.bfloat16)
-        if name in fp8:
-            shapes[f"{name}_scales"] = ((shape[0], -(-shape[1] // FP8_BLOCK)), torch.float32)
-    return shapes
-
-
-def outer_shapes(config: MiMoV2Config, ranks: Ranks) -> dict[str, tuple]:
-    """(shape, dtype) of the tensors outside the layers."""
-    H, vocabulary = config.hidden_size, config.vocab_size
-    if vocabulary % ranks.count:
-        raise ValueError(f"{ranks.count} ranks: a vocabulary of {vocabulary} cannot be shared evenly")
-    return {"embed": ((vocabulary, H), torch.bfloat16), "norm": ((H,), torch.float32),
-            "head": ((vocabulary // ranks.count, H), torch.bfloat16)}
-
-
 def load_kernel_weights(folder: str | Path, ranks: Ranks = ALONE, *, device: str = "cpu", native: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> KernelWeights:
     """One rank's weights from an exported folder. native: experts in native pages (`kernels/native_tiles.py`).
@@ -174,7 +112,7 @@ def load_kernel_weights(folder: str | Path, ranks: Ranks = ALONE, *, device: str
     if config.model_type not in _READERS:
         raise NotHeld(f"{Path(folder) / 'config.json'}: model_type: {config.model_type!r}, expected {' or '.join(_READERS)}: "
                       "the kernels have no biases and no clamped SwiGLU; run this checkpoint with --backend torch")
-    reader = _READERS[config.model_type](TensorFiles(Path(folder)), config, ranks, native)
+    reader = _READERS[config.model_type](ShareFiles(Path(folder)), config, ranks, native, device)
     fp8 = [reader.fp8(i) for i in range(config.num_hidden_layers)]
 
     def layer(index: int) -> dict[str, torch.Tensor]:
@@ -250,18 +188,20 @@ def _layer(config, ranks, index: int, t: dict[str, torch.Tensor], parts: Parts, 
 
 
 class _Reader:
-    """Reads the tensors of one rank, as `layer_shapes` names them, of the native layout."""
+    """Reads the tensors of one rank, as `layer_shapes` names them, of the native layout: of the experts, o_proj, dense layers
+    and the head its own share only. Pages are made where they are used, which on a GPU takes seconds, on a CPU hours."""
 
     codes = "weight"  # how an expert matrix's codes are called
 
-    def __init__(self, files: TensorFiles, config: MiMoV2Config, ranks: Ranks, native: bool = False):
+    def __init__(self, files: ShareFiles, config: MiMoV2Config, ranks: Ranks, native: bool = False, device: str = "cpu"):
         self.files, self.config, self.ranks, self.names, self.native = files, config, ranks, set(files), native
+        self.device = device
 
     def outer(self) -> dict[str, torch.Tensor]:
         config = self.config
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         return {"embed": self._bf16("model.embed_tokens.weight"), "norm": self._f32("model.norm.weight"),
-                "head": self._share(self._bf16(head), 0)}
+                "head": self._bf16(head, 0)}
 
     def fp8(self, index: int) -> frozenset[str]:
         """Which matrices of a layer are stored in FP8."""
@@ -275,14 +215,14 @@ class _Reader:
         out = {"input_norm": self._f32(f"{prefix}.input_layernorm.weight"),
                "post_norm": self._f32(f"{prefix}.post_attention_layernorm.weight")}
         if f"{prefix}.self_attn.attention_sink_bias" in self.names:
-            out["sink"] = self._share(self._f32(f"{prefix}.self_attn.attention_sink_bias"), 0)
+            out["sink"] = own_share(self._f32(f"{prefix}.self_attn.attention_sink_bias"), 0, self.ranks)
         rows = self._qkv(f"{prefix}.self_attn", index)
         swa = "swa_" if self.config.hybrid_layer_pattern[index] else ""
         keys = getattr(self.config, f"{swa}num_key_value_heads")
         for name in rows[0]:
             suffix = "" if name == "weight" else "_scales"
             queries, *others = (part[name] for part in rows)
-            shared = torch.cat([self._share(queries, 0), *(self._key_heads(t, keys) for t in others)])
+            shared = torch.cat([own_share(queries, 0, self.ranks), *(own_keys(t, keys, self.ranks) for t in others)])
             out[f"qkv{suffix}"] = paired(shared, heads)
         self._put_matrix(out, "o", [f"{prefix}.self_attn.o_proj"], columns=True)
         if self.config.moe_layer_freq[index]:
@@ -293,24 +233,24 @@ class _Reader:
 
     def _put_matrix(self, out: dict, name: str, parts: list[str], *, columns: bool) -> None:
         """This rank's rows or columns of stacked matrices, with the scales of FP8."""
-        found = [self._matrix(part) for part in parts]
-        out[name] = torch.cat([self._share(part["weight"], int(columns)) for part in found])
-        if "scales" in found[0]:
-            if columns and found[0]["weight"].shape[1] // self.ranks.count % FP8_BLOCK and self.ranks.count > 1:
-                raise ValueError(f"{self.files.folder}: {parts[0]}: {self.ranks.count} ranks cut its columns inside an "
-                                 "FP8 block; expected fewer ranks")
-            out[f"{name}_scales"] = torch.cat([self._share(part["scales"], int(columns)) for part in found])
+        found = [self._matrix(part, int(columns)) for part in parts]
+        for kind in found[0]:
+            out[name if kind == "weight" else f"{name}_scales"] = torch.cat([part[kind] for part in found])
 
-    def _matrix(self, name: str) -> dict[str, torch.Tensor]:
-        """"weight" bfloat16, or uint8 with "scales": one row of them per row."""
-        raw = self.files.read(f"{name}.weight")
+    def _matrix(self, name: str, dim: int | None = None) -> dict[str, torch.Tensor]:
+        """"weight" bfloat16, or uint8 with "scales": one row of them per row. dim: this rank's rows (0) or columns (1) only."""
+        raw = self._own(f"{name}.weight", dim)
         if raw.dtype != torch.float8_e4m3fn:
-            return {"weight": self._bf16(f"{name}.weight")}
+            return {"weight": self._exact(f"{name}.weight", raw)}
+        rows, width = self.files.shape(f"{name}.weight")
+        if dim == 1 and self.ranks.count > 1 and raw.shape[1] % FP8_BLOCK:
+            raise ValueError(f"{self.files.folder}: {name}: {self.ranks.count} ranks cut its columns inside an FP8 block; "
+                             "expected fewer ranks")
         if raw.view(torch.uint8).bitwise_and(127).eq(127).any():
             raise ValueError(f"{self.files.folder}: {name}.weight holds NaN")
         scale = self.files.read(f"{name}.weight_scale_inv").float()
-        segments = qkv_scale_rows(f"{name}.weight", raw.shape[0], self.config)
-        expected = (sum(-(-n // FP8_BLOCK) for n in segments), -(-raw.shape[1] // FP8_BLOCK))
+        segments = qkv_scale_rows(f"{name}.weight", rows, self.config)
+        expected = (sum(-(-n // FP8_BLOCK) for n in segments), -(-width // FP8_BLOCK))
         if tuple(scale.shape) != expected:
             raise ValueError(f"{self.files.folder}: {name}.weight_scale_inv: shape {list(scale.shape)}, expected "
                              f"{list(expected)}")
@@ -319,7 +259,8 @@ class _Reader:
             blocks = -(-n // FP8_BLOCK)
             spread.append(scale[row:row + blocks].repeat_interleave(FP8_BLOCK, 0)[:n])
             row += blocks
-        return {"weight": raw.view(torch.uint8), "scales": torch.cat(spread)}
+        scales = torch.cat(spread)
+        return {"weight": raw.view(torch.uint8), "scales": scales if dim is None else own_share(scales, dim, self.ranks)}
 
     def _qkv(self, prefix: str, index: int) -> list[dict[str, torch.Tensor]]:
         """q, k and v, whichever of the two forms the folder has."""
@@ -329,38 +270,63 @@ class _Reader:
         return [{name: torch.cat([t[s] for s in rows[part]]) for name, t in fused.items()} for part in "qkv"]
 
     def _moe(self, prefix: str) -> dict[str, torch.Tensor]:
-        E, H, inner = self.config.n_routed_experts, self.config.hidden_size, self.config.moe_intermediate_size
-
-        def stacked(suffix: str) -> dict[str, torch.Tensor]:
-            width = 2 if not suffix else BLOCK_SIZE
-            shapes = {"gate": (inner, H // width), "up": (inner, H // width), "down": (H, inner // width)}
-            name = f"weight{suffix}" if suffix else self.codes
-            return {kind: torch.stack(list(self._codes(f"{prefix}.experts", f"{kind}_proj.{name}", E, shapes[kind])))
-                    for kind in shapes}
-
-        codes, scales, share = stacked(""), stacked("_scale"), expert_share(inner, self.ranks)
-        if not share.adds:
-            codes["down"], scales["down"] = torch.zeros_like(codes["down"]), torch.zeros_like(scales["down"])
-        up_tile, down_tile = expert_tiles(self.config, self.ranks, native=self.native)
-        gate_up, down = (torch.cat((t["gate"], t["up"]), 1) for t in (codes, scales)), (codes["down"], scales["down"])
-        pages = repack_experts(tuple(gate_up), down, rank=share.index, ranks=share.of, up_tile=up_tile, down_tile=down_tile,
-                               parts=parts_of(inner, LEAST_DEPTH) // share.of)
+        """Router and pages. A few experts at a time: what moving codes about takes is never as large as a layer."""
+        E, inner = self.config.n_routed_experts, self.config.moe_intermediate_size
+        share = expert_share(inner, self.ranks)
+        count = max(1, GROUP_BYTES * share.of * 2 // (3 * inner * self.config.hidden_size))
+        whole = []
+        for first in range(0, E, count):
+            pages = self._pages(f"{prefix}.experts", range(first, min(E, first + count)), share)
+            whole = whole or [t.new_empty(E, *t.shape[1:]) for t in pages]
+            for all_experts, t in zip(whole, pages, strict=True):
+                all_experts[first:first + count] = t
         return {"router": self._f32(f"{prefix}.gate.weight"), "correction": self._correction(prefix),
-                "up_pages": pages.up, "down_pages": pages.down}
+                "up_pages": whole[0], "down_pages": whole[1]}
+
+    def _pages(self, prefix: str, experts: range, share: ExpertShare) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate-up and down pages of some experts, on the device."""
+        H, inner = self.config.hidden_size, self.config.moe_intermediate_size
+
+        def stacked(kind: str, suffix: str) -> torch.Tensor:
+            width, name = (BLOCK_SIZE, f"weight{suffix}") if suffix else (2, self.codes)
+            shape, dim = ((H, inner // width), 1) if kind == "down" else ((inner, H // width), 0)
+            most = MAX_SCALE_BYTE if suffix and not self.native else 255
+            return torch.stack([self._codes(f"{prefix}.{e}.{kind}_proj.{name}", shape, dim, share, most)
+                                for e in experts]).to(self.device)
+
+        gate_up = [torch.cat((stacked("gate", s), stacked("up", s)), 1) for s in ("", "_scale")]
+        down = [stacked("down", s) for s in ("", "_scale")]
+        if not share.adds:
+            down = [torch.zeros_like(t) for t in down]
+        up_tile, down_tile = expert_tiles(self.config, self.ranks, native=self.native)
+        pages = repack_experts(tuple(gate_up), tuple(down), up_tile=up_tile, down_tile=down_tile,
+                               parts=parts_of(inner, LEAST_DEPTH) // share.of)
+        return pages.up, pages.down
 
     def _correction(self, prefix: str) -> torch.Tensor:
         return self._f32(f"{prefix}.gate.e_score_correction_bias")
 
-    def _codes(self, prefix: str, name: str, experts: int, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
-        for e in range(experts):
-            found = self.files.read(f"{prefix}.{e}.{name}")
-            if found.dtype != torch.uint8 or tuple(found.shape) != shape:
-                raise ValueError(f"{self.files.folder}: {prefix}.{e}.{name}: {found.dtype} {list(found.shape)}, expected uint8 "
-                                 f"{list(shape)}")
-            yield found
+    def _codes(self, name: str, shape: tuple[int, int], dim: int, share: ExpertShare, most: int) -> torch.Tensor:
+        """This rank's rows (dim 0) or columns of an expert's codes or scales, uint8, none above `most`."""
+        there, own = self.files.shape(name), shape[dim] // share.of
+        found = self.files.run(name, dim, share.index * own, own) if there == shape else self.files.read(name)
+        if found.dtype != torch.uint8 or there != shape:
+            raise ValueError(f"{self.files.folder}: {name}: {found.dtype} {list(there)}, expected uint8 {list(shape)}")
+        if most < 255 and found.numel() and int(found.max()) > most:
+            raise ValueError(f"{self.files.folder}: {name}: scale byte {int(found.max())}: the packed decoding holds scales up "
+                             f"to 2 (byte {most}); run this checkpoint with the torch backend")
+        return found
 
-    def _bf16(self, name: str) -> torch.Tensor:
-        raw = self.files.read(name)
+    def _own(self, name: str, dim: int | None) -> torch.Tensor:
+        """A tensor, or this rank's rows (dim 0) or columns (1) of it."""
+        if dim is None:
+            return self.files.read(name)
+        return self.files.run(name, dim, *own_run(self.files.shape(name)[dim], self.ranks))
+
+    def _bf16(self, name: str, dim: int | None = None) -> torch.Tensor:
+        return self._exact(name, self._own(name, dim))
+
+    def _exact(self, name: str, raw: torch.Tensor) -> torch.Tensor:
         exact = raw.to(torch.bfloat16)
         if not torch.equal(exact.to(raw.dtype), raw):
             raise ValueError(f"{self.files.folder}: {name}: {raw.dtype} values that bfloat16 does not hold; run this "
@@ -369,20 +335,6 @@ class _Reader:
 
     def _f32(self, name: str) -> torch.Tensor:
         return self.files.read(name).float()
-
-    def _share(self, t: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's equal share of a dimension."""
-        own, rest = divmod(t.shape[dim], self.ranks.count)
-        if rest:
-            raise ValueError(f"{self.ranks.count} ranks: a dimension of {t.shape[dim]} entries cannot be shared evenly")
-        return t.narrow(dim, self.ranks.rank * own, own)
-
-    def _key_heads(self, rows: torch.Tensor, keys: int) -> torch.Tensor:
-        """The rows [keys * width, ...] of this rank's key heads, or of the one that it shares with its neighbours."""
-        if keys % self.ranks.count == 0:
-            return self._share(rows, 0)
-        width = rows.shape[0] // keys
-        return rows.narrow(0, self.ranks.rank * keys // self.ranks.count * width, width)
 
 
 class _Qwen3Reader(_Reader):
@@ -406,10 +358,6 @@ _READERS = {"mimo_v2": _Reader, "qwen3_moe": _Qwen3Reader}
 def piece_bytes(tensor: torch.Tensor) -> int:
     """What a tensor takes in an arena."""
     return _rounded(_bytes(tuple(tensor.shape), tensor.dtype))
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

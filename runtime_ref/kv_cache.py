@@ -79,6 +79,10 @@ class Table:
     def page(self, logical: int) -> int:
         return self.pages[logical - self.first]
 
+    def slot(self, position: int) -> int:
+        """Where a position's keys and values lie in the pool."""
+        return self.page(position // PAGE) * PAGE + position % PAGE
+
     @property
     def end(self) -> int:
         """First logical page that is not held."""

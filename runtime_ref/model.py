@@ -253,7 +253,7 @@ def reach(pool: Pool, kind: str, blocks: list[tuple[Span, int, int]], T: int) ->
         table = span.tables[kind]
         held = table.pages[low - table.first:high + 1 - table.first]
         tables += held + [0] * (n - len(held))
-        slots += [table.page(p // PAGE) * PAGE + p % PAGE for p in range(start, start + count)]
+        slots += [table.slot(p) for p in range(start, start + count)]
     queries = torch.tensor([[start + min(i, count - 1) for i in range(T)] for _, start, count in blocks])[:, None, :, None]
     keys = torch.tensor(first)[:, None] * PAGE + torch.arange(n * PAGE)
     keys = keys.view(len(blocks), n, 1, PAGE)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from mxfp4.mxfp8 import dequantize_mxfp8, quantize_mxfp8
-from runtime_ref.kv_cache import PAGE
 from runtime_ref.model import Span
 from runtime_ref.tasks import Task, TorchBackend
 from runtime_ref.weights import Dense
@@ -100,7 +99,7 @@ def _projected(y, a, rotary, real, epsilon):
 def _attended(q, backend, task, span, real):
     kind = task.op.removeprefix("attend_")
     pool, a = backend.pools[kind], backend.weights.layers[task.layer].attention
-    slots = torch.tensor([span.tables[kind].page(p // PAGE) * PAGE + p % PAGE for p in range(real)])
+    slots = torch.tensor([span.tables[kind].slot(p) for p in range(real)])
     keys, values = (store[task.layer].index_select(1, slots.to(store[task.layer].device)).cpu().double()[..., :width]
                     for store, width in ((pool.keys, a.qk_dim), (pool.values, a.v_dim)))  # some backends pad the widths
     groups = q.shape[0] // keys.shape[0]

@@ -28,7 +28,7 @@ from runtime_ref.persistent import (
     value_scale,
 )
 from runtime_ref.triton_backend import BLOCK
-from runtime_ref.triton_drafter import CONTEXT_ROWS, TritonDrafter, slot_of
+from runtime_ref.triton_drafter import CONTEXT_ROWS, TritonDrafter
 
 
 def draft_table(drafter: TritonDrafter) -> torch.Tensor:
@@ -134,7 +134,7 @@ class PersistentDraft:
         drafter, backend, s, device = self.drafter, self.backend, self.scratch, self.backend.device
         places = [(w, p) for w in late for p in range(w.position - w.taps.shape[0], w.position)]
         at = torch.tensor([p for _, p in places], dtype=torch.int32, device=device)
-        into = torch.tensor([slot_of(w.tables[KIND], p) for w, p in places], dtype=torch.int32, device=device)
+        into = torch.tensor([w.tables[KIND].slot(p) for w, p in places], dtype=torch.int32, device=device)
         taps = torch.cat([w.taps for w in late]).contiguous().to(device) if late else s["x"]
         table = self.table if late else self.table[1 + len(drafter.layers):]
         constants, chunks = self.constants, most_chunks(blocks.longest, drafter.window, BLOCK)

@@ -89,7 +89,7 @@ def plan_blocks(pool: Pool, places: list[tuple[Table, int, int, int]], device: s
     held = [table.pages[low - table.first:(start + count - 1) // PAGE + 1 - table.first]
             for (table, start, count, _), low in zip(places, first, strict=True)]
     width = max(map(len, held))
-    slots = [table.page(p // PAGE) * PAGE + p % PAGE for table, start, count, _ in places for p in range(start, start + count)]
+    slots = [table.slot(p) for table, start, count, _ in places for p in range(start, start + count)]
     columns = ([pages + [0] * (width - len(pages)) for pages in held], first, [start for _, start, _, _ in places],
                [count for _, _, count, _ in places], [row for *_, row in places], slots)
     return Blocks(*(torch.tensor(c, dtype=torch.int32, device=device) for c in columns),

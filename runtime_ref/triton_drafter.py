@@ -21,9 +21,9 @@ from runtime_ref.drafter import KIND, Wanted, check_drafter
 from runtime_ref.kernel_weights import Arena, piece_bytes
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
-from runtime_ref.kernels.parts import parts_of
+from runtime_ref.kernels.parts import own_keys, own_share, parts_of
 from runtime_ref.kernels.row_launches import Heads, Matrix, paired
-from runtime_ref.kv_cache import PAGE, Table
+from runtime_ref.kv_cache import Table
 from runtime_ref.parallel import ALONE, SHARES, Ranks
 from runtime_ref.triton_backend import BLOCK, Blocks, KernelPool, RotaryTable, TritonBackend, plan_blocks
 
@@ -44,15 +44,7 @@ class Share:
 
     def of(self, weight: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """This rank's equal share of a dimension."""
-        own = weight.shape[dim] // self.ranks.count
-        return weight.narrow(dim, self.ranks.rank * own, own)
-
-    def of_keys(self, weight: torch.Tensor, keys: int) -> torch.Tensor:
-        """The rows of this rank's key heads, or of the one that it shares with its neighbours."""
-        if keys % self.ranks.count == 0:
-            return self.of(weight)
-        width = weight.shape[0] // keys
-        return weight.narrow(0, self.ranks.rank * keys // self.ranks.count * width, width)
+        return own_share(weight, dim, self.ranks)
 
 
 def share_of(model: DFlashDraftModel, ranks: Ranks, shares: int = SHARES) -> Share:
@@ -111,7 +103,7 @@ class TritonDrafter:
     def _layer(self, layer, keys: int, device: str) -> dict:
         """This rank's weights of a layer; keys: key heads of all ranks."""
         a, m, heads, share = layer.self_attn, layer.mlp, self.heads, self.share
-        own = share.of(a.q_proj.weight), share.of_keys(a.k_proj.weight, keys), share.of_keys(a.v_proj.weight, keys)
+        own = share.of(a.q_proj.weight), *(own_keys(p.weight, keys, share.ranks) for p in (a.k_proj, a.v_proj))
         qkv = paired(torch.cat([w.detach() for w in own]).to(device, torch.bfloat16), heads)
         norms = torch.cat((a.q_norm.weight.detach().float().repeat(heads.queries),
                            a.k_norm.weight.detach().float().repeat(heads.keys))).to(device)
@@ -144,7 +136,7 @@ class TritonDrafter:
         for begin in range(0, taps.shape[0], CONTEXT_ROWS):
             part = taps[begin:begin + CONTEXT_ROWS]
             positions = list(range(start + begin, start + begin + part.shape[0]))
-            self.extend(part, positions, [slot_of(table, p) for p in positions])
+            self.extend(part, positions, [table.slot(p) for p in positions])
 
     @torch.inference_mode()
     def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
@@ -195,10 +187,6 @@ class TritonDrafter:
 
 def _matrix(device: str, *weights: torch.Tensor) -> Matrix:
     return Matrix(torch.cat([w.detach() for w in weights]).to(device, torch.bfloat16).contiguous())
-
-
-def slot_of(table: Table, position: int) -> int:
-    return table.page(position // PAGE) * PAGE + position % PAGE
 
 
 def load_triton_drafter(folder: str | Path, backend: TritonBackend, pages: int, positions: int) -> TritonDrafter:

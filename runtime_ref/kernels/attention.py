@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime_ref.kernels.counters import arrivals
 from runtime_ref.kernels.decode import narrow
 
 PAGE = 64
@@ -141,7 +142,7 @@ def attend_tile(slot, part, q, keys, values, sink, tables, first, start, count, 
             tl.store(arrived + slot, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "TABLE", "MAX_CHUNKS"])
 def attend_kernel(q, keys, values, sink, tables, first, start, count, row, partial, stats, arrived, out,
                   R, POSITIONS, TABLE, MAX_CHUNKS, HEADS: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
                   M: tl.constexpr, D: tl.constexpr, D_HEAD: tl.constexpr, D_TAIL: tl.constexpr, V: tl.constexpr,
@@ -204,9 +205,10 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sink: torc
     slots = B * constants["HEADS"]
     partial = torch.empty((slots * chunks, constants["M"], constants["V_WIDE"]), **scratch)
     stats = torch.empty((slots * chunks, 2, constants["M"]), **scratch)
-    arrived = torch.zeros(slots, dtype=torch.int32, device=q.device)
     out = torch.empty((Q, R, V), dtype=q.dtype, device=q.device) if out is None else out
     options = {} if float_dot else {"num_warps": warps}
-    attend_kernel[(slots, chunks)](q, keys, values, stats if sink is None else sink, tables, first, start, count, row, partial,
-                                   stats, arrived, out, R, positions, tables.shape[1], chunks, **constants, **options)
+    with arrivals(slots, q.device) as arrived:
+        attend_kernel[(slots, chunks)](q, keys, values, stats if sink is None else sink, tables, first, start, count, row,
+                                       partial, stats, arrived, out, R, positions, tables.shape[1], chunks, **constants,
+                                       **options)
     return out

@@ -203,7 +203,7 @@ def experts_work(x, up, down, index, weight, order, plan, inner, partial, residu
             tl.store(control + 1, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "up_entries", "down_entries", "K_UP"])
 def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, residual, out, ready, arrived, control,
                    N, H, E, up_entries, down_entries, K_UP, part_stride,
                    A: tl.constexpr, M: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, TILES: tl.constexpr,

@@ -49,7 +49,7 @@ def rounded_blocks(value):
     return tl.where((byte == 255)[:, None, :], 0, code).to(tl.uint8), byte.to(tl.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def round_rows_kernel(x, out, N, H, BLOCKS: tl.constexpr):
     """Row and run of BLOCKS blocks of x bf16 [N, H] -> out (codes [N, H], then scales [N, H / 32])."""
     row = tl.program_id(0).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Into how many parts a sum over ranks is cut: contract C5 for the kernels.
+"""Which share of a matrix a rank holds, and into how many parts a sum over ranks is cut: contract C5 for the kernels.
 
 o_proj and both down projections multiply what a rank has with its share of K, so their results are summed over ranks. Float
 sums depend on their order, and the number of ranks must not show in the tokens. So the *model* cuts K into parts (8, or what
@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from runtime_ref.parallel import SHARES, Ranks
 
@@ -32,6 +34,31 @@ class Parts:
     o: int
     down: int
     experts: int
+
+
+def own_run(size: int, ranks: Ranks) -> tuple[int, int]:
+    """First entry and length of a rank's equal share of a dimension.
+
+    Raises:
+        ValueError: it cannot be shared evenly.
+    """
+    own, rest = divmod(size, ranks.count)
+    if rest:
+        raise ValueError(f"{ranks.count} ranks: a dimension of {size} entries cannot be shared evenly")
+    return ranks.rank * own, own
+
+
+def own_share(t: torch.Tensor, dim: int, ranks: Ranks) -> torch.Tensor:
+    """A rank's equal share of a dimension."""
+    return t.narrow(dim, *own_run(t.shape[dim], ranks))
+
+
+def own_keys(rows: torch.Tensor, keys: int, ranks: Ranks) -> torch.Tensor:
+    """The rows [keys * width, ...] of a rank's key heads, or of the one that it shares with its neighbours."""
+    if keys % ranks.count == 0:
+        return own_share(rows, 0, ranks)
+    width = rows.shape[0] // keys
+    return rows.narrow(0, ranks.rank * keys // ranks.count * width, width)
 
 
 def parts_of(size: int, unit: int, shares: int = SHARES) -> int:

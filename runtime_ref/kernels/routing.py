@@ -126,7 +126,7 @@ def route_tile(tile, group, x, w, gamma, correction, scores, rounded, arrived, i
         tl.store(arrived + group, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def route_kernel(x, w, gamma, correction, scores, rounded, arrived, index, weight, R, E, H, epsilon, factor, A: tl.constexpr,
                  WIDE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMED: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr, NORM: tl.constexpr, FLOAT_DOT: tl.constexpr, SOFTMAX: tl.constexpr = False):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from runtime_ref.kernels.counters import arrivals
 from runtime_ref.kernels.routing import route_kernel
 from runtime_ref.kernels.rows import (
     FP8_BLOCK,
@@ -232,12 +233,12 @@ def route(x: torch.Tensor, router: Router, tiling: Tiling, *, norm: tuple[torch.
     (R, H), E, like = x.shape, router.w.shape[0], {"device": x.device}
     scores = torch.empty((R, E), dtype=torch.float32, **like)
     narrow = torch.empty((R if norm else 0, H), dtype=torch.bfloat16, **like)
-    arrived = torch.zeros(groups(R), dtype=torch.int32, **like)
     index = torch.empty((R, router.choices), dtype=torch.int32, **like)
     weight = torch.empty((R, router.choices), dtype=torch.float32, **like)
     gamma, epsilon = norm or (x, 0.0)
-    route_kernel[(triton.cdiv(E, tiling.experts), groups(R))](
-        x, router.w, gamma, router.correction, scores, narrow, arrived, index, weight, R, E, H, float(epsilon),
-        float(router.factor), **router.constants(), BN=tiling.experts, BK=tiling.router_depth, NORM=norm is not None,
-        FLOAT_DOT=tiling.float_dot, SOFTMAX=router.softmax, **tiling.options)
+    with arrivals(groups(R), x.device) as arrived:
+        route_kernel[(triton.cdiv(E, tiling.experts), groups(R))](
+            x, router.w, gamma, router.correction, scores, narrow, arrived, index, weight, R, E, H, float(epsilon),
+            float(router.factor), **router.constants(), BN=tiling.experts, BK=tiling.router_depth, NORM=norm is not None,
+            FLOAT_DOT=tiling.float_dot, SOFTMAX=router.softmax, **tiling.options)
     return index, weight, narrow

@@ -2,6 +2,7 @@
 
 Every op exists twice: a *tile* (a device function that computes one tile for eight rows) and a thin kernel that calls it, one
 program per (tile, group of eight rows). The persistent step (`step.py`) calls the same tiles, so both make the same numbers.
+A number of rows is one compilation for all its values (`do_not_specialize`): no access gets wider by its divisors.
 
 Tokens lie on the narrow side of the tensor-core instruction: [BN output rows of the weight, BK] x [BK, 8 tokens]. A group
 always has eight columns, real or not, and K runs in one order: a row has the same bits alone and among others (C4).
@@ -148,7 +149,7 @@ def project_tile(tile, group, x, w, scales, gamma, head_gamma, cos, sin, positio
             tl.store(there + right_column, right, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def project_kernel(x, w, scales, gamma, head_gamma, cos, sin, positions, slots, q, k, v, R, H, epsilon, q_scale, v_scale,
                    k_stride, head_epsilon, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
                    HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, HEAD_NORM: tl.constexpr,
@@ -198,7 +199,7 @@ def product_tile(tile, group, x, w, scales, gamma, rows, residual, out, R, N, K,
         tl.store(out + at, narrow(acc, out.dtype.element_ty, FLOAT_DOT), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def product_kernel(x, w, scales, gamma, rows, residual, out, R, N, K, epsilon, heads_stride, BN: tl.constexpr,
                    BK: tl.constexpr, V: tl.constexpr, NORM: tl.constexpr, PICK: tl.constexpr, RESIDUAL: tl.constexpr,
                    PARTS: tl.constexpr, KEEP: tl.constexpr, FLOAT_DOT: tl.constexpr):
@@ -225,14 +226,14 @@ def swiglu_tile(tile, group, x, w, scales, gamma, out, R, I, H, epsilon, BN: tl.
              mask=keep[:, None] & real[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def swiglu_kernel(x, w, scales, gamma, out, R, I, H, epsilon, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
                   FLOAT_DOT: tl.constexpr):
     """Twin: `model.gated(model.spread(x, gate_up))`. Program (tile, group)."""
     swiglu_tile(tl.program_id(0), tl.program_id(1), x, w, scales, gamma, out, R, I, H, epsilon, BN, BK, NORM, FLOAT_DOT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def norm_kernel(x, gamma, out, rounded, R, H, epsilon, BK: tl.constexpr, FLOAT_DOT: tl.constexpr):
     """float32 out and bf16 `rounded` [R, H] of bf16 or float32 x. Twin: `model.norm`. Program: a group of eight rows."""
     row = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
@@ -273,7 +274,7 @@ def round_kernel(x, out, N, BLOCK: tl.constexpr, FLOAT_DOT: tl.constexpr):
     tl.store(out + at, narrow(tl.load(x + at, mask=at < N, other=0.0), tl.bfloat16, FLOAT_DOT), mask=at < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def write_kernel(source, store, slots, R, stride, WIDTH: tl.constexpr, WIDE: tl.constexpr):
     """Rows of source [heads, R, WIDTH] to slots of store [heads, stride, WIDTH]; a negative slot is no slot.
 

@@ -24,9 +24,11 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime_ref.kernels.counters import arrivals
 from runtime_ref.sampler import SamplingParams
 
 CHUNK = 2048  # float64 sums of a longer one do not fit in registers
+_APART = 4  # between the counter of rows and those of chunks: both aligned, whatever the number of rows, to 16 bytes
 
 
 @triton.jit
@@ -51,7 +53,7 @@ def _draw(logits, best, mass, goal, heat, vocabulary, CHUNKS: tl.constexpr, WIDE
     return tl.minimum(hit * BLOCK + tl.sum(passed.to(tl.int32), 0), last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "sequences"])
 def judge_kernel(logits, drafts, first, count, heat, uniform, best, place, mass, arrived, tokens, accepted, rows_left,
                  vocabulary, R, sequences, CHUNKS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Program (row, chunk). `judge` documents and fills the arguments."""
@@ -130,9 +132,9 @@ def judge(logits: torch.Tensor, drafts: torch.Tensor, first: torch.Tensor, count
     best = torch.empty((R, chunks), dtype=torch.float32, device=device)
     place = torch.empty((R, chunks), dtype=torch.int32, device=device)
     mass = torch.empty((R, chunks), dtype=torch.float64, device=device)
-    counters = torch.zeros(R + 1, dtype=torch.int32, device=device)
     tokens, accepted = torch.empty(R, dtype=torch.int32, device=device), torch.empty_like(first)
-    judge_kernel[(R, chunks)](logits, drafts, first, count, temperature, uniform, best, place, mass, counters, tokens,
-                              accepted, counters[R:], V, R, first.shape[0], CHUNKS=chunks,
-                              WIDE=triton.next_power_of_2(chunks), BLOCK=chunk)
+    with arrivals(R + _APART, device) as counters:
+        judge_kernel[(R, chunks)](logits, drafts, first, count, temperature, uniform, best, place, mass, counters[_APART:],
+                                  tokens, accepted, counters[:1], V, R, first.shape[0], CHUNKS=chunks,
+                                  WIDE=triton.next_power_of_2(chunks), BLOCK=chunk)
     return tokens, accepted

@@ -90,7 +90,7 @@ def experts_constants(tokens: int, tile: Tile, *, tickets: bool, ptx: bool, conf
 
 
 def compile_kernel(kernel, constants: dict, target, changed: dict[str, str] | None = None, **options):
-    """Compiles a kernel for a `GPUTarget`; pointers and some sizes are promised to be multiples of 16.
+    """Compiles a kernel for a `GPUTarget`; pointers and some sizes are promised to be multiples of 16, those of a launch.
 
     Args:
         changed: types of pointers that differ from the usual ones.
@@ -103,8 +103,9 @@ def compile_kernel(kernel, constants: dict, target, changed: dict[str, str] | No
     assert constants.keys() <= set(names), constants.keys() - set(names)
     types = {name: f"*{pointers[name]}" if name in pointers else "fp32" if name in FLOATS else "i32" for name in names}
     types |= {name: "constexpr" for name in constants} | ({"out": "*fp32"} if {"buffers", "out"} <= set(names) else {})
+    sizes = {p.name for p in kernel.params if not p.do_not_specialize} & set(ALIGNED)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names)
-               if types[name].startswith("*") or types[name] != "constexpr" and name in ALIGNED}
+               if types[name].startswith("*") or types[name] != "constexpr" and name in sizes}
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned)
     return compile(source, target=target, options=options)
 

@@ -26,8 +26,10 @@ for _kind in ("full", "window"):
         ("cos", "fp32"), ("sin", "fp32"), ("keys", "bf16"), ("values", "bf16"), ("slots", "i32"), ("tables", "i32"),
         ("first", "i32"), ("start", "i32"), ("count", "i32"), ("row", "i32"))}
 FLOATS = ("epsilon", "q_scale", "v_scale", "head_epsilon", "factor")
-# Sizes that are multiples of 16 in every geometry.
-ALIGNED = ("H", "K", "I", "taps_width", "full_stride", "window_stride")
+# Sizes of the model and of its caches, multiples of 16 here, so that a launch promises it too; a kernel that has one of these
+# names for something else does not specialize on it.
+ALIGNED = ("H", "K", "I", "N", "E", "n", "vocabulary", "taps_width", "full_stride", "window_stride", "k_stride", "POSITIONS",
+           "heads_stride", "part_stride")
 TILE = {"BN": 32, "BK": 128, "FLOAT_DOT": False}
 ROUTER = {"A": 8, "WIDE": 512, "GROUPS": 1, "TOP_GROUPS": 1, "NORMED": True}
 HEADS = {"queries": 16, "keys": 1, "d": 192, "v": 128, "rotated": 64}

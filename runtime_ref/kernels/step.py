@@ -214,7 +214,10 @@ def _fuse_taps(entry, arena, taps, gamma, rows, x, features, buffers, signals, w
             t += tl.num_programs(0)
 
 
-@triton.jit
+# What changes from step to step, or from rank to rank: a compilation for each of its values or divisors would cost seconds in
+# the middle of an answer. What is left are sizes of the model, whose divisors widths of accesses depend on.
+@triton.jit(do_not_specialize=["tasks", "R", "wanted", "context", "full_width", "window_width", "full_chunks", "window_chunks",
+                               "blocks", "up_entries", "down_entries", "K_UP", "rank", "half"])
 def step_kernel(
         table, tasks, arena, embed, spare, head, final_norm, ids, positions, head_rows, x, q, heads, y, inner, index, weight,
         scores, route_arrived, taps, features, context_positions, context_slots, logits, barrier, failed,

@@ -36,7 +36,7 @@ def grid_barrier(counter, epoch, failed, POLLS: tl.constexpr):
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank", "epoch"])
 def all_reduce_rows(buffers, signals, out, rank, epoch, n, failed, RANKS: tl.constexpr, BLOCK: tl.constexpr,
                     POLLS: tl.constexpr):
     """One-shot sum of float32 partials over ranks, in rank order: the same bits on every rank.
@@ -54,9 +54,8 @@ def all_reduce_rows(buffers, signals, out, rank, epoch, n, failed, RANKS: tl.con
     """
     p = tl.program_id(0)
     tl.debug_barrier()
-    for peer in tl.static_range(RANKS):
-        there = tl.load(signals + (rank + peer) % RANKS).to(tl.pointer_type(tl.int32))
-        tl.atomic_add(there + p, 1, sem="release", scope="sys")
+    there = tl.load(signals + tl.arange(0, RANKS)).to(tl.pointer_type(tl.int32))
+    tl.atomic_add(there + p, 1, sem="release", scope="sys")
     here = tl.load(signals + rank).to(tl.pointer_type(tl.int32))
     wait_for(here + p, epoch * RANKS, failed, POLLS, True)
     tl.debug_barrier()
@@ -73,15 +72,15 @@ def signal_ranks(signals, place, rank, epoch, RANKS: tl.constexpr):
     """Tells every rank that this one has stored what flag `place` stands for, in `epoch`. Never waits.
 
     Flags are one int32 per place and source, written by their source alone: a place that a call does not use falls behind
-    without harm, which a counter would not.
+    without harm, which a counter would not. One exchange on all ranks' flags, because each release is a fence of the whole
+    system, which costs as much for one lane as for a warp; the barrier before it lets it cover what every warp has stored.
 
     Args:
-        signals: int64 [RANKS], addresses of each rank's int32 [places, RANKS].
+        signals: int64 [RANKS], addresses of each rank's int32 [places, RANKS]; RANKS is a power of two.
     """
     tl.debug_barrier()
-    for peer in tl.static_range(RANKS):
-        there = tl.load(signals + (rank + peer) % RANKS).to(tl.pointer_type(tl.int32))
-        tl.atomic_xchg(there + place * RANKS + rank, epoch, sem="release", scope="sys")
+    there = tl.load(signals + tl.arange(0, RANKS)).to(tl.pointer_type(tl.int32))
+    tl.atomic_xchg(there + place * RANKS + rank, epoch, sem="release", scope="sys")
 
 
 @triton.jit

@@ -112,3 +112,15 @@ def test_the_gpu_suite_refuses_a_machine_without_a_gpu(tmp_path):
                          cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 2 and "torch sees no GPU" in ran.stderr and "Traceback" not in ran.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_to_eight_ranks_is_one_fence_and_one_exchange_behind_the_programs_barrier():
+    """Each fence of the whole system is a round trip of the memory system, for every tile of 140 sums of a step."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "tests/runtime_ref/kernels/fences.py"], cwd=ROOT, env=environment,
+                         capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    (fence,), (exchange,) = found["fences"], found["exchanges"]
+    assert found["barriers"] and max(found["barriers"]) < fence < exchange
+    assert found["instructions"] < 60
