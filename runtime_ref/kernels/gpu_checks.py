@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import cache
 
 import torch
 
@@ -13,11 +15,13 @@ from runtime_ref.kernels import gpu_steps
 from runtime_ref.kernels.attention import PAGE, attend
 from runtime_ref.kernels.decode import decode_kernel
 from runtime_ref.kernels.experts import Launch, Workspace, run_experts
+from runtime_ref.kernels.gpu_plan import Plan, checked, kept
 from runtime_ref.kernels.repack import MAX_SCALE_BYTE, ExpertPages, Tile, pack_pages, repack_experts, unpack_pages
 from runtime_ref.model import attend_pages
 
 # Relative error (Frobenius) against float32: see EXPERTS_KERNEL in the tests' tolerances.
 TOLERANCE = 2.0**-8
+VARIANT_SECONDS = 10  # of a launch variant's check, which is mostly its compilation
 
 
 def up_tiles() -> list[Tile]:
@@ -41,6 +45,11 @@ def launches(count: int, page_rows: int) -> list[Launch]:
             replace(plain, tickets=False, programs=3 * count), *wide]
 
 
+def variants(count: int) -> list[tuple[Tile, Launch]]:
+    """Everything that is compared, pages by pages."""
+    return [(tile, launch) for tile in up_tiles() for launch in launches(count, tile.rows)]
+
+
 def words(tile: Tile, launch: Launch) -> str:
     """What a variant is called."""
     sizes = ", ".join(f"{key} {value}" for key, value in asdict(launch).items() if key not in ("ptx", "float_dot", "polls"))
@@ -62,22 +71,48 @@ def random_tokens(tokens: int, hidden: int, experts: int, choices: int, seed: in
     return x.to(device), index.to(device), torch.rand(tokens, choices, generator=generator).to(device)
 
 
-def check_kernels() -> list[dict]:
-    """Correctness on the GPU: decoding bit for bit, the experts against float32, invariance of bits."""
+def check_kernels(plan: Plan, refused: dict[str, str]) -> Iterator[dict]:
+    """Correctness on the GPU, check by check: decoding bit for bit, the experts against float32, invariance of bits, whole
+    steps; last the launch variants, while there is time for them.
+
+    Args:
+        refused: is told, by its `words`, why a variant is not to be measured. A variant is there to be compared: one that this
+            card cannot launch makes nothing red. What a backend launches by default must pass.
+    """
     count = torch.cuda.get_device_properties(0).multi_processor_count
-    checks = [_check_decoding()]
     weights = random_weights(5, 6144, 256)
-    for tile in up_tiles():
-        pages = repack_experts(*weights, up_tile=tile, down_tile=down_tile(tile)).to("cuda")
-        for launch in launches(count, tile.rows):
-            checks += check_experts(f"6144-256, {words(tile, launch)}", pages, launch,
-                                    (1, 7, 8, 9, 63, 64) if launch == Launch(programs=4 * count) else (8,))
-    odd = random_weights(4, 160, 96)
-    small = repack_experts(*odd, up_tile=Tile(64, 128), down_tile=Tile(32, 64)).to("cuda")
-    checks += check_experts("160-96", small, Launch(programs=count), (1, 8, 64))
-    checks += [check_attention(window, "cuda") for window in (None, 128)]
-    checks.append(gpu_steps.check_fake_quantize("cuda"))
-    return checks + gpu_steps.check_steps("cuda", count)
+
+    @cache
+    def of(tile: Tile) -> ExpertPages:
+        return repack_experts(*weights, up_tile=tile, down_tile=down_tile(tile)).to("cuda")
+
+    def needed(tile: Tile, launch: Launch) -> bool:
+        return launch == Launch(programs=4 * count) and (tile == Tile() or tile.native)
+
+    yield from checked("decoding equals the codec", _check_decoding)
+    for tile, launch in variants(count):
+        if needed(tile, launch):
+            name = f"6144-256, {words(tile, launch)}"
+            yield from checked(f"experts {name}", lambda n=name, t=tile, l=launch: check_experts(
+                n, of(t), l, (1, 7, 8, 9, 63, 64)))
+    yield from checked("experts 160-96", lambda: check_experts(
+        "160-96", repack_experts(*random_weights(4, 160, 96), up_tile=Tile(64, 128), down_tile=Tile(32, 64)).to("cuda"),
+        Launch(programs=count), (1, 8, 64)))
+    for window in (None, 128):
+        yield from checked(f"attention, window {window}", lambda w=window: check_attention(w, "cuda"))
+    yield from checked("fused fake quantization equals the reference", lambda: gpu_steps.check_fake_quantize("cuda"))
+    yield from checked("steps", lambda: gpu_steps.check_steps("cuda", count))
+    for tile, launch in variants(count):
+        name, why = words(tile, launch), []
+        if needed(tile, launch):
+            continue
+        if plan.seconds_left() < VARIANT_SECONDS:
+            refused[name] = "not checked: no time"
+            continue
+        found = kept(lambda n=name, t=tile, l=launch: check_experts(f"6144-256, {n}", of(t), l, (8,)), name, why)
+        if why:
+            refused[name] = why[0].removeprefix(f"{name}: ")
+        yield from found or ()
 
 
 def _check_decoding() -> dict:

@@ -26,15 +26,28 @@ def page(report: dict, picture: str | None) -> str:
             f"{report['date'][:10]}, torch {report['torch']}, triton {report['triton']}, Python {report['python']}, revision "
             f"{report['revision']}. Written by", "", f"    {report['command']}", "",
             f"Checks before any speed: {len(report['checks']) - len(red)} of {len(report['checks'])} green."]
+    if not report["complete"]:
+        head += ["", "**The run did not come to its end**: what is missing here was not measured."]
     if red:
         return "\n".join([*head, "No speed was measured, because these are red:", "",
                           *(f"- {check['name']}: {check['detail']}" for check in red), ""])
     lines = [*head, "", "## Goals", "", "| | measured | goal | |", "|---|---|---|---|",
              *(f"| {what} | {found} | {goal} | {verdict} |" for what, found, goal, verdict in goals(report)), ""]
     lines += _bandwidth(report) + _experts(report) + _sweep(report) + _steps(report) + _engine(report, picture)
-    if report["skipped"] or report.get("refused"):
-        lines += ["## Not measured", "", *(f"- {what}" for what in [*report["skipped"], *report.get("refused", [])]), ""]
+    if report["skipped"] or report["refused"]:
+        lines += ["## Not measured", "", *(f"- {what}" for what in [*report["skipped"], *report["refused"]]), ""]
     return "\n".join(lines)
+
+
+def percent(share: float | None) -> str:
+    return "?" if share is None else f"{100 * share:.0f} %"
+
+
+def launches(report: dict) -> int | None:
+    """Of a step, its draft and its verdict, as counted; None if one of them was not."""
+    step = report.get("step", {})
+    counted = [(step.get(name) or {}).get("launches") for name in ("walk", "draft", "judge")]
+    return None if None in counted else sum(counted)
 
 
 def goals(report: dict) -> list[tuple[str, str, str, str]]:
@@ -48,7 +61,7 @@ def goals(report: dict) -> list[tuple[str, str, str, str]]:
     best = min((row["seconds"] for row in report.get("experts", []) if not row["failed"]), default=None)
     micro = None if best is None else 1e6 * best
     step, quantize = report.get("step", {}), report.get("fake_quantize", {})
-    both = step.get("step_and_draft_seconds")
+    both, walk = step.get("step_and_draft_seconds"), (step.get("walk") or {}).get("seconds")
     for name, limit in EXPERTS_US.items():
         judged(f"G1 experts, 8 tokens ({name})", micro, f"{micro or 0:.1f} us", f"at most {limit:g} us",
                micro is not None and micro <= limit)
@@ -62,12 +75,12 @@ def goals(report: dict) -> list[tuple[str, str, str, str]]:
     for name, limit in STEP_MS.items():
         judged(f"G2 step and draft of one of eight ranks ({name})", both, f"{1e3 * (both or 0):.2f} ms",
                f"at most {limit:g} ms", both is not None and 1e3 * both <= limit)
-    count = step["launches_walk"] + step["draft"]["launches"] + 1 if "draft" in step else None
+    count = launches(report)
     judged("G3 launches of a step, its draft and verdict", count, str(count), f"at most {LAUNCHES}", (count or 99) <= LAUNCHES)
     barrier = step.get("barrier_seconds")
     judged("G3 grid barrier", barrier, f"{1e6 * (barrier or 0):.2f} us", f"at most {BARRIER_US:g} us",
            1e6 * (barrier or 1) <= BARRIER_US)
-    walked = step["op_by_op"]["seconds"] / step["walk"]["seconds"] if "walk" in step else None
+    walked = step["op_by_op"]["seconds"] / walk if walk and step["op_by_op"] else None
     judged("G3 graphed launches over the walk", walked, f"{walked or 0:.2f}", "above 1", (walked or 0) > 1)
     share = quantize.get("share_of_copy")
     judged("G4 fused fake quantization, share of copy bandwidth", share, f"{100 * (share or 0):.0f} %",
@@ -75,13 +88,16 @@ def goals(report: dict) -> list[tuple[str, str, str, str]]:
     ours = report.get("qat_step", {}).get("ratio", {}).get("ours")
     judged("G4 training step with expert QAT over one without", ours, f"{ours or 0:.2f}", "", None)
     equal = report.get("engine", {}).get("greedy_equal")
-    judged("G5 greedy tokens: drafting, walked, both = plain", None if equal is None else 1.0,
-           "equal" if equal and all(equal.values()) else "DIFFERENT", "equal", bool(equal) and all(equal.values()))
+    judged("G5 greedy tokens: drafting = plain, " + (" and ".join(equal) if equal else "op by op and walked"),
+           1.0 if equal else None, "equal" if equal and all(equal.values()) else "DIFFERENT", "equal",
+           bool(equal) and all(equal.values()))
     return found
 
 
 def _bandwidth(report: dict) -> list[str]:
-    rates = report["bandwidth"]
+    rates = report.get("bandwidth")
+    if rates is None:
+        return []
     return [f"Bandwidth in the same minutes: pure read {rates['read'] / 1e12:.2f} TB/s, copy {rates['copy'] / 1e12:.2f} TB/s.",
             ""]
 
@@ -96,7 +112,7 @@ def _experts(report: dict) -> list[str]:
         launch = ", ".join(f"{k} {v}" for k, v in row["launch"].items() if k not in ("ptx", "float_dot", "polls"))
         pages = f"{row['page_rows']} rows{', native' if row['native'] else ''}{', FAILED' if row['failed'] else ''}"
         lines.append(f"| {1e6 * row['seconds']:.1f} | {row['bytes_per_second'] / 1e12:.2f} | "
-                     f"{100 * row['share_of_read']:.0f} % | {pages} | {launch} |")
+                     f"{percent(row['share_of_read'])} | {pages} | {launch} |")
     return [*lines, ""]
 
 
@@ -112,11 +128,12 @@ def _sweep(report: dict) -> list[str]:
     for row in report["sweep"]:
         cells = [_peer_cell(times.get(row["tokens"])) for times in peers.values()]
         lines.append(f"| {row['tokens']} | {row['distinct']:.1f} | {1e6 * row['seconds']:.1f} | "
-                     f"{100 * row['share_of_read']:.0f} % |" + "".join(f" {cell} |" for cell in cells))
+                     f"{percent(row['share_of_read'])} |" + "".join(f" {cell} |" for cell in cells))
     lines.append("")
     for name, peer in report.get("peers", {}).items():
         said = peer.get("missing") or peer["refused"] or f"{peer['version']}; timed: {peer['timed']}"
-        lines.append(f"- {name}: {said}")
+        late = ", ".join(map(str, peer.get("skipped", ())))
+        lines.append(f"- {name}: {said}{f'; no time for {late} tokens' if late else ''}")
     return [*lines, ""]
 
 
@@ -130,36 +147,54 @@ def _steps(report: dict) -> list[str]:
     if "step" not in report:
         return []
     step = report["step"]
+    walk, draft, compared = (step[name] or {} for name in ("walk", "draft", "compared"))
     lines = ["## A step of one of eight ranks, full geometry, random weights", "",
-             f"{step['weights_bytes'] / 1e9:.1f} GB of weights, {step['position']} tokens in the cache, no communication.", "",
-             "| | ms | launches |", "|---|---|---|",
-             f"| verification, graphed launches | {1e3 * step['op_by_op']['seconds']:.2f} | {step['launches_op_by_op']} |",
-             f"| verification, walked{_failed(step['walk'])} | {1e3 * step['walk']['seconds']:.2f} | {step['launches_walk']} |",
-             f"| drafter's round, walked{_failed(step['draft'])} | {1e3 * step['draft']['seconds']:.2f} | "
-             f"{step['draft']['launches']} |",
-             f"| verdict | {1e3 * step['judge']['seconds']:.3f} | 1 |", "",
-             f"The drafter's round reads {step['draft']['bytes_beyond_a_rank'] / 1e6:.0f} MB more here than on one of eight.",
-             "",
-             f"Projected, not measured: tokens/s of eight GPUs at an acceptance length of {step['projected']['acceptance']:g} "
-             f"with {step['projected']['reductions']} all-reduces of so many microseconds:", "",
-             "| " + " | ".join(step["projected"]["tokens_per_second"]) + " |",
-             "|" + "---|" * len(step["projected"]["tokens_per_second"]),
-             "| " + " | ".join(f"{rate:.0f}" for rate in step["projected"]["tokens_per_second"].values()) + " |", ""]
-    return lines
+             f"{step['weights_bytes'] / 1e9:.1f} GB of weights, {step['position']} tokens in the cache, no communication."]
+    if compared:
+        where = "of the logits" if compared["layer"] < 0 else f"of layer {compared['layer']}"
+        apart = "not finite" if compared["difference"] is None else f"{compared['difference']:.1e}"
+        lines += ["", f"Each layer walked and launched from the same input: relative difference of a row at most {apart} "
+                      f"({where})" + (f"; {compared['distinct_experts']:.1f} distinct experts per layer."
+                                      if compared["distinct_experts"] else ".")]
+    rows = [("verification, graphed launches", step["op_by_op"], step["launches_op_by_op"]),
+            ("verification, walked", step["walk"], walk.get("launches")),
+            ("drafter's round, walked", step["draft"], draft.get("launches")),
+            ("verdict", step["judge"], (step["judge"] or {}).get("launches"))]
+    lines += ["", "| | ms | launches |", "|---|---|---|", *(_step_row(*row) for row in rows), ""]
+    if "bytes_beyond_a_rank" in draft:
+        lines += [f"The drafter's round reads {draft['bytes_beyond_a_rank'] / 1e6:.0f} MB more here than on one of eight.", ""]
+    if "projected" not in step:
+        return lines
+    return [*lines, f"Projected, not measured: tokens/s of eight GPUs at an acceptance length of "
+                    f"{step['projected']['acceptance']:g} with {step['projected']['reductions']} all-reduces of so many "
+                    "microseconds:", "",
+            "| " + " | ".join(step["projected"]["tokens_per_second"]) + " |",
+            "|" + "---|" * len(step["projected"]["tokens_per_second"]),
+            "| " + " | ".join(f"{rate:.0f}" for rate in step["projected"]["tokens_per_second"].values()) + " |", ""]
 
 
-def _failed(row: dict) -> str:
-    return " (A WAIT WAS GIVEN UP)" if row["failed"] else ""
+def _step_row(what: str, timed: dict | None, count: int | None) -> str:
+    """A row that is wrong says why it has no speed."""
+    refused = (timed or {}).get("refused")
+    shown = f"{1e3 * timed['seconds']:.3f}" if timed and "seconds" in timed else "not measured"
+    return f"| {what}{f' (**WRONG**: {refused})' if refused else ''} | {shown} | {'not counted' if count is None else count} |"
 
 
 def _engine(report: dict, picture: str | None) -> list[str]:
     if "engine" not in report:
         return []
     engine = report["engine"]
-    lines = ["## The engine end to end", "", f"Acceptance length {engine['acceptance_length']:.2f}.", "",
-             "| | tokens/s | tokens |", "|---|---|---|"]
-    lines += [f"| {name} | {rate:.0f} | {'those of plain' if engine['greedy_equal'][name] else 'DIFFERENT'} |"
-              for name, rate in engine["tokens_per_second"].items()]
+    length, same = engine["acceptance_length"], engine["walked_as_op_by_op"]
+    lines = ["## The engine end to end", ""]
+    lines += [] if length is None else [f"Acceptance length {length:.2f}.", ""]
+    lines += ["| | tokens/s |", "|---|---|",
+              *(f"| {name} | {rate:.0f} |" for name, rate in engine["tokens_per_second"].items()), ""]
+    lines += [f"Drafting and plain, {way}: {'the same tokens' if equal else '**DIFFERENT** tokens'}."
+              for way, equal in engine["greedy_equal"].items()]
+    if same is not None:
+        lines += [f"Walked and op by op, plain: the first {' and '.join(map(str, same))} of {engine['tokens']} tokens of the "
+                  "prompts are alike (two orders of sums; fewer than all is no error)."]
+    lines += [f"**A wait was given up** by the walk of the {walk}: walked speeds are left out." for walk in engine["failed"]]
     return [*lines, "", *([f"![launches in time]({picture})", ""] if picture else [])]
 
 

@@ -41,6 +41,8 @@ Stack = tuple[torch.Tensor, torch.Tensor]
 # Relative error (Frobenius) against float32 above which a peer counts as wrong. One that is right rounds to bf16 up to four
 # times, by 2^-9 each (measured 3.5e-3); weights in a wrong order are off by about 1.
 LIMIT = 2.0**-5
+# Of a peer's time, for its checks: they compile, while a measurement takes a fraction of a second.
+CHECKING = 0.8
 # By which a peer refuses a call: what it raises, what its checks raise, what its compilers raise.
 REFUSALS = (RuntimeError, TritonError, AssertionError, ValueError, TypeError, AttributeError, LookupError, ImportError, OSError)
 
@@ -95,8 +97,12 @@ def available() -> list[tuple[str, Peer | str]]:
 
 def measure_peers(gate_up: Stack, down: Stack, inputs_of: Callable[[int], list], tokens_list: Iterable[int],
                   time_graph: Callable[[list], dict], reference: Callable[..., torch.Tensor],
-                  peers: list[tuple[str, Peer | str]] | None = None) -> dict:
+                  peers: list[tuple[str, Peer | str]] | None = None, seconds_left: Callable[[], float] = lambda: 1e9,
+                  done: Callable[[dict], None] = lambda report: None) -> dict:
     """Each peer's errors, then its times; or in words what it lacks.
+
+    A peer has an equal share of what the ones before it left of the time, and compiles when it is first called: numbers of
+    tokens that it does not come to are neither compared nor timed, and said to be skipped.
 
     Args:
         gate_up, down: see `Peer.prepare`; their device is where everything runs.
@@ -104,38 +110,50 @@ def measure_peers(gate_up: Stack, down: Stack, inputs_of: Callable[[int], list],
         time_graph: calls -> {"seconds": of one call, ...}; see `gpu_suite`.
         reference: (x, index, weight) -> float32 [N, H], on the same weights.
         peers: by default `available()`.
+        seconds_left: until everything has to be done.
+        done: is given the report after each peer.
 
     Returns:
         name -> {"missing": why}, or {"version", "timed": what is, "checks": [{"tokens", "error" (None: not finite)}],
-        "sweep": [{"tokens", "seconds", ..., where routing can be timed "routed": {"what", "seconds", ...}}], "refused": why
-        there is no more, or None}.
+        "sweep": [{"tokens", "seconds", ..., where routing can be timed "routed": {"what", "seconds", ...}}], "skipped": numbers
+        of tokens that found no time, "refused": why there is no more, or None}.
     """
     peers = available() if peers is None else peers
-    problems = {}
-    if any(isinstance(peer, Peer) for _, peer in peers):
-        for tokens in tokens_list:
-            inputs = inputs_of(tokens)[0]
-            problems[tokens] = inputs, reference(*inputs)
-    report = {}
-    for name, peer in peers:
-        if isinstance(peer, str):
-            report[name] = {"missing": peer}
-            continue
-        row = {"version": _version(peer.package), "timed": peer.timed, "checks": [], "sweep": [], "refused": None}
+    report = {name: {"missing": peer} for name, peer in peers if isinstance(peer, str)}
+    there, problems = [(name, peer) for name, peer in peers if isinstance(peer, Peer)], {}
+    for tokens in tokens_list if there else ():
+        inputs = inputs_of(tokens)[0]
+        problems[tokens] = inputs, reference(*inputs)
+    for i, (name, peer) in enumerate(there):
+        until = seconds_left() - CHECKING * seconds_left() / (len(there) - i)
+        row = {"version": _version(peer.package), "timed": peer.timed, "checks": [], "sweep": [], "skipped": [],
+               "refused": None}
         report[name] = row
         try:
-            peer.prepare(gate_up, down, gate_up[0].device)
-            for tokens, (inputs, expected) in problems.items():
-                row["checks"].append({"tokens": tokens, "error": _error(peer, inputs, expected)})
-            row["refused"] = _wrong(row["checks"])
-            if row["refused"] is None:
-                for tokens in problems:
-                    row["sweep"].append({"tokens": tokens, **_time(peer, inputs_of(tokens), time_graph)})
+            _measure_peer(peer, row, (gate_up, down), problems, inputs_of, time_graph, seconds_left, until)
         except REFUSALS as error:
             row["refused"] = f"{type(error).__name__}: {error}"
         finally:
             vars(peer).pop("layer", None)  # the next one needs the memory
+        done(report)
     return report
+
+
+def _measure_peer(peer: Peer, row: dict, weights: tuple[Stack, Stack], problems: dict, inputs_of, time_graph,
+                  seconds_left: Callable[[], float], until: float) -> None:
+    """Fills a peer's row. until: what `seconds_left` says when no further number of tokens is to be compared; what was compared
+    by then is still timed, unless no time at all is left."""
+    if seconds_left() > until:
+        peer.prepare(*weights, weights[0][0].device)
+    for tokens, (inputs, expected) in problems.items():
+        if seconds_left() > until:
+            row["checks"].append({"tokens": tokens, "error": _error(peer, inputs, expected)})
+    row["refused"] = _wrong(row["checks"])
+    for tokens in [check["tokens"] for check in row["checks"]]:
+        if row["refused"] is None and seconds_left() > 0:
+            row["sweep"].append({"tokens": tokens, **_time(peer, inputs_of(tokens), time_graph)})
+    if row["refused"] is None:
+        row["skipped"] = [tokens for tokens in problems if tokens not in [timed["tokens"] for timed in row["sweep"]]]
 
 
 def against(sweep: list[dict], peers: dict) -> list[dict]:

@@ -4,6 +4,7 @@ The wheels are not needed: an adapter is given a stand-in that does what the pee
 importable, its own functions take the adapter's weights and calls.
 """
 
+import copy
 import inspect
 import sys
 from types import SimpleNamespace
@@ -112,6 +113,39 @@ def test_a_raising_or_missing_peer_ends_only_itself(weights, truth, refuse):
     assert report["raises"]["refused"] == f"{type(refuse).__name__}: {refuse}" and report["raises"]["sweep"] == []
     assert report["missing"] == {"missing": "not importable: no x"}
     assert report["right"]["refused"] is None and len(report["right"]["sweep"]) == 2
+
+
+def timed_out(weights, truth, found, clock) -> tuple[dict, list]:
+    """The report of peers of which each call takes a second of the nine that there are, and the reports that were saved."""
+    saved = []
+
+    def slow(*inputs):
+        clock[0] += 1
+        return truth(*inputs)
+
+    for _, peer in found:
+        peer.truth = slow
+    report = peers.measure_peers(*weights, inputs_of, (1, 4, 5), lambda calls: {"seconds": 1e-3}, truth, found,
+                                 lambda: 9.0 - clock[0], lambda report: saved.append(copy.deepcopy(report)))
+    return report, saved
+
+
+def test_each_peer_has_its_share_of_the_time_and_says_what_it_did_not_come_to(weights, truth):
+    """Two calls are compared per number of tokens, in 3.6 s by the first peer and in 4 s by the second."""
+    report, saved = timed_out(weights, truth, [("one", Fake()), ("other", Fake())], [0])
+    for row in report.values():
+        assert [check["tokens"] for check in row["checks"]] == [timed["tokens"] for timed in row["sweep"]] == [1, 4]
+        assert row["skipped"] == [5] and row["refused"] is None
+    assert list(saved[0]) == ["one"] and list(saved[1]) == ["one", "other"] and saved[0]["one"] == report["one"]
+
+
+def test_a_peer_without_any_time_is_not_prepared(weights, truth):
+    class Never(Fake):
+        def prepare(self, gate_up, down, device):
+            pytest.fail("prepared")
+
+    report, _ = timed_out(weights, truth, [("late", Never())], [9])
+    assert report["late"]["skipped"] == [1, 4, 5] and report["late"]["sweep"] == report["late"]["checks"] == []
 
 
 def test_the_reference_is_not_asked_where_no_peer_is(weights):
