@@ -76,7 +76,7 @@ def fail(folder, ranks, pipe):
         for _ in range(100):
             engine.step()
     except ZeroDivisionError:
-        time.sleep(12)  # as a server does that answers 503
+        time.sleep(6)  # as a server does that answers 503
     except RankLost:
         os.write(pipe, (json.dumps({"rank": ranks.rank, "waited": time.monotonic() - began}) + "\n").encode())
         raise
@@ -85,11 +85,11 @@ def fail(folder, ranks, pipe):
 def slow(folder, ranks, pipe):
     """Rank 0 is late before the ranks have settled, which may take as long as it takes, and afterwards, which may not."""
     if ranks.rank == 0:
-        time.sleep(4)
-    ranks.settle(timeout_seconds=2)
+        time.sleep(3)
+    ranks.settle(timeout_seconds=1)
     began = time.monotonic()
     if ranks.rank == 0:
-        time.sleep(6)
+        time.sleep(4)
     try:
         ranks.broadcast("late")
     except RankLost:
