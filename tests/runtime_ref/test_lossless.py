@@ -28,7 +28,7 @@ def test_a_batch_gives_each_member_its_own_answer(make_engine, prompts, alone):
     assert make_engine().generate(prompts, GREEDY) == alone
 
 
-@pytest.mark.parametrize("wrong", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("wrong", [0.0, 0.1, pytest.param(0.4, marks=pytest.mark.long)])
 def test_drafts_that_are_often_right_are_accepted_and_change_no_token(with_oracle, prompts, alone, wrong):
     engine = with_oracle(prompts, alone, wrong)
     assert [engine.generate([p], GREEDY)[0] for p in prompts] == alone
@@ -53,7 +53,8 @@ def test_adaptive_draft_length_changes_no_token_and_stops_drafting_when_nothing_
     assert stats["acceptance_length"] < 1.3 and stats["rounds"] < 0.5 * stats["tokens"]
 
 
-@pytest.mark.parametrize("rows", [pytest.param(64, marks=pytest.mark.long), 72, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [64, 72, 200])
 def test_the_size_of_prefill_pieces_changes_no_token(make_engine, prompts, alone, rows):
     assert make_engine(rows=rows).generate(prompts, GREEDY) == alone
 
