@@ -57,7 +57,7 @@ def read_prompts(path: Path | None, tokenizer, vocabulary: int, *, per_domain: i
         raise ValueError(f"--prompts: {path}: no such file")
     found: dict[str, list[list[int]]] = defaultdict(list)
     shortened = 0
-    for number, line in enumerate(_text_of(path).splitlines(), 1):
+    for number, line in enumerate(_text_of(path).split("\n"), 1):  # JSON strings may hold every other line break
         if not line.strip():
             continue
         try:

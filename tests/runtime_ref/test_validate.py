@@ -343,6 +343,15 @@ def test_prompts_of_a_file_are_grouped_by_domain(exported, tmp_path, capsys):
     assert code == 0 and [row[0] for row in next(iter(table.values()))[1:]] == ["code", "math"]
 
 
+def test_prompts_may_hold_the_line_breaks_that_json_strings_may(tmp_path):
+    from runtime_ref.checks_decoding import read_prompts
+
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": "a\u2028b\u0085c"}, ensure_ascii=False) + "\r\n\n", encoding="utf-8", newline="")
+    found = read_prompts(file, lambda text, **_: {"input_ids": [1, 2, 3]}, 264, per_domain=2, longest=8)
+    assert list(found.by_domain) == ["all"]
+
+
 @pytest.mark.parametrize("wrong, named", [(["nowhere"], "no such folder"), (["{}", "--prompts", "nowhere"], "no such file"),
                                           (["{}", "--trained", "nowhere"], "no such file"),
                                           (["{}", "--tokens", "0"], "--tokens")])
