@@ -6,6 +6,7 @@ All of it follows from the configuration and the number of ranks, so memory is p
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 
@@ -14,6 +15,11 @@ from runtime_ref.kernels.parts import FP8_BLOCK, LEAST_DEPTH, expert_share, part
 from runtime_ref.kernels.repack import Tile
 from runtime_ref.kernels.row_launches import Heads
 from runtime_ref.parallel import SHARES, Ranks
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, where an operation costs the same whatever its size: tiles are wide."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def layer_heads(config: MiMoV2Config, index: int, ranks: Ranks) -> Heads:
@@ -32,10 +38,11 @@ def layer_heads(config: MiMoV2Config, index: int, ranks: Ranks) -> Heads:
 
 
 def expert_tiles(config: MiMoV2Config, ranks: Ranks, shares: int = SHARES, native: bool = False) -> tuple[Tile, Tile]:
-    """Tiles of gate-up and down pages: the standard ones, or smaller for small matrices; several parts are whole down pages.
+    """Tiles of gate-up and down pages: the standard ones, or smaller for small matrices, or wider in the interpreter; several
+    parts are whole down pages.
 
     native: for tensor cores that read E2M1 themselves, whose wide side are 128 rows."""
-    least, most = (64, 128) if native else (16, Tile().rows)
+    least, most = (64, 128) if native else (16, 256 if interpreted() else Tile().rows)
 
     def fitting(rows: int, depth: int) -> Tile:
         return Tile(max(least, min(most, _power(rows))), max(LEAST_DEPTH, min(Tile().depth, depth)), native)

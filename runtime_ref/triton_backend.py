@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from runtime_ref.fusion import fused
+from runtime_ref.kernel_shapes import interpreted
 from runtime_ref.kernel_weights import KernelWeights, load_kernel_weights
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
@@ -348,11 +349,6 @@ class TritonBackend:
         return self.ranks.gather(own[None]).transpose(0, 1).reshape(own.shape[0], -1)
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
 def kernel_device() -> str:
     """Where kernels run: "cuda" where there is a GPU, else "cpu": compiled for it (`kernels/host`), or interpreted if
     TRITON_INTERPRET=1 is set.
@@ -376,7 +372,7 @@ def kernel_device() -> str:
 
 
 def default_tiling() -> Tiling:
-    """Wide tiles in the interpreter, where an operation costs the same whatever its size."""
+    """Wide tiles in the interpreter (`kernel_shapes.interpreted`)."""
     return Tiling(columns=256, router_depth=256, block=2048, float_dot=True) if interpreted() else Tiling()
 
 

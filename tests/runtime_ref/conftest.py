@@ -131,9 +131,9 @@ def kernels_without_a_gpu():
             yield
         return
     assert os.environ.get("TRITON_INTERPRET") == "1", "kernel tests need TRITON_INTERPRET=1; tests/conftest.py sets it"
-    from tests.runtime_ref.kernels.patched_once import patched_once
+    from tests.runtime_ref.kernels.quick_interpreter import quick_interpreter
 
-    with patched_once():
+    with quick_interpreter():
         yield
 
 

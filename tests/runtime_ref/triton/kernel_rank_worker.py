@@ -23,7 +23,7 @@ from runtime_ref.kernels.gpu_steps import walking
 from runtime_ref.model import Span
 from runtime_ref.parallel import leave, ranks_from_environment
 from runtime_ref.sampler import SamplingParams
-from tests.runtime_ref.kernels.patched_once import patched_once
+from tests.runtime_ref.kernels.quick_interpreter import quick_interpreter
 
 
 def answers(folder, ranks, walked):
@@ -61,7 +61,7 @@ def child(folder, rank, count, port):
                    "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     ranks = ranks_from_environment()
-    with patched_once():
+    with quick_interpreter():
         for walked in (False, True)[:count]:
             answers(folder, ranks, walked)
     leave(ranks)
