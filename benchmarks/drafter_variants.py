@@ -80,7 +80,7 @@ def VariantTrainer(recipe, out: Path):
     from dflash_train.trainer import Trainer
 
     class Quiet(Trainer):
-        def _set_earlier_aside(self):
+        def set_earlier_aside(self, keep=()):
             pass
 
         def _load_data(self):
@@ -89,13 +89,13 @@ def VariantTrainer(recipe, out: Path):
             super()._load_data()
             self.recipe = own
 
-        def _open_records(self, resumed):
+        def open_records(self, resumed, name):
             pass
 
-        def _record(self, values, seconds, bar):
+        def record(self, values, seconds, bar):
             pass
 
-        def _save(self):
+        def save(self):
             pass
 
     return Quiet(recipe, resume=False)

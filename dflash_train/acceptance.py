@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dflash_train.decoding import best_path, by_length, generate, in_batches, plain, probabilities, speculate
-from dflash_train.dialogues import prompt_ids, read_jsonl
+from dflash_train.dialogues import read_jsonl, row_prompt
 from dflash_train.features import run_dialogues
 from dflash_train.target import Target
 from modeling.drafter import DFlashDraftModel
@@ -193,7 +193,7 @@ def groups(recipe: Recipe, target: Target) -> dict[tuple[str, str], list[list[in
         for kind in kinds:
             group = found[row.get("domain", "all"), kind]
             if len(group) < settings.prompts_per_group:
-                group.append(prompt_ids(row, settings.prompt_field, target.tokenizer, "dflash.acceptance.prompts"))
+                group.append(row_prompt(row, settings.prompt_field, target.tokenizer, "dflash.acceptance.prompts"))
     if not found:
         raise ValueError(f"dflash.acceptance.prompts: {', '.join(settings.prompts)}: no prompt there")
     return dict(found)

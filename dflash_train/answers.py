@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from dflash_train.decoding import by_length, generate, in_batches
-from dflash_train.dialogues import Dialogue, prompt_ids, read_jsonl
+from dflash_train.dialogues import Dialogue, read_jsonl, row_prompt
 from dflash_train.target import Target, TargetFiles, describe_target, identity
 from qat.checkpoint import write_text
 from qat.data import expand
@@ -82,7 +82,7 @@ def generate_answers(recipe: Recipe, target: TargetFiles, path: Path, *, acceler
     settings = recipe.dflash.regenerate
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     rows = read_jsonl(settings.prompts, KEY)
-    ids = [prompt_ids(row, settings.prompt_field, target.tokenizer, KEY) for row in rows]
+    ids = [row_prompt(row, settings.prompt_field, target.tokenizer, KEY) for row in rows]
     if not rows:
         raise ValueError(f"{KEY}: {', '.join(settings.prompts)}: no prompt there")
     batches = plan_batches(recipe, rows, ids)

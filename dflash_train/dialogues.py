@@ -7,13 +7,13 @@ meets when it serves.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from modeling.prompt_files import prompt_ids, read_rows
 from qat.data import expand
 
 
@@ -30,10 +30,7 @@ class Dialogue:
 
 
 def read_jsonl(patterns: list[str], key: str) -> list[dict]:
-    """Rows of JSONL files.
-
-    Lines end at "\\n" alone (JSON text may hold U+2028 and others at which str.splitlines cuts); empty ones and a byte order
-    mark are passed over.
+    """Rows of JSONL files; "_where" of each is its file and line.
 
     Raises:
         ValueError: a pattern without a file, or a line that is not a JSON object in UTF-8; names recipe key, file and line.
@@ -42,46 +39,14 @@ def read_jsonl(patterns: list[str], key: str) -> list[dict]:
     for file in expand(patterns, key):
         if Path(file).suffix != ".jsonl":
             raise ValueError(f"{key}: {file}: expected a .jsonl file")
-        with open(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                where = f"{file}:{number}"
-                if text := _text(line, f"{key}: {where}").strip():
-                    rows.append(_object(text, f"{key}: {where}") | {"_where": where})
+        rows += [row | {"_where": where} for where, row in read_rows(file, key)]
     return rows
 
 
-def _text(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from None
-
-
-def _object(text: str, where: str) -> dict:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error.msg}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
-    return row
-
-
-def prompt_ids(row: dict, field: str, tokenizer, key: str) -> list[int]:
-    """Tokens of a row's prompt: `messages` through the chat template, or the text of `field`.
-
-    Raises:
-        ValueError: neither is there, or the prompt is empty.
-    """
-    if "messages" in row:
-        ids = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=True)["input_ids"]
-    elif isinstance(row.get(field), str):
-        ids = tokenizer(row[field], add_special_tokens=False)["input_ids"]
-    else:
-        raise ValueError(f"{key}: {row['_where']}: no {field!r} (text) and no 'messages'; it has {sorted(row)[1:]}")
-    if not ids:
-        raise ValueError(f"{key}: {row['_where']}: empty prompt")
-    return list(ids)
+def row_prompt(row: dict, field: str, tokenizer, key: str) -> list[int]:
+    """Tokens of the prompt of one of `read_jsonl`'s rows (`modeling.prompt_files.prompt_ids`)."""
+    return prompt_ids({name: value for name, value in row.items() if name != "_where"}, tokenizer, f"{key}: {row['_where']}",
+                      field)
 
 
 def own_dialogues(patterns: list[str], prompt_field: str, tokenizer) -> list[Dialogue]:
@@ -95,7 +60,7 @@ def own_dialogues(patterns: list[str], prompt_field: str, tokenizer) -> list[Dia
         text = row.get("response", row.get("text"))
         if not isinstance(text, str):
             raise ValueError(f"dflash.data: {row['_where']}: neither 'response' nor 'text'; it has {sorted(row)[1:]}")
-        prompt = prompt_ids(row, prompt_field, tokenizer, "dflash.data") if "response" in row else []
+        prompt = row_prompt(row, prompt_field, tokenizer, "dflash.data") if "response" in row else []
         found.append(Dialogue(prompt, [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]))
     return found
 

@@ -32,14 +32,10 @@ from modeling.drafter import load_drafter, save_drafter
 from qat import checkpoint, report
 from qat.data import EpochOrder
 from qat.optimizer import make_schedule
-from qat.parallel import StopRequest, make_accelerator
+from qat.parallel import make_accelerator
 from qat.resume import checkpoint_to_resume
-from recipes.load import dump_recipe
+from qat.training_run import TrainingRun
 from recipes.schema import Recipe
-
-
-class NonFinite(ArithmeticError):
-    """Training met a non-finite loss or gradient; the text names step and tensor."""
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -60,16 +56,7 @@ def run(recipe: Recipe, *, resume: bool, max_steps: int | None) -> int:
         ValueError: a mistake in the recipe or its files. OSError: a file cannot be written. NonFinite: see there.
     """
     require_sections(recipe)
-    trainer = Trainer(recipe, resume=resume)
-    try:
-        stopped_by = trainer.train(max_steps)
-        if stopped_by:
-            return 128 + stopped_by
-        if trainer.state.step == recipe.dflash.steps:
-            trainer.finish()
-        return 0
-    finally:
-        trainer.close()
+    return Trainer(recipe, resume=resume).run(max_steps)
 
 
 @dataclass
@@ -85,8 +72,10 @@ class Progress:
         self.step = state["step"]
 
 
-class Trainer:
+class Trainer(TrainingRun):
     """One drafter run, from its recipe to its summary."""
+
+    label = "drafter"
 
     def __init__(self, recipe: Recipe, *, resume: bool):
         self.recipe, self.settings = recipe, recipe.dflash
@@ -94,7 +83,7 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         self.folder = run_folder(recipe)
         report.require_wandb(recipe.tracking.wandb)
-        newest = checkpoint_to_resume(self.folder, recipe, "dflash", self._say) if resume else None
+        newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say) if resume else None
         self.target = load_target(recipe, self.accelerator.device)
         self.identity = identity(self.target, recipe)
         if newest is not None:
@@ -103,7 +92,7 @@ class Trainer:
         self.drafter = new_drafter(recipe, self.target).to(self.accelerator.device).train()
         self._load_data()
         if not resume:
-            self._set_earlier_aside()
+            self.set_earlier_aside(keep=("data", "features"))
         optimizer = make_optimizer(self.drafter, self.settings.optimizer)
         self.schedule = make_schedule(optimizer, self.settings.steps, self.settings.optimizer)
         self.state = Progress()
@@ -113,10 +102,9 @@ class Trainer:
         self.accelerator.register_for_checkpointing(self.state, self.schedule)
         if newest is not None:
             checkpoint.load_checkpoint(self.accelerator, newest)
-            self._say(f"resuming {newest} at step {self.state.step} of {self.settings.steps}")
-        self.metrics, self.drawn = None, time.monotonic()
-        if self.main:
-            self._open_records(newest is not None)
+            self.say(f"resuming {newest} at step {self.state.step} of {self.settings.steps}")
+        self._print_header()
+        self.open_records(newest is not None, f"{recipe.name}-dflash")
 
     def _require_same_target(self, newest: Path) -> None:
         """Raises ValueError if `newest` was trained on another target: a recipe says where it lies, not what it is."""
@@ -125,26 +113,13 @@ class Trainer:
             raise ValueError(f"{newest}: trained on another target than {self.target.path} is now (fingerprint {was[0]}, now "
                              f"{self.identity[0]}); restore it, or start a new run without --resume")
 
-    def _set_earlier_aside(self) -> None:
-        """Gives an earlier run another name, once this one is known to start; its answers and features stay in use."""
-        self.accelerator.wait_for_everyone()
-        if self.main and (self.folder / "resolved.yaml").exists():
-            aside = next(p for n in range(1, 10_000) if not (p := self.folder.with_name(f"dflash.{n}")).exists())
-            self.folder.rename(aside)
-            self.folder.mkdir()
-            for kept in ("data", "features"):
-                if (aside / kept).exists():
-                    (aside / kept).rename(self.folder / kept)
-            print(f"an earlier run was set aside as {aside} (--resume would have continued it)")
-        self.accelerator.wait_for_everyone()
-
     def _load_data(self) -> None:
         settings, target = self.settings, self.target
         if settings.data:
             self.dialogues = own_dialogues(settings.data, settings.regenerate.prompt_field, target.tokenizer)
         else:
-            self.dialogues = regenerated(self.recipe, target, self.folder, accelerator=self.accelerator, say=self._say)
-        self.rows = pack(self.dialogues, settings.sequence_length, say=self._say)
+            self.dialogues = regenerated(self.recipe, target, self.folder, accelerator=self.accelerator, say=self.say)
+        self.rows = pack(self.dialogues, settings.sequence_length, say=self.say)
         per_step = settings.batch_size * self.accelerator.num_processes
         if len(self.rows) < per_step:
             raise ValueError(f"{len(self.rows)} packed rows of {settings.sequence_length} tokens, fewer than one batch of "
@@ -156,7 +131,7 @@ class Trainer:
         with self.accelerator.main_process_first():
             self.features = cached_features(target, self.dialogues, self.rows, self.folder / "features" / self._features_key(),
                                             limit_gib=settings.features_gib, batch_size=settings.regenerate.batch_size,
-                                            say=self._say)
+                                            say=self.say)
 
     def _features_key(self) -> str:
         """Digest of what determines the features: target, tapped layers, dialogues and where they are cut."""
@@ -165,52 +140,16 @@ class Trainer:
         facts = [self.identity, self.target.taps, self.settings.sequence_length, [d.tokens for d in self.dialogues]]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
-    def _open_records(self, resumed: bool) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._print_header()
-        checkpoint.write_text(self.folder / "resolved.yaml", dump_recipe(self.recipe))
-        checkpoint.write_text(self.folder / "environment.json", json.dumps(report.environment(), indent=1))
-        wandb = report.start_wandb(self.recipe.tracking.wandb, self.recipe.tracking.project, f"{self.recipe.name}-dflash",
-                                   self.folder, self.recipe.model_dump(mode="json"))
-        self.metrics = report.Metrics(self.folder / "metrics.jsonl", wandb_run=wandb,
-                                      resumed_step=self.state.step if resumed else None)
-
     def _print_header(self) -> None:
         parameters = sum(p.numel() for p in self.drafter.parameters())
         tokens = sum(len(d.response) for d in self.dialogues)
         start = self.settings.start_from
-        self._say(f"{self.recipe.name}: drafter of {parameters:,} parameters{f' from {start}' if start else ''}, "
+        self.say(f"{self.recipe.name}: drafter of {parameters:,} parameters{f' from {start}' if start else ''}, "
                   f"block {self.drafter.block_size}, window {self.drafter.window}, "
                   f"features of layers {self.target.taps} of {self.target.path}; "
                   f"{len(self.dialogues)} dialogues, {tokens:,} response tokens, {len(self.rows)} rows")
 
-    def train(self, max_steps: int | None) -> int | None:
-        """Runs to the recipe's last step (or `max_steps`); returns the signal that stopped it, if one did."""
-        settings, state = self.settings, self.state
-        last = min(settings.steps, max_steps or settings.steps)
-        bar = report.ProgressBar(settings.steps, state.step, enabled=self.main, every=settings.log_every, label="drafter")
-        batches = self._batches()
-        with StopRequest() as stop:
-            try:
-                while state.step < last:
-                    began = time.perf_counter()
-                    values = self._update(next(batches))
-                    self._record(values, time.perf_counter() - began, bar)
-                    signal = stop.agreed(self.accelerator)
-                    if state.step % settings.checkpoint_every == 0 or state.step == last or signal:
-                        self._save()
-                    if signal:
-                        self._draw()
-                        self._say(f"stopped by signal {signal} after step {state.step}; --resume continues")
-                        return signal
-            finally:
-                bar.close()
-        if last < settings.steps:
-            self._draw()
-            self._say(f"stopped at --max-steps {last}; --resume continues to step {settings.steps}")
-        return None
-
-    def _batches(self) -> Iterator[list[int]]:
+    def batches(self) -> Iterator[list[int]]:
         """Rows of each step of this process; the position is a function of the step alone."""
         count, processes = self.settings.batch_size, self.accelerator.num_processes
         order = EpochOrder(len(self.rows), seed=self.recipe.seed, shuffle=True)
@@ -221,9 +160,9 @@ class Trainer:
             begin = (position * processes + self.accelerator.process_index) * count
             yield list(order)[begin:begin + count]
 
-    def _update(self, indices: list[int]) -> dict[str, float]:
+    def update(self, batches: Iterator[list[int]]) -> dict[str, float]:
         """One optimizer update; returns its metrics (means over the anchors of all processes)."""
-        loss, sums = self._loss(indices)
+        loss, sums = self._loss(next(batches))
         self.accelerator.backward(loss)
         trained = [(n, p) for n, p in self.drafter.named_parameters() if p.grad is not None]
         if self.accelerator.num_processes > 1:
@@ -272,30 +211,22 @@ class Trainer:
                 "accuracy": (sums["correct"] / valid).tolist(), "overlap": (sums["overlap"] / valid).tolist()}
 
     def _raise_non_finite(self, loss: float, trained: list[tuple[str, nn.Parameter]]) -> None:
-        kept = checkpoint.complete_checkpoints(self.folder / "checkpoints")
-        advice = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         bad = next((n for n, p in trained if not torch.isfinite(p.grad).all()), None)
         what = f"loss {loss}" + (f"; gradient of {bad}" if bad else "")
-        raise NonFinite(f"step {self.state.step + 1}: {what} is not finite; stopped before the update, {advice}")
+        self.stop_non_finite(f"{what} is not finite")
 
-    def _record(self, values: dict, seconds: float, bar: report.ProgressBar) -> None:
+    def record(self, values: dict, seconds: float, bar: report.ProgressBar) -> None:
         settings, step = self.settings, self.state.step
         tokens = settings.batch_size * settings.sequence_length * self.accelerator.num_processes
         bar.update(step, f"loss {values['loss']:.3f}  length {values['greedy_length']:.2f}  {tokens / seconds:,.0f} tok/s")
         if self.metrics is not None and (step % settings.log_every == 0 or step == settings.steps):
             self.metrics.write("train", step, seconds=seconds, tokens_per_second=tokens / seconds, **values)
 
-    def _save(self) -> None:
-        checkpoint.save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state.step,
-                                   recipe_yaml=dump_recipe(self.recipe), keep_last=self.settings.keep_last,
-                                   facts={"git_revision": report.git_revision(), "target": self.identity})
-        if time.monotonic() - self.drawn > report.CURVES_SECONDS:
-            self._draw()
+    def facts(self) -> dict:
+        return super().facts() | {"target": self.identity}
 
-    def _draw(self) -> None:
-        if self.main:
-            figures.draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", self.recipe.name)
-        self.drawn = time.monotonic()
+    def draw_curves(self, metrics: Path, picture: Path) -> None:
+        figures.draw_curves(metrics, picture, self.recipe.name)
 
     def finish(self) -> None:
         """Writes model/, measures it as read back from disk, writes summary.json and prints the table."""
@@ -306,29 +237,19 @@ class Trainer:
         final = self.folder / "model"
         with checkpoint.folder_aside(final) as partial:
             save_drafter(self.drafter, partial)
-        self._say("measuring acceptance on held-out prompts")
+        self.say("measuring acceptance on held-out prompts")
         began = time.perf_counter()
         drafter = load_drafter(final, getattr(torch, self.recipe.model.dtype)).to(self.accelerator.device)
-        summary = acceptance.measure(self.recipe, self.target, drafter, say=self._say)
-        train = [r for r in report.read_metrics(self.folder / "metrics.jsonl") if r["kind"] == "train"]
+        summary = acceptance.measure(self.recipe, self.target, drafter, say=self.say)
         summary |= {
             "steps": self.settings.steps, "seed": self.recipe.seed, "target": describe_target(self.target, self.recipe),
             "start_from": self.settings.start_from, "parameters": sum(p.numel() for p in self.drafter.parameters()),
             "response_tokens": sum(len(d.response) for d in self.dialogues),
-            "seconds": report.mean(r["seconds"] for r in train) * self.settings.steps,
+            "seconds": self.training_seconds(),
             "measuring_seconds": time.perf_counter() - began, "environment": report.environment(),
         }
         checkpoint.write_text(self.folder / "summary.json", json.dumps(acceptance.without_nan(summary), indent=1))
-        self._draw()
+        self.draw()
         figures.draw_acceptance(summary, self.folder / "acceptance.png", self.recipe.name)
         Console().print(acceptance.table(summary))
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png, acceptance.png)")
-
-    def _say(self, text: str) -> None:
-        if self.main:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if getattr(self, "metrics", None) is not None:
-            self.metrics.close()
-        self.accelerator.end_training()

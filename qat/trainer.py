@@ -33,15 +33,11 @@ from qat.health import Health
 from qat.losses import chunked_statistics, hidden_loss, run_hidden
 from qat.optimizer import make_optimizer, make_schedule
 from qat.oscillation import OscillationControl
-from qat.parallel import StopRequest, make_accelerator
+from qat.parallel import make_accelerator
 from qat.resume import checkpoint_to_resume
+from qat.training_run import TrainingRun
 from qat.warm_start import choose_first_codes
-from recipes.load import dump_recipe
 from recipes.schema import Recipe
-
-
-class NonFinite(ArithmeticError):
-    """Training met a non-finite loss or gradient; the text names step, tensor, expert and index."""
 
 
 def run(recipe: Recipe, *, resume: bool, max_steps: int | None) -> int:
@@ -50,16 +46,7 @@ def run(recipe: Recipe, *, resume: bool, max_steps: int | None) -> int:
     Raises:
         ValueError: a mistake in the recipe or its files. OSError: a file cannot be written. NonFinite: see there.
     """
-    trainer = Trainer(recipe, resume=resume)
-    try:
-        stopped_by = trainer.train(max_steps)
-        if stopped_by is not None:
-            return 128 + stopped_by
-        if trainer.state.step == recipe.qat.steps:
-            trainer.finish()
-        return 0
-    finally:
-        trainer.close()
+    return Trainer(recipe, resume=resume).run(max_steps)
 
 
 @dataclass
@@ -92,11 +79,12 @@ class TrainingState:
         self.health.load_state_dict(state["health"])
 
 
-class Trainer:
+class Trainer(TrainingRun):
     """One QAT run, from its recipe to its summary."""
 
     def __init__(self, recipe: Recipe, *, resume: bool):
-        self.recipe, settings = recipe, recipe.qat
+        self.recipe, self.settings = recipe, recipe.qat
+        settings = self.settings
         if recipe.model.path is None:
             raise ValueError("model.path: required to train (model.released serves --plan only)")
         self.accelerator = make_accelerator(settings.gradient_accumulation)
@@ -104,7 +92,7 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.folder = Path(recipe.output) / recipe.name / "qat"
         report.require_wandb(recipe.tracking.wandb)
-        newest = checkpoint_to_resume(self.folder, recipe, "qat", self._say) if resume else None
+        newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say) if resume else None
         self.tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         model = load_model(recipe.model.path, dtype=getattr(torch, recipe.model.dtype),
                            trust_remote_code=recipe.model.trust_remote_code)
@@ -158,27 +146,16 @@ class Trainer:
         if newest is not None:
             checkpoint.load_checkpoint(self.accelerator, newest)
         elif self.recipe.qat.warm_start.method != "none":
-            self._say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
+            self.say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
             choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
                                seed=self.recipe.seed)
             self._agree_on_masters()
             self.state.health.rebase()  # what the start changed is not training's doing
-        if self.main and not resume and self.folder.exists():
-            aside = next(p for n in range(1, 10_000) if not (p := self.folder.with_name(f"qat.{n}")).exists())
-            self.folder.rename(aside)
-            print(f"an earlier run was set aside as {aside} (--resume would have continued it)")
-        self.accelerator.wait_for_everyone()
-        self.metrics, self.drawn = None, time.monotonic()
-        if not self.main:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._print_header(newest)
-        checkpoint.write_text(self.folder / "resolved.yaml", dump_recipe(self.recipe))
-        checkpoint.write_text(self.folder / "environment.json", json.dumps(report.environment(), indent=1))
-        wandb = report.start_wandb(self.recipe.tracking.wandb, self.recipe.tracking.project, self.recipe.name,
-                                   self.folder, self.recipe.model_dump(mode="json"))
-        self.metrics = report.Metrics(self.folder / "metrics.jsonl", wandb_run=wandb,
-                                      resumed_step=self.state.step if newest else None)
+        if not resume:
+            self.set_earlier_aside()
+        if self.main:
+            self._print_header(newest)
+        self.open_records(newest is not None, self.recipe.name)
 
     def _agree_on_masters(self) -> None:
         """Gives every process the first one's masters: each computed its own, and libraries do not promise equal bits."""
@@ -208,35 +185,10 @@ class Trainer:
         if newest is not None:
             print(f"resuming {newest} at step {self.state.step} of {self.recipe.qat.steps}")
 
-    def train(self, max_steps: int | None) -> int | None:
-        """Runs to the recipe's last step (or `max_steps`); returns the signal that stopped it, if one did."""
-        settings, state = self.recipe.qat, self.state
-        last = min(settings.steps, max_steps or settings.steps)
-        bar = report.ProgressBar(settings.steps, state.step, enabled=self.main, every=settings.log_every)
-        batches = endless_batches(self.accelerator, self.loader, consumed=state.batches)
-        saved_at = state.step
-        with StopRequest() as stop:
-            try:
-                while state.step < last:
-                    began = time.perf_counter()
-                    values = self._update(batches)
-                    self._record(values, time.perf_counter() - began, bar)
-                    signal = stop.agreed(self.accelerator)
-                    if state.step % settings.checkpoint_every == 0 or state.step == last or signal:
-                        self._save()
-                        saved_at = state.step
-                    if signal:
-                        self._draw()
-                        self._say(f"stopped by signal {signal} after step {saved_at}; --resume continues")
-                        return signal
-            finally:
-                bar.close()
-        if last < settings.steps:
-            self._draw()
-            self._say(f"stopped at --max-steps {last}; --resume continues to step {settings.steps}")
-        return None
+    def batches(self) -> Iterator[torch.Tensor]:
+        return endless_batches(self.accelerator, self.loader, consumed=self.state.batches)
 
-    def _update(self, batches: Iterator[torch.Tensor]) -> dict[str, torch.Tensor | float]:
+    def update(self, batches: Iterator[torch.Tensor]) -> dict[str, torch.Tensor | float]:
         """One optimizer update; returns its losses (means over the tokens of all processes)."""
         settings = self.recipe.qat
         sums: dict[str, torch.Tensor] = {}
@@ -303,12 +255,10 @@ class Trainer:
         """A tokenizer of another model with as many entries shows in nothing but the loss."""
         guess = math.log(self.model.get_output_embeddings().weight.shape[0])
         if cross_entropy > guess + 0.5:  # a model that knows nothing yet lies at the guess itself
-            self._say(f"warning: the text costs the model {cross_entropy:.2f} nats per token, a uniform guess {guess:.2f}: is "
+            self.say(f"warning: the text costs the model {cross_entropy:.2f} nats per token, a uniform guess {guess:.2f}: is "
                       f"the tokenizer in {self.recipe.model.path} this model's, and data.train its language?")
 
     def _raise_non_finite(self, losses: dict[str, float]) -> None:
-        kept = checkpoint.complete_checkpoints(self.folder / "checkpoints")
-        advice = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         what = f"loss {losses['loss']}"
         try:
             for tensor, master in self.quantizer:
@@ -318,9 +268,9 @@ class Trainer:
                     require_finite(f"gradient of {name}", parameter.grad)
         except ValueError as error:
             what = f"{what}; {error}"
-        raise NonFinite(f"step {self.state.step + 1}: {what}; stopped before the update, {advice}")
+        self.stop_non_finite(what)
 
-    def _record(self, values: dict[str, float], seconds: float, bar: report.ProgressBar) -> None:
+    def record(self, values: dict[str, float], seconds: float, bar: report.ProgressBar) -> None:
         settings, step = self.recipe.qat, self.state.step
         tokens = (settings.batch_size * settings.gradient_accumulation * self.recipe.data.sequence_length
                   * self.accelerator.num_processes)
@@ -335,17 +285,8 @@ class Trainer:
                 for record in records:
                     self.metrics.write("health", step, **record)
 
-    def _save(self) -> None:
-        checkpoint.save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state.step,
-                                   recipe_yaml=dump_recipe(self.recipe), keep_last=self.recipe.qat.keep_last,
-                                   facts={"git_revision": report.git_revision()})
-        if time.monotonic() - self.drawn > report.CURVES_SECONDS:
-            self._draw()
-
-    def _draw(self) -> None:
-        if self.main:
-            report.draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", self.recipe.name)
-        self.drawn = time.monotonic()
+    def draw_curves(self, metrics: Path, picture: Path) -> None:
+        report.draw_curves(metrics, picture, self.recipe.name)
 
     def finish(self) -> None:
         """Evaluates BF16, PTQ and QAT on held-out text; writes model/, summary.json and the last curves."""
@@ -364,34 +305,20 @@ class Trainer:
         summary |= {
             "tokens": self.state.batches * settings.batch_size * self.recipe.data.sequence_length
             * self.accelerator.num_processes,
-            "seconds": self._training_seconds(), "evaluation_seconds": time.perf_counter() - began,
+            "seconds": self.training_seconds(), "evaluation_seconds": time.perf_counter() - began,
             "seed": self.recipe.seed, "steps": settings.steps, "scale_rule": self.quantizer.scale_rule,
             "environment": report.environment(),
         }
         self._save_model()
         checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
-        self._draw()
+        self.draw()
         Console().print(evaluate.comparison_table(summary))
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png)")
-
-    def _training_seconds(self) -> float:
-        """Time in updates, from the logged steps: survives resumes, which the process's own clock does not."""
-        records = [r for r in report.read_metrics(self.folder / "metrics.jsonl") if r["kind"] == "train"]
-        return report.mean(r["seconds"] for r in records) * self.recipe.qat.steps
 
     def _save_model(self) -> None:
         with checkpoint.folder_aside(self.folder / "model") as partial:
             self.model.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
-
-    def _say(self, text: str) -> None:
-        if self.main:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if getattr(self, "metrics", None) is not None:
-            self.metrics.close()
-        self.accelerator.end_training()
 
 
 def require_tokenizer_fits(tokenizer, model: nn.Module, where: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import defaultdict
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from modeling.prompt_files import prompt_ids, read_rows
 from runtime_ref.engine import Engine
 from runtime_ref.model import Span
 from runtime_ref.sampler import SamplingParams, distribution
@@ -57,50 +57,15 @@ def read_prompts(path: Path | None, tokenizer, vocabulary: int, *, per_domain: i
         raise ValueError(f"--prompts: {path}: no such file")
     found: dict[str, list[list[int]]] = defaultdict(list)
     shortened = 0
-    for number, line in enumerate(_text_of(path).split("\n"), 1):  # JSON strings may hold every other line break
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--prompts: {path}:{number}: not JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"--prompts: {path}:{number}: {type(row).__name__}, expected an object with prompt or messages")
+    for where, row in read_rows(path, "--prompts"):
         group = found[str(row.get("domain", "all"))]
         if len(group) < per_domain and row.get("kind", "task") != "open":
-            ids = _prompt_ids(row, tokenizer, f"--prompts: {path}:{number}")
+            ids = prompt_ids(row, tokenizer, f"--prompts: {where}")
             shortened += len(ids) > longest
             group.append(ids[:longest])
     if not any(found.values()):
         raise ValueError(f"--prompts: {path}: no prompts, expected lines with prompt or messages (kind 'open' is left out)")
     return Prompts({domain: prompts for domain, prompts in found.items() if prompts}, shortened)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts: {path}: not UTF-8 text at byte {error.start}") from None
-
-
-def _prompt_ids(row: dict, tokenizer, where: str) -> list[int]:
-    from jinja2 import TemplateError
-
-    if isinstance(row.get("messages"), list):
-        try:
-            ids = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=True)["input_ids"]
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{where}: messages: {(str(error).splitlines() or [type(error).__name__])[0][:160]}") from None
-    elif isinstance(row.get("prompt"), str):
-        try:
-            ids = tokenizer(row["prompt"].encode("utf-8").decode("utf-8"), add_special_tokens=False)["input_ids"]
-        except UnicodeEncodeError:
-            raise ValueError(f"{where}: prompt: half of a surrogate pair, which is no text") from None
-    else:
-        raise ValueError(f"{where}: neither 'prompt' (text) nor 'messages'")
-    if not ids:
-        raise ValueError(f"{where}: empty prompt")
-    return list(ids)
 
 
 def check_text(engine: Engine, prompts: Prompts, trained: dict | None) -> Check:

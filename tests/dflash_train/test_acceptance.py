@@ -25,7 +25,7 @@ from dflash_train.acceptance import (
     without_nan,
 )
 from dflash_train.decoding import DraftContext, best_path, draft, generate, plain, probabilities, speculate, verify
-from dflash_train.dialogues import prompt_ids, read_jsonl
+from dflash_train.dialogues import read_jsonl, row_prompt
 from dflash_train.target import load_target
 from recipes.load import load_recipe
 from recipes.schema import DraftOptimizer
@@ -142,7 +142,7 @@ def test_predicted_length_is_the_loops_count_and_text_is_unchanged(draft_recipe,
     target = load_target(recipe)
     drafter = trained([recipe])
     rows = read_jsonl(recipe.dflash.regenerate.prompts, "k")[:12]  # what it was trained on: often right
-    prompts = [prompt_ids(row, "prompt", target.tokenizer, "k") for row in rows]
+    prompts = [row_prompt(row, "prompt", target.tokenizer, "k") for row in rows]
     texts = [t for t in answer_all(target, prompts, 40, 0.0, seed=0) if len(t.answer) > 1]
     judge(target, drafter, texts, 0.0)
     lengths = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dflash_train.anchors import block_labels, sample_anchors, teacher_index
-from dflash_train.dialogues import Dialogue, own_dialogues, pack, prompt_ids, read_jsonl
+from dflash_train.dialogues import Dialogue, own_dialogues, pack, read_jsonl, row_prompt
 
 
 def generator(seed=0):
@@ -114,7 +114,7 @@ def test_own_data_takes_dialogues_and_plain_text_and_names_bad_rows(tmp_path, lo
     with pytest.raises(ValueError, match="own.jsonl:1: not valid JSON"):
         own_dialogues([str(file)], "prompt", tokenizer)
     with pytest.raises(ValueError, match="empty prompt"):
-        prompt_ids({"_where": "x:1", "prompt": ""}, "prompt", tokenizer, "k")
+        row_prompt({"_where": "x:1", "prompt": ""}, "prompt", tokenizer, "k")
 
 
 def test_jsonl_lines_end_at_newlines_alone_and_empty_ones_are_passed_over(tmp_path):

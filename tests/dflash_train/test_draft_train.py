@@ -169,14 +169,15 @@ def test_regenerate_alone_writes_what_training_then_uses(draft_recipe):
 
 
 def test_non_finite_gradients_stop_before_the_update_and_name_the_tensor(loaded):
-    from dflash_train.trainer import NonFinite, Trainer
+    from dflash_train.trainer import Trainer
+    from qat.training_run import NonFinite
 
     trainer = Trainer(loaded[0], resume=False)
     with torch.no_grad():
         trainer.drafter.layers[0].mlp.up_proj.weight[3, 5] = torch.nan
     before = trainer.drafter.fc.weight.detach().clone()
     with pytest.raises(NonFinite, match="step 1: loss nan.*gradient of .*not finite; stopped before the update, no checkpoint"):
-        trainer._update([0, 1])
+        trainer.update(iter([[0, 1]]))
     assert torch.equal(trainer.drafter.fc.weight.detach(), before)
     trainer.close()
 

@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from pace import KERNELS
 from safetensors.torch import load_file
 from wrong_folders import config, drafter, drafter_file, edit, edit_json, faults, judged, mask_of, target, write_reference
 
 from runtime_ref import validate
 from runtime_ref.suspects import culprits, difference, drafter_suspects, target_suspects
-from tests.runtime_ref.conftest import KERNELS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -233,7 +233,7 @@ def test_a_tokenizer_of_another_model_is_found_by_what_the_model_expects(copied,
 
 
 @pytest.mark.parametrize("content, said", [
-    (b"", "no prompts"), (b"\xff\xfe", "not UTF-8"), (b"{", "not JSON"), (b"[1]", "expected an object"),
+    (b"", "no prompts"), (b"\xff\xfe", "not UTF-8"), (b"{", "not valid JSON"), (b"[1]", "expected an object"),
     (b'{"prompt": ""}', "empty prompt"), (b'{"prompt": 5}', "neither"), (b'{"prompt": "\\ud800"}', "surrogate"),
     (b'{"messages": [{"role": 3}]}', "messages")])
 def test_a_bad_file_of_prompts_is_one_line_and_code_2(exported, tmp_path, capsys, content, said):
