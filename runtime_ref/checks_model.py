@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 
@@ -44,6 +45,22 @@ def run_watched(backend: TorchBackend, ids: list[int], *, taps=(), watch=None) -
     cache.extend(tables, list(tables), len(ids))
     span = Span(tables, 0, ids)
     return backend.run(target_tasks(backend.config, taps), backend.plan([span]), watch), span, cache
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a backend makes of the probe's text: outputs of the layers [tokens, layers, hidden] and logits, as it has them."""
+
+    taps: torch.Tensor
+    logits: torch.Tensor
+
+
+def outputs_of(backend: TorchBackend, probe: Probe) -> Outputs:
+    """Of one step as it is served (nothing watches it); to be called on all ranks alike."""
+    layers, n = range(backend.config.num_hidden_layers), len(probe.ids)
+    buffers, span, cache = run_watched(backend, probe.ids, taps=layers)
+    cache.release(span.tables)
+    return Outputs(torch.stack([buffers[f"tap.{i}"][:n] for i in layers], dim=1), buffers["logits"][:n].cpu())
 
 
 class OpErrors:
@@ -128,22 +145,16 @@ def place_of(task: Task) -> str:
     return f"op {task.op}" + (f" of layer {task.layer}" if task.layer >= 0 else "")
 
 
-def check_runtime(facts: Facts, probe: Probe, exact: TorchBackend, served: TorchBackend | None,
+def check_runtime(facts: Facts, probe: Probe, exact: TorchBackend, served: Outputs | None,
                   drafter: Drafter | None, ops: OpErrors) -> Check:
     """Check 2b: the runtime in float32 (`exact`) layer by layer, and how far the dtype that is served rounds.
 
     Args:
-        ops: of `exact`.
+        served: of the backend that serves, if that is another one. ops: of `exact`.
     """
     check = Check("logits", "logits and layers against the independent model (float32)")
     layers, n = facts.config.num_hidden_layers, len(probe.ids)
-    runs = []
-    for backend in (exact, served):
-        if backend is not None:
-            buffers, span, cache = run_watched(backend, probe.ids, taps=range(layers))
-            cache.release(span.tables)
-            taps = torch.stack([buffers[f"tap.{i}"][:n].float().cpu() for i in range(layers)], dim=1)
-            runs.append((taps, buffers["logits"][:n].cpu()))
+    runs = [(run.taps.float().cpu(), run.logits) for run in (outputs_of(exact, probe), served) if run is not None]
     drafts = _runtime_drafts(probe, exact, drafter, runs[0][0]) if drafter is not None else None
     if probe.target is None:
         return check.skip(probe.absent)
@@ -168,26 +179,22 @@ def check_runtime(facts: Facts, probe: Probe, exact: TorchBackend, served: Torch
     return check
 
 
-def check_kernels(check: Check, facts: Facts, probe: Probe, ops: OpErrors, drafter) -> None:
+def check_kernels(check: Check, facts: Facts, probe: Probe, ops: OpErrors, served: Outputs, drafter) -> None:
     """What only kernels need, added to check 3: what their wrong ops make of the model, and the drafts that they serve.
 
     Args:
-        check: of `check_ops`. ops: of the kernels. drafter: theirs, or None. To be called on all ranks alike.
+        check: of `check_ops`. ops, served: of the kernels. drafter: theirs, or None. To be called on all ranks alike.
     """
-    layers, n = facts.config.num_hidden_layers, len(probe.ids)
-    buffers, span, cache = run_watched(ops.backend, probe.ids, taps=range(layers))
-    cache.release(span.tables)
-    taps = torch.stack([buffers[f"tap.{i}"][:n] for i in range(layers)], dim=1)
-    drafts = None if drafter is None else _runtime_drafts(probe, ops.backend, drafter, taps).cpu()
+    drafts = None if drafter is None else _runtime_drafts(probe, ops.backend, drafter, served.taps).cpu()
     if probe.target is None:
         return
     if ops.first_wrong is not None:
         ids = torch.tensor([probe.ids])
-        found = nearest(probe.target, suspects_of(facts), lambda m: m(input_ids=ids).logits[0], buffers["logits"][:n])
+        found = nearest(probe.target, suspects_of(facts), lambda m: m(input_ids=ids).logits[0], served.logits)
         for suspect in found:
             check.fail(f"explained by: {suspect.name}", f"{ENGINE_CAUSE}: {suspect.cause}")
     elif drafts is not None and probe.drafter is not None:
-        _compare_drafts(check, facts, probe, drafts, taps.cpu().float(), KERNEL_DRAFT_ERROR, nearest)
+        _compare_drafts(check, facts, probe, drafts, served.taps.cpu().float(), KERNEL_DRAFT_ERROR, nearest)
 
 
 def _rounding(check: Check, served: torch.Tensor, logits: torch.Tensor) -> None:

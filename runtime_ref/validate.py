@@ -140,7 +140,7 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
 
     import torch
 
-    from runtime_ref.checks_model import OpErrors, check_kernels, check_ops, check_runtime
+    from runtime_ref.checks_model import OpErrors, check_kernels, check_ops, check_runtime, outputs_of
     from runtime_ref.checks_reference import check_reference
     from runtime_ref.drafter import Drafter, load_runtime_drafter
     from runtime_ref.engine import Engine, EngineOptions
@@ -172,11 +172,12 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
         if isinstance(exact, TorchBackend):
             exact.probe(drafter.product_shapes())
     ops = [OpErrors(backend, probe.ids) for backend in backends]
-    checks.append(check_runtime(facts, probe, exact, engine.backend if served != torch.float32 else None, drafter, ops[0]))
+    outputs = None if served == torch.float32 else outputs_of(engine.backend, probe)
+    checks.append(check_runtime(facts, probe, exact, outputs, drafter, ops[0]))
     kernels = [OpErrors(engine.backend, probe.ids, exact)] if engine.backend.name == "triton" else []
     checks.append(check_ops([*ops, *kernels]))
     for judged in kernels:
-        check_kernels(checks[-1], facts, probe, judged, engine.drafter)
+        check_kernels(checks[-1], facts, probe, judged, outputs, engine.drafter)
     checks[-1].notes += dict.fromkeys(str(w.message) for w in warned if "compiled ops" in str(w.message))
     failed = ranks.broadcast(any(check.status == "failed" for check in [*earlier, *checks]))  # references are rank 0's alone
     if failed and not options.all:

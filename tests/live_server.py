@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import httpx
 import uvicorn
+from pace import seconds as limit
 
 from runtime_ref.api import Api, Settings
 from runtime_ref.engine import Engine
@@ -27,11 +28,11 @@ class Live:
     server: uvicorn.Server
     thread: threading.Thread
 
-    def until_empty(self, seconds: float = 5.0) -> dict[str, int]:
+    def until_empty(self, seconds: float = limit(5.0)) -> dict[str, int]:
         """Waits until no request is in the engine; returns the pages that sequences still hold."""
         return self.until(lambda: not self.worker.in_flight and not self.worker.engine.busy, seconds)
 
-    def until(self, condition, seconds: float = 5.0) -> dict[str, int]:
+    def until(self, condition, seconds: float = limit(5.0)) -> dict[str, int]:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"not so after {seconds} s"
@@ -47,7 +48,7 @@ class Live:
 
 
 @contextlib.contextmanager
-def live_server(engine: Engine, tokenizer, *, max_requests: int = 64, stall_seconds: float = 180.0, **settings):
+def live_server(engine: Engine, tokenizer, *, max_requests: int = 64, stall_seconds: float = limit(180.0), **settings):
     worker = EngineWorker(engine, max_requests=max_requests, stall_seconds=stall_seconds)
     api = Api(worker, tokenizer, Settings(MODEL, **settings))
     listening = socket.socket()
@@ -60,5 +61,5 @@ def live_server(engine: Engine, tokenizer, *, max_requests: int = 64, stall_seco
         time.sleep(0.01)
     yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", worker, api, server, thread)
     server.should_exit = True
-    thread.join(20)
+    thread.join(limit(20))
     assert not thread.is_alive()

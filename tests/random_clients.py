@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 
 import httpx
+from pace import paced
+from pace import seconds as limit
 
 from runtime_ref.sampler import SamplingParams
 
@@ -22,7 +24,7 @@ class Report:
 
 
 def a_request(rng: random.Random) -> tuple[dict, SamplingParams]:
-    tokens = rng.choice((1, 3, 8, 20, 60))
+    tokens = rng.choice(paced((1, 3, 8, 20, 60), (1, 3, 8)))
     temperature, seed = rng.choice((0.0, 0.7, 1.2)), rng.randrange(4)
     shared = [9, 8, 7] * 25  # a beginning of more than a page, for the prefix cache
     prompt = (shared if rng.random() < 0.3 else []) + [rng.randrange(1, 250) for _ in range(rng.choice((1, 5, 30)))]
@@ -36,7 +38,7 @@ async def one(client: httpx.AsyncClient, url: str, rng: random.Random, report: R
     leaves = rng.choice((None, None, 0.0, 0.02, 0.2))
     tokens, ended = [], False
     try:
-        async with asyncio.timeout(leaves if leaves is not None else 60):
+        async with asyncio.timeout(leaves if leaves is not None else limit(60)):
             async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
                 if answer.status_code == 429:
                     report.full += 1
@@ -55,7 +57,7 @@ async def one(client: httpx.AsyncClient, url: str, rng: random.Random, report: R
                     tokens, ended = json.loads(await answer.aread())["choices"][0]["token_ids"], True
     except TimeoutError:
         if leaves is None:
-            report.unexpected.append("no answer in 60 s")
+            report.unexpected.append("no answer in a minute")
         report.left += 1
         return
     if not ended:
@@ -70,7 +72,7 @@ async def crowd(url: str, alone, *, clients: int, seconds: float, seed: int) -> 
 
     async def stay(number: int) -> None:
         rng = random.Random(1000 * seed + number)
-        async with httpx.AsyncClient(timeout=60) as client:
+        async with httpx.AsyncClient(timeout=limit(60)) as client:
             while time.monotonic() < end:
                 await one(client, url, rng, report)
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pace import KERNELS
 from safetensors.torch import load_file, save_file
 
 from modeling.names import fused_name
 from runtime_ref import validate
-from tests.runtime_ref.conftest import KERNELS
 
-# What `validate` is told to serve with: the kernels where `make test-kernels` asks for them.
+# What `validate` is told to serve with: the kernels where they are asked for (`pace`).
 ON_BACKEND = ["--backend", "triton"] if KERNELS else []
 
 

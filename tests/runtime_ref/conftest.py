@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pace import INTERPRETED, KERNELS, paced
 from safetensors.torch import save_file
 
 from modeling.names import expert_parts
@@ -105,9 +106,8 @@ def random_drafter(config, seed=1, **changes):
     return model.eval()
 
 
-# With FP4_TEST_KERNELS=1 (`make test-kernels`) engines of this folder's tests run the embedded model on the Triton kernels,
-# compiled for the CPU, instead of a small random model on the default backend.
-KERNELS = os.environ.get("FP4_TEST_KERNELS") == "1"
+# With FP4_TEST_KERNELS (`make test-kernels`, `make test-interpreter`) engines of this folder's tests run the embedded model on
+# the Triton kernels, compiled for the CPU or interpreted, instead of a small random model on the default backend.
 BACKEND = {"backend": "triton"} if KERNELS else {}
 SEED = Path(__file__).resolve().parents[2] / "recipes" / "seed" / "model"
 
@@ -120,11 +120,11 @@ def seed_folder(out: Path) -> Path:
     return write_native(out, load_model(SEED, dtype=torch.bfloat16), load_drafter(SEED.parents[1] / "seed-drafter"), SEED)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=INTERPRETED)
 def kernels_without_a_gpu():
     """Triton's interpreter, at its best, or the compiler for the CPU."""
     pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
-    if KERNELS:
+    if KERNELS and not INTERPRETED:
         from runtime_ref.kernels.host.backend import on_host
 
         with on_host():
@@ -180,9 +180,10 @@ def make_engine(folder):
 
 @pytest.fixture(scope="session")
 def prompts():
-    """Twelve prompts of 1 to 150 random tokens."""
+    """Twelve prompts of 1 to 150 random tokens (interpreted: seven of up to 66)."""
     generator = torch.Generator().manual_seed(7)
-    return [torch.randint(1, 260, (n,), generator=generator).tolist() for n in (1, 2, 7, 8, 9, 20, 33, 63, 64, 65, 100, 150)]
+    lengths = paced((1, 2, 7, 8, 9, 20, 33, 63, 64, 65, 100, 150), (1, 8, 9, 17, 33, 64, 66))
+    return [torch.randint(1, 260, (n,), generator=generator).tolist() for n in lengths]
 
 
 class OracleProposer:

@@ -6,6 +6,7 @@
     rank_worker.py FOLDER fail 4            rank 0's engine raises in the middle, and its process lives on for a while
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from runtime_ref.engine import Engine, EngineOptions
 from runtime_ref.model import Span
 from runtime_ref.parallel import RankLost, leave, ranks_from_environment
 from runtime_ref.sampler import SamplingParams
+from tests.pace import INTERPRETED, KERNELS
 
 
 def prompts():
@@ -29,8 +31,8 @@ def prompts():
     return [torch.randint(1, 260, (n,), generator=generator).tolist() for n in (3, 17, 70)]
 
 
-# What `test_ranks.py` asks for: the kernels, compiled for the CPU (tests/runtime_ref/conftest.py), or the default.
-BACKEND = "triton" if os.environ.get("FP4_TEST_KERNELS") == "1" else "auto"
+# What `test_ranks.py` asks for: the kernels (tests/pace.py) or the default.
+BACKEND = "triton" if KERNELS else "auto"
 
 
 def same(folder, ranks, pipe, backend=BACKEND):
@@ -98,12 +100,19 @@ def slow(folder, ranks, pipe):
         raise
 
 
+def quick():
+    from tests.runtime_ref.kernels.quick_interpreter import quick_interpreter
+
+    return quick_interpreter()
+
+
 def child(job, folder, rank, count, port, pipe):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     ranks = ranks_from_environment()
     try:
-        job(folder, ranks, pipe)
+        with quick() if INTERPRETED else contextlib.nullcontext():
+            job(folder, ranks, pipe)
     except RankLost as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(1)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from pace import KERNELS, paced
 
 from runtime_ref.sampler import SamplingParams
-from tests.runtime_ref.conftest import KERNELS
 
-GREEDY = SamplingParams(max_tokens=40, ignore_eos=True)
-PLAIN = SamplingParams(max_tokens=40, ignore_eos=True, speculate=False)
+TOKENS = paced(40, 9)
+GREEDY = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+PLAIN = SamplingParams(max_tokens=TOKENS, ignore_eos=True, speculate=False)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +41,14 @@ def test_drafts_that_are_often_right_are_accepted_and_change_no_token(with_oracl
 @pytest.mark.parametrize("drafts", [1, 2, 3, 4, 6])
 def test_any_number_of_drafts_changes_no_token(with_oracle, prompts, alone, drafts):
     engine = with_oracle(prompts, alone, 0.2)
-    mixed = [SamplingParams(max_tokens=40, ignore_eos=True, drafts=(drafts + i) % 8) for i in range(len(prompts))]
+    mixed = [SamplingParams(max_tokens=TOKENS, ignore_eos=True, drafts=(drafts + i) % 8) for i in range(len(prompts))]
     assert engine.generate(prompts, mixed) == alone
 
 
 @pytest.mark.long
 def test_adaptive_draft_length_changes_no_token_and_stops_drafting_when_nothing_is_accepted(with_oracle, prompts, alone):
     engine = with_oracle(prompts, alone, wrong=0.9, draft_costs={0: 1.0, 3: 1.6, 7: 2.2})
-    adaptive = SamplingParams(max_tokens=40, ignore_eos=True, adaptive=True)
+    adaptive = SamplingParams(max_tokens=TOKENS, ignore_eos=True, adaptive=True)
     assert engine.generate(prompts, adaptive) == alone
     stats = engine.stats()
     assert stats["acceptance_length"] < 1.3 and stats["rounds"] < 0.5 * stats["tokens"]
@@ -92,7 +93,8 @@ def test_an_answer_is_a_prefix_that_a_longer_prompt_takes_over(make_engine, prom
 
 @pytest.mark.parametrize("rule", ["equality", pytest.param("rejection", marks=pytest.mark.long)])
 def test_sampled_answers_do_not_depend_on_the_batch(make_engine, prompts, rule):
-    params = [SamplingParams(max_tokens=24, temperature=0.8, seed=i, rule=rule, top_p=0.95) for i in range(len(prompts))]
+    params = [SamplingParams(max_tokens=paced(24, 6), temperature=0.8, seed=i, rule=rule, top_p=0.95)
+              for i in range(len(prompts))]
     engine = make_engine()
     together = engine.generate(prompts, params)
     assert [engine.generate([p], s)[0] for p, s in zip(prompts, params, strict=True)] == together
@@ -100,7 +102,8 @@ def test_sampled_answers_do_not_depend_on_the_batch(make_engine, prompts, rule):
 
 @pytest.mark.long
 def test_equality_gives_the_sampled_tokens_of_plain_decoding(with_oracle, make_engine, prompts):
-    params = [SamplingParams(max_tokens=30, temperature=0.7, seed=i, ignore_eos=True, min_p=0.01) for i in range(len(prompts))]
+    params = [SamplingParams(max_tokens=paced(30, 9), temperature=0.7, seed=i, ignore_eos=True, min_p=0.01)
+              for i in range(len(prompts))]
     plain = make_engine(drafter=False).generate(prompts, params)
     engine = with_oracle(prompts, plain, 0.2)
     assert engine.generate(prompts, params) == plain
@@ -109,7 +112,8 @@ def test_equality_gives_the_sampled_tokens_of_plain_decoding(with_oracle, make_e
 
 @pytest.mark.long
 def test_penalties_see_the_accepted_drafts(with_oracle, make_engine, prompts):
-    params = SamplingParams(max_tokens=40, ignore_eos=True, presence_penalty=0.5, frequency_penalty=0.3, repetition_penalty=1.1)
+    params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, presence_penalty=0.5, frequency_penalty=0.3,
+                            repetition_penalty=1.1)
     plain = make_engine(drafter=False).generate(prompts, params)
     engine = with_oracle(prompts, plain, 0.2)
     assert engine.generate(prompts, params) == plain

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from pace import KERNELS, seconds
 
 from runtime_ref import parallel
 from runtime_ref.parallel import Ranks, ranks_from_environment, shares
 from runtime_ref.weights import load_target
-from tests.runtime_ref.conftest import KERNELS
 
 not_the_backends = pytest.mark.skipif(KERNELS, reason="the same for every backend: runs with the default one")
 WORKER = Path(__file__).with_name("rank_worker.py")
@@ -19,8 +19,8 @@ WORKER = Path(__file__).with_name("rank_worker.py")
 
 def run_worker(*arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run([sys.executable, str(WORKER), *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                          env=environment)
+    return subprocess.run([sys.executable, str(WORKER), *map(str, arguments)], capture_output=True, text=True,
+                          timeout=seconds(300), env=environment)
 
 
 # The kernels cut an expert of the embedded model into four parts of 64: of eight ranks, two hold the same one.

@@ -5,11 +5,11 @@ import zlib
 
 import pytest
 import torch
+from pace import KERNELS
 
 from runtime_ref.adaptive import DraftLength
 from runtime_ref.sampler import SamplingParams, distribution, draw, logprob_of, penalize, sample, uniform
 from runtime_ref.speculative import Proposal, accept, propose
-from tests.runtime_ref.conftest import KERNELS
 
 VOCABULARY, DRAFTS, TRIALS = 5, 2, 4000
 # Upper 0.001 quantile of chi-square with 5^3 - 1 = 124 degrees of freedom (Wilson-Hilferty, 180.8 by table).

@@ -1,12 +1,12 @@
 """Engine mechanics: pages, fairness, aborts, limits, text."""
 
 import pytest
+from pace import KERNELS
 
 from runtime_ref.kv_cache import PAGE, KvCache, OutOfPages, Pool, extend_hashes
 from runtime_ref.sampler import SamplingParams
 from runtime_ref.sequence import Finish
 from runtime_ref.streaming import TextStream
-from tests.runtime_ref.conftest import KERNELS
 
 SHORT = SamplingParams(max_tokens=5, ignore_eos=True)
 

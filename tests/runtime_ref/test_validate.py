@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pace import KERNELS
 from wrong_folders import config, config_of, drafter, drafter_file, each_expert, edit, faults, judged, mask_of, target
 
 from modeling.names import qkv_rows
 from runtime_ref import validate
 from runtime_ref.weights import read_config
-from tests.runtime_ref.conftest import KERNELS
 
 ROOT = Path(validate.__file__).resolve().parents[1]
 
@@ -341,15 +341,6 @@ def test_prompts_of_a_file_are_grouped_by_domain(exported, tmp_path, capsys):
     code, verdict = judged(exported, tmp_path, capsys, "--prompts", str(file))
     table = next(c for c in verdict["checks"] if c["name"] == "acceptance")["tables"]
     assert code == 0 and [row[0] for row in next(iter(table.values()))[1:]] == ["code", "math"]
-
-
-def test_prompts_may_hold_the_line_breaks_that_json_strings_may(tmp_path):
-    from runtime_ref.checks_decoding import read_prompts
-
-    file = tmp_path / "p.jsonl"
-    file.write_text(json.dumps({"prompt": "a\u2028b\u0085c"}, ensure_ascii=False) + "\r\n\n", encoding="utf-8", newline="")
-    found = read_prompts(file, lambda text, **_: {"input_ids": [1, 2, 3]}, 264, per_domain=2, longest=8)
-    assert list(found.by_domain) == ["all"]
 
 
 @pytest.mark.parametrize("wrong, named", [(["nowhere"], "no such folder"), (["{}", "--prompts", "nowhere"], "no such file"),

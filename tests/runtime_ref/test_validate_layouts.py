@@ -9,12 +9,12 @@ import shutil
 
 import pytest
 import torch
+from pace import KERNELS
 from safetensors.torch import load_file, save_file
 from toy_layouts import exported, gpt_oss, qwen3
 from wrong_folders import edit_json, judged
 
 from runtime_ref import validate
-from tests.runtime_ref.conftest import KERNELS
 
 # The kernels refuse gpt-oss: triton/test_kernel_families.py.
 FAMILIES = {"qwen3": (qwen3, "compressed-tensors")} | ({} if KERNELS else {"gpt-oss": (gpt_oss, "gpt-oss")})

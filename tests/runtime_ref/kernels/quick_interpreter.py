@@ -12,6 +12,7 @@ interpreter. The one difference: bf16 becomes float32 exactly, subnormals too, w
 import contextlib
 import dataclasses
 import math
+import threading
 
 import numpy as np
 from triton.language import core
@@ -31,10 +32,21 @@ COMPARISONS = {"less_than": np.less, "less_equal": np.less_equal, "greater_than"
 def quick_interpreter():
     """While it is open, interpreted kernels run with the shortcuts of this module."""
     with contextlib.ExitStack() as stack:
-        for module, name, new in (*_patched_once(), *_remembered_types(), *_plain_operations()):
+        for module, name, new in (*_one_launch_at_a_time(), *_patched_once(), *_remembered_types(), *_plain_operations()):
             stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, new)
         yield
+
+
+def _one_launch_at_a_time():
+    """The language is patched for all threads, so two servers' engines would take each other's patches away."""
+    launch, alone = interpreter.GridExecutor.__call__, threading.Lock()
+
+    def launched(self, *args, **kwargs):
+        with alone:
+            return launch(self, *args, **kwargs)
+
+    yield interpreter.GridExecutor, "__call__", launched
 
 
 class _Nothing:

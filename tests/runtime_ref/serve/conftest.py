@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from live_server import MODEL, live_server
+from pace import seconds
 
 from modeling.load import load_tokenizer
 from runtime_ref.engine import Engine, EngineOptions
@@ -69,4 +70,4 @@ def serving(new_engine, tokenizer):
 def client(live):
     import openai
 
-    return openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=seconds(60))

@@ -9,9 +9,11 @@ import time
 
 import httpx
 import pytest
+from pace import paced, seconds
 from random_clients import crowd
 
-LONG = {"prompt": [5, 6, 7], "max_tokens": 240, "ignore_eos": True, "temperature": 0}
+LENGTH, WAIT = paced(240, 20), seconds(30)
+LONG = {"prompt": [5, 6, 7], "max_tokens": LENGTH, "ignore_eos": True, "temperature": 0}
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def no_pages(held):
 
 
 def post(url, body, path="/v1/completions", **more):
-    return httpx.post(f"{url}{path}", json=body, timeout=30, **more)
+    return httpx.post(f"{url}{path}", json=body, timeout=WAIT, **more)
 
 
 BROKEN = [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"prompt": "x", "temperature": NaN}', b"[" * 100_000,
@@ -53,7 +55,7 @@ BROKEN = [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"prompt": "x", "tem
 @pytest.mark.parametrize("body", BROKEN, ids=lambda b: b[:40].decode("latin-1"))
 def test_a_broken_body_is_a_400_with_openais_error_object(live, body):
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
-        answer = httpx.post(f"{live.url}{path}", content=body, headers={"Content-Type": "application/json"}, timeout=30)
+        answer = httpx.post(f"{live.url}{path}", content=body, headers={"Content-Type": "application/json"}, timeout=WAIT)
         if path == "/tokenize" and b'"prompt": "' in body and b"ud800" not in body and answer.status_code == 200:
             continue  # a tokenizer has no use for the field that is wrong
         assert answer.status_code == 400, (path, answer.text)
@@ -131,14 +133,14 @@ def test_a_client_that_leaves_frees_its_slot_at_once(live, stream, unhurried):
         live.until(lambda: counts["tokens"] > spoken)
     assert no_pages(live.until_empty())
     assert counts["aborted"] == aborted + 1
-    assert counts["tokens"] - spoken < 240
+    assert counts["tokens"] - spoken < LENGTH
 
 
 def test_a_client_that_leaves_the_queue_is_forgotten(serving, unhurried):
     server = serving(max_running=1)
     unhurried(server.worker.engine)
     engine = server.worker.engine
-    with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=30) as first:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=WAIT) as first:
         lines = first.iter_lines()
         next(lines)
         with pytest.raises(httpx.ReadTimeout):
@@ -153,7 +155,7 @@ def test_a_full_server_says_when_to_come_back(serving, unhurried):
     server = serving(max_requests=2)
     unhurried(server.worker.engine)
     assert post(server.url, {**LONG, "n": 3}).status_code == 400
-    with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True, "n": 2}, timeout=30) as first:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True, "n": 2}, timeout=WAIT) as first:
         lines = first.iter_lines()  # held: a client that drops its iterator leaves
         next(lines)
         answer = post(server.url, LONG)
@@ -180,13 +182,13 @@ def test_a_crashed_engine_fails_what_is_open_and_turns_health_red(serving, monke
     whole = {}
     waiting = threading.Thread(target=lambda: whole.update(answer=post(server.url, LONG)))
     waiting.start()
-    with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=30) as answer:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json={**LONG, "stream": True}, timeout=WAIT) as answer:
         if answer.status_code == 200:
             events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
             assert "IndexError: row 9 of 8" in events[-1]["error"]["message"]
         else:
             assert answer.status_code == 503
-    waiting.join(10)
+    waiting.join(seconds(10))
     assert whole["answer"].status_code == 503 and whole["answer"].json()["error"]["code"] == "engine_down"
     for found in (httpx.get(f"{server.url}/health"), post(server.url, LONG)):
         assert found.status_code == 503 and "row 9 of 8" in found.json()["error"]["message"]
@@ -230,16 +232,16 @@ def test_slow_and_partial_senders_do_not_keep_others_waiting(serving):
         raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                     b"Content-Length: 99\r\n\r\n{")
         assert post(server.url, {**LONG, "max_tokens": 2}).status_code == 200
-        raw.settimeout(10)
+        raw.settimeout(seconds(10))
         assert b" 408 " in raw.recv(100)
 
 
 def test_clients_that_come_and_go_at_random_leave_nothing_and_the_others_get_their_own_answers(live, alone):
     """The short form of the load test."""
-    report = asyncio.run(crowd(live.url, alone, clients=12, seconds=4, seed=1))
+    report = asyncio.run(crowd(live.url, alone, clients=paced(12, 4), seconds=paced(4, 30), seed=1))
     assert no_pages(live.until_empty())
     assert report.wrong == [] and report.unexpected == []
-    assert report.finished >= 12 and report.left >= 6
+    assert report.finished >= paced(12, 4) and report.left >= paced(6, 3)
 
 
 @pytest.mark.load
@@ -255,25 +257,25 @@ def test_64_random_clients_for_a_minute_leave_nothing_and_get_their_own_answers(
 
 def test_steps_faster_than_anyone_reads_share_an_event_and_lose_nothing(serving, alone):
     server = serving()
-    with httpx.stream("POST", f"{server.url}/v1/completions", timeout=30, json={
+    with httpx.stream("POST", f"{server.url}/v1/completions", timeout=WAIT, json={
             **LONG, "stream": True, "speculate": False, "return_token_ids": True, "logprobs": 1}) as answer:
         events = [json.loads(line[6:])["choices"][0] for line in answer.iter_lines() if line.startswith("data: {")]
     from runtime_ref.sampler import SamplingParams
 
     tokens = [token for event in events for token in event["token_ids"]]
-    assert tokens == alone(LONG["prompt"], SamplingParams(max_tokens=240, ignore_eos=True))
+    assert tokens == alone(LONG["prompt"], SamplingParams(max_tokens=LENGTH, ignore_eos=True))
     assert len(events[0]["token_ids"]) == 1  # the first token is not held back
-    assert sum(len(event["logprobs"]["tokens"]) for event in events) == 240
+    assert sum(len(event["logprobs"]["tokens"]) for event in events) == LENGTH
     assert events[-1]["finish_reason"] == "length" and [e["finish_reason"] for e in events[:-1]] == [None] * (len(events) - 1)
 
 
 def test_drafts_are_told_step_by_step_also_when_steps_share_an_event(serving):
     server = serving()
-    with httpx.stream("POST", f"{server.url}/v1/completions", timeout=30, json={
+    with httpx.stream("POST", f"{server.url}/v1/completions", timeout=WAIT, json={
             **LONG, "stream": True, "return_drafts": True, "return_token_ids": True}) as answer:
         events = [json.loads(line[6:])["choices"][0] for line in answer.iter_lines() if line.startswith("data: {")]
     assert all(len(e["drafts"]["pieces"]) == len(e["token_ids"]) <= 1 + e["drafts"]["accepted"] for e in events)
-    assert sum(len(e["token_ids"]) for e in events) == 240
+    assert sum(len(e["token_ids"]) for e in events) == LENGTH
 
 
 def test_outputs_wait_until_the_engine_has_computed_enough_to_pay_for_an_event_but_never_long():

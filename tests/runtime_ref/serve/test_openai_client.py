@@ -4,10 +4,13 @@ import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
+from pace import paced, seconds
 
 from runtime_ref.sampler import SamplingParams
 
 MODEL = "small"
+MANY, FEW, WAIT = paced(40, 10), paced(20, 6), seconds(30)
+PLAIN = {"prompt": [5, 6, 7], "max_tokens": FEW, "ignore_eos": True, "seed": 11, "return_token_ids": True, "speculate": False}
 MESSAGES = [{"role": "system", "content": "count"}, {"role": "user", "content": "one, zwei, 三"}]
 
 
@@ -17,9 +20,9 @@ def chat_prompt(tokenizer, messages=MESSAGES):
 
 
 def test_a_greedy_chat_is_the_engines_answer_with_and_without_drafts(client, tokenizer, alone):
-    expected = alone(chat_prompt(tokenizer), SamplingParams(max_tokens=40))
+    expected = alone(chat_prompt(tokenizer), SamplingParams(max_tokens=MANY))
     for speculate in (True, False):
-        answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, max_tokens=40,
+        answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, max_tokens=MANY,
                                                 extra_body={"return_token_ids": True, "speculate": speculate})
         assert isinstance(answer, ChatCompletion)
         choice = answer.choices[0]
@@ -32,7 +35,7 @@ def test_a_greedy_chat_is_the_engines_answer_with_and_without_drafts(client, tok
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 def test_a_stream_adds_up_to_the_whole_answer(client, kind):
-    options = {"model": MODEL, "temperature": 1.0, "seed": 5, "max_tokens": 50, "n": 2}
+    options = {"model": MODEL, "temperature": 1.0, "seed": 5, "max_tokens": MANY, "n": 2}
     if kind == "chat":
         make, piece, whole = client.chat.completions.create, lambda c: c.delta.content or "", lambda c: c.message.content
         options["messages"] = MESSAGES
@@ -52,15 +55,16 @@ def test_a_stream_adds_up_to_the_whole_answer(client, kind):
 
 
 def test_choice_i_of_n_is_the_answer_of_seed_plus_i(client):
-    many = client.completions.create(model=MODEL, prompt="abc", seed=11, n=3, max_tokens=20, temperature=1.0)
-    each = [client.completions.create(model=MODEL, prompt="abc", seed=11 + i, max_tokens=20, temperature=1.0) for i in range(3)]
+    many = client.completions.create(model=MODEL, prompt="abc", seed=11, n=3, max_tokens=FEW, temperature=1.0)
+    each = [client.completions.create(model=MODEL, prompt="abc", seed=11 + i, max_tokens=FEW, temperature=1.0)
+            for i in range(3)]
     assert [c.text for c in many.choices] == [e.choices[0].text for e in each]
     assert len({c.text for c in many.choices}) == 3
 
 
 def test_a_seed_repeats_and_no_seed_does_not(client):
     def ask(**more):
-        return client.completions.create(model=MODEL, prompt="abc", max_tokens=30, temperature=1.0, **more).choices[0].text
+        return client.completions.create(model=MODEL, prompt="abc", max_tokens=FEW, temperature=1.0, **more).choices[0].text
 
     assert ask(seed=-3) == ask(seed=-3)
     assert len({ask() for _ in range(4)}) > 1
@@ -69,7 +73,7 @@ def test_a_seed_repeats_and_no_seed_does_not(client):
 def test_a_prompt_is_the_same_as_text_tokens_and_lists_of_them(client, tokenizer):
     text = "naïve 🙂"
     tokens = tokenizer.encode(text)
-    forms = [client.completions.create(model=MODEL, prompt=p, temperature=0, max_tokens=12)
+    forms = [client.completions.create(model=MODEL, prompt=p, temperature=0, max_tokens=FEW)
              for p in (text, tokens, [text, text], [tokens, tokens])]
     assert [len(f.choices) for f in forms] == [1, 1, 2, 2]
     assert len({c.text for f in forms for c in f.choices}) == 1
@@ -77,10 +81,10 @@ def test_a_prompt_is_the_same_as_text_tokens_and_lists_of_them(client, tokenizer
 
 
 def test_chat_logprobs_hold_the_bytes_of_the_answer_and_are_sorted(client):
-    answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, max_tokens=25, logprobs=True,
+    answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, max_tokens=FEW, logprobs=True,
                                             top_logprobs=3)
     content = answer.choices[0].logprobs.content
-    assert len(content) == answer.usage.completion_tokens == 25
+    assert len(content) == answer.usage.completion_tokens == FEW
     data = bytes(b for token in content for b in token.bytes)
     assert data.decode("utf-8", "replace") == answer.choices[0].message.content
     for token in content:
@@ -92,9 +96,9 @@ def test_chat_logprobs_hold_the_bytes_of_the_answer_and_are_sorted(client):
 
 def test_completion_logprobs_are_those_of_the_chat_and_the_same_in_a_stream(client, tokenizer):
     prompt = chat_prompt(tokenizer)
-    options = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 20, "logprobs": 2}
+    options = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": FEW, "logprobs": 2}
     whole = client.completions.create(**options).choices[0].logprobs
-    chat = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, max_tokens=20, logprobs=True)
+    chat = client.chat.completions.create(model=MODEL, messages=MESSAGES, temperature=0, max_tokens=FEW, logprobs=True)
     assert whole.token_logprobs == [t.logprob for t in chat.choices[0].logprobs.content]
     parts = [c.choices[0].logprobs for c in client.completions.create(**options, stream=True)]
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
@@ -161,13 +165,13 @@ def test_metrics_of_an_answer_agree_with_the_server(client, live):
     names = [f"vllm:spec_decode_num_{n}_total" for n in ("drafts", "draft_tokens", "accepted_tokens")]
     before = [live.metric(n) for n in names]
     spoken = live.metric("vllm:generation_tokens_total")
-    answer = client.completions.create(model=MODEL, prompt="count", temperature=0, max_tokens=40,
+    answer = client.completions.create(model=MODEL, prompt="count", temperature=0, max_tokens=MANY,
                                        extra_body={"adaptive_drafts": False, "ignore_eos": True})
     own = answer.metrics["speculative_decoding"]
     assert own["num_drafts"] > 0
     assert [live.metric(n) - b for n, b in zip(names, before, strict=True)] == [
         own["num_drafts"], own["num_draft_tokens"], own["num_accepted_tokens"]]
-    assert live.metric("vllm:generation_tokens_total") - spoken == 40
+    assert live.metric("vllm:generation_tokens_total") - spoken == MANY
     assert live.metric("vllm:spec_decode_num_accepted_tokens_per_pos_total") == live.metric(names[2])
 
 
@@ -197,21 +201,19 @@ def test_a_mistake_is_the_clients_own_error_with_the_field(client, change, error
 
 
 def test_a_request_without_a_temperature_is_sampled_at_one(live, alone):
-    body = {"prompt": [5, 6, 7], "max_tokens": 24, "ignore_eos": True, "seed": 11, "return_token_ids": True, "speculate": False}
-    found = httpx.post(f"{live.url}/v1/completions", json=body, timeout=30).json()["choices"][0]["token_ids"]
-    assert found == alone([5, 6, 7], SamplingParams(max_tokens=24, ignore_eos=True, seed=11, temperature=1.0))
-    assert found != alone([5, 6, 7], SamplingParams(max_tokens=24, ignore_eos=True))
+    found = httpx.post(f"{live.url}/v1/completions", json=PLAIN, timeout=WAIT).json()["choices"][0]["token_ids"]
+    assert found == alone([5, 6, 7], SamplingParams(max_tokens=FEW, ignore_eos=True, seed=11, temperature=1.0))
+    assert found != alone([5, 6, 7], SamplingParams(max_tokens=FEW, ignore_eos=True))
 
 
 def test_what_the_checkpoint_recommends_holds_where_a_request_says_nothing(serving, alone):
     server = serving(defaults={"temperature": 0.0, "top_k": 3})
-    body = {"prompt": [5, 6, 7], "max_tokens": 24, "ignore_eos": True, "seed": 11, "return_token_ids": True, "speculate": False}
 
     def tokens(**more):
-        return httpx.post(f"{server.url}/v1/completions", json=body | more, timeout=30).json()["choices"][0]["token_ids"]
+        return httpx.post(f"{server.url}/v1/completions", json=PLAIN | more, timeout=WAIT).json()["choices"][0]["token_ids"]
 
-    assert tokens() == alone([5, 6, 7], SamplingParams(max_tokens=24, ignore_eos=True))
-    assert tokens(temperature=1.0) == alone([5, 6, 7], SamplingParams(max_tokens=24, ignore_eos=True, seed=11, temperature=1.0,
+    assert tokens() == alone([5, 6, 7], SamplingParams(max_tokens=FEW, ignore_eos=True))
+    assert tokens(temperature=1.0) == alone([5, 6, 7], SamplingParams(max_tokens=FEW, ignore_eos=True, seed=11, temperature=1.0,
                                                                       top_k=3))
 
 

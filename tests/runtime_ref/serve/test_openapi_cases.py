@@ -7,6 +7,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from live_server import live_server
+from pace import seconds
 from schemathesis import GenerationMode
 from schemathesis.checks import negative_data_rejection, positive_data_acceptance
 
@@ -32,7 +33,7 @@ def ask(server, path, method, mode, count):
     def send(case):
         if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
             case.body.pop("model", None)
-        answer = case.call(timeout=60)
+        answer = case.call(timeout=seconds(60))
         statuses.append(answer.status_code)
         # 413 is a refusal too, though not on the tool's list: lists beyond their limits can be larger than any body may be.
         refused = [negative_data_rejection] if answer.status_code == 413 else []
@@ -53,7 +54,7 @@ def check(server, cases):
     positive = [statuses[path, GenerationMode.POSITIVE] for path in POSTS]
     assert all(200 in found for found in positive) if cases > 100 else 200 in sum(positive, [])
     statuses["models"] = ask(server, "/v1/models/{name}", "GET", GenerationMode.POSITIVE, cases)
-    assert set(server.until_empty(30).values()) == {0}
+    assert set(server.until_empty(seconds(30)).values()) == {0}
     assert httpx.get(f"{server.url}/health").status_code == 200
     return sum(map(len, statuses.values()))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from pace import paced, seconds
 
 from runtime_ref.sampler import SamplingParams
 from tests.runtime_ref.conftest import BACKEND
@@ -20,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = str(ROOT / "runtime_ref" / "serve.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 ON_BACKEND = [word for name, value in BACKEND.items() for word in (f"--{name}", value)]
-LONG = {"prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+LENGTH = paced(200, 12)
+LONG = {"prompt": [5, 6, 7], "max_tokens": LENGTH, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
 
 
 def start(folder, *more, launcher=()):
@@ -50,14 +52,14 @@ def tokens_of(lines):
 def test_sigterm_finishes_the_answers_under_way_and_then_exits_with_0(chat_folder, alone):
     process, url = start(chat_folder)
     try:
-        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as answer:
+        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=seconds(60)) as answer:
             lines = answer.iter_lines()
             seen = [next(lines)]
             process.send_signal(signal.SIGTERM)
             seen += list(lines)
         assert seen[-2] == "data: [DONE]" or seen[-1] == "data: [DONE]"
-        assert tokens_of(seen) == alone(LONG["prompt"], SamplingParams(max_tokens=200, ignore_eos=True))
-        assert process.wait(30) == 0
+        assert tokens_of(seen) == alone(LONG["prompt"], SamplingParams(max_tokens=LENGTH, ignore_eos=True))
+        assert process.wait(seconds(30)) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health")
     finally:
@@ -106,12 +108,12 @@ def test_ranks_answer_as_one_and_a_killed_one_fails_all_requests_within_seconds(
     process, url = start(chat_folder, launcher=torchrun(ranks))
     try:
         whole = httpx.post(f"{url}/v1/completions", json=LONG, timeout=120).json()["choices"][0]["token_ids"]
-        assert whole == alone(LONG["prompt"], SamplingParams(max_tokens=200, ignore_eos=True))
+        assert whole == alone(LONG["prompt"], SamplingParams(max_tokens=LENGTH, ignore_eos=True))
         workers = [c for c in psutil.Process(process.pid).children(recursive=True) if SCRIPT in " ".join(c.cmdline())]
         victim = next(w for w in workers if w.environ()["RANK"] == str(ranks - 1))
         killed, said, others = None, [], []
         threads = [threading.Thread(target=lambda: others.append(outcome(url))) for _ in range(6)]
-        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=60) as answer:
+        with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=seconds(60)) as answer:
             for line in answer.iter_lines():
                 if killed is None:
                     for thread in threads:
