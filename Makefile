@@ -59,7 +59,7 @@ test-kernels-long: $(VENV)/.dev
 # The runtime's whole list on the embedded model with the kernels in Triton's interpreter, with fewer tokens: three quarters of an
 # hour. The kernels' own tests are interpreted in `make test`.
 test-interpreter: $(VENV)/.dev
-	FP4_TEST_KERNELS=interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q \
+	FP4_TEST_KERNELS=interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q \
 	    $(addprefix tests/runtime_ref/,$(filter-out kernels triton,$(ON_KERNELS)) $(LONG_ON_KERNELS))
 
 # Real engines, in an environment of their own (about 3.5 GB); the tests skip, with the reason, on a CPU that cannot run them.
