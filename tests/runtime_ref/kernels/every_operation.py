@@ -81,7 +81,6 @@ def operations(x, y, out, few, INTEGER: tl.constexpr, N: tl.constexpr):
     place = store(out, place, tl.sum(floats, 1)[:, None], N)
     place = store(out, place, tl.max(floats, 0)[None, :], N)
     place = store(out, place, tl.cumsum(column, 0)[None, :], N)
-    place = store(out, place, tl.dot(floats, tl.trans(floats)).reshape(4, 4, 1).broadcast_to(4, 4, 2).reshape(4, 8), N)
     tl.store(out + N - 1, place.to(tl.int64))
 
 

@@ -4,7 +4,9 @@ Of a step's time in the interpreter, nine tenths are spent on types that are mad
 are written out at full size before they meet, a second computation of every integer sum in 64 bits whose finding nobody asks
 for, and on patching the language again for every device function that a kernel calls. Here types are remembered, NumPy
 broadcasts, and a launch patches once. What this does not know (other dtypes, blocks of different rank) is left to the
-interpreter. The one difference: bf16 becomes float32 exactly, subnormals too, which the interpreter gets wrong.
+interpreter. Two differences: bf16 becomes float32 exactly, subnormals too, which the interpreter gets wrong; and float32 matrix
+products are summed in float64, where sums of products of bf16 values are exact, because NumPy's float32 bits depend on how many
+rows there are, which on a GPU they do not (and with them on the number of ranks, which share heads).
 
 `test_quick_interpreter` compares the two.
 """
@@ -159,6 +161,7 @@ def _plain_operations():
     for name, operation in (ARITHMETIC | BITWISE | COMPARISONS).items():
         yield TritonSemantic, name, _short(getattr(TritonSemantic, name), name, operation)
     cast, broadcast, convert = TritonSemantic.cast, TritonSemantic.broadcast_impl_value, interpreter._convert_float
+    dot = interpreter.InterpreterBuilder.create_dot
 
     def quick_cast(self, input, dst_ty, fp_downcast_rounding=None):
         return input if input.dtype is dst_ty else cast(self, input, dst_ty, fp_downcast_rounding)
@@ -181,6 +184,13 @@ def _plain_operations():
             return (input.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
         return convert(input, input_dtype, output_dtype, rounding_mode)
 
+    def exact_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if not a.data.dtype == b.data.dtype == d.data.dtype == np.float32:
+            return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(np.float32)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    yield interpreter.InterpreterBuilder, "create_dot", exact_dot
     yield TritonSemantic, "cast", quick_cast
     yield TritonSemantic, "broadcast_impl_value", quick_broadcast
     yield interpreter, "_convert_float", quick_convert

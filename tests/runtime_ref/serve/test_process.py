@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = str(ROOT / "runtime_ref" / "serve.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 ON_BACKEND = [word for name, value in BACKEND.items() for word in (f"--{name}", value)]
+UNHURRIED = paced([], ["--fixed-drafts", "--drain-seconds", "3600"])  # a step of the plain interpreter takes five seconds
 LENGTH = paced(200, 12)
 LONG = {"prompt": [5, 6, 7], "max_tokens": LENGTH, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
 
@@ -28,7 +29,7 @@ LONG = {"prompt": [5, 6, 7], "max_tokens": LENGTH, "ignore_eos": True, "temperat
 def start(folder, *more, launcher=()):
     """A serving process and its address."""
     command = [sys.executable, *launcher, SCRIPT, str(folder), "--port", "0", "--max-context", "256", "--quiet", *ON_BACKEND,
-               *more]
+               *UNHURRIED, *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     for line in process.stdout:
         if line.startswith("serving "):
