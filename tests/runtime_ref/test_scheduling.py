@@ -68,7 +68,7 @@ def test_a_long_prompt_does_not_stall_running_answers_nor_short_prompts(make_eng
     engine = make_engine(rows=64, max_running=3, drafter=False, prefix_cache=False)
     running = engine.add(prompts[2], SamplingParams(max_tokens=30, ignore_eos=True))
     engine.step()
-    long = engine.add(prompts[-1] * 2, SHORT)
+    long = engine.add((prompts[-1] * 5)[:300], SHORT)
     short = engine.add(prompts[1], SHORT)
     seen: dict[int, int] = {}
     for number in range(4):
