@@ -47,16 +47,16 @@ class OscillationControl:
         self.quantizer.requantize(self.means)
 
     def _requantize_frozen(self) -> None:
-        tensors = self.quantizer.tensors
+        count = range(len(self.quantizer.tensors))
         if self.flips is None:
-            self.flips = [torch.zeros(t.parameter.shape, dtype=torch.uint8, device=t.parameter.device) for t in tensors]
+            self.flips = [torch.zeros_like(m, dtype=torch.uint8) for m in self.quantizer.masters]
             self.frozen = [torch.zeros_like(f, dtype=torch.bool) for f in self.flips]
-        before = [t.parameter.data.clone() for t in tensors]
+        before = [self.quantizer.rounded(i).clone() for i in count]
         for old, master, frozen in zip(before, self.quantizer.masters, self.frozen, strict=True):
             master.data[frozen] = old[frozen].float()
         self.quantizer.requantize()
-        for tensor, old, flips, frozen in zip(tensors, before, self.flips, self.frozen, strict=True):
-            flipped = tensor.parameter.data != old
+        for i, old, flips, frozen in zip(count, before, self.flips, self.frozen, strict=True):
+            flipped = self.quantizer.rounded(i) != old
             flips += flipped & (flips < 255)
             frozen |= flips >= self.settings.freeze_flips
 

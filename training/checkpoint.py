@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,8 +37,9 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(_NAME.search(p.name)[1]))
 
 
-def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, facts: dict, keep_last: int) -> Path:
-    """Saves everything registered with `accelerator` as the checkpoint of `step`; all processes call it.
+def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, facts: dict, keep_last: int,
+                    write: Callable[[Path], None]) -> Path:
+    """Saves what `write` writes into a folder as the checkpoint of `step`; all processes call it.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched and the partial one is removed.
@@ -52,7 +53,7 @@ def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, f
     accelerator.wait_for_everyone()
     try:
         with disk_errors():
-            accelerator.save_state(str(partial), safe_serialization=True)
+            write(partial)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (partial / "resolved.yaml").write_text(recipe_yaml, encoding="utf-8")

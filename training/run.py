@@ -117,9 +117,18 @@ class TrainingRun:
         self.metrics = report.Metrics(self.folder / "metrics.jsonl", wandb_run=wandb,
                                       resumed_step=self.state.step if resumed else None)
 
+    def write_state(self, folder: Path) -> None:
+        """Writes into a checkpoint's folder all that `read_state` needs; every process calls it."""
+        self.accelerator.save_state(str(folder), safe_serialization=True)
+
+    def read_state(self, path: Path) -> None:
+        """Restores the run from a checkpoint. Raises ValueError: it does not fit this launch or this recipe."""
+        checkpoint.load_checkpoint(self.accelerator, path)
+
     def save(self) -> None:
         checkpoint.save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state.step,
-                                   recipe_yaml=dump_recipe(self.recipe), keep_last=self.settings.keep_last, facts=self.facts())
+                                   recipe_yaml=dump_recipe(self.recipe), keep_last=self.settings.keep_last, facts=self.facts(),
+                                   write=self.write_state)
         if time.monotonic() - self.drawn > report.CURVES_SECONDS:
             self.draw()
 

@@ -33,7 +33,8 @@ def job():
 
 def save(job, folder, step, keep_last=2):
     job[3].value = step
-    return save_checkpoint(job[0], folder, step, recipe_yaml="name: t\n", facts={"git_revision": "r"}, keep_last=keep_last)
+    return save_checkpoint(job[0], folder, step, recipe_yaml="name: t\n", facts={"git_revision": "r"}, keep_last=keep_last,
+                           write=lambda path: job[0].save_state(str(path), safe_serialization=True))
 
 
 def test_the_last_k_are_kept_and_the_newest_restores_everything(job, tmp_path):

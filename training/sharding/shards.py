@@ -74,6 +74,15 @@ def settle(model: nn.Module) -> None:
                 parameter.reset_sharded_param()
 
 
+def reshard(model: nn.Module) -> None:
+    """Lets go of every gathered weight, after which all parameters are the sharded ones again."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def fsdp_parameters(module) -> list:
     """torch's records of the parameters of one FSDP unit. Private API of torch 2.13, used in this place only."""
     return [p for group in module._get_fsdp_state()._fsdp_param_groups for p in group.fsdp_params]
