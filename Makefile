@@ -40,16 +40,17 @@ smoke: $(VENV)/.demo
 
 # Whole engines on the kernels are minutes in Triton's interpreter: they run in the second part, compiled for the CPU.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/runtime_ref/triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/runtime_ref/backends/triton
 	$(MAKE) test-kernels
 
 # The kernels' tests and the runtime's own, on the embedded model, with the Triton kernels compiled for the CPU: a choice of them
 # that is part of `make test`, and all of them.
-ON_KERNELS := kernels triton test_lossless.py test_scheduling.py test_sampling.py test_ranks.py test_validate.py
-LONG_ON_KERNELS := test_validate_faults.py test_validate_layouts.py serve/test_openai_client.py \
-                   serve/test_limits_and_faults.py serve/test_process.py serve/test_openapi_cases.py
+ON_KERNELS := kernels triton_cpu measure backends/triton backends/test_ranks.py engine/test_lossless.py engine/test_scheduling.py \
+              engine/test_sampling.py validation/test_validate.py
+LONG_ON_KERNELS := validation/test_validate_faults.py validation/test_validate_layouts.py server/test_openai_client.py \
+                   server/test_limits_and_faults.py server/test_process.py server/test_openapi_cases.py
 TEST_KERNELS = FP4_TEST_KERNELS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q \
-    --ignore tests/runtime_ref/kernels/test_static_gates.py --ignore tests/runtime_ref/kernels/test_roofline.py
+    --ignore tests/runtime_ref/measure/test_static_gates.py --ignore tests/runtime_ref/measure/test_roofline.py
 test-kernels: $(VENV)/.dev
 	$(TEST_KERNELS) -m "not long" $(addprefix tests/runtime_ref/,$(ON_KERNELS))
 
@@ -60,7 +61,7 @@ test-kernels-long: $(VENV)/.dev
 # hour. The kernels' own tests are interpreted in `make test`.
 test-interpreter: $(VENV)/.dev
 	FP4_TEST_KERNELS=interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q \
-	    $(addprefix tests/runtime_ref/,$(filter-out kernels triton,$(ON_KERNELS)) $(LONG_ON_KERNELS))
+	    $(addprefix tests/runtime_ref/,$(filter-out kernels triton_cpu measure backends/triton,$(ON_KERNELS)) $(LONG_ON_KERNELS))
 
 # Real engines, in an environment of their own (about 3.5 GB); the tests skip, with the reason, on a CPU that cannot run them.
 CLIENTS := .venv-clients

@@ -42,7 +42,7 @@ class Ways:
 
     def __init__(self, options):
         from modeling.load import load_tokenizer
-        from runtime_ref.engine import Engine, EngineOptions
+        from runtime_ref.engine.engine import Engine, EngineOptions
 
         self.tokens = options.tokens
         self.tokenizer = load_tokenizer(options.folder, trust_remote_code=True)
@@ -59,7 +59,7 @@ class Ways:
 
     def of(self, kind: str) -> dict:
         """The ways for prompts of a kind: "task" (temperature 0) or "open" (temperature 1)."""
-        from runtime_ref.sampler import SamplingParams
+        from runtime_ref.core.sampling_params import SamplingParams
 
         def ours(engine, **changes):
             def decode(ids, seed):
@@ -148,7 +148,7 @@ def environment() -> dict:
     import torch
     import transformers
 
-    from runtime_ref.written import revision
+    from runtime_ref.core.records import revision
 
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []

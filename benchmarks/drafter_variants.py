@@ -50,9 +50,9 @@ def run(variant: str, seed: int, out: Path, extra: list[str]) -> dict:
     """Result of one run, made if it is not there yet."""
     from dflash_train import acceptance
     from dflash_train.target import load_target
-    from qat.checkpoint import write_text
-    from qat.report import environment
     from recipes.load import load_recipe
+    from training.checkpoint import write_text
+    from training.report import environment
 
     result = out / f"{variant}-{seed}.json"
     settings = [*VARIANTS[variant], *extra]

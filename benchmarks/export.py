@@ -156,7 +156,7 @@ def main(argv: list[str]) -> int:
               f"{100 * copy / row['seconds']:.0f} % of the copy; processor {row['processor_seconds']:.1f} s; peak memory "
               f"{row['peak_bytes'] / 1e9:.2f} GB")
     if args.json is not None:
-        from qat.report import environment
+        from training.report import environment
 
         facts = {k: v for k, v in environment().items() if k != "command"}
         figures = {"environment": facts, "load_average": os.getloadavg()[0], "bytes": size, "copy_seconds": copy,

@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
         label = {"none": "bf16, no quantization", "ours": "expert QAT (ours)", "torchao": "torchao fake-quant"}[kind]
         print(f"{label:24} {1e3 * seconds:10.1f} {seconds / median['none']:8.2f}")
     if args.json:
-        from qat.report import environment
+        from training.report import environment
 
         record = {"environment": environment(), "seconds": median, "all_seconds": times,
                   "ratio": {kind: seconds / median["none"] for kind, seconds in median.items()}}

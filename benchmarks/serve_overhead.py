@@ -72,9 +72,9 @@ def serving(engine, tokenizer):
 
     import uvicorn
 
-    from runtime_ref.api import Api, Settings
-    from runtime_ref.routes import application
-    from runtime_ref.worker import EngineWorker
+    from runtime_ref.server.app import application
+    from runtime_ref.server.engine_thread import EngineWorker
+    from runtime_ref.server.handlers import Api, Settings
 
     worker = EngineWorker(engine)
     listening = socket.socket()
@@ -100,7 +100,7 @@ def measure(engine, served: tuple, clients: ProcessPoolExecutor, prompts: list[l
     Raises:
         ValueError: the server's tokens are not the engine's.
     """
-    from runtime_ref.sampler import SamplingParams
+    from runtime_ref.core.sampling_params import SamplingParams
 
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     (url, clocks), rows, events = served, [], 0
@@ -144,8 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from modeling.load import load_tokenizer
-    from runtime_ref.engine import Engine, EngineOptions
-    from runtime_ref.written import revision
+    from runtime_ref.core.records import revision
+    from runtime_ref.engine.engine import Engine, EngineOptions
 
     try:
         tokenizer = load_tokenizer(options.folder)

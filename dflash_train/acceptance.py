@@ -30,9 +30,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dflash_train.decoding import best_path, by_length, generate, in_batches, plain, probabilities, speculate
 from dflash_train.dialogues import read_jsonl, row_prompt
 from dflash_train.features import run_dialogues
+from dflash_train.reference_decoding import best_path, by_length, generate, in_batches, plain, probabilities, speculate
 from dflash_train.target import Target
 from modeling.drafter import DFlashDraftModel
 from recipes.schema import Recipe

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from modeling.prompt_files import prompt_ids, read_rows
-from qat.data import expand
+from training.files import expand
 
 
 @dataclass(frozen=True)

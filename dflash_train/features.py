@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dflash_train.decoding import by_length, in_token_batches
 from dflash_train.dialogues import Dialogue, PackedRows
+from dflash_train.reference_decoding import by_length, in_token_batches
 from dflash_train.target import Target
-from qat.checkpoint import write_text
-from qat.report import ProgressBar
+from training.checkpoint import write_text
+from training.report import ProgressBar
 
 FILES = ("taps", "last")
 FORWARD_TOKENS = 8_192  # of one forward pass: larger ones need more memory and, on a CPU, up to 1.7 times the time

@@ -25,9 +25,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     def job(recipe: Recipe) -> int:
-        from dflash_train import answers, trainer
+        from dflash_train import self_distillation as answers
+        from dflash_train import trainer
         from dflash_train.target import load_target, target_files
-        from qat.parallel import make_accelerator
+        from training.accelerator import make_accelerator
 
         trainer.require_sections(recipe)
         accelerator = make_accelerator()

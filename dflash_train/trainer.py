@@ -20,22 +20,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dflash_train import acceptance, figures
+from dflash_train import acceptance
+from dflash_train import charts as figures
 from dflash_train.anchors import block_labels, sample_anchors, teacher_index
-from dflash_train.answers import regenerated
 from dflash_train.dialogues import own_dialogues, pack
 from dflash_train.features import OnlineFeatures, cached_features
 from dflash_train.losses import draft_loss
 from dflash_train.optimizer import make_optimizer
+from dflash_train.self_distillation import regenerated
 from dflash_train.target import describe_target, identity, load_target, new_drafter
 from modeling.drafter import load_drafter, save_drafter
-from qat import checkpoint, report
-from qat.data import EpochOrder
-from qat.optimizer import make_schedule
-from qat.parallel import make_accelerator
-from qat.resume import checkpoint_to_resume
-from qat.training_run import TrainingRun
 from recipes.schema import Recipe
+from training import checkpoint, report
+from training.accelerator import make_accelerator
+from training.epoch_order import EpochOrder
+from training.resume import checkpoint_to_resume
+from training.run import TrainingRun
+from training.schedule import make_schedule
 
 
 def run_folder(recipe: Recipe) -> Path:

@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoint.json_files import read_json, refuse_pointer
+from checkpoint.open import open_source
+from checkpoint.sources import Source
 from export.layouts import Unit
 from export.shards import index_json, plan_shards, tensor_bytes, write_shard
-from export.sources import Source, open_source, read_json, refuse_pointer
 from export.tensor_checks import DAMAGE, first_line
 from modeling.names import PublishedTensor
 

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.inventory import configuration, expected_inventory, layout_of
+from checkpoint.json_files import read_json
+from checkpoint.open import open_source
+from checkpoint.sources import SafetensorsSource, Source
 from export.config_files import (
     AUTO_MAP,
     CHECKSUMS,
@@ -33,10 +37,8 @@ from export.contradictions import (
     token_faults,
 )
 from export.drafter_files import EMBEDDING, MASK, REFERENCE, draft_round, drafter_faults, expected_tensors, read_reference
-from export.inventory import configuration, expected_inventory, layout_of
 from export.layouts import Weights
 from export.shards import INDEX
-from export.sources import SafetensorsSource, Source, open_source, read_json
 from export.tensor_checks import DAMAGE, TensorChecks, first_line, side_by_side, usable_cores
 from mxfp4.format import BLOCK_SIZE
 

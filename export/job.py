@@ -24,16 +24,17 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.inventory import configuration
+from checkpoint.json_files import read_json
+from checkpoint.open import local_folder, open_source
 from export import config_files, drafter_files, model_card
 from export.config_files import internal, write_bytes, write_json
-from export.inventory import configuration
 from export.layouts import Weights, units_of
 from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
-from export.sources import local_folder, open_source, read_json
 from modeling.names import fused_name
-from qat.checkpoint import complete_checkpoints, disk_errors
 from recipes.load import dump_recipe
 from recipes.schema import Recipe
+from training.checkpoint import complete_checkpoints, disk_errors
 
 WAIT_SECONDS = 0.2
 

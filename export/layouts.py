@@ -25,11 +25,11 @@ from dataclasses import dataclass
 
 import torch
 
-from export.grid import pack_on_grid
-from export.sources import DTYPES, Source, read_expert
+from checkpoint.sources import DTYPES, Source, read_expert
 from modeling.load import FP8_BLOCK, dequantize_fp8
-from modeling.names import PublishedTensor, fused_name, published_tensors, qkv_rows, qkv_scale_rows, split_qkv
+from modeling.names import PublishedTensor, fused_name, plain_dtype, published_tensors, qkv_rows, qkv_scale_rows, split_qkv
 from mxfp4 import BLOCK_SIZE, dequantize, fake_quantize, fake_quantize_, quantize
+from mxfp4.exact_pack import pack_on_grid
 
 FP8_MAX = 448.0
 SPLIT = ("q", "k", "v")
@@ -148,11 +148,6 @@ def multiplied_out(weights: Weights, name: str, codes: torch.Tensor, source: Sou
     """
     grid = name if hasattr(weights.config, "hybrid_layer_pattern") else name.removesuffix(".weight")
     return dequantize_fp8(grid, codes, source.read(name + "_scale_inv"), weights.config)
-
-
-def plain_dtype(name: str) -> str:
-    """Of everything that is neither packed nor FP8 and has no precision of its own in the base: what config.json says."""
-    return "F32" if name.endswith("e_score_correction_bias") else "BF16"
 
 
 def kept(weights: Weights, name: str) -> torch.Tensor:

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.inventory import configuration
+from checkpoint.json_files import read_json
+from checkpoint.open import local_folder, open_source
+from checkpoint.sources import DTYPE_NAMES, Source
 from export.config_files import REMOTE_CODE
-from export.inventory import configuration
 from export.layouts import Unit, Weights, refuse_geometry, units_of
 from export.shards import Shard, plan_shards, tensor_bytes
-from export.sources import DTYPE_NAMES, Source, local_folder, open_source, read_json
 from modeling.names import published_tensors
 from recipes.schema import Recipe
 
@@ -107,7 +109,7 @@ def working_bytes(unit: Unit) -> int:
 def _geometry(recipe: Recipe, folder: Path | None) -> tuple[object, str, Source]:
     """(configuration, where it comes from, the shapes)."""
     from modeling.configuration_mimo_v2 import MiMoV2Config
-    from modeling.released import MTP_LAYERS, OTHER_RELEASES, released_config
+    from modeling.presets import MTP_LAYERS, OTHER_RELEASES, released_config
 
     own = recipe.model.path
     # With another folder, or a published geometry to fall back on, the base need not be here.

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.sources import DTYPE_NAMES, DTYPES
 from export.config_files import write_bytes
 from export.layouts import Unit
-from export.sources import DTYPE_NAMES, DTYPES
 from modeling.names import PublishedTensor
 
 INDEX = "model.safetensors.index.json"

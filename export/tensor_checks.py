@@ -28,12 +28,12 @@ from dataclasses import dataclass, field
 import torch
 from safetensors import SafetensorError
 
+from checkpoint.inventory import block_faults, scale_name, tensor_faults
+from checkpoint.sources import SafetensorsSource, read_expert
 from export.contradictions import difference
-from export.grid import decodes_to, unpack
-from export.inventory import block_faults, scale_name, tensor_faults
 from export.layouts import Weights, codes_of, computed, encode
-from export.sources import SafetensorsSource, read_expert
 from mxfp4 import dequantize
+from mxfp4.exact_pack import decodes_to, unpack
 from mxfp4.format import BLOCK_SIZE
 
 # What reading damaged files and configurations may raise, and no more: anything else is a defect of the inspection.

@@ -189,3 +189,8 @@ def _attention(config, prefix: str, swa: bool, precision: str) -> Iterator[Publi
     yield PublishedTensor(f"{attention}.o_proj.weight", (H, heads * v), "BF16")
     if config.add_swa_attention_sink_bias if swa else config.add_full_attention_sink_bias:
         yield PublishedTensor(f"{attention}.attention_sink_bias", (heads,), "BF16")
+
+
+def plain_dtype(name: str) -> str:
+    """Of everything that is neither packed nor FP8 and has no precision of its own in the base: what config.json says."""
+    return "F32" if name.endswith("e_score_correction_bias") else "BF16"

@@ -15,30 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from recipes.schema import Data
-
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv", ".arrow": "arrow"}
-
-
-def expand(patterns: list[str], key: str) -> list[str]:
-    """Files that the patterns name, sorted.
-
-    Raises:
-        ValueError: a pattern that matches no file, or a file type that cannot be read; names the recipe key.
-    """
-    files: list[str] = []
-    for pattern in patterns:
-        # A name may look like a pattern: "a[1].jsonl".
-        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise ValueError(f"{key}: {pattern!r} matches no file (looked from {Path.cwd()})")
-        files += matches
-    for file in files:
-        if Path(file).suffix not in _FORMATS:
-            raise ValueError(f"{key}: {file}: unknown file type, expected one of {', '.join(_FORMATS)}")
-    return files
+from training.epoch_order import EpochOrder
+from training.files import FORMATS, expand
 
 
 def packed_dataset(patterns: list[str], tokenizer, data: Data, *, key: str = "data.train"):
@@ -83,7 +64,7 @@ def _read(patterns: list[str], key: str):
         except (OSError, ValueError) as error:
             raise ValueError(f"{key}: hub dataset {name!r} cannot be read: {_first_line(error)}") from None
     files = expand(patterns, key)
-    kinds = {_FORMATS[Path(f).suffix] for f in files}
+    kinds = {FORMATS[Path(f).suffix] for f in files}
     if len(kinds) > 1:
         raise ValueError(f"{key}: files of different types {sorted(kinds)}; give one type")
     for file in files:
@@ -126,25 +107,6 @@ class Packer:
         whole = len(ids) // length * length
         self.rest = ids[whole:]
         return {"input_ids": [ids[i:i + length] for i in range(0, whole, length)]}
-
-
-class EpochOrder(Sampler[int]):
-    """Row indices of one epoch: the identity, or a permutation that depends on (seed, epoch) alone."""
-
-    def __init__(self, rows: int, *, seed: int, shuffle: bool):
-        self.rows, self.seed, self.shuffle, self.epoch = rows, seed, shuffle, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        if not self.shuffle:
-            return iter(range(self.rows))
-        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        return iter(torch.randperm(self.rows, generator=generator).tolist())
 
 
 def make_loader(dataset, *, batch_size: int, seed: int, shuffle: bool, processes: int) -> DataLoader:

@@ -26,18 +26,20 @@ from torch import nn
 
 from modeling.load import load_model, load_tokenizer
 from modeling.output_head import require_plain_head
-from qat import checkpoint, evaluate, report
+from qat import evaluate
 from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite
 from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset
-from qat.health import Health
 from qat.losses import chunked_statistics, hidden_loss, run_hidden
-from qat.optimizer import make_optimizer, make_schedule
+from qat.optimizer import make_optimizer
 from qat.oscillation import OscillationControl
-from qat.parallel import make_accelerator
-from qat.resume import checkpoint_to_resume
-from qat.training_run import TrainingRun
+from qat.quant_stats import Health
 from qat.warm_start import choose_first_codes
 from recipes.schema import Recipe
+from training import checkpoint, report
+from training.accelerator import make_accelerator
+from training.resume import checkpoint_to_resume
+from training.run import TrainingRun
+from training.schedule import make_schedule
 
 
 def run(recipe: Recipe, *, resume: bool, max_steps: int | None) -> int:

@@ -18,7 +18,7 @@ from recipes.schema import Recipe
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
             errno.ENAMETOOLONG, errno.ELOOP}
 
-_PACKAGES = ("mxfp4", "modeling", "recipes", "qat", "dflash_train", "export", "runtime_ref")
+_PACKAGES = ("mxfp4", "modeling", "recipes", "checkpoint", "training", "qat", "dflash_train", "export", "runtime_ref")
 
 
 def job_parser(program: str, description: str, example: str) -> argparse.ArgumentParser:

@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _roofline(args: argparse.Namespace) -> int:
-    from modeling.released import released_config
-    from runtime_ref import roofline
+    from modeling.presets import released_config
+    from runtime_ref.measure import roofline
 
     if args.tokens < 1 or args.gpus < 1 or args.acceptance <= 0 or args.distinct_share <= 0:
         raise ValueError("--tokens, --gpus, --acceptance and --distinct-share must be positive")
@@ -59,14 +59,14 @@ def _need_triton(option: str) -> None:
 
 def _static(args: argparse.Namespace) -> int:
     _need_triton("--static")
-    from runtime_ref.kernels import static_gates
+    from runtime_ref.measure.static import gates as static_gates
 
     return static_gates.run(json_path=args.json, page_path=args.page)
 
 
 def _suite(args: argparse.Namespace) -> int:
     _need_triton("--suite gpu")
-    from runtime_ref.kernels import gpu_suite
+    from runtime_ref.measure.gpu_suite import suite as gpu_suite
 
     if args.json is None:
         raise ValueError("--suite gpu: --json FILE is missing; expected a file for the numbers")

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         return told(f"needs {', '.join(missing)}: pip install -e '.[serve]'", 2)
     if not options.folder.is_dir():
         return told(f"{options.folder}: no such folder, expected an exported checkpoint", 2)
-    from runtime_ref.parallel import RankLost, leave, ranks_from_environment
+    from runtime_ref.core.tensor_parallel import RankLost, leave, ranks_from_environment
 
     try:
         ranks = ranks_from_environment()
@@ -91,7 +91,7 @@ def load(options: argparse.Namespace, ranks, tokenizer):
     """The engine, on any rank."""
     import torch
 
-    from runtime_ref.engine import Engine, EngineOptions
+    from runtime_ref.engine.engine import Engine, EngineOptions
 
     shown = sys.stderr.isatty() and ranks.rank == 0
 
@@ -118,9 +118,9 @@ def serve(options: argparse.Namespace, ranks) -> int:
     import uvicorn
 
     from modeling.load import load_tokenizer
-    from runtime_ref.api import Api, Settings
-    from runtime_ref.routes import application
-    from runtime_ref.worker import EngineWorker
+    from runtime_ref.server.app import application
+    from runtime_ref.server.engine_thread import EngineWorker
+    from runtime_ref.server.handlers import Api, Settings
 
     listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -156,7 +156,7 @@ def assist(options: argparse.Namespace, ranks) -> int:
     import signal
 
     from modeling.load import load_tokenizer
-    from runtime_ref.worker import follow
+    from runtime_ref.server.engine_thread import follow
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -173,7 +173,7 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
     Raises:
         ValueError: not JSON, or a number that the sampler refuses.
     """
-    from runtime_ref.sampler import SamplingParams
+    from runtime_ref.core.sampling_params import SamplingParams
 
     file = folder / "generation_config.json"
     try:

@@ -54,7 +54,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
-    from runtime_ref.parallel import RankLost, leave, ranks_from_environment
+    from runtime_ref.core.tensor_parallel import RankLost, leave, ranks_from_environment
 
     try:
         ranks = ranks_from_environment()
@@ -112,9 +112,9 @@ def run(options: argparse.Namespace, ranks, trained: dict | None):
     """All checks of a folder, on all ranks alike (references run on rank 0)."""
     import time
 
-    from runtime_ref.checks_files import check_files
-    from runtime_ref.checks_folder import check_folder
-    from runtime_ref.verdict import Check, Verdict
+    from runtime_ref.validation.checks.files import check_files
+    from runtime_ref.validation.checks.folder import check_folder
+    from runtime_ref.validation.result import Check, Verdict
 
     began = time.monotonic()
     folder_check, facts = check_folder(options.folder)
@@ -140,13 +140,14 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
 
     import torch
 
-    from runtime_ref.checks_model import OpErrors, check_kernels, check_ops, check_runtime, outputs_of
-    from runtime_ref.checks_reference import check_reference
-    from runtime_ref.drafter import Drafter, load_runtime_drafter
-    from runtime_ref.engine import Engine, EngineOptions
-    from runtime_ref.kv_cache import PAGE
-    from runtime_ref.tasks import TorchBackend
-    from runtime_ref.verdict import Check
+    from runtime_ref.backends.load import load_runtime_drafter
+    from runtime_ref.backends.torch.backend import TorchBackend
+    from runtime_ref.backends.torch.drafter import Drafter
+    from runtime_ref.core.kv_cache import PAGE
+    from runtime_ref.engine.engine import Engine, EngineOptions
+    from runtime_ref.validation.checks.reference import check_reference
+    from runtime_ref.validation.checks.runtime_ops import OpErrors, check_kernels, check_ops, check_runtime, outputs_of
+    from runtime_ref.validation.result import Check
 
     probe, why = load_probe(options, ranks, facts)
     if probe is None:
@@ -187,7 +188,7 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
 
 def load_probe(options: argparse.Namespace, ranks, facts) -> tuple[object | None, str]:
     """The probe; or None and why the folder's weights cannot be decoded, on all ranks alike."""
-    from runtime_ref.checks_reference import probe_for
+    from runtime_ref.validation.checks.reference import probe_for
 
     try:
         probe, why = probe_for(facts, rank=ranks.rank, limit_gib=options.reference_gib), ""
@@ -199,7 +200,7 @@ def load_probe(options: argparse.Namespace, ranks, facts) -> tuple[object | None
 
 def decoding_checks(options: argparse.Namespace, facts, engine, trained: dict | None) -> list:
     """Checks 4 to 7."""
-    from runtime_ref import checks_decoding as decoding
+    from runtime_ref.validation.checks import decoding
 
     vocabulary = facts.config.vocab_size
     longest = max(1, engine.options.max_context - options.tokens - 8)
@@ -233,7 +234,7 @@ def environment(options: argparse.Namespace, ranks) -> dict:
 
 
 def report(options: argparse.Namespace, verdict) -> None:
-    from runtime_ref.verdict import write_html, write_json
+    from runtime_ref.validation.output import write_html, write_json
 
     print("\n".join(verdict.lines()), flush=True)
     if options.json:

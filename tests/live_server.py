@@ -10,10 +10,10 @@ import httpx
 import uvicorn
 from pace import seconds as limit
 
-from runtime_ref.api import Api, Settings
-from runtime_ref.engine import Engine
-from runtime_ref.routes import application
-from runtime_ref.worker import EngineWorker
+from runtime_ref.engine.engine import Engine
+from runtime_ref.server.app import application
+from runtime_ref.server.engine_thread import EngineWorker
+from runtime_ref.server.handlers import Api, Settings
 
 MODEL = "small"
 

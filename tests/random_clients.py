@@ -10,7 +10,7 @@ import httpx
 from pace import paced
 from pace import seconds as limit
 
-from runtime_ref.sampler import SamplingParams
+from runtime_ref.core.sampling_params import SamplingParams
 
 
 @dataclass

@@ -7,14 +7,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# What a room may import, besides itself.
 ALLOWED = {
     "mxfp4": set(),
-    "recipes": {"mxfp4", "modeling", "runtime_ref"},  # beyond mxfp4: recipes/seed trains the embedded model and writes with it
+    "recipes": {"mxfp4"},
     "modeling": {"mxfp4"},
-    "qat": {"mxfp4", "modeling", "recipes"},
-    "dflash_train": {"mxfp4", "modeling", "recipes", "qat"},
-    "export": {"mxfp4", "modeling", "recipes", "qat"},
-    "runtime_ref": {"mxfp4", "modeling", "recipes"},
+    "checkpoint": {"mxfp4", "modeling", "recipes"},
+    "training": {"mxfp4", "modeling", "recipes", "checkpoint"},
+    "qat": {"mxfp4", "modeling", "recipes", "checkpoint", "training"},
+    "dflash_train": {"mxfp4", "modeling", "recipes", "checkpoint", "training", "qat"},
+    "export": {"mxfp4", "modeling", "recipes", "checkpoint", "training"},
+    "runtime_ref": {"mxfp4", "modeling", "recipes", "checkpoint"},
+    "tools": {"mxfp4", "modeling", "recipes", "checkpoint", "training", "qat", "runtime_ref"},
+}
+# The same inside the runtime: a storey may import those named, and itself.
+STOREYS = {
+    "core": set(),
+    "kernels": {"core"},
+    "checkpoints": {"core", "kernels"},
+    "triton_cpu": {"core", "kernels"},
+    "backends": {"core", "kernels", "checkpoints", "triton_cpu"},
+    "engine": {"core", "kernels", "checkpoints", "backends"},
+    "server": {"core", "checkpoints", "backends", "engine"},
+    "validation": {"core", "kernels", "checkpoints", "backends", "engine", "measure"},
+    "measure": {"core", "kernels", "checkpoints", "backends", "engine", "triton_cpu"},
 }
 ENTRY_SCRIPTS = {"qat.train", "dflash_train.train", "dflash_train.regenerate", "export.to_hf", "export.verify",
                  "runtime_ref.serve", "runtime_ref.validate", "runtime_ref.bench"}
@@ -38,15 +54,12 @@ def test_imports_point_downwards(path):
     assert used <= ALLOWED[package]
 
 
-def test_recipes_proper_import_only_the_number_format():
-    for path in (ROOT / "recipes").glob("*.py"):
-        assert not {"modeling", "runtime_ref"} & {name.split(".")[0] for name in imports(path)}
-
-
-def test_export_uses_only_the_trainers_checkpoint_reader():
-    for path in (ROOT / "export").rglob("*.py"):
-        assert {n for n in imports(path) if n.startswith("qat.")} <= {"qat.checkpoint"} | {
-            n for n in imports(path) if n.startswith("qat.checkpoint.")}
+@pytest.mark.parametrize("path", sorted((ROOT / "runtime_ref").glob("*/**/*.py")),
+                         ids=lambda p: str(p.relative_to(ROOT / "runtime_ref")))
+def test_imports_inside_the_runtime_point_downwards(path):
+    storey = path.relative_to(ROOT / "runtime_ref").parts[0]
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("runtime_ref.")} - {storey}
+    assert used <= STOREYS[storey]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

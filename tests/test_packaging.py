@@ -13,16 +13,18 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-# The embedded seed is data and the scripts that made it: it stays in the clone.
-NOT_INSTALLED = {"recipes.seed"}
+PACKAGES = find_packages(str(ROOT), include=SETTINGS["packages"]["find"]["include"])
+# Data, scripts that make it, and tests stay in the clone.
+NOT_INSTALLED = {"tests", "tools", "benchmarks", "docs"}
 
 
 def installed_files() -> list[Path]:
     found = []
-    for package in SETTINGS["packages"]:
+    for package in PACKAGES:
         folder = ROOT / package.replace(".", "/")
         found += folder.glob("*.py")
         for pattern in SETTINGS["package-data"].get(package, []):
@@ -41,16 +43,15 @@ def site(tmp_path_factory) -> Path:
 
 
 def test_every_package_and_every_file_beside_the_code_is_installed():
-    tops = {package.split(".")[0] for package in SETTINGS["packages"]}
-    packages = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for top in tops
-                for p in (ROOT / top).rglob("__init__.py")}
-    assert packages - NOT_INSTALLED == set(SETTINGS["packages"])
-    held, kinds = set(installed_files()), {".yaml", ".c", ".h", ".html", ".jinja", ".cu"}
-    for package in packages - NOT_INSTALLED:
-        for path in (ROOT / package.replace(".", "/")).glob("*"):
-            if path.suffix in kinds:
+    tops = {path.parent.name for path in ROOT.glob("*/__init__.py")} - NOT_INSTALLED
+    assert tops == {package.split(".")[0] for package in PACKAGES}
+    held, kinds = set(installed_files()), {".py", ".c", ".h", ".html", ".jinja", ".cu"}
+    for top in tops:
+        for path in (ROOT / top).rglob("*"):
+            if path.suffix in kinds and not path.is_relative_to(ROOT / "recipes/seed"):
                 assert path.relative_to(ROOT) in held, path
-    assert {Path(f"recipes/accelerate/{p.name}") for p in (ROOT / "recipes/accelerate").glob("*.yaml")} <= held
+    assert {path.relative_to(ROOT) for path in (ROOT / "recipes").glob("*.yaml")} <= held
+    assert {path.relative_to(ROOT) for path in (ROOT / "recipes/accelerate").glob("*.yaml")} <= held
 
 
 @pytest.mark.parametrize("module", ["qat.train", "dflash_train.train", "dflash_train.regenerate", "export.to_hf",
@@ -70,7 +71,7 @@ def test_an_installed_copy_finds_the_shipped_recipes_plans_and_tells_mistakes_in
             "    said = io.StringIO()\n"
             "    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):\n"
             "        out.append((main(arguments), said.getvalue()))\n"
-            "from qat.report import git_revision\n"
+            "from training.report import git_revision\n"
             "print('RESULT', json.dumps([*out, git_revision()]))\n")
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # somebody's repository, not this one
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=120,

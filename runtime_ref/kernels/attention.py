@@ -1,6 +1,6 @@
 """Attention of verification and draft blocks over paged keys and values: full and window layers, sinks, one launch per layer.
 
-Reference twin: `runtime_ref.model.attend_pages` on the same pages.
+Reference twin: `runtime_ref.backends.torch.ops.attend_pages` on the same pages.
 
 The drafter's rows (`draft`) see the context before their block, within the window, and the whole block: it is drafted at once.
 
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from runtime_ref.kernels.counters import arrivals
-from runtime_ref.kernels.decode import narrow
+from runtime_ref.kernels.mxfp4_decode import narrow
 
 PAGE = 64
 CHUNK_PAGES = 16

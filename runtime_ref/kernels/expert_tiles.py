@@ -8,7 +8,7 @@ themselves.
 import triton
 import triton.language as tl
 
-from runtime_ref.kernels.decode import decode_tile, narrow, scale_tiles
+from runtime_ref.kernels.mxfp4_decode import decode_tile, narrow, scale_tiles
 from runtime_ref.kernels.sync import wait_for
 
 TOKENS_PER_SLOT = 8

@@ -35,9 +35,9 @@ import triton
 import triton.language as tl
 
 from mxfp4.format import BLOCK_SIZE
-from runtime_ref.kernels.decode import narrow
+from runtime_ref.kernels.experimental.blackwell_mxfp4 import native_down_chunk, native_gate_up_tile, round_rows_kernel
 from runtime_ref.kernels.expert_tiles import TOKENS_PER_SLOT, down_chunk, gate_up_tile
-from runtime_ref.kernels.native_tiles import native_down_chunk, native_gate_up_tile, round_rows_kernel
+from runtime_ref.kernels.mxfp4_decode import narrow
 from runtime_ref.kernels.repack import ExpertPages
 from runtime_ref.kernels.sync import signal_ranks
 

@@ -1,6 +1,6 @@
 """The router: scores of all experts for a few tokens, then the best of them.
 
-Reference twin: `runtime_ref.model.route`. Scores are float32 products of float32 operands (`ieee`, no tensor core): a router
+Reference twin: `backends.torch.ops.route`. Scores are float32 products of float32 operands (`ieee`, no tensor core): a router
 that rounds its input to bf16 would choose other experts wherever two scores are close, and the choice is not continuous. At
 eight tokens this costs a thousandth of the layer's bytes.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime_ref.kernels.decode import narrow
+from runtime_ref.kernels.mxfp4_decode import narrow
 from runtime_ref.kernels.rows import row_scales
 
 _ROWS = tl.constexpr(8)

@@ -7,7 +7,7 @@ A number of rows is one compilation for all its values (`do_not_specialize`): no
 Tokens lie on the narrow side of the tensor-core instruction: [BN output rows of the weight, BK] x [BK, 8 tokens]. A group
 always has eight columns, real or not, and K runs in one order: a row has the same bits alone and among others (C4).
 
-Numbers, as in `runtime_ref.model`: the residual stream and the cache are bf16, sums are float32, weights are exact. Unlike
+Numbers, as in `backends.torch.ops`: the residual stream and the cache are bf16, sums are float32, weights are exact. Unlike
 there, what enters a product is rounded to bf16 first (the tensor cores take nothing else), once per value. FP8 weights are
 multiplied as bf16, exactly; each 128 values of K are summed and then take their block's scale, so nothing is rounded
 that the decoded float32 weight would not round.
@@ -15,7 +15,7 @@ that the decoded float32 weight would not round.
 Weights: bf16 [N, K] or FP8 E4M3 [N, K] with float32 scales [N, K / 128 rounded up]: one row of scales per row of the
 weight, because the 128 x 128 grid of a fused qkv restarts inside a rank's share.
 
-Reference twins are functions of `runtime_ref.model`, named in each kernel's docstring.
+Reference twins are functions of `runtime_ref.backends.torch.ops`, named in each kernel's docstring.
 
 *Parts.* What ranks add up is cut along K into parts whose number the model fixes, not the ranks (C5): a rank computes its own
 parts one by one, from zero, and parts are added to zero in order, in a register where one rank has them all.
@@ -29,7 +29,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime_ref.kernels.decode import narrow
+from runtime_ref.kernels.mxfp4_decode import narrow
 
 GROUP = 8
 FP8_BLOCK = 128

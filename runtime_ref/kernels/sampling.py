@@ -13,7 +13,7 @@ Reference twins: `torch.argmax`, `sampler.sample`, and `speculative.accept` with
 unless the uniform number lies within the rounding of a float64 sum of a boundary between two tokens (the order of the sum and
 the last place of the exponential differ).
 
-Penalties, top-k, top-p, min-p and rule "rejection" stay with `runtime_ref.sampler` (`draws_here`): they are a contract that
+Penalties, top-k, top-p, min-p and rule "rejection" stay with `engine.sampler` (`draws_here`): they are a contract that
 drafting must not change, and a vocabulary-wide sort belongs to no walk. Who judges a sequence follows from its own parameters
 alone, so company cannot change its tokens.
 """
@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.kernels.counters import arrivals
-from runtime_ref.sampler import SamplingParams
 
 CHUNK = 2048  # float64 sums of a longer one do not fit in registers
 _APART = 4  # between the counter of rows and those of chunks: both aligned, whatever the number of rows, to 16 bytes

@@ -24,8 +24,8 @@ from dflash_train.acceptance import (
     wall_clock,
     without_nan,
 )
-from dflash_train.decoding import DraftContext, best_path, draft, generate, plain, probabilities, speculate, verify
 from dflash_train.dialogues import read_jsonl, row_prompt
+from dflash_train.reference_decoding import DraftContext, best_path, draft, generate, plain, probabilities, speculate, verify
 from dflash_train.target import load_target
 from recipes.load import load_recipe
 from recipes.schema import DraftOptimizer

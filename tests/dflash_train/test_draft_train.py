@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import draft_recipe_text, write_tokenizer
 
 from modeling.drafter import load_drafter
-from qat.report import CLOCK_KEYS, read_metrics
 from recipes.load import load_recipe
+from training.report import CLOCK_KEYS, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "dflash_train/train.py"
@@ -147,7 +147,8 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(draft_recipe
 
 @pytest.mark.parametrize("key", ["dflash.acceptance.prompts", "dflash.regenerate.prompts"])
 def test_files_without_a_prompt_are_refused_by_key(key, draft_recipe, tmp_path, loaded):
-    from dflash_train import acceptance, answers
+    from dflash_train import acceptance
+    from dflash_train import self_distillation as answers
 
     (tmp_path / "empty.jsonl").write_text("")
     recipe = load_recipe(draft_recipe, [f"{key}=[{tmp_path / 'empty.jsonl'}]"])
@@ -170,7 +171,7 @@ def test_regenerate_alone_writes_what_training_then_uses(draft_recipe):
 
 def test_non_finite_gradients_stop_before_the_update_and_name_the_tensor(loaded):
     from dflash_train.trainer import Trainer
-    from qat.training_run import NonFinite
+    from training.run import NonFinite
 
     trainer = Trainer(loaded[0], resume=False)
     with torch.no_grad():

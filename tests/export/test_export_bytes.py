@@ -19,15 +19,15 @@ from jobs import run_job
 from safetensors.torch import load_file, save_file
 from toy_export import export, gpt_oss_run, make_run, put_on_grid, qwen3_run, toy_config, toy_model
 
-from export.grid import decodes_to, pack_on_grid, unpack
+from checkpoint.open import open_source
 from export.inspection import Checkpoint
 from export.job import Request, run
 from export.layouts import quantize_fp8
 from export.shards import plan_shards, write_shard
-from export.sources import open_source
 from modeling.load import dequantize_fp8, load_model
 from modeling.names import expert_parts, fused_name
 from mxfp4 import dequantize, fake_quantize, quantize
+from mxfp4.exact_pack import decodes_to, pack_on_grid, unpack
 from recipes.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,7 @@ def test_any_changed_bit_of_a_weight_on_the_grid_is_seen_at_any_scale(exponent):
 
 
 def test_decoded_codes_are_compared_to_the_last_bit_of_every_chunk(monkeypatch):
-    monkeypatch.setattr("export.grid.CHUNK_BLOCKS", 4)
+    monkeypatch.setattr("mxfp4.exact_pack.CHUNK_BLOCKS", 4)
     w = fake_quantize(torch.randn(7, 64).bfloat16())
     codes, scales = pack_on_grid(w)
     scales[3] = 0  # subnormal units: the reference decodes them
@@ -243,7 +243,7 @@ def test_reading_a_fused_checkpoint_never_holds_a_whole_fused_tensor(fused_state
     accelerate_checkpoint(fused_state, tmp_path)
     source = open_source(tmp_path)
     monkeypatch.setattr(source, "read", lambda name: pytest.fail(f"{name} was read whole"))
-    from export.sources import read_expert
+    from checkpoint.sources import read_expert
 
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     assert torch.equal(read_expert(source, name), fused_state["model.layers.1.mlp.experts.gate_up_proj"][3, 64:])

@@ -7,9 +7,10 @@ import pytest
 from jobs import run_job
 from toy_export import export, gpt_oss_run, make_run, qwen3_run
 
-from export.inventory import configuration
+from checkpoint.inventory import configuration
+from checkpoint.open import open_source
+from checkpoint.sources import SafetensorsSource
 from export.plan import make_plan
-from export.sources import SafetensorsSource, open_source
 from recipes.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

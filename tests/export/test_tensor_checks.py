@@ -10,8 +10,9 @@ import torch
 from damage import seal
 from toy_export import put_on_grid, toy_config, toy_model
 
+from checkpoint.open import open_source
+from checkpoint.sources import SafetensorsSource
 from export.inspection import Checkpoint
-from export.sources import SafetensorsSource, open_source
 from export.tensor_checks import side_by_side
 
 
@@ -62,7 +63,7 @@ def test_threads_that_read_one_source_get_their_own_bytes(exported):
 def test_fused_tensors_of_a_distributed_checkpoint_are_loaded_once_each(tmp_path, monkeypatch):
     from torch.distributed import checkpoint
 
-    from export.sources import read_expert
+    from checkpoint.sources import read_expert
 
     state = {n: t.contiguous() for n, t in put_on_grid(toy_model(toy_config())).state_dict().items()}
     checkpoint.save({"model": state}, checkpoint_id=str(tmp_path / "fsdp"), no_dist=True)

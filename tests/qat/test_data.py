@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qat.data import EpochOrder, Packer, endless_batches, expand, heldout_domains, make_loader, packed_dataset
+from qat.data import Packer, endless_batches, heldout_domains, make_loader, packed_dataset
 from recipes.schema import Data
+from training.epoch_order import EpochOrder
+from training.files import expand
 
 
 class CharTokenizer:

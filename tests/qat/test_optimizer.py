@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from qat.optimizer import learning_rate_factor, make_optimizer, make_schedule
+from qat.optimizer import make_optimizer
 from recipes.schema import Optimizer
+from training.schedule import learning_rate_factor, make_schedule
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])

@@ -14,8 +14,8 @@ from jobs import ENVIRONMENT, ROOT, Job, run_alone, run_job
 from safetensors.torch import load_file
 
 from mxfp4 import fake_quantize
-from qat.checkpoint import complete_checkpoints
-from qat.report import CLOCK_KEYS, read_metrics
+from training.checkpoint import complete_checkpoints
+from training.report import CLOCK_KEYS, read_metrics
 
 SCRIPT = "qat/train.py"
 

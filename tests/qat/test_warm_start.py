@@ -184,7 +184,7 @@ def test_layers_are_taken_together_as_memory_allows_and_the_result_is_the_same(m
 
 
 def test_health_counts_code_changes_from_the_last_report_or_rebase(model):
-    from qat.health import Health
+    from qat.quant_stats import Health
 
     teacher = make_teacher(model)
     quantizer = ExpertQuantizer(model)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from modeling.names import expert_parts
 from mxfp4 import quantize
-from runtime_ref.weights import load_target
+from runtime_ref.checkpoints.load import load_target
 
 
 def tensors_of(model) -> dict[str, torch.Tensor]:
@@ -125,7 +125,7 @@ def kernels_without_a_gpu():
     """Triton's interpreter, at its best, or the compiler for the CPU."""
     pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
     if KERNELS and not INTERPRETED:
-        from runtime_ref.kernels.host.backend import on_host
+        from runtime_ref.triton_cpu.backend import on_host
 
         with on_host():
             yield
@@ -167,7 +167,7 @@ def ids():
 @pytest.fixture(scope="session")
 def make_engine(folder):
     """Engine.from_folder on the small folder; keyword arguments as there, or of EngineOptions."""
-    from runtime_ref.engine import Engine, EngineOptions
+    from runtime_ref.engine.engine import Engine, EngineOptions
 
     fields = set(EngineOptions.__dataclass_fields__)
 
@@ -219,7 +219,7 @@ class OracleProposer:
 @pytest.fixture
 def with_oracle(make_engine):
     """(engine whose drafts are known answers, often right)."""
-    from runtime_ref.engine import Engine
+    from runtime_ref.engine.engine import Engine
 
     def make(prompts, answers, wrong=0.25, **kwargs):
         plain = make_engine(drafter=False, **kwargs)

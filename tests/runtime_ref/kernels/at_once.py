@@ -30,7 +30,7 @@ def shared(tensor: torch.Tensor) -> torch.Tensor:
 def fixed_program(program: int, programs: int) -> None:
     """Makes this process's launches run program `program` of a one-dimensional grid, and nothing else."""
     if not INTERPRETED:
-        from runtime_ref.kernels.host.backend import HostLauncher
+        from runtime_ref.triton_cpu.backend import HostLauncher
 
         HostLauncher.only = program, programs
         return

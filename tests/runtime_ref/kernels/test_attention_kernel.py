@@ -7,8 +7,8 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 
 from tolerance import ATTENTION_KERNEL
 
+from runtime_ref.backends.torch.ops import attend_pages
 from runtime_ref.kernels.attention import PAGE, attend
-from runtime_ref.model import attend_pages
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 K, G, D, V, POOL = 2, 3, 24, 20, 14

@@ -8,9 +8,9 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 
 from mxfp4 import dequantize
 from mxfp4.format import BLOCK_SIZE, E2M1_VALUES
-from runtime_ref.kernels.decode import DECODE_PTX, decode_kernel
-from runtime_ref.kernels.ptx_emulator import run_ptx
+from runtime_ref.kernels.mxfp4_decode import DECODE_PTX, decode_kernel
 from runtime_ref.kernels.repack import MAX_SCALE_BYTE, SCALE_OFFSET, Tile, pack_pages
+from runtime_ref.measure.static.ptx_emulator import run_ptx
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 SCALES = MAX_SCALE_BYTE + 1

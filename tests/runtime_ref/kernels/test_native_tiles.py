@@ -11,8 +11,8 @@ import triton.language as tl
 from mxfp4 import dequantize
 from mxfp4.format import BLOCK_SIZE
 from mxfp4.mxfp8 import quantize_mxfp8
+from runtime_ref.kernels.experimental.blackwell_mxfp4 import COLUMNS, multiply_scaled
 from runtime_ref.kernels.experts import Workspace, round_rows
-from runtime_ref.kernels.native_tiles import COLUMNS, multiply_scaled
 from runtime_ref.kernels.repack import Tile, pack_pages, unpack_pages
 from tests.runtime_ref.kernels import expert_cases as cases
 from tests.runtime_ref.kernels.at_once import INTERPRETED

@@ -11,7 +11,7 @@ from jobs import run_alone
 
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
-OPERATIONS = "tests.runtime_ref.kernels.every_operation"
+OPERATIONS = "tests.runtime_ref.triton_cpu.every_operation"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here: make test")
 
 

@@ -7,10 +7,10 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 
 from tolerance import ROW_KERNEL
 
-from runtime_ref import model as ops
+from runtime_ref.backends.torch import ops
+from runtime_ref.core.tensor_parallel import ALONE
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.row_launches import Heads, Matrix, Tiling
-from runtime_ref.parallel import ALONE
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 TILING = Tiling(columns=32, depth=64, experts=16, block=64, float_dot=INTERPRETED)

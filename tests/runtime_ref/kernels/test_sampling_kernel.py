@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
+from runtime_ref.core.sampling_params import SamplingParams
+from runtime_ref.engine.sampler import distribution, draw, sample, uniform
+from runtime_ref.engine.speculative import Proposal, accept
 from runtime_ref.kernels.sampling import draws_here, judge
-from runtime_ref.sampler import SamplingParams, distribution, draw, sample, uniform
-from runtime_ref.speculative import Proposal, accept
 
 
 @pytest.mark.parametrize("vocabulary, chunk", [(130, 64), (64, 64), (1000, 128)])

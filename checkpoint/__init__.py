@@ -1,0 +1,1 @@
+"""Checkpoint folders: how they are read, in every format."""

@@ -1,0 +1,181 @@
+"""What an exported checkpoint must hold, computed from its config.json alone, and what no tensor of it may hold.
+
+Names, shapes and dtypes for each layout; invariants of blocks under a scale rule; values that no norm, scale or float may have.
+Nothing here opens a file but through the source it is given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+
+from modeling.names import fused_name, plain_dtype, published_tensors
+from mxfp4.format import BLOCK_SIZE, E8M0_BIAS, E8M0_NAN, MAX_SCALE_EXPONENT
+
+MAX_SCALE = E8M0_BIAS + MAX_SCALE_EXPONENT  # the largest scale byte under which six units are finite in bf16
+FLOATS_AT_ONCE = 1 << 20
+
+Expected = dict[str, tuple[tuple[int, ...], set[str]]]
+
+
+def layout_of(config: dict) -> str:
+    """The layout that a config.json declares.
+
+    Raises:
+        ValueError: a quantization_config that is none of the four.
+    """
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if method == "fp8":
+        if config.get("model_type") == "mimo_v2":
+            return "native"
+        if quantization.get("expert_dtype") == "fp4":
+            return "hf-fp8"
+    elif method == "compressed-tensors" and quantization.get("format") == "mxfp4-pack-quantized":
+        return "compressed-tensors"
+    elif method == "mxfp4":
+        return "gpt-oss"
+    raise ValueError(f"config.json: model_type {config.get('model_type')!r} with quantization_config.quant_method "
+                     f"{method!r} is none of the layouts native, hf-fp8, compressed-tensors, gpt-oss")
+
+
+def configuration(config: dict):
+    """The configuration object of a config.json.
+
+    MiMoV2Config for model_type mimo_v2 and for a released V2-Flash; folders that transformers' own class for V2-Flash reads
+    have no `hybrid_layer_pattern` and stay with it.
+
+    Raises:
+        ValueError: a model type that transformers does not know, or a geometry that cannot be.
+    """
+    from transformers import CONFIG_MAPPING
+
+    from modeling.configuration_mimo_v2 import MiMoV2Config
+
+    kind = config.get("model_type")
+    drop = ("quantization_config", "model_type", "dtype", "torch_dtype", "auto_map", "transformers_version")
+    keys = {k: v for k, v in config.items() if k not in drop}
+    if kind == "mimo_v2" or kind == "mimo_v2_flash" and "hybrid_layer_pattern" in config:
+        return MiMoV2Config.from_dict(keys)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type {kind!r}: transformers does not know it, expected mimo_v2, qwen3_moe or gpt_oss")
+    return CONFIG_MAPPING[kind].from_dict(keys)
+
+
+def expected_inventory(layout: str, config: dict, settings) -> Expected:
+    """Name -> (shape, allowed dtypes) of every tensor, from the configuration alone (MTP layers left out)."""
+    if layout == "native":
+        ignored = set(config["quantization_config"].get("ignored_layers") or [])
+        expected: Expected = {}
+        for dense in ("fp8", "bf16"):
+            for tensor in published_tensors(settings, dense=dense):
+                module = re.sub(r"\.weight(_scale_inv)?$", "", tensor.name)
+                matrix = re.search(r"(self_attn\.(qkv|[qkv])_proj|layers\.\d+\.mlp\.(gate|up|down)_proj)$", module)
+                if not matrix or (dense == "bf16") == (module in ignored):
+                    router = tensor.name.endswith("mlp.gate.weight")
+                    expected[tensor.name] = (tensor.shape, {"F32", "BF16"} if router else {tensor.dtype})
+        return expected
+    return _inventory_by_transformers(layout, settings)
+
+
+def _inventory_by_transformers(layout: str, settings) -> Expected:
+    """From the client's own model on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+    names = {"hf-fp8": ("", "_scale_inv", "I8"), "compressed-tensors": ("_packed", "_scale", "U8")}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    expected: Expected = {}
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if name in tied or "rotary" in name or "inv_freq" in name:
+            continue
+        fused = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)", name)
+        if not fused:
+            expected[name.replace("self_attn.sinks", "self_attn.attention_sink_bias" if layout != "gpt-oss"
+                                  else "self_attn.sinks")] = (tuple(value.shape), {plain_dtype(name)})
+            continue
+        experts, a, b = value.shape
+        if layout == "gpt-oss":
+            grid = (experts, b, a // BLOCK_SIZE)
+            expected[name + "_blocks"] = ((*grid, BLOCK_SIZE // 2), {"U8"})
+            expected[name + "_scales"] = (grid, {"U8"})
+            continue
+        weight, scale, dtype = names[layout]
+        parts, rows = (("down",), a) if fused[2] == "down_proj" else (("gate", "up"), a // 2)
+        for e in range(experts):
+            for part in parts:
+                published = f"{fused[1]}.{e}.{part}_proj.weight"
+                expected[published + weight] = ((rows, b // 2), {dtype})
+                expected[published + scale] = ((rows, b // BLOCK_SIZE), {"U8"})
+    return expected
+
+
+def scale_name(layout: str, name: str) -> str | None:
+    """The scales' name of a tensor of codes, or None for any other tensor."""
+    if layout == "gpt-oss":
+        return name.removesuffix("_blocks") + "_scales" if name.endswith("_blocks") else None
+    if layout == "compressed-tensors":
+        return name.removesuffix("_packed") + "_scale" if name.endswith(".weight_packed") else None
+    if fused_name(name) is None:
+        return None
+    return name + ("_scale" if layout == "native" else "_scale_inv")
+
+
+def block_faults(codes: torch.Tensor, scales: torch.Tensor, rule: str) -> Iterator[str]:
+    """Violations of what every quantizer of this rule leaves in a block.
+
+    The largest magnitude is 4 or 6 units (floor, even; also trained weights, whatever their rule) or at least 3 (rceil, mse);
+    a block of zeros has the scale byte 0; blocks at the smallest scale may hold anything.
+    """
+    words = codes.contiguous().view(-1, BLOCK_SIZE // 2).view(torch.int64)  # a block is two words of sixteen nibbles
+    grid = codes.shape[:-1] if codes.ndim == 4 else (*codes.shape[:-1], codes.shape[-1] * 2 // BLOCK_SIZE)
+    if grid != scales.shape:
+        yield f"{list(grid)} blocks, {list(scales.shape)} scales"
+        return
+    # Of the magnitudes 0 to 7 those with both higher bits are 4 and 6 units; 5 is 3 units.
+    strong = (words << 1).bitwise_and_(words)
+    if rule not in ("floor", "even"):
+        strong |= (words << 2) & words
+    strong = _either(strong.bitwise_and_(0x4444444444444444)).view(scales.shape)
+    some = _either(words).bitwise_and_(0x7777777777777777).view(scales.shape)
+    low = (strong == 0) & (some != 0) & (scales > 0) & (scales != E8M0_NAN)
+    if bool(low.any()):
+        index = low.nonzero()[0].tolist()
+        yield (f"{int(low.sum())} blocks whose largest magnitude is below {4 if rule in ('floor', 'even') else 3} units, the "
+               f"first at {index}: not what scale rule {rule} writes")
+    idle = (some == 0) & (scales != 0) & (scales != E8M0_NAN)
+    if bool(idle.any()):
+        yield f"{int(idle.sum())} blocks of zeros with a scale, the first at {idle.nonzero()[0].tolist()}"
+
+
+def _either(words: torch.Tensor) -> torch.Tensor:
+    """The bits set in one of the two words of each block."""
+    return words[:, 0] | words[:, 1]
+
+
+def tensor_faults(name: str, tensor: torch.Tensor) -> Iterator[str]:
+    """Values that no tensor of this kind may have."""
+    if re.search(r"weight_scale$|_scales$|experts\..*weight_scale_inv$", name) and tensor.dtype == torch.uint8:
+        if not tensor.numel() or int(tensor.max()) <= MAX_SCALE:
+            return
+        bad = (tensor == E8M0_NAN).nonzero()
+        if bad.numel():
+            yield f"{bad.shape[0]} scales are 255 (NaN), the first at {bad[0].tolist()}"
+        beyond = (tensor > MAX_SCALE) & (tensor != E8M0_NAN)
+        if bool(beyond.any()):
+            yield f"scale {int(tensor[beyond][0])} overflows bf16, expected at most {MAX_SCALE}"
+        return
+    if not tensor.is_floating_point():
+        return
+    # Piece by piece: the float32 twin of an embedding is what would take the most memory of all.
+    pieces = tensor.contiguous().view(-1).split(FLOATS_AT_ONCE)
+    if not all(bool(torch.isfinite(piece.float()).all()) for piece in pieces):
+        bad = (~torch.isfinite(tensor.float())).nonzero()
+        yield f"{bad.shape[0]} values are not finite, the first at {bad[0].tolist()}"
+    if name.endswith("weight_scale_inv") and not all(bool((piece.float() > 0).all()) for piece in pieces):
+        yield "a scale that is not positive"
+    if re.search(r"(layernorm|norm)\.weight$", name) and not bool(tensor.float().any()):
+        yield "a norm whose weights are all zero"

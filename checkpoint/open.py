@@ -1,0 +1,57 @@
+"""Finds out which format a checkpoint folder has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from checkpoint.json_files import refuse_pointer
+from checkpoint.sources import DistributedSource, SafetensorsSource, Source, TorchSource
+from modeling.load import weight_map
+
+
+def open_source(folder: str | Path) -> Source:
+    """The weights in a folder.
+
+    Raises:
+        ValueError: no folder, no weights in it, weights of a kind that cannot be read tensor by tensor, or a missing or
+            damaged file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such checkpoint folder")
+    for stem, suffix, kind in (("model", "safetensors", SafetensorsSource), ("pytorch_model", "bin", TorchSource)):
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.is_file():
+            refuse_pointer(index)
+            return kind(folder, sorted(set(weight_map(index).values())))
+        if single.is_file():
+            return kind(folder, [single.name])
+    for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
+        if (candidate / ".metadata").is_file():
+            return DistributedSource(candidate)
+    from checkpoint.zero_shards import ZeroSource, zero_folder  # builds on this module
+
+    shards = zero_folder(folder)
+    if shards is not None:
+        return ZeroSource(shards)
+    raise ValueError(f"{folder}: no weights (model.safetensors, model.safetensors.index.json, pytorch_model.bin, a "
+                     "torch.distributed.checkpoint or shards of DeepSpeed ZeRO)")
+
+
+def local_folder(name: str) -> Path:
+    """The folder of that name or, of a hub name, the one that the hub's client has in its cache; nobody is asked.
+
+    Raises:
+        ValueError: a hub name that is not in the cache, with what to do. (A folder that is missing is said where it is opened.)
+    """
+    if Path(name).is_dir() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, HFValidationError):
+        raise ValueError(f"model.path: {name}: no such checkpoint folder, and no such hub name in the local cache; expected a "
+                         f"folder (hf download {name} --local-dir DIR, then model.path=DIR)") from None

@@ -1,0 +1,216 @@
+"""Where weights come from: a checkpoint folder of any kind the trainers leave, tensor by tensor and row by row.
+
+    model/                    Hugging Face folder, one file or shards (names of the published model, one matrix per expert)
+    step-.../                 Accelerate checkpoint of a data-parallel run: model.safetensors (names of training, fused experts)
+    pytorch_model*.bin        what `zero_to_fp32.py` and older tools write; mapped from disk, not read whole
+    .metadata + *.distcp      torch.distributed.checkpoint (FSDP), also as the sub-folder that Accelerate makes
+    *_optim_states.pt         DeepSpeed ZeRO 1 to 3, also below the folder that `latest` names (`checkpoint.zero_shards`)
+
+Nothing is gathered: a matrix of one expert is a slice of the file, except for torch.distributed.checkpoint, whose unit is
+one tensor (the last two are kept: a layer's experts are read by turns from both of its fused tensors). Several threads may
+read from one source.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import threading
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from checkpoint.json_files import refuse_pointer
+from modeling.names import fused_name
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
+          "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class LastFile(threading.local):
+    """The file that a thread read last, left open for the next tensor; every thread has its own place in a file."""
+
+    path: Path | None = None
+    file: BinaryIO
+
+    def fill(self, path: Path, start: int, view: memoryview, name: str) -> None:
+        """Reads into all of `view`, from byte `start` on; ValueError where the file ends within tensor `name`."""
+        if self.path != path:
+            file = path.open("rb", buffering=0)
+            if self.path is not None:
+                self.file.close()
+            self.path, self.file = path, file
+        self.file.seek(start)
+        while view.nbytes:
+            got = self.file.readinto(view)
+            if not got:
+                raise ValueError(f"{path}: ends within tensor {name}")
+            view = view[got:]
+
+
+class Source:
+    """Named tensors of one checkpoint. `infos`: name -> (shape, dtype name as safetensors writes it).
+
+    `masters`: None where the tensors are what the forward pass computed with; otherwise they are float32 masters, and this is
+    the dtype to which they were rounded first (experts then were fake-quantized on every step).
+    """
+
+    masters: torch.dtype | None = None
+
+    def __init__(self, folder: Path, infos: dict[str, tuple[tuple[int, ...], str]]):
+        self.folder, self.infos = folder, infos
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor; ValueError if it is missing or its file is damaged."""
+        raise NotImplementedError
+
+    def read_rows(self, name: str, expert: int, rows: slice) -> torch.Tensor:
+        """`tensor[expert, rows]` of a fused tensor, without reading the rest where the format allows."""
+        return self.read(name)[expert, rows]
+
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.bytes_of(name) for name in self.infos)
+
+    def bytes_of(self, name: str) -> int:
+        shape, dtype = self.infos[name]
+        return torch.Size(shape).numel() * DTYPES[dtype].itemsize
+
+    def identity(self) -> list:
+        """What tells these files from others: names, sizes, times of change."""
+        files = sorted(p for p in self.folder.rglob("*") if p.is_file())
+        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+    def _missing(self, name: str) -> ValueError:
+        return ValueError(f"{self.folder}: tensor {name} is missing")
+
+
+class SafetensorsSource(Source):
+    """One safetensors file, or shards with an index.
+
+    Tensors are read into memory of their own, not mapped: pages of a mapped file count as this process's memory for as long
+    as the file is open, and a source of a terabyte would fill the machine.
+    """
+
+    def __init__(self, folder: Path, files: list[str]):
+        self.where: dict[str, str] = {}
+        self._starts: dict[str, int] = {}
+        self._last = LastFile()
+        infos = {}
+        for file in files:
+            for name, (shape, dtype, start) in _header(folder / file).items():
+                self.where[name], self._starts[name], infos[name] = file, start, (shape, dtype)
+        super().__init__(folder, infos)
+
+    def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> torch.Tensor:
+        """`shape` elements of a tensor, from its element number `skipped` on."""
+        file, dtype = self.where[name], DTYPES[self.infos[name][1]]
+        out = torch.empty(shape, dtype=dtype)
+        view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
+        self._last.fill(self.folder / file, self._starts[name] + skipped * dtype.itemsize, view, name)
+        return out
+
+    def in_order(self) -> list[str]:
+        """All names as they stand on disk, file by file."""
+        return sorted(self.where, key=lambda name: (self.where[name], self._starts[name]))
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self.where:
+            raise self._missing(name)
+        return self._read(name, self.infos[name][0], 0)
+
+    def read_rows(self, name: str, expert: int, rows: slice) -> torch.Tensor:
+        if name not in self.where:
+            raise self._missing(name)
+        (_, height, *rest), _ = self.infos[name]
+        first, last, _ = rows.indices(height)
+        width = torch.Size(rest).numel()
+        return self._read(name, (last - first, *rest), (expert * height + first) * width)
+
+
+def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
+    """name -> (shape, dtype, first byte in the file) of a whole safetensors file."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent}: shard {path.name} is missing")
+    refuse_pointer(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:  # checks that header and length agree
+            names = set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    unknown = sorted({entry["dtype"] for name, entry in header.items() if name in names} - DTYPES.keys())
+    if unknown:
+        raise ValueError(f"{path}: tensors of dtype {unknown[0]}, expected one of {', '.join(DTYPES)}")
+    return {n: (tuple(e["shape"]), e["dtype"], 8 + length + e["data_offsets"][0]) for n, e in header.items() if n in names}
+
+
+class TorchSource(Source):
+    """pytorch_model*.bin, mapped from disk."""
+
+    def __init__(self, folder: Path, files: list[str]):
+        self._tensors: dict[str, torch.Tensor] = {}
+        for file in files:
+            refuse_pointer(folder / file)
+            try:
+                state = torch.load(folder / file, map_location="cpu", mmap=True, weights_only=True)
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+                raise ValueError(f"{folder / file}: not a whole torch file: {str(error).splitlines()[0]}") from None
+            self._tensors |= {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+        super().__init__(folder, {n: (tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in self._tensors.items()})
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise self._missing(name)
+        return self._tensors[name]
+
+
+class DistributedSource(Source):
+    """torch.distributed.checkpoint: shards of any number of ranks, joined tensor by tensor."""
+
+    def __init__(self, folder: Path):
+        from torch.distributed.checkpoint import FileSystemReader
+
+        metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        tensors = {name: entry for name, entry in metadata.items() if hasattr(entry, "size")}
+        # Accelerate and others nest the model's state under "model".
+        nested = all(name.startswith("model.") for name in tensors) and "model.lm_head.weight" in tensors
+        self._stored = {name.removeprefix("model.") if nested else name: name for name in tensors}
+        super().__init__(folder, {name: (tuple(tensors[stored].size), DTYPE_NAMES[tensors[stored].properties.dtype])
+                                  for name, stored in self._stored.items()})
+        self._kept: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self._stored:
+            raise self._missing(name)
+        with self._lock:
+            if name not in self._kept:
+                from torch.distributed import checkpoint
+
+                if len(self._kept) == 2:
+                    del self._kept[next(iter(self._kept))]
+                shape, dtype = self.infos[name]
+                state = {self._stored[name]: torch.empty(shape, dtype=DTYPES[dtype])}
+                checkpoint.load(state, checkpoint_id=str(self.folder), no_dist=True)
+                self._kept[name] = state[self._stored[name]]
+            return self._kept[name]
+
+
+def read_expert(source: Source, name: str) -> torch.Tensor:
+    """The matrix of one expert by its published name, whether the source holds it alone or within a fused tensor."""
+    if name in source.infos:
+        return source.read(name)
+    fused, expert, part = fused_name(name)
+    if fused not in source.infos:
+        raise source._missing(name)
+    rows = source.infos[fused][0][1]
+    half = slice(0, rows) if part == "down" else slice(0, rows // 2) if part == "gate" else slice(rows // 2, rows)
+    return source.read_rows(fused, expert, half)
+
+

@@ -1,0 +1,230 @@
+"""Self-distillation data: the target answers prompts; its answers are what the drafter learns to foresee.
+
+Work is cut into batches of prompts of similar length, each with its own random generator (seed, pass, batch), so that a
+killed run continues at the first missing batch and N processes that share the batches write what one would.
+
+    <run>/data/answers-<key>.jsonl    one line per answer: prompt_ids, response_ids, temperature, ended, prompt's own fields
+    <run>/data/answers-<key>.json     provenance: target, settings, counts, environment
+
+`key` is a digest of everything that determines the answers, so that another recipe never reuses them by mistake.
+
+With `endpoint` the same answers come from any OpenAI-compatible server of the target (vLLM, SGLang, this project's own).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dflash_train.dialogues import Dialogue, read_jsonl, row_prompt
+from dflash_train.reference_decoding import by_length, generate, in_batches
+from dflash_train.target import Target, TargetFiles, describe_target, identity
+from recipes.schema import Recipe
+from training.checkpoint import write_text
+from training.files import expand
+from training.report import ProgressBar, environment, git_revision
+
+KEY = "dflash.regenerate.prompts"
+ENDPOINT_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts (indices) answered side by side in one pass."""
+
+    number: int
+    pass_index: int
+    prompts: list[int]
+
+
+def regenerated(recipe: Recipe, target: TargetFiles, folder: Path, *, accelerator=None,
+                say: Callable[[str], None] = print) -> list[Dialogue]:
+    """The answers that the recipe asks for, from disk if they are there, generated otherwise.
+
+    Args:
+        target: a `Target`, or, where `dflash.regenerate.endpoint` answers, its files alone.
+
+    Raises:
+        ValueError: no prompts, an unreadable prompt file, no prompt for a pass, prompts longer than a row.
+        OSError: the endpoint does not answer.
+    """
+    path = answer_file(recipe, target, folder)
+    if not path.is_file():
+        generate_answers(recipe, target, path, accelerator=accelerator, say=say)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Dialogue(r["prompt_ids"], r["response_ids"]) for r in rows]
+
+
+def answer_file(recipe: Recipe, target: TargetFiles, folder: Path) -> Path:
+    """Where the answers of this recipe and target are or will be."""
+    settings = recipe.dflash.regenerate
+    if not settings.prompts:
+        raise ValueError("dflash.regenerate.prompts: required (JSONL files of prompts), unless dflash.data names own dialogues")
+    facts = {"settings": settings.model_dump(exclude={"prompts", "endpoint"}), "target": identity(target, recipe),
+             "seed": recipe.seed, "room": recipe.dflash.sequence_length,
+             "prompts": [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in expand(settings.prompts, KEY)]}
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    return folder / "data" / f"answers-{key}.jsonl"
+
+
+def generate_answers(recipe: Recipe, target: TargetFiles, path: Path, *, accelerator=None,
+                     say: Callable[[str], None] = print) -> None:
+    """Writes `path` and its provenance; continues from what an interrupted run left."""
+    settings = recipe.dflash.regenerate
+    rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    rows = read_jsonl(settings.prompts, KEY)
+    ids = [row_prompt(row, settings.prompt_field, target.tokenizer, KEY) for row in rows]
+    if not rows:
+        raise ValueError(f"{KEY}: {', '.join(settings.prompts)}: no prompt there")
+    batches = plan_batches(recipe, rows, ids)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".rank{rank}.partial")
+    _cut(partial)
+    done = {number for part in _partials(path) for number, _ in _whole_batches(part)}
+    mine = [b for b in batches if b.number % processes == rank]
+    answers, room = sum(len(b.prompts) for b in batches), recipe.dflash.sequence_length - 2
+    if too_long := sum(len(i) > room for i in ids):
+        say(f"{too_long} of {len(rows)} prompts are longer than dflash.sequence_length - 2 = {room} tokens: left out")
+    began, tokens = time.monotonic(), 0
+    say(f"the target answers {len(rows)} prompts: {answers} answers in {len(batches)} batches"
+        + (f", {len(done)} of them done before" if done else ""))
+    bar = ProgressBar(len(mine), len(done & {b.number for b in mine}), enabled=rank == 0, every=10, label="answers")
+    with partial.open("a", encoding="utf-8") as out:
+        for position, batch in enumerate(mine, 1):
+            if batch.number not in done:
+                temperature = settings.passes[batch.pass_index].temperature
+                responses = _answer(recipe, target, batch, [ids[i] for i in batch.prompts], temperature)
+                lines = [_line(rows[i], ids[i], response, temperature, target) | {"batch": batch.number}
+                         for i, response in zip(batch.prompts, responses, strict=True)]
+                tokens += sum(map(len, responses))
+                out.write("".join(json.dumps(line) + "\n" for line in [*lines, {"finished": batch.number}]))
+                out.flush()
+            bar.update(position, f"{tokens / max(1e-9, time.monotonic() - began):,.0f} tok/s")
+    bar.close()
+    if accelerator:
+        accelerator.wait_for_everyone()
+    if rank == 0:
+        _merge(path, {"target": describe_target(target, recipe), "settings": settings.model_dump(mode="json"),
+                      "seed": recipe.seed, "git_revision": git_revision(), "environment": environment()})
+    if accelerator:
+        accelerator.wait_for_everyone()
+
+
+def plan_batches(recipe: Recipe, rows: list[dict], ids: list[list[int]]) -> list[Batch]:
+    """Batches of all passes, prompts sorted by length within a pass.
+
+    Raises:
+        ValueError: a pass without prompts; prompts that leave no room for an answer in a row.
+    """
+    settings, room = recipe.dflash.regenerate, recipe.dflash.sequence_length - 2
+    batches: list[Batch] = []
+    for index, one in enumerate(settings.passes):
+        wanted = [i for i, row in enumerate(rows) if all(str(row.get(k)) == v for k, v in one.where.items())]
+        if not wanted:
+            raise ValueError(f"dflash.regenerate.passes.{index}.where: {one.where} matches none of {len(rows)} prompts")
+        if one.prompts is not None and one.prompts < len(wanted):
+            wanted = [wanted[i * len(wanted) // one.prompts] for i in range(one.prompts)]
+        short = [i for i in wanted if len(ids[i]) <= room]
+        if not short:
+            raise ValueError(f"{KEY}: every prompt is longer than dflash.sequence_length - 2 = {room} tokens")
+        order = [short[i] for i in by_length(short, lambda i: len(ids[i])) for _ in range(one.samples)]
+        batches += [Batch(len(batches) + n, index, part) for n, part in enumerate(in_batches(order, settings.batch_size))]
+    return batches
+
+
+def _partials(path: Path) -> list[Path]:
+    """What processes have written so far, those of an earlier run included, which may have been more or fewer."""
+    return sorted(path.parent.glob(f"{path.stem}.rank*.partial"))
+
+
+def _whole_batches(partial: Path) -> Iterator[tuple[int, list[dict]]]:
+    """(number, lines) of the batches that are whole in a partial file, up to the place where its writer was killed."""
+    pending: list[dict] = []
+    for line in partial.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if "finished" in row:
+            yield row["finished"], pending
+            pending = []
+        else:
+            pending.append(row)
+
+
+def _cut(partial: Path) -> None:
+    """Cuts a partial file after its last whole batch, so that it can be written on."""
+    if partial.is_file():
+        kept = [line for number, lines in _whole_batches(partial) for line in [*lines, {"finished": number}]]
+        write_text(partial, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _merge(path: Path, facts: dict) -> None:
+    """One copy of every batch, in order, without the markers; provenance first, so that answers imply it."""
+    parts, batches = _partials(path), {}
+    for part in parts:
+        for number, rows in _whole_batches(part):
+            batches.setdefault(number, rows)
+    lines = [line for number in sorted(batches) for line in batches[number]]
+    counts = {"answers": len(lines), "tokens": sum(len(r["response_ids"]) for r in lines),
+              "ended": sum(r["ended"] for r in lines) / len(lines)}
+    write_text(path.with_suffix(".json"), json.dumps(facts | counts, indent=1))
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    for part in parts:
+        part.unlink()
+
+
+def _line(row: dict, prompt: list[int], response: list[int], temperature: float, target: TargetFiles) -> dict:
+    kept = {k: row[k] for k in ("id", "domain", "kind") if k in row}
+    return kept | {"prompt_ids": prompt, "response_ids": response, "temperature": temperature,
+                   "ended": response[-1] in target.end_ids, "text": target.tokenizer.decode(response)}
+
+
+def _answer(recipe: Recipe, target: Target, batch: Batch, prompts: list[list[int]], temperature: float) -> list[list[int]]:
+    settings = recipe.dflash.regenerate
+    # No answer is longer than its row has room for.
+    limit = min(settings.max_new_tokens, recipe.dflash.sequence_length - max(map(len, prompts)))
+    if settings.endpoint:
+        seeds = [recipe.seed * 1_000_003 + batch.number * 4096 + i for i in range(len(prompts))]
+        with ThreadPoolExecutor(settings.batch_size) as pool:
+            return list(pool.map(lambda p, s: _ask(settings, target, p, temperature, limit, s), prompts, seeds))
+    generator = torch.Generator(target.device).manual_seed((recipe.seed << 32) + batch.number)
+    return generate(target, prompts, max_new_tokens=limit, temperature=temperature, generator=generator)
+
+
+def _ask(settings, target: TargetFiles, prompt: list[int], temperature: float, limit: int, seed: int) -> list[int]:
+    """One answer from the endpoint, as tokens of the target's tokenizer."""
+    url = settings.endpoint.rstrip("/") + "/completions"
+    body = {"model": settings.endpoint_model or "default", "prompt": prompt, "temperature": temperature, "max_tokens": limit,
+            "seed": seed}
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    for attempt in range(ENDPOINT_ATTEMPTS):
+        try:
+            with urllib.request.urlopen(request, timeout=600) as reply:
+                choice = json.load(reply)["choices"][0]
+            break
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code != 429:
+                detail = error.read(300).decode("utf-8", "replace")
+                raise OSError(f"dflash.regenerate.endpoint: {url}: HTTP {error.code}: {detail}") from None
+            reason = f"HTTP {error.code}"
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            reason = str(getattr(error, "reason", error))
+        if attempt == ENDPOINT_ATTEMPTS - 1:
+            raise OSError(f"dflash.regenerate.endpoint: {url}: {reason} ({ENDPOINT_ATTEMPTS} attempts); what was answered is "
+                          "kept, run again to continue")
+        time.sleep(2**attempt)
+    ids = choice.get("token_ids") or target.tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
+    ids = list(ids)[:limit] or [target.end_ids[0]]
+    if choice.get("finish_reason") == "stop" and ids[-1] not in target.end_ids:
+        ids.append(target.end_ids[0])
+    return ids

@@ -1,0 +1,1 @@
+"""Ways to compute a step: torch ops (reference), compiled C, Triton kernels."""

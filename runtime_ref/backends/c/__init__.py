@@ -1,0 +1,1 @@
+"""The CPU backend: a step in one call of compiled C."""

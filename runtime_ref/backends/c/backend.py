@@ -1,0 +1,348 @@
+"""The task list of `tasks.py`, run in one call of the compiled ops (`ops.c`).
+
+The same tasks in the same order as the torch backend; what it saves is the calls (a step of the embedded model is a hundred
+tasks of microseconds) and the bytes (weights in bf16 where that is exact, experts packed). With several ranks the list is
+cut where a collective is needed. With `watch`, one call per task, and the buffers in the shapes of `model.py`.
+
+An engine in bf16 multiplies by bf16 dot products where the processor has them (`bf16_dots.h`): activations are rounded where
+they enter a product, which halves the arithmetic of a step of eight rows. Elsewhere, and in float32, nothing is rounded there.
+
+Bits differ from the torch backend's (sums have another order), and are the same for any rows, batch, cut and number of ranks.
+The float32 weights of `TargetWeights` stay in memory beside it: the torch backend, the checks and the drafter share them.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from runtime_ref.backends.c import structs as native
+from runtime_ref.backends.c.structs import LANES, Layer, Memory, Workspace, can_dot, compiled_ops, pad, up
+from runtime_ref.backends.torch.rotary import rotary_tables
+from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
+from runtime_ref.core.batch import Span
+from runtime_ref.core.kv_cache import PAGE, Pool, Table
+from runtime_ref.core.program import Task
+
+KINDS = ("full", "window")
+
+
+def refuses(weights: TargetWeights) -> str | None:
+    """Why the compiled ops cannot run this model here, in one line; None if they can."""
+    found, reason = compiled_ops()
+    if found is None:
+        return reason
+    if weights.config.hidden_size % 32:
+        return f"hidden_size {weights.config.hidden_size} is not a multiple of 32"
+    for layer in weights.layers:
+        if layer.attention.qk_bias is not None:
+            return "projections with biases (gpt-oss) are the torch backend's alone"
+        if not isinstance(layer.mlp, Dense):
+            own = layer.mlp.experts
+            width = own.matrices[0]["gate"].codes.shape[0] // own.parts
+            if width % 32:
+                return f"a share of an expert has {width} rows, not a multiple of 32"
+    return None
+
+
+@dataclass
+class NativeStep:
+    """Arrays of one step (`Step.numbers` of `ops.c`); `real` and `wanted` as in `model.Step`."""
+
+    real: int
+    wanted: int
+    numbers: array
+    kinds: int
+    pages: int
+    picks: bool
+    highest: int
+
+
+class Rows:
+    """The rows of a step, column by column: a span's positions follow each other, so most columns are ranges."""
+
+    def __init__(self, windows: list[int | None]):
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.head: list[int] = []
+        self.tables: list[int] = []
+        self.windows = windows
+        self.by_kind: list[tuple[list[int], ...]] = [([], [], [], [], []) for _ in windows]  # low, high, at, first, slots
+
+    def add(self, tokens: list[int], start: int, tables: list[Table], last_low: int | None = None,
+            high: int | None = None) -> None:
+        """Rows of `tokens` from position `start` on, with a table of each kind.
+
+        They see positions up to their own, or all up to `high`; from their window on, but at least from `last_low` on.
+        """
+        n = len(tokens)
+        end = start + n
+        own = range(start, end)
+        self.ids += tokens
+        self.positions += own
+        for window, table, (low, to, at, first, slots) in zip(self.windows, tables, self.by_kind, strict=True):
+            if window is None or end <= window:
+                low += [0] * n
+            else:
+                most = end if last_low is None else last_low
+                low += [max(0, min(most, position - window + 1)) for position in own]
+            to += own if high is None else [high] * n
+            at += [len(self.tables)] * n
+            first += [table.first] * n
+            self.tables += table.pages
+            position = start
+            while position < end:
+                page, offset = divmod(position, PAGE)
+                count = min(PAGE - offset, end - position)
+                slot = table.page(page) * PAGE + offset
+                slots += range(slot, slot + count)
+                position += count
+
+    def step(self) -> NativeStep:
+        columns = [column for columns in zip(*self.by_kind, strict=True) for column in columns]
+        n, picks = len(self.ids), len(self.head) != len(self.ids)
+        numbers = array("i", [*self.ids, *self.positions, *chain.from_iterable(columns), *self.tables])
+        if picks:
+            numbers.extend(self.head)
+        return NativeStep(n, len(self.head), numbers, len(self.windows), len(self.tables), picks, max(self.positions))
+
+
+def submit(step: native.Step, planned: NativeStep) -> None:
+    """Points `step` at the arrays of a plan."""
+    step.numbers = planned.numbers.buffer_info()[0]
+    step.R = step.rows = planned.real
+    step.wanted, step.kinds, step.pages, step.picks = planned.wanted, planned.kinds, planned.pages, planned.picks
+
+
+class Buffers(dict):
+    """What a step leaves; a single layer's taps are cut out when somebody asks for them."""
+
+    def __init__(self, width: int, places: dict[int, int]):
+        super().__init__()
+        self.cut = {f"tap.{layer}": slice(i * width, (i + 1) * width) for layer, i in places.items()}
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        return self["taps"][:, self.cut[name]]
+
+
+class NativeBackend:
+    """See the module's text. Arguments as for `TorchBackend`, and `dots`: whether products are bf16 dot products (None: where
+    the processor has them and the dtype is bf16). Matrices, codes and cache are then held in the order of `bf16_dots.h`.
+
+    Raises:
+        ValueError: the compiled ops cannot run this model (see `refuses`).
+    """
+
+    name = "native"
+    mxfp8 = False
+
+    def __init__(self, weights: TargetWeights, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int],
+                 dots: bool | None = None):
+        reason = refuses(weights)
+        if reason is not None:
+            raise ValueError(f"backend native: {reason}")
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"dtype {dtype}: expected bfloat16 or float32")
+        if dots and not can_dot(dtype):
+            raise ValueError(f"dots: bf16 dot products need a processor that has them and dtype bfloat16, this is {dtype}")
+        self.weights, self.config, self.dtype, self.ranks = weights, weights.config, dtype, weights.ranks
+        self.dots = can_dot(dtype) if dots is None else dots
+        self.run_code, self.memory = compiled_ops()[0].run, Memory(self.dots)
+        self.rotary = rotary_tables(self.config)
+        self.pools = self._pools(pages)
+        self.layers = (Layer * len(weights.layers))(*(self._layer(i) for i in range(len(weights.layers))))
+        H, memory = self.config.hidden_size, self.memory
+        head = memory.matrix(weights.head.transpose(1, 2).flatten(0, 1))
+        self.vocabulary = weights.head.shape[0] * weights.head.shape[2]
+        self.step = native.Step(layers=self.layers, embed=memory.pointer(weights.embed), norm=memory.pointer(weights.norm),
+                                head=head, H=H, bf16=int(dtype is torch.bfloat16), dots=int(self.dots),
+                                epsilon=self.config.layernorm_epsilon)
+        self.work = Workspace(self.layers, H)
+        self._codes: dict[int, tuple] = {}
+        self._reached = 0
+
+    def _pools(self, pages: dict[str, int]) -> dict[str, Pool]:
+        pools = {}
+        for kind, window in (("full", None), ("window", self.config.sliding_window)):
+            own = {i: (a.key_heads, up(a.qk_dim), up(a.v_dim)) for i, layer in enumerate(self.weights.layers)
+                   if ((a := layer.attention).window is not None) == (kind == "window")}
+            if own:
+                pools[kind] = in_halves(Pool(own, pages[kind], self.dtype, window), self.dots)
+        return pools
+
+    def _layer(self, index: int) -> Layer:
+        own, config, memory = self.weights.layers[index], self.config, self.memory
+        a = own.attention
+        kind = "window" if a.window is not None else "full"
+        per_part = a.query_heads // a.o.shape[0]
+        o = a.o.view(a.o.shape[0], per_part, a.v_dim, -1)
+        layer = attention_fields(memory, a.qk, a.v, [pad(part, 1).flatten(0, 1).T for part in o], a.query_heads)
+        pool = self.pools[kind]
+        for name, value in {
+                "input_norm": memory.pointer(own.input_norm), "post_norm": memory.pointer(own.post_norm),
+                "sink": memory.pointer(a.sink), "kind": list(self.pools).index(kind), "rotated": self.rotary[kind].rotated,
+                "q_norm": padded_pointer(memory, a.q_norm), "k_norm": padded_pointer(memory, a.k_norm),
+                "keys": pool.keys[index].data_ptr(), "values": pool.values[index].data_ptr(),
+                "slots": pool.keys[index].shape[1], "q_scale": a.qk_dim**-0.5, "epsilon": config.layernorm_epsilon,
+                "value_scale": 1.0 if a.value_scale is None else a.value_scale}.items():
+            setattr(layer, name, value)
+        if isinstance(own.mlp, Dense):
+            dense_fields(layer, memory, own.mlp.gate_up, own.mlp.down)
+        else:
+            self._moe_fields(layer, own.mlp)
+        return layer
+
+    def _moe_fields(self, layer: Layer, mlp) -> None:
+        config, memory = self.config, self.memory
+        layer.router = memory.matrix(mlp.router[0].T)
+        layer.correction = memory.pointer(mlp.correction)
+        layer.experts = memory.experts(mlp.experts.matrices)
+        layer.mlp_parts, layer.count, layer.top = mlp.experts.parts, mlp.experts.count, config.num_experts_per_tok
+        layer.inner = mlp.experts.matrices[0]["gate"].codes.shape[0]
+        layer.normalize, layer.groups, layer.group_top = int(config.norm_topk_prob), config.n_group, config.topk_group
+        layer.softmax = int(mlp.scores == "softmax")
+        layer.factor = 1.0 if config.routed_scaling_factor is None else config.routed_scaling_factor
+
+    def probe(self, shapes) -> None:
+        """Nothing to measure: these ops are row-invariant by construction."""
+
+    def plan(self, spans: list[Span]) -> NativeStep:
+        """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
+        rows = Rows([pool.window for pool in self.pools.values()])
+        for span in spans:
+            span.row, n = len(rows.ids), len(span.tokens)
+            if span.logits == "all":
+                rows.head += range(span.row, span.row + n)
+            elif span.logits == "last":
+                rows.head.append(span.row + n - 1)
+            rows.add(span.tokens, span.start, [span.tables[kind] for kind in self.pools])
+        return rows.step()
+
+    def _fit(self, planned: NativeStep) -> None:
+        self.work.fit(self.step, planned.real, planned.highest + 1)
+        if planned.highest >= self._reached:
+            for kind, rotary in self.rotary.items():
+                rotary.rows(torch.zeros(1, dtype=torch.long), planned.highest)
+                self._reached = rotary._cos.shape[0]
+                for layer, own in zip(self.layers, self.weights.layers, strict=True):
+                    if (own.attention.window is not None) == (kind == "window"):
+                        layer.cos, layer.sin = rotary._cos.data_ptr(), rotary._sin.data_ptr()
+
+    def _code(self, tasks: list[Task]) -> tuple[array, list[tuple[int, int, str]], tuple | None]:
+        """Instructions, the runs of them between collectives (begin, end, what is gathered then), and of the taps, if there
+        are any, how many they are, where each layer's stands among them (as the ops read it), and the same as a dictionary."""
+        known = self._codes.get(id(tasks))
+        if known is not None:
+            return known[1:]
+        numbers, runs, began = array("i"), [], 0
+        for i, task in enumerate(tasks):
+            name = task.op.removesuffix("_full").removesuffix("_window")
+            if name == "add_parts":
+                name = "add_attention" if tasks[i - 1].op == "merge_heads" else "add_mlp"
+                runs.append((began, i, name))
+                began = i
+            numbers.extend((native.OP[name], task.layer))
+        runs.append((began, len(tasks), "logits"))
+        if len(self._codes) > 64:
+            self._codes.clear()
+        layers = {task.layer: i for i, task in enumerate(t for t in tasks if t.op == "tap")}
+        places = array("i", [layers.get(i, 0) for i in range(len(self.layers))])
+        self._codes[id(tasks)] = (tasks, numbers, runs, (len(layers), places, layers) if layers else None)
+        return self._codes[id(tasks)][1:]
+
+    @torch.inference_mode()
+    def run(self, tasks: list[Task], planned: NativeStep, watch: Callable[[Task, dict], None] | None = None) -> dict:
+        """Executes the tasks in order; returns the logits of the rows that want them and the taps, side by side in the order of
+        their layers (`taps`) and by name (`tap.0`).
+
+        `watch` sees all buffers after each task, in the shapes of `model.py`.
+        """
+        numbers, runs, tapped = self._code(tasks)
+        step, ranks = self.step, self.weights.ranks
+        self._fit(planned)
+        submit(step, planned)
+        logits = torch.empty(planned.wanted, step.head.n)
+        buffers = Buffers(step.H, tapped[2] if tapped else {})
+        if tapped is not None:
+            buffers["taps"] = taps = torch.empty(planned.real, tapped[0] * step.H)
+            step.taps, step.tap_stride, step.tap_place = taps.data_ptr(), taps.shape[1], tapped[1].buffer_info()[0]
+        step.logits, base = logits.data_ptr(), numbers.buffer_info()[0]
+        if watch is None and ranks.count == 1:
+            self.run_code(step, base, len(tasks))
+        else:
+            for begin, end, gathered in runs:
+                for at in range(begin, end) if watch else (begin,):
+                    self.run_code(step, base + 8 * at, 1 if watch else end - begin)
+                    step.gathered = None
+                    if watch:
+                        watch(tasks[at], {name: buffers[name] for name in buffers.cut} | self._buffers(tasks[at], planned)
+                              | {"logits": logits[:, :self.vocabulary]})
+                if gathered != "logits":
+                    self._gather(tasks[end].layer, gathered, planned.real)
+        logits = logits[:, :self.vocabulary]
+        if ranks.count > 1:
+            logits = ranks.gather(logits[None].contiguous()).transpose(0, 1).reshape(planned.wanted, -1)
+        buffers["logits"] = logits
+        return buffers
+
+    def _gather(self, layer: int, name: str, rows: int) -> None:
+        """All ranks' partial outputs for the next addition."""
+        ranks = self.weights.ranks
+        if ranks.count == 1:
+            return
+        parts = self.layers[layer].parts if name == "add_attention" else self.layers[layer].mlp_parts
+        own = self.work.tensors["partial"][:parts * rows * self.step.H].view(parts, rows, -1)
+        self._gathered = ranks.gather(own)
+        self.step.gathered, self.step.gathered_parts = self._gathered.data_ptr(), self._gathered.shape[0]
+
+    def _buffers(self, task: Task, planned: NativeStep) -> dict[str, torch.Tensor]:
+        """Copies of what a task reads and writes, as the torch backend would have them."""
+        R, H, held = planned.real, self.step.H, self.work.tensors
+        layer = self.layers[max(task.layer, 0)]
+        qkv = held["qkv"][:R * layer.qkv.n].view(R, -1)
+        q, k, v = qkv.split((layer.Q * layer.Dp, layer.K * layer.Dp, layer.K * layer.Vp), dim=1)
+        parts = layer.parts if task.op == "merge_heads" else layer.mlp_parts
+        found = {"x": held["x"][:R * H].view(R, H), "y": held["y"][:R * H].view(R, H),
+                 "q": q.unflatten(1, (layer.Q, -1)).transpose(0, 1)[..., :layer.D],
+                 "k": k.unflatten(1, (layer.K, -1)).transpose(0, 1)[..., :layer.D],
+                 "v": v.unflatten(1, (layer.K, -1)).transpose(0, 1)[..., :layer.V],
+                 "heads": held["heads"][:R * layer.Q * layer.Vp].view(R, layer.Q, -1).transpose(0, 1)[..., :layer.V],
+                 "partial": held["partial"][:parts * R * H].view(parts, R, H)}
+        if layer.top:
+            found |= {"index": held["index"][:R * layer.top].view(R, -1).long(),
+                      "weight": held["weight"][:R * layer.top].view(R, -1)}
+        return {name: found[name].clone() for name in (*task.reads, *task.writes) if name in found}
+
+
+def padded_pointer(memory: Memory, weight: torch.Tensor | None) -> int | None:
+    """A head's norm weight [D] in whole vectors."""
+    return None if weight is None else memory.pointer(pad(weight, 0))
+
+
+def in_halves(pool: Pool, dots: bool) -> Pool:
+    """The pool, with storage in bf16 for dot products: a page's bytes are then the ops' own affair."""
+    if dots:
+        for store in (pool.keys, pool.values):
+            store.update({layer: torch.zeros(t.shape, dtype=torch.bfloat16) for layer, t in store.items()})
+    return pool
+
+
+def attention_fields(memory: Memory, qk: torch.Tensor, v: torch.Tensor, o: list[torch.Tensor], queries: int) -> Layer:
+    """A layer with the matrices of its attention: qk [heads, H, D], v [heads, H, V], o [parts] of [H, heads of it * Vp]."""
+    rows = [pad(t.transpose(1, 2), 1).flatten(0, 1) for t in (qk, v)]
+    return Layer(qkv=memory.matrix(torch.cat(rows)), o=memory.matrices(o), Q=queries, K=qk.shape[0] - queries, D=qk.shape[2],
+                 V=v.shape[2], Dp=up(qk.shape[2]), Vp=up(v.shape[2]), parts=len(o), value_scale=1.0)
+
+
+def dense_fields(layer: Layer, memory: Memory, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    """The matrices of a dense MLP: gate_up [parts, H, 2 I / parts] and down [parts, I / parts, H] as in `weights`."""
+    gate, upper = (t.transpose(1, 2).flatten(0, 1) for t in gate_up.chunk(2, dim=2))
+    assert gate.shape[0] % LANES == 0
+    layer.gate_up = memory.matrix(torch.cat((gate, upper)))
+    layer.down = memory.matrices([part.T for part in down])
+    layer.mlp_parts, layer.inner = down.shape[0], gate.shape[0]
+

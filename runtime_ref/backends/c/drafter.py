@@ -1,0 +1,119 @@
+"""The drafter on the compiled ops: the passes of `drafter.Drafter`, each in one call.
+
+A block attends to one run of positions: context within the window before the anchor, then the block itself (up to the row's
+own position if the drafter is causal). That is a lowest and a highest position per row, as for the target.
+
+Beside bf16 dot products the drafter's matrices are held in bytes, each row with a scale of its own, and activations are rounded
+to bytes where they enter a product. The target judges every draft, so tokens cannot change; how many drafts it accepts could,
+and did not (docs/results/runtime.md).
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+
+from runtime_ref.backends.c import structs as native
+from runtime_ref.backends.c.backend import NativeStep, Rows, attention_fields, dense_fields, in_halves, padded_pointer, submit
+from runtime_ref.backends.c.structs import OP, Layer, Memory, Workspace, up
+from runtime_ref.backends.torch.drafter import Drafter
+from runtime_ref.core.batch import KIND, Wanted
+from runtime_ref.core.kv_cache import Pool
+
+# Products in bytes where the processor has dot products: a draft is a guess, and twice as many fit into the same time.
+IN_BYTES = True
+
+
+class NativeDrafter(Drafter):
+    """See the module's text."""
+
+    def __init__(self, model, backend, pages: int):
+        super().__init__(model, backend, pages)
+        widths = dict.fromkeys(range(len(self.layers)), (self.K, up(self.D), up(self.V)))
+        self.pool = in_halves(Pool(widths, pages, backend.dtype, self.window), backend.dots)
+        self.memory = memory = Memory(backend.dots, coarse=IN_BYTES and backend.dots)
+        self.native = (Layer * len(self.layers))(*(self._layer(i) for i in range(len(self.layers))))
+        shared = {"layers": self.native, "embed": backend.step.embed, "mask": memory.pointer(self.mask),
+                  "head": self._head(), "H": self.mask.shape[0], "bf16": backend.step.bf16, "dots": backend.step.dots,
+                  "epsilon": self.epsilon}
+        self.block_step = native.Step(norm=memory.pointer(self.norm), **shared)
+        self.context_step = native.Step(norm=memory.pointer(self.hidden_norm), fc=memory.matrix(self.fc[0].T), **shared)
+        self.block_work, self.context_work = (Workspace(self.native, self.mask.shape[0]) for _ in range(2))
+        self._reached = 0
+        layers = range(len(self.layers))
+        self.block_code = _code([("embed", 0), *((op, i) for i in layers for op in self._ops(i)),
+                                 ("pick_rows", 0), ("final_norm", 0), ("head", 0)])
+        self.context_code = _code([("fuse", 0), *((op, i) for i in layers for op in ("project_kv", "write"))])
+
+    def _head(self) -> native.Matrix:
+        """The target's, or a copy of it in bytes."""
+        step, head = self.backend.step, self.backend.weights.head
+        return self.memory.matrix(head.transpose(1, 2).flatten(0, 1)) if self.memory.coarse else step.head
+
+    def _ops(self, layer: int) -> list[str]:
+        attention, mlp = ([name] * (pair is not None) for name, pair in zip(
+            ("convolve_attention", "convolve_mlp"), self.layers[layer]["convolutions"], strict=True))
+        return ["input_norm", *attention, "project", "write", "attend", "merge_heads", "add_attention", "post_norm", *mlp,
+                "dense_mlp", "add_mlp"]
+
+    def _layer(self, index: int) -> Layer:
+        own, memory = self.layers[index], self.memory
+        o = own["o"].view(self.Q, self.V, -1)
+        layer = attention_fields(memory, own["qk"], own["v"], [native.pad(o, 1).flatten(0, 1).T], self.Q)
+        context = [native.pad(t.transpose(1, 2), 1).flatten(0, 1) for t in (own["qk"][self.Q:], own["v"])]
+        layer.kv = memory.matrix(torch.cat(context))
+        for name, value in {
+                "input_norm": memory.pointer(own["input_norm"]), "post_norm": memory.pointer(own["post_norm"]),
+                "q_norm": padded_pointer(memory, own["qk_norm"][0, 0]),
+                "k_norm": padded_pointer(memory, own["qk_norm"][self.Q, 0]),
+                "sink": memory.pointer(own["sink"]), "rotated": self.rotary.rotated,
+                "keys": self.pool.keys[index].data_ptr(), "values": self.pool.values[index].data_ptr(),
+                "slots": self.pool.keys[index].shape[1], "q_scale": self.D**-0.5, "epsilon": self.epsilon,
+                "value_scale": 1.0 if self.value_scale is None else self.value_scale}.items():
+            setattr(layer, name, value)
+        dense_fields(layer, memory, own["gate_up"], own["down"])
+        if any(own["convolutions"]):
+            empty = (torch.zeros(1, self.mask.shape[0], 1), torch.zeros(1, 1, self.mask.shape[0]))
+            pairs = [pair or empty for pair in own["convolutions"]]
+            # The first product's rows are padded to whole vectors, so the second has as many columns.
+            layer.convolutions = memory.matrices([w for down, upper in pairs for w in (down[0].T, native.pad(upper[0].T, 1))])
+        return layer
+
+    def _run(self, step: native.Step, work: Workspace, code: array, planned) -> None:
+        work.fit(step, planned.real, planned.highest + self.block)
+        if planned.highest >= self._reached:
+            self.rotary.rows(torch.zeros(1, dtype=torch.long), planned.highest)
+            self._reached = self.rotary._cos.shape[0]
+            for layer in self.native:
+                layer.cos, layer.sin = self.rotary._cos.data_ptr(), self.rotary._sin.data_ptr()
+        submit(step, planned)
+        self.backend.run_code(step, code.buffer_info()[0], len(code) // 2)
+
+    def extend(self, taps: torch.Tensor, positions: list[int], slots: list[int]) -> None:
+        taps = taps.contiguous()
+        self.context_step.features = taps.data_ptr()
+        n = len(positions)
+        numbers = array("i", [*[0] * n, *positions, *[0] * (4 * n), *slots])
+        planned = NativeStep(n, 0, numbers, kinds=1, pages=0, picks=False, highest=max(positions))
+        self._run(self.context_step, self.context_work, self.context_code, planned)
+
+    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+        self._catch_up(wanted)
+        rows = Rows([self.window])
+        for w in wanted:
+            at = len(rows.ids)
+            rows.head += range(at + 1, at + w.count + 1)
+            rows.add([w.anchor] + [-1] * w.count, w.position, [w.tables[KIND]], last_low=w.position,
+                     high=None if self.causal else w.position + w.count)
+        logits = torch.empty(len(rows.head), self.block_step.head.n)
+        self.block_step.logits = logits.data_ptr()
+        self._run(self.block_step, self.block_work, self.block_code, rows.step())
+        logits, ranks = logits[:, :self.backend.vocabulary], self.backend.ranks
+        if ranks.count > 1:
+            logits = ranks.gather(logits[None].contiguous()).transpose(0, 1).reshape(len(rows.head), -1)
+        return list(logits.split([w.count for w in wanted]))
+
+
+def _code(instructions: list[tuple[str, int]]) -> array:
+    return array("i", [n for op, layer in instructions for n in (OP[op], layer)])

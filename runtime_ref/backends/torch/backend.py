@@ -1,0 +1,152 @@
+"""Runs a target program with torch ops, one op at a time: the reference backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from runtime_ref.backends.torch import ops
+from runtime_ref.backends.torch.ops import Step
+from runtime_ref.backends.torch.rotary import rotary_tables
+from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
+from runtime_ref.core.batch import Span
+from runtime_ref.core.kv_cache import Pool
+from runtime_ref.core.program import Task
+from runtime_ref.core.tensor_parallel import shares
+
+
+class TorchBackend:
+    """Runs task lists on one rank's weights with torch, on the CPU.
+
+    Args:
+        dtype: of the residual stream and the cache, bfloat16 or float32.
+        pages: pages by kind ("full", "window"); a kind that the model does not have gets no pool.
+    """
+
+    name = "torch"
+    mxfp8 = False  # whether activations of experts are rounded to it, which only kernels do
+
+    def __init__(self, weights: TargetWeights, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int]):
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"dtype {dtype}: expected bfloat16 or float32")
+        self.weights, self.config, self.dtype, self.ranks = weights, weights.config, dtype, weights.ranks
+        self.pools = self._pools(pages)
+        self.rotary = rotary_tables(self.config)
+        self.ops: dict[str, Callable] = {name.removeprefix("op_"): getattr(self, name)
+                                         for name in dir(self) if name.startswith("op_")}
+        self._probed: set[tuple[int, int, int]] = set()
+        self.probe(self.product_shapes())
+
+    def probe(self, shapes: set[tuple[int, int, int]]) -> None:
+        """Fits the row rules to these products too (see `model.probe_rows`)."""
+        self._probed |= shapes
+        ops.probe_rows(self._probed)
+
+    def _pools(self, pages: dict[str, int]) -> dict[str, Pool]:
+        pools = {}
+        for kind, window in (("full", None), ("window", self.config.sliding_window)):
+            own = {i: (a.key_heads, a.qk_dim, a.v_dim) for i, layer in enumerate(self.weights.layers)
+                   if ((a := layer.attention).window is not None) == (kind == "window")}
+            if own:
+                pools[kind] = Pool(own, pages[kind], self.dtype, window)
+        return pools
+
+    def product_shapes(self) -> set[tuple[int, int, int]]:
+        """(batch, K, N) of the products of a step."""
+        w, config = self.weights, self.config
+        found = {tuple(w.head.shape)}
+        for layer in w.layers:
+            a = layer.attention
+            found |= {tuple(a.qk.shape), tuple(a.v.shape), tuple(a.o.shape)}
+            found |= {(a.key_heads, a.qk_dim, ops.PAGE), (a.key_heads, ops.PAGE, a.v_dim)}
+            if isinstance(layer.mlp, Dense):
+                found |= {tuple(layer.mlp.gate_up.shape), tuple(layer.mlp.down.shape)}
+            else:
+                parts, inner = layer.mlp.experts.parts, config.moe_intermediate_size // shares(config.moe_intermediate_size)
+                found |= {tuple(layer.mlp.router.shape), (parts, config.hidden_size, 2 * inner),
+                          (parts, inner, config.hidden_size)}
+        return found
+
+    def plan(self, spans: list[Span]) -> Step:
+        """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
+        step, blocks = ops.plan_rows(spans)
+        for kind, pool in self.pools.items():
+            step.reach[kind] = ops.reach(pool, kind, blocks, step.block)
+            step.rotary[kind] = self.rotary[kind].rows(step.positions, step.highest)
+        return step
+
+    def plan_of_rows(self) -> Step:
+        """A step of eight rows without a sequence, for ops that look at rows only."""
+        rows = torch.zeros(ops.ROWS, dtype=torch.long)
+        return Step(rows, rows, ops.ROWS, 0, None, ops.ROWS, ops.ROWS, None, None)
+
+    @torch.inference_mode()
+    def run(self, tasks: list[Task], step: Step, watch: Callable[[Task, dict], None] | None = None) -> dict[str, torch.Tensor]:
+        """Executes the tasks in order; returns the buffers. `watch` sees the buffers after each task."""
+        buffers = {"ids": step.ids}
+        for task in tasks:
+            found = self.ops[task.op](step, task.layer, *[buffers[name] for name in task.reads])
+            if len(task.writes) == 1:
+                buffers[task.writes[0]] = found
+            else:
+                buffers.update(zip(task.writes, found or (), strict=True))
+            if watch is not None:
+                watch(task, buffers)
+        return buffers
+
+    def op_embed(self, step, layer, ids):
+        return ops.embed(self.weights.embed, ids, self.dtype)
+
+    def op_input_norm(self, step, layer, x):
+        return ops.norm(x, self.weights.layers[layer].input_norm, self.config.layernorm_epsilon)
+
+    def op_post_norm(self, step, layer, x):
+        return ops.norm(x, self.weights.layers[layer].post_norm, self.config.layernorm_epsilon)
+
+    def op_final_norm(self, step, layer, x):
+        return ops.norm(x, self.weights.norm, self.config.layernorm_epsilon)
+
+    def op_project_full(self, step, layer, y, kind="full"):
+        return ops.project_qkv(y, self.weights.layers[layer].attention, self.rotary[kind], step.rotary[kind],
+                               self.config.layernorm_epsilon)
+
+    def op_project_window(self, step, layer, y):
+        return self.op_project_full(step, layer, y, "window")
+
+    def op_write_full(self, step, layer, k, v, kind="full"):
+        ops.write_cache(self.pools[kind], layer, k, v, step.reach[kind].slots)
+
+    def op_write_window(self, step, layer, k, v):
+        self.op_write_full(step, layer, k, v, "window")
+
+    def op_attend_full(self, step, layer, q, kind="full"):
+        return ops.attend(q, self.pools[kind], layer, step.reach[kind], self.weights.layers[layer].attention.sink, step)
+
+    def op_attend_window(self, step, layer, q):
+        return self.op_attend_full(step, layer, q, "window")
+
+    def op_merge_heads(self, step, layer, heads):
+        attention = self.weights.layers[layer].attention
+        return ops.merge_heads(heads, attention.o, attention.o_bias)
+
+    def op_add_parts(self, step, layer, x, partial):
+        return ops.add_parts(x, partial, self.weights.ranks, self.dtype)
+
+    def op_dense_mlp(self, step, layer, y):
+        return ops.dense_mlp(y, self.weights.layers[layer].mlp)
+
+    def op_route(self, step, layer, y):
+        return ops.route(y, self.weights.layers[layer].mlp, self.config)
+
+    def op_experts(self, step, layer, y, index, weight):
+        return ops.run_experts(y, index, weight, self.weights.layers[layer].mlp.experts, step.real)
+
+    def op_tap(self, step, layer, x):
+        return x
+
+    def op_pick_rows(self, step, layer, x):
+        return x if step.head_rows is None else x.index_select(0, step.head_rows)
+
+    def op_head(self, step, layer, y):
+        return ops.head_logits(y, self.weights.head, self.weights.ranks)

@@ -1,0 +1,157 @@
+"""The drafter's round as one launch: pending features, keys and values of the context, the block, its logits.
+
+The table of `kernels/step.py` again, with the drafter's ops (`fuse_taps`, `context`) before those of a plain decoder with norms
+of heads and dense layers. Features of more than 64 positions (prompts) enter the cache by `TritonDrafter.extend_tables` first.
+
+Reference twin: `triton_drafter.TritonDrafter.logits`, whose bits it makes. Ranks that share the drafter sum inside the walk, in
+memory of the drafter's own, as `persistent.PersistentStep`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from runtime_ref.backends.triton.backend import BLOCK
+from runtime_ref.backends.triton.drafter import CONTEXT_ROWS, TritonDrafter
+from runtime_ref.backends.triton.megakernel import (
+    EXPERT_BUFFERS,
+    EXPERT_NUMBERS,
+    NO_EXPERTS,
+    kind_arguments,
+    kind_constants,
+    value_scale,
+)
+from runtime_ref.core.batch import KIND, Wanted
+from runtime_ref.core.kv_cache import PAGE
+from runtime_ref.kernels.attention import CHUNK_PAGES, most_chunks
+from runtime_ref.kernels.experimental.megakernel import FIELDS, OPS, step_kernel, walk_options
+from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
+from runtime_ref.kernels.experts import MAX_TOKENS, POLLS
+from runtime_ref.kernels.row_launches import Matrix
+
+
+def draft_table(drafter: TritonDrafter) -> torch.Tensor:
+    """int32 [1 + layers + 2 + 5 layers, FIELDS]; the first 1 + layers rows are for pending features only.
+
+    What ranks put together has no gamma; fields 3 and 7 say what `persistent.table_of` says there."""
+    def row(op: str, w=None, gamma=None, extra=None, place: int = 0) -> list[int]:
+        pieces = [t.w if isinstance(t, Matrix) else t for t in (w, None, gamma, extra)]
+        offsets = [0 if t is None else drafter.arena.offset(t) for t in pieces]
+        return [OPS.index(op), *offsets, place, 0, 0][:FIELDS]
+
+    def summed(op: str, w: Matrix, number: int, of: int) -> list[int]:
+        code, at, scales, _, *rest = row(op, w)
+        return [code, at, scales, of, *rest[:-1], number]
+
+    layers = len(drafter.layers)
+    rows = [summed("fuse_taps", drafter.fc, 1, 1)]
+    rows += [row("context", layer["context"], drafter.hidden_norm, layer["context_norm"], i)
+             for i, layer in enumerate(drafter.layers)]
+    rows.append(row("embed"))
+    for i, layer in enumerate(drafter.layers):
+        rows += [row("enter_full", layer["qkv"], layer["input_norm"], layer["head_norm"], i),
+                 row("attend_full", extra=layer["sink"], place=i), summed("merge_add", layer["o"], i + 1, layers),
+                 row("norm_gate_up", layer["gate_up"], layer["post_norm"]), summed("down_add", layer["down"], i + 1, layers)]
+    return torch.tensor([*rows, row("pick_norm_head")], dtype=torch.int32)
+
+
+class PersistentDraft:
+    """A drafter whose rounds are one launch each; what the engine asks for, it does like `TritonDrafter`.
+
+    Every rank walks its share of the drafter and of the head, whose logits are gathered afterwards.
+    """
+
+    def __init__(self, drafter: TritonDrafter, programs: int = 1, polls: int = POLLS):
+        backend = drafter.backend
+        self.drafter, self.backend, self.programs, self.polls = drafter, backend, programs, polls
+        self.block, self.taps, self.pool = drafter.block, drafter.taps, drafter.pool
+        self.extend_tables = drafter.extend_tables
+        self.table = draft_table(drafter).to(backend.device)
+        tiling, heads = backend.tiling, drafter.heads
+        columns = max(tiling.columns, 1 << (heads.d - 1).bit_length())  # a norm of a head wants it in one tile
+        own = {prefix: kind_constants(prefix, heads, drafter.window, drafter.layers[0]["sink"] is not None, columns,
+                                      tiling.float_dot) for prefix in ("F", "W")}
+        own["F"]["F_BN"] = max(16, 1 << (heads.d - 1).bit_length())
+        self.constants = own["F"] | own["W"] | NO_EXPERTS | {
+            "FULL": True, "WINDOW": False, "DENSE": True, "MOE": False, "DRAFT": True, "HEAD_NORM": True, "QKV_FP8": False,
+            "O_FP8": False, "MLP_FP8": False, "HAS_TAPS": False, "PAGE_": PAGE, "CHUNK": CHUNK_PAGES, "A": 1, "WIDE": 16,
+            "GROUPS": 1, "TOP_GROUPS": 1, "NORMED": False, "BN": tiling.columns, "BK": tiling.depth,
+            "ROUTE_BN": tiling.experts, "ROUTE_BK": tiling.router_depth, "COPY": tiling.block, "POLLS": polls,
+            "RANKS": drafter.share.ranks.count, "F_PARTS": drafter.share.parts_o, "W_PARTS": 1,
+            "D_PARTS": drafter.share.parts_down, "FLOAT_DOT": tiling.float_dot}
+        if drafter.causal:
+            raise ValueError("dflash/config.json: a causal block; the persistent drafter wants one that is drafted at once")
+        self.scratch = self._scratch()
+        share, H = drafter.share, backend.config.hidden_size
+        columns = H // share.ranks.count  # of the features
+        places = (2 * triton.cdiv(H, tiling.columns) + triton.cdiv(columns, tiling.columns)) * (MAX_TOKENS // BLOCK)
+        self.symmetric = Symmetric(share.ranks, max(share.parts_o, share.parts_down) * MAX_TOKENS * H, places, backend.device,
+                                   more=CONTEXT_ROWS * columns)
+
+    def _scratch(self) -> dict[str, torch.Tensor]:
+        heads, R, device = self.drafter.heads, MAX_TOKENS, self.backend.device
+        H, I = self.backend.config.hidden_size, self.drafter.layers[0]["down"].w.shape[1]
+        sizes = {"x": (R * H, torch.bfloat16), "q": (heads.queries * R * heads.d, torch.bfloat16),
+                 "heads": (heads.queries * R * heads.v, torch.bfloat16), "inner": (R * I, torch.bfloat16),
+                 "features": (CONTEXT_ROWS * H, torch.float32)}
+        found = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in sizes.items()}
+        counters = {"barrier": 2, "failed": 1, "attend_arrived": R * heads.queries, "route_arrived": 1, "index": 1}
+        found |= {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in counters.items()}
+        return found | {"y": found["x"], "weight": found["features"], "scores": found["features"]}
+
+    @torch.inference_mode()
+    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+        """See `TritonDrafter.logits`.
+
+        Raises:
+            ValueError: more than 64 rows in all.
+        """
+        arguments = self.prepare(wanted)
+        self.launch(arguments)
+        return list(self.backend.whole_vocabulary(arguments["logits"]).split([w.count for w in wanted]))
+
+    def launch(self, arguments: dict) -> None:
+        """The walk itself: one launch, of what `prepare` returned."""
+        step_kernel[(self.programs,)](**arguments, **self.constants, **walk_options(self.constants["FLOAT_DOT"]))
+
+    def prepare(self, wanted: list[Wanted]) -> dict:
+        """Run-time arguments of the round; its "logits" are what it fills."""
+        late = [w for w in wanted if w.taps is not None and w.taps.shape[0]]
+        if sum(w.taps.shape[0] for w in late) > CONTEXT_ROWS:
+            for w in late:
+                self.extend_tables(w.taps, w.position - w.taps.shape[0], w.tables[KIND])
+            late = []
+        ids, positions, picked, blocks = self.drafter.plan(wanted)
+        if ids.shape[0] > MAX_TOKENS:
+            raise ValueError(f"{ids.shape[0]} rows of drafts, expected at most {MAX_TOKENS}")
+        logits = torch.empty((picked.shape[0], self.backend.kernel_weights.head.w.shape[0]), dtype=torch.float32,
+                             device=self.backend.device)
+        return self._arguments(late, ids, positions, picked, blocks, logits)
+
+    def _arguments(self, late: list[Wanted], ids, positions, picked, blocks, logits) -> dict:
+        """Run-time arguments of `step_kernel`; `late`: sequences with pending features."""
+        drafter, backend, s, device = self.drafter, self.backend, self.scratch, self.backend.device
+        places = [(w, p) for w in late for p in range(w.position - w.taps.shape[0], w.position)]
+        at = torch.tensor([p for _, p in places], dtype=torch.int32, device=device)
+        into = torch.tensor([w.tables[KIND].slot(p) for w, p in places], dtype=torch.int32, device=device)
+        taps = torch.cat([w.taps for w in late]).contiguous().to(device) if late else s["x"]
+        table = self.table if late else self.table[1 + len(drafter.layers):]
+        constants, chunks = self.constants, most_chunks(blocks.longest, drafter.window, BLOCK)
+        tiles = blocks.start.shape[0] * constants["F_KEYS"] * constants["F_SPLIT"] * chunks * constants["F_M"]
+        weights, width = backend.kernel_weights, drafter.fc.w.shape[1]
+        arguments = {"table": table, "tasks": table.shape[0], "arena": drafter.arena.data, "embed": weights.embed,
+                     "spare": drafter.mask, "head": weights.head.w, "final_norm": drafter.norm, "ids": ids,
+                     "positions": positions, "head_rows": picked, "taps": taps, "context_positions": at, "context_slots": into,
+                     "logits": logits, "R": ids.shape[0], "H": backend.config.hidden_size,
+                     "I": drafter.layers[0]["down"].w.shape[1], "E": 0, "vocabulary": weights.head.w.shape[0],
+                     "wanted": picked.shape[0], "context": len(places), "taps_width": width, "epsilon": float(drafter.epsilon),
+                     "factor": 1.0, "v_scale": value_scale(drafter.value_scale), "full_chunks": chunks, "window_chunks": 1,
+                     "partial": torch.empty(tiles * constants["F_V_WIDE"], dtype=torch.float32, device=device),
+                     "stats": torch.empty(2 * tiles, dtype=torch.float32, device=device), "blocks": blocks.start.shape[0]}
+        arguments |= s | self.symmetric.arguments() | kind_arguments({"full": (drafter.pool, blocks, drafter.rotary)})
+        return arguments | dict.fromkeys(EXPERT_BUFFERS, s["barrier"]) | dict.fromkeys(EXPERT_NUMBERS, 0)
+
+    def failed(self) -> bool:
+        """Whether a wait was given up since the scratch was made. Synchronizes."""
+        return bool(self.scratch["failed"])

@@ -1,0 +1,46 @@
+"""What a step computes: chunks of sequences, and what is asked of a drafter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from runtime_ref.core.kv_cache import Table
+
+
+@dataclass
+class Span:
+    """Consecutive tokens of one sequence in a step: their ids begin at position `start`."""
+
+    tables: dict[str, Table]
+    start: int
+    tokens: list[int]
+    logits: str = "all"  # "all", "last" or "none"
+    row: int = 0  # first row, set by `plan_rows`
+
+
+def logit_rows(span: Span) -> int:
+    """How many of a span's rows want logits."""
+    return {"all": len(span.tokens), "last": 1, "none": 0}[span.logits]
+
+
+@dataclass
+class Wanted:
+    """One sequence that wants drafts.
+
+    Attributes:
+        tables: its page tables; "draft" must reach to `position` + `count` + 1.
+        anchor, position: the last committed token and where it stands.
+        count: drafts wanted, 1 to block - 1.
+        taps: features [n, taps * H] of the positions position - n .. position - 1 that the drafter has not seen yet.
+    """
+
+    tables: dict[str, Table]
+    anchor: int
+    position: int
+    count: int
+    taps: torch.Tensor | None
+
+
+KIND = "draft"

@@ -1,0 +1,52 @@
+"""Verdicts from logits that stay on the device: for the sequences whose parameters `kernels.sampling` can judge.
+
+The others' rows are copied to the host and judged there. Which is which follows from a sequence's own parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from runtime_ref.core.batch import Span, logit_rows
+from runtime_ref.engine.sampler import uniform
+from runtime_ref.engine.scheduler import Work
+from runtime_ref.engine.speculative import Proposal, Verdict
+from runtime_ref.kernels.sampling import draws_here, judge
+
+
+@torch.inference_mode()
+def judge_on_device(logits: torch.Tensor, work: list[Work], spans: list[Span], proposals: dict[int, Proposal],
+                    ) -> dict[int, Verdict]:
+    """Verdicts by sequence, from one launch. A sequence whose logits are not finite has none: the host finds out where.
+
+    Args:
+        logits: float32 [rows that want them, V] on the device, sequence after sequence as in `spans`.
+    """
+    R, row = logits.shape[0], 0
+    drafts, heat, numbers = [0] * R, [0.0] * R, [0.0] * R
+    ids, first, count = [], [], []
+    for item, span in zip(work, spans, strict=True):
+        rows, sequence = logit_rows(span), item.sequence
+        params, anchor = sequence.params, span.start + item.count - 1
+        if rows and draws_here(params):
+            own = proposals[sequence.id].tokens if item.drafts else []
+            drafts[row:row + len(own)] = own
+            if params.temperature > 0:
+                heat[row:row + rows] = [params.temperature] * rows
+                numbers[row:row + rows] = [uniform(params.seed, anchor + 1 + i, "token") for i in range(rows)]
+            ids.append(sequence.id)
+            first.append(row)
+            count.append(len(own))
+        row += rows
+    if not ids:
+        return {}
+    whole = {"dtype": torch.int32, "device": logits.device}
+    real = {"dtype": torch.float64, "device": logits.device}
+    tokens, accepted = judge(logits, *(torch.tensor(column, **whole) for column in (drafts, first, count)),
+                             temperature=torch.tensor(heat, **real), uniform=torch.tensor(numbers, **real))
+    tokens, found = tokens.tolist(), {}
+    for i, begin, n in zip(ids, first, accepted.tolist(), strict=True):
+        emitted = tokens[begin:begin + n + 1]
+        if -1 not in emitted:
+            found[i] = Verdict(emitted, n)
+    return found

@@ -1,0 +1,169 @@
+"""How many drafts to ask for, by what rounds cost and what was accepted.
+
+From running means of the conditional acceptance by position follow the tokens expected of a round; the count with the most
+tokens per unit of cost wins, 0 (plain decoding) included. Costs are relative to a plain step; the engine measures them once,
+on rank 0, and tells the others, so that all ranks decide alike. A sequence starts from what the engine's sequences accepted
+last, greedy ones and drawn ones apart. One that does not draft tries again ever more rarely, and gives up.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.kv_cache import PAGE, KvCache, OutOfPages
+from runtime_ref.core.program import Task
+from runtime_ref.core.sampling_params import SamplingParams
+from runtime_ref.engine.speculative import Proposal, Proposer, accept, propose
+
+# Rounds of three or seven drafts against a plain step, where they are not measured (drafters without weights).
+DRAFT_COSTS = {0: 1.0, 3: 1.6, 7: 2.2}
+MEASURED_ROUNDS = 24
+# Plain tokens after which a sequence that does not draft tries again (twice as many each time), and how often it does.
+RETRY_AFTER, RETRIES = 32, 3
+# Weight of the newest round in a sequence's means and in the engine's; what is assumed before anything was measured.
+NEWEST, NEWEST_OF_ENGINE, ASSUMED = 0.15, 0.02, 0.7
+# Where the engine's sequences show that drafts do not pay, one in so many new ones finds out whether that still holds.
+EXPLORE = 16
+# Tokens per cost that a round must be able to reach, all drafts accepted, to be tried at all.
+WORTH_TRYING = 1.1
+
+
+@dataclass
+class DraftLength:
+    """Number of drafts of a sequence's next round.
+
+    Attributes:
+        costs: number of drafts -> cost of a round of that many (drafting and verifying), a plain step being 1.
+        rates: P(draft i accepted | all before it were), running means.
+    """
+
+    costs: dict[int, float]
+    rates: list[float] = field(default_factory=list)
+    plain: int = 0
+    retries: int = 0
+
+    def __post_init__(self):
+        if not self.rates:
+            self.rates = [ASSUMED] * max(self.costs)
+
+    def next(self) -> int:
+        best = self.best
+        if best == 0 and self.plain >= RETRY_AFTER << self.retries:
+            return min((c for c in self.costs if c), default=0)
+        return best
+
+    @property
+    def best(self) -> int:
+        return max(self.costs, key=lambda count: self.expected(count) / self.costs[count])
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether the sequence should stop to ask for drafts for good."""
+        return self.retries >= RETRIES or not worth_trying(self.costs)
+
+    def expected(self, count: int) -> float:
+        """Tokens of a round of `count` drafts."""
+        reached, total = 1.0, 1.0
+        for rate in self.rates[:count]:
+            reached *= rate
+            total += reached
+        return total
+
+    def update(self, drafted: int, accepted: int) -> None:
+        if not drafted:
+            self.plain += 1
+            return
+        tried, self.plain = self.plain > 0, 0
+        weigh_in(self.rates, drafted, accepted, NEWEST)
+        if self.best:
+            self.retries = 0
+        elif tried:
+            self.retries += 1
+
+
+def worth_trying(costs: dict[int, float]) -> bool:
+    """Whether any round would pay if all of its drafts were accepted."""
+    return any((count + 1) / cost >= WORTH_TRYING for count, cost in costs.items() if count)
+
+
+def weigh_in(rates: list[float], drafted: int, accepted: int, weight: float) -> None:
+    """Moves running means by one round's outcome."""
+    for i in range(min(accepted + 1, drafted)):
+        rates[i] += weight * ((i < accepted) - rates[i])
+
+
+class Adaptive:
+    """What an engine knows of its drafter: costs of rounds, measured once, and what its sequences accepted last.
+
+    Args:
+        costs: None: measured when the first adaptive request comes.
+        context: the longest sequence; where it is too short to measure in, costs are taken as usual.
+    """
+
+    def __init__(self, backend, drafter: Proposer, cache: KvCache, tasks: list[Task], costs: dict[int, float] | None,
+                 context: int):
+        self.backend, self.drafter, self.cache, self.tasks, self.context = backend, drafter, cache, tasks, context
+        self.given, self.costs = costs, costs
+        # By whether tokens are drawn: who is right about the likeliest token may be wrong about samples.
+        self.rates = {drawn: [ASSUMED] * max(DRAFT_COSTS) for drawn in (False, True)}
+        self.unpromising = 0
+
+    def begin(self, params: SamplingParams) -> tuple[DraftLength, bool]:
+        """What decides on a new sequence's drafts, and whether it may draft at all: its features cost something even while it
+        decodes plainly.
+
+        Under the rule "rejection" the number of drafts shows in the tokens (not in their distribution), so nothing that was
+        measured decides there: the same seed gives the same answer.
+        """
+        fixed = params.rule == "rejection" and params.temperature > 0
+        if fixed:
+            costs, rates = self.given or DRAFT_COSTS, []
+        else:
+            if self.costs is None:
+                self.costs = self._measured()
+            costs, rates = self.costs or DRAFT_COSTS, list(self.rates[params.temperature > 0])
+        length = DraftLength({n: cost for n, cost in costs.items() if n < self.drafter.block}, rates)
+        return length, not length.hopeless and (fixed or bool(length.best) or self._explores())
+
+    def learn(self, params: SamplingParams, drafted: int, accepted: int) -> None:
+        """Takes in one round's outcome."""
+        weigh_in(self.rates[params.temperature > 0], drafted, accepted, NEWEST_OF_ENGINE)
+
+    def _explores(self) -> bool:
+        self.unpromising += 1
+        return self.unpromising % EXPLORE == 1
+
+    def _measured(self) -> dict[int, float] | None:
+        """Seconds of rounds over those of a plain step, for one sequence; None if there is no room to measure now."""
+        if getattr(self.drafter, "pool", None) is None or self.context < PAGE + self.drafter.block:
+            return DRAFT_COSTS
+        tables, start = self.cache.tables(), PAGE
+        try:
+            self.cache.extend(tables, list(tables), start + self.drafter.block)
+        except OutOfPages:
+            return None
+        width = self.backend.config.hidden_size * len(self.drafter.taps)
+        seconds = {n: [] for n in DRAFT_COSTS if n < self.drafter.block}
+        # One rank on a CPU in CPU time: whatever else the machine does is not this engine's cost. Ranks also wait for each
+        # other, and GPUs compute while their process sleeps.
+        device = getattr(self.backend, "device", "cpu")
+        alone = self.backend.ranks.count == 1 and device == "cpu"
+        clock = time.process_time if alone else time.perf_counter
+        params, markov = SamplingParams(temperature=0.0), getattr(self.drafter, "markov", None)
+        features = {n: torch.zeros(1 + n // 2, width, device=device) for n in seconds}
+        for _ in range(MEASURED_ROUNDS):
+            for n, found in seconds.items():
+                began, proposal = clock(), Proposal([])
+                if n:
+                    drafts = self.drafter.logits([Wanted(tables, 0, start, n, features[n])])[0]
+                    proposal = propose(drafts, params, start, markov)
+                buffers = self.backend.run(self.tasks, self.backend.plan([Span(tables, start, [0, *proposal.tokens])]))
+                accept(buffers["logits"], proposal, params, start, [0], [])
+                found.append(clock() - began)
+        self.cache.release(tables)
+        plain = min(seconds[0])
+        return self.backend.ranks.broadcast({n: min(found) / plain for n, found in seconds.items()})

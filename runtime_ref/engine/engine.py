@@ -1,0 +1,358 @@
+"""The loop: requests in, tokens out, one step at a time.
+
+    engine = Engine.from_folder("checkpoint")
+    request = engine.add(prompt_ids, SamplingParams(max_tokens=64))
+    while engine.busy:
+        for output in engine.step():
+            ...
+
+A step is planned by the scheduler, drafted by the drafter, computed by the backend as one task list for all sequences,
+judged by the acceptance rule. Nothing here blocks or waits, so a server can call `step` from a thread of its own and add or
+abort requests between steps. With several ranks every rank holds an engine and makes the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from runtime_ref.backends.load import backend_class, load_runtime_drafter, load_triton
+from runtime_ref.backends.torch.backend import TorchBackend
+from runtime_ref.checkpoints.families.registry import read_geometry
+from runtime_ref.checkpoints.folder import drafter_folder, end_ids
+from runtime_ref.checkpoints.host_weights import DECODED_BYTES
+from runtime_ref.checkpoints.load import load_target
+from runtime_ref.core.batch import KIND, Span, Wanted, logit_rows
+from runtime_ref.core.kv_cache import PAGE, KvCache
+from runtime_ref.core.program import check_tasks, target_tasks
+from runtime_ref.core.sampling_params import SamplingParams
+from runtime_ref.core.tensor_parallel import ALONE, Ranks
+from runtime_ref.engine.detokenizer import TextStream
+from runtime_ref.engine.draft_length import Adaptive
+from runtime_ref.engine.sampler import logprob_of
+from runtime_ref.engine.scheduler import Scheduler, Work
+from runtime_ref.engine.sequence import Finish, Output, Sequence
+from runtime_ref.engine.speculative import Proposal, Proposer, Verdict, accept, propose
+
+BACKENDS = ("auto", "native", "torch", "triton", "triton-mxfp8")
+
+
+@dataclass
+class EngineOptions:
+    """Sizes.
+
+    Attributes:
+        max_running: sequences decoded side by side. rows: tokens per step (prompts included).
+        max_context: longest prompt and answer; with max_running it decides how many pages there are, unless `pages` does.
+        prefix_pages: pages kept beyond that for beginnings of prompts.
+        draft_costs: see `adaptive.DraftLength`; None: measured when the first adaptive request comes.
+    """
+
+    max_running: int = 8
+    rows: int = 256
+    max_context: int = 4096
+    pages: dict[str, int] | None = None
+    prefix_pages: int = 64
+    prefix_cache: bool = True
+    decoded_bytes: int = DECODED_BYTES
+    draft_costs: dict[int, float] | None = None
+
+
+class Engine:
+    """See the module's text. Build it with `from_folder`."""
+
+    def __init__(self, backend: TorchBackend, drafter: Proposer | None, options: EngineOptions, *, end_ids=(), tokenizer=None):
+        self.backend, self.drafter, self.options = backend, drafter, options
+        self.end_ids, self.tokenizer = frozenset(end_ids), tokenizer
+        pools = dict(backend.pools)
+        if getattr(drafter, "pool", None) is not None:
+            pools[KIND] = drafter.pool
+        self.cache = KvCache(pools, prefix=options.prefix_cache)
+        self.tasks = target_tasks(backend.config, drafter.taps if drafter is not None else ())
+        check_tasks(self.tasks)
+        self.scheduler = Scheduler(self.cache, max_running=options.max_running, rows=options.rows,
+                                   block=drafter.block if drafter is not None else 1)
+        self._ids = itertools.count()
+        self._sequences: dict[int, Sequence] = {}
+        self._streams: dict[int, TextStream] = {}
+        self._counts = dict.fromkeys(("steps", "prompt_tokens", "cached_tokens", "tokens", "rounds", "drafted", "accepted",
+                                      "finished", "aborted"), 0)
+        self._taps_ascend = drafter is not None and list(drafter.taps) == sorted(set(drafter.taps))
+        self.context = min(options.max_context, backend.config.max_position_embeddings)
+        self.adaptive = None
+        if drafter is not None:
+            self.adaptive = Adaptive(backend, drafter, self.cache, self.tasks, options.draft_costs, self.context)
+        self._per_position = [0] * (drafter.block - 1 if drafter is not None else 0)
+
+    @classmethod
+    def from_folder(cls, path: str | Path, *, backend: str = "auto", ranks: Ranks = ALONE,
+                    dtype: torch.dtype = torch.bfloat16, drafter: bool = True, options: EngineOptions | None = None,
+                    checksum: bool = False, tokenizer=None, progress: Callable[[int, int], None] | None = None) -> Engine:
+        """An engine on an exported folder, with its drafter if it has one.
+
+        Args:
+            backend: "native" (compiled ops, see `native.py`), "torch", or "auto": native where it can run, and where it
+                cannot, torch, with a warning that says why. "triton": kernels, on the GPU; without one compiled for the
+                CPU, or interpreted with TRITON_INTERPRET=1. "triton-mxfp8": the same, with experts for tensor cores that
+                read FP4 themselves (Blackwell), which want activations rounded to MXFP8: other numbers.
+
+        Raises:
+            ValueError: a folder that cannot be served (what is wrong with it is said), an unknown backend.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"backend {backend!r}: expected {', '.join(BACKENDS)}")
+        options = options or EngineOptions()
+        config, raw = read_geometry(path)
+        context = min(options.max_context, config.max_position_embeddings)
+        per_sequence = {"full": -(-context // PAGE) + 1,
+                        "window": min(-(-context // PAGE), -(-((config.sliding_window or 0) + options.rows) // PAGE)) + 2}
+        pages = options.pages or {kind: n * options.max_running + options.prefix_pages for kind, n in per_sequence.items()}
+        found = drafter_folder(path) if drafter else None
+        own = None
+        if backend.startswith("triton"):
+            runner, own = load_triton(path, found, ranks, dtype, pages, context, checksum, progress, backend == "triton-mxfp8")
+            return cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
+        weights = load_target(path, ranks, decoded_bytes=options.decoded_bytes, checksum=checksum, progress=progress)
+        runner = backend_class(backend, weights)(weights, dtype=dtype, pages=pages)
+        if found is not None:
+            own = load_runtime_drafter(found, runner, pages.get(KIND, max(pages.values())))
+            runner.probe(own.product_shapes())
+        return cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, prompt: list[int], params: SamplingParams | None = None) -> int:
+        """Queues a request; returns its id.
+
+        Raises:
+            ValueError: an empty or too long prompt, a token that the vocabulary does not have, stop strings without a
+                tokenizer.
+        """
+        params = params or SamplingParams()
+        vocabulary = self.backend.config.vocab_size
+        if not prompt:
+            raise ValueError("prompt: no tokens, expected at least one")
+        wrong = next((t for t in prompt if type(t) is not int or not 0 <= t < vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"prompt: token {wrong!r}, expected 0 to {vocabulary - 1}")
+        limit = self.context
+        total = len(prompt) + params.max_tokens
+        if total > limit or not self.scheduler.fits(total):
+            raise ValueError(f"prompt of {len(prompt)} tokens and max_tokens {params.max_tokens}: expected at most {limit} "
+                             "together, and no more than the cache's pages hold")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop: strings need a tokenizer, this engine has none (stop_ids work)")
+        drafting = self.drafter is not None and params.speculate and params.drafts != 0
+        length = None
+        if drafting and params.adaptive:
+            length, drafting = self.adaptive.begin(params)
+        sequence = Sequence(next(self._ids), list(prompt), params, len(self._sequences), self.cache.tables(), drafting, length)
+        sequence.arrival = sequence.id
+        self._sequences[sequence.id] = sequence
+        if self.tokenizer is not None:
+            self._streams[sequence.id] = TextStream(self.tokenizer, params.stop)
+        self.scheduler.add(sequence)
+        return sequence.id
+
+    def abort(self, request: int) -> None:
+        """Ends a request and frees what it holds; unknown and finished ids are ignored."""
+        sequence = self._sequences.pop(request, None)
+        if sequence is None:
+            return
+        sequence.finish = Finish.ABORT
+        self._streams.pop(request, None)
+        self.scheduler.remove(sequence)
+        self._counts["aborted"] += 1
+
+    def step(self) -> list[Output]:
+        """Computes one step; what it gave each request, in the order of their ids. Nothing to do: an empty list.
+
+        Raises:
+            FloatingPointError: logits that are not finite. RankLost: another rank has ended. Whatever is raised here ends the
+                other ranks too: they would wait for this one.
+        """
+        done = False
+        try:
+            outputs = self._step()
+            done = True
+            return outputs
+        finally:
+            if not done:
+                self.backend.ranks.abandon()
+
+    def _step(self) -> list[Output]:
+        work = self.scheduler.plan()
+        if not work:
+            return []
+        proposals = self._draft(work)
+        spans = []
+        for item in work:
+            sequence, start = item.sequence, item.sequence.computed
+            tokens = sequence.tokens[start:start + item.count]
+            if item.drafts:
+                tokens = tokens + proposals[sequence.id].tokens
+            logits = "all" if not item.reads_prompt else "last" if item.completes else "none"
+            spans.append(Span(sequence.tables, start, tokens, logits))
+        step = self.backend.plan(spans)
+        buffers, verdicts = self._computed(step, work, spans, proposals)
+        self._counts["steps"] += 1
+        outputs, row = [], 0
+        for item, span in zip(work, spans, strict=True):
+            own = slice(row, row := row + logit_rows(span))
+            output = self._commit(item, span, own, buffers, proposals.get(item.sequence.id, Proposal([])),
+                                  verdicts.get(item.sequence.id))
+            if output is not None:
+                outputs.append(output)
+        return sorted(outputs, key=lambda o: o.id)
+
+    def _computed(self, step, work: list[Work], spans: list[Span], proposals: dict[int, Proposal]) -> tuple[dict, dict]:
+        """Buffers of a step, and the verdicts of the sequences that a backend judges where its logits are, by id."""
+        if self.backend.name != "triton":
+            return self.backend.run(self.tasks, step), {}
+        from runtime_ref.engine.accept_on_device import judge_on_device
+
+        buffers = self.backend.run(self.tasks, step, host=False)
+        return buffers, judge_on_device(buffers["logits"], work, spans, proposals)
+
+    def _draft(self, work: list[Work]) -> dict[int, Proposal]:
+        drafting = [w for w in work if w.drafts]
+        if not drafting:
+            return {}
+        wanted = [Wanted(w.sequence.tables, w.sequence.tokens[-1], w.sequence.computed, w.drafts, w.sequence.pending_taps())
+                  for w in drafting]
+        proposals = {}
+        for item, logits in zip(drafting, self.drafter.logits(wanted), strict=True):
+            sequence = item.sequence
+            sequence.taps, sequence.tapped_from = [], sequence.computed
+            proposals[sequence.id] = propose(logits, sequence.params, sequence.computed, getattr(self.drafter, "markov", None),
+                                             sequence.tokens[-1])
+        return proposals
+
+    def _commit(self, item: Work, span: Span, own: slice, buffers: dict, proposal: Proposal, verdict: Verdict | None,
+                ) -> Output | None:
+        """Takes over what a step gave a sequence: the rows `own` of the logits, unless there is a verdict already."""
+        sequence, anchor = item.sequence, span.start + item.count - 1
+        emitted, accepted, logits = [], 0, None
+        if verdict is not None:
+            emitted, accepted = verdict.tokens, verdict.accepted
+        elif span.logits != "none":
+            logits = buffers["logits"][own].cpu()
+            if not math.isfinite(float(logits.sum())):
+                row = int((~logits.isfinite()).any(-1).nonzero()[0])
+                raise FloatingPointError(f"request {sequence.id}: the logits after position {span.start + row} are not finite "
+                                         f"(token {int((~logits[row].isfinite()).nonzero()[0])} is the first)")
+            verdict = accept(logits, proposal, sequence.params, anchor, sequence.prompt, sequence.answer)
+            emitted, accepted = verdict.tokens, verdict.accepted
+        if sequence.drafting and self.drafter.taps:
+            rows = slice(span.row, span.row + item.count + accepted)
+            if self._taps_ascend and "taps" in buffers:
+                taps = buffers["taps"][rows]
+            else:
+                taps = torch.cat([buffers[f"tap.{i}"][rows] for i in self.drafter.taps], dim=-1)
+            sequence.add_taps(taps, span.start)
+        sequence.computed += item.count + accepted
+        if item.reads_prompt:
+            self._counts["prompt_tokens"] += item.count
+        if proposal.tokens:
+            self._count_round(sequence, len(proposal.tokens), accepted)
+        elif sequence.length is not None and not item.reads_prompt:
+            sequence.length.update(0, 0)
+        output = self._emit(sequence, emitted, logits)
+        if output is not None:
+            output.drafted, output.accepted = len(proposal.tokens), accepted
+        if sequence.finish is None:
+            self._housekeep(sequence, item.reads_prompt)
+        else:
+            self._finish(sequence)
+        return output
+
+    def _count_round(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        sequence.drafted, sequence.accepted = sequence.drafted + drafted, sequence.accepted + accepted
+        sequence.rounds += 1
+        for key, n in (("rounds", 1), ("drafted", drafted), ("accepted", accepted)):
+            self._counts[key] += n
+        for i in range(accepted):
+            self._per_position[i] += 1
+        if sequence.length is not None:
+            sequence.length.update(drafted, accepted)
+            self.adaptive.learn(sequence.params, drafted, accepted)
+            if sequence.length.hopeless:
+                sequence.drafting, sequence.length, sequence.taps = False, None, []
+
+    def _emit(self, sequence: Sequence, emitted: list[int], logits: torch.Tensor | None) -> Output | None:
+        """Takes over tokens until one of them ends the answer; `logits` are needed where log-probabilities are wanted."""
+        if not emitted:
+            return None
+        params, stream = sequence.params, self._streams.get(sequence.id)
+        output = Output(sequence.id, [])
+        for i, token in enumerate(emitted):
+            sequence.tokens.append(token)
+            output.tokens.append(token)
+            if params.logprobs is not None:
+                output.logprobs.append(logprob_of(logits[i], token, params.logprobs))
+            ended = token in params.stop_ids or (token in self.end_ids and not params.ignore_eos)
+            piece = stream.push(token) if stream is not None and not ended else ""
+            output.pieces.append(piece)
+            if ended or stream is not None and stream.stopped:
+                output.finish = Finish.STOP
+            elif sequence.left <= 0:
+                output.finish = Finish.LENGTH
+            if output.finish is not None:
+                break
+        if output.finish is not None and stream is not None:
+            output.pieces[-1] += stream.finish()
+        if stream is not None:
+            output.text = "".join(output.pieces)
+        sequence.finish = output.finish
+        self._counts["tokens"] += len(output.tokens)
+        return output
+
+    def _housekeep(self, sequence: Sequence, reads_prompt: bool) -> None:
+        """Features of prompts go to the drafter at once; full pages become known; pages behind windows go back."""
+        if reads_prompt and sequence.taps and KIND in self.cache.pools:
+            self.drafter.extend_tables(sequence.pending_taps(), sequence.tapped_from, sequence.tables[KIND])
+            sequence.taps, sequence.tapped_from = [], sequence.computed
+        kinds = self.scheduler.kinds(sequence)
+        for logical in sequence.full_pages(KIND in kinds):
+            self.cache.remember(sequence.tables, sequence.hashes, logical, kinds)
+            sequence.remembered = logical + 1
+        lengths = {kind: sequence.computed for kind in kinds if kind != KIND}
+        if KIND in kinds:
+            lengths[KIND] = sequence.seen_by_drafter
+        self.cache.forget_behind(sequence.tables, lengths)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._sequences.pop(sequence.id)
+        self._streams.pop(sequence.id, None)
+        self.scheduler.remove(sequence)
+        self._counts["finished"] += 1
+        self._counts["cached_tokens"] += sequence.cached
+
+    def stats(self) -> dict:
+        """Counters since the start, queue lengths, pages in use; acceptance_length counts the bonus token."""
+        rounds = self._counts["rounds"]
+        return self._counts | {
+            "waiting": len(self.scheduler.waiting), "running": len(self.scheduler.running),
+            "preemptions": self.scheduler.preemptions, "pages": self.cache.used(), "prefix_hits": self.cache.prefix_hits,
+            "accepted_per_position": list(self._per_position),
+            "acceptance_length": 1 + self._counts["accepted"] / rounds if rounds else None}
+
+    def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[list[int]]:
+        """Answers to all prompts, decoded side by side, in their order."""
+        params = params if isinstance(params, list) else [params] * len(prompts)
+        ids = [self.add(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        answers: dict[int, list[int]] = {i: [] for i in ids}
+        while any(i in self._sequences for i in ids):
+            for output in self.step():
+                if output.id in answers:
+                    answers[output.id] += output.tokens
+        return [answers[i] for i in ids]
+
+

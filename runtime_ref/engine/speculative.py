@@ -1,0 +1,108 @@
+"""Draft, verify, accept: what a round of speculation emits.
+
+The target is asked about [anchor, drafts]; row i of its answer is its distribution after i accepted drafts. Two rules, both
+with exactly the target's distribution:
+
+    equality    The target samples its own token at every position and the draft is accepted if it is that token. The emitted
+                tokens *are* the target's samples: with counted randomness they are the same tokens as without a drafter.
+    rejection   A draft x, sampled from q, is accepted with probability min(1, p(x) / q(x)); a rejected position emits a token
+                from max(p - q, 0). Accepts more often when q is close to p but not sharp.
+
+At temperature 0 both are "equal to the arg-max".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from runtime_ref.core.batch import Wanted
+from runtime_ref.core.markov import MarkovHead
+from runtime_ref.core.sampling_params import SamplingParams
+from runtime_ref.engine.sampler import distribution, draw, penalize, sample, uniform
+
+
+class Proposer(Protocol):
+    """What the engine asks for drafts."""
+
+    block: int
+    taps: list[int]
+
+    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+        """Draft logits [count, vocabulary] of each sequence."""
+
+
+@dataclass
+class Proposal:
+    """Drafted tokens; `q` [n, vocabulary] float64 is what they were sampled from (rule "rejection" above temperature 0)."""
+
+    tokens: list[int]
+    q: torch.Tensor | None = None
+
+
+def propose(logits: torch.Tensor, params: SamplingParams, position: int, markov: MarkovHead | None = None,
+            anchor: int = 0) -> Proposal:
+    """Drafts from draft logits [n, V] for the positions after the anchor's `position`; `markov` if the drafter has one."""
+    greedy = params.temperature == 0 or params.rule == "equality"
+    if greedy and markov is None:
+        return Proposal(logits.argmax(-1).tolist())
+    logits = logits.cpu()  # what is drawn, or depends on the token before, is chosen on the host
+    if greedy:
+        if params.temperature == 0 and markov.candidates:
+            return Proposal(markov.path(logits, anchor))
+        return Proposal(markov.chain(logits, anchor, lambda row, i: int(row.argmax())))
+    q = []
+
+    def drawn(row: torch.Tensor, i: int) -> int:
+        q.append(distribution(row, params))
+        return draw(q[-1], uniform(params.seed, position + 1 + i, "draft"))
+
+    tokens = [drawn(row, i) for i, row in enumerate(logits)] if markov is None else markov.chain(logits, anchor, drawn)
+    return Proposal(tokens, torch.stack(q))
+
+
+@dataclass
+class Verdict:
+    """Tokens that a round emits (the last one is the target's own), and how many of them were drafts."""
+
+    tokens: list[int]
+    accepted: int
+
+
+def accept(logits: torch.Tensor, proposal: Proposal, params: SamplingParams, position: int, prompt: list[int],
+           answer: list[int]) -> Verdict:
+    """Judges drafts.
+
+    Args:
+        logits: the target's [1 + drafts, V] float32: row i is its answer after i drafts.
+        position: of the anchor; the token of row i stands at position + 1 + i.
+        prompt, answer: the request's tokens up to the anchor (for penalties).
+    """
+    drafts = proposal.tokens
+    if params.plain_greedy:
+        own = logits.argmax(-1).tolist()
+        n = next((i for i, draft in enumerate(drafts) if draft != own[i]), len(drafts))
+        return Verdict(own[:n + 1], n)
+    said = list(answer)
+    for i, draft in enumerate(drafts):
+        token = _judge(logits[i], draft, proposal, i, params, position, prompt, said)
+        said.append(token)
+        if token != draft:
+            return Verdict(said[len(answer):], i)
+    said.append(sample(logits[len(drafts)], params, position + 1 + len(drafts), prompt, said))
+    return Verdict(said[len(answer):], len(drafts))
+
+
+def _judge(logits, draft, proposal, i, params, position, prompt, said) -> int:
+    """The token emitted at draft i: the draft itself, or the one that takes its place."""
+    where = position + 1 + i
+    if proposal.q is None:
+        return sample(logits, params, where, prompt, said)
+    p, q = distribution(penalize(logits, params, prompt, said), params), proposal.q[i]
+    if uniform(params.seed, where, "accept") * float(q[draft]) < float(p[draft]):
+        return draft
+    rest = (p - q).clamp_min_(0)
+    # p and q differ by rounding only: the draft was rejected with a probability of about 0, and p is the answer.
+    return draw(rest if float(rest.sum()) > 0 else p, uniform(params.seed, where, "token"))

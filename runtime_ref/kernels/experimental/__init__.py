@@ -1,0 +1,1 @@
+"""Kernels that have not proved themselves on a GPU."""

@@ -1,0 +1,1 @@
+"""Measuring tools: limits, static gates of compiled kernels, the GPU suite."""

@@ -1,0 +1,1 @@
+"""What a compiled kernel's machine code shows without a GPU."""

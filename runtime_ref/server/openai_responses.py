@@ -1,0 +1,266 @@
+"""From the engine's steps to OpenAI's bodies: whole answers, and chunks of a stream.
+
+A chunk is what the engine handed over for one choice: the tokens of one step or, where steps are short, of a few; with
+`return_drafts` always of one, since drafts are accepted step by step. Nothing here knows about HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from runtime_ref.engine.sampler import Logprob
+from runtime_ref.engine.sequence import Output
+from runtime_ref.server.engine_thread import EngineDown, Part, Ticket
+from runtime_ref.server.metrics import Metrics, Timing
+
+# JSON has no -Infinity; clients know this number for "not at all".
+NEVER = -9999.0
+# The last event of a stream.
+END = "data: [DONE]\n\n"
+
+
+dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+@lru_cache(maxsize=1)
+def byte_of_symbol() -> dict[str, int]:
+    """Byte-level vocabularies write each byte as one printable character: printable bytes as themselves, the others as the
+    characters from U+0100 on, in order (the GPT-2 alphabet)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+class Vocabulary:
+    """Text and bytes of single tokens."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._known: dict[int, tuple[str, list[int]]] = {}
+
+    def piece(self, token: int) -> tuple[str, list[int]]:
+        """Text of a token (U+FFFD where it holds part of a character) and its exact bytes."""
+        if token not in self._known:
+            text = self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            data = list(text.encode("utf-8"))
+            if "\ufffd" in text:
+                symbols, table = self._tokenizer.convert_ids_to_tokens(token) or "", byte_of_symbol()
+                if symbols and all(s in table for s in symbols):
+                    data = [table[s] for s in symbols]
+            self._known[token] = (text, data)
+        return self._known[token]
+
+    def chat_logprob(self, found: Logprob) -> dict:
+        def entry(token: int, value: float) -> dict:
+            text, data = self.piece(token)
+            return {"token": text, "logprob": max(value, NEVER), "bytes": data}
+
+        return entry(found.token, found.logprob) | {"top_logprobs": [entry(t, v) for t, v in found.top]}
+
+    def completion_logprobs(self, found: list[Logprob], offset: int, alternatives: bool) -> dict:
+        out: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for one in found:
+            text = self.piece(one.token)[0]
+            out["tokens"].append(text)
+            out["token_logprobs"].append(max(one.logprob, NEVER))
+            top = {self.piece(t)[0]: max(v, NEVER) for t, v in reversed(one.top)}
+            out["top_logprobs"].append(top | {text: max(one.logprob, NEVER)} if alternatives else None)
+            out["text_offset"].append(offset)
+            offset += len(text)
+        return out
+
+
+@dataclass
+class Choice:
+    """What has come of one answer."""
+
+    timing: Timing
+    prompt: list[int]
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    finish: str | None = None
+    begun: bool = False
+    offset: int = 0  # characters of the tokens so far, for text_offset
+
+
+@dataclass
+class Wanted:
+    """What of the request decides the form of the answer."""
+
+    chat: bool
+    model: str
+    logprobs: int | None = None
+    token_ids: bool = False
+    drafts: bool = False
+    usage: bool = False
+    usage_always: bool = False
+    echo: list[str] | None = None  # text of each choice's prompt
+
+
+class Answer:
+    """One request's answer; `prompts` holds each choice's prompt, `n` of them share one."""
+
+    def __init__(self, ticket: Ticket, wanted: Wanted, prompts: list[list[int]], n: int, vocabulary: Vocabulary,
+                 metrics: Metrics):
+        self.ticket, self.wanted, self.n, self.vocabulary, self.metrics = ticket, wanted, n, vocabulary, metrics
+        self.choices = [Choice(Timing(ticket.born), prompt) for prompt in prompts]
+        self.head = {"id": f"{'chatcmpl' if wanted.chat else 'cmpl'}-{uuid.uuid4().hex}", "object": "",
+                     "created": int(time.time()), "model": wanted.model}
+
+    async def whole(self) -> dict:
+        """The body of an answer that is not streamed.
+
+        Raises:
+            EngineDown.
+        """
+        async for parts in self.ticket.parts():
+            for part in parts:
+                self._take(part)
+        body = self.head | {"object": "chat.completion" if self.wanted.chat else "text_completion",
+                            "choices": [self._choice(i) for i in range(len(self.choices))], "usage": self.usage(),
+                            "metrics": self.report()}
+        if self.wanted.token_ids and self.wanted.chat:
+            body["prompt_token_ids"] = self.choices[0].prompt
+        return body
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Server-sent events, the last one [DONE]. An engine that fails on the way is told as an error event."""
+        last: list[str] = []  # said together with the end, which spares a write
+        try:
+            async for parts in self.ticket.parts():
+                for part in parts:
+                    self._take(part)
+                said = [self._event(body) for part in (parts if self.wanted.drafts else joined(parts))
+                        if self._worth_saying(part) for body in self._chunks(part, self.choices[part.choice])]
+                if all(choice.finish is not None for choice in self.choices):
+                    last = said
+                elif said:
+                    yield "".join(said)
+            if self.wanted.usage:
+                last.append(self._event(self._chunk([]) | {"usage": self.usage(), "metrics": self.report()}))
+        except EngineDown as error:
+            last.append(self._event(error_body(str(error), "server_error", code="engine_down")))
+        yield "".join([*last, END])
+
+    def _worth_saying(self, part: Part) -> bool:
+        """Whether a client can see anything of it: a part of a character, or of a stop string, it cannot."""
+        output, wanted = part.output, self.wanted
+        return bool(output.text or output.finish or output.logprobs or wanted.token_ids or wanted.drafts
+                    or not self.choices[part.choice].begun)
+
+    def _event(self, body: dict) -> str:
+        return f"data: {dumps(body)}\n\n"
+
+    def usage(self) -> dict:
+        prompt = sum(len(c.prompt) for c in self.choices[::self.n])
+        answer = sum(len(c.tokens) for c in self.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+    def report(self) -> dict:
+        """Of the first choice, as benchmark tools expect it."""
+        return self.choices[0].timing.report()
+
+    def left(self) -> None:
+        """The client has gone: counted as aborted."""
+        for choice in self.choices:
+            if choice.finish is None:
+                self.metrics.finish(choice.timing, "abort", len(choice.prompt))
+
+    def _take(self, part: Part) -> None:
+        choice, output = self.choices[part.choice], part.output
+        self.metrics.token(choice.timing, part)
+        choice.timing.add(part)
+        choice.tokens += output.tokens
+        choice.text += output.text or ""
+        choice.logprobs += output.logprobs
+        if output.finish is not None:
+            choice.finish = str(output.finish)
+            self.metrics.finish(choice.timing, choice.finish, len(choice.prompt))
+
+    def _choice(self, index: int) -> dict:
+        choice, wanted = self.choices[index], self.wanted
+        body: dict = {"index": index}
+        if wanted.chat:
+            body["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+        else:
+            body["text"] = (wanted.echo[index] if wanted.echo else "") + choice.text
+        body |= {"logprobs": self._logprobs(choice.logprobs, 0), "finish_reason": choice.finish}
+        if wanted.token_ids:
+            body["token_ids"] = choice.tokens
+            if not wanted.chat:
+                body["prompt_token_ids"] = choice.prompt
+        return body
+
+    def _logprobs(self, found: list[Logprob], offset: int) -> dict | None:
+        if self.wanted.logprobs is None:
+            return None
+        if self.wanted.chat:
+            return {"content": [self.vocabulary.chat_logprob(one) for one in found], "refusal": None}
+        return self.vocabulary.completion_logprobs(found, offset, self.wanted.logprobs > 0)
+
+    def _chunk(self, choices: list[dict]) -> dict:
+        body = self.head | {"object": "chat.completion.chunk" if self.wanted.chat else "text_completion", "choices": choices}
+        if self.wanted.usage:
+            body["usage"] = self.usage() if self.wanted.usage_always else None
+        return body
+
+    def _chunks(self, part: Part, choice: Choice) -> list[dict]:
+        """One chunk; before a chat's first one the role, as clients expect it."""
+        wanted, output, index, bodies = self.wanted, part.output, part.choice, []
+        first, choice.begun = not choice.begun, True
+        text = output.text or ""
+        body: dict = {"index": index}
+        if wanted.chat:
+            body["delta"] = {"content": text}
+            if first:
+                opening = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
+                           "finish_reason": None}
+                bodies.append(self._chunk([opening]) | ({"prompt_token_ids": choice.prompt} if wanted.token_ids else {}))
+        else:
+            body["text"] = (wanted.echo[index] if wanted.echo and first else "") + text
+        body |= {"logprobs": self._logprobs(output.logprobs, choice.offset),
+                 "finish_reason": None if output.finish is None else str(output.finish)}
+        if wanted.logprobs is not None and not wanted.chat:
+            choice.offset += sum(len(self.vocabulary.piece(t)[0]) for t in output.tokens)
+        if wanted.token_ids:
+            body["token_ids"] = output.tokens
+            if first and not wanted.chat:
+                body["prompt_token_ids"] = choice.prompt
+        if wanted.drafts:
+            body["drafts"] = {"pieces": output.pieces, "drafted": output.drafted, "accepted": output.accepted}
+        return [*bodies, self._chunk([body])]
+
+
+def joined(parts: list[Part]) -> list[Part]:
+    """One part per choice, in the order in which the choices first appear."""
+    if len(parts) == 1:
+        return parts
+    found: dict[int, list[Part]] = {}
+    for part in parts:
+        found.setdefault(part.choice, []).append(part)
+    return [_joined(own) for own in found.values()]
+
+
+def _joined(parts: list[Part]) -> Part:
+    if len(parts) == 1:
+        return parts[0]
+    last = parts[-1]
+    one = Output(last.output.id, [], last.output.finish, "".join(part.output.text or "" for part in parts))
+    for part in parts:
+        output = part.output
+        one.tokens += output.tokens
+        one.logprobs += output.logprobs
+        one.pieces += output.pieces
+        one.drafted, one.accepted = one.drafted + output.drafted, one.accepted + output.accepted
+    return Part(last.choice, one, last.at)
+
+
+def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict:
+    """OpenAI's error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

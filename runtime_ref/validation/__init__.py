@@ -1,0 +1,1 @@
+"""Judges an exported folder and the runtime on it."""

@@ -1,0 +1,210 @@
+"""Check 1, the drafter's folder `dflash/`: tensors, dialects of its configuration, mask embedding, the stored reference.
+
+Engines read different keys for the same thing, so every dialect must be there and agree; what is merely odd is a suspicion
+(see `checks_folder`).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from modeling.load import TensorFiles
+from runtime_ref.validation.context import DTYPE_CAUSE, FINITE_CAUSE, Facts, Wrong, condensed, read_object
+from runtime_ref.validation.result import Check
+
+REFERENCE = "dflash_reference.safetensors"
+MASK_FILE = "mask_embedding.pt"
+MASK_CAUSE = "the mask embedding is missing: mask_embedding.pt must be there, the vocabulary row of the mask token is untrained"
+MASK_ID_CAUSE = "the mask token's id is off: the vocabulary holds the mask embedding in another row than mask_token_id"
+HEAD_CAUSE = "the drafter has a head or embedding of its own: both are the target's, shared"
+TAP_CAUSE = "taps are off by one or of other layers: an id i means the output of decoder layer i, counted from 0"
+OTHER_CAUSE = "the drafter was made for another target (num_target_layers, hidden_size)"
+BLOCK_SIZE_CAUSE = "block size: one key says another than the other, or than the stored reference"
+
+
+def check_drafter(check: Check, facts: Facts, files: TensorFiles, folder: Path) -> bool:
+    """Checks `dflash/`; whether the drafter can be loaded."""
+    try:
+        raw = read_object(folder / "config.json")
+        special = _special(raw)
+    except Wrong as error:
+        check.fail(str(error), error.cause)
+        return False
+    facts.drafter_config = raw
+    fine = _drafter_tensors(check, folder, raw)
+    fine &= _dialects(check, facts, raw, special)
+    if not (folder / MASK_FILE).is_file():
+        check.fail("dflash/mask_embedding.pt is missing", MASK_CAUSE)
+        fine = False
+    else:
+        fine &= _mask(check, facts, files, folder, special)
+    if (folder / REFERENCE).is_file():
+        _read_reference(check, facts, folder / REFERENCE, special)
+    return fine
+
+
+def _special(raw: dict) -> dict:
+    """dflash_config, with what every engine needs of it.
+
+    Raises:
+        Wrong: it is missing, or not of the form that it has.
+    """
+    special = raw.get("dflash_config")
+    cause = "the drafter's configuration is incomplete"
+    if not isinstance(special, dict):
+        raise Wrong(f"dflash/config.json: dflash_config: {type(special).__name__}, expected an object", cause)
+    layers = special.get("target_layer_ids")
+    if not isinstance(layers, list) or not layers or not all(type(i) is int for i in layers):
+        raise Wrong(f"dflash_config.target_layer_ids: {layers!r}, expected layer numbers", cause)
+    for key, least in (("mask_token_id", 0), ("block_size", 2)):
+        value = special.get(key, raw.get(key))
+        if type(value) is not int or value < least:
+            raise Wrong(f"dflash_config.{key}: {value!r}, expected an integer of {least} or more", cause)
+    return special
+
+
+def _drafter_tensors(check: Check, folder: Path, raw: dict) -> bool:
+    from transformers import Qwen3Config
+
+    from modeling.drafter import DFlashDraftModel
+
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name == REFERENCE:
+            continue
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                for key in opened.keys():
+                    tensor = opened.get_tensor(key)
+                    found[key] = tuple(tensor.shape)
+                    if tensor.dtype not in (torch.bfloat16, torch.float32):
+                        check.fail(f"dflash: {key}: {tensor.dtype}, expected bfloat16", DTYPE_CAUSE)
+                    elif not bool(torch.isfinite(tensor).all()):
+                        check.fail(f"dflash: {key}: not finite", FINITE_CAUSE)
+        except (SafetensorError, OSError) as error:
+            check.fail(f"dflash/{file.name}: {str(error).splitlines()[0]}", "the drafter's folder is damaged")
+            return False
+    try:
+        with torch.device("meta"):
+            model = DFlashDraftModel(Qwen3Config.from_dict(dict(raw)))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        check.fail(f"dflash/config.json: {str(error).splitlines()[0]}", "the drafter's configuration is incomplete")
+        return False
+    wanted = {n: tuple(p.shape) for n, p in model.named_parameters() if n != "mask_embedding"}
+    before = len(check.findings)
+    for name in sorted(wanted.keys() - found.keys()):
+        check.fail(f"dflash: {name} is missing", "attention sinks of the drafter are dropped" if "sink" in name else
+                   "the drafter's tensors are called otherwise (no 'model.' prefix)" if f"model.{name}" in found else
+                   "a tensor of the drafter is missing")
+    for name in sorted(found.keys() - wanted.keys()):
+        cause = (HEAD_CAUSE if re.search(r"lm_head|embed_tokens", name) else
+                 "attention sinks of the drafter are dropped (dflash_config.attention_sink_bias is false)"
+                 if "sink" in name else "the drafter has tensors that the published form does not know")
+        check.fail(f"dflash: {name}: unknown tensor", cause)
+    for name in wanted.keys() & found.keys():
+        if wanted[name] != found[name]:
+            check.fail(f"dflash: {name}: shape {list(found[name])}, expected {list(wanted[name])}",
+                       "number of tapped layers or KV layout of the drafter (target_layer_ids, num_key_value_heads, head_dim)")
+    check.findings = condensed(check.findings)
+    return len(check.findings) == before
+
+
+def _dialects(check: Check, facts: Facts, raw: dict, special: dict) -> bool:
+    """Keys that engines read differently must all be there and agree; whether the tapped layers exist."""
+    window = special.get("swa_window_size") if special.get("use_swa") else None
+    causal, layers = bool(special.get("causal", raw.get("is_causal", False))), raw.get("num_hidden_layers") or 0
+    window_cause = "wrong window of the drafter for some engines: they read different keys, which must agree"
+    causal_cause = "wrong causality of the drafter for some engines: sliding layers count as causal unless is_causal is false"
+    kind = "full_attention" if window is None else "sliding_attention"
+    for key, expected, cause in (("sliding_window", window, window_cause), ("layer_types", [kind] * layers, window_cause),
+                                 ("is_causal", causal, causal_cause),
+                                 ("block_size", special.get("block_size"), BLOCK_SIZE_CAUSE)):
+        if raw.get(key) != expected:
+            check.fail(f"dflash/config.json: {key}: {raw.get(key)!r}, dflash_config says {expected!r}", cause)
+    base = special.get("backbone_rotary_base")
+    theta = raw.get("rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta"))
+    if base is not None and theta != base:
+        facts.suspicions.append((f"dflash/config.json: rope_theta {theta}, dflash_config.backbone_rotary_base {base}",
+                                 "wrong rotary base of the drafter: it is the backbone's", True))
+    depth = facts.config.num_hidden_layers
+    for key, where, own in (("num_target_layers", raw, depth), ("num_target_layers", special, depth),
+                            ("hidden_size", raw, facts.config.hidden_size)):
+        if where.get(key, own) != own:
+            check.fail(f"dflash/config.json: {key}: {where[key]}, the target has {own}", OTHER_CAUSE)
+    if raw.get("vocab_size", facts.config.vocab_size) != facts.config.vocab_size:
+        check.notes.append(f"dflash/config.json: vocab_size {raw['vocab_size']}, the target has {facts.config.vocab_size} "
+                           "(harmless: the head is the target's)")
+    last = facts.config.num_hidden_layers - 1
+    wrong = [i for i in special.get("target_layer_ids", []) if not 0 <= i <= last]
+    if wrong:
+        check.fail(f"dflash_config.target_layer_ids: layer {wrong[0]}, expected 0 to {last}",
+                   "taps are off by one: an id i means the output of decoder layer i, counted from 0")
+    return not wrong and raw.get("hidden_size") == facts.config.hidden_size
+
+
+def _mask(check: Check, facts: Facts, files: TensorFiles, folder: Path, special: dict) -> bool:
+    try:
+        sidecar = torch.load(folder / MASK_FILE, weights_only=True)
+        if not isinstance(sidecar, dict):
+            raise TypeError(f"{type(sidecar).__name__}, expected mask_token_id and embedding")
+        token, vector = int(sidecar["mask_token_id"]), sidecar["embedding"].float()
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError, EOFError, pickle.UnpicklingError,
+            IndexError) as error:
+        check.fail(f"dflash/{MASK_FILE}: {(str(error).splitlines() or ['unreadable'])[0]}", MASK_CAUSE)
+        return False
+    if token != special.get("mask_token_id"):
+        check.fail(f"dflash/{MASK_FILE}: mask_token_id {token}, dflash_config has {special.get('mask_token_id')}", MASK_CAUSE)
+        return False
+    if tuple(vector.shape) != (facts.config.hidden_size,) or not bool(torch.isfinite(vector).all()):
+        check.fail(f"dflash/{MASK_FILE}: {list(vector.shape)}, expected {facts.config.hidden_size} finite numbers", MASK_CAUSE)
+        return False
+    if token >= facts.config.vocab_size:
+        check.fail(f"dflash/{MASK_FILE}: mask_token_id {token}, expected 0 to {facts.config.vocab_size - 1}", MASK_CAUSE)
+        return False
+    table = files.read("model.embed_tokens.weight").float() if facts.loadable else vector[None].expand(token + 1, -1)
+    row = table[token]
+    elsewhere = torch.nonzero((table == vector).all(1)).flatten().tolist() if bool(vector.any()) else []
+    if elsewhere and token not in elsewhere:
+        check.fail(f"mask_token_id {token}, but vocabulary row {elsewhere[0]} is the embedding of {MASK_FILE}", MASK_ID_CAUSE)
+    if not bool(vector.any()):
+        facts.suspicions.append((f"dflash/{MASK_FILE}: the embedding is all zero", MASK_CAUSE, True))
+    elif not torch.equal(row, vector):
+        facts.suspicions.append((f"vocabulary row {token} is not the embedding of {MASK_FILE}", MASK_CAUSE, False))
+    return True
+
+
+def _read_reference(check: Check, facts: Facts, path: Path, special: dict) -> None:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts.reference = {key: file.get_tensor(key) for key in file.keys()}
+            facts.reference_facts = json.loads((file.metadata() or {}).get("reference", "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        check.fail(f"dflash/{path.name}: {str(error).splitlines()[0]}", "the stored reference is damaged")
+        facts.reference = None
+        return
+    wanted = {"input_ids": 2, "taps": 4, "draft_hidden": 3, "draft_logits": 3}
+    bad = [n for n, dims in wanted.items() if n not in facts.reference or facts.reference[n].ndim != dims]
+    if bad or not isinstance(facts.reference_facts, dict):
+        check.fail(f"dflash/{path.name}: {bad[0] if bad else 'its metadata'}: missing or of another form",
+                   "the stored reference is damaged")
+        facts.reference, facts.reference_facts = None, {}
+        return
+    rows, block = facts.reference["draft_hidden"].shape[1], special.get("block_size", rows_of_raw(facts))
+    if rows != block:
+        check.fail(f"dflash_config.block_size {block}, the stored reference drafts {rows} positions", BLOCK_SIZE_CAUSE)
+    stored = facts.reference_facts.get("target_layer_ids")
+    if stored is not None and stored != special.get("target_layer_ids"):
+        check.fail(f"dflash_config.target_layer_ids {special.get('target_layer_ids')}, the stored reference has {stored}",
+                   TAP_CAUSE if sorted(stored) != sorted(special.get("target_layer_ids")) else
+                   "tapped layers are in another order (target_layer_ids): the features are concatenated in this order")
+
+
+def rows_of_raw(facts: Facts) -> int:
+    """The block size of the top level, where dflash_config has none."""
+    return facts.drafter_config.get("block_size")

@@ -1,0 +1,313 @@
+"""Checks 2b and 3: the runtime against references that share no code with it.
+
+2b  The runtime in float32 against the folder's model (modeling/), layer by layer. A difference means that the runtime is wrong:
+    the first layer, the first op of it whose result is not its twin's, and the suspect that explains it are named.
+3   Every op of the backend against its float64 twin (`naive.py`), on the inputs that it really had. With several ranks each
+    checks its own shares, and what is gathered is checked against gathered twins. The kernels, which have no float32, are
+    checked as they serve: their ops within the rounding of bf16, and their drafts. What they compute wrong is named by the
+    suspect that comes nearest to it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from runtime_ref.backends.torch.backend import TorchBackend
+from runtime_ref.backends.torch.drafter import Drafter
+from runtime_ref.checkpoints.host_weights import Dense
+from runtime_ref.core.batch import KIND, Span, Wanted
+from runtime_ref.core.kv_cache import KvCache
+from runtime_ref.core.program import Task, target_tasks
+from runtime_ref.core.tensor_parallel import Ranks
+from runtime_ref.validation import reference_ops as naive
+from runtime_ref.validation.checks.reference import Probe, draft_round, features, name_causes, suspects_of, target_bases
+from runtime_ref.validation.context import Facts
+from runtime_ref.validation.diagnosis.faults import CLAMP_CAUSE, SAME, Suspect, culprits, difference, drafter_suspects, nearest
+from runtime_ref.validation.result import Check
+
+# Relative error of one float32 op against float64: sums of a few thousand terms.
+OP_ERROR = 2e-5
+# The same of one op of the kernels, in the worst row: operands of products are rounded to bf16, by at most 2^-9 each, in an MLP
+# twice, and terms of a sum that cancel double that relative to it.
+KERNEL_OP_ERROR = 2.0**-6
+# Of the kernels' draft logits: a dozen such products lie between features and logits.
+KERNEL_DRAFT_ERROR = 8 * 2.0**-8
+MISSING_CLAMP_CAUSE = "the clamp of gpt-oss's SwiGLU is missing, or has another limit or alpha (swiglu_limit)"
+ENGINE_CAUSE = "the runtime computes it otherwise"
+
+
+def run_watched(backend: TorchBackend, ids: list[int], *, taps=(), watch=None) -> tuple[dict, Span, KvCache]:
+    """Buffers of one step over `ids` on a fresh cache, the span, and the cache (still holding it)."""
+    cache = KvCache(backend.pools, prefix=False)
+    tables = cache.tables()
+    cache.extend(tables, list(tables), len(ids))
+    span = Span(tables, 0, ids)
+    return backend.run(target_tasks(backend.config, taps), backend.plan([span]), watch), span, cache
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a backend makes of the probe's text: outputs of the layers [tokens, layers, hidden] and logits, as it has them."""
+
+    taps: torch.Tensor
+    logits: torch.Tensor
+
+
+def outputs_of(backend: TorchBackend, probe: Probe) -> Outputs:
+    """Of one step as it is served (nothing watches it); to be called on all ranks alike."""
+    layers, n = range(backend.config.num_hidden_layers), len(probe.ids)
+    buffers, span, cache = run_watched(backend, probe.ids, taps=layers)
+    cache.release(span.tables)
+    return Outputs(torch.stack([buffers[f"tap.{i}"][:n] for i in layers], dim=1), buffers["logits"][:n].cpu())
+
+
+class OpErrors:
+    """Relative errors of a backend's tasks on the inputs that they had, in the order in which they ran.
+
+    Attributes:
+        found: (task, error), the worst of all ranks; tasks whose inputs were not finite are left out.
+        bound: what an error may be.
+        twin: the backend whose float32 weights the twins take.
+    """
+
+    def __init__(self, backend: TorchBackend, ids: list[int], exact: TorchBackend | None = None):
+        """Runs the target over `ids` on a fresh cache; to be made on all ranks alike.
+
+        Args:
+            exact: for kernels, a float32 backend on the same folder. Their errors are those of the worst row, so that a few
+                wrong rows are not lost among many rounded ones.
+        """
+        self.backend, self.found = backend, []
+        self.kernels, self.bound, self.twin = exact is not None, OP_ERROR, backend
+        if self.kernels:
+            self.bound, self.twin = KERNEL_OP_ERROR, copy.copy(exact)
+            self.twin.pools, self.twin.mxfp8 = backend.pools, backend.mxfp8
+        self._kept: dict[str, torch.Tensor] = {}
+        cache = KvCache(backend.pools, prefix=False)
+        tables = cache.tables()
+        cache.extend(tables, list(tables), len(ids))
+        self._span = Span(tables, 0, ids)
+        step = backend.plan([self._span])
+        if isinstance(getattr(step, "ids", None), torch.Tensor):
+            self._kept["ids"] = step.ids.cpu()
+        backend.run(target_tasks(backend.config), step, self._watch)
+        cache.release(tables)
+        self.found = _worst_of_ranks(self.found, backend.ranks)
+
+    def _watch(self, task: Task, buffers: dict) -> None:
+        inputs, rows = {name: self._kept[name] for name in task.reads if name in self._kept}, len(self._span.tokens)
+        if len(inputs) == len(task.reads) and all(bool(torch.isfinite(x).all()) for x in inputs.values()):
+            wanted = naive.expected(self.twin, task, inputs, self._span, rows)
+            if wanted is not None:
+                got = naive.found(task, buffers, self.backend)
+                if task.op.startswith("attend"):
+                    got = got[:, :rows]
+                self.found.append((task, self.error(task, got.cpu().double(), wanted)))
+        # Some backends show only what a task touches: what it left alone is as it was.
+        self._kept |= {name: value.to("cpu", copy=True) for name, value in buffers.items()}
+
+    def error(self, task: Task, found: torch.Tensor, expected: torch.Tensor) -> float:
+        if not self.kernels:
+            return difference(found, expected)
+        if task.writes == ("partial",):  # a rank of the kernels may add for its neighbour
+            found, expected = (self.backend.ranks.gather(t[None].contiguous()).sum(0) for t in (found, expected))
+        if task.op.startswith("project"):  # one flat vector of all heads
+            return difference(found, expected)
+        return worst_row(found, expected)
+
+    @property
+    def first_wrong(self) -> tuple[Task, float] | None:
+        return next(((task, error) for task, error in self.found if not error <= self.bound), None)
+
+    def by_op(self) -> dict[str, float]:
+        worst: dict[str, float] = {}
+        for task, error in self.found:
+            worst[task.op] = max(worst.get(task.op, 0.0), error)
+        return worst
+
+
+def worst_row(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest relative error of a row (of all heads, where a row has heads: [heads, rows, width])."""
+    if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
+        return float("inf")
+    over = (0, 2) if found.ndim == 3 else (1,)
+    return float(((found - expected).norm(dim=over) / expected.norm(dim=over).clamp_min(1e-30)).max())
+
+
+def _worst_of_ranks(found: list[tuple[Task, float]], ranks: Ranks) -> list[tuple[Task, float]]:
+    errors = ranks.gather(torch.tensor([[error for _, error in found]], dtype=torch.float64)).amax(0)
+    return [(task, float(error)) for (task, _), error in zip(found, errors, strict=True)]
+
+
+def place_of(task: Task) -> str:
+    return f"op {task.op}" + (f" of layer {task.layer}" if task.layer >= 0 else "")
+
+
+def check_runtime(facts: Facts, probe: Probe, exact: TorchBackend, served: Outputs | None,
+                  drafter: Drafter | None, ops: OpErrors) -> Check:
+    """Check 2b: the runtime in float32 (`exact`) layer by layer, and how far the dtype that is served rounds.
+
+    Args:
+        served: of the backend that serves, if that is another one. ops: of `exact`.
+    """
+    check = Check("logits", "logits and layers against the independent model (float32)")
+    layers, n = facts.config.num_hidden_layers, len(probe.ids)
+    runs = [(run.taps.float().cpu(), run.logits) for run in (outputs_of(exact, probe), served) if run is not None]
+    drafts = _runtime_drafts(probe, exact, drafter, runs[0][0]) if drafter is not None else None
+    if probe.target is None:
+        return check.skip(probe.absent)
+    ids = torch.tensor([probe.ids])
+    with torch.no_grad():
+        expected = features(probe.target, ids, list(range(layers)))
+        logits = probe.target(input_ids=ids).logits[0]
+    rows = [["layer", "float32", *(["as served"] if len(runs) > 1 else [])]]
+    for i in range(layers):
+        rows.append([i, *(difference(taps[:, i], expected[:, i]) for taps, _ in runs)])
+    rows.append(["logits", *(difference(found, logits) for _, found in runs)])
+    check.tables["relative error by layer"] = rows
+    check.numbers |= {"logits error": rows[-1][1], "tokens": n}
+    if len(runs) > 1:
+        _rounding(check, runs[1][1], logits)
+    if not all(row[1] < SAME for row in rows[1:]):
+        first = next(row[0] for row in rows[1:] if not row[1] < SAME)
+        _blame_runtime(check, facts, probe, ids, runs[0][1], f"layer {first}" if first != "logits" else "the logits", ops)
+        check.findings[0] += f" (relative error of the logits {rows[-1][1]:.2g})"
+    elif drafts is not None and probe.drafter is not None:
+        _compare_drafts(check, facts, probe, drafts, expected, SAME, culprits)
+    return check
+
+
+def check_kernels(check: Check, facts: Facts, probe: Probe, ops: OpErrors, served: Outputs, drafter) -> None:
+    """What only kernels need, added to check 3: what their wrong ops make of the model, and the drafts that they serve.
+
+    Args:
+        check: of `check_ops`. ops, served: of the kernels. drafter: theirs, or None. To be called on all ranks alike.
+    """
+    drafts = None if drafter is None else _runtime_drafts(probe, ops.backend, drafter, served.taps).cpu()
+    if probe.target is None:
+        return
+    if ops.first_wrong is not None:
+        ids = torch.tensor([probe.ids])
+        found = nearest(probe.target, suspects_of(facts), lambda m: m(input_ids=ids).logits[0], served.logits)
+        for suspect in found:
+            check.fail(f"explained by: {suspect.name}", f"{ENGINE_CAUSE}: {suspect.cause}")
+    elif drafts is not None and probe.drafter is not None:
+        _compare_drafts(check, facts, probe, drafts, served.taps.cpu().float(), KERNEL_DRAFT_ERROR, nearest)
+
+
+def _rounding(check: Check, served: torch.Tensor, logits: torch.Tensor) -> None:
+    """How far the dtype that is served is from float32; a measurement, not a judgement."""
+    kl = torch.nn.functional.kl_div(served.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="batchmean")
+    same = (served.argmax(-1) == logits.argmax(-1)).float().mean()
+    check.numbers |= {"KL of the served dtype": float(kl), "same arg-max": float(same)}
+
+
+@torch.no_grad()
+def _blame_runtime(check: Check, facts: Facts, probe: Probe, ids, found, where: str, ops: OpErrors) -> None:
+    """First the op (its own inputs were right), then the bug that explains the logits."""
+    wrong = ops.first_wrong
+    at = (f"{place_of(wrong[0])}, relative error {wrong[1]:.2g} on its own inputs" if wrong
+          else "every op is right on its own inputs")
+    check.fail(f"the runtime parts from the model at {where}: {at}")
+    suspects = culprits(probe.target, suspects_of(facts), lambda m: m(input_ids=ids).logits[0], found)
+    otherwise = (f"no known bug explains it; {place_of(wrong[0])} is the first that is wrong" if wrong else
+                 f"the ops are right, but not their order, weights or what is handed on; it begins at {where}")
+    name_causes(check, suspects, otherwise, f"{ENGINE_CAUSE}: ")
+
+
+def _runtime_drafts(probe: Probe, exact: TorchBackend, drafter: Drafter, taps: torch.Tensor) -> torch.Tensor:
+    """The runtime's draft logits after the probe's text but its last token, which is the anchor."""
+    n = len(probe.ids) - 1
+    cache = KvCache({KIND: drafter.pool}, prefix=False)
+    tables = cache.tables()
+    cache.extend(tables, [KIND], n + drafter.block)
+    features = torch.cat([taps[:n, i] for i in drafter.taps], dim=-1)
+    drafter.extend_tables(features[:n - 3], 0, tables[KIND])
+    logits = drafter.logits([Wanted(tables, probe.ids[n], n, drafter.block - 1, features[n - 3:])])[0]
+    cache.release(tables)
+    return logits
+
+
+@torch.no_grad()
+def _compare_drafts(check: Check, facts: Facts, probe: Probe, found: torch.Tensor, layers: torch.Tensor, bound: float,
+                    explain) -> None:
+    """The runtime's draft logits against the drafter model's on the outputs of `layers`; `explain` finds the suspects."""
+    n, embed = len(probe.ids) - 1, probe.target.model.embed_tokens
+    taps, anchor = layers[None, :n][:, :, probe.drafter.target_layer_ids], torch.tensor(probe.ids[n])
+
+    def run(drafter):
+        return probe.target.lm_head(draft_round(drafter, taps, anchor, n, embed)[1:])
+
+    error = difference(found, run(probe.drafter))
+    check.numbers["draft logits error"] = error
+    if error < bound:
+        return
+    check.fail(f"the runtime's drafts differ from the drafter model (relative error {error:.2g})")
+    row = embed.weight[probe.drafter.mask_token_id]
+    suspects = [*drafter_suspects(probe.drafter, row, target_bases(facts)), *_fed_otherwise(probe, taps)]
+    name_causes(check, explain(probe.drafter, suspects, run, found), "the drafter; no known bug explains it",
+                f"{ENGINE_CAUSE}: ")
+
+
+def _fed_otherwise(probe: Probe, taps: torch.Tensor) -> list[Suspect]:
+    """What only a running engine can get wrong: positions of the block."""
+    def moved(by: int):
+        def change(model) -> None:
+            right = model.block_hidden
+            model.block_hidden = lambda embeds, positions, *rest: right(embeds, positions + by, *rest)
+
+        return change
+
+    return [Suspect(f"block positions {by:+d}", "positions of the drafter's block are off by one: the anchor's is the number "
+                    "of tokens before it", moved(by)) for by in (1, -1)]
+
+
+def check_ops(all_ops: list[OpErrors]) -> Check:
+    """Check 3: every op of each backend, in float32."""
+    check = Check("ops", "every op of each backend against its float64 twin")
+    rows = [["backend", "op", "worst relative error", "calls"]]
+    for ops in all_ops:
+        name, calls = ops.backend.name, [task.op for task, _ in ops.found]
+        rows += [[name, op, error, calls.count(op)] for op, error in sorted(ops.by_op().items())]
+        wrong = [(task, error) for task, error in ops.found if not error <= ops.bound]
+        for task, error in wrong[:3]:
+            check.fail(f"{name}: {place_of(task)}: relative error {error:.2g}, expected at most {ops.bound:.2g}",
+                       f"the {name} backend's op {task.op} is wrong")
+        if hasattr(ops.backend, "ops"):
+            error = _worst_of_ranks([(None, _large_activations(ops))], ops.backend.ranks)[0][1]
+            rows.append([name, "dense_mlp, experts at large activations", error, len(ops.backend.weights.layers)])
+            if not error <= ops.bound:
+                clamped = getattr(ops.backend.config, "clamp", None) is not None
+                check.fail(f"{name}: experts at large activations: relative error {error:.2g}",
+                           f"{ENGINE_CAUSE}: {MISSING_CLAMP_CAUSE if clamped else CLAMP_CAUSE}")
+    check.tables["ops"] = rows
+    check.numbers = {"backends": ", ".join(ops.backend.name for ops in all_ops),
+                     "ranks": all_ops[0].backend.ranks.count, "row blocks": f"multiples of {_quantum()}"}
+    return check
+
+
+def _large_activations(ops: OpErrors) -> float:
+    """Worst error of the MLPs on inputs that take gates far beyond 7, where a clamp would show."""
+    generator, backend = torch.Generator().manual_seed(3), ops.backend
+    step, worst = backend.plan_of_rows(), 0.0
+    for i, layer in enumerate(backend.weights.layers):
+        y = (64 * torch.randn(8, backend.config.hidden_size, generator=generator)).to(getattr(backend, "device", "cpu"))
+        if isinstance(layer.mlp, Dense):
+            task, inputs = Task("dense_mlp", i, ("y",), ("partial",)), {"y": y}
+        else:
+            index, weight = backend.ops["route"](step, i, y)
+            inputs = {"y": y, "index": index, "weight": weight}
+            task = Task("experts", i, tuple(inputs), ("partial",))
+        wanted = naive.expected(ops.twin, task, {name: t.cpu() for name, t in inputs.items()}, Span({}, 0, []), 8)
+        got = backend.ops[task.op](step, i, *inputs.values()).cpu().double().sum(0)
+        worst = max(worst, ops.error(task, got, wanted))
+    return worst
+
+
+def _quantum() -> int:
+    from runtime_ref.backends.torch.ops import rules
+
+    return rules.quantum

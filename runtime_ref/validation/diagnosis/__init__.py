@@ -1,0 +1,1 @@
+"""Why a check fails: known faults, tried one by one."""

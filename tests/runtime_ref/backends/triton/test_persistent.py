@@ -1,0 +1,150 @@
+"""The persistent step: a walk of the encoded task list makes the bits of the launches one by one, with one program and with
+three at the same time; a walk that does not wait is found."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
+
+import triton
+import triton.language as tl
+
+from runtime_ref.backends.triton.megakernel import PersistentStep, table_of
+from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
+from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.kv_cache import KvCache
+from runtime_ref.core.program import Task, target_tasks
+from runtime_ref.core.sampling_params import SamplingParams
+from runtime_ref.kernels.experimental import megakernel as walk
+from runtime_ref.measure.gpu_suite.steps import walking
+from tests.runtime_ref.kernels.at_once import programs_at_once, shared
+
+MANY = 1 << 30  # polls: the harness's time limit, not the kernel's, ends a deadlock
+PROGRAMS = 3
+
+
+class Prepared:
+    """A backend whose cache holds (random) keys of 60 tokens of one sequence and 20 of another, and a step of both."""
+
+    def __init__(self, backend):
+        self.backend, self.tasks = backend, target_tasks(backend.config, [0, 2])
+        ids = torch.randint(1, 128, (90,), generator=torch.Generator().manual_seed(5)).tolist()
+        cache = KvCache(backend.pools, prefix=False)
+        self.tables = [cache.tables() for _ in range(2)]
+        for tables in self.tables:
+            cache.extend(tables, list(tables), 80)
+        for pool in backend.pools.values():
+            pool.all_keys.normal_()
+            pool.all_values.normal_()
+        self.step = backend.plan([Span(self.tables[0], 60, ids[30:37]), Span(self.tables[1], 20, ids[:2], "last")])
+        self.expected = backend.run(self.tasks, self.step)
+
+
+@pytest.fixture(scope="module")
+def prepared(small_engine):
+    return Prepared(small_engine(drafter=False).backend)
+
+
+def same(found, expected):
+    return all(torch.equal(found[name].view(torch.int16), expected[name].view(torch.int16))
+               for name in ("logits", "tap.0", "tap.2"))
+
+
+def poison(walked):
+    for name, t in walked.scratch.items():
+        if t.is_floating_point():
+            t.fill_(float("nan"))
+        elif name == "index":
+            t.fill_(1 << 20)
+    for space in walked.spaces.values():
+        space.inner.fill_(float("nan"))
+        space.partial.fill_(float("nan"))
+
+
+def test_a_walk_makes_the_bits_of_the_launches_and_can_be_repeated(prepared):
+    walked = PersistentStep(prepared.backend, prepared.tasks)
+    poison(walked)
+    for _ in range(2):
+        assert same(walked.run(prepared.step), prepared.expected)
+        assert not walked.failed() and not walked.scratch["barrier"].any()
+
+
+@triton.jit
+def no_barrier(counter, epoch, failed, POLLS: tl.constexpr):
+    """What a walk that forgets to wait would call."""
+    tl.debug_barrier()
+
+
+def walked_at_once(prepared, seconds=60):
+    """Whether PROGRAMS processes, each a program of one walk over shared memory, end and make the expected bits."""
+    backend = prepared.backend
+    walked = PersistentStep(backend, prepared.tasks, programs=PROGRAMS, polls=MANY)
+    poison(walked)
+    logits, taps = torch.full(prepared.expected["logits"].shape, float("nan")), torch.zeros(2, 9, 64, dtype=torch.bfloat16)
+    arguments, constants = walked.arguments(prepared.step, logits, taps)
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            arguments[name] = shared(value)
+    def launch():
+        walk.step_kernel[(1,)](**arguments, **constants)
+
+    codes = programs_at_once(PROGRAMS, launch, seconds)
+    found = {"logits": logits, "tap.0": taps[0], "tap.2": taps[1]}
+    return codes == [0] * PROGRAMS and same(found, prepared.expected)
+
+
+def test_three_programs_at_once_make_the_bits_of_one(prepared):
+    assert walked_at_once(prepared)
+
+
+def test_a_walk_without_barriers_is_found(prepared, monkeypatch):
+    monkeypatch.setattr(walk, "grid_barrier", no_barrier)
+    monkeypatch.setattr(walk, "step_kernel", triton.jit(walk.step_kernel.fn))  # what a kernel calls is compiled once
+    assert not walked_at_once(prepared, seconds=10)
+
+
+def test_a_walk_of_the_drafter_makes_the_bits_of_its_launches(small_engine):
+    """With pending features and without, blocks of two sequences."""
+    drafter = small_engine().drafter
+    walked = PersistentDraft(drafter)
+    taps = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    found = []
+    for proposer in (drafter, walked):
+        cache = KvCache({"draft": drafter.pool}, prefix=False)
+        tables = [cache.tables() for _ in range(2)]
+        for own in tables:
+            cache.extend(own, ["draft"], 48)
+        drafter.extend_tables(taps[:34], 0, tables[0]["draft"])
+        pending = [Wanted(tables[0], 5, 37, 7, taps[34:37]), Wanted(tables[1], 9, 3, 2, taps[37:])]
+        again = [Wanted(tables[1], 9, 3, 4, None)]
+        found.append(torch.cat(proposer.logits(pending) + proposer.logits(again)))
+        for own in tables:
+            cache.release(own)
+    assert found[0].shape == (13, 130) and not found[0].isnan().any()
+    assert torch.equal(*found) and not walked.failed() and not walked.scratch["barrier"].any()
+
+
+def test_an_engine_that_walks_gives_the_tokens_of_one_that_launches(small_engine, small_prompts):
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    engine = small_engine(prefix_cache=False)
+    expected = engine.generate(small_prompts[:2], params)
+    walking(engine, 1)
+    launched = engine.stats()["steps"]
+    assert engine.generate(small_prompts[:2], params) == expected
+    assert engine.stats()["steps"] == 2 * launched and engine.stats()["rounds"] > 0
+    assert not engine.backend.walk.scratch["barrier"].any() and not engine.drafter.failed()
+
+
+def test_the_table_names_every_weight_in_the_arena(prepared):
+    backend = prepared.backend
+    walked = PersistentStep(backend, prepared.tasks)
+    arena, layers = backend.kernel_weights.arena, backend.kernel_weights.layers
+    assert walked.table.shape == (len(walked.tasks), walk.FIELDS) and walked.table.dtype == torch.int32
+    for task, row in zip(walked.tasks, walked.table.tolist(), strict=True):
+        assert walk.OPS[row[0]] == task.op
+        if task.op == "merge_add":
+            w = layers[task.layer].o.w
+            piece = arena.data[row[1] * 128:][:w.numel() * 2].view(torch.bfloat16)
+            assert torch.equal(piece, w.flatten()) and row[6] == int(layers[task.layer].kind == "window")
+    with pytest.raises(ValueError, match="no op 'experts'"):
+        table_of([Task("experts", 1, (), ())], layers, arena, backend.pools)

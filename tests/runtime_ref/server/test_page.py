@@ -1,0 +1,160 @@
+"""The chat page, in headless Chromium: it asks, shows the answer, and colours what was drafted and accepted."""
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+
+import pytest
+from live_server import live_server
+
+from runtime_ref.core.sampling_params import SamplingParams
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+QUESTION = "one & <b>two</b>"
+
+
+class Browser:
+    """A page of headless Chromium, driven over its debugging pipe (no network port, no driver to install)."""
+
+    def __init__(self, profile):
+        self._read, theirs_out = os.pipe()
+        theirs_in, self._write = os.pipe()
+        # Chromium reads commands from descriptor 3 and answers on 4.
+        script = f"exec {CHROMIUM} --headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe " \
+                 f"--no-first-run --user-data-dir={profile} about:blank 3<&{theirs_in} 4>&{theirs_out}"
+        self.process = subprocess.Popen(["bash", "-c", script], pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._number, self._rest, self.session = 0, b"", None
+        target = self.command("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.command("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+
+    def command(self, method, **parameters):
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._message()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def _message(self):
+        while b"\0" not in self._rest:
+            assert select.select([self._read], [], [], 60)[0], "chromium does not answer"
+            piece = os.read(self._read, 1 << 16)
+            assert piece, "chromium has ended"
+            self._rest += piece
+        message, _, self._rest = self._rest.partition(b"\0")
+        return json.loads(message)
+
+    def run(self, script):
+        found = self.command("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def until(self, condition, seconds=30):
+        end = time.monotonic() + seconds
+        while not self.run(condition):
+            assert time.monotonic() < end, (condition, self.run("document.body.innerText"))
+            time.sleep(0.05)
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(20)
+        os.close(self._read)
+        os.close(self._write)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with contextlib.closing(Browser(tmp_path_factory.mktemp("chromium"))) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def expected(tokenizer, alone):
+    """(prompt, greedy answer) of the question."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.encode(text)
+    return prompt, alone(prompt, SamplingParams(max_tokens=60))
+
+
+class Knowing:
+    """Drafts that are right but for every fourth token of the answer, so that a known share is accepted."""
+
+    block, taps = 8, []
+
+    def __init__(self, answer, prompt_length, vocabulary):
+        self.answer, self.begin, self.vocabulary = answer, prompt_length, vocabulary
+
+    def logits(self, wanted):
+        import torch
+
+        out = []
+        for w in wanted:
+            rows = torch.zeros(w.count, self.vocabulary)
+            for i in range(w.count):
+                at = w.position - self.begin + 1 + i
+                token = self.answer[at] if at < len(self.answer) and at % 4 else 1
+                rows[i, token] = 5.0
+            out.append(rows)
+        return out
+
+
+@pytest.fixture(scope="module")
+def server(new_engine, tokenizer, expected):
+    from runtime_ref.engine.engine import Engine
+
+    plain = new_engine(drafter=False)
+    prompt, answer = expected
+    engine = Engine(plain.backend, Knowing(answer, len(prompt), 264), plain.options, end_ids=plain.end_ids, tokenizer=tokenizer)
+    with live_server(engine, tokenizer, adaptive=False) as found:
+        yield found
+
+
+def ask(browser, server, question, **fields):
+    browser.command("Page.navigate", url=server.url)
+    browser.until("document.getElementById('model')?.textContent === 'small'")
+    for name, value in {"max": 60, **fields}.items():
+        browser.run(f"document.getElementById('{name}').value = {json.dumps(value)}")
+    browser.run(f"document.getElementById('text').value = {json.dumps(question)}; document.getElementById('send').click()")
+
+
+def test_the_page_shows_the_answer_and_colours_accepted_drafts(browser, server, tokenizer, expected):
+    prompt, answer = expected
+    ask(browser, server, QUESTION)
+    browser.until("document.querySelector('.assistant')?.dataset.done === 'yes'")
+    assert browser.run("document.querySelector('.user').textContent") == QUESTION
+    assert browser.run("document.querySelectorAll('#talk b').length") == 0  # text stays text
+    shown = browser.run("document.querySelector('.assistant').textContent")
+    assert shown == tokenizer.decode(answer, skip_special_tokens=True)
+    coloured = browser.run("[...document.querySelectorAll('.accepted')].filter(e => e.closest('.assistant')).length")
+    counts = server.worker.engine._counts
+    assert 0 < coloured <= counts["accepted"]
+    assert counts["accepted"] > counts["rounds"]
+    length = float(browser.run("document.getElementById('length').value"))
+    assert length == pytest.approx(1 + counts["accepted"] / counts["rounds"], abs=0.006)
+    assert float(browser.run("document.getElementById('speed').value")) > 0
+
+
+def test_a_servers_refusal_is_shown_and_stop_frees_the_slot(browser, server, monkeypatch):
+    right = server.worker.engine.step
+    monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(0.003) or right())  # or it ends before it is stopped
+    ask(browser, server, "x", max=100000)
+    browser.until("document.querySelector('.failed')?.textContent.includes('max_tokens')")
+    aborted = server.worker.engine._counts["aborted"]
+    ask(browser, server, "y " * 20, max=150)
+    browser.until("document.getElementById('stop').hidden === false")
+    server.until(lambda: server.worker.engine.busy)
+    browser.run("document.getElementById('stop').click()")
+    server.until_empty()
+    assert server.worker.engine._counts["aborted"] == aborted + 1

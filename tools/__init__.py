@@ -1,0 +1,1 @@
+"""Scripts that make the repository's own data."""

@@ -1,0 +1,208 @@
+"""What a run leaves behind and shows: environment.json, metrics.jsonl, curves.png, progress bar, wandb, tables."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from training.checkpoint import write_text
+
+# Keys of metrics.jsonl that depend on the clock, not on the computation.
+CLOCK_KEYS = {"tokens_per_second", "seconds"}
+
+
+def environment() -> dict:
+    """Versions, hardware, date and git revision of this process."""
+    import torch
+    import transformers
+
+    facts = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "git_revision": git_revision(), "version": _version(),
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "cpu": cpu_name(), "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+    return facts
+
+
+def git_revision() -> str:
+    """Revision of the working tree that this file is in, "-dirty" if changed, or "unknown" (an installed copy)."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        # Without the variable, git locks the index to refresh it: in the way of a commit, and left behind if it is killed.
+        return subprocess.run(["git", *arguments], cwd=here.parent, text=True, capture_output=True, check=True, timeout=10,
+                              env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie inside a repository that is not its own
+        return git("describe", "--always", "--dirty", "--abbrev=12")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fp4-dflash")
+    except importlib.metadata.PackageNotFoundError:  # a clone that was never installed
+        return "unknown"
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, each with `kind` and `step`; optionally mirrored to wandb.
+
+    On resume, lines after the resumed step are dropped, so the file of an interrupted run equals that of an
+    uninterrupted one but for the clock.
+    """
+
+    def __init__(self, path: Path, *, resumed_step: int | None, wandb_run=None):
+        self.path, self.wandb = path, wandb_run
+        kept = []
+        if resumed_step is not None and path.is_file():
+            kept = [r for r in read_metrics(path) if r["step"] <= resumed_step]
+        write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, **values) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step} | values) + "\n")
+        self._file.flush()
+        if self.wandb is not None and kind == "train":
+            self.wandb.log(values, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Complete lines of a metrics.jsonl (a line cut off by a kill is dropped)."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def require_wandb(mode: str) -> None:
+    """Raises ValueError if wandb is asked for but not installed: to be known before a model is loaded."""
+    if mode != "off" and importlib.util.find_spec("wandb") is None:
+        raise ValueError("tracking.wandb: the wandb package is not installed (pip install -e '.[wandb]')")
+
+
+def start_wandb(mode: str, project: str, name: str, folder: Path, config: dict):
+    """A wandb run, or None. "auto" is online only if a key is set; offline runs need neither network nor account.
+
+    Raises:
+        ValueError: wandb is asked for but not installed.
+    """
+    if mode == "off":
+        return None
+    require_wandb(mode)
+    import wandb
+
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    return wandb.init(project=project, name=name, dir=str(folder), mode=mode, config=config)
+
+
+# Curves are drawn again at a checkpoint if the last ones are older than this: a picture costs a second.
+CURVES_SECONDS = 60
+
+
+def draw_curves(metrics_path: Path, png_path: Path, title: str) -> None:
+    """Loss, learning rate, flipped codes and signal-to-noise over steps, from metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = read_metrics(metrics_path)
+    train = [r for r in records if r["kind"] == "train"]
+    health = [r for r in records if r["kind"] == "health"]
+    if not train:
+        return
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    steps = [r["step"] for r in train]
+    for key, label in (("kl", "KL to teacher"), ("hidden", "hidden error")):
+        if any(r.get(key) for r in train):
+            axes[0, 0].plot(steps, [r[key] for r in train], label=label)
+    axes[0, 0].set(title="training loss", xlabel="step", ylabel="nats per token", yscale="log")
+    axes[0, 0].legend()
+    axes[0, 1].plot(steps, [r["learning_rate"] for r in train])
+    axes[0, 1].set(title="learning rate", xlabel="step")
+    layers = sorted({r["tensor"] for r in health})
+    for layer in layers:
+        rows = [r for r in health if r["tensor"] == layer]
+        x = [r["step"] for r in rows]
+        axes[1, 0].plot(x, [100 * mean(r["flipped"]) for r in rows], label=layer)
+        axes[1, 1].plot(x, [mean(v for v in r["sqnr_db"] if v is not None) for r in rows], label=layer)
+    axes[1, 0].set(title="codes changed since the last report", xlabel="step", ylabel="%")
+    axes[1, 1].set(title="signal to quantization noise (master)", xlabel="step", ylabel="dB")
+    if 0 < len(layers) <= 10:
+        axes[1, 1].legend(fontsize=6)
+    figure.suptitle(title)
+    aside = png_path.with_name(png_path.stem + ".tmp.png")
+    figure.savefig(aside, dpi=120)
+    plt.close(figure)
+    os.replace(aside, png_path)
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else float("nan")
+
+
+class ProgressBar:
+    """Rich progress bar on the main process of a terminal; a plain line every `every` steps elsewhere (logs, CI)."""
+
+    def __init__(self, total: int, start: int, *, enabled: bool, every: int, label: str = "QAT"):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.enabled, self.every, self.total = enabled, every, total
+        self._began = time.monotonic()
+        self._start = start
+        console = Console()
+        self._bar = None
+        if enabled and console.is_terminal:
+            self._bar = Progress(TextColumn(f"[bold]{label}"), BarColumn(), MofNCompleteColumn(),
+                                 TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=console)
+            self._bar.start()
+            self._task = self._bar.add_task(label, total=total, completed=start, text="")
+
+    def update(self, step: int, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif self.enabled and (step % self.every == 0 or step == self.total):
+            done = max(step - self._start, 1)
+            left = (time.monotonic() - self._began) / done * (self.total - step)
+            print(f"step {step}/{self.total}  {text}  ETA {left:.0f} s", flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,149 @@
+"""What a training job does around its updates, for QAT and drafter alike: folder and records, steps until the last one,
+checkpoints, signals, the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes.load import dump_recipe
+from training import checkpoint, report
+from training.accelerator import StopRequest
+
+
+class NonFinite(ArithmeticError):
+    """Training met a non-finite loss or gradient; the text names step and tensor."""
+
+
+class TrainingRun:
+    """A job of `settings.steps` updates in a folder of its own, which can be stopped and resumed.
+
+    A job's own class sets these attributes before anything here is called:
+        recipe: Recipe; settings: its section with steps, log_every, checkpoint_every, keep_last.
+        accelerator: Accelerator; main: whether this is its first process.
+        folder: Path; state: what checkpoints hold, with `step`, the number of finished updates.
+    and has the methods that raise NotImplementedError here.
+    """
+
+    label = ""  # of the progress bar
+    metrics = None
+    drawn = 0.0
+
+    def batches(self) -> Iterator:
+        """What `update` takes, step by step, from the state's position on."""
+        raise NotImplementedError
+
+    def update(self, batches: Iterator) -> dict:
+        """One optimizer update; returns its metrics. Raises NonFinite through `stop_non_finite`."""
+        raise NotImplementedError
+
+    def record(self, values: dict, seconds: float, bar: report.ProgressBar) -> None:
+        """Shows an update and writes it to the metrics."""
+        raise NotImplementedError
+
+    def draw_curves(self, metrics: Path, picture: Path) -> None:
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Evaluates and writes what the job was for."""
+        raise NotImplementedError
+
+    def facts(self) -> dict:
+        """What a checkpoint's complete.json tells beside the recipe."""
+        return {"git_revision": report.git_revision()}
+
+    def run(self, max_steps: int | None) -> int:
+        """Trains, and finishes if that was all; returns the exit code."""
+        try:
+            if stopped_by := self.train(max_steps):
+                return 128 + stopped_by
+            if self.state.step == self.settings.steps:
+                self.finish()
+            return 0
+        finally:
+            self.close()
+
+    def train(self, max_steps: int | None) -> int | None:
+        """Runs to the recipe's last step (or `max_steps`); returns the signal that stopped it, if one did."""
+        settings, state = self.settings, self.state
+        last = min(settings.steps, max_steps or settings.steps)
+        bar = report.ProgressBar(settings.steps, state.step, enabled=self.main, every=settings.log_every, label=self.label)
+        batches = self.batches()
+        with StopRequest() as stop:
+            try:
+                while state.step < last:
+                    began = time.perf_counter()
+                    values = self.update(batches)
+                    self.record(values, time.perf_counter() - began, bar)
+                    signal = stop.agreed(self.accelerator)
+                    if state.step % settings.checkpoint_every == 0 or state.step == last or signal:
+                        self.save()
+                    if signal:
+                        self.draw()
+                        self.say(f"stopped by signal {signal} after step {state.step}; --resume continues")
+                        return signal
+            finally:
+                bar.close()
+        if last < settings.steps:
+            self.draw()
+            self.say(f"stopped at --max-steps {last}; --resume continues to step {settings.steps}")
+        return None
+
+    def set_earlier_aside(self, keep: tuple[str, ...] = ()) -> None:
+        """Gives an earlier run's folder another name, once this run is known to start; the folders `keep` stay in use."""
+        self.accelerator.wait_for_everyone()
+        if self.main and (self.folder / "resolved.yaml").exists():
+            aside = next(p for n in range(1, 10_000) if not (p := self.folder.with_name(f"{self.folder.name}.{n}")).exists())
+            self.folder.rename(aside)
+            self.folder.mkdir()
+            for kept in keep:
+                if (aside / kept).exists():
+                    (aside / kept).rename(self.folder / kept)
+            print(f"an earlier run was set aside as {aside} (--resume would have continued it)")
+        self.accelerator.wait_for_everyone()
+
+    def open_records(self, resumed: bool, name: str) -> None:
+        """Writes what was resolved and where it runs, and opens the metrics. name: the run's on the tracker's page."""
+        self.drawn = time.monotonic()
+        if not self.main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(self.folder / "resolved.yaml", dump_recipe(self.recipe))
+        checkpoint.write_text(self.folder / "environment.json", json.dumps(report.environment(), indent=1))
+        tracking = self.recipe.tracking
+        wandb = report.start_wandb(tracking.wandb, tracking.project, name, self.folder, self.recipe.model_dump(mode="json"))
+        self.metrics = report.Metrics(self.folder / "metrics.jsonl", wandb_run=wandb,
+                                      resumed_step=self.state.step if resumed else None)
+
+    def save(self) -> None:
+        checkpoint.save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state.step,
+                                   recipe_yaml=dump_recipe(self.recipe), keep_last=self.settings.keep_last, facts=self.facts())
+        if time.monotonic() - self.drawn > report.CURVES_SECONDS:
+            self.draw()
+
+    def draw(self) -> None:
+        if self.main:
+            self.draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        self.drawn = time.monotonic()
+
+    def stop_non_finite(self, what: str) -> None:
+        """Raises NonFinite: what it was, at which step, and where the run can go on from."""
+        kept = checkpoint.complete_checkpoints(self.folder / "checkpoints")
+        advice = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+        raise NonFinite(f"step {self.state.step + 1}: {what}; stopped before the update, {advice}")
+
+    def training_seconds(self) -> float:
+        """Time in updates, from the logged steps: survives resumes, which the process's own clock does not."""
+        records = [r for r in report.read_metrics(self.folder / "metrics.jsonl") if r["kind"] == "train"]
+        return report.mean(r["seconds"] for r in records) * self.settings.steps
+
+    def say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+        self.accelerator.end_training()
