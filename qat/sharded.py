@@ -32,7 +32,7 @@ from training.sharding import checkpoint as sharded_checkpoint
 from training.sharding.layout import layout_of, require_divisible
 from training.sharding.model_folder import folder_of_all_ranks, write_model
 from training.sharding.quantized_gather import QuantizedGather
-from training.sharding.shards import LocalShard, copies, gather_rows, local_shards, settle, total_norm
+from training.sharding.shards import LocalShard, copies, gather_rows, local_shards, reshard, settle, total_norm
 
 
 class ShardedQuantizer(ExpertQuantizer):
@@ -233,17 +233,21 @@ class ShardedTrainer(Trainer):
         variants = {"bf16": evaluate.evaluate_domains(judge, judge, self.domains, **options)}
         # Plain rounding is that of the original model: what else is trained is put back for it.
         trained = [shard.local.detach().clone() for shard in self.other_shards]
-        own = dict(student.named_parameters())
-        for shard in self.other_shards:
-            own[shard.name]._local_tensor.copy_(judge.get_parameter(shard.name)._local_tensor)
+        reshard(judge)
+        self._put_others(student, [judge.get_parameter(shard.name)._local_tensor for shard in self.other_shards])
         quantizer.requantize([original.float() for original in self.originals])
         variants["ptq"] = evaluate.evaluate_domains(student, judge, self.domains, **options)
-        for shard, value in zip(self.other_shards, trained, strict=True):
-            own[shard.name]._local_tensor.copy_(value)
+        self._put_others(student, trained)
         quantizer.requantize(sources)
         variants["qat"] = evaluate.evaluate_domains(student, judge, self.domains, **options)
         student.train()
         return evaluate.summarized(variants)
+
+    def _put_others(self, student: nn.Module, values: list[torch.Tensor]) -> None:
+        """Writes shards of what is trained beside experts; weights that are still gathered would hide them."""
+        reshard(student)
+        for shard, value in zip(self.other_shards, values, strict=True):
+            student.get_parameter(shard.name)._local_tensor.copy_(value)
 
     def _evaluation_pair(self) -> tuple[nn.Module, nn.Module, ShardedQuantizer]:
         """(student, teacher, the student's quantizer): the run's own, or float32 trees loaded for the evaluation."""
@@ -261,6 +265,6 @@ class ShardedTrainer(Trainer):
             return
         rounded = {t.name: self.quantizer.rounded(i) for i, t in enumerate(self.quantizer.tensors)}
         with folder_of_all_ranks(self.folder / "model", self.accelerator) as partial:
-            write_model(self.model, partial, rounded.get)
+            write_model(self.model, partial, rounded.get, self.compute_dtype)
             if self.main:
                 self.tokenizer.save_pretrained(partial)

@@ -55,13 +55,14 @@ def folder_of_all_ranks(final: Path, accelerator) -> Iterator[Path]:
     accelerator.wait_for_everyone()
 
 
-def write_model(model: nn.Module, folder: Path, rounded: Callable[[str], torch.Tensor | None]) -> None:
+def write_model(model: nn.Module, folder: Path, rounded: Callable[[str], torch.Tensor | None], dtype: torch.dtype) -> None:
     """Writes config.json, files of tensors and their index; every rank calls it.
 
     Args:
         model: a transformers model made of FSDP units.
         folder: exists already on every rank.
         rounded: parameter name -> this rank's rows as they are to be published, or None for a parameter to publish as it is.
+        dtype: of all parameters in the folder.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -73,7 +74,7 @@ def write_model(model: nn.Module, folder: Path, rounded: Callable[[str], torch.T
         if values is None:
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             if number % world == rank:
-                files.add(revert_weight_conversion(model, {name: whole.detach().cpu().clone()}))
+                files.add(revert_weight_conversion(model, {name: whole.detach().to("cpu", dtype, copy=True)}))
             continue
         published = revert_weight_conversion(model, {name: values.detach().cpu()})
         rows = owned_rows(parameter)
@@ -92,7 +93,7 @@ def write_model(model: nn.Module, folder: Path, rounded: Callable[[str], torch.T
         where = {name: file for part, _ in parts for name, file in part.items()}
         index = {"metadata": {"total_size": sum(size for _, size in parts)}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _write_config(model, folder)
+        _write_config(model, folder, dtype)
 
 
 def _per_expert(model, parameter, name: str) -> bool:
@@ -121,10 +122,10 @@ def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: b.detach().cpu() for name, b in model.named_buffers() if name in persistent}
 
 
-def _write_config(model, folder: Path) -> None:
+def _write_config(model, folder: Path, dtype: torch.dtype) -> None:
     config = model.config
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    config.dtype = str(next(p.dtype for n, p in model.named_parameters() if ".experts." not in n)).removeprefix("torch.")
+    config.dtype = str(dtype).removeprefix("torch.")
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

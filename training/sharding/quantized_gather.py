@@ -110,8 +110,8 @@ class QuantizedGather:
             shape[self.axis] = shape[self.axis] // PACKED_BYTES * BLOCK_SIZE
             made = decode(gathered, self.axis, torch.empty(shape, dtype=param_dtype, device=gathered.device))
             return made, (made,)
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(out):
-            decode(gathered, self.axis, out._local_tensor if hasattr(out, "_local_tensor") else out.data)
+        # .data: the same memory without the version count that tells autograd of writes; FSDP refills what it has let go.
+        decode(gathered, self.axis, (out._local_tensor if hasattr(out, "_local_tensor") else out).data)
         return None
 
 
@@ -125,7 +125,7 @@ def decode(packed: torch.Tensor, axis: int, out: torch.Tensor) -> torch.Tensor:
     codes, scales = packed.split((blocks * (PACKED_BYTES - 1), blocks), dim=axis)
     for row in range(packed.shape[0]):
         c, s = (part[row].movedim(axis - 1, -1) for part in (codes, scales))
-        values = pairs[c.int()].view(out.dtype).unflatten(-1, (blocks, BLOCK_SIZE))
+        values = pairs[c.contiguous().int()].view(out.dtype).unflatten(-1, (blocks, BLOCK_SIZE))
         values.mul_(scale_values(s).to(out.dtype)[..., None])
         out[row].movedim(axis - 1, -1).copy_(values.flatten(-2))
     return out

@@ -10,6 +10,7 @@ element-wise operation pays the dispatcher).
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -64,28 +65,32 @@ def local_shards(parameters: list[tuple[str, nn.Parameter]]) -> list[LocalShard]
 
 
 def settle(model: nn.Module) -> None:
-    """Lets every FSDP unit take over the loaded tensors now (torch does it at the first forward pass): uneven shards are copied
-    into padded storage, and views made before that would be of the old one."""
-    from torch.distributed.fsdp import FSDPModule
+    """What every FSDP unit needs between loading and views of its parameters.
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            for parameter in fsdp_parameters(module):
+    Units take over the loaded tensors now (torch does it at the first forward pass): uneven shards are copied into padded
+    storage, and views made before that would be of the old one. And they leave inputs as they come: some routers give
+    float32 weights, which would be rounded on the way into a unit that begins at the experts.
+    """
+    for module in fsdp_units(model):
+        state = module._get_fsdp_state()
+        state._mp_policy = dataclasses.replace(state._mp_policy, cast_forward_inputs=False)
+        for group in state._fsdp_param_groups:
+            for parameter in group.fsdp_params:
                 parameter.reset_sharded_param()
 
 
 def reshard(model: nn.Module) -> None:
     """Lets go of every gathered weight, after which all parameters are the sharded ones again."""
+    for module in fsdp_units(model):
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            group._to_sharded()  # module.reshard() passes over units that are to stay gathered after a forward pass
+
+
+def fsdp_units(model: nn.Module) -> list:
+    """The FSDP units of a model. What `settle` and `reshard` use of them is private API of torch 2.13, kept to these two."""
     from torch.distributed.fsdp import FSDPModule
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def fsdp_parameters(module) -> list:
-    """torch's records of the parameters of one FSDP unit. Private API of torch 2.13, used in this place only."""
-    return [p for group in module._get_fsdp_state()._fsdp_param_groups for p in group.fsdp_params]
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def total_norm(shards: list[tuple[torch.Tensor, int]], device: torch.device) -> torch.Tensor:
