@@ -41,7 +41,7 @@ class Ways:
     """Named ways to decode: function of (prompt ids, seed) -> token ids."""
 
     def __init__(self, options):
-        from modeling.load import load_tokenizer
+        from checkpoint.load import load_tokenizer
         from runtime_ref.engine.engine import Engine, EngineOptions
 
         self.tokens = options.tokens

@@ -117,7 +117,7 @@ def serve(options: argparse.Namespace, ranks) -> int:
 
     import uvicorn
 
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
     from runtime_ref.server.app import application
     from runtime_ref.server.engine_thread import EngineWorker
     from runtime_ref.server.handlers import Api, Settings
@@ -155,7 +155,7 @@ def assist(options: argparse.Namespace, ranks) -> int:
     """Other ranks: compute what rank 0 says. Rank 0 decides when to end, so that answers under way are finished."""
     import signal
 
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
     from runtime_ref.server.engine_thread import follow
 
     for number in (signal.SIGTERM, signal.SIGINT):

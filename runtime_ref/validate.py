@@ -218,7 +218,7 @@ def tokenizer_of(options: argparse.Namespace):
     """The folder's tokenizer if prompts have to be read, else None."""
     if options.prompts is None:
         return None
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
 
     return load_tokenizer(options.folder)
 

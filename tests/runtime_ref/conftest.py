@@ -114,8 +114,8 @@ SEED = Path(__file__).resolve().parents[2] / "recipes" / "seed" / "model"
 
 def seed_folder(out: Path) -> Path:
     """The embedded model with its experts rounded, its drafter and its tokenizer, in the native layout."""
+    from checkpoint.load import load_model
     from modeling.drafter import load_drafter
-    from modeling.load import load_model
 
     return write_native(out, load_model(SEED, dtype=torch.bfloat16), load_drafter(SEED.parents[1] / "seed-drafter"), SEED)
 

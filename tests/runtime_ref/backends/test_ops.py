@@ -4,8 +4,8 @@ import pytest
 import torch
 from tolerance import MODEL_FP32
 
+from checkpoint.load import load_model
 from modeling.drafter import load_drafter
-from modeling.load import load_model
 from runtime_ref.backends.torch import ops
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.folder import verify_checksums
@@ -122,7 +122,7 @@ def test_experts_decoded_every_time_give_the_bits_of_the_cache(folder, weights, 
 
 
 def test_packed_bytes_are_the_files_bytes(folder, weights):
-    from modeling.load import TensorFiles
+    from checkpoint.tensor_files import TensorFiles
     files = TensorFiles(folder)
     packed = weights.layers[2].mlp.experts.matrices[5]
     for kind in ("gate", "up", "down"):
