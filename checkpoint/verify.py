@@ -445,11 +445,16 @@ class _Verifier:
         """Engines ignore missing and unknown drafter tensors without a word: here they are named."""
         label = where.rstrip("/") or "drafter"
         files = sorted(p.name for p in folder.glob("*.safetensors") if p.name != REFERENCE)
-        source, expected = TensorFiles(folder, files) if files else open_source(folder), drafter_folder.expected_tensors(config)
+        if not files:
+            raise ValueError("no *.safetensors file with the drafter's weights")
+        source, expected = TensorFiles(folder, files), drafter_folder.expected_tensors(config)
         if (folder / INDEX).is_file() or self.ours:
             listed = read_json(folder / INDEX).get("weight_map", {})
             for name in sorted(source.infos.keys() - listed.keys()):
                 self.wrong("index", f"{where}{INDEX}: does not list {name}")
+            for name, file in sorted(listed.items()):
+                if source.where.get(name) != file:
+                    self.wrong("index", f"{label}: {INDEX} says that {name} is in {file}, and it is not")
         for name in sorted(expected.keys() - source.infos.keys()):
             self.wrong("missing", f"{label}: {name}: tensor is missing")
         for name in sorted(source.infos.keys() - expected.keys()):

@@ -168,7 +168,7 @@ DAMAGE = {
         lambda v: v["weight_map"].pop("fc.weight")),
                                        "dflash/model.safetensors.index.json: does not list fc.weight"),
     "drafter index names a lost file": (json_edit("dflash/model.safetensors.index.json", lambda v: v["weight_map"].__setitem__(
-        "fc.weight", "gone.safetensors")), "dflash: cannot be checked: .*gone.safetensors is missing"),
+        "fc.weight", "gone.safetensors")), "dflash: .* says that fc.weight is in gone.safetensors, and it is not"),
     "drafter denied": (json_edit("export.json", lambda v: v.__setitem__("drafter", False)),
         "says there is no drafter, but dflash/"),
     "another class": (config_key("architectures", ["LlamaForCausalLM"]), r"architectures=\['LlamaForCausalLM'\], expected"),
@@ -192,9 +192,9 @@ DAMAGE = {
     "drafter with full attention below": (json_edit("dflash/config.json", lambda v: v.__setitem__("max_window_layers", 2)),
                                           "dflash: max_window_layers=2, expected 0"),
     "drafter with two rotary bases": (json_edit("dflash/config.json", lambda v: v.__setitem__("rope_theta", 1e4)),
-                                      "dflash: rope_theta=10000.0 contradicts rope_parameters"),
+                                      "dflash: rope_theta=10000.0 contradicts dflash_config"),
     "drafter with a third rotary base": (json_edit("dflash/config.json", lambda v: v["dflash_config"].__setitem__(
-        "backbone_rotary_base", 1e4)), "backbone_rotary_base=10000.0 contradicts"),
+        "backbone_rotary_base", 1e4)), "contradicts dflash_config.backbone_rotary_base, which has 10000.0"),
     "bytes after the last tensor": (more_bytes, "model-00002-.*: cannot be opened"),
     "a folder in place of the card": (lambda f: ((f / "README.md").unlink(), (f / "README.md").mkdir()), "README.md: missing"),
 }
