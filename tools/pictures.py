@@ -36,12 +36,8 @@ def box(axes, x: float, y: float, w: float, h: float, text: str, color: str = GR
     axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=size, color=INK, **style)
 
 
-def arrow(axes, start: tuple[float, float], end: tuple[float, float], text: str = "", below: bool = False, bend: float = 0) -> None:
-    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=INK, linewidth=1.2,
-                                   connectionstyle=f"arc3,rad={bend}"))
-    if text:
-        axes.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + (-0.16 if below else 0.12), text, ha="center",
-                  va="top" if below else "bottom", fontsize=8, color=INK)
+def arrow(axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=INK, linewidth=1.2))
 
 
 def jobs():
@@ -114,9 +110,9 @@ def dflash_round():
     for i, token in enumerate(target):
         if token:
             box(axes, 5.46 + 0.7 * i, y - 2.85, 0.64, 0.5, token, GREEN if i < 4 else AMBER, 9)
-    axes.text(0.2, y - 3.35, "4 drafts accepted and 1 token of the target's own: this round has length 5 (of at most 8); the new token "
-              "is the next anchor.\nAt temperature 0 a draft is accepted if it is the target's token; above, with probability "
-              "min(1, p/q): the text is the target's either way.", fontsize=9, color=INK, va="center")
+    axes.text(0.2, y - 3.35, "4 drafts accepted and 1 token of the target's own: this round has length 5 (of at most 8); the "
+              "new token is the next anchor.\nAt temperature 0 a draft is accepted if it is the target's token; above, with "
+              "probability min(1, p/q): the text is the target's either way.", fontsize=9, color=INK, va="center")
     return figure
 
 
