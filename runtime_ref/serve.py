@@ -38,7 +38,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-body-mib", type=float, default=4.0, metavar="MIB", help="largest body (%(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations (%(default)s)")
     parser.add_argument("--backend", default="auto",
-                        help="what runs the steps: auto, native, torch, triton, triton-mxfp8 (%(default)s)")
+                        help="what runs the steps: auto, c, torch, triton, triton-mxfp8 (%(default)s)")
     parser.add_argument("--no-drafter", action="store_true", help="decode without the drafter")
     parser.add_argument("--fixed-drafts", action="store_true", help="always draft whole blocks, whatever is accepted")
     parser.add_argument("--ignore-generation-config", action="store_true",

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from modeling.names import expert_parts
 from mxfp4 import quantize
+from runtime_ref.backends.base import Drafter
 from runtime_ref.checkpoints.load import load_target
 
 
@@ -186,7 +187,7 @@ def prompts():
     return [torch.randint(1, 260, (n,), generator=generator).tolist() for n in lengths]
 
 
-class OracleProposer:
+class OracleProposer(Drafter):
     """Drafts that are often right: the known answer, wrong at a share of the positions (no network, no features)."""
 
     block, taps = 8, []
