@@ -24,8 +24,8 @@ import torch
 from accelerate.utils import broadcast
 from torch import nn
 
+from checkpoint.load import load_model, load_tokenizer
 from modeling.all_experts import use_all_experts
-from modeling.load import load_model, load_tokenizer
 from modeling.output_head import require_plain_head
 from qat import evaluate
 from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite

@@ -1,4 +1,4 @@
-"""Two products for all experts give what transformers' own experts give, forward and backward, and only where all are chosen."""
+"""Two products for all experts give what transformers' own experts give, forward and backward, where all are chosen."""
 
 import copy
 

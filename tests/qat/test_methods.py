@@ -29,7 +29,8 @@ from recipes.schema import QAT, GridPull, Oscillation, SoftRounding, WarmStart
 def spread(shape, seed=0):
     """Weights over many octaves, with zeros, signed zeros and exact ties."""
     generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(*shape, generator=generator) * torch.exp2(torch.randint(-9, 9, (*shape[:-1], 1), generator=generator).float())
+    octaves = torch.randint(-9, 9, (*shape[:-1], 1), generator=generator).float()
+    w = torch.randn(*shape, generator=generator) * torch.exp2(octaves)
     w.view(-1)[::7], w.view(-1)[3::11], w.view(-1)[5::13] = 0.0, -0.0, 0.25
     return w
 

@@ -89,7 +89,7 @@ def test_only_experts_changed_and_they_lie_on_the_grid(uninterrupted, tiny_check
 
 
 def test_the_result_folder_reloads_exactly(uninterrupted):
-    from modeling.load import load_model
+    from checkpoint.load import load_model
 
     path, _ = uninterrupted
     model = load_model(folder(path) / "model", dtype=torch.bfloat16)
