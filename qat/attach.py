@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from modeling.load import owned_rows
+from checkpoint.load import owned_rows
 from mxfp4 import BLOCK_SIZE, quantize
 from mxfp4.fake_quant import fake_quantize_, saturated
 

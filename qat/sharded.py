@@ -21,12 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from modeling.load import load_model, owned_rows
+from checkpoint.load import load_model, owned_rows
+from modeling.all_experts import use_all_experts
 from modeling.output_head import require_plain_head
 from mxfp4.fake_quant import saturated
 from qat import evaluate
 from qat.attach import ExpertQuantizer, ExpertTensor, find_expert_tensors, require_finite
 from qat.geometry import meta_model
+from qat.methods import needed as methods_needed
 from qat.trainer import Trainer
 from training.sharding import checkpoint as sharded_checkpoint
 from training.sharding.layout import layout_of, require_divisible
@@ -95,6 +97,10 @@ class ShardedTrainer(Trainer):
         self.whole = self.layout.ranks == 1
         if self.whole:
             return super().load_model()
+        if methods_needed(recipe.qat):
+            raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers codes "
+                             "of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none with "
+                             f"cluster.sharding: {recipe.cluster.sharding}")
         self.compute_dtype = getattr(torch, recipe.model.dtype)
         tensors = find_expert_tensors(meta_model(recipe)[0])
         require_divisible(self.layout, {t.name: t.num_experts for t in tensors})
@@ -125,18 +131,15 @@ class ShardedTrainer(Trainer):
         self.teacher = self.load_tree(self.compute_dtype, masters=False).eval().requires_grad_(False)
         require_plain_head(self.teacher)
         self._choose_trainable(model.train())
-        self.quantizer = self.make_quantizer(model)
+        if self.layout.expert_parallel == 1:
+            use_all_experts(model)
+        settings = self.recipe.quantization
+        self.quantizer = ShardedQuantizer(model, compute_dtype=self.compute_dtype, scale_rule=settings.scale_rule,
+                                          ste=settings.ste, expected_tensors=settings.expected_tensors)
         self.originals = [self.teacher.get_parameter(t.name)._local_tensor for t in self.quantizer.tensors]
         self.other_shards = local_shards(self.trained_others(model))
         self.others = [shard.local for shard in self.other_shards]
         self.shards = [*self.quantizer.shards, *self.other_shards]
-
-    def make_quantizer(self, model: nn.Module) -> ExpertQuantizer:
-        if self.whole:
-            return super().make_quantizer(model)
-        settings = self.recipe.quantization
-        return ShardedQuantizer(model, compute_dtype=self.compute_dtype, scale_rule=settings.scale_rule, ste=settings.ste,
-                                expected_tensors=settings.expected_tensors)
 
     def register_state(self) -> None:
         """Nothing: checkpoints are written by `write_state`."""
@@ -177,6 +180,9 @@ class ShardedTrainer(Trainer):
         tensors = {"master": {s.name: s.local.detach() for s in self.shards}}
         moments, numbers = sharded_checkpoint.optimizer_tensors(self.optimizer.optimizer, self.shards)
         control = state.oscillation.state_dict()
+        for side, part in enumerate(("masters", "rounded")):
+            control[f"ways.{part}"] = [w[side] for w in control.get("ways") or ()]
+        control.pop("ways", None)
         health = state.health.state_dict()
         kinds = {"average": state.average, **control, "codes": [c for c, _ in health["last"]],
                  "scales": [s for _, s in health["last"]]}
@@ -205,7 +211,10 @@ class ShardedTrainer(Trainer):
         state.step, state.averaged_steps = saved["step"], saved["averaged_steps"]
         of = {kind: [named[n] for n in names] for kind, named in tensors.items() if names[0] in named}
         state.average = of.get("average", [])
-        state.oscillation.load_state_dict({kind: of.get(kind) for kind in ("means", "flips", "frozen")})
+        control = {kind: of.get(kind) for kind in ("means", "flips", "frozen", "last")}
+        if "ways.masters" in of:
+            control["ways"] = [torch.stack(pair) for pair in zip(of["ways.masters"], of["ways.rounded"], strict=True)]
+        state.oscillation.load_state_dict(control)
         state.health.load_state_dict({"last": list(zip(of["codes"], of["scales"], strict=True)),
                                       "routed": {n: torch.tensor(c) for n, c in saved["routed"].items()}})
         self._restore_rounding(of)

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from modeling.load import INDEX, owned_rows
+from checkpoint.load import owned_rows
+from checkpoint.tensor_files import INDEX
 from training.checkpoint import disk_errors
 from training.sharding.shards import reshard
 

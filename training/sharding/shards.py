@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from modeling.load import owned_rows
+from checkpoint.load import owned_rows
 
 
 def copies(tensor: torch.Tensor) -> int:
