@@ -98,9 +98,9 @@ class ShardedTrainer(Trainer):
         if self.whole:
             return super().load_model()
         if methods_needed(recipe.qat):
-            raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers codes "
-                             "of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none with "
-                             f"cluster.sharding: {recipe.cluster.sharding}")
+            raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers "
+                             "codes of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none "
+                             f"with cluster.sharding: {recipe.cluster.sharding}")
         self.compute_dtype = getattr(torch, recipe.model.dtype)
         tensors = find_expert_tensors(meta_model(recipe)[0])
         require_divisible(self.layout, {t.name: t.num_experts for t in tensors})
@@ -191,14 +191,15 @@ class ShardedTrainer(Trainer):
         sharded_checkpoint.write_generators(folder, self.accelerator.process_index)
         if self.main:
             sharded_checkpoint.write_json(folder / "trainer.json", {
-                "step": state.step, "batches": state.batches, "averaged_steps": state.averaged_steps, "layout": asdict(self.layout),
+                "step": state.step, "batches": state.batches, "averaged_steps": state.averaged_steps,
+                "layout": asdict(self.layout),
                 "optimizer": numbers, "rates": [g["lr"] for g in self.optimizer.param_groups],
                 "schedule": self.schedule.state_dict(), "routed": {n: c.tolist() for n, c in health["routed"].items()}})
 
     def read_state(self, path: Path) -> None:
         if not sharded_checkpoint.is_sharded(path):
-            raise ValueError(f"{path}: written without sharding; resume it with cluster.sharding=ddp, or start a new run without "
-                             "--resume")
+            raise ValueError(f"{path}: written without sharding; resume it with cluster.sharding=ddp, or start a new run "
+                             "without --resume")
         saved = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
         tensors = sharded_checkpoint.read_tensors(path, self.shards)
         state, names = self.state, [t.name for t in self.quantizer.tensors]
@@ -226,7 +227,7 @@ class ShardedTrainer(Trainer):
                      f"{before['replicas']}), now {self.layout}: goes on from the same weights and moments, not bit for bit")
 
     def _restore_rounding(self, of: dict[str, list[torch.Tensor]]) -> None:
-        """What the model computed with at that step: the rounding of the running means under `ema`, of the masters otherwise."""
+        """What the model computed with at that step: the rounding of the means under `ema`, of the masters otherwise."""
         self.quantizer.requantize(of.get("means"))
 
     # The end

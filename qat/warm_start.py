@@ -135,7 +135,8 @@ class _Gate:
         return self.module._apply_gate(z) if self.gated else self.module.act_fn(z)
 
     def routed(self, args: tuple, kwargs: dict) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(place among the owned experts, token indices, inputs [n, H], float32 routing weights [n, 1]) of those with tokens."""
+        """(place among the owned experts, token indices, inputs [n, H], float32 routing weights [n, 1]), of those with tokens.
+        """
         hidden_NH, chosen_NA, weights_NA = (t.detach() for t in (*args, *kwargs.values())[:3])
         for i, e in enumerate(self.owned):
             token, slot = (chosen_NA == e).nonzero(as_tuple=True)

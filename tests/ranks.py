@@ -18,8 +18,10 @@ def free_port() -> int:
 
 def _rank(rank: int, world: int, port: int, out: Path, function, arguments) -> None:
     os.environ.clear()
-    os.environ.update(ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                                     "MASTER_PORT": str(port), "TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"})
+    os.environ.update(ENVIRONMENT | {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"})
     os.chdir(ROOT)
     torch.set_num_threads(1)
     try:
@@ -40,7 +42,8 @@ def on_ranks(world: int, out: Path, function, *arguments, timeout: float = 300) 
     out.mkdir(parents=True, exist_ok=True)
     port = free_port()
     with mock.patch.dict(os.environ, ENVIRONMENT):
-        processes = [FORKED.Process(target=_rank, args=(r, world, port, out, function, arguments), daemon=True) for r in range(world)]
+        processes = [FORKED.Process(target=_rank, args=(r, world, port, out, function, arguments), daemon=True)
+                     for r in range(world)]
         for process in processes:
             process.start()
     waiting = dict(enumerate(processes))

@@ -26,23 +26,27 @@ def state_of(trainer) -> dict:
     return {"masters": masters, "rounded": rounded}
 
 
-def train(rank: int, recipe: Path, cases: dict, finish: bool = False) -> dict:
-    """Trains every case {name: overrides}; returns {name: losses, norms, masters, rounded weights, summary}."""
+def train(rank: int, recipe: Path, cases: dict) -> dict:
+    """Trains every case {label: overrides}; returns {label: losses, norms, masters, rounded weights}.
+
+    A label is also the run's name, up to a slash ("a/resumed" goes on in a's folder). Not overrides of the recipe: --resume;
+    stop=N, for --max-steps N; load, to train no step; finish, to evaluate and write the model.
+    """
     results = {}
     for name, overrides in cases.items():
-        overrides = list(overrides)
-        resume = "--resume" in overrides
-        stop = next((int(o.removeprefix("stop=")) for o in overrides if o.startswith("stop=")), None)
-        overrides = [o for o in overrides if o != "--resume" and not o.startswith("stop=")]
-        trainer = trainer_of(recipe, [f"name={name}", *overrides], resume=resume)
+        words = {o for o in overrides if "=" not in o or o.startswith("stop=")}
+        stop = next((int(o.removeprefix("stop=")) for o in words if o.startswith("stop=")), None)
+        trainer = trainer_of(recipe, [f"name={name.partition('/')[0]}", *(o for o in overrides if o not in words)],
+                             resume="--resume" in words)
         seen, record = [], trainer.record
         trainer.record = lambda values, *rest, seen=seen, record=record: (seen.append(values), record(values, *rest))
-        trainer.train(stop)
-        results[name] = {"losses": [v["loss"] for v in seen], "norms": [v["grad_norm"] for v in seen], "step": trainer.state.step,
-                         **state_of(trainer)}
+        if "load" not in words:
+            trainer.train(stop)
+        results[name] = {"losses": [v["loss"] for v in seen], "norms": [v["grad_norm"] for v in seen],
+                         "step": trainer.state.step, **state_of(trainer)}
         if getattr(trainer, "whole", True) is False:
             results[name]["sent"] = [(g.sent, g.gathers) for g in trainer.quantizer.gathers]
-        if finish:
+        if "finish" in words:
             trainer.finish()
         del trainer
         gc.collect()

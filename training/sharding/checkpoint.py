@@ -35,7 +35,8 @@ def is_sharded(path: Path) -> bool:
 def write_tensors(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], shards: list[LocalShard]) -> None:
     """Writes {kind: {parameter name: this rank's rows}}; every rank calls it."""
     by_name = {shard.name: shard for shard in shards}
-    state = {f"{kind}/{name}": by_name[name].as_global(tensor) for kind, named in tensors.items() for name, tensor in named.items()}
+    state = {f"{kind}/{name}": by_name[name].as_global(tensor)
+             for kind, named in tensors.items() for name, tensor in named.items()}
     dcp.save(state, checkpoint_id=str(folder / FOLDER), no_dist=not dist.is_initialized())
 
 
@@ -77,7 +78,8 @@ def write_json(path: Path, content: dict) -> None:
 def write_generators(folder: Path, rank: int) -> None:
     """Saves the states of this rank's random generators."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), position, has_gauss, gauss), "torch": torch.get_rng_state()}
+    state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
+             "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     torch.save(state, folder / f"generators-{rank:05d}.pt")

@@ -68,8 +68,8 @@ def layout_of(cluster: Cluster, ranks: int) -> Layout:
     shards = ranks // cluster.replicas
     if shards % cluster.expert_parallel:
         wanted = cluster.replicas * cluster.expert_parallel
-        raise ValueError(f"cluster.expert_parallel: {cluster.expert_parallel} does not divide the {shards} processes of a replica; "
-                         f"launch a multiple of {wanted} processes or set cluster.expert_parallel to a divisor of {shards}")
+        raise ValueError(f"cluster.expert_parallel: {cluster.expert_parallel} does not divide the {shards} processes of a "
+                         f"replica; launch a multiple of {wanted}, or set cluster.expert_parallel to a divisor of {shards}")
     return Layout(ranks, cluster.expert_parallel, cluster.replicas)
 
 
@@ -77,5 +77,5 @@ def require_divisible(layout: Layout, experts: dict[str, int]) -> None:
     """Raises ValueError for an experts module {name: number of experts} that expert-parallel groups cannot share equally."""
     for name, count in experts.items():
         if count % layout.expert_parallel:
-            raise ValueError(f"cluster.expert_parallel: {layout.expert_parallel} does not divide the {count} experts of {name}; "
-                             f"expected a divisor of {count}")
+            raise ValueError(f"cluster.expert_parallel: {layout.expert_parallel} does not divide the {count} experts of "
+                             f"{name}; expected a divisor of {count}")

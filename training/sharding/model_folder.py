@@ -77,14 +77,15 @@ def write_model(model: nn.Module, folder: Path, rounded: Callable[[str], torch.T
             if number % world == rank:
                 files.add(revert_weight_conversion(model, {name: whole.detach().to("cpu", dtype, copy=True)}))
             continue
-        published = revert_weight_conversion(model, {name: values.detach().cpu()})
-        rows = owned_rows(parameter)
-        if rows and not all(_EXPERT.search(key) for key in published) or not rows and not _per_expert(model, parameter, name):
+        if not _per_expert(model, parameter, name):
             whole = _gathered(values, parameter)
             if number % world == rank:
-                files.add(revert_weight_conversion(model, {name: whole.detach().cpu().clone()}))
-        elif rows and _is_first_copy(parameter):
-            files.add({_EXPERT.sub(lambda m: str(int(m[0]) + rows.start), key): tensor for key, tensor in published.items()})
+                files.add(revert_weight_conversion(model, {name: whole.detach().cpu()}))
+            continue
+        first = owned_rows(parameter).start
+        if values.shape[0] and _is_first_copy(parameter):
+            published = revert_weight_conversion(model, {name: values.detach().cpu()})
+            files.add({_renumbered(key, first): tensor for key, tensor in published.items()})
     if rank == 0:
         files.add(revert_weight_conversion(model, _buffers(model)))
     files.close()
@@ -97,8 +98,12 @@ def write_model(model: nn.Module, folder: Path, rounded: Callable[[str], torch.T
         _write_config(model, folder, dtype)
 
 
+def _renumbered(name: str, first: int) -> str:
+    return _EXPERT.sub(lambda number: str(int(number[0]) + first), name)
+
+
 def _per_expert(model, parameter, name: str) -> bool:
-    """As the published names of a shard with rows would tell, for a rank without any."""
+    """Whether a fused tensor is published as one matrix per expert."""
     from transformers.core_model_loading import revert_weight_conversion
 
     one = torch.empty((1, *parameter.shape[1:]), dtype=torch.bfloat16)

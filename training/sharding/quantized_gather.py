@@ -3,7 +3,7 @@
 The sharded parameter of an experts module is its float32 master. Before a layer runs, FSDP2 gathers the module's parameters;
 two hooks that torch looks up on a parameter's local tensor change what it sends:
 
-    fsdp_pre_all_gather     this rank's codes and scales, one uint8 tensor (17 bytes per 32 weights), made once per optimizer step
+    fsdp_pre_all_gather     this rank's codes and scales, one uint8 tensor (17 bytes per 32 weights), made once per step
     fsdp_post_all_gather    decodes the gathered bytes into the unsharded parameter, in the compute dtype
 
 so the module computes with fake_quantize(master), bit for bit, and its gradient is reduced in float32 onto the master's shard

@@ -48,8 +48,13 @@ class LocalShard:
         gradient, self.parameter.grad = self.parameter.grad, None
         self.local.grad = torch.zeros_like(self.local) if gradient is None else gradient.to_local()
 
-    def as_global(self, local: torch.Tensor) -> DTensor:
-        """A tensor of the shard's rows as the sharded tensor it belongs to; shapes may differ in the other dimensions."""
+    def as_global(self, local: torch.Tensor) -> torch.Tensor:
+        """A tensor of the shard's rows as the sharded tensor it belongs to; shapes may differ in the other dimensions.
+
+        Of an ordinary parameter (one process) the tensor itself.
+        """
+        if not isinstance(self.parameter, DTensor):
+            return local
         shape = torch.Size((self.parameter.shape[0], *local.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, self.parameter.device_mesh, self.parameter.placements, run_check=False, shape=shape,
@@ -61,7 +66,8 @@ def local_shards(parameters: list[tuple[str, nn.Parameter]]) -> list[LocalShard]
 
     The FSDP units must have settled their storage first (`settle`).
     """
-    return [LocalShard(name, p, nn.Parameter(p._local_tensor.detach(), requires_grad=p.requires_grad)) for name, p in parameters]
+    return [LocalShard(name, p, nn.Parameter(p._local_tensor.detach(), requires_grad=p.requires_grad))
+            for name, p in parameters]
 
 
 def settle(model: nn.Module) -> None:
