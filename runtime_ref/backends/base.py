@@ -17,7 +17,7 @@ import torch
 from runtime_ref.core.batch import Span, Wanted
 from runtime_ref.core.kv_cache import Pool, Table
 from runtime_ref.core.markov import MarkovHead
-from runtime_ref.core.program import Task
+from runtime_ref.core.program import Op
 from runtime_ref.core.tensor_parallel import Ranks
 
 
@@ -75,7 +75,7 @@ class Backend(ABC):
         """The step that computes the tokens of `spans`, whose page tables must reach to their ends. Sets `span.row`."""
 
     @abstractmethod
-    def run(self, tasks: list[Task], step, watch: Callable[[Task, dict], None] | None = None, *,
+    def run(self, program: list[Op], step, watch: Callable[[Op, dict], None] | None = None, *,
             host: bool = True) -> dict[str, torch.Tensor]:
         """Runs a program over a planned step.
 

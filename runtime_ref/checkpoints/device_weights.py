@@ -5,7 +5,7 @@ of 128 x 128 blocks restarts inside a fused qkv, so a rank's share has no grid o
 moved into pages (`kernels/repack.py`). `weights.py` holds the same tensors for the torch backend, decoded to float32.
 
 All tensors of a rank lie in one `Arena`, a single allocation, because the persistent step finds them by 32-bit offsets: its
-task list is a table of int32. Sizes are known from the configuration (`kernel_shapes.py`) before anything is read, so loading
+program is a table of int32. Sizes are known from the configuration (`kernel_shapes.py`) before anything is read, so loading
 never holds more than a layer twice, and a geometry can be filled with random bytes instead (`random_weights`) to be timed.
 """
 

@@ -6,7 +6,7 @@
         for output in engine.step():
             ...
 
-A step is planned by the scheduler, drafted by the drafter, computed by the backend as one task list for all sequences,
+A step is planned by the scheduler, drafted by the drafter, computed by the backend as one program for all sequences,
 judged by the acceptance rule. Nothing here blocks or waits, so a server can call `step` from a thread of its own and add or
 abort requests between steps. With several ranks every rank holds an engine and makes the same calls in the same order.
 """
@@ -28,7 +28,7 @@ from runtime_ref.checkpoints.folder import drafter_folder, end_ids
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES
 from runtime_ref.core.batch import KIND, Span, Wanted, logit_rows
 from runtime_ref.core.kv_cache import PAGE, KvCache
-from runtime_ref.core.program import check_tasks, target_tasks
+from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import ALONE, Ranks
 from runtime_ref.engine.detokenizer import TextStream
@@ -70,8 +70,8 @@ class Engine:
         if drafter is not None and drafter.pool is not None:
             pools[KIND] = drafter.pool
         self.cache = KvCache(pools, prefix=options.prefix_cache)
-        self.tasks = target_tasks(backend.config, drafter.taps if drafter is not None else ())
-        check_tasks(self.tasks)
+        self.program = target_program(backend.config, drafter.taps if drafter is not None else ())
+        check_program(self.program)
         self.scheduler = Scheduler(self.cache, max_running=options.max_running, rows=options.rows,
                                    block=drafter.block if drafter is not None else 1)
         self._ids = itertools.count()
@@ -83,7 +83,7 @@ class Engine:
         self.context = min(options.max_context, backend.config.max_position_embeddings)
         self.adaptive = None
         if drafter is not None:
-            self.adaptive = Adaptive(backend, drafter, self.cache, self.tasks, options.draft_costs, self.context)
+            self.adaptive = Adaptive(backend, drafter, self.cache, self.program, options.draft_costs, self.context)
         self._per_position = [0] * (drafter.block - 1 if drafter is not None else 0)
 
     @classmethod
@@ -201,10 +201,10 @@ class Engine:
     def _computed(self, step, work: list[Work], spans: list[Span], proposals: dict[int, Proposal]) -> tuple[dict, dict]:
         """Buffers of a step, and the verdicts of the sequences that a backend judges where its logits are, by id."""
         if not self.backend.capabilities.verifies_on_device:
-            return self.backend.run(self.tasks, step), {}
+            return self.backend.run(self.program, step), {}
         from runtime_ref.engine.accept_on_device import judge_on_device
 
-        buffers = self.backend.run(self.tasks, step, host=False)
+        buffers = self.backend.run(self.program, step, host=False)
         return buffers, judge_on_device(buffers["logits"], work, spans, proposals)
 
     def _draft(self, work: list[Work]) -> dict[int, Proposal]:

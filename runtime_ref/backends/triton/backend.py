@@ -1,4 +1,4 @@
-"""Runs task lists with the Triton kernels: the same list, the same buffers, the same caches as `tasks.TorchBackend`.
+"""Runs programs with the Triton kernels: the same list, the same buffers, the same caches as `TorchBackend`.
 
 Every op of the list has a kernel; none falls back to torch. The list is fused first (`fusion.py`); a caller that watches
 buffers gets the list as it is, op by op. On a machine without a GPU the kernels are compiled for the CPU (`kernels/host`), or
@@ -35,7 +35,7 @@ from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.batch import Span
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, Pool, Table
-from runtime_ref.core.program import Task
+from runtime_ref.core.program import Op
 from runtime_ref.core.tensor_parallel import ALONE, Ranks
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
@@ -112,7 +112,7 @@ class RotaryTable:
 
 
 class TritonBackend(Backend):
-    """One rank's weights and caches, and the ops of a task list.
+    """One rank's weights and caches, and the ops of a program.
 
     Args:
         pages: pages by kind ("full", "window"); a kind that the model does not have gets no pool.
@@ -192,29 +192,29 @@ class TritonBackend(Backend):
         return KernelStep(rows, rows, rows, BLOCK, 0)
 
     @torch.inference_mode()
-    def run(self, tasks: list[Task], step: KernelStep, watch: Callable[[Task, dict], None] | None = None, *,
+    def run(self, program: list[Op], step: KernelStep, watch: Callable[[Op, dict], None] | None = None, *,
             host: bool = True) -> dict[str, torch.Tensor]:
-        """Executes the tasks in order; returns the buffers, logits on the host unless told otherwise. `watch` sees the buffers
-        after each task of the list as it is."""
-        if watch is None and self.walk is not None and self.walk.serves(tasks, step):
+        """Executes the ops in order; returns the buffers, logits on the host unless told otherwise. `watch` sees the buffers
+        after each op of the list as it is."""
+        if watch is None and self.walk is not None and self.walk.serves(program, step):
             buffers = self.walk.run(step)
         else:
-            buffers = self._launch(tasks, step, watch)
+            buffers = self._launch(program, step, watch)
         if host and "logits" in buffers:
             buffers["logits"] = buffers["logits"].cpu()
         return buffers
 
-    def _launch(self, tasks: list[Task], step: KernelStep, watch: Callable[[Task, dict], None] | None) -> dict:
+    def _launch(self, program: list[Op], step: KernelStep, watch: Callable[[Op, dict], None] | None) -> dict:
         """Op by op."""
         buffers = {"ids": step.ids}
-        for task in tasks if watch is not None else fused(tasks, self.ranks.count):
-            found = self.ops[task.op](step, task.layer, *[buffers[name] for name in task.reads])
-            if len(task.writes) == 1:
-                buffers[task.writes[0]] = found
+        for op in program if watch is not None else fused(program, self.ranks.count):
+            found = self.ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
+            if len(op.writes) == 1:
+                buffers[op.writes[0]] = found
             else:
-                buffers.update(zip(task.writes, found or (), strict=True))
+                buffers.update(zip(op.writes, found or (), strict=True))
             if watch is not None:
-                watch(task, buffers)
+                watch(op, buffers)
         return buffers
 
     def _layer(self, index: int):

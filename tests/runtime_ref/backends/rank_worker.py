@@ -44,7 +44,7 @@ def same(folder, ranks, pipe, backend=BACKEND):
     tables = engine.cache.tables()
     engine.cache.extend(tables, list(tables), 17)
     step = engine.backend.plan([Span(tables, 0, prompts()[1])])
-    logits = engine.backend.run(engine.tasks, step)["logits"][:17]
+    logits = engine.backend.run(engine.program, step)["logits"][:17]
     if ranks.rank == 0:
         found = {"ranks": ranks.count, "tokens": tokens, "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
                  "experts": engine.backend.weights.packed_bytes}

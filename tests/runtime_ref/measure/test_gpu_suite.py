@@ -275,7 +275,7 @@ def test_a_wrong_walk_has_no_speed(small_toy, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=1))
     weights = SimpleNamespace(arena=SimpleNamespace(used=1))
     monkeypatch.setattr(gpu_steps, "Prepared", lambda *_: SimpleNamespace(
-        step=lambda rows: None, tasks=[], backend=SimpleNamespace(kernel_weights=weights)))
+        step=lambda rows: None, program=[], backend=SimpleNamespace(kernel_weights=weights)))
     monkeypatch.setattr(gpu_steps, "compare_walk", lambda *_: {"wrong": "two walks differ"})
     monkeypatch.setattr(gpu_steps, "_measure_walk", lambda *_: pytest.fail("timed"))
     for name in ("measure_judge", "measure_draft", "measure_barrier"):
@@ -351,7 +351,7 @@ class Stub:
     """An engine that answers at once, and remembers what it was asked."""
 
     def __init__(self, wrong=(), failed=False):
-        self.asked, self.failed, self.wrong, self.tasks = [], failed, wrong, None
+        self.asked, self.failed, self.wrong, self.program = [], failed, wrong, None
         self.backend = SimpleNamespace(config=SimpleNamespace(vocab_size=256), walk=None)
         self.drafter = object()
 

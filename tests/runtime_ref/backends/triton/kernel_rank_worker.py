@@ -37,7 +37,7 @@ def answers(folder, ranks, walked):
     tokens = engine.generate(prompts, params)
     tables = engine.cache.tables()
     engine.cache.extend(tables, list(tables), 9)
-    logits = engine.backend.run(engine.tasks, engine.backend.plan([Span(tables, 0, prompts[1][:9])]))["logits"]
+    logits = engine.backend.run(engine.program, engine.backend.plan([Span(tables, 0, prompts[1][:9])]))["logits"]
     engine.cache.extend(tables, list(tables), 20)
     width = len(engine.drafter.taps) * engine.backend.config.hidden_size
     taps = torch.randn(5, width, generator=generator).to(torch.bfloat16)

@@ -9,7 +9,7 @@ from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
 from runtime_ref.core.batch import Span, Wanted
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.program import target_tasks
+from runtime_ref.core.program import target_program
 from runtime_ref.kernels import attention, routing, rows, sampling
 from runtime_ref.kernels.experimental.megakernel import step_kernel
 from runtime_ref.measure.static.launches import ALIGNED, FLOATS
@@ -41,7 +41,7 @@ def test_a_walk_of_the_target_is_compiled_once_per_scratch(small_engine):
     """Steps of one to 19 rows, at the beginning of a sequence and behind 60 positions, all logits or one: the scratch for eight
     rows and that for 64 have one kernel each."""
     backend = small_engine(drafter=False).backend
-    tables, walked = tables_of(backend.pools), PersistentStep(backend, target_tasks(backend.config, [0, 2]))
+    tables, walked = tables_of(backend.pools), PersistentStep(backend, target_program(backend.config, [0, 2]))
 
     def run(most):
         for batch in BATCHES:

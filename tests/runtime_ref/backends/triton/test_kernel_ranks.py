@@ -21,7 +21,7 @@ from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.checkpoints.device_weights import load_kernel_weights
 from runtime_ref.core.batch import Span
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.program import target_tasks
+from runtime_ref.core.program import target_program
 from runtime_ref.core.tensor_parallel import ALONE, Ranks
 from runtime_ref.kernels.experimental import megakernel as walk
 from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
@@ -77,24 +77,24 @@ def alone_and_shared(shared_folder):
         return TritonBackend(weights, pages={"full": 6, "window": 6}, positions=128)
 
     alone, backends = made(ALONE), [made(Ranks(rank, RANKS)) for rank in range(RANKS)]
-    tasks = target_tasks(alone.config, [0, 2])
+    program = target_program(alone.config, [0, 2])
     for kind, pool in alone.pools.items():
         for name in ("all_keys", "all_values"):
             whole = getattr(pool, name).normal_()
             for backend, own in zip(backends, whole.chunk(RANKS, 1), strict=True):
                 getattr(backend.pools[kind], name).copy_(own)
-    expected = alone.run(tasks, a_step(alone))
-    return expected, tasks, [(backend, a_step(backend)) for backend in backends]
+    expected = alone.run(program, a_step(alone))
+    return expected, program, [(backend, a_step(backend)) for backend in backends]
 
 
 def ranks_at_once(alone_and_shared, monkeypatch, walks=2, seconds=120):
     """Whether RANKS x PROGRAMS processes end, and every rank has the bits of one rank alone after each walk."""
-    expected, tasks, ranks = alone_and_shared
+    expected, program, ranks = alone_and_shared
     monkeypatch.setattr(persistent, "Symmetric", InOneProcess)
     monkeypatch.delattr(InOneProcess, "pieces", raising=False)
     calls, found = [], []
     for backend, step in ranks:
-        walked = PersistentStep(backend, tasks, programs=PROGRAMS, polls=MANY)
+        walked = PersistentStep(backend, program, programs=PROGRAMS, polls=MANY)
         logits, taps = torch.full((8, 65), float("nan")), torch.full((2, 9, 64), float("nan"), dtype=torch.bfloat16)
         arguments, constants = walked.arguments(step, logits, taps)
         for value in arguments.values():

@@ -26,7 +26,7 @@ def engines(small_folder):
 def logits(engine, prompt):
     tables = engine.cache.tables()
     engine.cache.extend(tables, list(tables), len(prompt))
-    found = engine.backend.run(engine.tasks, engine.backend.plan([Span(tables, 0, prompt)]))["logits"]
+    found = engine.backend.run(engine.program, engine.backend.plan([Span(tables, 0, prompt)]))["logits"]
     engine.cache.release(tables)
     return found
 

@@ -21,7 +21,7 @@ from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.batch import Span, Wanted
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.program import check_tasks, target_tasks
+from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import ALONE
 from runtime_ref.engine import accept_on_device as device_judge
@@ -60,25 +60,25 @@ def alone(small_engine, small_prompts):
 
 
 def test_every_op_equals_its_torch_twin_on_the_inputs_it_had(backend, torch_backend, ids):
-    assert len(check_each_op(backend, torch_backend, target_tasks(backend.config, [0, 2]), ids)) == 18
+    assert len(check_each_op(backend, torch_backend, target_program(backend.config, [0, 2]), ids)) == 18
 
 
 def test_logits_are_those_of_the_torch_backend_where_routing_agrees(backend, torch_backend, ids):
     chosen = ({}, {})
-    buffers = [run_watched(b, ids, watch=lambda task, found, own=own: own.update({task.layer: found["index"][:len(ids)]})
-                           if task.op == "route" else None)[0] for b, own in zip((backend, torch_backend), chosen, strict=True)]
+    buffers = [run_watched(b, ids, watch=lambda op, found, own=own: own.update({op.layer: found["index"][:len(ids)]})
+                           if op.name == "route" else None)[0] for b, own in zip((backend, torch_backend), chosen, strict=True)]
     same = torch.stack([(chosen[0][i].long().sort(-1)[0] == chosen[1][i].sort(-1)[0]).all(-1) for i in chosen[0]]).all(0)
     assert same.float().mean() > 0.7
     assert relative(buffers[0]["logits"][same], buffers[1]["logits"][:len(ids)][same]) < TRITON_LOGITS
 
 
 def test_the_fused_list_makes_the_bits_of_the_list_op_by_op(backend, ids):
-    tasks = target_tasks(backend.config, [0, 2])
-    check_tasks(fused(tasks))
-    assert len(fused(tasks)) < len(tasks) / 2 + 3 and {t.op for t in fused(tasks)} <= backend.ops.keys()
-    assert {t.op for t in fused(tasks, ranks=2)} <= backend.ops.keys()
+    program = target_program(backend.config, [0, 2])
+    check_program(fused(program))
+    assert len(fused(program)) < len(program) / 2 + 3 and {t.name for t in fused(program)} <= backend.ops.keys()
+    assert {t.name for t in fused(program, ranks=2)} <= backend.ops.keys()
     whole, _, _ = run_watched(backend, ids, taps=[0, 2])
-    apart, _, _ = run_watched(backend, ids, taps=[0, 2], watch=lambda task, found: None)
+    apart, _, _ = run_watched(backend, ids, taps=[0, 2], watch=lambda op, found: None)
     for name in ("logits", "tap.0", "tap.2"):
         assert torch.equal(whole[name], apart[name]) and not whole[name].isnan().any()
 
@@ -86,13 +86,13 @@ def test_the_fused_list_makes_the_bits_of_the_list_op_by_op(backend, ids):
 def test_pieces_rings_and_pages_change_no_bit(backend):
     """70 tokens in pieces: a window of 16 forgets its first page, rows move through blocks and cross a page."""
     ids = torch.randint(1, 128, (70,), generator=torch.Generator().manual_seed(9)).tolist()
-    tasks, found = target_tasks(backend.config), []
+    program, found = target_program(backend.config), []
     for pieces in ([70], [3, 60, 1, 6]):
         cache = KvCache(backend.pools, prefix=False)
         tables, at, logits = cache.tables(), 0, []
         for n in pieces:
             cache.extend(tables, list(tables), at + n)
-            logits.append(backend.run(tasks, backend.plan([Span(tables, at, ids[at:at + n])]))["logits"])
+            logits.append(backend.run(program, backend.plan([Span(tables, at, ids[at:at + n])]))["logits"])
             at += n
             cache.forget_behind(tables, dict.fromkeys(tables, at))
         found.append(torch.cat(logits))
