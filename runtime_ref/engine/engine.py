@@ -30,7 +30,7 @@ from runtime_ref.core.batch import KIND, Span, Wanted, logit_rows
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
-from runtime_ref.core.tensor_parallel import ALONE, Ranks
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.engine.detokenizer import TextStream
 from runtime_ref.engine.draft_length import Adaptive
 from runtime_ref.engine.sampler import logprob_of
@@ -87,7 +87,7 @@ class Engine:
         self._per_position = [0] * (drafter.block - 1 if drafter is not None else 0)
 
     @classmethod
-    def from_folder(cls, path: str | Path, *, backend: str = "auto", ranks: Ranks = ALONE,
+    def from_folder(cls, path: str | Path, *, backend: str = "auto", ranks: Ranks = SINGLE_RANK,
                     dtype: torch.dtype = torch.bfloat16, drafter: bool = True, options: EngineOptions | None = None,
                     checksum: bool = False, tokenizer=None, progress: Callable[[int, int], None] | None = None) -> Engine:
         """An engine on an exported folder, with its drafter if it has one.

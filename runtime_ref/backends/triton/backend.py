@@ -36,7 +36,7 @@ from runtime_ref.core.batch import Span
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, Pool, Table
 from runtime_ref.core.program import Op
-from runtime_ref.core.tensor_parallel import ALONE, Ranks
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.experts import MAX_TOKENS, Launch, Workspace, run_experts
@@ -392,7 +392,7 @@ def default_launch() -> Launch:
     return Launch(programs=4 * (torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1))
 
 
-def load_triton_backend(folder: str | Path, ranks: Ranks = ALONE, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int],
+def load_triton_backend(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int],
                         positions: int, native: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> TritonBackend:
     """A backend on an exported folder. native: experts for tensor cores that read E2M1 (`kernels/native_tiles.py`).

@@ -22,7 +22,7 @@ from runtime_ref.checkpoints.device_weights import Arena, piece_bytes
 from runtime_ref.core.batch import KIND, Wanted
 from runtime_ref.core.drafter_checks import check_drafter
 from runtime_ref.core.kv_cache import Table
-from runtime_ref.core.tensor_parallel import ALONE, SHARES, Ranks
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, SHARES, Ranks
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.row_launches import Heads, Matrix, paired
@@ -36,7 +36,7 @@ LEAST_DOWN = 16  # entries of a part of the down product
 class Share:
     """What a rank holds: of whole heads and of the inner dimension, `parts_o` and `parts_down` parts of the sums over them.
 
-    ranks: those that sum; ALONE where each holds everything.
+    ranks: those that sum; SINGLE_RANK where each holds everything.
     """
 
     ranks: Ranks
@@ -54,7 +54,7 @@ def share_of(model: DFlashDraftModel, ranks: Ranks, shares: int = SHARES) -> Sha
     queries, keys, count = config.num_attention_heads, config.num_key_value_heads, ranks.count
     o, down = parts_of(queries * v, v, shares), parts_of(config.intermediate_size, LEAST_DOWN, shares)
     if config.hidden_size % count or queries % count or (keys % count and count % keys) or o % count or down % count:
-        return Share(ALONE, o, down)
+        return Share(SINGLE_RANK, o, down)
     return Share(ranks, o // count, down // count)
 
 

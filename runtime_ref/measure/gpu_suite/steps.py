@@ -31,7 +31,7 @@ from runtime_ref.core.batch import KIND, Span, Wanted
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import target_program
-from runtime_ref.core.tensor_parallel import ALONE, SHARES
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, SHARES
 from runtime_ref.kernels.experimental.megakernel import WARPS
 from runtime_ref.kernels.row_launches import Tiling
 from runtime_ref.kernels.sampling import judge
@@ -112,7 +112,7 @@ class Prepared:
     def __init__(self, config: MiMoV2Config, device: str, position: int, shares: int, tiling: Tiling | None = None):
         self.config, self.program = config, target_program(config, [config.num_hidden_layers - 1])
         pages = position // PAGE + 2
-        weights = random_weights(config, ALONE, device=device, shares=shares)
+        weights = random_weights(config, SINGLE_RANK, device=device, shares=shares)
         self.backend = TritonBackend(weights, pages={"full": pages, "window": pages}, positions=position + 2 * PAGE,
                                     tiling=tiling)
         generator = torch.Generator(device).manual_seed(1)

@@ -297,13 +297,13 @@ def test_its_check_of_fake_quantization_is_green_and_red_on_another_rule(monkeyp
 def test_a_rank_of_eight_is_a_model_with_an_eighth_of_every_shared_size():
     from modeling.presets import released_config
     from runtime_ref.checkpoints.device_weights import layer_heads, layer_shapes
-    from runtime_ref.core.tensor_parallel import ALONE
+    from runtime_ref.core.tensor_parallel import SINGLE_RANK
     from runtime_ref.measure.gpu_suite.steps import projected, rank_config
 
     config = rank_config(released_config("MiMo-V2.5-Pro"), 8)
-    heads = layer_heads(config, 0, ALONE)
+    heads = layer_heads(config, 0, SINGLE_RANK)
     assert (heads.queries, heads.keys, heads.d, heads.v) == (16, 1, 192, 128) and config.moe_intermediate_size == 256
-    shapes = layer_shapes(config, 1, ALONE, frozenset({"qkv"}))
+    shapes = layer_shapes(config, 1, SINGLE_RANK, frozenset({"qkv"}))
     pages = sum(torch.Size(shapes[name][0]).numel() for name in ("up_pages", "down_pages"))
     assert pages == 384 * 3 * 6144 * 256 * 17 // 32
     assert projected(4.4e-3, 140)["tokens_per_second"]["5 us"] == pytest.approx(6.30 / (4.4e-3 + 140 * 5e-6))

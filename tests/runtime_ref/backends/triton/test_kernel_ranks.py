@@ -22,7 +22,7 @@ from runtime_ref.checkpoints.device_weights import load_kernel_weights
 from runtime_ref.core.batch import Span
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import target_program
-from runtime_ref.core.tensor_parallel import ALONE, Ranks
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.kernels.experimental import megakernel as walk
 from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
 from runtime_ref.kernels.repack import unpack_pages
@@ -76,7 +76,7 @@ def alone_and_shared(shared_folder):
         weights = load_kernel_weights(shared_folder, ranks)
         return TritonBackend(weights, pages={"full": 6, "window": 6}, positions=128)
 
-    alone, backends = made(ALONE), [made(Ranks(rank, RANKS)) for rank in range(RANKS)]
+    alone, backends = made(SINGLE_RANK), [made(Ranks(rank, RANKS)) for rank in range(RANKS)]
     program = target_program(alone.config, [0, 2])
     for kind, pool in alone.pools.items():
         for name in ("all_keys", "all_values"):
@@ -161,7 +161,7 @@ def test_parts_are_the_models_not_the_ranks():
     assert [parts_of(n, unit) for n, unit in ((2048, 64), (256, 64), (96, 64), (768, 64), (64, 16))] == [8, 4, 1, 4, 4]
     assert parts_of(2048, 64, shares=1) == 1
     config = small_config(**SHARED)
-    assert layer_parts(config, 0, ALONE, frozenset()) == Parts(4, 4, 1)
+    assert layer_parts(config, 0, SINGLE_RANK, frozenset()) == Parts(4, 4, 1)
     assert layer_parts(config, 1, Ranks(1, 2), frozenset()) == Parts(2, 1, 1)
     with pytest.raises(ValueError, match="8 ranks: .* of down_proj is cut into 4 parts of whole 16s"):
         layer_parts(small_config(**SHARED | {"num_attention_heads": 8}), 0, Ranks(0, 8), frozenset())

@@ -23,7 +23,7 @@ from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
-from runtime_ref.core.tensor_parallel import ALONE
+from runtime_ref.core.tensor_parallel import SINGLE_RANK
 from runtime_ref.engine import accept_on_device as device_judge
 from runtime_ref.engine.engine import Engine
 from runtime_ref.kernels.repack import unpack_pages
@@ -197,7 +197,7 @@ def test_random_weights_have_the_loaded_ones_shapes_and_run(small_folder, ids):
     from runtime_ref.backends.triton.backend import TritonBackend
 
     loaded = load_kernel_weights(small_folder)
-    made = random_weights(loaded.config, ALONE, device="cpu")
+    made = random_weights(loaded.config, SINGLE_RANK, device="cpu")
     backend = TritonBackend(made, pages={"full": 2, "window": 2}, positions=64)
     buffers, _, _ = run_watched(backend, ids[:8])
     assert buffers["logits"].isfinite().all() and buffers["logits"].std() > 0
