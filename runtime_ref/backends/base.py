@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.batch import SequenceChunk, Wanted
 from runtime_ref.core.kv_cache import Pool, Table
 from runtime_ref.core.markov import MarkovHead
 from runtime_ref.core.program import Op
@@ -71,8 +71,8 @@ class Backend(ABC):
         """See `Capabilities`."""
 
     @abstractmethod
-    def plan(self, spans: list[Span]):
-        """The step that computes the tokens of `spans`, whose page tables must reach to their ends. Sets `span.row`."""
+    def plan(self, chunks: list[SequenceChunk]):
+        """The step that computes the tokens of `chunks`, whose page tables must reach to their ends. Sets `chunk.row`."""
 
     @abstractmethod
     def run(self, program: list[Op], step, watch: Callable[[Op, dict], None] | None = None, *,

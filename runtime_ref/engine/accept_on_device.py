@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from runtime_ref.core.batch import Span, logit_rows
+from runtime_ref.core.batch import SequenceChunk, logit_rows
 from runtime_ref.engine.sampler import uniform
 from runtime_ref.engine.scheduler import Work
 from runtime_ref.engine.speculative import Proposal, Verdict
@@ -15,19 +15,19 @@ from runtime_ref.kernels.sampling import draws_here, judge
 
 
 @torch.inference_mode()
-def judge_on_device(logits: torch.Tensor, work: list[Work], spans: list[Span], proposals: dict[int, Proposal],
+def judge_on_device(logits: torch.Tensor, work: list[Work], chunks: list[SequenceChunk], proposals: dict[int, Proposal],
                     ) -> dict[int, Verdict]:
     """Verdicts by sequence, from one launch. A sequence whose logits are not finite has none: the host finds out where.
 
     Args:
-        logits: float32 [rows that want them, V] on the device, sequence after sequence as in `spans`.
+        logits: float32 [rows that want them, V] on the device, sequence after sequence as in `chunks`.
     """
     R, row = logits.shape[0], 0
     drafts, heat, numbers = [0] * R, [0.0] * R, [0.0] * R
     ids, first, count = [], [], []
-    for item, span in zip(work, spans, strict=True):
-        rows, sequence = logit_rows(span), item.sequence
-        params, anchor = sequence.params, span.start + item.count - 1
+    for item, chunk in zip(work, chunks, strict=True):
+        rows, sequence = logit_rows(chunk), item.sequence
+        params, anchor = sequence.params, chunk.start + item.count - 1
         if rows and draws_here(params):
             own = proposals[sequence.id].tokens if item.drafts else []
             drafts[row:row + len(own)] = own

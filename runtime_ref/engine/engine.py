@@ -26,7 +26,7 @@ from runtime_ref.backends.load import known_backend, load_backend
 from runtime_ref.checkpoints.families.registry import read_geometry
 from runtime_ref.checkpoints.folder import drafter_folder, end_ids
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES
-from runtime_ref.core.batch import KIND, Span, Wanted, logit_rows
+from runtime_ref.core.batch import KIND, SequenceChunk, Wanted, logit_rows
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
@@ -178,34 +178,34 @@ class Engine:
         if not work:
             return []
         proposals = self._draft(work)
-        spans = []
+        chunks = []
         for item in work:
             sequence, start = item.sequence, item.sequence.computed
             tokens = sequence.tokens[start:start + item.count]
             if item.drafts:
                 tokens = tokens + proposals[sequence.id].tokens
             logits = "all" if not item.reads_prompt else "last" if item.completes else "none"
-            spans.append(Span(sequence.tables, start, tokens, logits))
-        step = self.backend.plan(spans)
-        buffers, verdicts = self._computed(step, work, spans, proposals)
+            chunks.append(SequenceChunk(sequence.tables, start, tokens, logits))
+        step = self.backend.plan(chunks)
+        buffers, verdicts = self._computed(step, work, chunks, proposals)
         self._counts["steps"] += 1
         outputs, row = [], 0
-        for item, span in zip(work, spans, strict=True):
-            own = slice(row, row := row + logit_rows(span))
-            output = self._commit(item, span, own, buffers, proposals.get(item.sequence.id, Proposal([])),
+        for item, chunk in zip(work, chunks, strict=True):
+            own = slice(row, row := row + logit_rows(chunk))
+            output = self._commit(item, chunk, own, buffers, proposals.get(item.sequence.id, Proposal([])),
                                   verdicts.get(item.sequence.id))
             if output is not None:
                 outputs.append(output)
         return sorted(outputs, key=lambda o: o.id)
 
-    def _computed(self, step, work: list[Work], spans: list[Span], proposals: dict[int, Proposal]) -> tuple[dict, dict]:
+    def _computed(self, step, work: list[Work], chunks: list[SequenceChunk], proposals: dict[int, Proposal]) -> tuple[dict, dict]:
         """Buffers of a step, and the verdicts of the sequences that a backend judges where its logits are, by id."""
         if not self.backend.capabilities.verifies_on_device:
             return self.backend.run(self.program, step), {}
         from runtime_ref.engine.accept_on_device import judge_on_device
 
         buffers = self.backend.run(self.program, step, host=False)
-        return buffers, judge_on_device(buffers["logits"], work, spans, proposals)
+        return buffers, judge_on_device(buffers["logits"], work, chunks, proposals)
 
     def _draft(self, work: list[Work]) -> dict[int, Proposal]:
         drafting = [w for w in work if w.drafts]
@@ -221,28 +221,28 @@ class Engine:
                                              sequence.tokens[-1])
         return proposals
 
-    def _commit(self, item: Work, span: Span, own: slice, buffers: dict, proposal: Proposal, verdict: Verdict | None,
+    def _commit(self, item: Work, chunk: SequenceChunk, own: slice, buffers: dict, proposal: Proposal, verdict: Verdict | None,
                 ) -> Output | None:
         """Takes over what a step gave a sequence: the rows `own` of the logits, unless there is a verdict already."""
-        sequence, anchor = item.sequence, span.start + item.count - 1
+        sequence, anchor = item.sequence, chunk.start + item.count - 1
         emitted, accepted, logits = [], 0, None
         if verdict is not None:
             emitted, accepted = verdict.tokens, verdict.accepted
-        elif span.logits != "none":
+        elif chunk.logits != "none":
             logits = buffers["logits"][own].cpu()
             if not math.isfinite(float(logits.sum())):
                 row = int((~logits.isfinite()).any(-1).nonzero()[0])
-                raise FloatingPointError(f"request {sequence.id}: the logits after position {span.start + row} are not finite "
+                raise FloatingPointError(f"request {sequence.id}: the logits after position {chunk.start + row} are not finite "
                                          f"(token {int((~logits[row].isfinite()).nonzero()[0])} is the first)")
             verdict = accept(logits, proposal, sequence.params, anchor, sequence.prompt, sequence.answer)
             emitted, accepted = verdict.tokens, verdict.accepted
         if sequence.drafting and self.drafter.taps:
-            rows = slice(span.row, span.row + item.count + accepted)
+            rows = slice(chunk.row, chunk.row + item.count + accepted)
             if self._taps_ascend and "taps" in buffers:
                 taps = buffers["taps"][rows]
             else:
                 taps = torch.cat([buffers[f"tap.{i}"][rows] for i in self.drafter.taps], dim=-1)
-            sequence.add_taps(taps, span.start)
+            sequence.add_taps(taps, chunk.start)
         sequence.computed += item.count + accepted
         if item.reads_prompt:
             self._counts["prompt_tokens"] += item.count
@@ -307,12 +307,12 @@ class Engine:
             sequence.taps, sequence.tapped_from = [], sequence.computed
         kinds = self.scheduler.kinds(sequence)
         for logical in sequence.full_pages(KIND in kinds):
-            self.cache.remember(sequence.tables, sequence.hashes, logical, kinds)
+            self.cache.cache_page(sequence.tables, sequence.hashes, logical, kinds)
             sequence.remembered = logical + 1
         lengths = {kind: sequence.computed for kind in kinds if kind != KIND}
         if KIND in kinds:
             lengths[KIND] = sequence.seen_by_drafter
-        self.cache.forget_behind(sequence.tables, lengths)
+        self.cache.evict_outside_window(sequence.tables, lengths)
 
     def _finish(self, sequence: Sequence) -> None:
         self._sequences.pop(sequence.id)

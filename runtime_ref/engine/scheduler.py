@@ -93,7 +93,7 @@ class Scheduler:
                 return
             self.waiting.popleft()
             full = (len(sequence.tokens) - 1) // PAGE
-            sequence.cached = self.cache.take_prefix(sequence.tables, sequence.hashes[:full], self.kinds(sequence))
+            sequence.cached = self.cache.match_prefix(sequence.tables, sequence.hashes[:full], self.kinds(sequence))
             sequence.computed = sequence.tapped_from = sequence.cached
             sequence.remembered = sequence.cached // PAGE
             self.running.append(sequence)
@@ -146,7 +146,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.cache.release(sequence.tables)
-        sequence.forget()
+        sequence.reset()
         sequence.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(sequence)

@@ -11,11 +11,11 @@ import torch
 from mxfp4.mxfp8 import dequantize_mxfp8, quantize_mxfp8
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.host_weights import Dense
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.program import Op
 
 
-def expected(backend: TorchBackend, op: Op, inputs: dict[str, torch.Tensor], span: Span, real: int, *,
+def expected(backend: TorchBackend, op: Op, inputs: dict[str, torch.Tensor], chunk: SequenceChunk, real: int, *,
              mxfp8: bool = False) -> torch.Tensor | None:
     """float64 result of an op on the buffers that it read, comparable with `found`; None for ops that only move data.
 
@@ -23,7 +23,7 @@ def expected(backend: TorchBackend, op: Op, inputs: dict[str, torch.Tensor], spa
     that every rank must ask for the same tasks.
 
     Args:
-        span: the one sequence of the step, from position 0 on.
+        chunk: the one sequence of the step, from position 0 on.
         real: rows that are not padding. mxfp8: whether activations are rounded to it where they enter experts.
     """
     w, config = backend.weights, backend.config
@@ -37,7 +37,7 @@ def expected(backend: TorchBackend, op: Op, inputs: dict[str, torch.Tensor], spa
         return _projected(x["y"], layer.attention, backend.rotary[op.name.removeprefix("project_")], real,
                           config.layernorm_epsilon)
     if op.name.startswith("attend"):
-        return _attended(x["q"], backend, op, span, real)
+        return _attended(x["q"], backend, op, chunk, real)
     if op.name == "merge_heads":
         a = layer.attention
         merged = torch.einsum("qrv,qvh->rh", x["heads"], a.o.double().reshape(x["heads"].shape[0], x["heads"].shape[2], -1))
@@ -98,10 +98,10 @@ def _projected(y, a, rotary, real, epsilon):
     return torch.cat([q.flatten(), qk[a.query_heads:].flatten(), v.flatten()])
 
 
-def _attended(q, backend, op, span, real):
+def _attended(q, backend, op, chunk, real):
     kind = op.name.removeprefix("attend_")
     pool, a = backend.pools[kind], backend.weights.layers[op.layer].attention
-    slots = torch.tensor([span.tables[kind].slot(p) for p in range(real)])
+    slots = torch.tensor([chunk.tables[kind].slot(p) for p in range(real)])
     keys, values = (store[op.layer].index_select(1, slots.to(store[op.layer].device)).cpu().double()[..., :width]
                     for store, width in ((pool.keys, a.qk_dim), (pool.values, a.v_dim)))  # some backends pad the widths
     groups = q.shape[0] // keys.shape[0]

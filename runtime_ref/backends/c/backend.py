@@ -27,7 +27,7 @@ from runtime_ref.backends.c import structs
 from runtime_ref.backends.c.structs import LANES, Layer, Memory, Workspace, can_dot, compiled_ops, pad, up
 from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import PAGE, Pool, Table
 from runtime_ref.core.program import Op
 
@@ -71,7 +71,7 @@ class CStep:
 
 
 class Rows:
-    """The rows of a step, column by column: a span's positions follow each other, so most columns are ranges."""
+    """The rows of a step, column by column: a chunk's positions follow each other, so most columns are ranges."""
 
     def __init__(self, windows: list[int | None]):
         self.ids: list[int] = []
@@ -221,16 +221,16 @@ class CBackend(Backend):
 
         return CDrafter(load_drafter(folder, torch.float32), self, pages)
 
-    def plan(self, spans: list[Span]) -> CStep:
-        """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
+    def plan(self, chunks: list[SequenceChunk]) -> CStep:
+        """The step that computes the tokens of `chunks`, whose tables must reach to their ends."""
         rows = Rows([pool.window for pool in self.pools.values()])
-        for span in spans:
-            span.row, n = len(rows.ids), len(span.tokens)
-            if span.logits == "all":
-                rows.head += range(span.row, span.row + n)
-            elif span.logits == "last":
-                rows.head.append(span.row + n - 1)
-            rows.add(span.tokens, span.start, [span.tables[kind] for kind in self.pools])
+        for chunk in chunks:
+            chunk.row, n = len(rows.ids), len(chunk.tokens)
+            if chunk.logits == "all":
+                rows.head += range(chunk.row, chunk.row + n)
+            elif chunk.logits == "last":
+                rows.head.append(chunk.row + n - 1)
+            rows.add(chunk.tokens, chunk.start, [chunk.tables[kind] for kind in self.pools])
         return rows.step()
 
     def _fit(self, planned: CStep) -> None:

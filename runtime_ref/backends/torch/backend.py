@@ -13,7 +13,7 @@ from runtime_ref.backends.torch import ops
 from runtime_ref.backends.torch.ops import Step
 from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import Pool
 from runtime_ref.core.program import Op
 from runtime_ref.core.tensor_parallel import shares
@@ -80,9 +80,9 @@ class TorchBackend(Backend):
                           (parts, inner, config.hidden_size)}
         return found
 
-    def plan(self, spans: list[Span]) -> Step:
-        """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
-        step, blocks = ops.plan_rows(spans, self.rules)
+    def plan(self, chunks: list[SequenceChunk]) -> Step:
+        """The step that computes the tokens of `chunks`, whose tables must reach to their ends."""
+        step, blocks = ops.plan_rows(chunks, self.rules)
         for kind, pool in self.pools.items():
             step.reach[kind] = ops.reach(pool, kind, blocks, step.block)
             step.rotary[kind] = self.rotary[kind].rows(step.positions, step.highest)

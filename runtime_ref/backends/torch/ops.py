@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from runtime_ref.backends.torch.rotary import Rotary
 from runtime_ref.checkpoints.host_weights import Attention, Dense, Experts, Moe
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import PAGE, Pool
 from runtime_ref.core.tensor_parallel import Ranks
 
@@ -165,23 +165,23 @@ class Step:
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
-def plan_rows(spans: list[Span], rules: RowRules = STRICT) -> tuple[Step, list[tuple[Span, int, int]]]:
-    """Rows of the spans side by side, and the blocks (span, first position, count) they make."""
+def plan_rows(chunks: list[SequenceChunk], rules: RowRules = STRICT) -> tuple[Step, list[tuple[SequenceChunk, int, int]]]:
+    """Rows of the chunks side by side, and the blocks (chunk, first position, count) they make."""
     ids: list[int] = []
     positions: list[int] = []
     head: list[int] = []
     blocks, block_rows = [], []
-    T = NARROW if rules.quantum == NARROW and max(len(span.tokens) for span in spans) <= NARROW else ROWS
-    for span in spans:
-        span.row = len(ids)
-        n = len(span.tokens)
-        ids += span.tokens
-        positions += range(span.start, span.start + n)
-        head += range(span.row, span.row + n) if span.logits == "all" else [span.row + n - 1] if span.logits == "last" else []
+    T = NARROW if rules.quantum == NARROW and max(len(chunk.tokens) for chunk in chunks) <= NARROW else ROWS
+    for chunk in chunks:
+        chunk.row = len(ids)
+        n = len(chunk.tokens)
+        ids += chunk.tokens
+        positions += range(chunk.start, chunk.start + n)
+        head += range(chunk.row, chunk.row + n) if chunk.logits == "all" else [chunk.row + n - 1] if chunk.logits == "last" else []
         for begin in range(0, n, T):
             count = min(T, n - begin)
-            blocks.append((span, span.start + begin, count))
-            block_rows += [span.row + begin + min(i, count - 1) for i in range(T)]
+            blocks.append((chunk, chunk.start + begin, count))
+            block_rows += [chunk.row + begin + min(i, count - 1) for i in range(T)]
     real = len(ids)
     R = T if len(blocks) == 1 else padded(real, rules)
     highest = max(positions)
@@ -201,14 +201,14 @@ def plan_rows(spans: list[Span], rules: RowRules = STRICT) -> tuple[Step, list[t
     return step, blocks
 
 
-def reach(pool: Pool, kind: str, blocks: list[tuple[Span, int, int]], T: int) -> Reach:
+def reach(pool: Pool, kind: str, blocks: list[tuple[SequenceChunk, int, int]], T: int) -> Reach:
     """Pages and mask of a target's kind for the blocks of `plan_rows`."""
     first = [pool.first_needed(start) for _, start, _ in blocks]
     last = [(start + count - 1) // PAGE for _, start, count in blocks]
     n = max(b - a for a, b in zip(first, last, strict=True)) + 1
     tables, slots = [], []
-    for (span, start, count), low, high in zip(blocks, first, last, strict=True):
-        table = span.tables[kind]
+    for (chunk, start, count), low, high in zip(blocks, first, last, strict=True):
+        table = chunk.tables[kind]
         held = table.pages[low - table.first:high + 1 - table.first]
         tables += held + [0] * (n - len(held))
         slots += [table.slot(p) for p in range(start, start + count)]

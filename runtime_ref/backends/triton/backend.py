@@ -32,7 +32,7 @@ from runtime_ref.checkpoints.device_shapes import interpreted
 from runtime_ref.checkpoints.device_weights import KernelWeights, load_kernel_weights
 from runtime_ref.checkpoints.host_weights import TargetWeights
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, Pool, Table
 from runtime_ref.core.program import Op
@@ -169,21 +169,21 @@ class TritonBackend(Backend):
                 pools[kind] = KernelPool(own, pages[kind], window, self.device)
         return pools
 
-    def plan(self, spans: list[Span]) -> KernelStep:
-        """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
+    def plan(self, chunks: list[SequenceChunk]) -> KernelStep:
+        """The step that computes the tokens of `chunks`, whose tables must reach to their ends."""
         ids, positions, head = [], [], []
-        for span in spans:
-            span.row = len(ids)
-            n = len(span.tokens)
-            ids += span.tokens
-            positions += range(span.start, span.start + n)
-            head += range(span.row + {"all": 0, "last": n - 1, "none": n}[span.logits], span.row + n)
+        for chunk in chunks:
+            chunk.row = len(ids)
+            n = len(chunk.tokens)
+            ids += chunk.tokens
+            positions += range(chunk.start, chunk.start + n)
+            head += range(chunk.row + {"all": 0, "last": n - 1, "none": n}[chunk.logits], chunk.row + n)
         ids, positions, rows = (torch.tensor(c, dtype=torch.int32, device=self.device) for c in (ids, positions, head or [0]))
         step = KernelStep(ids, positions, rows, ids.shape[0], len(head))
         for kind, pool in self.pools.items():
-            step.blocks[kind] = plan_blocks(pool, [(span.tables[kind], span.start + begin, min(BLOCK, len(span.tokens) - begin),
-                                                    span.row + begin) for span in spans
-                                                   for begin in range(0, len(span.tokens), BLOCK)], self.device)
+            step.blocks[kind] = plan_blocks(pool, [(chunk.tables[kind], chunk.start + begin, min(BLOCK, len(chunk.tokens) - begin),
+                                                    chunk.row + begin) for chunk in chunks
+                                                   for begin in range(0, len(chunk.tokens), BLOCK)], self.device)
         return step
 
     def plan_of_rows(self) -> KernelStep:

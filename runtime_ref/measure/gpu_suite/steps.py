@@ -27,7 +27,7 @@ from runtime_ref.backends.triton.drafter import TritonDrafter
 from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
 from runtime_ref.checkpoints.device_weights import random_weights
-from runtime_ref.core.batch import KIND, Span, Wanted
+from runtime_ref.core.batch import KIND, SequenceChunk, Wanted
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import target_program
@@ -126,7 +126,7 @@ class Prepared:
     def step(self, rows: int, offset: int = 0):
         """A step of so many tokens, `offset` after the position."""
         ids = torch.arange(offset, offset + rows).mul(37).remainder(self.config.vocab_size).tolist()
-        return self.backend.plan([Span(self.tables, self.position + offset, ids)])
+        return self.backend.plan([SequenceChunk(self.tables, self.position + offset, ids)])
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import torch
 
 from modeling.prompt_files import prompt_ids, read_rows
 from runtime_ref.checkpoints.host_weights import Moe
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.program import Op
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine
@@ -99,7 +99,7 @@ def _nats(engine: Engine, prompt: list[int]) -> float:
     cache = engine.cache
     tables, kinds = cache.tables(), [k for k in cache.pools if k != "draft"]
     cache.extend(tables, kinds, len(prompt))
-    logits = engine.backend.run(engine.program, engine.backend.plan([Span(tables, 0, prompt, "all")]))["logits"]
+    logits = engine.backend.run(engine.program, engine.backend.plan([SequenceChunk(tables, 0, prompt, "all")]))["logits"]
     cache.release(tables)
     return float(torch.nn.functional.cross_entropy(logits[:len(prompt) - 1].float(), torch.tensor(prompt[1:])))
 
@@ -181,7 +181,7 @@ def _last_logits(engine: Engine, prompt: list[int]) -> torch.Tensor:
     cache = engine.cache
     tables, kinds = cache.tables(), [k for k in cache.pools if k != "draft"]
     cache.extend(tables, kinds, len(prompt))
-    buffers = engine.backend.run(engine.program, engine.backend.plan([Span(tables, 0, prompt, "last")]))
+    buffers = engine.backend.run(engine.program, engine.backend.plan([SequenceChunk(tables, 0, prompt, "last")]))
     cache.release(tables)
     return buffers["logits"][0]
 
@@ -278,7 +278,7 @@ def _measure_steps(engine: Engine, text: list[int]) -> tuple[dict[int, list[int]
     cache.extend(tables, kinds, len(text))
     for start in range(0, len(text) - 8, 8):
         for count in (1, 8):
-            step = backend.plan([Span(tables, start, text[start:start + count])])
+            step = backend.plan([SequenceChunk(tables, start, text[start:start + count])])
             began = time.perf_counter()
             backend.run(engine.program, step)
             times[count].append(time.perf_counter() - began)

@@ -17,7 +17,7 @@ import torch
 
 from runtime_ref.backends.base import Backend, Drafter
 from runtime_ref.checkpoints.host_weights import Dense
-from runtime_ref.core.batch import KIND, Span, Wanted
+from runtime_ref.core.batch import KIND, SequenceChunk, Wanted
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import Op, target_program
 from runtime_ref.core.tensor_parallel import Ranks
@@ -38,13 +38,13 @@ MISSING_CLAMP_CAUSE = "the clamp of gpt-oss's SwiGLU is missing, or has another 
 ENGINE_CAUSE = "the runtime computes it otherwise"
 
 
-def run_watched(backend: Backend, ids: list[int], *, taps=(), watch=None) -> tuple[dict, Span, KvCache]:
-    """Buffers of one step over `ids` on a fresh cache, the span, and the cache (still holding it)."""
+def run_watched(backend: Backend, ids: list[int], *, taps=(), watch=None) -> tuple[dict, SequenceChunk, KvCache]:
+    """Buffers of one step over `ids` on a fresh cache, the chunk, and the cache (still holding it)."""
     cache = KvCache(backend.pools, prefix=False)
     tables = cache.tables()
     cache.extend(tables, list(tables), len(ids))
-    span = Span(tables, 0, ids)
-    return backend.run(target_program(backend.config, taps), backend.plan([span]), watch), span, cache
+    chunk = SequenceChunk(tables, 0, ids)
+    return backend.run(target_program(backend.config, taps), backend.plan([chunk]), watch), chunk, cache
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Outputs:
 def outputs_of(backend: Backend, probe: Probe) -> Outputs:
     """Of one step as it is served (nothing watches it); to be called on all ranks alike."""
     layers, n = range(backend.config.num_hidden_layers), len(probe.ids)
-    buffers, span, cache = run_watched(backend, probe.ids, taps=layers)
-    cache.release(span.tables)
+    buffers, chunk, cache = run_watched(backend, probe.ids, taps=layers)
+    cache.release(chunk.tables)
     return Outputs(torch.stack([buffers[f"tap.{i}"][:n] for i in layers], dim=1), buffers["logits"][:n].cpu())
 
 
@@ -88,17 +88,17 @@ class OpErrors:
         cache = KvCache(backend.pools, prefix=False)
         tables = cache.tables()
         cache.extend(tables, list(tables), len(ids))
-        self._span = Span(tables, 0, ids)
-        step = backend.plan([self._span])
+        self._chunk = SequenceChunk(tables, 0, ids)
+        step = backend.plan([self._chunk])
         self._kept["ids"] = step.ids.cpu()
         backend.run(target_program(backend.config), step, self._watch)
         cache.release(tables)
         self.found = _worst_of_ranks(self.found, backend.ranks)
 
     def _watch(self, op: Op, buffers: dict) -> None:
-        inputs, rows = {name: self._kept[name] for name in op.reads if name in self._kept}, len(self._span.tokens)
+        inputs, rows = {name: self._kept[name] for name in op.reads if name in self._kept}, len(self._chunk.tokens)
         if len(inputs) == len(op.reads) and all(bool(torch.isfinite(x).all()) for x in inputs.values()):
-            wanted = self.expected(op, inputs, self._span, rows)
+            wanted = self.expected(op, inputs, self._chunk, rows)
             if wanted is not None:
                 got = naive.found(op, buffers, self.backend)
                 if op.name.startswith("attend"):
@@ -107,9 +107,9 @@ class OpErrors:
         # Some backends show only what an op touches: what it left alone is as it was.
         self._kept |= {name: value.to("cpu", copy=True) for name, value in buffers.items()}
 
-    def expected(self, op: Op, inputs: dict[str, torch.Tensor], span: Span, rows: int) -> torch.Tensor | None:
+    def expected(self, op: Op, inputs: dict[str, torch.Tensor], chunk: SequenceChunk, rows: int) -> torch.Tensor | None:
         """See `reference_ops.expected`."""
-        return naive.expected(self.twin, op, inputs, span, rows, mxfp8=self.backend.capabilities.mxfp8_activations)
+        return naive.expected(self.twin, op, inputs, chunk, rows, mxfp8=self.backend.capabilities.mxfp8_activations)
 
     def error(self, op: Op, found: torch.Tensor, expected: torch.Tensor) -> float:
         if not self.kernels:
@@ -304,7 +304,7 @@ def _large_activations(ops: OpErrors) -> float:
             index, weight = backend.ops["route"](step, i, y)
             inputs = {"y": y, "index": index, "weight": weight}
             op = Op("experts", i, tuple(inputs), ("partial",))
-        wanted = ops.expected(op, {name: t.cpu() for name, t in inputs.items()}, Span({}, 0, []), 8)
+        wanted = ops.expected(op, {name: t.cpu() for name, t in inputs.items()}, SequenceChunk({}, 0, []), 8)
         got = backend.ops[op.name](step, i, *inputs.values()).cpu().double().sum(0)
         worst = max(worst, ops.error(op, got, wanted))
     return worst

@@ -8,7 +8,7 @@ from mxfp4 import dequantize
 from runtime_ref.backends.c import structs
 from runtime_ref.backends.c.backend import CBackend, refuses
 from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import target_program
 from runtime_ref.core.sampling_params import SamplingParams
@@ -24,9 +24,9 @@ def computed(backend, ids, pieces):
     tables, found, at = cache.tables(), [], 0
     for n in pieces:
         cache.extend(tables, list(tables), at + n)
-        found.append(backend.run(program, backend.plan([Span(tables, at, ids[at:at + n])]))["logits"][:n])
+        found.append(backend.run(program, backend.plan([SequenceChunk(tables, at, ids[at:at + n])]))["logits"][:n])
         at += n
-        cache.forget_behind(tables, dict.fromkeys(tables, at))
+        cache.evict_outside_window(tables, dict.fromkeys(tables, at))
     return torch.cat(found)
 
 
@@ -63,9 +63,9 @@ def test_every_task_leaves_the_buffers_of_the_torch_backend(weights, ids):
         cache = KvCache(backend.pools)
         tables = cache.tables()
         cache.extend(tables, list(tables), 72)
-        backend.run(program, backend.plan([Span(tables, 0, ids[:64], "none")]))
+        backend.run(program, backend.plan([SequenceChunk(tables, 0, ids[:64], "none")]))
         found = seen[backend.capabilities.name] = []
-        backend.run(program, backend.plan([Span(tables, 64, ids[64:72])]),
+        backend.run(program, backend.plan([SequenceChunk(tables, 64, ids[64:72])]),
                     watch=lambda op, buffers, found=found: found.append({n: buffers[n].clone() for n in op.writes}))
     for op, theirs, ours in zip(program, seen["torch"], seen["c"], strict=True):
         for name in op.writes:

@@ -9,7 +9,7 @@ from tolerance import DRAFTS_IN_BYTES, NATIVE_DOTS
 from mxfp4 import dequantize
 from runtime_ref.backends.c import structs
 from runtime_ref.backends.c.backend import CBackend
-from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.batch import SequenceChunk, Wanted
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import target_program
 from runtime_ref.validation import reference_ops as naive
@@ -49,7 +49,7 @@ def op_errors(backend, ids) -> dict[str, float]:
     """Worst relative error by op of a step over `ids`, against the float64 twin on the inputs that the op had."""
     shown = SimpleNamespace(weights=backend.weights, config=backend.config, rotary=backend.rotary, pools=backend.pools,
                             mxfp8=False)
-    span, kept, worst, chosen = Span(opened(backend), 0, ids), {}, {}, []
+    span, kept, worst, chosen = SequenceChunk(opened(backend), 0, ids), {}, {}, []
 
     def watch(op, buffers):
         inputs = {name: kept[name] for name in op.reads if name in kept}
@@ -97,11 +97,11 @@ def test_a_sequence_has_its_bits_beside_others_and_alone(weights, ids):
     one, two = cache.tables(), cache.tables()
     for tables in (one, two):
         cache.extend(tables, list(tables), 150)
-    backend.run(program, backend.plan([Span(one, 0, ids[:70], "none"), Span(two, 0, ids[70:133], "none")]))
-    step = [Span(one, 70, ids[:5]), Span(two, 63, ids[5:12])]
+    backend.run(program, backend.plan([SequenceChunk(one, 0, ids[:70], "none"), SequenceChunk(two, 0, ids[70:133], "none")]))
+    step = [SequenceChunk(one, 70, ids[:5]), SequenceChunk(two, 63, ids[5:12])]
     together = backend.run(program, backend.plan(step))["logits"].clone()
-    alone = [backend.run(program, backend.plan([Span(s.tables, s.start, s.tokens)]))["logits"].clone() for s in step]
-    row_by_row = [backend.run(program, backend.plan([Span(two, 63 + i, [token])]))["logits"].clone()
+    alone = [backend.run(program, backend.plan([SequenceChunk(s.tables, s.start, s.tokens)]))["logits"].clone() for s in step]
+    row_by_row = [backend.run(program, backend.plan([SequenceChunk(two, 63 + i, [token])]))["logits"].clone()
                   for i, token in enumerate(ids[5:12])]
     assert torch.equal(together, torch.cat(alone)) and torch.equal(torch.cat(row_by_row), alone[1])
 
@@ -114,7 +114,7 @@ def test_what_lies_in_unused_pages_does_not_matter(weights, ids):
             for store in (pool.keys, pool.values):
                 for t in store.values():
                     t.fill_(fill)
-        found.append(backend.run(program, backend.plan([Span(opened(backend), 0, ids[:21])]))["logits"].clone())
+        found.append(backend.run(program, backend.plan([SequenceChunk(opened(backend), 0, ids[:21])]))["logits"].clone())
     assert torch.equal(*found)
 
 

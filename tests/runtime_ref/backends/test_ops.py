@@ -10,7 +10,7 @@ from runtime_ref.backends.torch import ops
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.folder import verify_checksums
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import check_program, target_program
 
@@ -32,10 +32,10 @@ def computed(backend, program, ids, pieces, tables=None, cache=None):
     tables, found, at = tables or cache.tables(), [], 0
     for n in pieces:
         cache.extend(tables, list(tables), at + n)
-        step = backend.plan([Span(tables, at, ids[at:at + n])])
+        step = backend.plan([SequenceChunk(tables, at, ids[at:at + n])])
         found.append(backend.run(program, step)["logits"][:n])
         at += n
-        cache.forget_behind(tables, dict.fromkeys(tables, at))
+        cache.evict_outside_window(tables, dict.fromkeys(tables, at))
     cache.release(tables)
     return torch.cat(found)
 
@@ -65,9 +65,9 @@ def test_logits_do_not_depend_on_the_company(weights, ids, dtype):
     backend, program = new_backend(weights, dtype), target_program(weights.config)
     alone = computed(backend, program, ids, [100, 1, 7])
     cache = KvCache(backend.pools)
-    spans = [Span(cache.tables(), 0, ids[:100]), Span(cache.tables(), 0, ids[50:57]), Span(cache.tables(), 0, ids[60:129])]
+    spans = [SequenceChunk(cache.tables(), 0, ids[:100]), SequenceChunk(cache.tables(), 0, ids[50:57]), SequenceChunk(cache.tables(), 0, ids[60:129])]
     for order in ([0, 1, 2], [2, 0, 1]):
-        chosen = [Span(cache.tables(), 0, spans[i].tokens) for i in order]
+        chosen = [SequenceChunk(cache.tables(), 0, spans[i].tokens) for i in order]
         for span in chosen:
             cache.extend(span.tables, list(span.tables), len(span.tokens))
         logits = backend.run(program, backend.plan(chosen))["logits"]
@@ -164,7 +164,7 @@ def test_the_schedule_writes_before_it_reads_and_can_be_watched(weights, ids):
     cache = KvCache(backend.pools)
     tables = cache.tables()
     cache.extend(tables, list(tables), 8)
-    found = backend.run(program, backend.plan([Span(tables, 0, ids[:8])]), watch=lambda op, buffers: seen.append(str(op)))
+    found = backend.run(program, backend.plan([SequenceChunk(tables, 0, ids[:8])]), watch=lambda op, buffers: seen.append(str(op)))
     assert len(seen) == len(program) and {"tap.0", "tap.3", "logits"} <= found.keys()
 
 

@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[4])
 
 import torch
 
-from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.batch import SequenceChunk, Wanted
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import leave, ranks_from_environment
 from runtime_ref.engine.engine import Engine, EngineOptions
@@ -37,7 +37,7 @@ def answers(folder, ranks, walked):
     tokens = engine.generate(prompts, params)
     tables = engine.cache.tables()
     engine.cache.extend(tables, list(tables), 9)
-    logits = engine.backend.run(engine.program, engine.backend.plan([Span(tables, 0, prompts[1][:9])]))["logits"]
+    logits = engine.backend.run(engine.program, engine.backend.plan([SequenceChunk(tables, 0, prompts[1][:9])]))["logits"]
     engine.cache.extend(tables, list(tables), 20)
     width = len(engine.drafter.taps) * engine.backend.config.hidden_size
     taps = torch.randn(5, width, generator=generator).to(torch.bfloat16)

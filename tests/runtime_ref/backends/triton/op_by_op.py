@@ -3,7 +3,7 @@
 import torch
 from tolerance import ROW_KERNEL
 
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 
 BY_HEAD = ("q", "k", "v", "heads", "partial")
@@ -21,7 +21,7 @@ def check_each_op(backend, torch_backend, program, ids) -> set[str]:
     tables = [cache.tables() for cache in caches]
     for cache, own in zip(caches, tables, strict=True):
         cache.extend(own, list(own), len(ids))
-    theirs = torch_backend.plan([Span(tables[1], 0, ids)])
+    theirs = torch_backend.plan([SequenceChunk(tables[1], 0, ids)])
     held, seen, R = {"ids": theirs.ids}, set(), theirs.ids.shape[0]
 
     def rows_of(name, value):
@@ -49,6 +49,6 @@ def check_each_op(backend, torch_backend, program, ids) -> set[str]:
             held[name] = held[name].long() if name == "index" else held[name]
         seen.add(op.name)
 
-    backend.run(program, backend.plan([Span(tables[0], 0, ids)]), watch)
+    backend.run(program, backend.plan([SequenceChunk(tables[0], 0, ids)]), watch)
     assert seen == {op.name for op in program}
     return seen

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 
 from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
-from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.batch import SequenceChunk, Wanted
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import target_program
 from runtime_ref.kernels import attention, routing, rows, sampling
@@ -48,7 +48,7 @@ def test_a_walk_of_the_target_is_compiled_once_per_scratch(small_engine):
             for start in (0, 60):
                 for logits in ("all", "last"):
                     if sum(batch) <= most:
-                        spans = [Span(own, start, list(range(1, n + 1)), logits) for own, n in zip(tables, batch, strict=False)]
+                        spans = [SequenceChunk(own, start, list(range(1, n + 1)), logits) for own, n in zip(tables, batch, strict=False)]
                         walked.run(backend.plan(spans))
 
     assert compilations(step_kernel, lambda: run(8)) == 1

@@ -19,7 +19,7 @@ from runtime_ref.backends.triton import megakernel as persistent
 from runtime_ref.backends.triton.backend import TritonBackend
 from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.checkpoints.device_weights import load_kernel_weights
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import target_program
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
@@ -66,7 +66,7 @@ def a_step(backend):
     tables = [cache.tables() for _ in range(2)]
     for own in tables:
         cache.extend(own, list(own), 80)
-    return backend.plan([Span(tables[0], 60, ids[:7]), Span(tables[1], 20, ids[7:], "last")])
+    return backend.plan([SequenceChunk(tables[0], 60, ids[:7]), SequenceChunk(tables[1], 20, ids[7:], "last")])
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from mxfp4 import dequantize
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.device_weights import load_kernel_weights, random_weights
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.batch import SequenceChunk, Wanted
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import check_program, target_program
@@ -92,9 +92,9 @@ def test_pieces_rings_and_pages_change_no_bit(backend):
         tables, at, logits = cache.tables(), 0, []
         for n in pieces:
             cache.extend(tables, list(tables), at + n)
-            logits.append(backend.run(program, backend.plan([Span(tables, at, ids[at:at + n])]))["logits"])
+            logits.append(backend.run(program, backend.plan([SequenceChunk(tables, at, ids[at:at + n])]))["logits"])
             at += n
-            cache.forget_behind(tables, dict.fromkeys(tables, at))
+            cache.evict_outside_window(tables, dict.fromkeys(tables, at))
         found.append(torch.cat(logits))
         assert len(tables["window"].pages) == 2 - (70 - 16 + 1) // 64
         cache.release(tables)
