@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from runtime_ref.core.batch import SequenceChunk, Wanted
+from runtime_ref.core.batch import SequenceChunk, DraftRequest
 from runtime_ref.core.kv_cache import Pool, Table
 from runtime_ref.core.markov import MarkovHead
 from runtime_ref.core.program import Op
@@ -120,7 +120,7 @@ class Drafter(ABC):
     markov: MarkovHead | None = None
 
     @abstractmethod
-    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+    def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
         """Draft logits [count, vocabulary] float32 of each sequence; their pending features enter the context first."""
 
     def extend_tables(self, taps: torch.Tensor, start: int, table: Table) -> None:

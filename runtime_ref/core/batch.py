@@ -26,7 +26,7 @@ def logit_rows(chunk: SequenceChunk) -> int:
 
 
 @dataclass
-class Wanted:
+class DraftRequest:
     """One sequence that wants drafts.
 
     Attributes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from runtime_ref.backends.base import Backend, Drafter
-from runtime_ref.core.batch import SequenceChunk, Wanted
+from runtime_ref.core.batch import SequenceChunk, DraftRequest
 from runtime_ref.core.kv_cache import PAGE, KvCache, OutOfPages
 from runtime_ref.core.program import Op
 from runtime_ref.core.sampling_params import SamplingParams
@@ -160,7 +160,7 @@ class Adaptive:
             for n, found in seconds.items():
                 began, proposal = clock(), Proposal([])
                 if n:
-                    drafts = self.drafter.logits([Wanted(tables, 0, start, n, features[n])])[0]
+                    drafts = self.drafter.logits([DraftRequest(tables, 0, start, n, features[n])])[0]
                     proposal = propose(drafts, params, start, markov)
                 buffers = self.backend.run(self.program, self.backend.plan([SequenceChunk(tables, start, [0, *proposal.tokens])]))
                 accept(buffers["logits"], proposal, params, start, [0], [])

@@ -26,7 +26,7 @@ from runtime_ref.backends.load import known_backend, load_backend
 from runtime_ref.checkpoints.families.registry import read_geometry
 from runtime_ref.checkpoints.folder import drafter_folder, end_ids
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES
-from runtime_ref.core.batch import KIND, SequenceChunk, Wanted, logit_rows
+from runtime_ref.core.batch import KIND, SequenceChunk, DraftRequest, logit_rows
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
@@ -211,10 +211,10 @@ class Engine:
         drafting = [w for w in work if w.drafts]
         if not drafting:
             return {}
-        wanted = [Wanted(w.sequence.tables, w.sequence.tokens[-1], w.sequence.computed, w.drafts, w.sequence.pending_taps())
+        requests = [DraftRequest(w.sequence.tables, w.sequence.tokens[-1], w.sequence.computed, w.drafts, w.sequence.pending_taps())
                   for w in drafting]
         proposals = {}
-        for item, logits in zip(drafting, self.drafter.logits(wanted), strict=True):
+        for item, logits in zip(drafting, self.drafter.logits(requests), strict=True):
             sequence = item.sequence
             sequence.taps, sequence.tapped_from = [], sequence.computed
             proposals[sequence.id] = propose(logits, sequence.params, sequence.computed, self.drafter.markov,

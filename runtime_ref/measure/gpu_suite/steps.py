@@ -27,7 +27,7 @@ from runtime_ref.backends.triton.drafter import TritonDrafter
 from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
 from runtime_ref.checkpoints.device_weights import random_weights
-from runtime_ref.core.batch import KIND, SequenceChunk, Wanted
+from runtime_ref.core.batch import KIND, SequenceChunk, DraftRequest
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import target_program
@@ -330,10 +330,10 @@ def measure_draft(ready: Prepared, programs: int, time_graph) -> dict:
     cache.extend(tables, [KIND], position + BLOCK)
     width = len(drafter.taps) * ready.config.hidden_size
     features = torch.randn(BLOCK - 1, width, device=ready.device).to(torch.bfloat16)
-    wanted = [Wanted(tables, 5, position, BLOCK - 1, features)]
-    arguments = walk.prepare(wanted)
+    requests = [DraftRequest(tables, 5, position, BLOCK - 1, features)]
+    arguments = walk.prepare(requests)
     walk.launch(arguments)
-    difference = float(_row_differences(arguments["logits"], drafter.logits(wanted)[0]).max())
+    difference = float(_row_differences(arguments["logits"], drafter.logits(requests)[0]).max())
     finite = difference < float("inf")
     # A rank of eight would read an eighth of the features' product; here it is read whole.
     beyond = drafter.fc.w.numel() * drafter.fc.w.element_size() * (RANKS - 1) // RANKS

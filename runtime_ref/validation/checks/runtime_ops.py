@@ -17,7 +17,7 @@ import torch
 
 from runtime_ref.backends.base import Backend, Drafter
 from runtime_ref.checkpoints.host_weights import Dense
-from runtime_ref.core.batch import KIND, SequenceChunk, Wanted
+from runtime_ref.core.batch import KIND, SequenceChunk, DraftRequest
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import Op, target_program
 from runtime_ref.core.tensor_parallel import Ranks
@@ -228,7 +228,7 @@ def _runtime_drafts(probe: Probe, exact: Backend, drafter: Drafter, taps: torch.
     cache.extend(tables, [KIND], n + drafter.block)
     features = torch.cat([taps[:n, i] for i in drafter.taps], dim=-1)
     drafter.extend_tables(features[:n - 3], 0, tables[KIND])
-    logits = drafter.logits([Wanted(tables, probe.ids[n], n, drafter.block - 1, features[n - 3:])])[0]
+    logits = drafter.logits([DraftRequest(tables, probe.ids[n], n, drafter.block - 1, features[n - 3:])])[0]
     cache.release(tables)
     return logits
 

@@ -87,7 +87,7 @@ def test_both_backends_answer_alone_as_in_a_batch_with_drafts_and_without(make_e
 
 
 def test_drafts_are_those_of_the_torch_drafter(folder, weights, ids):
-    from runtime_ref.core.batch import Wanted
+    from runtime_ref.core.batch import DraftRequest
 
     found = []
     taps = torch.randn(90, 3 * 64, generator=torch.Generator().manual_seed(1))
@@ -100,8 +100,8 @@ def test_drafts_are_those_of_the_torch_drafter(folder, weights, ids):
             cache.extend(tables, ["draft"], 100)
         drafter.extend_tables(taps[:80], 0, one["draft"])
         drafter.extend_tables(taps[:20], 0, two["draft"])
-        found.append(drafter.logits([Wanted(one, ids[0], 90, 7, taps[80:]), Wanted(two, ids[1], 20, 3, None)]))
-        again = drafter.logits([Wanted(two, ids[1], 20, 3, None)])
+        found.append(drafter.logits([DraftRequest(one, ids[0], 90, 7, taps[80:]), DraftRequest(two, ids[1], 20, 3, None)]))
+        again = drafter.logits([DraftRequest(two, ids[1], 20, 3, None)])
         if kind is CBackend:
             assert torch.equal(again[0], found[-1][1])
     for theirs, ours in zip(*found, strict=True):

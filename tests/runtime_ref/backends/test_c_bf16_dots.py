@@ -9,7 +9,7 @@ from tolerance import DRAFTS_IN_BYTES, NATIVE_DOTS
 from mxfp4 import dequantize
 from runtime_ref.backends.c import structs
 from runtime_ref.backends.c.backend import CBackend
-from runtime_ref.core.batch import SequenceChunk, Wanted
+from runtime_ref.core.batch import SequenceChunk, DraftRequest
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import target_program
 from runtime_ref.validation import reference_ops as naive
@@ -147,7 +147,7 @@ def test_drafts_in_bytes_are_near_those_in_float32(folder, weights, ids, monkeyp
         backend = CBackend(weights, dtype=BF16, pages=PAGES, dots=in_bytes)
         drafter = backend.load_drafter(folder / "dflash", 20, 256)
         tables = opened(backend, ("draft", drafter.pool))
-        found.append(drafter.logits([Wanted(tables, ids[0], 70, count, taps)])[0])
+        found.append(drafter.logits([DraftRequest(tables, ids[0], 70, count, taps)])[0])
     assert error(found[1], found[0]) < DRAFTS_IN_BYTES
 
 

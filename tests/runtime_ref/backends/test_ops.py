@@ -170,7 +170,7 @@ def test_the_schedule_writes_before_it_reads_and_can_be_watched(weights, ids):
 
 def test_drafts_are_those_of_the_drafter_model(folder, weights, ids):
     """Features of a text in pieces, then a block: against DFlashDraftModel on the whole text, in float32."""
-    from runtime_ref.core.batch import Wanted
+    from runtime_ref.core.batch import DraftRequest
 
     backend = new_backend(weights, torch.float32)
     drafter = backend.load_drafter(folder / "dflash", 20, 256)
@@ -189,7 +189,7 @@ def test_drafts_are_those_of_the_drafter_model(folder, weights, ids):
     drafter.extend_tables(taps[0, :n - 5], 0, tables["draft"])
     for count in (7, 3, 1):
         pending = taps[0, n - 5:] if count == 7 else None
-        found = drafter.logits([Wanted(tables, ids[n], n, count, pending)])[0]
+        found = drafter.logits([DraftRequest(tables, ids[n], n, count, pending)])[0]
         if count == 7:
             torch.testing.assert_close(found, expected, **MODEL_FP32)
         assert found.shape == (count, 264)

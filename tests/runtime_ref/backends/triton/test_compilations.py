@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 
 from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
-from runtime_ref.core.batch import SequenceChunk, Wanted
+from runtime_ref.core.batch import SequenceChunk, DraftRequest
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import target_program
 from runtime_ref.kernels import attention, routing, rows, sampling
@@ -65,7 +65,7 @@ def test_a_walk_of_the_drafter_is_compiled_once(small_engine):
         for counts in ((1,), (7,), (3, 7), (7, 7)):
             for late in (0, 1, 8, 16):
                 taps = torch.zeros(late, 128, dtype=torch.bfloat16) if late else None
-                walked.logits([Wanted(own, 5, 40, count, taps) for own, count in zip(tables, counts, strict=False)])
+                walked.logits([DraftRequest(own, 5, 40, count, taps) for own, count in zip(tables, counts, strict=False)])
 
     assert compilations(step_kernel, run) == 1
 

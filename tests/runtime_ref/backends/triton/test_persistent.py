@@ -11,7 +11,7 @@ import triton.language as tl
 
 from runtime_ref.backends.triton.megakernel import PersistentStep, table_of
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
-from runtime_ref.core.batch import SequenceChunk, Wanted
+from runtime_ref.core.batch import SequenceChunk, DraftRequest
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import Op, target_program
 from runtime_ref.core.sampling_params import SamplingParams
@@ -115,8 +115,8 @@ def test_a_walk_of_the_drafter_makes_the_bits_of_its_launches(small_engine):
         for own in tables:
             cache.extend(own, ["draft"], 48)
         drafter.extend_tables(taps[:34], 0, tables[0]["draft"])
-        pending = [Wanted(tables[0], 5, 37, 7, taps[34:37]), Wanted(tables[1], 9, 3, 2, taps[37:])]
-        again = [Wanted(tables[1], 9, 3, 4, None)]
+        pending = [DraftRequest(tables[0], 5, 37, 7, taps[34:37]), DraftRequest(tables[1], 9, 3, 2, taps[37:])]
+        again = [DraftRequest(tables[1], 9, 3, 4, None)]
         found.append(torch.cat(proposer.logits(pending) + proposer.logits(again)))
         for own in tables:
             cache.release(own)

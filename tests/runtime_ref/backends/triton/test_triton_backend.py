@@ -18,7 +18,7 @@ from mxfp4 import dequantize
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.device_weights import load_kernel_weights, random_weights
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import SequenceChunk, Wanted
+from runtime_ref.core.batch import SequenceChunk, DraftRequest
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import check_program, target_program
@@ -150,7 +150,7 @@ def test_drafts_are_those_of_the_torch_drafter(small_engine, ids):
         tables, features = cache.tables(), taps if engine is mine else taps.float()
         cache.extend(tables, ["draft"], 37 + 8)
         engine.drafter.extend_tables(features[:34], 0, tables["draft"])
-        found.append([engine.drafter.logits([Wanted(tables, 5, 37, count, features[34:] if count == 7 else None)])[0]
+        found.append([engine.drafter.logits([DraftRequest(tables, 5, 37, count, features[34:] if count == 7 else None)])[0]
                       for count in (7, 2)])
     for own, expected in zip(*found, strict=True):
         assert own.shape == expected.shape and relative(own, expected) < TRITON_LOGITS
