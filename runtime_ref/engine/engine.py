@@ -34,9 +34,9 @@ from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.engine.detokenizer import TextStream
 from runtime_ref.engine.draft_length import Adaptive
 from runtime_ref.engine.sampler import logprob_of
-from runtime_ref.engine.scheduler import Scheduler, Work
+from runtime_ref.engine.scheduler import Scheduler, ScheduledSequence
 from runtime_ref.engine.sequence import Finish, Output, Sequence
-from runtime_ref.engine.speculative import Proposal, Verdict, accept, propose
+from runtime_ref.engine.speculative import Proposal, VerifyResult, accept, propose
 
 
 @dataclass
@@ -174,12 +174,12 @@ class Engine:
                 self.backend.ranks.abandon()
 
     def _step(self) -> list[Output]:
-        work = self.scheduler.plan()
-        if not work:
+        scheduled = self.scheduler.plan()
+        if not scheduled:
             return []
-        proposals = self._draft(work)
+        proposals = self._draft(scheduled)
         chunks = []
-        for item in work:
+        for item in scheduled:
             sequence, start = item.sequence, item.sequence.computed
             tokens = sequence.tokens[start:start + item.count]
             if item.drafts:
@@ -187,10 +187,10 @@ class Engine:
             logits = "all" if not item.reads_prompt else "last" if item.completes else "none"
             chunks.append(SequenceChunk(sequence.tables, start, tokens, logits))
         step = self.backend.plan(chunks)
-        buffers, verdicts = self._computed(step, work, chunks, proposals)
+        buffers, verdicts = self._computed(step, scheduled, chunks, proposals)
         self._counts["steps"] += 1
         outputs, row = [], 0
-        for item, chunk in zip(work, chunks, strict=True):
+        for item, chunk in zip(scheduled, chunks, strict=True):
             own = slice(row, row := row + logit_rows(chunk))
             output = self._commit(item, chunk, own, buffers, proposals.get(item.sequence.id, Proposal([])),
                                   verdicts.get(item.sequence.id))
@@ -198,17 +198,17 @@ class Engine:
                 outputs.append(output)
         return sorted(outputs, key=lambda o: o.id)
 
-    def _computed(self, step, work: list[Work], chunks: list[SequenceChunk], proposals: dict[int, Proposal]) -> tuple[dict, dict]:
+    def _computed(self, step, scheduled: list[ScheduledSequence], chunks: list[SequenceChunk], proposals: dict[int, Proposal]) -> tuple[dict, dict]:
         """Buffers of a step, and the verdicts of the sequences that a backend judges where its logits are, by id."""
         if not self.backend.capabilities.verifies_on_device:
             return self.backend.run(self.program, step), {}
-        from runtime_ref.engine.accept_on_device import judge_on_device
+        from runtime_ref.engine.accept_on_device import verify_on_device
 
         buffers = self.backend.run(self.program, step, host=False)
-        return buffers, judge_on_device(buffers["logits"], work, chunks, proposals)
+        return buffers, verify_on_device(buffers["logits"], scheduled, chunks, proposals)
 
-    def _draft(self, work: list[Work]) -> dict[int, Proposal]:
-        drafting = [w for w in work if w.drafts]
+    def _draft(self, scheduled: list[ScheduledSequence]) -> dict[int, Proposal]:
+        drafting = [w for w in scheduled if w.drafts]
         if not drafting:
             return {}
         requests = [DraftRequest(w.sequence.tables, w.sequence.tokens[-1], w.sequence.computed, w.drafts, w.sequence.pending_taps())
@@ -221,7 +221,7 @@ class Engine:
                                              sequence.tokens[-1])
         return proposals
 
-    def _commit(self, item: Work, chunk: SequenceChunk, own: slice, buffers: dict, proposal: Proposal, verdict: Verdict | None,
+    def _commit(self, item: ScheduledSequence, chunk: SequenceChunk, own: slice, buffers: dict, proposal: Proposal, verdict: VerifyResult | None,
                 ) -> Output | None:
         """Takes over what a step gave a sequence: the rows `own` of the logits, unless there is a verdict already."""
         sequence, anchor = item.sequence, chunk.start + item.count - 1

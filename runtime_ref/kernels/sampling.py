@@ -13,7 +13,7 @@ Reference twins: `torch.argmax`, `sampler.sample`, and `speculative.accept` with
 unless the uniform number lies within the rounding of a float64 sum of a boundary between two tokens (the order of the sum and
 the last place of the exponential differ).
 
-Penalties, top-k, top-p, min-p and rule "rejection" stay with `engine.sampler` (`draws_here`): they are a contract that
+Penalties, top-k, top-p, min-p and rule "rejection" stay with `engine.sampler` (`can_verify`): they are a contract that
 drafting must not change, and a vocabulary-wide sort belongs to no walk. Who judges a sequence follows from its own parameters
 alone, so company cannot change its tokens.
 """
@@ -99,7 +99,7 @@ def judge_kernel(logits, drafts, first, count, heat, uniform, best, place, mass,
             tl.store(rows_left, 0)
 
 
-def draws_here(params: SamplingParams) -> bool:
+def can_verify(params: SamplingParams) -> bool:
     """Whether the token of these parameters is what `judge` says."""
     plain = not (params.penalized or params.top_k or params.min_p) and params.top_p == 1
     return params.logprobs is None and (params.plain_greedy or plain and (params.rule == "equality" or not params.speculate))

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.sampler import distribution, draw, sample, uniform
 from runtime_ref.engine.speculative import Proposal, accept
-from runtime_ref.kernels.sampling import draws_here, judge
+from runtime_ref.kernels.sampling import can_verify, judge
 
 
 @pytest.mark.parametrize("vocabulary, chunk", [(130, 64), (64, 64), (1000, 128)])
@@ -95,6 +95,6 @@ def test_the_kernel_says_what_it_does_not_draw():
     not_here = [SamplingParams(temperature=1.0, top_k=5), SamplingParams(temperature=1.0, top_p=0.9),
                 SamplingParams(temperature=1.0, min_p=0.1), SamplingParams(presence_penalty=1.0),
                 SamplingParams(temperature=1.0, rule="rejection")]
-    assert all(map(draws_here, here)) and not any(map(draws_here, not_here))
+    assert all(map(can_verify, here)) and not any(map(can_verify, not_here))
     with pytest.raises(ValueError, match="expected float64 both"):
         judge(torch.zeros(1, 4), *torch.zeros(3, 1, dtype=torch.int32), temperature=torch.ones(1))

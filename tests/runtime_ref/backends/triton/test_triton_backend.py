@@ -136,7 +136,7 @@ def test_what_the_device_judges_the_host_judges_alike(small_engine, small_prompt
     monkeypatch.setattr(device_judge, "judge", watched)
     together = engine.generate(small_prompts, params)
     assert judged and max(judged) == 2
-    monkeypatch.setattr(device_judge, "draws_here", lambda params: False)
+    monkeypatch.setattr(device_judge, "can_verify", lambda params: False)
     assert engine.generate(small_prompts, params) == together
 
 
