@@ -19,7 +19,7 @@ from modeling.drafter import DFlashDraftModel
 from runtime_ref.backends.base import Drafter
 from runtime_ref.backends.torch import ops
 from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.backends.torch.ops import Reach, RowRules, rounded
+from runtime_ref.backends.torch.ops import AttentionMetadata, RowRules, rounded
 from runtime_ref.backends.torch.rotary import Rotary
 from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.drafter_checks import check_drafter
@@ -122,7 +122,7 @@ class TorchDrafter(Drafter):
         x = rounded(x.flatten(0, 1), self.backend.dtype)
         positions = torch.tensor([w.position for w in requests])[:, None] + torch.arange(T)
         table = self.rotary.rows(positions.flatten(), int(positions.max()))
-        seen = self._reach(requests, positions, T)
+        seen = self._metadata(requests, positions, T)
         step = _Blocks(T)
         for i, layer in enumerate(self.layers):
             y = convolved(ops.norm(x, layer["input_norm"], self.epsilon), layer["convolutions"][0], T, rules)
@@ -131,8 +131,8 @@ class TorchDrafter(Drafter):
             if self.value_scale is not None:
                 v = v.mul_(self.value_scale)
             rows = seen.rows
-            ops.write_cache(self.pool, i, qk[self.Q:].index_select(1, rows), v.index_select(1, rows), seen.reach.slots)
-            heads = ops.attend(qk[:self.Q] * self.D**-0.5, self.pool, i, seen.reach, layer["sink"], step, rules)
+            ops.write_cache(self.pool, i, qk[self.Q:].index_select(1, rows), v.index_select(1, rows), seen.attention_metadata.slots)
+            heads = ops.attend(qk[:self.Q] * self.D**-0.5, self.pool, i, seen.attention_metadata, layer["sink"], step, rules)
             x = rounded(x + ops.merge_heads(heads, layer["o"], rules=rules)[0], self.backend.dtype)
             y = convolved(ops.norm(x, layer["post_norm"], self.epsilon), layer["convolutions"][1], T, rules)
             inner = ops.gated(ops.spread(y, layer["gate_up"], rules))
@@ -153,7 +153,7 @@ class TorchDrafter(Drafter):
         slots = [w.tables[KIND].slot(p) for w in short for p in range(w.position - w.taps.shape[0], w.position)]
         self.extend(torch.cat([w.taps for w in short]) if len(short) > 1 else short[0].taps, positions, slots)
 
-    def _reach(self, requests: list[DraftRequest], positions: torch.Tensor, T: int) -> _DraftReach:
+    def _metadata(self, requests: list[DraftRequest], positions: torch.Tensor, T: int) -> _DraftMetadata:
         """Pages, mask and slots of the blocks; only the block's own positions have slots, up to its count."""
         first = [self.pool.first_needed(w.position) for w in requests]
         last = [(w.position + w.count) // PAGE for w in requests]
@@ -176,12 +176,12 @@ class TorchDrafter(Drafter):
             own = own & (keys <= queries)
         seen = context | own
         hidden = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-        return _DraftReach(Reach(len(requests), torch.tensor(tables), hidden, torch.tensor(slots)), torch.tensor(rows))
+        return _DraftMetadata(AttentionMetadata(len(requests), torch.tensor(tables), hidden, torch.tensor(slots)), torch.tensor(rows))
 
 
 @dataclass
-class _DraftReach:
-    reach: Reach
+class _DraftMetadata:
+    attention_metadata: AttentionMetadata
     rows: torch.Tensor
 
 

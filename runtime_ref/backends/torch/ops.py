@@ -134,7 +134,7 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @dataclass
-class Reach:
+class AttentionMetadata:
     """What the blocks of a step see of one kind of cache.
 
     tables [B * n] page ids; hidden [B, n, T, PAGE] is 0 or minus infinity; slots [real rows] is where rows are written.
@@ -161,7 +161,7 @@ class Step:
     row_slots: torch.Tensor | None  # [R] where a row stands among the blocks' rows
     starts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-    reach: dict[str, Reach] = field(default_factory=dict)
+    attention_metadata: dict[str, AttentionMetadata] = field(default_factory=dict)
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
@@ -201,7 +201,7 @@ def plan_rows(chunks: list[SequenceChunk], rules: RowRules = STRICT) -> tuple[St
     return step, blocks
 
 
-def reach(pool: Pool, kind: str, blocks: list[tuple[SequenceChunk, int, int]], T: int) -> Reach:
+def attention_metadata(pool: Pool, kind: str, blocks: list[tuple[SequenceChunk, int, int]], T: int) -> AttentionMetadata:
     """Pages and mask of a target's kind for the blocks of `plan_rows`."""
     first = [pool.first_needed(start) for _, start, _ in blocks]
     last = [(start + count - 1) // PAGE for _, start, count in blocks]
@@ -217,7 +217,7 @@ def reach(pool: Pool, kind: str, blocks: list[tuple[SequenceChunk, int, int]], T
     keys = keys.view(len(blocks), n, 1, PAGE)
     seen = keys <= queries if pool.window is None else (keys <= queries) & (keys > queries - pool.window)
     hidden = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-    return Reach(len(blocks), torch.tensor(tables), hidden, torch.tensor(slots))
+    return AttentionMetadata(len(blocks), torch.tensor(tables), hidden, torch.tensor(slots))
 
 
 def embed(table: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -257,7 +257,7 @@ def write_cache(pool: Pool, layer: int, k: torch.Tensor, v: torch.Tensor, slots:
     pool.values[layer].index_copy_(1, slots, rounded(v[:, :n], pool.dtype))
 
 
-def attend(q: torch.Tensor, pool: Pool, layer: int, seen: Reach, sink: torch.Tensor | None, step: Step,
+def attend(q: torch.Tensor, pool: Pool, layer: int, seen: AttentionMetadata, sink: torch.Tensor | None, step: Step,
            rules: RowRules = STRICT) -> torch.Tensor:
     """Heads [Q, R, V] of queries [Q, R, D] over the cache (which holds the rows' own keys already)."""
     K, B, T = pool.keys[layer].shape[0], seen.blocks, step.block
