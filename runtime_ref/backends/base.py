@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from runtime_ref.core.batch import SequenceChunk, DraftRequest
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import Pool, Table
 from runtime_ref.core.markov import MarkovHead
 from runtime_ref.core.program import Op

@@ -25,7 +25,7 @@ from mxfp4.format import BLOCK_SIZE
 from runtime_ref.checkpoints.device_shapes import expert_tiles, layer_heads, layer_shapes, outer_shapes
 from runtime_ref.checkpoints.families.base import NotHeld
 from runtime_ref.checkpoints.families.registry import read_geometry
-from runtime_ref.core.tensor_parallel import SINGLE_RANK, SHARES, Ranks
+from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK, Ranks
 from runtime_ref.kernels.repack import MAX_SCALE_BYTE, SCALE_OFFSET, ExpertPages, Tile, repack_experts
 from runtime_ref.kernels.row_launches import Heads, Matrix, Router, paired
 from runtime_ref.kernels.tp_reduction import (

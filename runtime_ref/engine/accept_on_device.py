@@ -1,6 +1,6 @@
-"""Verdicts from logits that stay on the device: for the sequences whose parameters `kernels.sampling` can judge.
+"""Drafts verified, and tokens sampled, where the logits are: for the sequences whose parameters `kernels.sampling` can verify.
 
-The others' rows are copied to the host and judged there. Which is which follows from a sequence's own parameters.
+The others' rows are copied to the host and verified there. Which is which follows from a sequence's own parameters.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from runtime_ref.core.batch import SequenceChunk, logit_rows
 from runtime_ref.engine.sampler import uniform
 from runtime_ref.engine.scheduler import ScheduledSequence
 from runtime_ref.engine.speculative import Proposal, VerifyResult
-from runtime_ref.kernels.sampling import can_verify, judge
+from runtime_ref.kernels.sampling import can_verify, verify
 
 
 @torch.inference_mode()
-def verify_on_device(logits: torch.Tensor, scheduled: list[ScheduledSequence], chunks: list[SequenceChunk], proposals: dict[int, Proposal],
-                    ) -> dict[int, VerifyResult]:
-    """Verdicts by sequence, from one launch. A sequence whose logits are not finite has none: the host finds out where.
+def verify_on_device(logits: torch.Tensor, scheduled: list[ScheduledSequence], chunks: list[SequenceChunk],
+                     proposals: dict[int, Proposal]) -> dict[int, VerifyResult]:
+    """Results by sequence, from one launch. A sequence whose logits are not finite has none: the host finds out where.
 
     Args:
         logits: float32 [rows that want them, V] on the device, sequence after sequence as in `chunks`.
@@ -42,8 +42,8 @@ def verify_on_device(logits: torch.Tensor, scheduled: list[ScheduledSequence], c
         return {}
     whole = {"dtype": torch.int32, "device": logits.device}
     real = {"dtype": torch.float64, "device": logits.device}
-    tokens, accepted = judge(logits, *(torch.tensor(column, **whole) for column in (drafts, first, count)),
-                             temperature=torch.tensor(temperatures, **real), uniform=torch.tensor(numbers, **real))
+    tokens, accepted = verify(logits, *(torch.tensor(column, **whole) for column in (drafts, first, count)),
+                              temperature=torch.tensor(temperatures, **real), uniform=torch.tensor(numbers, **real))
     tokens, found = tokens.tolist(), {}
     for i, begin, n in zip(ids, first, accepted.tolist(), strict=True):
         emitted = tokens[begin:begin + n + 1]

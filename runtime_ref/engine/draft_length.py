@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from runtime_ref.backends.base import Backend, Drafter
-from runtime_ref.core.batch import SequenceChunk, DraftRequest
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import PAGE, KvCache, OutOfPages
 from runtime_ref.core.program import Op
 from runtime_ref.core.sampling_params import SamplingParams
@@ -162,7 +162,8 @@ class Adaptive:
                 if n:
                     drafts = self.drafter.logits([DraftRequest(tables, 0, start, n, features[n])])[0]
                     proposal = propose(drafts, params, start, markov)
-                buffers = self.backend.run(self.program, self.backend.plan([SequenceChunk(tables, start, [0, *proposal.tokens])]))
+                step = self.backend.plan([SequenceChunk(tables, start, [0, *proposal.tokens])])
+                buffers = self.backend.run(self.program, step)
                 accept(buffers["logits"], proposal, params, start, [0], [])
                 found.append(clock() - began)
         self.cache.release(tables)

@@ -26,7 +26,7 @@ from runtime_ref.backends.load import known_backend, load_backend
 from runtime_ref.checkpoints.families.registry import read_geometry
 from runtime_ref.checkpoints.folder import drafter_folder, end_ids
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES
-from runtime_ref.core.batch import KIND, SequenceChunk, DraftRequest, logit_rows
+from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk, logit_rows
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
@@ -34,7 +34,7 @@ from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.engine.detokenizer import TextStream
 from runtime_ref.engine.draft_length import Adaptive
 from runtime_ref.engine.sampler import logprob_of
-from runtime_ref.engine.scheduler import Scheduler, ScheduledSequence
+from runtime_ref.engine.scheduler import ScheduledSequence, Scheduler
 from runtime_ref.engine.sequence import Finish, Output, Sequence
 from runtime_ref.engine.speculative import Proposal, VerifyResult, accept, propose
 

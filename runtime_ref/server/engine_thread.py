@@ -194,7 +194,8 @@ class EngineWorker:
         stall_seconds: a step that takes longer means that the engine hangs.
     """
 
-    def __init__(self, engine: Engine, ranks: Ranks = SINGLE_RANK, *, max_requests: int = 64, stall_seconds: float = STALL_SECONDS):
+    def __init__(self, engine: Engine, ranks: Ranks = SINGLE_RANK, *, max_requests: int = 64,
+                 stall_seconds: float = STALL_SECONDS):
         self.engine, self.ranks = engine, ranks
         self.max_requests, self.stall_seconds = max_requests, stall_seconds
         self.in_flight = 0

@@ -84,7 +84,7 @@ class TorchBackend(Backend):
         """The step that computes the tokens of `chunks`, whose tables must reach to their ends."""
         step, blocks = ops.plan_rows(chunks, self.rules)
         for kind, pool in self.pools.items():
-            step.attention_metadata[kind] = ops.attention_metadata(pool, kind, blocks, step.block)
+            step.attention[kind] = ops.attention_metadata(pool, kind, blocks, step.block)
             step.rotary[kind] = self.rotary[kind].rows(step.positions, step.highest)
         return step
 
@@ -128,14 +128,14 @@ class TorchBackend(Backend):
         return self.op_project_full(step, layer, y, "window")
 
     def op_write_full(self, step, layer, k, v, kind="full"):
-        ops.write_cache(self.pools[kind], layer, k, v, step.attention_metadata[kind].slots)
+        ops.write_cache(self.pools[kind], layer, k, v, step.attention[kind].slots)
 
     def op_write_window(self, step, layer, k, v):
         self.op_write_full(step, layer, k, v, "window")
 
     def op_attend_full(self, step, layer, q, kind="full"):
-        return ops.attend(q, self.pools[kind], layer, step.attention_metadata[kind], self.weights.layers[layer].attention.sink, step,
-                          self.rules)
+        return ops.attend(q, self.pools[kind], layer, step.attention[kind],
+                          self.weights.layers[layer].attention.sink, step, self.rules)
 
     def op_attend_window(self, step, layer, q):
         return self.op_attend_full(step, layer, q, "window")

@@ -131,8 +131,8 @@ class TorchDrafter(Drafter):
             if self.value_scale is not None:
                 v = v.mul_(self.value_scale)
             rows = seen.rows
-            ops.write_cache(self.pool, i, qk[self.Q:].index_select(1, rows), v.index_select(1, rows), seen.attention_metadata.slots)
-            heads = ops.attend(qk[:self.Q] * self.D**-0.5, self.pool, i, seen.attention_metadata, layer["sink"], step, rules)
+            ops.write_cache(self.pool, i, qk[self.Q:].index_select(1, rows), v.index_select(1, rows), seen.attention.slots)
+            heads = ops.attend(qk[:self.Q] * self.D**-0.5, self.pool, i, seen.attention, layer["sink"], step, rules)
             x = rounded(x + ops.merge_heads(heads, layer["o"], rules=rules)[0], self.backend.dtype)
             y = convolved(ops.norm(x, layer["post_norm"], self.epsilon), layer["convolutions"][1], T, rules)
             inner = ops.gated(ops.spread(y, layer["gate_up"], rules))
@@ -176,12 +176,13 @@ class TorchDrafter(Drafter):
             own = own & (keys <= queries)
         seen = context | own
         hidden = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-        return _DraftMetadata(AttentionMetadata(len(requests), torch.tensor(tables), hidden, torch.tensor(slots)), torch.tensor(rows))
+        attention = AttentionMetadata(len(requests), torch.tensor(tables), hidden, torch.tensor(slots))
+        return _DraftMetadata(attention, torch.tensor(rows))
 
 
 @dataclass
 class _DraftMetadata:
-    attention_metadata: AttentionMetadata
+    attention: AttentionMetadata
     rows: torch.Tensor
 
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from runtime_ref.backends.torch.rotary import Rotary
 from runtime_ref.checkpoints.host_weights import Attention, Dense, Experts, Moe
-from runtime_ref.core.batch import SequenceChunk
+from runtime_ref.core.batch import SequenceChunk, logit_rows
 from runtime_ref.core.kv_cache import PAGE, Pool
 from runtime_ref.core.tensor_parallel import Ranks
 
@@ -161,7 +161,7 @@ class Step:
     row_slots: torch.Tensor | None  # [R] where a row stands among the blocks' rows
     starts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-    attention_metadata: dict[str, AttentionMetadata] = field(default_factory=dict)
+    attention: dict[str, AttentionMetadata] = field(default_factory=dict)
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
@@ -177,7 +177,7 @@ def plan_rows(chunks: list[SequenceChunk], rules: RowRules = STRICT) -> tuple[St
         n = len(chunk.tokens)
         ids += chunk.tokens
         positions += range(chunk.start, chunk.start + n)
-        head += range(chunk.row, chunk.row + n) if chunk.logits == "all" else [chunk.row + n - 1] if chunk.logits == "last" else []
+        head += range(chunk.row + n - logit_rows(chunk), chunk.row + n)
         for begin in range(0, n, T):
             count = min(T, n - begin)
             blocks.append((chunk, chunk.start + begin, count))

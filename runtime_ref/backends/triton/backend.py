@@ -32,7 +32,7 @@ from runtime_ref.checkpoints.device_shapes import interpreted
 from runtime_ref.checkpoints.device_weights import KernelWeights, load_kernel_weights
 from runtime_ref.checkpoints.host_weights import TargetWeights
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import SequenceChunk
+from runtime_ref.core.batch import SequenceChunk, logit_rows
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, Pool, Table
 from runtime_ref.core.program import Op
@@ -177,13 +177,13 @@ class TritonBackend(Backend):
             n = len(chunk.tokens)
             ids += chunk.tokens
             positions += range(chunk.start, chunk.start + n)
-            head += range(chunk.row + {"all": 0, "last": n - 1, "none": n}[chunk.logits], chunk.row + n)
+            head += range(chunk.row + n - logit_rows(chunk), chunk.row + n)
         ids, positions, rows = (torch.tensor(c, dtype=torch.int32, device=self.device) for c in (ids, positions, head or [0]))
         step = KernelStep(ids, positions, rows, ids.shape[0], len(head))
         for kind, pool in self.pools.items():
-            step.blocks[kind] = plan_blocks(pool, [(chunk.tables[kind], chunk.start + begin, min(BLOCK, len(chunk.tokens) - begin),
-                                                    chunk.row + begin) for chunk in chunks
-                                                   for begin in range(0, len(chunk.tokens), BLOCK)], self.device)
+            places = [(chunk.tables[kind], chunk.start + begin, min(BLOCK, len(chunk.tokens) - begin), chunk.row + begin)
+                      for chunk in chunks for begin in range(0, len(chunk.tokens), BLOCK)]
+            step.blocks[kind] = plan_blocks(pool, places, self.device)
         return step
 
     def plan_of_rows(self) -> KernelStep:
@@ -392,8 +392,8 @@ def default_launch() -> Launch:
     return Launch(programs=4 * (torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1))
 
 
-def load_triton_backend(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int],
-                        positions: int, native: bool = False,
+def load_triton_backend(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, dtype: torch.dtype = torch.bfloat16,
+                        pages: dict[str, int], positions: int, native: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> TritonBackend:
     """A backend on an exported folder. native: experts for tensor cores that read E2M1 (`kernels/native_tiles.py`).
 

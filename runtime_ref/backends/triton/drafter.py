@@ -22,7 +22,7 @@ from runtime_ref.checkpoints.device_weights import Arena, piece_bytes
 from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.drafter_checks import check_drafter
 from runtime_ref.core.kv_cache import Table
-from runtime_ref.core.tensor_parallel import SINGLE_RANK, SHARES, Ranks
+from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK, Ranks
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.row_launches import Heads, Matrix, paired

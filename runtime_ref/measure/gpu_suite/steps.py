@@ -27,14 +27,14 @@ from runtime_ref.backends.triton.drafter import TritonDrafter
 from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
 from runtime_ref.checkpoints.device_weights import random_weights
-from runtime_ref.core.batch import KIND, SequenceChunk, DraftRequest
+from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import target_program
-from runtime_ref.core.tensor_parallel import SINGLE_RANK, SHARES
+from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK
 from runtime_ref.kernels.experimental.megakernel import WARPS
 from runtime_ref.kernels.row_launches import Tiling
-from runtime_ref.kernels.sampling import judge
+from runtime_ref.kernels.sampling import verify
 from runtime_ref.kernels.sync import grid_barrier
 from runtime_ref.measure.gpu_suite.plan import kept
 
@@ -265,7 +265,7 @@ def measure_steps(config: MiMoV2Config, time_graph, problems: list[str], *, posi
               "op_by_op": part("op by op", lambda: time_graph([lambda: backend.run(program, step, host=False)])),
               "walk": {"refused": wrong} if wrong else part("walked", lambda: _measure_walk(ready, programs, time_graph)),
               "barrier_seconds": part("barriers", lambda: measure_barrier(programs, time_graph)),
-              "judge": part("verdict", lambda: measure_judge(config, time_graph)),
+              "verify": part("verdict", lambda: measure_verify(config, time_graph)),
               "draft": part("draft", lambda: measure_draft(ready, programs, time_graph)),
               "launches_op_by_op": count_launches(lambda: backend.run(program, step, host=False))}
     steps = [row["seconds"] for row in (report["op_by_op"], report["walk"]) if row and "seconds" in row]
@@ -304,7 +304,7 @@ def measure_barrier(programs: int, time_graph) -> float:
     return seconds
 
 
-def measure_judge(config: MiMoV2Config, time_graph) -> dict:
+def measure_verify(config: MiMoV2Config, time_graph) -> dict:
     """The verdict on a block of eight rows over all ranks' logits, half of whose tokens are drawn: the third launch."""
     rows = {"device": "cuda", "dtype": torch.int32}
     logits = torch.randn(BLOCK, config.vocab_size * RANKS, device="cuda")
@@ -313,7 +313,7 @@ def measure_judge(config: MiMoV2Config, time_graph) -> dict:
     numbers = torch.full((BLOCK,), 0.5, dtype=torch.float64, device="cuda")
 
     def verdict():
-        judge(logits, drafts, first, count, temperature=heat, uniform=numbers)
+        verify(logits, drafts, first, count, temperature=heat, uniform=numbers)
 
     return time_graph([verdict]) | {"launches": count_launches(verdict)}
 

@@ -17,7 +17,7 @@ import torch
 
 from runtime_ref.backends.base import Backend, Drafter
 from runtime_ref.checkpoints.host_weights import Dense
-from runtime_ref.core.batch import KIND, SequenceChunk, DraftRequest
+from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import Op, target_program
 from runtime_ref.core.tensor_parallel import Ranks

@@ -9,7 +9,7 @@ from tolerance import DRAFTS_IN_BYTES, NATIVE_DOTS
 from mxfp4 import dequantize
 from runtime_ref.backends.c import structs
 from runtime_ref.backends.c.backend import CBackend
-from runtime_ref.core.batch import SequenceChunk, DraftRequest
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import target_program
 from runtime_ref.validation import reference_ops as naive

@@ -65,9 +65,9 @@ def test_logits_do_not_depend_on_the_company(weights, ids, dtype):
     backend, program = new_backend(weights, dtype), target_program(weights.config)
     alone = computed(backend, program, ids, [100, 1, 7])
     cache = KvCache(backend.pools)
-    spans = [SequenceChunk(cache.tables(), 0, ids[:100]), SequenceChunk(cache.tables(), 0, ids[50:57]), SequenceChunk(cache.tables(), 0, ids[60:129])]
+    texts = [ids[:100], ids[50:57], ids[60:129]]
     for order in ([0, 1, 2], [2, 0, 1]):
-        chosen = [SequenceChunk(cache.tables(), 0, spans[i].tokens) for i in order]
+        chosen = [SequenceChunk(cache.tables(), 0, texts[i]) for i in order]
         for span in chosen:
             cache.extend(span.tables, list(span.tables), len(span.tokens))
         logits = backend.run(program, backend.plan(chosen))["logits"]
@@ -164,7 +164,8 @@ def test_the_schedule_writes_before_it_reads_and_can_be_watched(weights, ids):
     cache = KvCache(backend.pools)
     tables = cache.tables()
     cache.extend(tables, list(tables), 8)
-    found = backend.run(program, backend.plan([SequenceChunk(tables, 0, ids[:8])]), watch=lambda op, buffers: seen.append(str(op)))
+    step = backend.plan([SequenceChunk(tables, 0, ids[:8])])
+    found = backend.run(program, step, watch=lambda op, buffers: seen.append(str(op)))
     assert len(seen) == len(program) and {"tap.0", "tap.3", "logits"} <= found.keys()
 
 

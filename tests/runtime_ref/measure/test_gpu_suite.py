@@ -71,7 +71,7 @@ def card(monkeypatch):
 
 
 STEP = {"weights_bytes": 1, "position": 8, "compared": None, "op_by_op": None, "walk": {"refused": "two walks differ"},
-        "barrier_seconds": None, "judge": None, "draft": None, "launches_op_by_op": None}
+        "barrier_seconds": None, "verify": None, "draft": None, "launches_op_by_op": None}
 ENGINE = {"tokens": 8, "greedy_equal": {"op by op": True}, "tokens_per_second": {"plain, op by op": 9.0}, "timeline": {},
           "failed": [], "walked_as_op_by_op": None, "acceptance_length": None}
 
@@ -278,7 +278,7 @@ def test_a_wrong_walk_has_no_speed(small_toy, monkeypatch):
         step=lambda rows: None, program=[], backend=SimpleNamespace(kernel_weights=weights)))
     monkeypatch.setattr(gpu_steps, "compare_walk", lambda *_: {"wrong": "two walks differ"})
     monkeypatch.setattr(gpu_steps, "_measure_walk", lambda *_: pytest.fail("timed"))
-    for name in ("measure_judge", "measure_draft", "measure_barrier"):
+    for name in ("measure_verify", "measure_draft", "measure_barrier"):
         monkeypatch.setattr(gpu_steps, name, lambda *_: {"seconds": 2e-3, "refused": None, "reductions": 10, "launches": 1})
     monkeypatch.setattr(gpu_steps, "measure_barrier", raising(RuntimeError("a wait was given up")))
     problems = []
@@ -441,7 +441,7 @@ def test_launches_are_counted_and_a_profiler_that_sees_none_counts_nothing(monke
     assert gpu_steps.count_launches(lambda: None) == 2
     monkeypatch.setattr(torch.profiler, "profile", raising(RuntimeError("not permitted")))
     assert gpu_steps.count_launches(lambda: None) is None
-    step = STEP | {"walk": {"launches": 1}, "draft": {"launches": 1}, "judge": {"launches": 2}}
+    step = STEP | {"walk": {"launches": 1}, "draft": {"launches": 1}, "verify": {"launches": 2}}
     assert gpu_page.launches({"step": step}) == 4 and gpu_page.launches({"step": STEP}) is None
 
 

@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[4])
 
 import torch
 
-from runtime_ref.core.batch import SequenceChunk, DraftRequest
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import leave, ranks_from_environment
 from runtime_ref.engine.engine import Engine, EngineOptions

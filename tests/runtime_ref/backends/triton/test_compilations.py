@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 
 from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
-from runtime_ref.core.batch import SequenceChunk, DraftRequest
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import target_program
 from runtime_ref.kernels import attention, routing, rows, sampling
@@ -48,8 +48,8 @@ def test_a_walk_of_the_target_is_compiled_once_per_scratch(small_engine):
             for start in (0, 60):
                 for logits in ("all", "last"):
                     if sum(batch) <= most:
-                        spans = [SequenceChunk(own, start, list(range(1, n + 1)), logits) for own, n in zip(tables, batch, strict=False)]
-                        walked.run(backend.plan(spans))
+                        walked.run(backend.plan([SequenceChunk(own, start, list(range(1, n + 1)), logits)
+                                                 for own, n in zip(tables, batch, strict=False)]))
 
     assert compilations(step_kernel, lambda: run(8)) == 1
     assert compilations(step_kernel, lambda: run(64)) == 2
@@ -72,7 +72,7 @@ def test_a_walk_of_the_drafter_is_compiled_once(small_engine):
 
 @compiled_only
 @pytest.mark.parametrize("kernel", [step_kernel, rows.project_kernel, rows.product_kernel, rows.swiglu_kernel, rows.norm_kernel,
-                                    rows.add_kernel, routing.route_kernel, attention.attend_kernel, sampling.judge_kernel])
+                                    rows.add_kernel, routing.route_kernel, attention.attend_kernel, sampling.verify_kernel])
 def test_sizes_that_a_launch_specializes_on_are_those_that_the_static_gates_promise(kernel):
     """Otherwise the table would be that of another binary."""
     from runtime_ref.measure.static.launches import POINTERS, ROW_POINTERS

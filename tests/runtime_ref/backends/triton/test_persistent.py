@@ -11,7 +11,7 @@ import triton.language as tl
 
 from runtime_ref.backends.triton.megakernel import PersistentStep, table_of
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
-from runtime_ref.core.batch import SequenceChunk, DraftRequest
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import Op, target_program
 from runtime_ref.core.sampling_params import SamplingParams
@@ -36,7 +36,8 @@ class Prepared:
         for pool in backend.pools.values():
             pool.all_keys.normal_()
             pool.all_values.normal_()
-        self.step = backend.plan([SequenceChunk(self.tables[0], 60, ids[30:37]), SequenceChunk(self.tables[1], 20, ids[:2], "last")])
+        self.step = backend.plan([SequenceChunk(self.tables[0], 60, ids[30:37]),
+                                  SequenceChunk(self.tables[1], 20, ids[:2], "last")])
         self.expected = backend.run(self.program, self.step)
 
 

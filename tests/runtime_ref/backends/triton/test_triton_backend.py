@@ -18,13 +18,13 @@ from mxfp4 import dequantize
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.device_weights import load_kernel_weights, random_weights
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import SequenceChunk, DraftRequest
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import SINGLE_RANK
-from runtime_ref.engine import accept_on_device as device_judge
+from runtime_ref.engine import accept_on_device
 from runtime_ref.engine.engine import Engine
 from runtime_ref.kernels.repack import unpack_pages
 from runtime_ref.kernels.row_launches import paired
@@ -127,16 +127,16 @@ def test_what_the_device_judges_the_host_judges_alike(small_engine, small_prompt
     params = [SamplingParams(max_tokens=6, ignore_eos=True, **own) for own in (
         {}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 4, "top_p": 0.9})]
     engine, judged = small_engine(prefix_cache=False), []
-    judge = device_judge.judge
+    verify = accept_on_device.verify
 
     def watched(logits, drafts, first, count, **options):
         judged.append(len(first))
-        return judge(logits, drafts, first, count, **options)
+        return verify(logits, drafts, first, count, **options)
 
-    monkeypatch.setattr(device_judge, "judge", watched)
+    monkeypatch.setattr(accept_on_device, "verify", watched)
     together = engine.generate(small_prompts, params)
     assert judged and max(judged) == 2
-    monkeypatch.setattr(device_judge, "can_verify", lambda params: False)
+    monkeypatch.setattr(accept_on_device, "can_verify", lambda params: False)
     assert engine.generate(small_prompts, params) == together
 
 
