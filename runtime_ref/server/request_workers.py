@@ -204,7 +204,7 @@ def nursery(control: str, folder: str, seconds: str, memory: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the server says when to end
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
     from runtime_ref.server.preparation import Preparation
 
     preparation = Preparation(load_tokenizer(folder))

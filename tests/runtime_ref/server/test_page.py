@@ -11,6 +11,7 @@ import time
 import pytest
 from live_server import live_server
 
+from runtime_ref.backends.base import Drafter
 from runtime_ref.core.sampling_params import SamplingParams
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -88,7 +89,7 @@ def expected(tokenizer, alone):
     return prompt, alone(prompt, SamplingParams(max_tokens=60))
 
 
-class Knowing:
+class Knowing(Drafter):
     """Drafts that are right but for every fourth token of the answer, so that a known share is accepted."""
 
     block, taps = 8, []
