@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -133,6 +133,12 @@ class Engine:
         if total > limit or not self.scheduler.fits(total):
             raise ValueError(f"prompt of {len(prompt)} tokens and max_tokens {params.max_tokens}: expected at most {limit} "
                              "together, and no more than the cache's pages hold")
+        wrong = next((t for t, _ in params.logit_bias if not 0 <= t < vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"logit_bias: token {wrong!r}, expected 0 to {vocabulary - 1}")
+        if params.min_tokens:
+            held = {*params.stop_ids, *(() if params.ignore_eos else self.end_ids)}
+            params = replace(params, held_back=tuple(sorted(t for t in held if t < vocabulary)))
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: strings need a tokenizer, this engine has none (stop_ids work)")
         drafting = self.drafter is not None and params.speculate and params.drafts != 0
@@ -143,7 +149,7 @@ class Engine:
         sequence.arrival = sequence.id
         self._sequences[sequence.id] = sequence
         if self.tokenizer is not None:
-            self._streams[sequence.id] = TextStream(self.tokenizer, params.stop)
+            self._streams[sequence.id] = TextStream(self.tokenizer, params.stop, params.skip_special)
         self.scheduler.add(sequence)
         return sequence.id
 
