@@ -7,7 +7,7 @@
             ...
 
 A step is planned by the scheduler, drafted by the drafter, computed by the backend as one program for all sequences,
-judged by the acceptance rule. Nothing here blocks or waits, so a server can call `step` from a thread of its own and add or
+verified by the acceptance rule. Nothing here blocks or waits, so a server can call `step` from a thread of its own and add or
 abort requests between steps. With several ranks every rank holds an engine and makes the same calls in the same order.
 """
 
@@ -193,19 +193,20 @@ class Engine:
             logits = "all" if not item.reads_prompt else "last" if item.completes else "none"
             chunks.append(SequenceChunk(sequence.tables, start, tokens, logits))
         step = self.backend.plan(chunks)
-        buffers, verdicts = self._computed(step, scheduled, chunks, proposals)
+        buffers, verified = self._computed(step, scheduled, chunks, proposals)
         self._counts["steps"] += 1
         outputs, row = [], 0
         for item, chunk in zip(scheduled, chunks, strict=True):
             own = slice(row, row := row + logit_rows(chunk))
             output = self._commit(item, chunk, own, buffers, proposals.get(item.sequence.id, Proposal([])),
-                                  verdicts.get(item.sequence.id))
+                                  verified.get(item.sequence.id))
             if output is not None:
                 outputs.append(output)
         return sorted(outputs, key=lambda o: o.id)
 
-    def _computed(self, step, scheduled: list[ScheduledSequence], chunks: list[SequenceChunk], proposals: dict[int, Proposal]) -> tuple[dict, dict]:
-        """Buffers of a step, and the verdicts of the sequences that a backend judges where its logits are, by id."""
+    def _computed(self, step, scheduled: list[ScheduledSequence], chunks: list[SequenceChunk],
+                  proposals: dict[int, Proposal]) -> tuple[dict, dict[int, VerifyResult]]:
+        """Buffers of a step, and what the backend itself could verify, by sequence."""
         if not self.backend.capabilities.verifies_on_device:
             return self.backend.run(self.program, step), {}
         from runtime_ref.engine.accept_on_device import verify_on_device
@@ -217,8 +218,8 @@ class Engine:
         drafting = [w for w in scheduled if w.drafts]
         if not drafting:
             return {}
-        requests = [DraftRequest(w.sequence.tables, w.sequence.tokens[-1], w.sequence.computed, w.drafts, w.sequence.pending_taps())
-                  for w in drafting]
+        requests = [DraftRequest(s.tables, s.tokens[-1], s.computed, drafts, s.pending_taps())
+                    for s, drafts in ((w.sequence, w.drafts) for w in drafting)]
         proposals = {}
         for item, logits in zip(drafting, self.drafter.logits(requests), strict=True):
             sequence = item.sequence
@@ -227,21 +228,21 @@ class Engine:
                                              sequence.tokens[-1])
         return proposals
 
-    def _commit(self, item: ScheduledSequence, chunk: SequenceChunk, own: slice, buffers: dict, proposal: Proposal, verdict: VerifyResult | None,
-                ) -> Output | None:
-        """Takes over what a step gave a sequence: the rows `own` of the logits, unless there is a verdict already."""
+    def _commit(self, item: ScheduledSequence, chunk: SequenceChunk, own: slice, buffers: dict, proposal: Proposal,
+                verified: VerifyResult | None) -> Output | None:
+        """Takes over what a step gave a sequence: the rows `own` of the logits, unless they are verified already."""
         sequence, anchor = item.sequence, chunk.start + item.count - 1
         emitted, accepted, logits = [], 0, None
-        if verdict is not None:
-            emitted, accepted = verdict.tokens, verdict.accepted
+        if verified is not None:
+            emitted, accepted = verified.tokens, verified.accepted
         elif chunk.logits != "none":
             logits = buffers["logits"][own].cpu()
             if not math.isfinite(float(logits.sum())):
                 row = int((~logits.isfinite()).any(-1).nonzero()[0])
                 raise FloatingPointError(f"request {sequence.id}: the logits after position {chunk.start + row} are not finite "
                                          f"(token {int((~logits[row].isfinite()).nonzero()[0])} is the first)")
-            verdict = accept(logits, proposal, sequence.params, anchor, sequence.prompt, sequence.answer)
-            emitted, accepted = verdict.tokens, verdict.accepted
+            verified = accept(logits, proposal, sequence.params, anchor, sequence.prompt, sequence.answer)
+            emitted, accepted = verified.tokens, verified.accepted
         if sequence.drafting and self.drafter.taps:
             rows = slice(chunk.row, chunk.row + item.count + accepted)
             if self._taps_ascend and "taps" in buffers:

@@ -76,7 +76,7 @@ class Scheduler:
         self.cache.release(sequence.tables)
 
     def plan(self) -> list[ScheduledSequence]:
-        """ScheduledSequence of the next step, with pages for all of it; empty when there is nothing to do."""
+        """Sequences of the next step, with pages for all of it; empty when there is nothing to do."""
         self._admit()
         scheduled = self._divide()
         planned: list[ScheduledSequence] = []
