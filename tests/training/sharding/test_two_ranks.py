@@ -24,7 +24,7 @@ EXACT = {
     "freeze": ("qat.oscillation.method=freeze", "qat.oscillation.start=0.0", "qat.oscillation.freeze_flips=1"),
     "muon": ("qat.optimizer.name=muon",), "clip": ("quantization.ste=clip", "qat.average_last=0.5"),
     "gptq": ("qat.warm_start.method=gptq", "qat.warm_start.sequences=8"),
-    "all": ("qat.train=all", "model.dtype=float32", "qat.freeze_router=false"),
+    "all": ("qat.train=all", "model.dtype=float32", "qat.freeze_router=false", "qat.heldout_every=1"),
 }
 
 
