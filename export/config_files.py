@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from checkpoint.json_files import read_json
+from storage.reading import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 REMOTE_CODE = ("configuration_mimo_v2.py", "modeling_mimo_v2.py", "native_loading.py")

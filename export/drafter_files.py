@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint.json_files import read_json, refuse_pointer
 from checkpoint.open import open_source
 from checkpoint.sources import Source
 from export.layouts import Unit
 from export.shards import index_json, plan_shards, tensor_bytes, write_shard
-from export.tensor_checks import DAMAGE, first_line
+from modeling.drafter import read_mask
 from modeling.names import PublishedTensor
+from storage.reading import read_json, refuse_pointer
 
 EMBEDDING = "model.embed_tokens.weight"
 STEM = "dflash_draft_model"
@@ -66,13 +66,8 @@ def open_drafter(folder: Path, target_config) -> TrainedDrafter | None:
     if not (folder / MASK).is_file():
         raise ValueError(f"{folder}: {MASK} is missing: without it nearly every draft is rejected")
     refuse_pointer(folder / MASK)
-    try:
-        mask = torch.load(folder / MASK, weights_only=True)
-        mask = {"mask_token_id": mask["mask_token_id"], "embedding": mask["embedding"].to(torch.bfloat16)}
-    except DAMAGE as error:
-        raise ValueError(f"{folder / MASK}: {first_line(error)}; expected a torch file of mask_token_id and "
-                         "embedding") from None
-    drafter = TrainedDrafter(folder, config, mask["mask_token_id"], mask["embedding"])
+    token, embedding = read_mask(folder / MASK)
+    drafter = TrainedDrafter(folder, config, token, embedding.to(torch.bfloat16))
     faults = drafter_faults(config, target_config, drafter.mask_token_id, drafter.embedding)
     if faults:
         raise ValueError(f"{folder}: {faults[0]}")

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.inventory import configuration, expected_inventory, layout_of
-from checkpoint.json_files import read_json
-from checkpoint.open import open_source
+from checkpoint.open import open_safetensors, open_source
 from checkpoint.sources import SafetensorsSource, Source
 from export.config_files import (
     AUTO_MAP,
@@ -40,7 +39,9 @@ from export.drafter_files import EMBEDDING, MASK, REFERENCE, draft_round, drafte
 from export.layouts import Weights
 from export.shards import INDEX
 from export.tensor_checks import DAMAGE, TensorChecks, first_line, side_by_side, usable_cores
+from modeling.drafter import read_mask
 from mxfp4.format import BLOCK_SIZE
+from storage.reading import read_json
 
 # Tables, norms and matrices of a reference drafted again on another machine: float32 sums in another order.
 REFERENCE_ERROR = 1e-3
@@ -286,18 +287,18 @@ class Checkpoint:
         config = read_json(folder / "config.json")
         for fault in code_faults(folder, config.get("auto_map") or {}):
             self.add(f"dflash/{fault}")
-        mask = torch.load(folder / MASK, weights_only=True)
-        for fault in drafter_faults(config, self.model_config, mask["mask_token_id"], mask["embedding"]):
+        token, embedding = read_mask(folder / MASK)
+        for fault in drafter_faults(config, self.model_config, token, embedding):
             self.add(f"dflash: {fault}")
-        if mask["embedding"].dtype != torch.bfloat16:
-            self.add(f"dflash/{MASK}: embedding of {mask['embedding'].dtype}, expected bfloat16")
+        if embedding.dtype != torch.bfloat16:
+            self.add(f"dflash/{MASK}: embedding of {embedding.dtype}, expected bfloat16")
         self._check_drafter_tensors(folder, config)
-        self._check_mask_row(mask)
+        self._check_mask_row(token, embedding)
         self._guard(f"dflash/{REFERENCE}", lambda: self._check_reference(folder, config))
 
     def _check_drafter_tensors(self, folder: Path, config: dict) -> None:
         """Engines ignore missing and unknown drafter tensors without a word: here they are named."""
-        source, expected = open_source(folder), expected_tensors(config)
+        source, expected = open_safetensors(folder), expected_tensors(config)
         listed = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
         for name in sorted(source.infos.keys() - listed.keys()):
             self.add(f"dflash/model.safetensors.index.json: does not list {name}")
@@ -318,12 +319,12 @@ class Checkpoint:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 self.add(f"dflash: {name}: not finite")
 
-    def _check_mask_row(self, mask: dict) -> None:
+    def _check_mask_row(self, token: int, embedding: torch.Tensor) -> None:
         if self.source is None or EMBEDDING not in self.source.infos:
             return
-        row = self.source.read(EMBEDDING)[mask["mask_token_id"]]
-        if not torch.equal(row, mask["embedding"].to(row.dtype)):
-            self.add(f"{EMBEDDING}: row {mask['mask_token_id']} (mask token) is not the vector of dflash/{MASK}")
+        row = self.source.read(EMBEDDING)[token]
+        if not torch.equal(row, embedding.to(row.dtype)):
+            self.add(f"{EMBEDDING}: row {token} (mask token) is not the vector of dflash/{MASK}")
 
     def _check_reference(self, folder: Path, config: dict) -> None:
         from modeling.drafter import load_drafter

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 
 from checkpoint.inventory import configuration
-from checkpoint.json_files import read_json
 from checkpoint.open import local_folder, open_source
 from export import config_files, drafter_files, model_card
 from export.config_files import internal, write_bytes, write_json
@@ -34,6 +33,8 @@ from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, t
 from modeling.names import fused_name
 from recipes.load import dump_recipe
 from recipes.schema import Recipe
+from storage.reading import read_json
+from storage.terminal import printable_line
 from training.checkpoint import complete_checkpoints, disk_errors
 
 WAIT_SECONDS = 0.2
@@ -294,7 +295,7 @@ def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:
     if findings:
         export.close()  # a file that is damaged on the disk would be taken for written
         for finding in findings[:50]:
-            print(f"FOUND  {finding}")
+            print(f"FOUND  {printable_line(finding)}")
         print(f"{export.partial}: {len(findings)} findings; not renamed to {export.out}; the same command writes it anew")
         return 1
     aside = export.rename()

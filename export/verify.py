@@ -12,6 +12,8 @@ from pathlib import Path
 # Launched by path, Python puts this script's folder first on sys.path, where export/'s files would shadow real packages.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from storage.terminal import printable, printable_line
+
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="export/verify.py", description="Verify an exported checkpoint, file by file and "
@@ -22,7 +24,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     for folder in (args.checkpoint, args.against):
         if folder is not None and not folder.is_dir():
-            print(f"error: {folder}: no such folder", file=sys.stderr)
+            print(printable(f"error: {folder}: no such folder"), file=sys.stderr)
             return 2
     if args.json is not None and not args.json.absolute().parent.is_dir():
         print(f"error: --json {args.json}: no such folder {args.json.absolute().parent}", file=sys.stderr)
@@ -39,10 +41,10 @@ def main(argv: list[str]) -> int:
         write_json(args.json, {"checkpoint": str(args.checkpoint), "tensors": checkpoint.tensors, "bytes": checkpoint.bytes,
                                "findings": findings})
     for finding in findings:
-        print(f"FOUND  {finding}")
+        print(f"FOUND  {printable_line(finding)}")
     compared = ", experts equal to training" if args.against is not None and not findings else ""
     verdict = f"{len(findings)} findings" if findings else f"whole{compared}"
-    print(f"{args.checkpoint}: {checkpoint.tensors:,} tensors, {checkpoint.bytes / 1e9:.3f} GB: {verdict}")
+    print(printable(args.checkpoint), f": {checkpoint.tensors:,} tensors, {checkpoint.bytes / 1e9:.3f} GB: {verdict}", sep="")
     return 1 if findings else 0
 
 

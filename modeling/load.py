@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from modeling.names import FP8_BLOCK, expert_parts, qkv_scale_rows
 from mxfp4 import dequantize
+from storage.reading import inner_name
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -201,6 +202,9 @@ def weight_map(index: Path) -> dict[str, str]:
     except ValueError as error:  # also bytes that are not UTF-8
         raise ValueError(f"{index}: not valid JSON: {error}") from None
     found = content.get("weight_map") if isinstance(content, dict) else None
+    outside = next((f for f in found.values() if not inner_name(f)), None) if isinstance(found, dict) else None
+    if isinstance(outside, str):
+        raise ValueError(f"{index}: names {outside!r}, expected files of its own folder")
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise ValueError(f'{index}: not a safetensors index: expected {{"weight_map": {{tensor name: file name}}}}')
     return found
