@@ -99,7 +99,7 @@ def generate(target: Target, prompts: list[list[int]], *, max_new_tokens: int, t
     alive = torch.arange(len(prompts))  # prompt of each row
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     for _ in range(max_new_tokens):
-        _, last = target.run(ids, past_key_values=cache, use_cache=True, attention_mask=mask, position_ids=positions)
+        _, last = target.run(ids, cache=cache, attention_mask=mask, position_ids=positions)
         tokens = pick(target.head(last[:, -1]), temperature, generator)
         open_rows = []
         for row, (index, token) in enumerate(zip(alive.tolist(), tokens.tolist(), strict=True)):
@@ -213,7 +213,7 @@ def plain(target: Target, prompt: list[int], *, max_new_tokens: int, temperature
     cache = SlotCache(len(target.base.layers), len(prompt) + max_new_tokens)
     ids, tokens = torch.tensor([prompt], device=target.device), []
     while True:
-        _, last = target.run(ids, past_key_values=cache, use_cache=True)
+        _, last = target.run(ids, cache=cache)
         tokens.append(int(pick(target.head(last[:, -1]), temperature, generator)))
         if tokens[-1] in target.end_ids or len(tokens) == max_new_tokens:
             return Decoded(tokens)
@@ -227,14 +227,14 @@ def speculate(target: Target, drafter: DFlashDraftModel, prompt: list[int], *, m
     device = target.device
     cache = SlotCache(len(target.base.layers), len(prompt) + max_new_tokens + drafter.block_size)
     context = DraftContext(drafter)
-    taps, last = target.run(torch.tensor([prompt], device=device), past_key_values=cache, use_cache=True)
+    taps, last = target.run(torch.tensor([prompt], device=device), cache=cache)
     context.append(taps, 0)
     out = Decoded([int(pick(target.head(last[:, -1]), temperature, generator))])
     position = len(prompt)  # of the anchor, which is the newest token
     while out.tokens[-1] not in target.end_ids and len(out.tokens) < max_new_tokens:
         drafts, q = draft(drafter, target, context, out.tokens[-1], position, temperature=temperature, generator=generator)
         ids = torch.cat((torch.tensor(out.tokens[-1:], device=device), drafts))[None]
-        taps, last = target.run(ids, past_key_values=cache, use_cache=True)
+        taps, last = target.run(ids, cache=cache)
         p = probabilities(target.head(last[0]), temperature)
         accepted, token = verify(drafts, q, p, generator)
         new = [*drafts[:accepted].tolist(), token][:max_new_tokens - len(out.tokens)]

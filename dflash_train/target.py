@@ -18,6 +18,7 @@ from torch import nn
 
 from modeling.drafter import DFlashDraftModel, config_json, drafter_config, load_drafter
 from modeling.load import load_model, load_tokenizer
+from modeling.modeling_mimo_v2 import CACHE_NAME
 from modeling.output_head import require_plain_head
 from mxfp4.fake_quant import fake_quantize_
 from qat.attach import find_expert_tensors
@@ -74,11 +75,14 @@ class Target(TargetFiles):
         return self.head.weight.device
 
     @torch.no_grad()
-    def run(self, ids_BT: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """(features [B, T, n * H], last hidden state after the final norm [B, T, H]); kwargs go to the base model."""
+    def run(self, ids_BT: torch.Tensor, *, cache=None, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """(features [B, T, n * H], last hidden state after the final norm [B, T, H]).
+
+        Args:
+            cache: grows by the T tokens; None to keep nothing. Other arguments go to the base model.
+        """
         self._caught.clear()
-        kwargs.setdefault("use_cache", False)
-        last = self.base(input_ids=ids_BT, **kwargs).last_hidden_state
+        last = self.base(input_ids=ids_BT, use_cache=cache is not None, **{CACHE_NAME: cache}, **kwargs).last_hidden_state
         return torch.cat([self._caught[layer] for layer in self.taps], dim=-1), last
 
 

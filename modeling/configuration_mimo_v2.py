@@ -8,10 +8,10 @@ no scaling, no `swa_*` key = as for full attention.
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from transformers.configuration_utils import PretrainedConfig  # the spelling that 4.x and 5.x have
 
 
-class MiMoV2Config(PreTrainedConfig):
+class MiMoV2Config(PretrainedConfig):
     """MiMo-V2 geometry.
 
     Args that are not self-explanatory:
@@ -33,7 +33,7 @@ class MiMoV2Config(PreTrainedConfig):
     """
 
     model_type = "mimo_v2"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     def __init__(
         self, vocab_size=152576, hidden_size=4096, intermediate_size=16384, num_hidden_layers=48,

@@ -23,14 +23,16 @@ Rejected for the bands: float32 scores and an extra column for the sink (3 times
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PretrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
@@ -40,25 +42,37 @@ from .configuration_mimo_v2 import MiMoV2Config
 # Queries per block of a full-attention layer on a CPU, and the length from which SDPA's constant memory wins over speed.
 QUERY_BLOCK = 128
 BLOCKED_UP_TO = 2048
+# What this transformers calls the keys and values of earlier tokens, as argument and in outputs (renamed in 5.24).
+CACHE_NAME = ("cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+              else "past_key_values")
 
 
 @dataclass
 class MiMoV2Output(ModelOutput):
-    """last_hidden_state [B, T, H] after the final norm; taps: outputs [B, T, H] of the decoder layers asked for."""
+    """last_hidden_state [B, T, H] after the final norm; the cache, under the name of this transformers (`CACHE_NAME`);
+    taps: outputs [B, T, H] of the decoder layers asked for."""
 
     last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    if CACHE_NAME == "cache":
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None
+        cache = property(lambda self: self.past_key_values)
     hidden_states: tuple[torch.Tensor, ...] | None = None
     taps: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class MiMoV2CausalLMOutput(ModelOutput):
-    """loss (if labels), logits [B, T or logits_to_keep, vocabulary], cache and taps."""
+    """loss (if labels), logits [B, T or logits_to_keep, vocabulary], cache (`CACHE_NAME`) and taps."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    if CACHE_NAME == "cache":
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None
+        cache = property(lambda self: self.past_key_values)
     hidden_states: tuple[torch.Tensor, ...] | None = None
     taps: tuple[torch.Tensor, ...] | None = None
 
@@ -385,7 +399,7 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     # Multi-token-prediction layers of the released checkpoints are not part of the decoder.
     _keys_to_ignore_on_load_unexpected = [r"model\.mtp\."]
     # The correction bias decides which experts run; half precision would move it.
@@ -395,7 +409,7 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """As in transformers; checkpoints with FP8 or MXFP4 weights are decoded while they are read."""
         if pretrained_model_name_or_path is not None:
-            if not isinstance(config, PreTrainedConfig):
+            if not isinstance(config, PretrainedConfig):
                 hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
                 config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path,
                                                           **{k: kwargs[k] for k in hub if k in kwargs})
@@ -429,15 +443,16 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                use_cache=None, output_hidden_states=None, tap_layers=(), **kwargs) -> MiMoV2Output:
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, use_cache=None,
+                output_hidden_states=None, tap_layers=(), past_key_values=None, **kwargs) -> MiMoV2Output:
         """Runs the decoder.
 
         Args:
             input_ids: [B, T] int64, or inputs_embeds [B, T, H].
             attention_mask: [B, S] (cached and new), 0 for padding; None if nothing is padded.
             position_ids: [B, T]; by default counted over what is not padding.
-            past_key_values: cache; a new DynamicCache if use_cache. Window layers keep W - 1 positions.
+            cache: keys and values of earlier tokens; a new DynamicCache if use_cache. Window layers keep W - 1 positions.
+            past_key_values: the same, by its name before transformers 5.24.
             tap_layers: indices of decoder layers whose outputs are returned (before the final norm), in this order.
 
         Raises:
@@ -453,11 +468,13 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         # A recomputed layer would append its keys twice.
         use_cache = use_cache and not (self.gradient_checkpointing and self.training)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        cache = past_key_values
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if cache is not None and cache.is_compileable:
-            raise ValueError(f"past_key_values: {type(cache).__name__}, expected a cache that grows (DynamicCache)")
+            raise ValueError(f"cache: {type(cache).__name__}, expected a cache that grows (DynamicCache)")
         start = cache.get_seq_length() if cache is not None else 0
         visible_from = self._padding(attention_mask, start + x.shape[1])
         positions = self._positions(position_ids, visible_from, start, x)
@@ -471,8 +488,8 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
                 hidden.append(x)
         x = self.norm(x)
         taps = tuple(wanted[layer % layers] for layer in tap_layers) or None
-        return MiMoV2Output(last_hidden_state=x, past_key_values=cache, taps=taps,
-                            hidden_states=(*hidden, x) if hidden is not None else None)
+        return MiMoV2Output(last_hidden_state=x, taps=taps, hidden_states=(*hidden, x) if hidden is not None else None,
+                            **{CACHE_NAME: cache})
 
     @staticmethod
     def _padding(attention_mask, length):
@@ -515,8 +532,8 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        return MiMoV2CausalLMOutput(loss=loss, logits=logits, past_key_values=out.past_key_values,
-                                    hidden_states=out.hidden_states, taps=out.taps)
+        return MiMoV2CausalLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, taps=out.taps,
+                                    **{CACHE_NAME: getattr(out, CACHE_NAME)})
 
 
 def _register_expert_names() -> None:

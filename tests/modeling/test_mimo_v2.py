@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from tolerance import ATTENTION_BF16, EXPERTS_BF16, MODEL_FP32
-from transformers import MiMoV2FlashConfig, MiMoV2FlashForCausalLM
+from transformers import DynamicCache, MiMoV2FlashConfig, MiMoV2FlashForCausalLM
 
 import modeling.modeling_mimo_v2
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.load import load_model
-from modeling.modeling_mimo_v2 import Experts, MiMoV2ForCausalLM, Router, _SinkSoftmax, _visible
+from modeling.modeling_mimo_v2 import CACHE_NAME, Experts, MiMoV2ForCausalLM, Router, _SinkSoftmax, _visible
 
 SIZES = dict(vocab_size=160, hidden_size=128, intermediate_size=256, moe_intermediate_size=64, num_hidden_layers=3,
              num_attention_heads=4, num_key_value_heads=2, head_dim=48, v_head_dim=32, num_experts_per_tok=2)
@@ -73,11 +73,22 @@ def test_cached_decoding_equals_one_full_forward_and_window_layers_keep_their_wi
     whole = model(input_ids=ids, use_cache=False).logits
     cache, pieces = None, []
     for start, stop in zip([0, *cuts], [*cuts, 37], strict=True):
-        out = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(input_ids=ids[:, start:stop], cache=cache, use_cache=True)
+        cache = out[CACHE_NAME]
         pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **MODEL_FP32)
     assert [layer.keys.shape[2] for layer in cache.layers] == [37, 8, 37]
+
+
+def test_a_cache_goes_by_its_old_and_its_new_name_but_not_by_both(model, ids):
+    logits = []
+    for name in ("cache", "past_key_values"):
+        first = model(input_ids=ids[:, :9], use_cache=True)
+        assert first.cache is first.past_key_values is first[CACHE_NAME] and isinstance(first.cache, DynamicCache)
+        logits.append(model(input_ids=ids[:, 9:], **{name: first.cache}).logits)
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(input_ids=ids[:, 9:], cache=first.cache, past_key_values=first.cache)
 
 
 def test_right_padding_changes_nothing(model, ids):
@@ -288,7 +299,7 @@ def test_inputs_that_do_not_fit_are_one_line(model, ids, call, message):
 
 
 def test_a_cache_of_fixed_size_is_refused(model, ids):
-    with pytest.raises(ValueError, match="past_key_values: StaticCache, expected a cache that grows"):
+    with pytest.raises(ValueError, match="cache: StaticCache, expected a cache that grows"):
         model.generate(ids, max_new_tokens=2, do_sample=False, cache_implementation="static")
 
 
