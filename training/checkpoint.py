@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from storage import files
-from storage.digests import file_digests
+from storage.digests import file_digests, json_digest
 from storage.files import MARK, begin_folder, finish_folder, next_free, write_json, write_text
 from storage.reading import first_line, read_json
 
@@ -71,7 +71,7 @@ def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, f
         if accelerator.is_main_process:
             write_text(partial / RECIPE, recipe_yaml)
             sums |= file_digests(partial, [RECIPE])
-            write_json(partial / COMPLETE, {"step": step, "processes": accelerator.num_processes} | facts | {"sha256": sums})
+            seal(partial, {"step": step, "processes": accelerator.num_processes} | facts, sums)
             finish_folder(partial, final)
             for old in complete_checkpoints(folder)[:-keep_last]:
                 shutil.rmtree(old)
@@ -82,6 +82,12 @@ def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, f
         raise OSError(f"checkpoint of step {step} could not be written to {folder}: {error}; {last}") from error
     accelerator.wait_for_everyone()
     return final
+
+
+def seal(folder: Path, facts: dict, sums: dict[str, str]) -> None:
+    """Writes complete.json: facts, the sums of all other files, and its own."""
+    content = facts | {"sha256": sums}
+    write_json(folder / COMPLETE, content | {"sum": json_digest(content)})
 
 
 def _files(folder: Path) -> list[str]:
@@ -131,8 +137,8 @@ def damage(accelerator, path: Path) -> str | None:
     try:
         facts = read_json(path / COMPLETE)
         sums = facts.get("sha256", {})
-        if type(facts.get("step")) is not int or type(facts.get("processes")) is not int or not isinstance(sums, dict):
-            return f"{path / COMPLETE}: damaged"
+        if not isinstance(sums, dict) or sums and facts.pop("sum", None) != json_digest(facts):
+            return f"{path / COMPLETE}: not what was written (its own sum differs)"
     except ValueError as error:
         return str(error)
     missing = next((name for name in sums if not (path / name).is_file()), None)
@@ -171,13 +177,14 @@ def write_states(accelerator, folder: Path, *, model, states: dict) -> None:
     every process its generators."""
     from training.state_files import random_state, save_state, write_tensors
 
+    saved = {name: state.state_dict() for name, state in states.items()}  # all processes: some of it is summed over them
     if accelerator.is_main_process:
         tensors: dict = {}
         for name, tensor in accelerator.unwrap_model(model, keep_torch_compile=False).state_dict().items():
             if all(tensor is not kept and not _same(tensor, kept) for kept in tensors.values()):  # a tied head is its embedding
                 tensors[name] = tensor
         write_tensors(folder / MODEL, tensors, {"format": "pt"})
-        save_state(folder / STATE, {name: state.state_dict() for name, state in states.items()})
+        save_state(folder / STATE, saved)
     save_state(folder / f"random_states_{accelerator.process_index}.safetensors",
                random_state() | {"micro_step": accelerator.step})
 
