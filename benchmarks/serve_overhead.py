@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
     from runtime_ref.core.records import revision
     from runtime_ref.engine.engine import Engine, EngineOptions
 

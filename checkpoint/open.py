@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from checkpoint.sources import SafetensorsSource, Source, TorchSource
-from modeling.load import weight_map
-from storage.reading import refuse_pointer
+from checkpoint.sources import Source, TorchSource
+from checkpoint.tensor_files import INDEX, SINGLE, TensorFiles, weight_map
 
 
 def open_source(folder: str | Path) -> Source:
@@ -20,9 +19,13 @@ def open_source(folder: str | Path) -> Source:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
-    if (found := _indexed(folder, "model", "safetensors", SafetensorsSource)
-            or _indexed(folder, "pytorch_model", "bin", TorchSource)) is not None:
-        return found
+    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+        return TensorFiles(folder)
+    index, single = folder / "pytorch_model.bin.index.json", folder / "pytorch_model.bin"
+    if index.is_file():
+        return TorchSource(folder, sorted(set(weight_map(index).values())))
+    if single.is_file():
+        return TorchSource(folder, [single.name])
     for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
         if (candidate / ".metadata").is_file():
             from checkpoint.distributed import DistributedSource  # half a second of imports that other formats do not need
@@ -35,23 +38,6 @@ def open_source(folder: str | Path) -> Source:
         return ZeroSource(shards)
     raise ValueError(f"{folder}: no weights (model.safetensors, model.safetensors.index.json, pytorch_model.bin, a "
                      "torch.distributed.checkpoint or shards of DeepSpeed ZeRO)")
-
-
-def open_safetensors(folder: Path) -> SafetensorsSource:
-    """As `open_source`, of safetensors and nothing else: what is published, and may come from anybody."""
-    found = _indexed(folder, "model", "safetensors", SafetensorsSource)
-    if found is None:
-        raise ValueError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-    return found
-
-
-def _indexed(folder: Path, stem: str, suffix: str, kind):
-    """The weights in <stem>.<suffix>, or in shards that an index names; None if there are neither."""
-    index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
-    if index.exists():
-        refuse_pointer(index)
-        return kind(folder, sorted(set(weight_map(index).values())))
-    return kind(folder, [single.name]) if single.exists() else None
 
 
 def local_folder(name: str) -> Path:

@@ -24,15 +24,17 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.checksums import internal, write_checksums
 from checkpoint.inventory import configuration
 from checkpoint.open import local_folder, open_source
+from checkpoint.verify import verify
 from export import config_files, drafter_files, model_card
-from export.config_files import internal, write_bytes, write_json
 from export.layouts import Weights, units_of
 from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
 from modeling.names import fused_name
 from recipes.load import dump_recipe
 from recipes.schema import Recipe
+from storage.files import write_bytes, write_json
 from storage.reading import read_json
 from storage.terminal import printable_line
 from training.checkpoint import complete_checkpoints, disk_errors
@@ -126,7 +128,7 @@ class Export:
             return
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        write_json(plan, {"fingerprint": mark, "files": [s.name for s in self.shards]})
+        write_json(plan, {"fingerprint": mark, "files": [s.name for s in self.shards]}, sort_keys=True)
 
     def write(self, alive=lambda: None) -> None:
         """Writes this process's files (every `world`-th)."""
@@ -156,7 +158,7 @@ class Export:
             sums |= read_json(out / f"{shard.name}.sums")
         write_bytes(out / INDEX, index_json(self.shards).encode())
         config = config_files.model_config(self.config, self.layout, self.dtypes())
-        write_json(out / "config.json", config)
+        write_json(out / "config.json", config, sort_keys=True)
         config_files.copy_companions(self.homes, out, self.layout)
         shutil.rmtree(out / "dflash", ignore_errors=True)
         if self.drafter is not None:
@@ -167,11 +169,11 @@ class Export:
         settled = self.recipe.export.model_copy(update={"processes": 1})
         text = dump_recipe(self.recipe.model_copy(update={"export": settled}))
         write_bytes(out / "resolved.yaml", text.encode())
-        write_json(out / "export.json", self.manifest())
+        write_json(out / "export.json", self.manifest(), sort_keys=True)
         write_bytes(out / "README.md", model_card.card(self.facts(config)).encode())
         for leftover in out.glob("*.tmp"):
             leftover.unlink()
-        config_files.write_checksums(out, sums, skip=internal)
+        write_checksums(out, sums, skip=internal)
 
     def manifest(self) -> dict:
         """export.json: what a verifier must know and config.json does not say."""
@@ -217,10 +219,8 @@ class Export:
         return sum(t.shape[0] for s in self.shards for t in s.tensors if t.name.endswith("_blocks"))
 
     def verify(self) -> list[str]:
-        """Findings of the inspection of the partial folder, against the weights it was made from."""
-        from export.inspection import Checkpoint
-
-        return Checkpoint(self.partial, self.trained_folder, skip=internal).run()
+        """What is wrong with the partial folder, compared with the weights it was made from."""
+        return verify(self.partial, self.trained_folder, skip=internal).findings
 
     def close(self) -> None:
         """Removes what an interrupted export is continued by: the folder is whole, or to be written anew."""

@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 
 from checkpoint.sources import DTYPE_NAMES, DTYPES
-from export.config_files import write_bytes
 from export.layouts import Unit
 from modeling.names import PublishedTensor
+from storage.files import write_bytes
 
 INDEX = "model.safetensors.index.json"
 

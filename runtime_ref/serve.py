@@ -40,7 +40,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-body-mib", type=float, default=4.0, metavar="MIB", help="largest body (%(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations (%(default)s)")
     parser.add_argument("--backend", default="auto",
-                        help="what runs the steps: auto, native, torch, triton, triton-mxfp8 (%(default)s)")
+                        help="what runs the steps: auto, c, torch, triton, triton-mxfp8 (%(default)s)")
     parser.add_argument("--no-drafter", action="store_true", help="decode without the drafter")
     parser.add_argument("--fixed-drafts", action="store_true", help="always draft whole blocks, whatever is accepted")
     parser.add_argument("--ignore-generation-config", action="store_true",
@@ -119,7 +119,7 @@ def serve(options: argparse.Namespace, ranks) -> int:
 
     import uvicorn
 
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
     from runtime_ref.server.app import application
     from runtime_ref.server.engine_thread import EngineWorker
     from runtime_ref.server.handlers import Api, Settings
@@ -157,7 +157,7 @@ def assist(options: argparse.Namespace, ranks) -> int:
     """Other ranks: compute what rank 0 says. Rank 0 decides when to end, so that answers under way are finished."""
     import signal
 
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
     from runtime_ref.server.engine_thread import follow
 
     for number in (signal.SIGTERM, signal.SIGINT):

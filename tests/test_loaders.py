@@ -15,7 +15,7 @@ import yaml
 from toy_export import export, make_run
 
 from checkpoint.open import open_source
-from export.inspection import Checkpoint
+from checkpoint.verify import verify
 from export.job import Request, run
 from recipes.load import _RecipeYaml, load_recipe
 
@@ -166,7 +166,7 @@ def test_planted_pickles_stay_asleep_when_a_folder_is_verified(exported, home, n
     if ".metadata" in names:  # what makes a reader of several formats look at it
         for path in (folder / home).glob("*.safetensors*"):
             path.unlink()
-    assert Checkpoint(folder).run()
+    assert verify(folder).findings
     assert not mark.exists()
 
 
@@ -177,7 +177,7 @@ def test_planted_pickles_stay_asleep_beside_a_folder_that_is_compared_or_exporte
     (hostile / name).parent.mkdir(parents=True)
     shutil.copy(exported[1] / "config.json", hostile)
     writer(mark, hostile / name)
-    findings = Checkpoint(exported[1], hostile).run()
+    findings = verify(exported[1], hostile).findings
     assert any("could run code" in f or "not a whole torch file" in f or "cannot be checked" in f for f in findings)
     for request in ({"base": hostile}, {"weights": hostile}):
         with pytest.raises(ValueError):
@@ -221,7 +221,7 @@ def test_a_compressed_mask_embedding_is_refused_before_it_is_unpacked(tmp_path):
 def test_an_index_that_names_files_outside_its_folder_is_refused(exported, tmp_path):
     import json
 
-    from modeling.load import TensorFiles
+    from checkpoint.tensor_files import TensorFiles
 
     hostile = tmp_path / "hostile"
     hostile.mkdir()
@@ -233,12 +233,12 @@ def test_an_index_that_names_files_outside_its_folder_is_refused(exported, tmp_p
 
 
 def test_names_of_a_hostile_folder_do_not_reach_the_terminal_as_they_are(exported, tmp_path, capsys):
-    from export import verify
+    from export.verify import main
 
     folder = tmp_path / "model"
     shutil.copytree(exported[1], folder)
     (folder / "a\x1b[2J\x9d0;title\x07\n\u202eb.txt").write_text("x")
-    assert verify.main([str(folder)]) == 1
+    assert main([str(folder)]) == 1
     said = capsys.readouterr().out
     assert "\\x1b[2J\\x9d0;title\\x07\\n\\u202eb.txt" in said
     assert not set("\x1b\x9d\x07\u202e") & set(said)

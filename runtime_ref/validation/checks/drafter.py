@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from checkpoint.tensor_files import TensorFiles
 from modeling.drafter import read_mask
-from modeling.load import TensorFiles
 from runtime_ref.validation.context import DTYPE_CAUSE, FINITE_CAUSE, Facts, Wrong, condensed, first_line, read_object
 from runtime_ref.validation.result import Check
 

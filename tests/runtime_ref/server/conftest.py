@@ -8,7 +8,7 @@ import pytest
 from live_server import MODEL, live_server
 from pace import seconds
 
-from modeling.load import load_tokenizer
+from checkpoint.load import load_tokenizer
 from runtime_ref.engine.engine import Engine, EngineOptions
 from tests.runtime_ref.conftest import BACKEND
 
