@@ -140,9 +140,7 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
 
     import torch
 
-    from runtime_ref.backends.load import load_runtime_drafter
     from runtime_ref.backends.torch.backend import TorchBackend
-    from runtime_ref.backends.torch.drafter import Drafter
     from runtime_ref.core.kv_cache import PAGE
     from runtime_ref.engine.engine import Engine, EngineOptions
     from runtime_ref.validation.checks.reference import check_reference
@@ -163,19 +161,17 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
                                     backend=options.backend, options=EngineOptions(max_context=context))
     pages = {kind: max(16, -(-len(probe.ids) // PAGE) + 2) for kind in ("full", "window")}
     weights = engine.backend.weights
-    own = [] if engine.backend.name == "triton" else [type(engine.backend)]  # the kernels have no float32 to be exact in
+    own = [type(engine.backend)] if engine.backend.capabilities.float32 else []
     kinds = [*own, *([TorchBackend] if TorchBackend not in own else [])]
     backends = [kind(weights, dtype=torch.float32, pages=pages) for kind in kinds]
     exact = backends[0]
-    drafter: Drafter | None = None
+    drafter = None
     if facts.drafter_loadable:
-        drafter = load_runtime_drafter(options.folder / "dflash", exact, max(24, pages["full"] + 2))
-        if isinstance(exact, TorchBackend):
-            exact.probe(drafter.product_shapes())
+        drafter = exact.load_drafter(options.folder / "dflash", max(24, pages["full"] + 2), context)
     ops = [OpErrors(backend, probe.ids) for backend in backends]
     outputs = None if served == torch.float32 else outputs_of(engine.backend, probe)
     checks.append(check_runtime(facts, probe, exact, outputs, drafter, ops[0]))
-    kernels = [OpErrors(engine.backend, probe.ids, exact)] if engine.backend.name == "triton" else []
+    kernels = [] if engine.backend.capabilities.float32 else [OpErrors(engine.backend, probe.ids, exact)]
     checks.append(check_ops([*ops, *kernels]))
     for judged in kernels:
         check_kernels(checks[-1], facts, probe, judged, outputs, engine.drafter)
@@ -218,7 +214,7 @@ def tokenizer_of(options: argparse.Namespace):
     """The folder's tokenizer if prompts have to be read, else None."""
     if options.prompts is None:
         return None
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
 
     return load_tokenizer(options.folder)
 

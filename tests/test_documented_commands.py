@@ -1,6 +1,8 @@
 """Commands that the documentation and the recipes give can be typed: script, options, recipe and keys exist."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,9 @@ import pytest
 from recipes.load import valid_keys
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml")),
-         *sorted((ROOT / "recipes/accelerate").glob("*.yaml"))]
-SCRIPT = r"(?:qat|dflash_train|export|runtime_ref|benchmarks|recipes/seed)/\w+\.py"
+TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "recipes").rglob("*.yaml")),
+         *sorted((ROOT / "recipes").rglob("README.md"))]
+SCRIPT = r"(?:qat|dflash_train|export|runtime_ref|benchmarks|tools|tools/seed|recipes/smollm2)/\w+\.py"
 # A command ends where its line does, unless the line is continued; in running text it stands between backticks.
 COMMAND = re.compile(rf"(?:python3?|accelerate launch|torchrun)\b[^\n`]*?\b({SCRIPT})((?:[^\n`\\]|\\\n)*)")
 # Options that are the job's own come from the shared parser.
@@ -47,3 +49,8 @@ def test_a_documented_command_can_be_typed(where, script, rest):
     sections = "model|data|quantization|qat|drafter|dflash|export|cluster|tracking"
     for key in re.findall(rf"(?<![\w.\[{{/-])((?:{sections})\.[\w.]+)=", rest):
         assert key in set(valid_keys()), f"{where}: {script} … {key}"
+
+
+def test_the_page_of_recipe_keys_is_what_the_schema_says():
+    done = subprocess.run([sys.executable, "tools/recipe_reference.py", "--check"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr

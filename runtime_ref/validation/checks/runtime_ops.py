@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.backends.torch.drafter import Drafter
+from runtime_ref.backends.base import Backend, Drafter
 from runtime_ref.checkpoints.host_weights import Dense
 from runtime_ref.core.batch import KIND, Span, Wanted
 from runtime_ref.core.kv_cache import KvCache
@@ -39,7 +38,7 @@ MISSING_CLAMP_CAUSE = "the clamp of gpt-oss's SwiGLU is missing, or has another 
 ENGINE_CAUSE = "the runtime computes it otherwise"
 
 
-def run_watched(backend: TorchBackend, ids: list[int], *, taps=(), watch=None) -> tuple[dict, Span, KvCache]:
+def run_watched(backend: Backend, ids: list[int], *, taps=(), watch=None) -> tuple[dict, Span, KvCache]:
     """Buffers of one step over `ids` on a fresh cache, the span, and the cache (still holding it)."""
     cache = KvCache(backend.pools, prefix=False)
     tables = cache.tables()
@@ -56,7 +55,7 @@ class Outputs:
     logits: torch.Tensor
 
 
-def outputs_of(backend: TorchBackend, probe: Probe) -> Outputs:
+def outputs_of(backend: Backend, probe: Probe) -> Outputs:
     """Of one step as it is served (nothing watches it); to be called on all ranks alike."""
     layers, n = range(backend.config.num_hidden_layers), len(probe.ids)
     buffers, span, cache = run_watched(backend, probe.ids, taps=layers)
@@ -73,7 +72,7 @@ class OpErrors:
         twin: the backend whose float32 weights the twins take.
     """
 
-    def __init__(self, backend: TorchBackend, ids: list[int], exact: TorchBackend | None = None):
+    def __init__(self, backend: Backend, ids: list[int], exact: Backend | None = None):
         """Runs the target over `ids` on a fresh cache; to be made on all ranks alike.
 
         Args:
@@ -84,15 +83,14 @@ class OpErrors:
         self.kernels, self.bound, self.twin = exact is not None, OP_ERROR, backend
         if self.kernels:
             self.bound, self.twin = KERNEL_OP_ERROR, copy.copy(exact)
-            self.twin.pools, self.twin.mxfp8 = backend.pools, backend.mxfp8
+            self.twin.pools = backend.pools
         self._kept: dict[str, torch.Tensor] = {}
         cache = KvCache(backend.pools, prefix=False)
         tables = cache.tables()
         cache.extend(tables, list(tables), len(ids))
         self._span = Span(tables, 0, ids)
         step = backend.plan([self._span])
-        if isinstance(getattr(step, "ids", None), torch.Tensor):
-            self._kept["ids"] = step.ids.cpu()
+        self._kept["ids"] = step.ids.cpu()
         backend.run(target_tasks(backend.config), step, self._watch)
         cache.release(tables)
         self.found = _worst_of_ranks(self.found, backend.ranks)
@@ -100,7 +98,7 @@ class OpErrors:
     def _watch(self, task: Task, buffers: dict) -> None:
         inputs, rows = {name: self._kept[name] for name in task.reads if name in self._kept}, len(self._span.tokens)
         if len(inputs) == len(task.reads) and all(bool(torch.isfinite(x).all()) for x in inputs.values()):
-            wanted = naive.expected(self.twin, task, inputs, self._span, rows)
+            wanted = self.expected(task, inputs, self._span, rows)
             if wanted is not None:
                 got = naive.found(task, buffers, self.backend)
                 if task.op.startswith("attend"):
@@ -108,6 +106,10 @@ class OpErrors:
                 self.found.append((task, self.error(task, got.cpu().double(), wanted)))
         # Some backends show only what a task touches: what it left alone is as it was.
         self._kept |= {name: value.to("cpu", copy=True) for name, value in buffers.items()}
+
+    def expected(self, task: Task, inputs: dict[str, torch.Tensor], span: Span, rows: int) -> torch.Tensor | None:
+        """See `reference_ops.expected`."""
+        return naive.expected(self.twin, task, inputs, span, rows, mxfp8=self.backend.capabilities.mxfp8_activations)
 
     def error(self, task: Task, found: torch.Tensor, expected: torch.Tensor) -> float:
         if not self.kernels:
@@ -146,7 +148,7 @@ def place_of(task: Task) -> str:
     return f"op {task.op}" + (f" of layer {task.layer}" if task.layer >= 0 else "")
 
 
-def check_runtime(facts: Facts, probe: Probe, exact: TorchBackend, served: Outputs | None,
+def check_runtime(facts: Facts, probe: Probe, exact: Backend, served: Outputs | None,
                   drafter: Drafter | None, ops: OpErrors) -> Check:
     """Check 2b: the runtime in float32 (`exact`) layer by layer, and how far the dtype that is served rounds.
 
@@ -218,7 +220,7 @@ def _blame_runtime(check: Check, facts: Facts, probe: Probe, ids, found, where: 
     name_causes(check, suspects, otherwise, f"{ENGINE_CAUSE}: ")
 
 
-def _runtime_drafts(probe: Probe, exact: TorchBackend, drafter: Drafter, taps: torch.Tensor) -> torch.Tensor:
+def _runtime_drafts(probe: Probe, exact: Backend, drafter: Drafter, taps: torch.Tensor) -> torch.Tensor:
     """The runtime's draft logits after the probe's text but its last token, which is the anchor."""
     n = len(probe.ids) - 1
     cache = KvCache({KIND: drafter.pool}, prefix=False)
@@ -270,13 +272,13 @@ def check_ops(all_ops: list[OpErrors]) -> Check:
     check = Check("ops", "every op of each backend against its float64 twin")
     rows = [["backend", "op", "worst relative error", "calls"]]
     for ops in all_ops:
-        name, calls = ops.backend.name, [task.op for task, _ in ops.found]
+        name, calls = ops.backend.capabilities.name, [task.op for task, _ in ops.found]
         rows += [[name, op, error, calls.count(op)] for op, error in sorted(ops.by_op().items())]
         wrong = [(task, error) for task, error in ops.found if not error <= ops.bound]
         for task, error in wrong[:3]:
             check.fail(f"{name}: {place_of(task)}: relative error {error:.2g}, expected at most {ops.bound:.2g}",
                        f"the {name} backend's op {task.op} is wrong")
-        if hasattr(ops.backend, "ops"):
+        if ops.backend.capabilities.single_ops:
             error = _worst_of_ranks([(None, _large_activations(ops))], ops.backend.ranks)[0][1]
             rows.append([name, "dense_mlp, experts at large activations", error, len(ops.backend.weights.layers)])
             if not error <= ops.bound:
@@ -284,8 +286,9 @@ def check_ops(all_ops: list[OpErrors]) -> Check:
                 check.fail(f"{name}: experts at large activations: relative error {error:.2g}",
                            f"{ENGINE_CAUSE}: {MISSING_CLAMP_CAUSE if clamped else CLAMP_CAUSE}")
     check.tables["ops"] = rows
-    check.numbers = {"backends": ", ".join(ops.backend.name for ops in all_ops),
-                     "ranks": all_ops[0].backend.ranks.count, "row blocks": f"multiples of {_quantum()}"}
+    rows = max(ops.backend.capabilities.row_multiple for ops in all_ops)
+    check.numbers = {"backends": ", ".join(ops.backend.capabilities.name for ops in all_ops),
+                     "ranks": all_ops[0].backend.ranks.count, "row blocks": f"multiples of {rows}"}
     return check
 
 
@@ -294,20 +297,15 @@ def _large_activations(ops: OpErrors) -> float:
     generator, backend = torch.Generator().manual_seed(3), ops.backend
     step, worst = backend.plan_of_rows(), 0.0
     for i, layer in enumerate(backend.weights.layers):
-        y = (64 * torch.randn(8, backend.config.hidden_size, generator=generator)).to(getattr(backend, "device", "cpu"))
+        y = (64 * torch.randn(8, backend.config.hidden_size, generator=generator)).to(backend.device)
         if isinstance(layer.mlp, Dense):
             task, inputs = Task("dense_mlp", i, ("y",), ("partial",)), {"y": y}
         else:
             index, weight = backend.ops["route"](step, i, y)
             inputs = {"y": y, "index": index, "weight": weight}
             task = Task("experts", i, tuple(inputs), ("partial",))
-        wanted = naive.expected(ops.twin, task, {name: t.cpu() for name, t in inputs.items()}, Span({}, 0, []), 8)
+        wanted = ops.expected(task, {name: t.cpu() for name, t in inputs.items()}, Span({}, 0, []), 8)
         got = backend.ops[task.op](step, i, *inputs.values()).cpu().double().sum(0)
         worst = max(worst, ops.error(task, got, wanted))
     return worst
 
-
-def _quantum() -> int:
-    from runtime_ref.backends.torch.ops import rules
-
-    return rules.quantum

@@ -281,8 +281,8 @@ def test_the_page_has_a_figure_for_each_measurement_and_needs_nothing_else(expor
 
 @pytest.mark.skipif(KERNELS, reason="of the suspects and a random model: no backend runs")
 def test_every_suspect_can_be_tried_on_any_model_and_changes_what_it_says(exported):
+    from checkpoint.load import load_model
     from modeling.drafter import load_drafter
-    from modeling.load import load_model
 
     model = load_model(exported, dtype=torch.float32)
     ids = torch.randint(0, 260, (1, 41), generator=torch.Generator().manual_seed(0))
