@@ -167,6 +167,12 @@ class Trainer(TrainingRun):
         if self.main:
             self._print_header(newest)
         self.open_records(newest is not None, self.recipe.name)
+        if self.recipe.qat.heldout_every:
+            self.heldout = evaluate.HeldOut(self.teacher, self.domains, sequences=self.recipe.qat.heldout_sequences,
+                                            batch_size=self.recipe.qat.batch_size,
+                                            chunk_tokens=self.recipe.qat.loss.chunk_tokens)
+            if newest is None:
+                self._measure_heldout()
 
     def _agree_on_masters(self) -> None:
         """Gives every process the first one's masters: each computed its own, and libraries do not promise equal bits."""
@@ -311,11 +317,20 @@ class Trainer(TrainingRun):
         if self.metrics is not None and (step % settings.log_every == 0 or last):
             self.metrics.write("train", step, tokens=step * tokens, seconds=seconds, tokens_per_second=tokens / seconds,
                                **values)
+        if settings.heldout_every and (step % settings.heldout_every == 0 or last):
+            self._measure_heldout()
         if step % settings.health_every == 0 or last:
             records = self.state.health.report()
             if self.metrics is not None:
                 for record in records:
                     self.metrics.write("health", step, **record)
+
+    def _measure_heldout(self) -> None:
+        found = self.heldout.measure(self.model)
+        if self.metrics is not None:
+            self.metrics.write("heldout", self.state.step, **found)
+        self.say(f"held-out text at step {self.state.step}: KL {found['kl']:.5f}, top-1 agreement "
+                 f"{100 * found['top1_agreement']:.2f} %")
 
     def draw_curves(self, metrics: Path, picture: Path) -> None:
         report.draw_curves(metrics, picture, self.recipe.name)

@@ -129,7 +129,8 @@ def test_max_steps_stops_with_a_checkpoint_and_resume_finishes_the_same_run(unin
 METHODS = {"scales": ["qat.scales.method=learned", "qat.warm_start.method=gptq", "qat.warm_start.sequences=8",
                       "qat.oscillation.method=reset", "qat.oscillation.reset_every=3", "qat.oscillation.start=0.1",
                       "qat.grid_pull.strength=20.0", "qat.loss.gradient=immediate", "qat.loss.hidden_kl=0.5"],
-           "soft": ["qat.soft_rounding.method=annealed", "qat.soft_rounding.until=0.8"]}
+           "soft": ["qat.soft_rounding.method=annealed", "qat.soft_rounding.until=0.8", "qat.heldout_every=5",
+                    "qat.heldout_sequences=2"]}
 
 
 @pytest.mark.parametrize("chosen", METHODS)
