@@ -13,7 +13,6 @@ Output, in <recipe.output>/<recipe.name>/qat/:
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
 from qat.warm_start import choose_first_codes
 from recipes.schema import Recipe
+from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.resume import checkpoint_to_resume
@@ -101,7 +101,7 @@ class Trainer(TrainingRun):
         torch.manual_seed(recipe.seed)
         self.folder = Path(recipe.output) / recipe.name / "qat"
         report.require_wandb(recipe.tracking.wandb)
-        newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say) if resume else None
+        newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say, self.accelerator) if resume else None
         self.tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         model = load_model(recipe.model.path, dtype=getattr(torch, recipe.model.dtype),
                            trust_remote_code=recipe.model.trust_remote_code)
@@ -134,7 +134,6 @@ class Trainer(TrainingRun):
         # evaluation_mode: no DistributedDataParallel wrapper (see the module's text).
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
-        self.accelerator.register_for_checkpointing(self.state, schedule)
         self._open_folder(resume, newest)
 
     def _load_data(self) -> None:
@@ -156,7 +155,7 @@ class Trainer(TrainingRun):
     def _open_folder(self, resume: bool, newest: Path | None) -> None:
         """Loads the checkpoint to resume, or sets an earlier run aside and warm-starts; opens the metrics."""
         if newest is not None:
-            checkpoint.load_checkpoint(self.accelerator, newest)
+            self.read_state(newest)
         elif self.recipe.qat.warm_start.method != "none":
             self.say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
             choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
@@ -168,6 +167,12 @@ class Trainer(TrainingRun):
         if self.main:
             self._print_header(newest)
         self.open_records(newest is not None, self.recipe.name)
+        if self.recipe.qat.heldout_every:
+            self.heldout = evaluate.HeldOut(self.teacher, self.domains, sequences=self.recipe.qat.heldout_sequences,
+                                            batch_size=self.recipe.qat.batch_size,
+                                            chunk_tokens=self.recipe.qat.loss.chunk_tokens)
+            if newest is None:
+                self._measure_heldout()
 
     def _agree_on_masters(self) -> None:
         """Gives every process the first one's masters: each computed its own, and libraries do not promise equal bits."""
@@ -312,11 +317,20 @@ class Trainer(TrainingRun):
         if self.metrics is not None and (step % settings.log_every == 0 or last):
             self.metrics.write("train", step, tokens=step * tokens, seconds=seconds, tokens_per_second=tokens / seconds,
                                **values)
+        if settings.heldout_every and (step % settings.heldout_every == 0 or last):
+            self._measure_heldout()
         if step % settings.health_every == 0 or last:
             records = self.state.health.report()
             if self.metrics is not None:
                 for record in records:
                     self.metrics.write("health", step, **record)
+
+    def _measure_heldout(self) -> None:
+        found = self.heldout.measure(self.model)
+        if self.metrics is not None:
+            self.metrics.write("heldout", self.state.step, **found)
+        self.say(f"held-out text at step {self.state.step}: KL {found['kl']:.5f}, top-1 agreement "
+                 f"{100 * found['top1_agreement']:.2f} %")
 
     def draw_curves(self, metrics: Path, picture: Path) -> None:
         report.draw_curves(metrics, picture, self.recipe.name)
@@ -343,7 +357,7 @@ class Trainer(TrainingRun):
             "environment": report.environment(),
         }
         self._save_model()
-        checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
+        write_json(self.folder / "summary.json", summary)
         self.draw()
         Console().print(evaluate.comparison_table(summary))
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png)")

@@ -173,6 +173,9 @@ class QAT(Section):
     evaluation_dtype: Literal["model", "float32"] = Field("model", description="float32: final evaluation on float32 copies")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
+    heldout_every: NonNegativeInt = Field(0, description="steps between measurements on held-out text, the first before any; "
+                                          "0: only the final evaluation")
+    heldout_sequences: PositiveInt = Field(8, description="packed held-out sequences per domain of those measurements")
     health_every: PositiveInt = Field(50, description="steps between per-layer, per-expert health lines")
     checkpoint_every: PositiveInt = Field(100, description="steps between checkpoints")
     keep_last: PositiveInt = Field(2, description="complete checkpoints kept")
