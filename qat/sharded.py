@@ -13,7 +13,6 @@ What differs from one process (`qat.trainer`), and nothing else:
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,6 +34,11 @@ from training.sharding.layout import layout_of, require_divisible
 from training.sharding.model_folder import folder_of_all_ranks, write_model
 from training.sharding.quantized_gather import QuantizedGather
 from training.sharding.shards import LocalShard, copies, gather_rows, local_shards, reshard, settle, total_norm
+from training.state_files import load_state, random_state, save_state, set_random_state
+
+
+def random_states(accelerator) -> str:
+    return f"random_states_{accelerator.process_index}.safetensors"
 
 
 class ShardedQuantizer(ExpertQuantizer):
@@ -141,9 +145,6 @@ class ShardedTrainer(Trainer):
         self.others = [shard.local for shard in self.other_shards]
         self.shards = [*self.quantizer.shards, *self.other_shards]
 
-    def register_state(self) -> None:
-        """Nothing: checkpoints are written by `write_state`."""
-
     def agree_on_masters(self) -> None:
         """Nothing to do: each expert's masters are computed by one rank (or by replicas, from the same numbers)."""
 
@@ -175,7 +176,6 @@ class ShardedTrainer(Trainer):
     # Checkpoints
 
     def write_state(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
         state, names = self.state, [t.name for t in self.quantizer.tensors]
         tensors = {"master": {s.name: s.local.detach() for s in self.shards}}
         moments, numbers = sharded_checkpoint.optimizer_tensors(self.optimizer.optimizer, self.shards)
@@ -188,19 +188,19 @@ class ShardedTrainer(Trainer):
                  "scales": [s for _, s in health["last"]]}
         tensors |= moments | {kind: dict(zip(names, values, strict=True)) for kind, values in kinds.items() if values}
         sharded_checkpoint.write_tensors(folder, tensors, self.shards)
-        sharded_checkpoint.write_generators(folder, self.accelerator.process_index)
+        save_state(folder / random_states(self.accelerator), random_state() | {"micro_step": self.accelerator.step})
         if self.main:
-            sharded_checkpoint.write_json(folder / "trainer.json", {
+            save_state(folder / sharded_checkpoint.TRAINER, {
                 "step": state.step, "batches": state.batches, "averaged_steps": state.averaged_steps,
                 "layout": asdict(self.layout),
                 "optimizer": numbers, "rates": [g["lr"] for g in self.optimizer.param_groups],
-                "schedule": self.schedule.state_dict(), "routed": {n: c.tolist() for n, c in health["routed"].items()}})
+                "schedule": self.schedule.state_dict(), "routed": health["routed"]})
 
     def read_state(self, path: Path) -> None:
         if not sharded_checkpoint.is_sharded(path):
             raise ValueError(f"{path}: written without sharding; resume it with cluster.sharding=ddp, or start a new run "
                              "without --resume")
-        saved = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        saved = load_state(path / sharded_checkpoint.TRAINER)
         tensors = sharded_checkpoint.read_tensors(path, self.shards)
         state, names = self.state, [t.name for t in self.quantizer.tensors]
         for shard in self.shards:
@@ -217,12 +217,15 @@ class ShardedTrainer(Trainer):
             control["ways"] = [torch.stack(pair) for pair in zip(of["ways.masters"], of["ways.rounded"], strict=True)]
         state.oscillation.load_state_dict(control)
         state.health.load_state_dict({"last": list(zip(of["codes"], of["scales"], strict=True)),
-                                      "routed": {n: torch.tensor(c) for n, c in saved["routed"].items()}})
+                                      "routed": saved["routed"]})
         self._restore_rounding(of)
         before = saved["layout"]
         state.batches = saved["batches"] * before["ranks"] // self.layout.ranks
-        same = sharded_checkpoint.read_generators(path, self.accelerator.process_index) and before == asdict(self.layout)
-        if not same:
+        if before == asdict(self.layout):
+            generators = load_state(path / random_states(self.accelerator))
+            set_random_state(generators)
+            self.accelerator.step = generators["micro_step"]
+        else:
             self.say(f"--resume: written by {before['ranks']} ranks (expert parallel {before['expert_parallel']}, replicas "
                      f"{before['replicas']}), now {self.layout}: goes on from the same weights and moments, not bit for bit")
 

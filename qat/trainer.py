@@ -13,7 +13,6 @@ Output, in <recipe.output>/<recipe.name>/qat/:
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
 from qat.warm_start import choose_first_codes
 from recipes.schema import Recipe
+from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.resume import checkpoint_to_resume
@@ -105,7 +105,7 @@ class Trainer(TrainingRun):
         torch.manual_seed(recipe.seed)
         self.folder = Path(recipe.output) / recipe.name / "qat"
         report.require_wandb(recipe.tracking.wandb)
-        newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say) if resume else None
+        newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say, self.accelerator) if resume else None
         self.tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         model = self.load_model()
         require_tokenizer_fits(self.tokenizer, model, recipe.model.path)
@@ -128,11 +128,7 @@ class Trainer(TrainingRun):
         # evaluation_mode: no DistributedDataParallel wrapper (see the module's text).
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
-        self.register_state()
         self._open_folder(resume, newest)
-
-    def register_state(self) -> None:
-        self.accelerator.register_for_checkpointing(self.state, self.schedule)
 
     def load_model(self) -> nn.Module:
         return load_model(self.recipe.model.path, dtype=getattr(torch, self.recipe.model.dtype),
@@ -380,7 +376,7 @@ class Trainer(TrainingRun):
             "seed": self.recipe.seed, "steps": settings.steps, "scale_rule": self.quantizer.scale_rule,
             "environment": report.environment(),
         }
-        checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
+        write_json(self.folder / "summary.json", summary)
         self.draw()
         Console().print(evaluate.comparison_table(summary))
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png)")

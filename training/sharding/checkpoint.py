@@ -1,11 +1,13 @@
 """State of a sharded run on disk: every rank writes what it holds, any number of ranks reads it back.
 
     step-00000100/
-        shards/              torch.distributed.checkpoint: masters, moments, means, codes; tensors are stored whole in name and
-                             shape, in pieces of the ranks that wrote them
-        trainer.json         step, position in the data, learning-rate schedule, layout of the run
-        generators-<rank>.pt Python, NumPy and torch generators
-        resolved.yaml, complete.json    as in every checkpoint (`training.checkpoint`)
+        shards/                             torch.distributed.checkpoint in safetensors files: masters, moments, means, codes;
+                                            pieces of the ranks that wrote them, under the names and shapes of the whole
+        trainer.safetensors                 step, position in the data, learning-rate schedule, layout of the run
+        random_states_<rank>.safetensors    Python, NumPy and torch generators
+        resolved.yaml, complete.json        as in every checkpoint (`training.checkpoint`)
+
+torch's own storage (`.metadata`, `*.distcp`) is not used: its index is a pickle, which can run code.
 
 Frozen weights are not saved: the base checkpoint has them. On the layout that wrote it a run continues bit for bit. On
 another one the same masters and moments go on, with other batches on each rank and other sums, which is said.
@@ -13,18 +15,16 @@ another one the same masters and moments go on, with other batches on each rank 
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from training.sharding.shards import LocalShard
 
-FOLDER = "shards"
+FOLDER, TRAINER = "shards", "trainer.safetensors"
 
 
 def is_sharded(path: Path) -> bool:
@@ -37,7 +37,8 @@ def write_tensors(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], sha
     by_name = {shard.name: shard for shard in shards}
     state = {f"{kind}/{name}": by_name[name].as_global(tensor)
              for kind, named in tensors.items() for name, tensor in named.items()}
-    dcp.save(state, checkpoint_id=str(folder / FOLDER), no_dist=not dist.is_initialized())
+    writer = HuggingFaceStorageWriter(path=str(folder / FOLDER), save_distributed=True)
+    dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
 def read_tensors(folder: Path, shards: list[LocalShard]) -> dict[str, dict[str, torch.Tensor]]:
@@ -46,9 +47,10 @@ def read_tensors(folder: Path, shards: list[LocalShard]) -> dict[str, dict[str, 
     Raises:
         ValueError: damaged files, or tensors of parameters that this model does not have, or in another shape.
     """
+    reader = HuggingFaceStorageReader(str(folder / FOLDER))
     try:
-        stored = dcp.FileSystemReader(str(folder / FOLDER)).read_metadata().state_dict_metadata
-    except (OSError, EOFError, AttributeError) as error:
+        stored = reader.read_metadata().state_dict_metadata
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder / FOLDER}: not a whole distributed checkpoint: {error}") from None
     by_name = {shard.name: shard for shard in shards}
     local: dict[str, dict[str, torch.Tensor]] = {}
@@ -67,37 +69,8 @@ def read_tensors(folder: Path, shards: list[LocalShard]) -> dict[str, dict[str, 
     missing = by_name.keys() - local.get("master", {}).keys()
     if missing:
         raise ValueError(f"{folder}: has no masters of {min(missing)}")
-    dcp.load(state, checkpoint_id=str(folder / FOLDER), no_dist=not dist.is_initialized())
+    dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     return local
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def write_generators(folder: Path, rank: int) -> None:
-    """Saves the states of this rank's random generators."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
-             "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    torch.save(state, folder / f"generators-{rank:05d}.pt")
-
-
-def read_generators(folder: Path, rank: int) -> bool:
-    """Restores them; False if no process of this rank wrote any."""
-    path = folder / f"generators-{rank:05d}.pt"
-    if not path.is_file():
-        return False
-    state = torch.load(path, weights_only=True)
-    random.setstate(state["python"])
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    return True
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, shards: list[LocalShard]) -> tuple[dict, dict]:
