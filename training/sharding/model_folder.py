@@ -8,7 +8,6 @@ of one process (one or more per rank), names, shapes and bytes of the tensors do
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from checkpoint.load import owned_rows
 from checkpoint.tensor_files import INDEX
+from storage.files import begin_folder, finish_folder
 from training.checkpoint import disk_errors
 from training.sharding.shards import reshard
 
@@ -39,8 +39,7 @@ def folder_of_all_ranks(final: Path, accelerator) -> Iterator[Path]:
     """
     partial = final.with_name(final.name + ".partial")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        begin_folder(partial)
     accelerator.wait_for_everyone()
     try:
         with disk_errors():
@@ -51,8 +50,7 @@ def folder_of_all_ranks(final: Path, accelerator) -> Iterator[Path]:
     if accelerator.is_main_process:
         for tensors in partial.glob("*.safetensors"):  # safetensors makes files that nobody else may read, whatever the umask
             shutil.copymode(partial / "config.json", tensors)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
+        finish_folder(partial, final)
     accelerator.wait_for_everyone()
 
 
