@@ -98,9 +98,9 @@ class ShardedTrainer(Trainer):
     def load_model(self) -> nn.Module:
         recipe = self.recipe
         if recipe.cluster.sharding == "zero3":
-            raise ValueError("cluster.sharding: zero3: not built: DeepSpeed cuts every parameter into flat ranges, through blocks "
-                             "of 32 weights unless ceil(size / ranks) is a multiple of 32, and its gather has no hook for codes; "
-                             "expected fsdp2")
+            raise ValueError("cluster.sharding: zero3: not built: DeepSpeed cuts every parameter into flat ranges, which cut "
+                             "blocks of 32 weights unless ceil(size / ranks) is a multiple of 32, and its gather has no hook "
+                             "for codes; expected fsdp2")
         self.layout = layout_of(recipe.cluster, self.accelerator.num_processes)
         self.whole = self.layout.ranks == 1
         if self.whole:

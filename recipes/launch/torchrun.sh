@@ -8,6 +8,6 @@ set -euo pipefail
 NNODES=${NNODES:-1}
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 HEAD=${HEAD:-localhost}
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} PYTHONFAULTHANDLER=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} PYTHONFAULTHANDLER=1
 exec torchrun --nnodes "$NNODES" --nproc-per-node "$GPUS" --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" \
-    --shutdown-timeout 600 --max-restarts "${RESTARTS:-0}" qat/train.py "$@" --resume
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600 --max-restarts "${RESTARTS:-0}" qat/train.py "$@" --resume

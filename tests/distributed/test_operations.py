@@ -18,9 +18,9 @@ SHARDED = ("cluster.memory_gib=1.0", "cluster.sharding=fsdp2", "cluster.accelera
 BIN = Path(sys.executable).parent
 
 
-def torchrun(*arguments, **environment) -> subprocess.Popen:
+def torchrun(*arguments) -> subprocess.Popen:
     command = [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT | environment, text=True, stdout=subprocess.PIPE,
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
 
 
@@ -43,8 +43,8 @@ def alive(pattern: str) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_scheduler_s_signal_to_torchrun_saves_on_all_ranks_and_resume_goes_on(tiny_recipe, number):
-    process = torchrun("qat/train.py", tiny_recipe, "qat.steps=500", *SHARDED,
-                       TORCHELASTIC_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    process = torchrun("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "qat/train.py", tiny_recipe,
+                       "qat.steps=500", *SHARDED)
     wait_for(process, "step 3/")
     process.send_signal(number)
     said, _ = process.communicate(timeout=120)
