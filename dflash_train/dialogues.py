@@ -7,10 +7,12 @@ meets when it serves.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from modeling.prompt_files import prompt_ids, read_rows
@@ -27,6 +29,14 @@ class Dialogue:
     @property
     def tokens(self) -> list[int]:
         return self.prompt + self.response
+
+
+def dialogues_digest(dialogues: list[Dialogue]) -> str:
+    """SHA-256 (hex) of all dialogues' token ids, in order."""
+    found = hashlib.sha256()
+    for one in dialogues:
+        found.update(np.asarray([len(one.prompt), len(one.response), *one.tokens], dtype="<i8").tobytes())
+    return found.hexdigest()
 
 
 def read_jsonl(patterns: list[str], key: str) -> list[dict]:

@@ -30,11 +30,14 @@ from dflash_train.reference_decoding import by_length, generate, in_batches
 from dflash_train.target import Target, TargetFiles, describe_target, identity
 from recipes.schema import Recipe
 from storage.files import write_text
+from storage.reading import first_line, json_lines
+from storage.revision import git_revision
 from training.files import expand
-from training.report import ProgressBar, environment, git_revision
+from training.report import ProgressBar, environment
 
 KEY = "dflash.regenerate.prompts"
 ENDPOINT_ATTEMPTS = 5
+REPLY_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,20 @@ def regenerated(recipe: Recipe, target: TargetFiles, folder: Path, *, accelerato
     path = answer_file(recipe, target, folder)
     if not path.is_file():
         generate_answers(recipe, target, path, accelerator=accelerator, say=say)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Dialogue(r["prompt_ids"], r["response_ids"]) for r in rows]
+    return stored_answers(path, target)
+
+
+def stored_answers(path: Path, target: TargetFiles) -> list[Dialogue]:
+    """The answers in a file of this module. Raises ValueError, with the line: damaged, or of another tokenizer."""
+    found = []
+    for number, row in json_lines(path):
+        try:
+            found.append(Dialogue(row["prompt_ids"], row["response_ids"]))
+            require_tokens(found[-1].tokens, target)
+        except (KeyError, TypeError, ValueError) as error:
+            text = first_line(error) if isinstance(error, ValueError) else "not an answer"
+            raise ValueError(f"{path}:{number}: {text}; remove the file, and the target answers again") from None
+    return found
 
 
 def answer_file(recipe: Recipe, target: TargetFiles, folder: Path) -> Path:
@@ -210,8 +225,7 @@ def _ask(settings, target: TargetFiles, prompt: list[int], temperature: float, l
     for attempt in range(ENDPOINT_ATTEMPTS):
         try:
             with urllib.request.urlopen(request, timeout=600) as reply:
-                choice = json.load(reply)["choices"][0]
-            break
+                return _answered(reply.read(REPLY_BYTES), target, limit)
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code != 429:
                 detail = error.read(300).decode("utf-8", "replace")
@@ -219,12 +233,39 @@ def _ask(settings, target: TargetFiles, prompt: list[int], temperature: float, l
             reason = f"HTTP {error.code}"
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             reason = str(getattr(error, "reason", error))
+        except ValueError as error:
+            reason = str(error)
         if attempt == ENDPOINT_ATTEMPTS - 1:
             raise OSError(f"dflash.regenerate.endpoint: {url}: {reason} ({ENDPOINT_ATTEMPTS} attempts); what was answered is "
                           "kept, run again to continue")
         time.sleep(2**attempt)
-    ids = choice.get("token_ids") or target.tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
-    ids = list(ids)[:limit] or [target.end_ids[0]]
-    if choice.get("finish_reason") == "stop" and ids[-1] not in target.end_ids:
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _answered(body: bytes, target: TargetFiles, limit: int) -> list[int]:
+    """The tokens in an endpoint's reply.
+
+    Raises:
+        ValueError: not what such an endpoint replies, or tokens that the target does not have.
+    """
+    try:
+        choice = json.loads(body)["choices"][0]
+        ids, text, reason = choice.get("token_ids"), choice.get("text"), choice.get("finish_reason")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"replied {body[:200].decode('utf-8', 'replace')!r}, expected a completion's JSON") from None
+    if not ids and not isinstance(text, str):
+        raise ValueError(f"replied a choice with text {text!r}, expected a string")
+    ids = ids or target.tokenizer(text, add_special_tokens=False)["input_ids"]
+    require_tokens(ids, target)
+    ids = ids[:limit] or [target.end_ids[0]]
+    if reason == "stop" and ids[-1] not in target.end_ids:
         ids.append(target.end_ids[0])
     return ids
+
+
+def require_tokens(ids, target: TargetFiles) -> None:
+    """Raises ValueError unless `ids` are token ids of the target's vocabulary."""
+    entries = target.vocabulary
+    wrong = [i for i in ids if type(i) is not int or not 0 <= i < entries] if isinstance(ids, list) else [ids]
+    if wrong:
+        raise ValueError(f"token {wrong[0]!r}, expected 0 to {entries - 1}: another model's tokenizer?")

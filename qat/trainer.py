@@ -24,11 +24,12 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from checkpoint.load import load_model, load_tokenizer
+from checkpoint.open import local_folder
 from modeling.all_experts import use_all_experts
 from modeling.output_head import require_plain_head
 from qat import evaluate
 from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite
-from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset
+from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset, rows_digest
 from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, run_hidden
 from qat.methods import MethodQuantizer, pull_strength, pull_to_grid
 from qat.methods import needed as methods_needed
@@ -37,6 +38,7 @@ from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
 from qat.warm_start import choose_first_codes
 from recipes.schema import Recipe
+from storage.digests import combined, model_digests
 from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
@@ -100,6 +102,7 @@ class Trainer(TrainingRun):
         self.main = self.accelerator.is_main_process
         torch.manual_seed(recipe.seed)
         self.folder = Path(recipe.output) / recipe.name / "qat"
+        self.lock()
         report.require_wandb(recipe.tracking.wandb)
         newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say, self.accelerator) if resume else None
         self.tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
@@ -107,6 +110,8 @@ class Trainer(TrainingRun):
                            trust_remote_code=recipe.model.trust_remote_code)
         require_tokenizer_fits(self.tokenizer, model, recipe.model.path)
         self._load_data()
+        self.compare_inputs(newest, lambda: {"base weights": model_digests(local_folder(recipe.model.path)),
+                                             "training data": rows_digest(self.loader.dataset)})
 
         if settings.train == "all" and recipe.model.dtype != "float32":
             raise ValueError("qat.train: all needs model.dtype: float32 (only experts have float32 masters; small updates of "
@@ -354,9 +359,10 @@ class Trainer(TrainingRun):
             * self.accelerator.num_processes,
             "seconds": self.training_seconds(), "evaluation_seconds": time.perf_counter() - began,
             "seed": self.recipe.seed, "steps": settings.steps, "scale_rule": self.quantizer.scale_rule,
-            "environment": report.environment(),
+            "environment": report.environment(), "inputs": self.inputs,
         }
         self._save_model()
+        summary["weights"] = combined(model_digests(self.folder / "model"))
         write_json(self.folder / "summary.json", summary)
         self.draw()
         Console().print(evaluate.comparison_table(summary))
