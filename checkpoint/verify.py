@@ -394,7 +394,7 @@ class _Verifier:
             if not (self.folder / name).is_file():
                 self.promised("code", f"{name}: missing, auto_map names it: transformers cannot load this folder by such code")
         for fault in code_faults(self.folder, self.config.get("auto_map") or {}):
-            self.wrong("code", fault)
+            self.promised("code", fault)
         if self.ours:
             self._guard("companion", "README.md", lambda: front_matter(self.folder / "README.md"))
         for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
@@ -417,7 +417,7 @@ class _Verifier:
                 self.wrong("drafter", f"{where}{name}: missing")
         config = read_json(folder / "config.json")
         for fault in code_faults(folder, config.get("auto_map") or {}):
-            self.wrong("code", f"{where}{fault}")
+            self.promised("code", f"{where}{fault}")
         special = drafter_folder.special_of(config)
         self._add_faults("dialect", label, drafter_folder.dialect_faults(config))
         if self.model_config is not None:
