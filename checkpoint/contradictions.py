@@ -116,7 +116,9 @@ def difference(name: str, ours: torch.Tensor, source: Source, weights: Weights, 
 
     Matrices that are FP8 only here may be rounded by half a step. Left out: the embedding's `mask_row`.
     """
-    trained, (shape, dtype) = weights.trained.infos, source.infos[name]
+    trained, (shape, dtype) = dict(weights.trained.infos), source.infos[name]
+    if (own := weights.names.name_in(weights.trained, name)) is not None:
+        trained[name] = trained[own]
     whole = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name) if name not in trained else name
     if fused_name(name) or whole not in trained or not dtype.startswith(("BF", "F")):
         return
