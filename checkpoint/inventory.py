@@ -168,8 +168,8 @@ def _either(words: torch.Tensor) -> torch.Tensor:
     return words[:, 0] | words[:, 1]
 
 
-def tensor_faults(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, str]]:
-    """(kind, text) of values that no tensor of this kind may have."""
+def tensor_faults(name: str, tensor: torch.Tensor, *, zero_norms: bool = False) -> Iterator[tuple[str, str]]:
+    """(kind, text) of values that no tensor of this kind may have; zero_norms: a norm may be zero."""
     if re.search(r"weight_scale$|_scales$|experts\..*weight_scale_inv$", name) and tensor.dtype == torch.uint8:
         if not tensor.numel() or int(tensor.max()) <= MAX_SCALE:
             return
@@ -189,5 +189,5 @@ def tensor_faults(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, str]]:
         yield "values", f"{bad.shape[0]} values are not finite, the first at {bad[0].tolist()}"
     if name.endswith("weight_scale_inv") and not all(bool((piece.float() > 0).all()) for piece in pieces):
         yield "scales", "a scale that is not positive"
-    if re.search(r"(layernorm|norm)\.weight$", name) and not bool(tensor.float().any()):
+    if not zero_norms and re.search(r"(layernorm|norm)\.weight$", name) and not bool(tensor.float().any()):
         yield "values", "a norm whose weights are all zero"

@@ -67,14 +67,15 @@ class TensorChecks:
 
     Attributes:
         sums: CRC-32 (hex) by name; rule: the scale rule whose blocks are expected (None: even).
-        promised: every tensor has a sum.
+        promised: every tensor has a sum. zero_norms: norms may be zero (families that scale by 1 + weight).
         weights: what the tensors must equal, None = nothing to compare with.
         mask_row: row of the embedding that was not trained, if there is one.
     """
 
     def __init__(self, source: TensorFiles, layout: str, sums: dict[str, str], rule: str | None, *,
-                 promised: bool = True):
+                 promised: bool = True, zero_norms: bool = False):
         self.source, self.layout, self.sums, self.rule, self.promised = source, layout, sums, rule, promised
+        self.zero_norms = zero_norms
         self.weights: Weights | None = None
         self.mask_row: int | None = None
         self._large = threading.BoundedSemaphore(2)
@@ -103,7 +104,8 @@ class TensorChecks:
                 report.findings.append(("checksum", f"{name}: no checksum in checksums.json"))
             elif self.sums and f"{zlib.crc32(data):08x}" != self.sums[name]:
                 report.findings.append(("checksum", f"{name}: bytes changed since the export (CRC-32 differs)"))
-            report.findings += [(kind, f"{name}: {fault}") for kind, fault in tensor_faults(name, tensor)]
+            report.findings += [(kind, f"{name}: {fault}") for kind, fault in tensor_faults(
+                name, tensor, zero_norms=self.zero_norms)]
         except DAMAGE as error:
             report.findings.append(("file", f"{name}: cannot be read: {first_line(error)}"))
             return None

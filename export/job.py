@@ -34,7 +34,7 @@ from checkpoint.verify import verify
 from export import config_files, drafter_files, model_card
 from export.layouts import units_of
 from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
-from modeling.names import fused_name
+from modeling.names import fused_name, plain_dtype
 from recipes.load import dump_recipe
 from recipes.schema import Recipe
 from training.checkpoint import complete_checkpoints, disk_errors
@@ -189,6 +189,9 @@ class Export:
         """export.json: what a verifier must know and config.json does not say."""
         facts = {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule, "experts": self.experts,
                  "dense": self.recipe.export.dense, "drafter": self.drafter is not None, "format": 1}
+        wide = sorted(n for n, dtype in self.dtypes().items() if dtype == "F32" and plain_dtype(n) != "F32")
+        if wide and self.layout != "native":
+            facts["float32"] = wide
         trained = self.drafter_summary
         # What a runtime must reach with this drafter (contract C7).
         return facts | ({"acceptance": trained["acceptance"]} if trained and "acceptance" in trained else {})

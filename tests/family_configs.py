@@ -51,6 +51,8 @@ def tiny(model_type: str, **changes):
         own = {k: v for k, v in tiny(text.model_type).to_dict().items() if k not in ("dtype", "transformers_version")}
         return kind(text_config=own, **changes)
     keys = {k: v for k, v in SIZES.items() if hasattr(default, k) and (getattr(default, k) is not None or k == "pad_token_id")}
+    if "kv_lora_rank" in keys and "head_dim" in keys:  # of latent attention: what is rotated
+        keys["head_dim"] = SIZES["qk_rope_head_dim"]
     keys |= OWN.get(model_type, {}) | changes
     layers = keys["num_hidden_layers"] if "num_hidden_layers" in keys else 2
     for key in ("layer_types", "mlp_layer_types"):
