@@ -73,12 +73,19 @@ def configuration(config: dict):
 
     kind = config.get("model_type")
     drop = ("quantization_config", "model_type", "dtype", "torch_dtype", "auto_map", "transformers_version")
-    keys = {k: v for k, v in config.items() if k not in drop}
+    keys = {k: _numbers(v) for k, v in config.items() if k not in drop}
     if is_mimo(config):
         return MiMoV2Config.from_dict(keys)
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type {kind!r}: transformers does not know it, expected mimo_v2, qwen3_moe or gpt_oss")
     return CONFIG_MAPPING[kind].from_dict(keys)
+
+
+def _numbers(value):
+    """transformers writes infinities, which JSON lacks, as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
+    return [_numbers(v) for v in value] if isinstance(value, list) else value
 
 
 def expected_inventory(layout: str, config: dict, settings, held: dict[str, str]) -> Expected:

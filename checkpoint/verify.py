@@ -276,7 +276,7 @@ class _Verifier:
     def _check_inventory(self) -> None:
         infos, layout = self.source.infos, self.found.layout
         self.found.tensors, self.found.bytes = len(infos), self.source.size()
-        refuse_oversize(self.model_config, len(infos))
+        refuse_oversize(self.model_config.get_text_config(), len(infos))
         held = {n: d for n, (_, d) in infos.items()}
         expected = expected_inventory(layout, self.config, self.model_config, held)
         if self.ours and not is_mimo(self.config):  # float32 by choice is said
@@ -409,7 +409,7 @@ class _Verifier:
             if (self.folder / name).is_file():
                 read_json(self.folder / name)
         if self.model_config is not None:
-            for finding in token_faults(self.folder, self.model_config):
+            for finding in token_faults(self.folder, self.model_config.get_text_config()):
                 self.wrong("tokens", finding)
             for finding in config_contradictions(self.config, self.source):
                 self.wrong("config", finding)
@@ -429,7 +429,7 @@ class _Verifier:
         special = drafter_folder.special_of(config)
         self._add_faults("dialect", label, drafter_folder.dialect_faults(config))
         if self.model_config is not None:
-            self._add_faults("drafter", label, drafter_folder.fit_faults(config, self.model_config))
+            self._add_faults("drafter", label, drafter_folder.fit_faults(config, self.model_config.get_text_config()))
         else:
             self.unchecked("drafter", "whether the drafter fits its target", "there is no target in this folder")
         if (folder / MASK).is_file():

@@ -28,8 +28,8 @@ SIZES = {
 }
 
 
-def types() -> list[str]:
-    """Model types with fused experts that AutoModelForCausalLM builds."""
+def types(*, causal: bool = True) -> list[str]:
+    """Model types with fused experts that AutoModelForCausalLM builds; causal=False: the others."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -37,7 +37,7 @@ def types() -> list[str]:
     models = pathlib.Path(transformers.__file__).parent / "models"
     fused = {p.parent.name for p in models.glob("*/modeling_*.py") if "@use_experts_implementation" in p.read_text()}
     return sorted(t for t in CONFIG_MAPPING_NAMES if model_type_to_module_name(t).split(".")[-1] in fused
-                  and t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+                  and (t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) == causal)
 
 
 def tiny(model_type: str, **changes):
@@ -50,14 +50,17 @@ def tiny(model_type: str, **changes):
     if text is not None and type(text) is not type(default):
         own = {k: v for k, v in tiny(text.model_type).to_dict().items() if k not in ("dtype", "transformers_version")}
         return kind(text_config=own, **changes)
-    keys = {k: v for k, v in SIZES.items() if hasattr(default, k) and (getattr(default, k) is not None or k == "pad_token_id")}
-    if "kv_lora_rank" in keys and "head_dim" in keys:  # of latent attention: what is rotated
-        keys["head_dim"] = SIZES["qk_rope_head_dim"]
+    default.allow_global_per_layer_attribute_access = True
+    keys = {k: v for k, v in SIZES.items() if getattr(default, k, None) is not None or k == "pad_token_id"}
+    if "kv_lora_rank" in keys:  # latent attention: keys of all heads, and what is rotated is called the heads' width
+        keys |= {"num_key_value_heads": 4} | ({"head_dim": SIZES["qk_rope_head_dim"]} if "head_dim" in keys else {})
+    if "per_layer_config" in default.to_dict():
+        keys["per_layer_config"] = {}
     keys |= OWN.get(model_type, {}) | changes
     layers = keys["num_hidden_layers"] if "num_hidden_layers" in keys else 2
     for key in ("layer_types", "mlp_layer_types"):
         kinds = list(getattr(default, key, None) or ())
-        if kinds and key not in keys:
+        if kinds and key not in keys and key in default.to_dict():
             keys[key] = _spread(kinds, layers)
     return kind(**keys)
 
@@ -68,4 +71,18 @@ def _spread(kinds: list, layers: int) -> list:
     return [found[i % len(found)] for i in range(layers)] if len(found) <= layers else found[-layers:]
 
 
-OWN: dict[str, dict] = {}
+OWN: dict[str, dict] = {
+    "deepseek_v2": {"num_experts_per_tok": 2}, "dots3_note_text": {"head_dim": 24},
+    "dots1": {"n_routed_experts": 5, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "flint": {"mlp_only_layers": [0]},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 32,
+                    "pad_token_id": 0},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 5, "moe_topk": 2},
+    "inkling2_text": {"unpadded_vocab_size": 90}, "inkling2_loop_text": {"unpadded_vocab_size": 90},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8, "use_mamba_kernels": False},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention"], "num_hidden_layers": 3},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+                       "indexer_compress_ratio": 4, "hc_lowrank": 8},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+}

@@ -7,8 +7,6 @@ other model type of transformers is a plain `Family`, whose names are asked of t
 
 from __future__ import annotations
 
-import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +44,7 @@ class Family:
 
     def published(self, config) -> Published:
         """Names and shapes on disk in plain numbers."""
-        return _published(config.to_json_string(), type(config))
+        return _published(config.to_json_string(), config)
 
     def geometry(self, file: Path, raw: dict):
         """What the runtime needs of a config.json; NotHeld for what it does not run."""
@@ -61,6 +59,11 @@ class Family:
         if layout == "compressed-tensors" and not names.experts:
             raise ValueError(f"export.layout=compressed-tensors: {self.model_type} is published with fused experts "
                              f"({next(iter(names.fused))}), of which its clients know no packed form; its layout is bf16")
+        joined = next((n for n, origin in names.origin.items() if n.endswith(".weight") and n != origin
+                       and sum(other == origin for other in names.origin.values()) > 1), None)
+        if layout == "compressed-tensors" and joined:
+            raise ValueError(f"export.layout=compressed-tensors: transformers joins {joined} with others while it loads, and "
+                             "its loader of this layout drops what it joins but experts; its layout is bf16")
         for name in names.experts:
             if names.shapes[name][-1] % BLOCK_SIZE:
                 raise ValueError(f"{name}: {names.shapes[name][-1]} columns, expected a multiple of the MXFP4 block size "
@@ -71,6 +74,12 @@ class Family:
         return f"{prefix}.experts.{expert}.{self.parts[('gate', 'up', 'down').index(part)]}.weight"
 
 
-@functools.lru_cache(4)
-def _published(text: str, kind: type) -> Published:
-    return published.of_transformers(kind.from_dict(json.loads(text)))
+_known: dict[str, Published] = {}  # of the last few configurations
+
+
+def _published(text: str, config) -> Published:
+    if text not in _known:
+        while len(_known) > 3:
+            del _known[next(iter(_known))]
+        _known[text] = published.of_transformers(config)
+    return _known[text]
