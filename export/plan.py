@@ -19,7 +19,6 @@ import torch
 
 from checkpoint.families.registry import family_of, refuse_layout, resolve_layout
 from checkpoint.inventory import configuration
-from checkpoint.json_files import read_json
 from checkpoint.open import local_folder, open_source
 from checkpoint.sources import Source
 from checkpoint.trained import Weights
@@ -28,6 +27,7 @@ from export.layouts import Unit, units_of
 from export.shards import Shard, plan_shards, tensor_bytes
 from modeling.names import published_tensors
 from recipes.schema import Recipe
+from storage.reading import read_json
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.distcp", "*/*.distcp", "*_optim_states.pt", "*/*_optim_states.pt")
 
