@@ -10,6 +10,7 @@ import torch
 from damage import seal
 from toy_export import put_on_grid, toy_config, toy_model, toy_weights
 
+from checkpoint import distributed
 from checkpoint.open import open_source
 from checkpoint.tensor_checks import side_by_side
 from checkpoint.tensor_files import TensorFiles
@@ -65,8 +66,8 @@ def test_fused_tensors_of_a_distributed_checkpoint_are_loaded_once_each(tmp_path
 
     state = {n: t.contiguous() for n, t in put_on_grid(toy_model(toy_config())).state_dict().items()}
     checkpoint.save({"model": state}, checkpoint_id=str(tmp_path / "fsdp"), no_dist=True)
-    source, loads, load = open_source(tmp_path), [], checkpoint.load
-    monkeypatch.setattr(checkpoint, "load", lambda *args, **kwargs: (loads.append(1), load(*args, **kwargs)))
+    source, loads, load = open_source(tmp_path), [], distributed.load_torch_bytes
+    monkeypatch.setattr(distributed, "load_torch_bytes", lambda *args, **kwargs: (loads.append(1), load(*args, **kwargs))[1])
     prefix = "model.layers.1.mlp.experts"
     for expert in range(state[f"{prefix}.down_proj"].shape[0]):
         for part in ("down", "gate", "up"):
