@@ -190,7 +190,10 @@ class ExpertQuantizer:
 
     @torch.no_grad()
     def pull_gradients(self) -> None:
-        """Moves the gradient of each quantized weight to its master (straight-through) and clears the former."""
+        """Adds the gradient of each quantized weight to its master's (straight-through) and clears the former.
+
+        Once per update, or after each micro-batch: the master's gradients add up until the optimizer clears them.
+        """
         for tensor, master in self:
             gradient = tensor.parameter.grad
             tensor.parameter.grad = None
@@ -199,7 +202,7 @@ class ExpertQuantizer:
             gradient = gradient.to(torch.float32)
             if self.ste == "clip":
                 gradient.masked_fill_(saturated(master, scale_rule=self.scale_rule, axis=tensor.axis), 0)
-            master.grad = gradient
+            master.grad = gradient if master.grad is None else master.grad + gradient
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from checkpoint.load import load_model, load_tokenizer
+from modeling.dialogue_tokens import Rendering
 from modeling.output_head import require_plain_head
 from qat import evaluate
 from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite
@@ -129,9 +130,10 @@ class Trainer(TrainingRun):
 
     def _load_data(self) -> None:
         recipe = self.recipe
+        rendering = Rendering(recipe.chat.prompts, recipe.chat.template_options)
         with self.accelerator.main_process_first():
-            rows = packed_dataset(recipe.data.train, self.tokenizer, recipe.data)
-            self.domains = heldout_domains(recipe.data.heldout, self.tokenizer, recipe.data)
+            rows = packed_dataset(recipe.data.train, self.tokenizer, recipe.data, rendering=rendering, seed=recipe.seed)
+            self.domains = heldout_domains(recipe.data.heldout, self.tokenizer, recipe.data, rendering)
         self.loader = make_loader(rows, batch_size=recipe.qat.batch_size, seed=recipe.seed, shuffle=recipe.data.shuffle,
                                   processes=self.accelerator.num_processes)
 
