@@ -21,15 +21,12 @@ from torch.utils.data import DataLoader
 from modeling.dialogue_tokens import AUTO, Rendering, begin_ids, dialogue_tokens
 from modeling.prompt_files import open_data
 from recipes.schema import Data, Source
+from storage.reading import first_line
 from training.epoch_order import EpochOrder
 from training.files import expand, format_of, json_rows
 
 # What a dialogue is made of (`modeling.dialogue_tokens`).
 DIALOGUE_FIELDS = ("messages", "conversations", "prompt", "response", "completion", "tools")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def packed_dataset(sources: list[str | Source], tokenizer, data: Data, *, key: str = "data.train",

@@ -13,7 +13,6 @@ Output, in <recipe.output>/<recipe.name>/qat/:
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -25,17 +24,21 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from checkpoint.load import load_model, load_tokenizer
+from modeling.all_experts import use_all_experts
 from modeling.dialogue_tokens import Rendering
 from modeling.output_head import require_plain_head
 from qat import evaluate
 from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite
 from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset
-from qat.losses import chunked_statistics, hidden_loss, run_hidden
+from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, run_hidden
+from qat.methods import MethodQuantizer, pull_strength, pull_to_grid
+from qat.methods import needed as methods_needed
 from qat.optimizer import make_optimizer
 from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
 from qat.warm_start import choose_first_codes
 from recipes.schema import Recipe
+from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.resume import checkpoint_to_resume
@@ -67,7 +70,8 @@ class TrainingState:
     def state_dict(self) -> dict:
         return {"step": self.step, "batches": self.batches, "masters": [m.data for m in self.quantizer.masters],
                 "oscillation": self.oscillation.state_dict(), "health": self.health.state_dict(),
-                "averaged_steps": self.averaged_steps, "average": self.average}
+                "averaged_steps": self.averaged_steps, "average": self.average,
+                "methods": self.quantizer.state_dict() if isinstance(self.quantizer, MethodQuantizer) else None}
 
     def load_state_dict(self, state: dict) -> None:
         for tensor, master, saved in zip(self.quantizer.tensors, self.quantizer.masters, state["masters"], strict=True):
@@ -80,6 +84,9 @@ class TrainingState:
         self.average = [a.to(m.device) for a, m in zip(state["average"], self.quantizer.masters, strict=False)]
         self.oscillation.load_state_dict(state["oscillation"])
         self.health.load_state_dict(state["health"])
+        if isinstance(self.quantizer, MethodQuantizer):
+            self.quantizer.load_state_dict(state["methods"])
+            self.quantizer.set_step(self.step)
 
 
 class Trainer(TrainingRun):
@@ -95,7 +102,7 @@ class Trainer(TrainingRun):
         torch.manual_seed(recipe.seed)
         self.folder = Path(recipe.output) / recipe.name / "qat"
         report.require_wandb(recipe.tracking.wandb)
-        newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say) if resume else None
+        newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say, self.accelerator) if resume else None
         self.tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         model = load_model(recipe.model.path, dtype=getattr(torch, recipe.model.dtype),
                            trust_remote_code=recipe.model.trust_remote_code)
@@ -106,17 +113,20 @@ class Trainer(TrainingRun):
             raise ValueError("qat.train: all needs model.dtype: float32 (only experts have float32 masters; small updates of "
                              "other bf16 weights would be rounded away)")
         require_plain_head(model.to(self.accelerator.device))
+        use_all_experts(model)
         model.train()
         self._choose_trainable(model)
         self.teacher = make_teacher(model)
-        self.quantizer = ExpertQuantizer(model, scale_rule=recipe.quantization.scale_rule, ste=recipe.quantization.ste,
-                                         expected_tensors=recipe.quantization.expected_tensors)
+        self.quantizer = make_quantizer(model, recipe)
         self.originals = [self.teacher.get_parameter(t.name).data for t in self.quantizer.tensors]
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.others = [p for n, p in model.named_parameters()
                        if p.requires_grad and n not in {t.name for t in self.quantizer.tensors}]
         optimizer = make_optimizer([*self.quantizer.masters, *self.others], settings.optimizer)
+        if settings.scales.method == "learned":
+            optimizer.add_param_group({"params": self.quantizer.shifts, "lr": settings.scales.learning_rate,
+                                       "weight_decay": 0.0})
         schedule = make_schedule(optimizer, settings.steps, settings.optimizer)
         self.state = TrainingState(self.quantizer, OscillationControl(self.quantizer, settings.oscillation, settings.steps),
                                    Health(model, self.quantizer, self.accelerator))
@@ -125,7 +135,6 @@ class Trainer(TrainingRun):
         # evaluation_mode: no DistributedDataParallel wrapper (see the module's text).
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
-        self.accelerator.register_for_checkpointing(self.state, schedule)
         self._open_folder(resume, newest)
 
     def _load_data(self) -> None:
@@ -148,7 +157,7 @@ class Trainer(TrainingRun):
     def _open_folder(self, resume: bool, newest: Path | None) -> None:
         """Loads the checkpoint to resume, or sets an earlier run aside and warm-starts; opens the metrics."""
         if newest is not None:
-            checkpoint.load_checkpoint(self.accelerator, newest)
+            self.read_state(newest)
         elif self.recipe.qat.warm_start.method != "none":
             self.say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
             choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
@@ -160,6 +169,12 @@ class Trainer(TrainingRun):
         if self.main:
             self._print_header(newest)
         self.open_records(newest is not None, self.recipe.name)
+        if self.recipe.qat.heldout_every:
+            self.heldout = evaluate.HeldOut(self.teacher, self.domains, sequences=self.recipe.qat.heldout_sequences,
+                                            batch_size=self.recipe.qat.batch_size,
+                                            chunk_tokens=self.recipe.qat.loss.chunk_tokens)
+            if newest is None:
+                self._measure_heldout()
 
     def _agree_on_masters(self) -> None:
         """Gives every process the first one's masters: each computed its own, and libraries do not promise equal bits."""
@@ -217,13 +232,25 @@ class Trainer(TrainingRun):
             self._raise_non_finite(dict(zip(names, means.tolist(), strict=True)))
         torch.nn.utils.clip_grads_with_norm_(trained, settings.optimizer.max_grad_norm, norm)
         learning_rate = self.schedule.get_last_lr()[0]
+        self._before_step(learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
+        if isinstance(self.quantizer, MethodQuantizer):
+            self.quantizer.keep_shifts_in_reach()
+            self.quantizer.set_step(self.state.step + 1)
         self.state.oscillation.requantize(self.state.step)
         self._average()
         self.state.step += 1
         return dict(zip(names, means.tolist(), strict=True)) | {"grad_norm": float(norm), "learning_rate": learning_rate}
+
+    def _before_step(self, learning_rate: float) -> None:
+        """What methods add to an update while masters and the model's rounded weights are those that the gradient is of."""
+        settings = self.recipe.qat
+        if isinstance(self.quantizer, MethodQuantizer):
+            self.quantizer.take_shift_gradients()
+        if strength := pull_strength(self.state.step, settings.steps, settings.grid_pull):
+            pull_to_grid(self.quantizer, learning_rate * strength)
 
     def _losses(self, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         weights = self.recipe.qat.loss
@@ -232,16 +259,25 @@ class Trainer(TrainingRun):
         seen = run_hidden(self.model, ids_BT, layers=weights.hidden > 0)
         # The last position has no next token, but the teacher's distribution there is as good a lesson as any.
         labels = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=-100)
-        sums = chunked_statistics(seen.last.flatten(0, 1), self.model.get_output_embeddings(), labels.flatten(),
-                                  teacher_NH=taught.last.flatten(0, 1), teacher_head=self.teacher.get_output_embeddings(),
-                                  temperature=weights.temperature, chunk_tokens=weights.chunk_tokens)
         predicted = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
+        arguments = (seen.last.flatten(0, 1), self.model.get_output_embeddings(), labels.flatten())
+        options = dict(teacher_NH=taught.last.flatten(0, 1), teacher_head=self.teacher.get_output_embeddings(),
+                       temperature=weights.temperature, chunk_tokens=weights.chunk_tokens)
+        if weights.gradient == "immediate":
+            loss, sums = immediate_statistics(*arguments, **options, kl_weight=weights.kl / ids_BT.numel(),
+                                              ce_weight=weights.cross_entropy / predicted)
+        else:
+            sums = chunked_statistics(*arguments, **options)
         values = {"kl": sums.kl / sums.tokens, "cross_entropy": sums.cross_entropy / predicted,
                   "top1_agreement": sums.agree / sums.tokens}
-        loss = weights.kl * values["kl"] + weights.cross_entropy * values["cross_entropy"]
+        if weights.gradient == "recompute":
+            loss = weights.kl * values["kl"] + weights.cross_entropy * values["cross_entropy"]
         if weights.hidden:
             values["hidden"] = hidden_loss(seen.layers, taught.layers)
             loss = loss + weights.hidden * values["hidden"]
+        if weights.hidden_kl:
+            values["hidden_kl"] = hidden_kl(seen.last.flatten(0, 1), taught.last.flatten(0, 1))
+            loss = loss + weights.hidden_kl * values["hidden_kl"]
         return values | {"loss": loss}
 
     def _average(self) -> None:
@@ -283,11 +319,20 @@ class Trainer(TrainingRun):
         if self.metrics is not None and (step % settings.log_every == 0 or last):
             self.metrics.write("train", step, tokens=step * tokens, seconds=seconds, tokens_per_second=tokens / seconds,
                                **values)
+        if settings.heldout_every and (step % settings.heldout_every == 0 or last):
+            self._measure_heldout()
         if step % settings.health_every == 0 or last:
             records = self.state.health.report()
             if self.metrics is not None:
                 for record in records:
                     self.metrics.write("health", step, **record)
+
+    def _measure_heldout(self) -> None:
+        found = self.heldout.measure(self.model)
+        if self.metrics is not None:
+            self.metrics.write("heldout", self.state.step, **found)
+        self.say(f"held-out text at step {self.state.step}: KL {found['kl']:.5f}, top-1 agreement "
+                 f"{100 * found['top1_agreement']:.2f} %")
 
     def draw_curves(self, metrics: Path, picture: Path) -> None:
         report.draw_curves(metrics, picture, self.recipe.name)
@@ -314,7 +359,7 @@ class Trainer(TrainingRun):
             "environment": report.environment(),
         }
         self._save_model()
-        checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
+        write_json(self.folder / "summary.json", summary)
         self.draw()
         Console().print(evaluate.comparison_table(summary))
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png)")
@@ -323,6 +368,14 @@ class Trainer(TrainingRun):
         with checkpoint.folder_aside(self.folder / "model") as partial:
             self.model.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
+
+
+def make_quantizer(model: nn.Module, recipe: Recipe) -> ExpertQuantizer:
+    options = dict(scale_rule=recipe.quantization.scale_rule, ste=recipe.quantization.ste,
+                   expected_tensors=recipe.quantization.expected_tensors)
+    if methods_needed(recipe.qat):
+        return MethodQuantizer(model, settings=recipe.qat, **options)
+    return ExpertQuantizer(model, **options)
 
 
 def require_tokenizer_fits(tokenizer, model: nn.Module, where: str) -> None:

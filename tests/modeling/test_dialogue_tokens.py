@@ -25,7 +25,8 @@ TEMPLATES = {
               "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% if enable_thinking is defined and not "
               "enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}",
     "tools": "{% if tools %}{{ tools | length }}{{ tools[0].function.name }}{% endif %}{% for m in messages %}"
-             "{{ '<|im_start|>' + m.role + m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}{{ '<|im_end|>' }}"
+             "{{ '<|im_start|>' + m.role + m.content }}{% if m.tool_calls %}"
+             "{{ m.tool_calls[0].function.name }}{% endif %}{{ '<|im_end|>' }}"
              "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}",
 }
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"},
@@ -126,7 +127,8 @@ def test_developer_is_system_for_templates_that_do_not_know_it(tokenizers):
     assert "<|im_start|>system" in tokenizers("chatml").decode(prompt_tokens({"messages": developer}, tokenizers("chatml")))
 
 
-@pytest.mark.parametrize(("content", "text"), [("a", "a"), (None, ""), ([{"type": "text", "text": "a"}, "b"], "a\nb"), ([], "")])
+@pytest.mark.parametrize(("content", "text"), [
+    ("a", "a"), (None, ""), ([{"type": "text", "text": "a"}, "b"], "a\nb"), ([], "")])
 def test_content_is_flattened_by_one_rule(content, text):
     assert flat_content(content) == text
 

@@ -90,7 +90,7 @@ def test_the_command_writes_a_folder_that_loads_and_refuses_mistakes_in_one_line
     done = convert(tmp_path / "dense", tmp_path / "moe", "--dtype", "float32")
     assert done.returncode == 0 and "the same function" in done.stdout, done.stderr
     assert json.loads((tmp_path / "moe/config.json").read_text())["model_type"] == "mixtral"
-    from modeling.load import load_model
+    from checkpoint.load import load_model
 
     ids = torch.randint(131, (1, 40))
     loaded = load_model(tmp_path / "moe", dtype=torch.float32)
