@@ -141,7 +141,7 @@ class TritonBackend(Backend):
                                          for name in dir(type(self)) if name.startswith("op_")}
         self._spaces: dict[int, Workspace] = {}
         self._mxfp8 = any(layer.pages is not None and layer.pages.native for layer in weights.layers)
-        self.walk = None  # a `persistent.PersistentStep` that takes over the steps it serves
+        self.megakernel = None  # a `persistent.Megakernel` that takes over the steps it serves
 
     @cached_property
     def weights(self) -> TargetWeights:
@@ -196,8 +196,8 @@ class TritonBackend(Backend):
             host: bool = True) -> dict[str, torch.Tensor]:
         """Executes the ops in order; returns the buffers, logits on the host unless told otherwise. `watch` sees the buffers
         after each op of the list as it is."""
-        if watch is None and self.walk is not None and self.walk.serves(program, step):
-            buffers = self.walk.run(step)
+        if watch is None and self.megakernel is not None and self.megakernel.serves(program, step):
+            buffers = self.megakernel.run(step)
         else:
             buffers = self._launch(program, step, watch)
         if host and "logits" in buffers:
