@@ -14,13 +14,14 @@ Triton's interpreter.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
 import torch
 import triton
 
-from runtime_ref.backends.triton.backend import BLOCK, KernelPool, KernelStep, TritonBackend
+from runtime_ref.backends.triton.backend import BLOCK, KernelPool, KernelStep, StepRunner, TritonBackend
 from runtime_ref.backends.triton.megakernel_globals import NO_EXPERTS, ExpertGlobals, Globals, KindGlobals, value_scale
 from runtime_ref.checkpoints.device_weights import Arena, KernelLayer
 from runtime_ref.core.fusion import fused
@@ -106,7 +107,7 @@ def the_one(values: list[int], what: str) -> int:
     return values[0]
 
 
-class Megakernel:
+class Megakernel(StepRunner):
     """One program of a backend, encoded, with its scratch.
 
     Args:
@@ -238,6 +239,24 @@ class Megakernel:
                 self._attention[name] = torch.empty(size, dtype=torch.float32, device=self.backend.device)
         return self._attention
 
-    def failed(self) -> bool:
-        """Whether a wait was given up since the scratch was made. Synchronizes."""
-        return bool(self.scratch["failed"]) or any(space.failed() for space in self.spaces.values())
+    def run_first(self, step: KernelStep, count: int) -> dict[str, torch.Tensor]:
+        """What the last of the first `count` ops of the program leaves, after a launch of those alone: by buffer name, in the
+        shapes of ops. For finding where a launch differs from ops."""
+        backend, op, R, s = self.backend, self.program[count - 1], step.real, self.scratch
+        H, config = backend.config.hidden_size, backend.config
+        logits = torch.empty((step.head_rows.shape[0], backend.kernel_weights.head.w.shape[0]), dtype=torch.float32,
+                             device=backend.device)
+        taps = torch.empty((max(1, len(self.taps)), R, H), dtype=torch.bfloat16, device=backend.device)
+        arguments, constants = self.arguments(step, logits, taps)
+        step_kernel[(self.programs,)](**arguments | {"ops": count}, **constants, **launch_options(self.constants["FLOAT_DOT"]))
+        if op.name == "pick_norm_head":
+            return {"logits": backend.whole_vocabulary(logits)}
+        if op.name == "tap":
+            return {op.writes[0]: taps[self.taps.index(op.layer)]}
+        heads, A = backend.kernel_weights.layers[max(op.layer, 0)].heads, config.num_experts_per_tok
+        shapes = {"x": (R, H), "y": (R, H), "q": (heads.queries, R, heads.d), "heads": (heads.queries, R, heads.v),
+                  "inner": (R, config.intermediate_size // backend.ranks.count), "index": (R, A), "weight": (R, A)}
+        return {name: s[name][:math.prod(shapes[name])].view(shapes[name]).clone() for name in op.writes if name in shapes}
+
+    def flags(self) -> list[torch.Tensor]:
+        return [self.scratch["failed"], *(space.control[2:] for space in self.spaces.values())]

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from runtime_ref.backends.base import Drafter
-from runtime_ref.backends.triton.backend import BLOCK
+from runtime_ref.backends.triton.backend import BLOCK, StepRunner
 from runtime_ref.backends.triton.drafter import CONTEXT_ROWS, TritonDrafter
 from runtime_ref.backends.triton.megakernel import kind_constants
 from runtime_ref.backends.triton.megakernel_globals import NO_EXPERTS, ExpertGlobals, Globals, KindGlobals, value_scale
@@ -47,7 +47,7 @@ def encode_drafter(drafter: TritonDrafter) -> torch.Tensor:
     return torch.tensor([*rows, row("pick_norm_head")], dtype=torch.int32)
 
 
-class MegakernelDrafter(Drafter):
+class MegakernelDrafter(StepRunner, Drafter):
     """A drafter whose rounds are one launch each; what the engine asks for, it does like `TritonDrafter`.
 
     Every rank runs its share of the drafter and of the head, whose logits are gathered afterwards.
@@ -140,6 +140,5 @@ class MegakernelDrafter(Drafter):
             stats=torch.empty(2 * tiles, dtype=torch.float32, device=device), full=kind, window=kind,
             experts=ExpertGlobals.none(self.scratch["barrier"]), symmetric=self.symmetric).arguments()
 
-    def failed(self) -> bool:
-        """Whether a wait was given up since the scratch was made. Synchronizes."""
-        return bool(self.scratch["failed"])
+    def flags(self) -> list[torch.Tensor]:
+        return [self.scratch["failed"]]

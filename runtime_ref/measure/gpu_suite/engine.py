@@ -80,7 +80,7 @@ def measure_engine(folder, problems: list[str], seconds_left: Callable[[], float
 def _measure_way(engine, prompts: list, name: str, way: str, plain: bool, programs: int, report: dict,
                  problems: list[str]) -> list[list[int]]:
     """Answers; one pass unmeasured, one by the clock, and of drafting one in the profiler."""
-    if way == "walked" and engine.backend.megakernel is None:
+    if way == "walked" and engine.backend.runner is None:
         use_megakernel(engine, programs)
     params = SamplingParams(max_tokens=report["tokens"], ignore_eos=True, speculate=not plain)
     for _ in range(2):
@@ -102,7 +102,7 @@ def alike(one: list[int], other: list[int]) -> int:
 
 def given_up(engine) -> list[str]:
     """Whose walks gave up a wait: "step", "draft"."""
-    walks = {"step": engine.backend.megakernel, "draft": engine.drafter if isinstance(engine.drafter,
+    walks = {"step": engine.backend.runner, "draft": engine.drafter if isinstance(engine.drafter,
                                                                                       MegakernelDrafter) else None}
     return [name for name, walk in walks.items() if walk is not None and walk.failed()]
 

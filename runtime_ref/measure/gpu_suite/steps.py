@@ -360,6 +360,6 @@ def projected(seconds: float, reductions: int) -> dict:
 
 def use_megakernel(engine, programs: int) -> None:
     """Makes an engine of the Triton backend walk its steps and its drafter's rounds."""
-    engine.backend.megakernel = Megakernel(engine.backend, engine.program, programs)
+    engine.backend.runner = Megakernel(engine.backend, engine.program, programs)
     if engine.drafter is not None:
         engine.drafter = MegakernelDrafter(engine.drafter, programs)

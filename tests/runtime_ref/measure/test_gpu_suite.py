@@ -356,7 +356,7 @@ class Stub:
         self.drafter = object()
 
     def generate(self, prompts, params):
-        name = f"{'drafting' if params.speculate else 'plain'}, {'walked' if self.backend.megakernel else 'op by op'}"
+        name = f"{'drafting' if params.speculate else 'plain'}, {'walked' if self.backend.runner else 'op by op'}"
         self.asked.append((name, tuple(prompts[0]), params.max_tokens))
         return [[7, 7, 8 if name in self.wrong else 7]]
 
@@ -372,7 +372,7 @@ def stubbed(monkeypatch):
             return engine
 
         def use_megakernel(engine, programs):
-            engine.backend.megakernel = SimpleNamespace(failed=lambda: engine.failed)
+            engine.backend.runner = SimpleNamespace(failed=lambda: engine.failed)
 
         monkeypatch.setattr(gpu_engine.Engine, "from_folder", from_folder)
         monkeypatch.setattr(gpu_engine, "use_megakernel", use_megakernel)

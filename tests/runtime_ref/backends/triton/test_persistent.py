@@ -133,7 +133,7 @@ def test_an_engine_that_walks_gives_the_tokens_of_one_that_launches(small_engine
     launched = engine.stats()["steps"]
     assert engine.generate(small_prompts[:2], params) == expected
     assert engine.stats()["steps"] == 2 * launched and engine.stats()["rounds"] > 0
-    assert not engine.backend.megakernel.scratch["barrier"].any() and not engine.drafter.failed()
+    assert not engine.backend.runner.scratch["barrier"].any() and not engine.drafter.failed()
 
 
 def test_the_table_names_every_weight_in_the_arena(prepared):
