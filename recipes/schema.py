@@ -323,6 +323,7 @@ class Cluster(Section):
     memory_gib: PositiveFloat = Field(description="memory of one accelerator")
     sharding: Literal["ddp", "zero3", "fsdp2"] = Field("ddp", description="how weights and optimizer state are divided")
     expert_parallel: PositiveInt = Field(1, description="ranks that divide the experts of a layer among them")
+    replicas: PositiveInt = Field(1, description="copies of the sharded model; gradients are averaged over them")
     offload_optimizer: bool = Field(False, description="keep master weights and optimizer state in host memory")
     host_memory_gib: PositiveFloat | None = Field(None, description="host memory of one node, for offload_optimizer")
     network_gb_per_s: PositiveFloat | None = Field(None, description="GB/s that one accelerator receives from other nodes")
@@ -331,8 +332,10 @@ class Cluster(Section):
     @model_validator(mode="after")
     def _divides(self):
         ranks = self.nodes * self.accelerators_per_node
-        if ranks % self.expert_parallel:
-            raise ValueError(f"cluster.expert_parallel={self.expert_parallel} does not divide {ranks} ranks")
+        if ranks % self.replicas:
+            raise ValueError(f"cluster.replicas={self.replicas} does not divide {ranks} ranks")
+        if ranks // self.replicas % self.expert_parallel:
+            raise ValueError(f"cluster.expert_parallel={self.expert_parallel} does not divide {ranks // self.replicas} ranks")
         if self.offload_optimizer and self.host_memory_gib is None:
             raise ValueError("cluster.offload_optimizer needs cluster.host_memory_gib")
         return self
