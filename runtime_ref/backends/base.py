@@ -21,6 +21,8 @@ from runtime_ref.core.markov import MarkovHead
 from runtime_ref.core.program import Op
 from runtime_ref.core.tensor_parallel import Ranks
 
+DRAFTER_PRECISIONS = ("bf16", "int8")
+
 
 @dataclass(frozen=True)
 class Capabilities:
@@ -89,16 +91,27 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def load_drafter(self, folder: str | Path, pages: int, context: int) -> Drafter:
+    def load_drafter(self, folder: str | Path, pages: int, context: int, *, precision: str = "bf16") -> Drafter:
         """The drafter of a `dflash/` folder on this backend's ops.
 
         Args:
             pages: of its KV pool. context: the longest sequence in tokens.
+            precision: one of `DRAFTER_PRECISIONS`: of its weights and of what enters its products. int8 is for the c backend.
 
         Raises:
             ValueError: missing or unexpected tensors, no mask embedding, a drafter of another target, an option that this
                 backend does not run.
         """
+
+    def only_bf16_drafts(self, precision: str) -> None:
+        """For backends whose drafters have no int8.
+
+        Raises:
+            ValueError: another precision than bf16.
+        """
+        if precision != "bf16":
+            raise ValueError(f"--drafter-precision {precision}: the {self.capabilities.name} backend drafts in bf16; expected "
+                             "bf16, or the c backend")
 
     def choose_launch(self, asked: str, program: list[Op], drafter: Drafter | None, cache: KvCache, running: int,
                       context: int) -> tuple[LaunchReport, Drafter | None]:

@@ -177,7 +177,8 @@ class TritonBackend(Backend):
         return Capabilities("triton-mxfp8" if self._mxfp8 else "triton", float32=False, verifies_on_device=True,
                             packed_weights=True, mxfp8_activations=self._mxfp8)
 
-    def load_drafter(self, folder: str | Path, pages: int, context: int) -> Drafter:
+    def load_drafter(self, folder: str | Path, pages: int, context: int, *, precision: str = "bf16") -> Drafter:
+        self.only_bf16_drafts(precision)
         from runtime_ref.backends.triton.drafter import TritonDrafter
 
         return TritonDrafter(load_drafter(folder, torch.float32), self, pages, context)

@@ -119,7 +119,7 @@ def choose_launch(asked: str, backend: TritonBackend, program: list[Op], drafter
         report.refused = {(part, "persistent"): "not compared in Triton's interpreter" for part in parts}
         return report, drafter
     tiling = backend.tiling
-    ways = ["persistent", "graph"] if asked == "auto" else [asked]
+    ways = [asked] if asked != "auto" else ["persistent", "graph"] if backend.device == "cuda" else ["persistent"]
     if "persistent" in ways and backend.device == "cuda":
         backend.tiling = replace(tiling, warps=WARPS)
     rounds = Rounds(backend, drafter, program, cache, running, context)
