@@ -23,6 +23,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import nn
 
+from checkpoint.inventory import require_exportable
 from checkpoint.load import load_model, load_tokenizer
 from modeling.all_experts import use_all_experts
 from modeling.dialogue_tokens import Rendering
@@ -107,6 +108,8 @@ class Trainer(TrainingRun):
         self.folder = Path(recipe.output) / recipe.name / "qat"
         report.require_wandb(recipe.tracking.wandb)
         newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say, self.accelerator) if resume else None
+        if not recipe.model.trust_remote_code:
+            require_exportable(recipe.model.path, recipe.export.layout, recipe.export.dense)
         self.tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         model = self.load_model()
         require_tokenizer_fits(self.tokenizer, model, recipe.model.path)
