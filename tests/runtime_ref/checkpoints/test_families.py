@@ -159,7 +159,7 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path, made):
         (folder / file.name).write_bytes(file.read_bytes())
     tensors = {n: t for f in made[0].glob("*.safetensors") for n, t in load_file(f).items()}
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    name = next(n for n in tensors if n.endswith(("gate_up_proj_blocks", "up_proj.weight_packed")))
+    name = next(n for n in tensors if n.endswith(("gate_up_proj_blocks", "up_proj.weight_packed", "w3.weight_packed")))
     for change, said in ((tensors[name][:, :-1].contiguous() if tensors[name].ndim == 2 else tensors[name][:-1], "expected"),
                          (None, f"tensor {name} is missing")):
         kept = {n: t for n, t in tensors.items() if n != name} | ({name: change} if change is not None else {})
