@@ -29,7 +29,7 @@ from dflash_train.dialogues import Dialogue, read_jsonl, row_prompt
 from dflash_train.reference_decoding import by_length, generate, in_batches
 from dflash_train.target import Target, TargetFiles, describe_target, identity
 from recipes.schema import Recipe
-from training.checkpoint import write_text
+from storage.files import write_text
 from training.files import expand
 from training.report import ProgressBar, environment, git_revision
 

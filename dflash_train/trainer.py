@@ -31,6 +31,7 @@ from dflash_train.self_distillation import regenerated
 from dflash_train.target import describe_target, identity, load_target, new_drafter
 from modeling.drafter import load_drafter, save_drafter
 from recipes.schema import Recipe
+from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.epoch_order import EpochOrder
@@ -84,7 +85,7 @@ class Trainer(TrainingRun):
         self.main = self.accelerator.is_main_process
         self.folder = run_folder(recipe)
         report.require_wandb(recipe.tracking.wandb)
-        newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say) if resume else None
+        newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say, self.accelerator) if resume else None
         self.target = load_target(recipe, self.accelerator.device)
         self.identity = identity(self.target, recipe)
         if newest is not None:
@@ -98,11 +99,10 @@ class Trainer(TrainingRun):
         self.schedule = make_schedule(optimizer, self.settings.steps, self.settings.optimizer)
         self.state = Progress()
         # evaluation_mode: no DistributedDataParallel wrapper; gradients are averaged in `_update`.
-        self.accelerator.prepare_model(self.drafter, evaluation_mode=True)
+        self.model = self.accelerator.prepare_model(self.drafter, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.accelerator.register_for_checkpointing(self.state, self.schedule)
         if newest is not None:
-            checkpoint.load_checkpoint(self.accelerator, newest)
+            self.read_state(newest)
             self.say(f"resuming {newest} at step {self.state.step} of {self.settings.steps}")
         self._print_header()
         self.open_records(newest is not None, f"{recipe.name}-dflash")
@@ -249,7 +249,7 @@ class Trainer(TrainingRun):
             "seconds": self.training_seconds(),
             "measuring_seconds": time.perf_counter() - began, "environment": report.environment(),
         }
-        checkpoint.write_text(self.folder / "summary.json", json.dumps(acceptance.without_nan(summary), indent=1))
+        write_json(self.folder / "summary.json", acceptance.without_nan(summary))
         self.draw()
         figures.draw_acceptance(summary, self.folder / "acceptance.png", self.recipe.name)
         Console().print(acceptance.table(summary))

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from recipes.schema import Data
+from storage.reading import first_line
 from training.epoch_order import EpochOrder
 from training.files import FORMATS, expand
 
@@ -62,7 +63,7 @@ def _read(patterns: list[str], key: str):
         try:
             return datasets.load_dataset(name, split="train")
         except (OSError, ValueError) as error:
-            raise ValueError(f"{key}: hub dataset {name!r} cannot be read: {_first_line(error)}") from None
+            raise ValueError(f"{key}: hub dataset {name!r} cannot be read: {first_line(error)}") from None
     files = expand(patterns, key)
     kinds = {FORMATS[Path(f).suffix] for f in files}
     if len(kinds) > 1:
@@ -75,16 +76,13 @@ def _read(patterns: list[str], key: str):
     try:
         return datasets.load_dataset(kind, data_files=[glob.escape(file) for file in files], split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        raise ValueError(f"{key}: {', '.join(files)}: cannot be read: {_first_line(error.__cause__ or error)}") from None
+        raise ValueError(f"{key}: {', '.join(files)}: cannot be read: {first_line(error.__cause__ or error)}") from None
 
 
 def _has_text(file: str) -> bool:
     with open(file, "rb") as stream:
         return any(line.strip() for line in stream)
 
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Packer:

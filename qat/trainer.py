@@ -13,7 +13,6 @@ Output, in <recipe.output>/<recipe.name>/qat/:
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
 from qat.warm_start import choose_first_codes
 from recipes.schema import Recipe
+from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.resume import checkpoint_to_resume
@@ -101,7 +101,7 @@ class Trainer(TrainingRun):
         torch.manual_seed(recipe.seed)
         self.folder = Path(recipe.output) / recipe.name / "qat"
         report.require_wandb(recipe.tracking.wandb)
-        newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say) if resume else None
+        newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say, self.accelerator) if resume else None
         self.tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         model = load_model(recipe.model.path, dtype=getattr(torch, recipe.model.dtype),
                            trust_remote_code=recipe.model.trust_remote_code)
@@ -134,7 +134,6 @@ class Trainer(TrainingRun):
         # evaluation_mode: no DistributedDataParallel wrapper (see the module's text).
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
-        self.accelerator.register_for_checkpointing(self.state, schedule)
         self._open_folder(resume, newest)
 
     def _load_data(self) -> None:
@@ -156,7 +155,7 @@ class Trainer(TrainingRun):
     def _open_folder(self, resume: bool, newest: Path | None) -> None:
         """Loads the checkpoint to resume, or sets an earlier run aside and warm-starts; opens the metrics."""
         if newest is not None:
-            checkpoint.load_checkpoint(self.accelerator, newest)
+            self.read_state(newest)
         elif self.recipe.qat.warm_start.method != "none":
             self.say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
             choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
@@ -358,7 +357,7 @@ class Trainer(TrainingRun):
             "environment": report.environment(),
         }
         self._save_model()
-        checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
+        write_json(self.folder / "summary.json", summary)
         self.draw()
         Console().print(evaluate.comparison_table(summary))
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png)")

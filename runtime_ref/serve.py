@@ -21,6 +21,8 @@ from pathlib import Path
 # Launched by path, Python puts this script's folder first on sys.path, where runtime_ref/'s files would shadow real packages.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from storage.terminal import printable
+
 NAME = "runtime_ref/serve.py"
 KEY_VARIABLE = "FP4_DFLASH_API_KEY"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def told(message: object, code: int) -> int:
-    print(f"{NAME}: {message}", file=sys.stderr, flush=True)
+    print(printable(f"{NAME}: {message}"), file=sys.stderr, flush=True)
     return code
 
 
