@@ -75,7 +75,7 @@ def choose_first_codes(teacher: nn.Module, quantizer: ExpertQuantizer, rows: tor
                 tensor.parameter.data.copy_(master.data)
         with frozen(measured):
             gathered = (fisher_moments(measured, tensors, rows, seed) if settings.method == "fisher" else
-                        input_moments(measured, tensors, rows))
+                        input_moments(measured, tensors, rows, to_the_end=not settings.layers_together))
         for name, moments in gathered.items():
             tensor, master = by_name[name]
             weight_EOI = master.data if tensor.axis == -1 else master.data.transpose(1, 2)
@@ -122,9 +122,9 @@ def sweeps(tensors: list[ExpertTensor], settings: WarmStart) -> Iterator[list[Ex
     for members in modules.values():
         need = 0
         for t in members:
-            E, a, b = t.parameter.shape
+            _, a, b = t.parameter.shape
             inputs, outputs = (b, a) if t.axis == -1 else (a, b)
-            need += 4 * E * (inputs**2 + (outputs**2 if settings.method == "fisher" else 0))
+            need += 4 * len(t.owned) * (inputs**2 + (outputs**2 if settings.method == "fisher" else 0))
         if group and (size + need > settings.moments_gib * 2**30 or layers == settings.layers_together > 0):
             yield group
             group, size, layers = [], 0, 0
@@ -137,33 +137,40 @@ class _Measured(Exception):
 
 
 class _Gate:
-    """One experts module of the teacher: its matrices as [O, I], its gate, and its tensors' names."""
+    """One experts module of the teacher: its matrices as [O, I], its gate, and its tensors' names.
+
+    Experts are numbered as in `ExpertTensor.owned`: on a sharded model every rank measures its own.
+    """
 
     def __init__(self, teacher: nn.Module, tensors: list[ExpertTensor]):
         self.module = module = teacher.get_submodule(tensors[0].module)
         if not hasattr(module, "_apply_gate") or getattr(module, "has_bias", False):
             raise ValueError(f"qat.warm_start.method: gptq and fisher do not support {type(module).__name__} "
                              "(experts with biases or an unknown gate); use none")
-        self.experts = tensors[0].num_experts
+        self.owned = tensors[0].owned
         self.gated = getattr(module, "has_gate", True)
         self.first = "gate_up_proj" if self.gated else "up_proj"
         names = {t.name.rpartition(".")[2]: t.name for t in tensors}
         self.up, self.down = names[self.first], names["down_proj"]
 
     def matrix(self, name: str, expert: int) -> torch.Tensor:
-        weight = getattr(self.module, name)[expert]
+        weight = getattr(self.module, name)
+        if hasattr(weight, "placements"):  # expert parallelism: the gathered experts of this rank
+            weight = weight.to_local()
+        weight = weight[(self.owned.start + expert) % weight.shape[0]]
         return weight.T if self.module.is_transposed else weight
 
     def inner(self, z: torch.Tensor) -> torch.Tensor:
         return self.module._apply_gate(z) if self.gated else self.module.act_fn(z)
 
     def routed(self, args: tuple, kwargs: dict) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(expert, token indices, inputs [n, H], float32 routing weights [n, 1]) of every expert with tokens."""
+        """(place among the owned experts, token indices, inputs [n, H], float32 routing weights [n, 1]), of those with tokens.
+        """
         hidden_NH, chosen_NA, weights_NA = (t.detach() for t in (*args, *kwargs.values())[:3])
-        for e in range(self.experts):
+        for i, e in enumerate(self.owned):
             token, slot = (chosen_NA == e).nonzero(as_tuple=True)
             if token.numel():
-                yield e, token, hidden_NH[token], weights_NA[token, slot].float()[:, None]
+                yield i, token, hidden_NH[token], weights_NA[token, slot].float()[:, None]
 
 
 def _gates(teacher: nn.Module, tensors: list[ExpertTensor]) -> list[_Gate]:
@@ -176,7 +183,7 @@ def _gates(teacher: nn.Module, tensors: list[ExpertTensor]) -> list[_Gate]:
 def _zeros(tensors: list[ExpertTensor], outputs: bool) -> dict[str, Moments]:
     found = {}
     for t in tensors:
-        E, a, b = t.parameter.shape
+        E, (_, a, b) = len(t.owned), t.parameter.shape
         inputs, rest = (b, a) if t.axis == -1 else (a, b)
         found[t.name] = Moments(*(torch.zeros(E, n, n, device=t.parameter.device) if wanted else None
                                   for n, wanted in ((inputs, True), (rest, outputs))))
@@ -187,8 +194,12 @@ def _accumulate(moment_II: torch.Tensor, x_NI: torch.Tensor, weight_N1: torch.Te
     moment_II.addmm_((x_NI * weight_N1).T, x_NI)
 
 
-def input_moments(teacher: nn.Module, tensors: list[ExpertTensor], rows: torch.Tensor) -> dict[str, Moments]:
-    """Moments of the tensors' inputs over `rows`, tokens weighted by their squared routing weight."""
+def input_moments(teacher: nn.Module, tensors: list[ExpertTensor], rows: torch.Tensor, *,
+                  to_the_end: bool = True) -> dict[str, Moments]:
+    """Moments of the tensors' inputs over `rows`, tokens weighted by their squared routing weight.
+
+    to_the_end: run the layers behind the last of the tensors too (a sharded model expects whole passes).
+    """
     moments, gates = _zeros(tensors, outputs=False), _gates(teacher, tensors)
 
     def gather(gate: _Gate) -> Callable:
@@ -197,8 +208,8 @@ def input_moments(teacher: nn.Module, tensors: list[ExpertTensor], rows: torch.T
                 inner = gate.inner(x @ gate.matrix(gate.first, e).T)
                 _accumulate(moments[gate.up].inputs[e], x.float(), weight**2)
                 _accumulate(moments[gate.down].inputs[e], inner.float(), weight**2)
-            if gate is gates[-1]:
-                raise _Measured  # the layers behind it are not needed
+            if gate is gates[-1] and not to_the_end:
+                raise _Measured
         return hook
 
     handles = [gate.module.register_forward_pre_hook(gather(gate), with_kwargs=True) for gate in gates]

@@ -168,6 +168,8 @@ def serve(options: argparse.Namespace, ranks) -> int:
         warn(options, settings.access)
         where = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listening.getsockname()[1]}"
         print(f"serving {names[0]} on {where} (OpenAI API at {where}/v1, chat page at {where}/)", flush=True)
+        if worker.engine.drafter is not None and settings.adaptive:
+            print("drafts: as many as pay here, none where they do not (--fixed-drafts: always whole blocks)", flush=True)
         Server(config, drain_seconds=options.drain_seconds,
                cut=lambda: worker.cut("the server is shutting down")).run(sockets=[listening])
     if worker.stopped:
