@@ -2,7 +2,7 @@
 
 What differs from one process (`qat.trainer`), and nothing else:
 
-    weights      every rank reads and holds its shards (`modeling.load` with a `DistributedConfig`); the teacher is a second
+    weights      every rank reads and holds its shards (`checkpoint.load` with a `DistributedConfig`); the teacher is a second
                  tree of shards: FSDP models cannot be copied
     experts      float32 shards, gathered as MXFP4 codes (`training.sharding.quantized_gather`); no rounded copy is kept
     gradients    reduced by FSDP in float32 onto the shards, in every micro-step

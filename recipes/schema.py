@@ -338,8 +338,9 @@ class DFlash(Section):
 class Export(Section):
     """The exported checkpoint."""
 
-    layout: Literal["native", "hf-fp8", "compressed-tensors", "gpt-oss"] = Field(
-        "native", description="names and containers of the same codes: native is what SGLang and vLLM load for MiMo-V2")
+    layout: Literal["auto", "native", "hf-fp8", "compressed-tensors", "gpt-oss", "bf16"] = Field(
+        "auto", description="names and containers of the same codes; auto: the usual one of the model's family (native for "
+        "MiMo-V2, gpt-oss, else compressed-tensors, or bf16 where its clients know no packed experts); bf16: decoded exactly")
     dense: Literal["base", "fp8"] = Field("base", description="weights besides experts: as in the base checkpoint, or (native) "
                                           "qkv and dense MLP of a bf16 base rounded to FP8 in 128 x 128 blocks")
     base_model: str | None = Field(None, description="hub name of the base checkpoint, for the model card; none: model.path")
