@@ -176,7 +176,7 @@ class Trainer(TrainingRun):
         elif self.recipe.qat.warm_start.method != "none":
             self.say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
             choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
-                               seed=self.recipe.seed, model=self.model)
+                               seed=self.recipe.seed, model=self.model, say=self.say)
             self.agree_on_masters()
             self.state.health.rebase()  # what the start changed is not training's doing
         if not resume:
