@@ -29,6 +29,7 @@ from dflash_train.losses import draft_loss
 from dflash_train.optimizer import make_optimizer
 from dflash_train.self_distillation import regenerated
 from dflash_train.target import describe_target, identity, load_target, new_drafter
+from modeling.dialogue_tokens import Rendering
 from modeling.drafter import load_drafter, save_drafter
 from recipes.schema import Recipe
 from storage.files import write_json
@@ -117,9 +118,12 @@ class Trainer(TrainingRun):
     def _load_data(self) -> None:
         settings, target = self.settings, self.target
         if settings.data:
-            self.dialogues = own_dialogues(settings.data, settings.regenerate.prompt_field, target.tokenizer)
+            self.dialogues = own_dialogues(settings.data, settings.regenerate.prompt_field, target.tokenizer, target.end_ids,
+                                           Rendering(self.recipe.chat.prompts, self.recipe.chat.template_options))
         else:
             self.dialogues = regenerated(self.recipe, target, self.folder, accelerator=self.accelerator, say=self.say)
+        if settings.data:
+            self._require_unused_mask()
         self.rows = pack(self.dialogues, settings.sequence_length, say=self.say)
         per_step = settings.batch_size * self.accelerator.num_processes
         if len(self.rows) < per_step:
@@ -133,6 +137,14 @@ class Trainer(TrainingRun):
             self.features = cached_features(target, self.dialogues, self.rows, self.folder / "features" / self._features_key(),
                                             limit_gib=settings.features_gib, batch_size=settings.regenerate.batch_size,
                                             say=self.say)
+
+    def _require_unused_mask(self) -> None:
+        """Raises ValueError if the mask token occurs in own data: the export overwrites its embedding in the target."""
+        mask = self.drafter.config.dflash_config["mask_token_id"]
+        count = sum(mask in dialogue.tokens for dialogue in self.dialogues)
+        if count:
+            raise ValueError(f"drafter.mask_token: {mask} occurs in {count} of {len(self.dialogues)} dialogues; expected a "
+                             "reserved entry that never occurs in text")
 
     def _features_key(self) -> str:
         """Digest of what determines the features: target, tapped layers, dialogues and where they are cut."""
@@ -164,6 +176,9 @@ class Trainer(TrainingRun):
     def update(self, batches: Iterator[list[int]]) -> dict[str, float]:
         """One optimizer update; returns its metrics (means over the anchors of all processes)."""
         loss, sums = self._loss(next(batches))
+        if self.accelerator.num_processes > 1:  # gradients are averaged: a rank counts by its anchors, not as a rank
+            share = sums["anchors"] / self.accelerator.reduce(sums["anchors"], reduction="sum")
+            loss = loss * share * self.accelerator.num_processes
         self.accelerator.backward(loss)
         trained = [(n, p) for n, p in self.drafter.named_parameters() if p.grad is not None]
         if self.accelerator.num_processes > 1:
