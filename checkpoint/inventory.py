@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from checkpoint.families.registry import family_of
+from checkpoint.families.registry import family_of, refuse_layout, resolve_layout
 from checkpoint.fp8 import grid_shape
 from modeling.names import fused_name, published_tensors
 from mxfp4.format import BLOCK_SIZE, E8M0_BIAS, E8M0_NAN, MAX_SCALE_EXPONENT
+from storage.reading import read_json
 
 MAX_SCALE = E8M0_BIAS + MAX_SCALE_EXPONENT  # the largest scale byte under which six units are finite in bf16
 FLOATS_AT_ONCE = 1 << 20
@@ -79,6 +81,21 @@ def configuration(config: dict):
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type {kind!r}: transformers does not know it, expected mimo_v2, qwen3_moe or gpt_oss")
     return CONFIG_MAPPING[kind].from_dict(keys)
+
+
+def require_exportable(path: str | Path, layout: str, dense: str) -> None:
+    """Refuses, before anything is trained, a base whose result no export could hold.
+
+    Args:
+        path: `model.path`; a hub name that is not a folder here is not looked at. layout, dense: of the recipe's export.
+
+    Raises:
+        ValueError: the reason, and the layout that would do.
+    """
+    file = Path(path) / "config.json"
+    if file.is_file():
+        config = configuration(read_json(file))
+        refuse_layout(resolve_layout(layout, config), config, dense)
 
 
 def _numbers(value):

@@ -104,7 +104,7 @@ def native_units(weights: Weights, dense: str) -> Iterator[Unit]:
             held = plain_dtype(name)
         if held == trained[name][1] and not (matrix and (dense == "fp8" or "qkv_proj" in name) and held != "F8_E4M3"):
             yield copy_unit(weights, name, weights.trained)  # one precision: nothing to choose
-        elif not weights.changed and held in ("F8_E4M3", "F32"):
+        elif not weights.changed and held in ("F8_E4M3", "F32") and held == base.get(name, (0, None))[1]:
             yield copy_unit(weights, name, weights.base)
         elif matrix and (dense == "fp8" or held == "F8_E4M3"):
             yield _fp8_unit(weights, name)

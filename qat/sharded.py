@@ -105,6 +105,9 @@ class ShardedTrainer(Trainer):
             raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers "
                              "codes of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none "
                              f"with cluster.sharding: {recipe.cluster.sharding}")
+        if recipe.qat.warm_start.layers_together:
+            raise ValueError("qat.warm_start.layers_together measures a model that is whole on one process; expected 0 with "
+                             f"cluster.sharding: {recipe.cluster.sharding}")
         self.compute_dtype = getattr(torch, recipe.model.dtype)
         tensors = find_expert_tensors(meta_model(recipe)[0])
         require_divisible(self.layout, {t.name: t.num_experts for t in tensors})

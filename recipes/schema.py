@@ -105,6 +105,8 @@ class WarmStart(Section):
     damping: PositiveFloat = Field(0.01, description="added to the diagonal of the inputs' moments, as a share of their mean")
     output_damping: PositiveFloat = Field(0.01, description="the same for the outputs' moments (fisher)")
     rows_together: PositiveInt = Field(4, description="fisher: outputs rounded side by side; fewer are better and slower")
+    layers_together: NonNegativeInt = Field(0, description="layers measured at once, the layers before them already rounded: "
+                                            "later ones then compensate what earlier ones lost; 0: all in the unrounded model")
     moments_gib: PositiveFloat = Field(4.0, description="moments of as many layers are gathered at once as fit; at least one")
 
 

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from family_configs import tiny, types
-from toy_export import RECIPE
+from family_models import equal_weights, random_model, stock, train_a_step, write_recipe
 from transformers import AutoModelForCausalLM
 
 from checkpoint.families.registry import family_of, refuse_layout, resolve_layout
@@ -30,48 +30,6 @@ REFUSED = {"inkling2_text": "made of .* in a way that is not known here",
 def chosen() -> list:
     every = os.environ.get("FP4_TEST_FAMILIES") == "1"
     return [t for t in types() if t not in REFUSED and (every or t in SOME)]
-
-
-def random_model(model_type: str, **changes):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny(model_type, **changes), dtype=torch.bfloat16)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1 and p.is_floating_point():
-                p.normal_(std=0.08)
-    return model.eval()
-
-
-def write_recipe(root):
-    path = root / "recipe.yaml"
-    path.write_text(RECIPE.format(root=root), encoding="utf-8")
-    return path
-
-
-def train_a_step(model):
-    """Attach, one step of plain gradient descent on the masters, round."""
-    quantizer = ExpertQuantizer(model)
-    ids = torch.arange(48).view(2, 24) % 90 + 3
-    out = model(input_ids=ids, labels=ids, use_cache=False)
-    out.loss.backward()
-    quantizer.pull_gradients()
-    with torch.no_grad():
-        for _, master in quantizer:
-            master -= 0.1 * master.grad
-    quantizer.requantize()
-    return quantizer
-
-
-def stock(folder):
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
-    assert not info["missing_keys"] and not info["mismatched_keys"], info
-    return model
-
-
-def equal_weights(model, trained) -> None:
-    wanted = trained.state_dict()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value.float(), wanted[name].float()), name
 
 
 @pytest.mark.parametrize("model_type", chosen())
