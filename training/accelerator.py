@@ -7,9 +7,13 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 LAUNCH_HELP = ("several processes on a CPU: ACCELERATE_USE_CPU=true torchrun --nproc-per-node N {script} RECIPE; "
                "on GPUs: accelerate launch --multi_gpu --num_processes N {script} RECIPE")
@@ -73,6 +77,24 @@ def end_with_launcher() -> None:
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
             if os.getppid() != parent:  # it ended meanwhile
                 signal.raise_signal(signal.SIGTERM)
+
+
+def from_first(accelerator, make: Callable[[], T]) -> T:
+    """What `make` returns on the first process, on all of them; its ValueError or OSError is raised on all of them."""
+    if accelerator.num_processes == 1:
+        return make()
+    from accelerate.utils import broadcast_object_list
+
+    box: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            box[0] = make()
+        except (ValueError, OSError) as error:
+            box[1] = error
+    broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 class StopRequest:

@@ -45,7 +45,8 @@ def place(model_on_meta: Callable[[], nn.Module], expert_names: set[str], layout
     modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in expert_names))
     with _fake_ranks(layout.ranks):
         model = model_on_meta().bfloat16()
-        config, _, meshes = type(model).prepare_distribute_model(layout.distributed_config(mixed_precision=True, experts=modules))
+        wanted = layout.distributed_config(mixed_precision=True, experts=modules)
+        config, _, meshes = type(model).prepare_distribute_model(wanted)
         model = type(model).maybe_distribute_model(model, config, meshes)
         held = {name: p.to_local().numel() for name, p in model.named_parameters()}
         tensor = dict(model.named_parameters())[min(expert_names)]
