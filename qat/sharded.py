@@ -47,6 +47,8 @@ class ShardedQuantizer(ExpertQuantizer):
     `masters` are this rank's rows, and so are the tensors that every method takes or gives; `tensors` describe the whole ones.
     """
 
+    gather_codes = True  # False: rounded values in the compute dtype, which benchmarks/sharded_step.py compares with
+
     def _take_masters(self) -> None:
         for tensor in self.tensors:
             tensor.parameter.requires_grad_(True)
@@ -58,7 +60,7 @@ class ShardedQuantizer(ExpertQuantizer):
         mesh = tensor.parameter.device_mesh
         shards = mesh.size() // copies(tensor.parameter)
         return QuantizedGather(tensor.parameter._local_tensor, axis=tensor.axis, scale_rule=self.scale_rule,
-                               even=tensor.num_experts % shards == 0, compute_dtype=self.compute_dtype,
+                               even=self.gather_codes and tensor.num_experts % shards == 0, compute_dtype=self.compute_dtype,
                                padded_rows=-(-tensor.num_experts // shards))
 
     def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype, **settings):
