@@ -4,9 +4,9 @@ The gates of the expert kernel at the geometry of one of eight ranks of MiMo-V2.
 memory, weights loaded 128 bits at a time, tensor-core instructions present, at most 128 registers (four programs of 128
 threads per multiprocessor, so that one's waiting is another's work) and at most 3.5 lane-instructions per weight in
 both hot loops; at most 1 where the tensor cores read E2M1 themselves (`blackwell_mxfp4`, sm_100a). Other kernels must not
-spill, the megakernels of a whole step included. Wherever packed words are decoded, four neighbouring bytes must lie in one thread: the
-assembly takes them as one word, and which bytes meet in a word is the compiler's choice of layout. AMD targets take the path
-without inline PTX and only have to compile.
+spill, the megakernels of a whole step included. Wherever packed words are decoded, four neighbouring bytes must lie in one
+thread: the assembly takes them as one word, and which bytes meet in a word is the compiler's choice of layout. AMD
+targets take the path without inline PTX and only have to compile.
 
 Compilation says nothing about speed; the page it writes does not either.
 """
