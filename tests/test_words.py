@@ -17,7 +17,8 @@ RETIRED = {
         "NativeDrafter": "CDrafter", "NativeStep": "CStep", "IN_BYTES": "--drafter-precision int8", "Proposer": "Drafter",
         "load_runtime_drafter": "Backend.load_drafter", "native_tiles": "blackwell_mxfp4"},
     ("runtime_ref/core", "runtime_ref/backends", "runtime_ref/engine", "runtime_ref/kernels"): {
-        "ALONE": "SINGLE_RANK", "Task": "Op", "Wanted": "DraftRequest", "Work": "ScheduledSequence", "Verdict": "VerifyResult", "tasks": "program",
+        "ALONE": "SINGLE_RANK", "Task": "Op",
+        "Wanted": "DraftRequest", "Work": "ScheduledSequence", "Verdict": "VerifyResult", "tasks": "program",
         "coarse": "int8", "dots": "bf16_dot", "twin": "reference", "walk": "megakernel"},
     ("runtime_ref/kernels", "runtime_ref/checkpoints", "runtime_ref/backends/triton", "runtime_ref/measure"): {
         "native": "hw_fp4", "NATIVE": "HW_FP4"},
