@@ -14,6 +14,8 @@ from pathlib import Path
 # Launched by path, Python puts this script's folder first on sys.path, where export/'s files would shadow real packages.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipes.own_lines import own_lines_only
+
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="export/verify.py", description="Verify a checkpoint, file by file and tensor by "
@@ -54,4 +56,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     sys.exit(main(sys.argv[1:]))

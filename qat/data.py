@@ -45,7 +45,7 @@ def packed_dataset(patterns: list[str], tokenizer, data: Data, *, key: str = "da
 
     # In this process, batch after batch: a batch's rest begins the next one's first row.
     packed = raw.map(Packer(tokenizer, data.sequence_length, data.text_field), batched=True, batch_size=1000,
-                     remove_columns=raw.column_names)
+                     remove_columns=raw.column_names, desc=f"tokenizing {key}")
     if len(packed) == 0:
         raise ValueError(f"{key}: fewer than sequence_length={data.sequence_length} tokens in all")
     return packed.with_format("torch")
@@ -101,7 +101,8 @@ class Packer:
     def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         ids, length = self.rest, self.length
         documents = [text for text in batch[self.field] if text is not None]
-        for document in self.tokenizer(documents, add_special_tokens=False)["input_ids"] if documents else []:
+        # verbose=False: rows are cut below, so a document may be longer than what the model takes.
+        for document in self.tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"] if documents else []:
             ids += document
             ids.append(self.tokenizer.eos_token_id)
         whole = len(ids) // length * length

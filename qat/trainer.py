@@ -25,6 +25,7 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from checkpoint.load import load_model, load_tokenizer
+from checkpoint.tokenizer_files import copy_tokenizer
 from modeling.all_experts import use_all_experts
 from modeling.output_head import require_plain_head
 from qat import evaluate
@@ -366,7 +367,9 @@ class Trainer(TrainingRun):
     def _save_model(self) -> None:
         with checkpoint.folder_aside(self.folder / "model") as partial:
             self.model.save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
+            # As it came, if it came from a folder: transformers would write it anew in the words of its own version.
+            if not copy_tokenizer(Path(self.recipe.model.path), partial):
+                self.tokenizer.save_pretrained(partial)
 
 
 def make_quantizer(model: nn.Module, recipe: Recipe) -> ExpertQuantizer:

@@ -21,6 +21,8 @@ from pathlib import Path
 # Launched by path, Python puts this script's folder first on sys.path, where runtime_ref/'s files would shadow real packages.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipes.own_lines import own_lines_only
+
 NAME = "runtime_ref/serve.py"
 KEY_VARIABLE = "FP4_DFLASH_API_KEY"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -293,6 +295,7 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # while importing or loading; later ones are the server's

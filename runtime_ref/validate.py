@@ -18,6 +18,8 @@ from pathlib import Path
 # Launched by path, Python would look for modules beside this script first.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipes.own_lines import own_lines_only
+
 CHECKSUM_GIB = 4.0
 MODEL = (("reference", "stored reference outputs against the folder's model"),
          ("logits", "logits and layers against the independent model (float32)"),
@@ -240,6 +242,7 @@ def report(options: argparse.Namespace, verdict) -> None:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     try:
         sys.exit(main())
     except KeyboardInterrupt:
