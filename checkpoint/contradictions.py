@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 import yaml
 
+from checkpoint.families.registry import FAMILIES
 from checkpoint.fp8 import dequantize_fp8
-from checkpoint.json_files import read_json
 from checkpoint.sources import DTYPES, Source
 from checkpoint.tokenizer_files import TOKENIZER, shipped_bytes
 from checkpoint.trained import Weights, plain
 from modeling.names import fused_name, split_qkv
 from mxfp4.exact_pack import same_bytes
+from storage.reading import read_json
 
 # Keys of config.json that change what a model computes or where it stops, without changing any tensor's shape.
 MEANING = (  # of the keys that a client's own class shares with training's
@@ -40,8 +41,6 @@ WRITTEN_ANEW = {"architectures", "auto_map", "model_type", "dtype", "torch_dtype
                 "attention_chunk_size"}
 # Keys that have two names, from before transformers 5 and since.
 SPELLINGS = (("torch_dtype", "dtype"), ("num_experts", "num_local_experts"))
-ARCHITECTURES = {"mimo_v2": "MiMoV2ForCausalLM", "mimo_v2_flash": "MiMoV2FlashForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
-                 "gpt_oss": "GptOssForCausalLM"}
 
 
 def refuse_oversize(config, tensors: int) -> None:
@@ -74,8 +73,8 @@ def token_faults(folder: Path, config) -> Iterator[str]:
 
 def config_contradictions(config: dict, source: Source | None) -> Iterator[str]:
     """Keys that deny what the tensors or other keys say."""
-    classes, wanted = config.get("architectures"), [ARCHITECTURES.get(config.get("model_type"))]
-    if classes not in (None, wanted):
+    classes, wanted = config.get("architectures"), [_architecture(config)]
+    if classes is not None and wanted != [None] and classes != wanted:
         yield f"config.json: architectures={classes!r}, expected {wanted!r}: engines choose the model's class by it"
     rope = {f"rope_parameters.{key}": value for key, value in (config.get("rope_parameters") or {}).items()}
     for old, new in (*SPELLINGS, ("rope_theta", "rope_parameters.rope_theta")):
@@ -87,6 +86,15 @@ def config_contradictions(config: dict, source: Source | None) -> Iterator[str]:
     if config.get("tie_word_embeddings") and source is not None and {HEAD, EMBEDDING} <= source.infos.keys():
         if not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
             yield f"config.json: tie_word_embeddings=true, but {HEAD} has values of its own"
+
+
+def _architecture(config: dict) -> str | None:
+    """The class that a model type is served by; None: nobody here knows."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    found = FAMILIES[kind].architecture if kind in FAMILIES else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    return found if isinstance(found, str) else None
 
 
 def config_differences(config: dict, trained: Path, layout: str | None) -> Iterator[str]:
@@ -122,7 +130,9 @@ def difference(name: str, ours: torch.Tensor, source: Source, weights: Weights, 
 
     Matrices that are FP8 only here may be rounded by half a step. Left out: the embedding's `mask_row`.
     """
-    trained, (shape, dtype) = weights.trained.infos, source.infos[name]
+    trained, (shape, dtype) = dict(weights.trained.infos), source.infos[name]
+    if (own := weights.names.name_in(weights.trained, name)) is not None:
+        trained[name] = trained[own]
     whole = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name) if name not in trained else name
     if fused_name(name) or whole not in trained or not dtype.startswith(("BF", "F")):
         return

@@ -1,4 +1,4 @@
-"""Any supported checkpoint folder -> model: MiMo-V2 in bf16, FP8 (128x128 blocks) or native MXFP4; others by transformers.
+"""Any supported checkpoint folder -> model in plain numbers: MiMo-V2 by its own class, others by transformers.
 
 A checkpoint of a released MiMo-V2 mixes four encodings, told apart tensor by tensor:
 
@@ -8,7 +8,10 @@ A checkpoint of a released MiMo-V2 mixes four encodings, told apart tensor by te
     MXFP4 experts      uint8 `weight` + uint8 `weight_scale`                  `mxfp4.dequantize`
     MTP layers         `model.mtp.*`                                          not part of the decoder, left out
 
-Other model types go through `AutoModelForCausalLM` (Qwen3-MoE, gpt-oss, ...), which fuses experts by itself.
+Other model types go through transformers' own class (Qwen3-MoE, gpt-oss, ...), which fuses experts by itself. What is packed
+on disk (FP8 blocks, MXFP4 in any layout) is decoded here, tensor by tensor while transformers loads, and not by its quantizers:
+those take an FP8 block's height to be rows / scale rows, and leave conversions on the model that a later save runs backwards.
+The same way is taken where the index and the shards differ, because transformers does not look at the index for that.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from checkpoint.fp8 import dequantize_fp8
+from checkpoint.containers import Decoded, plain_infos, read_plain
+from checkpoint.families.published import meta_model
 from checkpoint.inventory import is_mimo
-from checkpoint.tensor_files import INDEX, TensorFiles, weight_map
+from checkpoint.open import open_source
+from checkpoint.sources import Source
+from checkpoint.tensor_files import TensorFiles, read_header
 from modeling.names import expert_parts
-from mxfp4 import dequantize
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -52,10 +57,14 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False):
         raise ValueError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from None
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False):
+def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False, distributed_config=None):
     """A causal language model with fused 3-D experts, on the CPU, in `dtype` (routers' correction bias stays float32).
 
-    Memory: the model in `dtype` and one tensor more; a checkpoint larger than that needs an expert-parallel reader.
+    Memory: the model in `dtype` and one tensor more.
+
+    Args:
+        distributed_config: transformers' `DistributedConfig`: every rank reads its own experts and its rows of everything
+            else, straight into the shards, on its device. Memory: the shards and one tensor more.
 
     Raises:
         ValueError: no such folder or config; a missing shard or tensor; a tensor of another shape; unreadable files.
@@ -63,7 +72,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
     _require_folder(path)
     config = _read_config(path)
     if not is_mimo(config):
-        return _load_by_transformers(path, dtype, trust_remote_code)
+        return _load_by_transformers(path, dtype, trust_remote_code, distributed_config)
     if not Path(path).is_dir():
         raise ValueError(f"model.path: {path}: a MiMo-V2 checkpoint is read from a folder, download it first")
     from modeling.configuration_mimo_v2 import MiMoV2Config
@@ -78,20 +87,30 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
         raise ValueError(f"{path}/config.json: {str(error).splitlines()[0]}") from None
     settings.dtype, settings.name_or_path = dtype, str(path)
     with torch.device("meta"):
-        model = MiMoV2ForCausalLM(settings)
-    return _fill(model, Path(path), dtype)
+        model = MiMoV2ForCausalLM(settings).to(dtype)
+    device = torch.device("cpu")
+    if distributed_config is not None:
+        distributed_config, device, meshes = MiMoV2ForCausalLM.prepare_distribute_model(distributed_config)
+        model = MiMoV2ForCausalLM.maybe_distribute_model(model, distributed_config, meshes)
+    return _fill(model, Path(path), dtype, torch.device(device or "cpu"))
 
 
-def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_code: bool):
+def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_code: bool, distributed_config=None):
     """As AutoModelForCausalLM loads it, except that what it would initialise at random with a warning is an error."""
     from transformers import AutoModelForCausalLM
 
-    if (index := Path(path) / INDEX).is_file():
-        weight_map(index)  # transformers reads it without a word about what is wrong with it
+    tensors = _decoded_tensors(Path(path)) if Path(path).is_dir() else None
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
-            ignore_mismatched_sizes=True)
+        if tensors is None:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **({} if distributed_config is None else {"distributed_config": distributed_config}))
+        elif distributed_config is not None:
+            raise ValueError("model.path: packed, or shards that the index does not agree with, and a sharded run reads plain "
+                             f"numbers only; decode it first: export/to_hf.py RECIPE --from {path} --layout bf16")
+        else:
+            model, info = _load_tensors(path, tensors, dtype, trust_remote_code)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None
     if info["mismatched_keys"]:
@@ -102,19 +121,49 @@ def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_cod
     return model
 
 
-def _fill(model, folder: Path, dtype: torch.dtype):
+def _decoded_tensors(folder: Path) -> dict[str, Decoded] | None:
+    """The tensors of a folder that transformers would not read as they are meant; None if it does."""
+    source = open_source(folder)
+    kinds = plain_infos(source)
+    packed = any(kind != "plain" for _, kind in kinds.values())
+    shards = set(source.where.values()) if isinstance(source, TensorFiles) else set()
+    if not packed and sum(len(read_header(folder / file)) for file in shards) == len(source.infos) * bool(shards):
+        return None
+    if packed and (method := (_read_config(folder).get("quantization_config") or {}).get("quant_method")) not in (
+            "fp8", "mxfp4", "compressed-tensors"):
+        raise ValueError(f"{folder}: quantization_config.quant_method {method!r}: expected fp8, mxfp4 or compressed-tensors "
+                         "(MXFP4), or weights in plain numbers")
+    return {name: Decoded(source, name) for name in kinds}
+
+
+def _load_tensors(path: str | Path, tensors: dict[str, Decoded], dtype: torch.dtype, trust_remote_code: bool):
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):  # what is returned is decoded
+        del config.quantization_config
+    kind = type(meta_model(config))
+    model, info = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True,
+                                       ignore_mismatched_sizes=True)
+    model.config.name_or_path = str(path)
+    if (Path(path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(path))
+    return model.eval(), info
+
+
+def _fill(model, folder: Path, dtype: torch.dtype, device: torch.device):
     """Materialises a meta model tensor by tensor from the checkpoint (peak: one fused expert tensor beside the model)."""
-    files = TensorFiles(folder)
+    files = open_source(folder)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, empty in targets.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         # The routers' correction bias is published in float32 and decides which experts run: it is never rounded.
-        value = _assemble(name, empty, files, model.config, torch.float32 if leaf in module._buffers else dtype)
+        value = _assemble(name, empty, files, model.config, torch.float32 if leaf in module._buffers else dtype).to(device)
         if leaf in module._buffers:
             module._buffers[leaf] = value
         else:
-            module._parameters[leaf] = torch.nn.Parameter(value)
+            module._parameters[leaf] = torch.nn.Parameter(_as_shard(value, empty))
     model.tie_weights()  # a tied head has no tensor of its own in the files
     unused = sorted(n for n in files.unused() if not n.startswith("model.mtp."))
     if unused:
@@ -126,15 +175,39 @@ def _fill(model, folder: Path, dtype: torch.dtype):
     return model.eval()
 
 
-def _assemble(name: str, empty: torch.Tensor, files: TensorFiles, config, dtype: torch.dtype) -> torch.Tensor:
+def _assemble(name: str, empty: torch.Tensor, files: Source, config, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor, or where `empty` is sharded the rows of dimension 0 that this rank holds."""
+    rows = owned_rows(empty)
     parts = expert_parts(name, empty.shape)
     if parts is None:
-        return _checked(name, _decoded(name, files, config, dtype), empty.shape, files.folder)
-    value = torch.empty(empty.shape, dtype=dtype)
+        whole = _checked(name, _decoded(name, files, config, dtype), empty.shape, files.folder)
+        return whole if len(rows) == empty.shape[0] else whole[rows.start:rows.stop].clone()
+    value = torch.empty((len(rows), *empty.shape[1:]), dtype=dtype)
     for part in parts:
-        tensor = _decoded(part.name, files, config, dtype)
-        value[part.expert, part.rows] = _checked(part.name, tensor, value[part.expert, part.rows].shape, files.folder)
+        if part.expert not in rows:
+            files.leave(part.name)
+            continue
+        here = value[part.expert - rows.start, part.rows]
+        here.copy_(_checked(part.name, _decoded(part.name, files, config, dtype), here.shape, files.folder))
     return value
+
+
+def owned_rows(tensor: torch.Tensor) -> range:
+    """Rows of dimension 0 that this rank holds of a sharded tensor (DTensor); all of them for an ordinary one."""
+    if not hasattr(tensor, "placements"):
+        return range(tensor.shape[0])
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return range(offset[0], offset[0] + shape[0]) if shape[0] else range(0)
+
+
+def _as_shard(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if not hasattr(like, "placements"):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def _checked(name: str, tensor: torch.Tensor, shape: torch.Size, folder: Path) -> torch.Tensor:
@@ -143,15 +216,11 @@ def _checked(name: str, tensor: torch.Tensor, shape: torch.Size, folder: Path) -
     return tensor
 
 
-def _decoded(name: str, files: TensorFiles, config, dtype: torch.dtype) -> torch.Tensor:
-    raw = files.read(name)
-    if raw.dtype == torch.uint8:
-        return dequantize(raw, files.read(name + "_scale"), dtype=dtype)
-    if raw.dtype == torch.float8_e4m3fn:
-        return dequantize_fp8(name, raw, files.read(name + "_scale_inv"), config).to(dtype)
-    if raw.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"{files.folder}: {name}: dtype {raw.dtype}, expected a float, FP8 E4M3 or packed MXFP4 (uint8)")
-    return raw.to(dtype)
+def _decoded(name: str, files: Source, config, dtype: torch.dtype) -> torch.Tensor:
+    for suffix in ("_scale", "_scale_inv"):
+        if name + suffix in files.infos:
+            files.leave(name + suffix)
+    return read_plain(files, name, dtype, config)
 
 
 def _require_folder(path: str | Path) -> None:

@@ -1,32 +1,33 @@
 """Where weights come from: a checkpoint folder of any kind the trainers leave, tensor by tensor and row by row.
 
     *.safetensors             one file or shards (`checkpoint.tensor_files`): a Hugging Face folder (published names, one matrix
-                              per expert) or an Accelerate checkpoint (names of training, fused experts)
+                              per expert) or a checkpoint of training (its names, fused experts)
     pytorch_model*.bin        what `zero_to_fp32.py` and older tools write; mapped from disk, not read whole
-    .metadata + *.distcp      torch.distributed.checkpoint (FSDP), also as the sub-folder that Accelerate makes
+    .metadata + *.distcp      torch.distributed.checkpoint (FSDP), also one folder down (`checkpoint.distributed`)
     *_optim_states.pt         DeepSpeed ZeRO 1 to 3, also below the folder that `latest` names (`checkpoint.zero_shards`)
 
-Nothing is gathered: a matrix of one expert is a slice of the file, except for torch.distributed.checkpoint, whose unit is
-one tensor (the last two are kept: a layer's experts are read by turns from both of its fused tensors). Several threads may
-read from one source.
+Nothing is gathered: a matrix of one expert is a slice of the file, or of the piece that a rank wrote. Several threads may read
+from one source. Nothing of a file is run: see `checkpoint.pickles`.
 """
 
 from __future__ import annotations
 
-import pickle
+import difflib
 import threading
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from checkpoint.json_files import refuse_pointer
-from modeling.names import fused_name
+from checkpoint.pickles import load_torch_file
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
           "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
           "BOOL": torch.bool, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+NEAR = 2000  # names that are compared to find the one that was meant
 
 
 class LastFile(threading.local):
@@ -61,6 +62,22 @@ class Source:
 
     def __init__(self, folder: Path, infos: dict[str, tuple[tuple[int, ...], str]]):
         self.folder, self.infos = folder, infos
+        self._touched: set[str] = set()
+
+    def leave(self, name: str) -> None:
+        """Counts a tensor as read, also one that this process need not read; ValueError if it is not in the checkpoint."""
+        if name not in self.infos:
+            raise self._missing(name)
+        self._touched.add(name)
+
+    def unused(self) -> set[str]:
+        """Names that nobody asked for."""
+        return set(self.infos) - self._touched
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it. Raises ValueError if it is missing."""
+        self.leave(name)
+        return self.infos[name][0]
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor; ValueError if it is missing or its file is damaged."""
@@ -84,7 +101,8 @@ class Source:
         return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
     def _missing(self, name: str) -> ValueError:
-        return ValueError(f"{self.folder}: tensor {name} is missing")
+        near = difflib.get_close_matches(name, [n for n in self.infos if n.count(".") == name.count(".")][:NEAR], n=1)
+        return ValueError(f"{self.folder}: tensor {name} is missing{f' (nearest: {near[0]})' if near else ''}")
 
 
 class TorchSource(Source):
@@ -93,61 +111,15 @@ class TorchSource(Source):
     def __init__(self, folder: Path, files: list[str]):
         self._tensors: dict[str, torch.Tensor] = {}
         for file in files:
-            refuse_pointer(folder / file)
-            try:
-                state = torch.load(folder / file, map_location="cpu", mmap=True, weights_only=True)
-            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-                raise ValueError(f"{folder / file}: not a whole torch file: {str(error).splitlines()[0]}") from None
-            self._tensors |= {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+            state = load_torch_file(folder / file, mmap=True)
+            if not isinstance(state, dict):
+                raise ValueError(f"{folder / file}: holds a {type(state).__name__}, expected tensors by name")
+            self._tensors |= {str(name): t for name, t in state.items() if isinstance(t, torch.Tensor)}
+        for name, tensor in self._tensors.items():
+            if tensor.dtype not in DTYPE_NAMES:
+                raise ValueError(f"{folder}: {name}: dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
         super().__init__(folder, {n: (tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in self._tensors.items()})
 
     def read(self, name: str) -> torch.Tensor:
-        if name not in self._tensors:
-            raise self._missing(name)
+        self.leave(name)
         return self._tensors[name]
-
-
-class DistributedSource(Source):
-    """torch.distributed.checkpoint: shards of any number of ranks, joined tensor by tensor."""
-
-    def __init__(self, folder: Path):
-        from torch.distributed.checkpoint import FileSystemReader
-
-        metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-        tensors = {name: entry for name, entry in metadata.items() if hasattr(entry, "size")}
-        # Accelerate and others nest the model's state under "model".
-        nested = all(name.startswith("model.") for name in tensors) and "model.lm_head.weight" in tensors
-        self._stored = {name.removeprefix("model.") if nested else name: name for name in tensors}
-        super().__init__(folder, {name: (tuple(tensors[stored].size), DTYPE_NAMES[tensors[stored].properties.dtype])
-                                  for name, stored in self._stored.items()})
-        self._kept: dict[str, torch.Tensor] = {}
-        self._lock = threading.Lock()
-
-    def read(self, name: str) -> torch.Tensor:
-        if name not in self._stored:
-            raise self._missing(name)
-        with self._lock:
-            if name not in self._kept:
-                from torch.distributed import checkpoint
-
-                if len(self._kept) == 2:
-                    del self._kept[next(iter(self._kept))]
-                shape, dtype = self.infos[name]
-                state = {self._stored[name]: torch.empty(shape, dtype=DTYPES[dtype])}
-                checkpoint.load(state, checkpoint_id=str(self.folder), no_dist=True)
-                self._kept[name] = state[self._stored[name]]
-            return self._kept[name]
-
-
-def read_expert(source: Source, name: str) -> torch.Tensor:
-    """The matrix of one expert by its published name, whether the source holds it alone or within a fused tensor."""
-    if name in source.infos:
-        return source.read(name)
-    fused, expert, part = fused_name(name)
-    if fused not in source.infos:
-        raise source._missing(name)
-    rows = source.infos[fused][0][1]
-    half = slice(0, rows) if part == "down" else slice(0, rows // 2) if part == "gate" else slice(rows // 2, rows)
-    return source.read_rows(fused, expert, half)
-
-

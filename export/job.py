@@ -25,16 +25,20 @@ from pathlib import Path
 import torch
 
 from checkpoint.checksums import internal, write_checksums
+from checkpoint.families.registry import family_of, refuse_layout, resolve_layout
 from checkpoint.inventory import configuration
-from checkpoint.json_files import read_json, write_bytes, write_json
 from checkpoint.open import local_folder, open_source
+from checkpoint.trained import Weights, packed_codes_stored
 from checkpoint.verify import verify
 from export import config_files, drafter_files, model_card
-from export.layouts import Weights, units_of
+from export.layouts import units_of
 from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
-from modeling.names import fused_name
+from modeling.names import fused_name, plain_dtype
 from recipes.load import dump_recipe
 from recipes.schema import Recipe
+from storage.files import write_bytes, write_json
+from storage.reading import read_json
+from storage.terminal import printable_line
 from training.checkpoint import complete_checkpoints, disk_errors
 
 WAIT_SECONDS = 0.2
@@ -55,7 +59,7 @@ class Export:
     """Sources, plan and folders of one export."""
 
     def __init__(self, recipe: Recipe, request: Request):
-        self.recipe, self.request, self.layout = recipe, request, recipe.export.layout
+        self.recipe, self.request = recipe, request
         self.run_folder = Path(recipe.output) / recipe.name
         self.rounded = request.base is not None
         self._open_weights()
@@ -93,8 +97,18 @@ class Export:
         if described is None:
             raise ValueError(f"{base_folder}: no config.json there, nor in {self.trained_folder}")
         self.config = read_json(described / "config.json")
-        self.weights = Weights(trained, base, configuration(self.config), on_grid=not self.rounded,
+        config = configuration(self.config)
+        self.layout = resolve_layout(recipe.export.layout, config)
+        refuse_layout(self.layout, config, recipe.export.dense)  # before a model is laid out for its names
+        self.weights = Weights(trained, base, config, family_of(config).published(config), on_grid=not self.rounded,
                                scale_rule=recipe.quantization.scale_rule, changed=recipe.qat.train == "all")
+
+    @property
+    def experts(self) -> str:
+        """How experts become codes: "trained" on the grid, "rounded" here, or "copied" from a base that is packed already."""
+        if packed_codes_stored(self.weights):
+            return "copied"
+        return "rounded" if self.rounded else "trained"
 
     @property
     def bytes(self) -> int:
@@ -126,7 +140,7 @@ class Export:
             return
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        write_json(plan, {"fingerprint": mark, "files": [s.name for s in self.shards]})
+        write_json(plan, {"fingerprint": mark, "files": [s.name for s in self.shards]}, sort_keys=True)
 
     def write(self, alive=lambda: None) -> None:
         """Writes this process's files (every `world`-th)."""
@@ -156,8 +170,8 @@ class Export:
             sums |= read_json(out / f"{shard.name}.sums")
         write_bytes(out / INDEX, index_json(self.shards).encode())
         config = config_files.model_config(self.config, self.layout, self.dtypes())
-        write_json(out / "config.json", config)
-        config_files.copy_companions(self.homes, out, self.layout)
+        write_json(out / "config.json", config, sort_keys=True)
+        config_files.copy_companions(self.homes, out, code="auto_map" in config)
         shutil.rmtree(out / "dflash", ignore_errors=True)
         if self.drafter is not None:
             sums |= drafter_files.write_drafter(self.drafter, out / "dflash", self.recipe.export.shard_bytes)
@@ -167,7 +181,7 @@ class Export:
         settled = self.recipe.export.model_copy(update={"processes": 1})
         text = dump_recipe(self.recipe.model_copy(update={"export": settled}))
         write_bytes(out / "resolved.yaml", text.encode())
-        write_json(out / "export.json", self.manifest())
+        write_json(out / "export.json", self.manifest(), sort_keys=True)
         write_bytes(out / "README.md", model_card.card(self.facts(config)).encode())
         for leftover in out.glob("*.tmp"):
             leftover.unlink()
@@ -175,8 +189,11 @@ class Export:
 
     def manifest(self) -> dict:
         """export.json: what a verifier must know and config.json does not say."""
-        facts = {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule,
+        facts = {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule, "experts": self.experts,
                  "dense": self.recipe.export.dense, "drafter": self.drafter is not None, "format": 1}
+        wide = sorted(n for n, dtype in self.dtypes().items() if dtype == "F32" and plain_dtype(n) != "F32")
+        if wide and self.layout != "native":
+            facts["float32"] = wide
         trained = self.drafter_summary
         # What a runtime must reach with this drafter (contract C7).
         return facts | ({"acceptance": trained["acceptance"]} if trained and "acceptance" in trained else {})
@@ -293,7 +310,7 @@ def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:
     if findings:
         export.close()  # a file that is damaged on the disk would be taken for written
         for finding in findings[:50]:
-            print(f"FOUND  {finding}")
+            print(f"FOUND  {printable_line(finding)}")
         print(f"{export.partial}: {len(findings)} findings; not renamed to {export.out}; the same command writes it anew")
         return 1
     aside = export.rename()

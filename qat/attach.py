@@ -17,7 +17,7 @@ graph), forcing eager experts with one quantizer per expert and projection (29 t
 CPU), matching experts by a name glob alone (also catches dense layers and shared experts).
 
 Which tensors are experts is decided by structure: a 3-D floating-point parameter [experts, ., .] owned by a module that
-transformers marks as a fused-experts module (attribute `is_transposed`), or by one of the few classes listed below.
+transformers marks as a fused-experts module, or by one of a few classes (`modeling.fused_experts`).
 Anything that looks like experts but is not understood is an error, never skipped: silently unquantized experts are the
 failure that users of such tools report most.
 """
@@ -31,11 +31,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mxfp4 import BLOCK_SIZE
+from checkpoint.load import owned_rows
+from modeling.fused_experts import block_axis
+from mxfp4 import BLOCK_SIZE, quantize
 from mxfp4.fake_quant import fake_quantize_, saturated
-
-# Fused-experts classes without transformers' `is_transposed` mark -> axis of the reduction (input) dimension.
-_UNMARKED_CLASSES = {"Llama4TextExperts": 1}
 
 # Path parts that name a module which must stay in high precision.
 _PROTECTED = {
@@ -57,6 +56,7 @@ class ExpertTensor:
         parameter: [num_experts, ., .]; may be on the meta device.
         axis: the reduction (input) dimension that 32-element blocks run along: -1, or 1 for transposed layouts.
         num_experts: experts in this tensor.
+        owned: those whose weights this rank holds; all of them unless the model is sharded.
     """
 
     name: str
@@ -64,6 +64,7 @@ class ExpertTensor:
     parameter: nn.Parameter
     axis: int
     num_experts: int
+    owned: range
 
 
 def find_expert_tensors(model: nn.Module) -> list[ExpertTensor]:
@@ -80,7 +81,7 @@ def find_expert_tensors(model: nn.Module) -> list[ExpertTensor]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for module_name, module in model.named_modules():
-        axis = _block_axis(module)
+        axis = block_axis(module)
         for own_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim != 3 or not parameter.is_floating_point():
                 continue
@@ -100,7 +101,7 @@ def find_expert_tensors(model: nn.Module) -> list[ExpertTensor]:
             if size % BLOCK_SIZE:
                 raise ValueError(f"{name}: shape {tuple(parameter.shape)}: dimension {axis} ({size}) is not a multiple "
                                  f"of the MXFP4 block size {BLOCK_SIZE}")
-            found.append(ExpertTensor(name, module_name, parameter, axis, parameter.shape[0]))
+            found.append(ExpertTensor(name, module_name, parameter, axis, parameter.shape[0], owned_rows(parameter)))
     if unknown:
         raise ValueError(f"experts of unknown layout, refusing to leave them unquantized: {', '.join(unknown)}; "
                          "expected modules that carry transformers' fused-experts marks")
@@ -108,14 +109,6 @@ def find_expert_tensors(model: nn.Module) -> list[ExpertTensor]:
         raise ValueError(f"{type(model).__name__} has no fused 3-D expert weights: nothing to quantize"
                          f"{_per_expert_hint(model)}")
     return found
-
-
-def _block_axis(module: nn.Module) -> int | None:
-    name = type(module).__name__
-    if name in _UNMARKED_CLASSES:
-        return _UNMARKED_CLASSES[name]
-    transposed = getattr(module, "is_transposed", None)
-    return None if transposed is None else (1 if transposed else -1)
 
 
 def _protected_by(name: str) -> str | None:
@@ -159,12 +152,15 @@ class ExpertQuantizer:
             raise ValueError(f"quantization.expected_tensors: {expected_tensors}, but {type(model).__name__} has "
                              f"{len(self.tensors)} expert tensors")
         self.scale_rule, self.ste = scale_rule, ste
+        self._take_masters()
+        self.requantize()
+
+    def _take_masters(self) -> None:
         self.masters = [nn.Parameter(t.parameter.detach().to(torch.float32, copy=True)) for t in self.tensors]
         for tensor in self.tensors:
             tensor.parameter.requires_grad_(True)
             # Micro-steps and data-parallel sums accumulate in float32 even where the weights are bf16.
             tensor.parameter.grad_dtype = torch.float32
-        self.requantize()
 
     def __iter__(self) -> Iterator[tuple[ExpertTensor, nn.Parameter]]:
         return iter(zip(self.tensors, self.masters, strict=True))
@@ -188,9 +184,24 @@ class ExpertQuantizer:
                 require_finite(f"master of {tensor.name}", source)
                 raise ValueError(f"{tensor.name}: {error}") from None
 
+    def rounded(self, index: int) -> torch.Tensor:
+        """The weights of tensor `index` as the model computes with them; not to be written to."""
+        return self.tensors[index].parameter.data
+
+    def codes(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of `rounded(index)`, as `mxfp4.quantize` gives them."""
+        return quantize(self.rounded(index), scale_rule=self.scale_rule, axis=self.tensors[index].axis)
+
+    def of_all_experts(self, index: int, values: torch.Tensor) -> torch.Tensor:
+        """[experts held here, ...] -> [all experts, ...] of tensor `index`."""
+        return values
+
     @torch.no_grad()
     def pull_gradients(self) -> None:
-        """Moves the gradient of each quantized weight to its master (straight-through) and clears the former."""
+        """Adds the gradient of each quantized weight to its master's (straight-through) and clears the former.
+
+        Once per update, or after each micro-batch: the master's gradients add up until the optimizer clears them.
+        """
         for tensor, master in self:
             gradient = tensor.parameter.grad
             tensor.parameter.grad = None
@@ -199,16 +210,16 @@ class ExpertQuantizer:
             gradient = gradient.to(torch.float32)
             if self.ste == "clip":
                 gradient.masked_fill_(saturated(master, scale_rule=self.scale_rule, axis=tensor.axis), 0)
-            master.grad = gradient
+            master.grad = gradient if master.grad is None else master.grad + gradient
 
 
-def require_finite(name: str, tensor: torch.Tensor) -> None:
+def require_finite(name: str, tensor: torch.Tensor, *, first_expert: int = 0) -> None:
     """Raises ValueError naming the first non-finite element of an expert tensor [E, ., .] (or any tensor)."""
     bad = ~torch.isfinite(tensor)
     if not bool(bad.any()):
         return
     index = tuple(int(i) for i in bad.nonzero()[0])
-    where = f"expert {index[0]}, index {list(index[1:])}" if tensor.ndim == 3 else f"index {list(index)}"
+    where = f"expert {first_expert + index[0]}, index {list(index[1:])}" if tensor.ndim == 3 else f"index {list(index)}"
     raise ValueError(f"{name}: {int(bad.sum())} non-finite values, the first at {where} ({float(tensor[index])})")
 
 

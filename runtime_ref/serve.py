@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.own_lines import own_lines_only
+from storage.terminal import printable
 
 NAME = "runtime_ref/serve.py"
 KEY_VARIABLE = "FP4_DFLASH_API_KEY"
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def told(message: object, code: int) -> int:
-    print(f"{NAME}: {message}", file=sys.stderr, flush=True)
+    print(printable(f"{NAME}: {message}"), file=sys.stderr, flush=True)
     return code
 
 
@@ -168,6 +169,8 @@ def serve(options: argparse.Namespace, ranks) -> int:
         warn(options, settings.access)
         where = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listening.getsockname()[1]}"
         print(f"serving {names[0]} on {where} (OpenAI API at {where}/v1, chat page at {where}/)", flush=True)
+        if worker.engine.drafter is not None and settings.adaptive:
+            print("drafts: as many as pay here, none where they do not (--fixed-drafts: always whole blocks)", flush=True)
         Server(config, drain_seconds=options.drain_seconds,
                cut=lambda: worker.cut("the server is shutting down")).run(sockets=[listening])
     if worker.stopped:

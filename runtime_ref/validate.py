@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.own_lines import own_lines_only
+from storage.terminal import printable, printable_line
 
 CHECKSUM_GIB = 4.0
 MODEL = (("reference", "stored reference outputs against the folder's model"),
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         ranks = ranks_from_environment()
     except ValueError as error:
-        print(f"runtime_ref/validate.py: {error}", file=sys.stderr)
+        print(printable(f"runtime_ref/validate.py: {error}"), file=sys.stderr)
         return 2
     try:
         if not options.folder.is_dir():
@@ -74,11 +75,11 @@ def main(argv: list[str] | None = None) -> int:
         verdict = run(options, ranks, trained)
     except ValueError as error:
         if ranks.rank == 0:
-            print(f"runtime_ref/validate.py: {error}", file=sys.stderr)
+            print(printable(f"runtime_ref/validate.py: {error}"), file=sys.stderr)
         leave(ranks)
         return 2
     except RankLost as error:
-        print(f"runtime_ref/validate.py: {error}", file=sys.stderr, flush=True)
+        print(printable(f"runtime_ref/validate.py: {error}"), file=sys.stderr, flush=True)
         return 1
     passed = ranks.broadcast(verdict.passed)
     code = 0 if passed else 1
@@ -234,7 +235,7 @@ def environment(options: argparse.Namespace, ranks) -> dict:
 def report(options: argparse.Namespace, verdict) -> None:
     from runtime_ref.validation.output import write_html, write_json
 
-    print("\n".join(verdict.lines()), flush=True)
+    print("\n".join(map(printable_line, verdict.lines())), flush=True)
     if options.json:
         write_json(verdict, options.json)
     if options.html:

@@ -2,8 +2,8 @@
 
     python tests/versions.py ENVIRONMENTS [--run runs/tiny] [--write docs/results/versions.md]
 
-Loaded are the demo's export in every layout of its family, its drafter, and tiny random Qwen3-MoE and gpt-oss models. Compared are
-expert weights bit for bit, logits (float32) within tests/tolerance.py, token ids of a text. Exit code 1 if a version reads
+Loaded are the demo's export in every layout of its family, its drafter, and tiny random Qwen3-MoE and gpt-oss models. Compared
+are expert weights bit for bit, logits (float32) within tests/tolerance.py, token ids of a text. Exit code 1 if a version reads
 anything else, or if one that pyproject.toml allows cannot load a folder; a refusal by an older one is written down.
 """
 
@@ -148,10 +148,10 @@ def write(path: Path, pythons: list[Path], names: dict, table: dict) -> None:
     order = sorted(pythons, key=lambda p: [int(part) for part in names[p].split(".")[:3]])
     revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = ["# Exports in other versions of transformers", "",
-             f"Written by `make test-versions` (tests/versions.py), {datetime.date.today():%d %B %Y}, revision `{revision.strip()}`, "
-             f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()} CPU.", "",
-             "Each version loads each folder by AutoModelForCausalLM in an environment of its own. Equal: experts bit for bit, and",
-             "the token ids of a text; the number is the largest difference of a logit from our own loader's, in float32. The",
+             f"Written by `make test-versions` (tests/versions.py), {datetime.date.today():%d %B %Y}, revision "
+             f"`{revision.strip()}`, Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()} CPU.", "",
+             "Each version loads each folder by AutoModelForCausalLM in an environment of its own. Equal: experts bit for bit,",
+             "and the token ids of a text; the number is the largest difference of a logit from our own loader's, in float32. The",
              "folders of MiMo-V2 are exports of a run of recipes/tiny.yaml, the others tiny random models.", ""]
     for what in dict.fromkeys(what for what, _ in table):
         lines += [f"**{what}**", "", "| transformers | found |", "|---|---|"]

@@ -7,7 +7,6 @@ Engines read different keys for the same thing, so every dialect must be there a
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoint.tensor_files import TensorFiles
-from runtime_ref.validation.context import DTYPE_CAUSE, FINITE_CAUSE, Facts, Wrong, condensed, read_object
+from modeling.drafter import read_mask
+from runtime_ref.validation.context import DTYPE_CAUSE, FINITE_CAUSE, Facts, Wrong, condensed, first_line, read_object
 from runtime_ref.validation.result import Check
 
 REFERENCE = "dflash_reference.safetensors"
@@ -150,17 +150,14 @@ def _dialects(check: Check, facts: Facts, raw: dict, special: dict) -> bool:
 
 def _mask(check: Check, facts: Facts, files: TensorFiles, folder: Path, special: dict) -> bool:
     try:
-        sidecar = torch.load(folder / MASK_FILE, weights_only=True)
-        if not isinstance(sidecar, dict):
-            raise TypeError(f"{type(sidecar).__name__}, expected mask_token_id and embedding")
-        token, vector = int(sidecar["mask_token_id"]), sidecar["embedding"].float()
-    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError, EOFError, pickle.UnpicklingError,
-            IndexError) as error:
-        check.fail(f"dflash/{MASK_FILE}: {(str(error).splitlines() or ['unreadable'])[0]}", MASK_CAUSE)
+        token, vector = read_mask(folder / MASK_FILE)
+    except (OSError, ValueError) as error:
+        check.fail(first_line(error, facts.folder), MASK_CAUSE)
         return False
     if token != special.get("mask_token_id"):
         check.fail(f"dflash/{MASK_FILE}: mask_token_id {token}, dflash_config has {special.get('mask_token_id')}", MASK_CAUSE)
         return False
+    vector = vector.float()
     if tuple(vector.shape) != (facts.config.hidden_size,) or not bool(torch.isfinite(vector).all()):
         check.fail(f"dflash/{MASK_FILE}: {list(vector.shape)}, expected {facts.config.hidden_size} finite numbers", MASK_CAUSE)
         return False
