@@ -10,8 +10,8 @@ export MALLOC_TOP_PAD_ := 134217728
 
 PIP := python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo smoke test test-kernels test-kernels-long test-interpreter test-clients test-load test-newest test-versions lint format lock \
-        lock-check clean
+.PHONY: demo smoke test test-kernels test-kernels-long test-interpreter test-clients test-load test-newest test-versions lint \
+        format lock lock-check clean
 
 # requirements/README.md says why torch comes first and the rest without its dependencies.
 $(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)

@@ -149,10 +149,11 @@ def write(path: Path, pythons: list[Path], names: dict, table: dict) -> None:
     revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = ["# Exports in other versions of transformers", "",
              f"Written by `make test-versions` (tests/versions.py), {datetime.date.today():%d %B %Y}, revision "
-             f"`{revision.strip()}`, Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()} CPU.", "",
+             f"`{revision.strip()}`, Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()} CPU.",
+             "",
              "Each version loads each folder by AutoModelForCausalLM in an environment of its own. Equal: experts bit for bit,",
-             "and the token ids of a text; the number is the largest difference of a logit from our own loader's, in float32. The",
-             "folders of MiMo-V2 are exports of a run of recipes/tiny.yaml, the others tiny random models.", ""]
+             "and the token ids of a text; the number is the largest difference of a logit from our own loader's, in float32.",
+             "The folders of MiMo-V2 are exports of a run of recipes/tiny.yaml, the others tiny random models.", ""]
     for what in dict.fromkeys(what for what, _ in table):
         lines += [f"**{what}**", "", "| transformers | found |", "|---|---|"]
         lines += [f"| {names[python]} | {table[what, python].replace('|', '/')} |" for python in order] + [""]
