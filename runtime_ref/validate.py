@@ -18,6 +18,7 @@ from pathlib import Path
 # Launched by path, Python would look for modules beside this script first.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipes.own_lines import own_lines_only
 from storage.terminal import printable, printable_line
 
 CHECKSUM_GIB = 4.0
@@ -250,6 +251,7 @@ def report(options: argparse.Namespace, verdict) -> None:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     try:
         sys.exit(main())
     except KeyboardInterrupt:
