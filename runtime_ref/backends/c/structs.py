@@ -21,6 +21,10 @@ from pathlib import Path
 
 import torch
 
+from storage.cache import is_own_file, user_cache
+from storage.files import write_text
+from storage.reading import first_line, sha256
+
 SOURCE = Path(__file__).with_name("ops.c")
 SOURCES = (SOURCE, SOURCE.with_name("experts.h"), SOURCE.with_name("bf16_dots.h"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
@@ -62,7 +66,7 @@ class Layer(ctypes.Structure):
 class Step(ctypes.Structure):
     _fields_ = [("layers", ctypes.POINTER(Layer)), ("embed", _pointer), ("mask", _pointer), ("norm", _pointer),
                 ("head", Matrix), ("fc", Matrix),
-                *((name, _integer) for name in ("H", "R", "bf16", "dots", "wanted", "gathered_parts")),
+                *((name, _integer) for name in ("H", "R", "bf16", "bf16_dot", "wanted", "gathered_parts")),
                 ("epsilon", _real), ("unused", _real),
                 *((name, _pointer) for name in ("ids", "positions", "low", "high", "table_at", "table_first", "tables", "slots",
                                                 "head_rows", "x", "y", "qkv", "heads", "partial", "inner", "weight", "scratch",
@@ -81,25 +85,45 @@ def compiled_ops(flags: tuple[str, ...] = FLAGS) -> tuple[ctypes.CDLL | None, st
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     made_of = "\n".join((*(file.read_text(encoding="utf-8") for file in SOURCES), " ".join(flags), version, _processor()))
     name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
-    homes = (lambda: Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp4-dflash",
-             lambda: Path(tempfile.mkdtemp(prefix="fp4-dflash-")))  # where nothing can be written beside the user's files
-    for home in homes:
-        file = home() / name
-        if file.is_file() or (reason := _compile(compiler, flags, file)) is None:
-            found = ctypes.CDLL(str(file))
-            found.run.argtypes = [ctypes.POINTER(Step), ctypes.c_void_p, ctypes.c_int64]
-            found.run.restype = None
-            found.decode_rows.argtypes = [ctypes.POINTER(PackedMatrix), _integer, _integer, _pointer]
-            found.decode_rows.restype = None
-            found.prepare()
-            found.has_dots.restype = ctypes.c_int
-            if found.has_dots():
-                found.decode_panels.argtypes, found.decode_panels.restype = found.decode_rows.argtypes, None
-            return found, ""
-    return None, reason
+    try:
+        home, temporary = user_cache(), False
+    except OSError:  # nothing can be kept, or what is kept could be another user's
+        home, temporary = Path(tempfile.mkdtemp(prefix="fp4-dflash-")), True
+    try:
+        file = home / name
+        reason = None if _is_whole(file) else _compile(compiler, flags, file)
+        return (_declared(ctypes.CDLL(str(file))), "") if reason is None else (None, reason)
+    except (OSError, AttributeError) as error:  # for example a folder that programs may not be loaded from
+        return None, f"{file}: cannot be loaded: {first_line(error)}"
+    finally:
+        if temporary:  # what is loaded stays loaded
+            shutil.rmtree(home, ignore_errors=True)
 
 
-def can_dot(dtype: torch.dtype) -> bool:
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with its functions' types, prepared."""
+    found.run.argtypes = [ctypes.POINTER(Step), ctypes.c_void_p, ctypes.c_int64]
+    found.run.restype = None
+    found.decode_rows.argtypes = [ctypes.POINTER(PackedMatrix), _integer, _integer, _pointer]
+    found.decode_rows.restype = None
+    found.prepare()
+    found.has_dots.restype = ctypes.c_int
+    if found.has_dots():
+        found.decode_panels.argtypes, found.decode_panels.restype = found.decode_rows.argtypes, None
+    return found
+
+
+def _sum_file(file: Path) -> Path:
+    return file.with_suffix(".sha256")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether `file` is what was compiled, by this user: to load half a library ends the process (SIGBUS)."""
+    known = _sum_file(file)
+    return is_own_file(file) and is_own_file(known) and known.read_bytes().decode("ascii", "replace") == sha256(file)
+
+
+def has_bf16_dot(dtype: torch.dtype) -> bool:
     """Whether an engine in this dtype multiplies by bf16 dot products here."""
     return dtype is torch.bfloat16 and bool(compiled_ops()[0].has_dots())
 
@@ -117,11 +141,13 @@ def _compile(compiler: str, flags: tuple[str, ...], file: Path) -> str | None:
     """Builds `file`; what went wrong, or None. Several processes may do so at once: each renames its own."""
     aside = file.with_name(f"{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run([compiler, *flags, "-o", str(aside), str(SOURCE), "-lm"], capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
             return f"{compiler} cannot compile {SOURCE.name}: {lines[0].strip()}"
+        aside.chmod(0o700)
+        write_text(_sum_file(file), sha256(aside))
+        _sum_file(file).chmod(0o600)
         aside.replace(file)
     except OSError as error:
         return f"{file.parent}: {error.strerror}"
@@ -146,12 +172,12 @@ def pad(w: torch.Tensor, dim: int) -> torch.Tensor:
 class Memory:
     """Builds structures and keeps what they point to.
 
-    `dots`: in the forms that bf16 dot products read; `coarse`: matrices rounded to bytes, each row by its own scale.
+    `bf16_dot`: in the forms that bf16 dot products read; `int8`: matrices rounded to bytes, each row by its own scale.
     """
 
-    def __init__(self, dots: bool = False, coarse: bool = False):
+    def __init__(self, bf16_dot: bool = False, int8: bool = False):
         self.held: list = []
-        self.dots, self.coarse = dots, coarse
+        self.bf16_dot, self.int8 = bf16_dot, int8
         self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def _place(self, *parts: torch.Tensor) -> list[int]:
@@ -179,18 +205,18 @@ class Memory:
     def matrix(self, w: torch.Tensor) -> Matrix:
         """Panels of w [n, k] float32, in bf16 if every value is exact there."""
         n, k = w.shape
-        if self.coarse and k % LANES == 0:
-            return self._bytes(pad(w, 0))
+        if self.int8 and k % LANES == 0:
+            return self._int8_panels(pad(w, 0))
         panels = pad(w, 0).view(-1, LANES, k).transpose(1, 2).contiguous()
         kept = panels.to(torch.bfloat16)
-        form = 2 if self.dots and k % LANES == 0 else 1
+        form = 2 if self.bf16_dot and k % LANES == 0 else 1
         if not bool((kept.float() == panels).all()):
             kept, form = panels, 0
         if form == 2:
             kept = kept.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
         return Matrix(*self._place(kept), None, form, up(n), k)
 
-    def _bytes(self, w: torch.Tensor) -> Matrix:
+    def _int8_panels(self, w: torch.Tensor) -> Matrix:
         """Panels of w [n, k] rounded to bytes."""
         n, k = w.shape
         scales = w.abs().amax(1) / 127
@@ -210,7 +236,7 @@ class Memory:
         array = (Expert * len(matrices))()
         for expert, named in zip(array, matrices, strict=True):
             codes, scales = ([getattr(named[kind], what) for kind in ("gate", "up", "down")] for what in ("codes", "scales"))
-            if self.dots:
+            if self.bf16_dot:
                 codes, scales = [coded_panels(t) for t in codes], [scale_panels(t) for t in scales]
                 code_at, scale_at = self._place(*codes), self._place(*scales)
             else:
