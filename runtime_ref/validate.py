@@ -1,11 +1,11 @@
-"""Is this exported checkpoint right, and does the runtime serve it right? One command, one verdict.
+"""Is this checkpoint right, and does the runtime (or a server of it) serve it right? One command, one verdict.
 
     python runtime_ref/validate.py CHECKPOINT_DIR [--prompts FILE] [--json FILE] [--html FILE]
     torchrun --nproc-per-node 8 runtime_ref/validate.py CHECKPOINT_DIR …
 
-Checks, in order: files beside the weights, 1 folder, 2 reference outputs and layers, 3 ops, text, 4 greedy with = without
-drafting, 5 sampling, 6 acceptance, 7 cost; for each that fails, the likely cause in one line. Exit code 0: all passed; 1: a
-check failed; 2: wrong arguments.
+Checks of a folder, in order: files beside the weights, 1 folder, 2 reference outputs and layers, 3 ops, text, 4 greedy with =
+without drafting, 5 sampling, 6 acceptance, 7 cost. Each is right, wrong (with the likely cause in one line), or could not be
+checked here, because something is missing. Exit code 0: nothing is wrong; 1: something is; 2: wrong arguments.
 """
 
 from __future__ import annotations
@@ -18,17 +18,12 @@ from pathlib import Path
 # Launched by path, Python would look for modules beside this script first.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+NAME = "runtime_ref/validate.py"
 CHECKSUM_GIB = 4.0
-MODEL = (("reference", "stored reference outputs against the folder's model"),
-         ("logits", "logits and layers against the independent model (float32)"),
-         ("ops", "every op of each backend against its float64 twin"))
-LATER = (("text", "the model expects the text that its tokenizer makes"),
-         ("lossless", "greedy with the drafter = without, alone = batched"), ("sampling", "sampled tokens with the drafter"),
-         ("acceptance", "acceptance length by domain"), ("cost", "experts touched, bytes and time of a step"))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="runtime_ref/validate.py", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", metavar="CHECKPOINT_DIR", type=Path)
     parser.add_argument("--prompts", type=Path, help="JSONL file: prompt (text) or messages, and domain")
     parser.add_argument("--trained", type=Path, help="summary.json of the drafter's training, to compare acceptance with")
@@ -42,6 +37,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="run float32 references of models up to this size (%(default)s)")
     parser.add_argument("--checksums", action=argparse.BooleanOptionalAction, default=None,
                         help=f"compare every file with checksums.sha256 (default: in folders of up to {CHECKSUM_GIB:g} GiB)")
+    parser.add_argument("--node-hour", type=float, metavar="PRICE", help="price of an hour of this machine (and of the "
+                        "projected node), for prices per million tokens")
     parser.add_argument("--all", action="store_true", help="decode although an earlier check failed")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--html", type=Path, metavar="FILE")
@@ -49,7 +46,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("tokens", "prompts_per_domain"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}, expected 1 or more")
+    if options.node_hour is not None and not options.node_hour > 0:
+        parser.error(f"--node-hour: {options.node_hour}, expected a price above 0")
+    if options.checksums is None and options.folder.is_dir():
+        options.checksums = folder_gib(options.folder) <= CHECKSUM_GIB
     return options
+
+
+def folder_gib(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,35 +64,45 @@ def main(argv: list[str] | None = None) -> int:
     try:
         ranks = ranks_from_environment()
     except ValueError as error:
-        print(f"runtime_ref/validate.py: {error}", file=sys.stderr)
-        return 2
+        return mistake(error)
     try:
-        if not options.folder.is_dir():
-            raise ValueError(f"{options.folder}: no such folder, expected an exported checkpoint")
-        if options.prompts is not None and not options.prompts.is_file():
-            raise ValueError(f"--prompts: {options.prompts}: no such file")
-        if options.original is not None and not (options.original / "config.json").is_file():
-            raise ValueError(f"--original: {options.original}: no config.json there, expected the trained checkpoint")
-        trained = read_trained(options)
-        verdict = run(options, ranks, trained)
+        look_at_arguments(options)
+        from runtime_ref.validation.folder_run import validate_folder
+
+        report = validate_folder(options, ranks, read_trained(options))
     except ValueError as error:
         if ranks.rank == 0:
-            print(f"runtime_ref/validate.py: {error}", file=sys.stderr)
+            mistake(error)
         leave(ranks)
         return 2
     except RankLost as error:
-        print(f"runtime_ref/validate.py: {error}", file=sys.stderr, flush=True)
+        print(f"{NAME}: {error}", file=sys.stderr, flush=True)
         return 1
-    passed = ranks.broadcast(verdict.passed)
+    passed = ranks.broadcast(report.passed)
     code = 0 if passed else 1
     if ranks.rank == 0:
-        try:
-            report(options, verdict)
-        except OSError as error:
-            print(f"runtime_ref/validate.py: {error.filename}: {error.strerror}", file=sys.stderr)
-            code = 2
+        code = write(options, report) or code
     leave(ranks)
     return code
+
+
+def mistake(error: object) -> int:
+    print(f"{NAME}: {error}", file=sys.stderr)
+    return 2
+
+
+def look_at_arguments(options: argparse.Namespace) -> None:
+    """Refuses files and folders that are not there, before the long work.
+
+    Raises:
+        ValueError.
+    """
+    if not options.folder.is_dir():
+        raise ValueError(f"{options.folder}: no such folder, expected an exported checkpoint")
+    if options.prompts is not None and not options.prompts.is_file():
+        raise ValueError(f"--prompts: {options.prompts}: no such file")
+    if options.original is not None and not (options.original / "config.json").is_file():
+        raise ValueError(f"--original: {options.original}: no config.json there, expected the trained checkpoint")
 
 
 def read_trained(options: argparse.Namespace) -> dict | None:
@@ -99,153 +114,33 @@ def read_trained(options: argparse.Namespace) -> dict | None:
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8")).get("acceptance")
-    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError, RecursionError):
         if options.trained is None:
-            return None  # told by the check of the files
+            return None  # said by the check of the files
         raise ValueError(f"{file}: not a JSON object") from None
     if options.trained and not isinstance(found, dict):
         raise ValueError(f"--trained: {file}: no 'acceptance', expected the summary.json of dflash_train/train.py")
     return found if isinstance(found, dict) else None
 
 
-def run(options: argparse.Namespace, ranks, trained: dict | None):
-    """All checks of a folder, on all ranks alike (references run on rank 0)."""
-    import time
-
-    from runtime_ref.validation.checks.files import check_files
-    from runtime_ref.validation.checks.folder import check_folder
-    from runtime_ref.validation.result import Check, Verdict
-
-    began = time.monotonic()
-    folder_check, facts = check_folder(options.folder)
-    checksums = options.checksums if options.checksums is not None else folder_gib(options.folder) <= CHECKSUM_GIB
-    special = facts.drafter_config.get("dflash_config")
-    files_check = check_files(options.folder, facts.raw, special if isinstance(special, dict) else {},
-                              checksums=checksums and ranks.rank == 0)
-    checks = [files_check, folder_check]
-    if facts.loadable:
-        checks += model_checks(options, ranks, facts, trained, checks)
-    else:
-        checks += [Check(name, title).skip("the folder cannot be loaded") for name, title in (*MODEL, *LATER)]
-    return Verdict(str(options.folder), checks, environment(options, ranks) | {"seconds": round(time.monotonic() - began, 1)})
-
-
-def folder_gib(folder: Path) -> float:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**30
-
-
-def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None, earlier: list) -> list:
-    """Checks 2 to 7."""
-    import warnings
-
-    import torch
-
-    from runtime_ref.backends.load import load_runtime_drafter
-    from runtime_ref.backends.torch.backend import TorchBackend
-    from runtime_ref.backends.torch.drafter import Drafter
-    from runtime_ref.core.kv_cache import PAGE
-    from runtime_ref.engine.engine import Engine, EngineOptions
-    from runtime_ref.validation.checks.reference import check_reference
-    from runtime_ref.validation.checks.runtime_ops import OpErrors, check_kernels, check_ops, check_runtime, outputs_of
-    from runtime_ref.validation.result import Check
-
-    probe, why = load_probe(options, ranks, facts)
-    if probe is None:
-        broken = Check(*MODEL[0])
-        broken.fail(why, "the weights cannot be decoded")
-        return [broken, *(Check(name, title).skip("the weights cannot be decoded") for name, title in (*MODEL[1:], *LATER))]
-    checks: list[Check] = [check_reference(facts, probe, options.original)]
-    served = torch.float32 if options.dtype == "float32" else torch.bfloat16
-    context = min(facts.config.max_position_embeddings, 1024)
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        engine = Engine.from_folder(options.folder, ranks=ranks, dtype=served, drafter=facts.drafter_loadable,
-                                    backend=options.backend, options=EngineOptions(max_context=context))
-    pages = {kind: max(16, -(-len(probe.ids) // PAGE) + 2) for kind in ("full", "window")}
-    weights = engine.backend.weights
-    own = [] if engine.backend.name == "triton" else [type(engine.backend)]  # the kernels have no float32 to be exact in
-    kinds = [*own, *([TorchBackend] if TorchBackend not in own else [])]
-    backends = [kind(weights, dtype=torch.float32, pages=pages) for kind in kinds]
-    exact = backends[0]
-    drafter: Drafter | None = None
-    if facts.drafter_loadable:
-        drafter = load_runtime_drafter(options.folder / "dflash", exact, max(24, pages["full"] + 2))
-        if isinstance(exact, TorchBackend):
-            exact.probe(drafter.product_shapes())
-    ops = [OpErrors(backend, probe.ids) for backend in backends]
-    outputs = None if served == torch.float32 else outputs_of(engine.backend, probe)
-    checks.append(check_runtime(facts, probe, exact, outputs, drafter, ops[0]))
-    kernels = [OpErrors(engine.backend, probe.ids, exact)] if engine.backend.name == "triton" else []
-    checks.append(check_ops([*ops, *kernels]))
-    for judged in kernels:
-        check_kernels(checks[-1], facts, probe, judged, outputs, engine.drafter)
-    checks[-1].notes += dict.fromkeys(str(w.message) for w in warned if "compiled ops" in str(w.message))
-    failed = ranks.broadcast(any(check.status == "failed" for check in [*earlier, *checks]))  # references are rank 0's alone
-    if failed and not options.all:
-        return checks + [Check(name, title).skip("an earlier check failed (--all runs it anyway)") for name, title in LATER]
-    return checks + decoding_checks(options, facts, engine, trained)
-
-
-def load_probe(options: argparse.Namespace, ranks, facts) -> tuple[object | None, str]:
-    """The probe; or None and why the folder's weights cannot be decoded, on all ranks alike."""
-    from runtime_ref.validation.checks.reference import probe_for
-
-    try:
-        probe, why = probe_for(facts, rank=ranks.rank, limit_gib=options.reference_gib), ""
-    except (ValueError, OSError) as error:
-        probe, why = None, str(error).splitlines()[0]
-    why = ranks.broadcast(why)
-    return (None, why) if why else (probe, "")
-
-
-def decoding_checks(options: argparse.Namespace, facts, engine, trained: dict | None) -> list:
-    """Checks 4 to 7."""
-    from runtime_ref.validation.checks import decoding
-
-    vocabulary = facts.config.vocab_size
-    longest = max(1, engine.options.max_context - options.tokens - 8)
-    prompts = decoding.read_prompts(options.prompts, tokenizer_of(options), vocabulary,
-                                    per_domain=options.prompts_per_domain, longest=longest)
-    lossless, answers = decoding.check_lossless(engine, prompts, min(options.tokens, engine.options.max_context // 2))
-    acceptance = decoding.check_acceptance(engine, prompts, options.tokens, trained)
-    measured = [row[1] for row in acceptance.tables.get("acceptance length (1 to block size, bonus token included)", [])[1:]]
-    cost = decoding.check_cost(engine, answers, prompts, sum(measured) / len(measured) if measured else None)
-    text = decoding.check_text(engine, prompts, trained)
-    return [text, lossless, decoding.check_sampler(engine, prompts), acceptance, cost]
-
-
-def tokenizer_of(options: argparse.Namespace):
-    """The folder's tokenizer if prompts have to be read, else None."""
-    if options.prompts is None:
-        return None
-    from modeling.load import load_tokenizer
-
-    return load_tokenizer(options.folder)
-
-
-def environment(options: argparse.Namespace, ranks) -> dict:
-    import platform
-
-    import torch
-    import transformers
-
-    return {"ranks": ranks.count, "dtype": options.dtype, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
-
-
-def report(options: argparse.Namespace, verdict) -> None:
+def write(options: argparse.Namespace, report) -> int:
+    """Prints the report and writes its files; 2 if one cannot be written, else 0."""
     from runtime_ref.validation.output import write_html, write_json
 
-    print("\n".join(verdict.lines()), flush=True)
-    if options.json:
-        write_json(verdict, options.json)
-    if options.html:
-        write_html(verdict, options.html)
+    print("\n".join(report.lines()), flush=True)
+    try:
+        if options.json:
+            write_json(report, options.json)
+        if options.html:
+            write_html(report, options.html)
+    except OSError as error:
+        return mistake(f"{error.filename}: {error.strerror}")
+    return 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("runtime_ref/validate.py: interrupted, no verdict", file=sys.stderr, flush=True)
-        sys.exit(1)
+        print(f"{NAME}: interrupted, no verdict", file=sys.stderr, flush=True)
+        sys.exit(130)

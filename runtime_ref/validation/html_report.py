@@ -12,7 +12,7 @@ from pathlib import Path
 
 from runtime_ref.validation.charts import acceptance_by_position, error_by_layer, roofline
 from runtime_ref.validation.diagnosis.faults import SAME
-from runtime_ref.validation.result import STATUSES, Check, Verdict
+from runtime_ref.validation.result import STATUSES, Check, ValidationReport
 
 # What a passed check says for itself in the overview: the number that matters.
 HEADLINES = {"files": "files compared with their checksums", "folder": "tensors", "reference": "worst feature error",
@@ -23,7 +23,7 @@ SAID = {"skipped": "Skipped: ", "not applicable": "Not applicable: "}
 ESCAPE = html.escape
 
 
-def page(verdict: Verdict) -> str:
+def page(verdict: ValidationReport) -> str:
     """The HTML text."""
     state = "passed" if verdict.passed else "failed"
     name = ESCAPE(Path(verdict.folder).resolve().name if verdict.folder in (".", "") else Path(verdict.folder).name)

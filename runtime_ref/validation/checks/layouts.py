@@ -17,7 +17,7 @@ from modeling.load import TensorFiles
 from modeling.names import fused_name
 from mxfp4.format import BLOCK_SIZE
 from runtime_ref.validation.checks.tensors import Matrix, look_at_blocks, look_at_numbers
-from runtime_ref.validation.context import DTYPE_CAUSE, Facts, condensed, quiet
+from runtime_ref.validation.context import DTYPE_CAUSE, ValidationContext, condensed, quiet
 from runtime_ref.validation.result import Check
 
 FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
@@ -73,23 +73,23 @@ def _stored(family: str, name: str, match: re.Match, shape: tuple[int, ...]) -> 
         f"{n}_scale": ((rows, columns // BLOCK_SIZE), "U8") for n in own}
 
 
-def check_layout(check: Check, facts: Facts, files: TensorFiles, infos: dict) -> None:
+def check_layout(check: Check, context: ValidationContext, files: TensorFiles, infos: dict) -> None:
     """Adds what is wrong with a folder of another layout to the check of the folder."""
-    _section(check, facts)
-    expected = expected_tensors(facts.folder)
-    _inventory(check, facts, infos, expected)
-    if facts.loadable:
-        look_at_numbers(check, facts, files, infos, [n for n, (_, dtype) in expected.items() if dtype != "U8"])
-        look_at_blocks(check, facts, _matrices(files, infos), SCALE_CAUSES[facts.family])
+    _section(check, context)
+    expected = expected_tensors(context.folder)
+    _inventory(check, context, infos, expected)
+    if context.loadable:
+        look_at_numbers(check, context, files, infos, [n for n, (_, dtype) in expected.items() if dtype != "U8"])
+        look_at_blocks(check, context, _matrices(files, infos), SCALE_CAUSES[context.family])
         sinks = [n for n in infos if n.endswith("self_attn.sinks")]
         if sinks and not any(bool(files.read(n).any()) for n in sinks):
-            facts.suspicions.append(("all attention sinks are zero", MISSING["sinks"], True))
+            context.suspicions.append(("all attention sinks are zero", MISSING["sinks"]))
 
 
-def _section(check: Check, facts: Facts) -> None:
+def _section(check: Check, context: ValidationContext) -> None:
     """The quantization section, as far as it says what the bytes mean (format and method were looked at before)."""
-    section = facts.raw["quantization_config"]
-    if facts.family != "qwen3_moe":
+    section = context.raw["quantization_config"]
+    if context.family != "qwen3_moe":
         return
     groups = section.get("config_groups")
     schemes = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
@@ -105,39 +105,39 @@ def _section(check: Check, facts: Facts) -> None:
                            "engines take the experts for another format: MXFP4 is 4-bit floats in groups of 32")
 
 
-def _inventory(check: Check, facts: Facts, infos: dict, expected: dict) -> None:
+def _inventory(check: Check, context: ValidationContext, infos: dict, expected: dict) -> None:
     packed = [n for n, (_, dtype) in expected.items() if dtype == "U8"]
     if packed and not any(n in infos for n in packed):
-        facts.loadable = False
+        context.loadable = False
         check.fail(f"none of {len(packed)} packed expert tensors is there, the first {packed[0]}", OTHER_LAYOUT_CAUSE)
         return
     for name, (shape, dtype) in expected.items():
         if name not in infos:
-            facts.loadable = False
-            check.fail(f"{name} is missing", _missing_cause(facts.family, name))
+            context.loadable = False
+            check.fail(f"{name} is missing", _missing_cause(context.family, name))
         else:
-            _shape_and_dtype(check, facts, name, (shape, dtype), infos[name])
+            _shape_and_dtype(check, context, name, (shape, dtype), infos[name])
     for name in sorted(n for n in infos if n not in expected and n != "lm_head.weight")[:5]:
-        facts.loadable = False
-        check.fail(f"{name}: unknown tensor", SCALE_CAUSES[facts.family] if "_scale" in name else
+        context.loadable = False
+        check.fail(f"{name}: unknown tensor", SCALE_CAUSES[context.family] if "_scale" in name else
                    "the folder holds tensors that this model does not have")
     check.findings = condensed(check.findings)
 
 
-def _shape_and_dtype(check: Check, facts: Facts, name: str, expected: tuple, found: tuple) -> None:
+def _shape_and_dtype(check: Check, context: ValidationContext, name: str, expected: tuple, found: tuple) -> None:
     (shape, dtype), (own_shape, own_dtype) = expected, found
     scale = name.endswith(("_scale", "_scales"))
     if own_shape != shape:
-        facts.loadable = False
+        context.loadable = False
         finer = scale and own_shape[:-1] == shape[:-1]
         check.fail(f"{name}: shape {list(own_shape)}, expected {list(shape)}", BLOCK_CAUSE if finer else GEOMETRY_CAUSE)
     if dtype == "U8" and own_dtype != "U8":
-        facts.loadable = False
-        check.fail(f"{name}: dtype {own_dtype}, expected U8", SCALE_CAUSES[facts.family] if scale else
+        context.loadable = False
+        check.fail(f"{name}: dtype {own_dtype}, expected U8", SCALE_CAUSES[context.family] if scale else
                    "expert codes must be uint8 (two E2M1 codes a byte)")
     elif dtype == "BF16" and own_dtype not in ("BF16", "F32"):
-        facts.loadable &= own_dtype == "F16"
-        facts.explained = DTYPE_CAUSE
+        context.loadable &= own_dtype == "F16"
+        context.explained = DTYPE_CAUSE
         check.fail(f"{name}: dtype {own_dtype}, expected BF16", DTYPE_CAUSE)
 
 
