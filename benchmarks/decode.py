@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(prog="benchmarks/decode.py", description=__doc__.splitlines()[0])
     parse.add_argument("folder", metavar="CHECKPOINT", type=Path)
     parse.add_argument("--prompts", type=Path, default=ROOT / "recipes/seed/prompts.jsonl")
-    parse.add_argument("--backends", default="native,torch", help="of the runtime, comma-separated (default native,torch)")
+    parse.add_argument("--backends", default="c,torch", help="of the runtime, comma-separated (default c,torch)")
     parse.add_argument("--count", type=int, default=4, help="prompts per domain and kind (default 4)")
     parse.add_argument("--tokens", type=int, default=96, help="tokens per answer (default 96)")
     parse.add_argument("--repeats", type=int, default=3, help="default 3")
@@ -41,7 +41,7 @@ class Ways:
     """Named ways to decode: function of (prompt ids, seed) -> token ids."""
 
     def __init__(self, options):
-        from modeling.load import load_tokenizer
+        from checkpoint.load import load_tokenizer
         from runtime_ref.engine.engine import Engine, EngineOptions
 
         self.tokens = options.tokens

@@ -66,20 +66,24 @@ def prompts_of(tokenizer, count: int) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def serving(engine, tokenizer):
+def serving(engine, tokenizer, folder: Path):
     """(url, clocks) of a server in a thread: CPU seconds so far of its engine's thread and of its event loop."""
     import socket
 
     import uvicorn
 
     from runtime_ref.server.app import application
+    from runtime_ref.server.connections import limited
     from runtime_ref.server.engine_thread import EngineWorker
     from runtime_ref.server.handlers import Api, Settings
+    from runtime_ref.server.request_workers import RequestWorkers
 
     worker = EngineWorker(engine)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(application(Api(worker, tokenizer, Settings("model"))), log_level="error"))
+    preparing = RequestWorkers(folder)
+    app = application(Api(worker, tokenizer, Settings(("model",)), preparing))
+    server = uvicorn.Server(uvicorn.Config(app, http=limited(512), log_level="error"))
     loop = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     loop.start()
     while not server.started:
@@ -92,6 +96,7 @@ def serving(engine, tokenizer):
     yield f"http://127.0.0.1:{listening.getsockname()[1]}", clocks
     server.should_exit = True
     loop.join(30)
+    preparing.close()
 
 
 def measure(engine, served: tuple, clients: ProcessPoolExecutor, prompts: list[list[int]], tokens: int, rounds: int) -> dict:
@@ -143,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
     from runtime_ref.core.records import revision
     from runtime_ref.engine.engine import Engine, EngineOptions
 
@@ -151,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(options.folder)
         alone, other = (Engine.from_folder(options.folder, drafter=False, tokenizer=tokenizer,
                                            options=EngineOptions(max_context=CONTEXT)) for _ in range(2))
-        with serving(other, tokenizer) as served, ProcessPoolExecutor(1, get_context("spawn")) as clients:
+        with serving(other, tokenizer, options.folder) as served, ProcessPoolExecutor(1, get_context("spawn")) as clients:
             found = [measure(alone, served, clients, prompts_of(tokenizer, n), options.tokens, options.rounds) for n in (1, 8)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

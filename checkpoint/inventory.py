@@ -21,24 +21,39 @@ Expected = dict[str, tuple[tuple[int, ...], set[str]]]
 
 
 def layout_of(config: dict) -> str:
-    """The layout that a config.json declares.
+    """The layout that a config.json declares: native, fp8 (a release before its experts became MXFP4, or any other model in
+    FP8 blocks), hf-fp8, compressed-tensors, gpt-oss, or bf16 (no quantization).
 
     Raises:
-        ValueError: a quantization_config that is none of the four.
+        ValueError: a quantization_config that is none of them.
     """
     quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise ValueError(f"config.json: quantization_config: {type(quantization).__name__}, expected an object")
     method = quantization.get("quant_method")
     if method == "fp8":
-        if config.get("model_type") == "mimo_v2":
+        if is_mimo(config) and str(quantization.get("store_dtype")).lower() == "mxfp4":
             return "native"
-        if quantization.get("expert_dtype") == "fp4":
-            return "hf-fp8"
-    elif method == "compressed-tensors" and quantization.get("format") == "mxfp4-pack-quantized":
+        return "hf-fp8" if quantization.get("expert_dtype") == "fp4" else "fp8"
+    if method == "compressed-tensors" and quantization.get("format") == "mxfp4-pack-quantized":
         return "compressed-tensors"
-    elif method == "mxfp4":
+    if method == "mxfp4":
         return "gpt-oss"
+    if not quantization:
+        return "bf16"
     raise ValueError(f"config.json: model_type {config.get('model_type')!r} with quantization_config.quant_method "
-                     f"{method!r} is none of the layouts native, hf-fp8, compressed-tensors, gpt-oss")
+                     f"{method!r} is none of the layouts native, fp8, hf-fp8, compressed-tensors, gpt-oss, bf16")
+
+
+def is_mimo(config: dict) -> bool:
+    """Released configurations of MiMo-V2, V2-Flash included.
+
+    transformers has a class for V2-Flash, but takes the block height of an FP8 matrix to be rows / scale rows, which is
+    wrong, silently, for the per-head grids of its key projections. Folders that this class saved have no
+    `hybrid_layer_pattern` and stay with it.
+    """
+    kind = config.get("model_type")
+    return kind == "mimo_v2" or kind == "mimo_v2_flash" and "hybrid_layer_pattern" in config
 
 
 def configuration(config: dict):
@@ -57,30 +72,35 @@ def configuration(config: dict):
     kind = config.get("model_type")
     drop = ("quantization_config", "model_type", "dtype", "torch_dtype", "auto_map", "transformers_version")
     keys = {k: v for k, v in config.items() if k not in drop}
-    if kind == "mimo_v2" or kind == "mimo_v2_flash" and "hybrid_layer_pattern" in config:
+    if is_mimo(config):
         return MiMoV2Config.from_dict(keys)
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type {kind!r}: transformers does not know it, expected mimo_v2, qwen3_moe or gpt_oss")
     return CONFIG_MAPPING[kind].from_dict(keys)
 
 
-def expected_inventory(layout: str, config: dict, settings) -> Expected:
-    """Name -> (shape, allowed dtypes) of every tensor, from the configuration alone (MTP layers left out)."""
-    if layout == "native":
-        ignored = set(config["quantization_config"].get("ignored_layers") or [])
-        expected: Expected = {}
-        for dense in ("fp8", "bf16"):
-            for tensor in published_tensors(settings, dense=dense):
-                module = re.sub(r"\.weight(_scale_inv)?$", "", tensor.name)
-                matrix = re.search(r"(self_attn\.(qkv|[qkv])_proj|layers\.\d+\.mlp\.(gate|up|down)_proj)$", module)
-                if not matrix or (dense == "bf16") == (module in ignored):
-                    router = tensor.name.endswith("mlp.gate.weight")
-                    expected[tensor.name] = (tensor.shape, {"F32", "BF16"} if router else {tensor.dtype})
-        return expected
-    return _inventory_by_transformers(layout, settings)
+def expected_inventory(layout: str, config: dict, settings, held: dict[str, str]) -> Expected:
+    """Name -> (shape, allowed dtypes) of every tensor, from the configuration (MTP layers left out).
+
+    Args:
+        held: dtype of every tensor that is there. A dense matrix may be FP8 or not: it is expected as what it is, with its
+            scales if it is FP8. (Whether config.json says so is another question.)
+    """
+    if not is_mimo(config):
+        return _inventory_by_transformers(layout, settings, held)
+    experts = {"native": "mxfp4", "fp8": "fp8"}.get(layout, "bf16")
+    expected: Expected = {}
+    for dense in ("fp8", "bf16"):
+        for tensor in published_tensors(settings, experts=experts, dense=dense):
+            module = re.sub(r"(_scale_inv)$", "", tensor.name)
+            matrix = re.search(r"(self_attn\.(qkv|[qkv])_proj|layers\.\d+\.mlp\.(gate|up|down)_proj)\.weight$", module)
+            if not matrix or (dense == "fp8") == (held.get(module) == "F8_E4M3"):
+                router = tensor.name.endswith("mlp.gate.weight")
+                expected[tensor.name] = (tensor.shape, {"F32", "BF16"} if router else {tensor.dtype})
+    return expected
 
 
-def _inventory_by_transformers(layout: str, settings) -> Expected:
+def _inventory_by_transformers(layout: str, settings, held: dict[str, str]) -> Expected:
     """From the client's own model on the meta device."""
     from transformers import AutoModelForCausalLM
 
@@ -156,17 +176,17 @@ def _either(words: torch.Tensor) -> torch.Tensor:
     return words[:, 0] | words[:, 1]
 
 
-def tensor_faults(name: str, tensor: torch.Tensor) -> Iterator[str]:
-    """Values that no tensor of this kind may have."""
+def tensor_faults(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, str]]:
+    """(kind, text) of values that no tensor of this kind may have."""
     if re.search(r"weight_scale$|_scales$|experts\..*weight_scale_inv$", name) and tensor.dtype == torch.uint8:
         if not tensor.numel() or int(tensor.max()) <= MAX_SCALE:
             return
         bad = (tensor == E8M0_NAN).nonzero()
         if bad.numel():
-            yield f"{bad.shape[0]} scales are 255 (NaN), the first at {bad[0].tolist()}"
+            yield "scales", f"{bad.shape[0]} scales are 255 (NaN), the first at {bad[0].tolist()}"
         beyond = (tensor > MAX_SCALE) & (tensor != E8M0_NAN)
         if bool(beyond.any()):
-            yield f"scale {int(tensor[beyond][0])} overflows bf16, expected at most {MAX_SCALE}"
+            yield "scales", f"scale {int(tensor[beyond][0])} overflows bf16, expected at most {MAX_SCALE}"
         return
     if not tensor.is_floating_point():
         return
@@ -174,8 +194,8 @@ def tensor_faults(name: str, tensor: torch.Tensor) -> Iterator[str]:
     pieces = tensor.contiguous().view(-1).split(FLOATS_AT_ONCE)
     if not all(bool(torch.isfinite(piece.float()).all()) for piece in pieces):
         bad = (~torch.isfinite(tensor.float())).nonzero()
-        yield f"{bad.shape[0]} values are not finite, the first at {bad[0].tolist()}"
+        yield "values", f"{bad.shape[0]} values are not finite, the first at {bad[0].tolist()}"
     if name.endswith("weight_scale_inv") and not all(bool((piece.float() > 0).all()) for piece in pieces):
-        yield "a scale that is not positive"
+        yield "scales", "a scale that is not positive"
     if re.search(r"(layernorm|norm)\.weight$", name) and not bool(tensor.float().any()):
-        yield "a norm whose weights are all zero"
+        yield "values", "a norm whose weights are all zero"

@@ -1,9 +1,12 @@
-"""JSON files of a checkpoint folder, Git LFS pointers refused by name."""
+"""JSON files of a checkpoint folder, read and written; Git LFS pointers refused by name."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_json(path: Path) -> dict:
@@ -30,4 +33,13 @@ def refuse_pointer(path: Path) -> None:
                 raise ValueError(f"{path}: a Git LFS pointer, expected the file itself (git lfs pull fetches it)")
 
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+def write_json(path: Path, value: dict) -> None:
+    """Sorted, indented, ended by a newline."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a small file under a temporary name and renames it."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_bytes(data)
+    os.replace(aside, path)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from checkpoint.json_files import refuse_pointer
-from checkpoint.sources import DistributedSource, SafetensorsSource, Source, TorchSource
-from modeling.load import weight_map
+from checkpoint.sources import DistributedSource, Source, TorchSource
+from checkpoint.tensor_files import INDEX, SINGLE, TensorFiles, weight_map
 
 
 def open_source(folder: str | Path) -> Source:
@@ -20,13 +19,13 @@ def open_source(folder: str | Path) -> Source:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
-    for stem, suffix, kind in (("model", "safetensors", SafetensorsSource), ("pytorch_model", "bin", TorchSource)):
-        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
-        if index.is_file():
-            refuse_pointer(index)
-            return kind(folder, sorted(set(weight_map(index).values())))
-        if single.is_file():
-            return kind(folder, [single.name])
+    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+        return TensorFiles(folder)
+    index, single = folder / "pytorch_model.bin.index.json", folder / "pytorch_model.bin"
+    if index.is_file():
+        return TorchSource(folder, sorted(set(weight_map(index).values())))
+    if single.is_file():
+        return TorchSource(folder, [single.name])
     for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
         if (candidate / ".metadata").is_file():
             return DistributedSource(candidate)

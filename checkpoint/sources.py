@@ -1,7 +1,7 @@
 """Where weights come from: a checkpoint folder of any kind the trainers leave, tensor by tensor and row by row.
 
-    model/                    Hugging Face folder, one file or shards (names of the published model, one matrix per expert)
-    step-.../                 Accelerate checkpoint of a data-parallel run: model.safetensors (names of training, fused experts)
+    *.safetensors             one file or shards (`checkpoint.tensor_files`): a Hugging Face folder (published names, one matrix
+                              per expert) or an Accelerate checkpoint (names of training, fused experts)
     pytorch_model*.bin        what `zero_to_fp32.py` and older tools write; mapped from disk, not read whole
     .metadata + *.distcp      torch.distributed.checkpoint (FSDP), also as the sub-folder that Accelerate makes
     *_optim_states.pt         DeepSpeed ZeRO 1 to 3, also below the folder that `latest` names (`checkpoint.zero_shards`)
@@ -13,20 +13,19 @@ read from one source.
 
 from __future__ import annotations
 
-import json
 import pickle
 import threading
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from checkpoint.json_files import refuse_pointer
 from modeling.names import fused_name
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
-          "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32}
+          "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+          "BOOL": torch.bool, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -86,68 +85,6 @@ class Source:
 
     def _missing(self, name: str) -> ValueError:
         return ValueError(f"{self.folder}: tensor {name} is missing")
-
-
-class SafetensorsSource(Source):
-    """One safetensors file, or shards with an index.
-
-    Tensors are read into memory of their own, not mapped: pages of a mapped file count as this process's memory for as long
-    as the file is open, and a source of a terabyte would fill the machine.
-    """
-
-    def __init__(self, folder: Path, files: list[str]):
-        self.where: dict[str, str] = {}
-        self._starts: dict[str, int] = {}
-        self._last = LastFile()
-        infos = {}
-        for file in files:
-            for name, (shape, dtype, start) in _header(folder / file).items():
-                self.where[name], self._starts[name], infos[name] = file, start, (shape, dtype)
-        super().__init__(folder, infos)
-
-    def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> torch.Tensor:
-        """`shape` elements of a tensor, from its element number `skipped` on."""
-        file, dtype = self.where[name], DTYPES[self.infos[name][1]]
-        out = torch.empty(shape, dtype=dtype)
-        view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else memoryview(b"")
-        self._last.fill(self.folder / file, self._starts[name] + skipped * dtype.itemsize, view, name)
-        return out
-
-    def in_order(self) -> list[str]:
-        """All names as they stand on disk, file by file."""
-        return sorted(self.where, key=lambda name: (self.where[name], self._starts[name]))
-
-    def read(self, name: str) -> torch.Tensor:
-        if name not in self.where:
-            raise self._missing(name)
-        return self._read(name, self.infos[name][0], 0)
-
-    def read_rows(self, name: str, expert: int, rows: slice) -> torch.Tensor:
-        if name not in self.where:
-            raise self._missing(name)
-        (_, height, *rest), _ = self.infos[name]
-        first, last, _ = rows.indices(height)
-        width = torch.Size(rest).numel()
-        return self._read(name, (last - first, *rest), (expert * height + first) * width)
-
-
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str, int]]:
-    """name -> (shape, dtype, first byte in the file) of a whole safetensors file."""
-    if not path.is_file():
-        raise ValueError(f"{path.parent}: shard {path.name} is missing")
-    refuse_pointer(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:  # checks that header and length agree
-            names = set(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    unknown = sorted({entry["dtype"] for name, entry in header.items() if name in names} - DTYPES.keys())
-    if unknown:
-        raise ValueError(f"{path}: tensors of dtype {unknown[0]}, expected one of {', '.join(DTYPES)}")
-    return {n: (tuple(e["shape"]), e["dtype"], 8 + length + e["data_offsets"][0]) for n, e in header.items() if n in names}
 
 
 class TorchSource(Source):

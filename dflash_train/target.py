@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from checkpoint.load import load_model, load_tokenizer
 from modeling.drafter import DFlashDraftModel, config_json, drafter_config, load_drafter
-from modeling.load import load_model, load_tokenizer
 from modeling.modeling_mimo_v2 import CACHE_NAME
 from modeling.output_head import require_plain_head
 from mxfp4.fake_quant import fake_quantize_

@@ -18,20 +18,29 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from checkpoint.drafter_folder import (
+    EMBEDDING,
+    MASK,
+    dialect_faults,
+    draft_round,
+    expected_tensors,
+    fit_faults,
+    mask_faults,
+    read_mask,
+    special_of,
+)
 from checkpoint.json_files import read_json, refuse_pointer
 from checkpoint.open import open_source
 from checkpoint.sources import Source
+from checkpoint.tensor_checks import DAMAGE, first_line
+from checkpoint.tensor_files import REFERENCE
 from export.layouts import Unit
 from export.shards import index_json, plan_shards, tensor_bytes, write_shard
-from export.tensor_checks import DAMAGE, first_line
 from modeling.names import PublishedTensor
 
-EMBEDDING = "model.embed_tokens.weight"
 STEM = "dflash_draft_model"
-REFERENCE = "dflash_reference.safetensors"
-MASK = "mask_embedding.pt"
 CODE = {"drafter.py": "dflash.py", "block_mask.py": "block_mask.py"}
 # Text positions before the anchor in the reference, at least. A text that ends inside the windows cannot tell a wrong window
 # from the right one, so it goes this far beyond them where its features stay small beside the weights.
@@ -67,15 +76,15 @@ def open_drafter(folder: Path, target_config) -> TrainedDrafter | None:
         raise ValueError(f"{folder}: {MASK} is missing: without it nearly every draft is rejected")
     refuse_pointer(folder / MASK)
     try:
-        mask = torch.load(folder / MASK, weights_only=True)
-        mask = {"mask_token_id": mask["mask_token_id"], "embedding": mask["embedding"].to(torch.bfloat16)}
+        mask = read_mask(folder)
+        mask["embedding"] = mask["embedding"].to(torch.bfloat16)
     except DAMAGE as error:
         raise ValueError(f"{folder / MASK}: {first_line(error)}; expected a torch file of mask_token_id and "
                          "embedding") from None
+    for fault in (*fit_faults(config, target_config), *mask_faults(special_of(config), mask, target_config.hidden_size),
+                  *dialect_faults(config)):
+        raise ValueError(f"{folder}: {fault.text}")
     drafter = TrainedDrafter(folder, config, mask["mask_token_id"], mask["embedding"])
-    faults = drafter_faults(config, target_config, drafter.mask_token_id, drafter.embedding)
-    if faults:
-        raise ValueError(f"{folder}: {faults[0]}")
     _weights(drafter)  # before the target is written
     return drafter
 
@@ -87,73 +96,6 @@ def _weights(drafter: TrainedDrafter) -> tuple[Source, dict[str, tuple[tuple[int
     if missing or extra:
         raise ValueError(f"{drafter.folder}: drafter tensors missing {missing or 'none'}, unexpected {extra or 'none'}")
     return source, expected
-
-
-def drafter_faults(config: dict, target, mask_token_id: int, embedding: torch.Tensor) -> list[str]:
-    """What keeps this drafter from working with the target; empty if nothing does."""
-    special, faults = config.get("dflash_config") or {}, []
-    layers = target.num_hidden_layers
-    ids = special.get("target_layer_ids")
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and 0 <= i < layers for i in ids):
-        faults.append(f"dflash_config.target_layer_ids={ids}: expected layers from 0 to {layers - 1}")
-    elif len(set(ids)) != len(ids):
-        faults.append(f"dflash_config.target_layer_ids={ids}: a layer occurs twice")
-    for where, value in (("dflash_config", special.get("num_target_layers", layers)),
-                         ("config.json", config.get("num_target_layers"))):
-        if value != layers:
-            faults.append(f"{where}: num_target_layers={value}, the target has {layers}")
-    if config.get("hidden_size") != target.hidden_size:
-        faults.append(f"hidden_size={config.get('hidden_size')}, the target's is {target.hidden_size}")
-    if config.get("vocab_size") != target.vocab_size:
-        faults.append(f"vocab_size={config.get('vocab_size')}, the target's is {target.vocab_size}")
-    token = special.get("mask_token_id")
-    if not isinstance(token, int) or not 0 <= token < target.vocab_size:
-        faults.append(f"dflash_config.mask_token_id={token}: expected 0 to {target.vocab_size - 1}")
-    elif token != mask_token_id:
-        faults.append(f"dflash_config.mask_token_id={token}, {MASK} has {mask_token_id}")
-    if tuple(embedding.shape) != (target.hidden_size,):
-        faults.append(f"{MASK}: embedding of shape {list(embedding.shape)}, expected [{target.hidden_size}]")
-    elif not bool(torch.isfinite(embedding).all()):
-        faults.append(f"{MASK}: the embedding is not finite")
-    return faults + dialect_faults(config)
-
-
-def dialect_faults(config: dict) -> list[str]:
-    """Keys that engines read differently and that must therefore all be there and agree: window and causality."""
-    special, faults = config.get("dflash_config") or {}, []
-    causal, window = bool(special.get("causal", False)), special.get("swa_window_size") if special.get("use_swa") else None
-    kind = "full_attention" if window is None else "sliding_attention"
-    expected = {"is_causal": causal, "sliding_window": window, "use_sliding_window": window is not None,
-                "layer_types": [kind] * (config.get("num_hidden_layers") or 0), "block_size": special.get("block_size")}
-    for key, value in expected.items():
-        if key not in config:
-            faults.append(f"{key} is missing, expected {value!r}: engines differ in what they assume")
-        elif config[key] != value:
-            faults.append(f"{key}={config[key]!r} contradicts dflash_config, expected {value!r}")
-    if "rope_parameters" not in config:
-        faults.append("rope_parameters is missing")
-    else:
-        faults += rotary_faults(config, special)
-    if config.get("architectures") != ["DFlashDraftModel"]:
-        faults.append(f"architectures={config.get('architectures')!r}, expected ['DFlashDraftModel']")
-    if window is not None and config.get("max_window_layers") != 0:
-        faults.append(f"max_window_layers={config.get('max_window_layers')!r}, expected 0: engines see the whole context in "
-                      "the layers below it")
-    if "causal" not in special:
-        faults.append(f"dflash_config.causal is missing, expected {causal}")
-    return faults
-
-
-def rotary_faults(config: dict, special: dict) -> list[str]:
-    """The rotation is said three times, and engines differ in which they believe."""
-    rope, faults = config["rope_parameters"], []
-    base, share = rope.get("rope_theta"), rope.get("partial_rotary_factor", 1.0)
-    for key, value, wanted in (("rope_theta", config.get("rope_theta", base), base),
-                               ("dflash_config.backbone_rotary_base", special.get("backbone_rotary_base", base), base),
-                               ("partial_rotary_factor", config.get("partial_rotary_factor", share), share)):
-        if value != wanted:
-            faults.append(f"{key}={value!r} contradicts rope_parameters, which has {wanted!r}")
-    return faults
 
 
 def with_mask_row(units: list[Unit], drafter: TrainedDrafter) -> list[Unit]:
@@ -171,17 +113,6 @@ def with_mask_row(units: list[Unit], drafter: TrainedDrafter) -> list[Unit]:
         return dataclasses.replace(unit, make=make)
 
     return [replace(unit) for unit in units]
-
-
-def expected_tensors(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Every tensor of the drafter's file, from its configuration: name -> (shape, dtype)."""
-    from transformers import Qwen3Config
-
-    from modeling.drafter import DFlashDraftModel
-
-    with torch.device("meta"):
-        model = DFlashDraftModel(Qwen3Config.from_dict(dict(config)))
-    return {n: (tuple(p.shape), "BF16") for n, p in model.named_parameters() if n != "mask_embedding"}
 
 
 def write_drafter(drafter: TrainedDrafter, out: Path, shard_bytes: int) -> dict[str, str]:
@@ -241,8 +172,8 @@ def write_reference(folder: Path, *, real_features: bool) -> None:
         real_features: run the target; otherwise the taps are seeded normal numbers (said in the file's metadata), for
             targets that do not fit this machine.
     """
+    from checkpoint.load import load_model
     from modeling.drafter import load_drafter
-    from modeling.load import load_model
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order: the same bytes on every machine of a kind
@@ -272,21 +203,3 @@ def write_reference(folder: Path, *, real_features: bool) -> None:
                "draft_logits": logits.contiguous()} | more, folder / "dflash" / REFERENCE, metadata=metadata)
     shutil.copymode(folder / "dflash" / "config.json", folder / "dflash" / REFERENCE)  # safetensors' own: nobody else may read
     torch.set_num_threads(threads)
-
-
-def draft_round(drafter, taps: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Hidden states [1, T, H] of one block at the last of `ids` [1, S + 1], given taps [1, S, n, H]."""
-    S = taps.shape[1]
-    positions = torch.arange(S)[None]
-    context = drafter.context_keys_values(drafter.fuse(taps.flatten(2)), positions)
-    embeds = drafter.embed_block(ids[:, -1], torch.nn.Embedding.from_pretrained(table))
-    return drafter.block_hidden(embeds, S + torch.arange(drafter.block_size)[None], context, positions)
-
-
-def read_reference(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors, facts) of a reference file."""
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-    return load_file(path), json.loads(metadata.get("reference", "{}"))

@@ -24,11 +24,12 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.checksums import internal, write_checksums
 from checkpoint.inventory import configuration
-from checkpoint.json_files import read_json
+from checkpoint.json_files import read_json, write_bytes, write_json
 from checkpoint.open import local_folder, open_source
+from checkpoint.verify import verify
 from export import config_files, drafter_files, model_card
-from export.config_files import internal, write_bytes, write_json
 from export.layouts import Weights, units_of
 from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
 from modeling.names import fused_name
@@ -170,7 +171,7 @@ class Export:
         write_bytes(out / "README.md", model_card.card(self.facts(config)).encode())
         for leftover in out.glob("*.tmp"):
             leftover.unlink()
-        config_files.write_checksums(out, sums, skip=internal)
+        write_checksums(out, sums, skip=internal)
 
     def manifest(self) -> dict:
         """export.json: what a verifier must know and config.json does not say."""
@@ -216,10 +217,8 @@ class Export:
         return sum(t.shape[0] for s in self.shards for t in s.tensors if t.name.endswith("_blocks"))
 
     def verify(self) -> list[str]:
-        """Findings of the inspection of the partial folder, against the weights it was made from."""
-        from export.inspection import Checkpoint
-
-        return Checkpoint(self.partial, self.trained_folder, skip=internal).run()
+        """What is wrong with the partial folder, compared with the weights it was made from."""
+        return verify(self.partial, self.trained_folder, skip=internal).findings
 
     def close(self) -> None:
         """Removes what an interrupted export is continued by: the folder is whole, or to be written anew."""

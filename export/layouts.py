@@ -25,13 +25,12 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint.sources import DTYPES, Source, read_expert
-from modeling.load import FP8_BLOCK, dequantize_fp8
+from checkpoint.fp8 import grid_shape, quantize_fp8
+from checkpoint.sources import DTYPES, Source
+from checkpoint.trained import Weights, codes_of, computed, encode, multiplied_out, plain
 from modeling.names import PublishedTensor, fused_name, plain_dtype, published_tensors, qkv_rows, qkv_scale_rows, split_qkv
-from mxfp4 import BLOCK_SIZE, dequantize, fake_quantize, fake_quantize_, quantize
-from mxfp4.exact_pack import pack_on_grid
+from mxfp4 import BLOCK_SIZE
 
-FP8_MAX = 448.0
 SPLIT = ("q", "k", "v")
 
 
@@ -41,113 +40,6 @@ class Unit:
 
     tensors: tuple[PublishedTensor, ...]
     make: Callable[[], list[torch.Tensor]]
-
-
-@dataclass
-class Weights:
-    """Where weights are taken from, and how experts become codes.
-
-    Attributes:
-        trained: the weights to export; base: the checkpoint they were trained from (the same, for export without training).
-        config: MiMoV2Config, or another family's configuration.
-        on_grid: experts must lie on the MXFP4 grid (they were trained there): anything else is an error.
-        scale_rule: how experts that are not trained are rounded.
-        changed: other weights than experts may differ from the base (`qat.train: all`).
-    """
-
-    trained: Source
-    base: Source
-    config: object
-    on_grid: bool
-    scale_rule: str
-    changed: bool = False
-
-
-def codes_of(weights: Weights, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 [out, in / 2] and scales uint8 [out, in / 32] of one expert matrix by its published name.
-
-    Raises:
-        ValueError: weights that should lie on the grid and do not, or are not finite: tensor and index are named.
-    """
-    w = computed(weights, read_expert(weights.trained, name))
-    if w.dtype == torch.uint8:  # already packed
-        return w, weights.trained.read(name + "_scale")
-    if w.dtype == torch.float8_e4m3fn:
-        w = multiplied_out(weights, name, w, weights.trained).to(torch.bfloat16)
-    return encode(name, w, on_grid=weights.on_grid, scale_rule=weights.scale_rule)
-
-
-def computed(weights: Weights, w: torch.Tensor) -> torch.Tensor:
-    """What the forward pass computed with: a float32 master rounded as training rounds it, anything else as it is.
-
-    A trainer that keeps masters (DeepSpeed) casts them to the module's dtype and fake-quantizes those on every step.
-    """
-    if weights.trained.masters is None or not weights.on_grid or w.dtype != torch.float32:
-        return w
-    seen = w.to(weights.trained.masters)
-    return fake_quantize_(torch.empty(seen.shape, dtype=torch.bfloat16), seen, scale_rule=weights.scale_rule)
-
-
-def encode(name: str, w: torch.Tensor, *, on_grid: bool, scale_rule: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize(w)`, and where the weights are known to lie on the grid, the proof that nothing was rounded."""
-    try:
-        if not on_grid:
-            # These two rules keep a block's exponent when its maximum is rounded, so codes can be read off the fast path.
-            rounded = fake_quantize(w, scale_rule=scale_rule) if scale_rule in ("floor", "even") else None
-            packed = pack_on_grid(rounded) if rounded is not None else None
-            return packed or quantize(w, scale_rule=scale_rule)
-        packed = pack_on_grid(w)
-        if packed is not None:
-            return packed
-        codes, scales = quantize(w, scale_rule=scale_rule)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    off = (dequantize(codes, scales, dtype=w.dtype) != w).nonzero()
-    if off.numel():
-        expert = fused_name(name)
-        where = f"expert {expert[1]} of {expert[0]}" if expert else name
-        raise ValueError(f"{name}: {off.shape[0]} of {w.numel()} weights are not on the MXFP4 grid, the first at "
-                         f"{off[0].tolist()} ({float(w[tuple(off[0])]):.6g}), {where}: these are not quantization-aware "
-                         "trained experts (an untrained checkpoint is exported with --from)")
-    return codes, scales
-
-
-def quantize_fp8(name: str, weight: torch.Tensor, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds a matrix to FP8 E4M3 in 128 x 128 blocks, each with the scale that takes its maximum to 448.
-
-    The grid of scales starts anew where the published format has it so (`modeling.names.qkv_scale_rows`).
-
-    Returns:
-        float8_e4m3fn [rows, columns], float32 [scale rows, ceil(columns / 128)].
-    """
-    codes, scales, start = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), [], 0
-    columns = weight.shape[1]
-    for rows in qkv_scale_rows(name, weight.shape[0], config):
-        for top in range(start, start + rows, FP8_BLOCK):
-            band = weight[top:min(top + FP8_BLOCK, start + rows)].float()
-            padded = torch.nn.functional.pad(band, (0, -columns % FP8_BLOCK)).unflatten(1, (-1, FP8_BLOCK))
-            scale = (padded.abs().amax((0, 2)) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
-            codes[top:top + band.shape[0]] = (padded / scale[None, :, None]).flatten(1)[:, :columns].to(torch.float8_e4m3fn)
-            scales.append(scale)
-        start += rows
-    return codes, torch.stack(scales)
-
-
-def plain(weights: Weights, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor other than an expert as training sees it: FP8 is multiplied out."""
-    tensor = weights.trained.read(name)
-    if tensor.dtype == torch.float8_e4m3fn:
-        tensor = multiplied_out(weights, name, tensor, weights.trained)
-    return tensor.to(dtype)
-
-
-def multiplied_out(weights: Weights, name: str, codes: torch.Tensor, source: Source) -> torch.Tensor:
-    """An FP8 matrix in float32.
-
-    Only MiMo-V2 has scale grids that restart within a matrix; `dequantize_fp8` knows those matrices by name.
-    """
-    grid = name if hasattr(weights.config, "hybrid_layer_pattern") else name.removesuffix(".weight")
-    return dequantize_fp8(grid, codes, source.read(name + "_scale_inv"), weights.config)
 
 
 def kept(weights: Weights, name: str) -> torch.Tensor:
@@ -234,7 +126,7 @@ def _cast_unit(weights: Weights, name: str, dtype: str) -> Unit:
 
 def _fp8_unit(weights: Weights, name: str) -> Unit:
     rows, columns = weights.trained.infos[name][0]
-    grid = sum(-(-n // FP8_BLOCK) for n in qkv_scale_rows(name, rows, weights.config)), -(-columns // FP8_BLOCK)
+    grid = grid_shape(qkv_scale_rows(name, rows, weights.config), columns)
     return Unit((PublishedTensor(name, (rows, columns), "F8_E4M3"), PublishedTensor(name + "_scale_inv", grid, "F32")),
                 lambda: list(quantize_fp8(name, plain(weights, name, torch.float32), weights.config)))
 

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.json_files import write_bytes
 from checkpoint.sources import DTYPE_NAMES, DTYPES
-from export.config_files import write_bytes
 from export.layouts import Unit
 from modeling.names import PublishedTensor
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Verifies an exported checkpoint from disk: `python export/verify.py CHECKPOINT_DIR [--against TRAINING_DIR] [--json FILE]`.
+"""Verifies a checkpoint from disk: `python export/verify.py CHECKPOINT_DIR [--against TRAINING_DIR] [--json FILE]`.
 
-Every finding is printed in one run, with the tensor or file it is about; `export.inspection` says what is checked. Exit code:
-0 nothing found, 1 findings, 2 a mistake in the arguments.
+Any checkpoint of a known layout: exports of this project, releases, drafters by themselves. Everything is said in one run,
+with the tensor or file it is about: FOUND is wrong, "not checked" says what could not be checked here and why, "note" is what
+engines read differently. `checkpoint.verify` says what is looked at. Exit code: 0 nothing wrong, 1 something is, 2 a mistake
+in the arguments.
 """
 
 import argparse
@@ -14,11 +16,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="export/verify.py", description="Verify an exported checkpoint, file by file and "
-                                     "tensor by tensor.", epilog="example: python export/verify.py runs/tiny/export/model")
-    parser.add_argument("checkpoint", type=Path, help="folder written by export/to_hf.py")
+    parser = argparse.ArgumentParser(prog="export/verify.py", description="Verify a checkpoint, file by file and tensor by "
+                                     "tensor.", epilog="example: python export/verify.py runs/tiny/export/model")
+    parser.add_argument("checkpoint", type=Path, help="folder of a model, or of a drafter alone")
     parser.add_argument("--against", type=Path, metavar="DIR", help="trained weights: experts must equal them bit for bit")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was found there")
     args = parser.parse_args(argv)
     for folder in (args.checkpoint, args.against):
         if folder is not None and not folder.is_dir():
@@ -29,21 +31,26 @@ def main(argv: list[str]) -> int:
         return 2
     import torch
 
-    from export.config_files import write_json
-    from export.inspection import Checkpoint
+    from checkpoint.json_files import write_json
+    from checkpoint.verify import verify
 
     torch.set_num_threads(1)  # as in an export: threads take whole tensors, and do not share the arithmetic of one
-    checkpoint = Checkpoint(args.checkpoint, args.against)
-    findings = checkpoint.run()
+    found = verify(args.checkpoint, args.against)
+    groups = {"FOUND": found.wrong, "not checked": found.unchecked, "note": found.notes}
     if args.json is not None:
-        write_json(args.json, {"checkpoint": str(args.checkpoint), "tensors": checkpoint.tensors, "bytes": checkpoint.bytes,
-                               "findings": findings})
-    for finding in findings:
-        print(f"FOUND  {finding}")
-    compared = ", experts equal to training" if args.against is not None and not findings else ""
-    verdict = f"{len(findings)} findings" if findings else f"whole{compared}"
-    print(f"{args.checkpoint}: {checkpoint.tensors:,} tensors, {checkpoint.bytes / 1e9:.3f} GB: {verdict}")
-    return 1 if findings else 0
+        write_json(args.json, {
+            "checkpoint": str(args.checkpoint), "verdict": found.verdict, "layout": found.layout, "tensors": found.tensors,
+            "bytes": found.bytes, "findings": found.findings, "unchecked": [str(f) for f in found.unchecked],
+            "notes": [{"kind": f.kind, "text": f.text, "engines": f.engines} for f in found.notes]})
+    for label, findings in groups.items():
+        for finding in findings:
+            print(f"{label}  {finding}")
+    compared = ", experts equal to training" if args.against is not None and not found.wrong else ""
+    verdict = f"{len(found.wrong)} findings" if found.wrong else f"whole{compared}"
+    counts = {"not checked": len(found.unchecked), "notes": len(found.notes)}
+    more = "".join(f", {count} {label}" for label, count in counts.items() if count)
+    print(f"{args.checkpoint}: {found.tensors:,} tensors, {found.bytes / 1e9:.3f} GB: {verdict}{more}")
+    return 1 if found.wrong else 0
 
 
 if __name__ == "__main__":

@@ -90,8 +90,10 @@ def split_qkv(fused, config, layer: int):
 def qkv_scale_rows(name: str, rows: int, config) -> list[int]:
     """Row segments of an FP8 matrix within which its 128-row scale grid runs; it restarts at each.
 
-    A fused qkv restarts at each of its `num_key_value_heads` chunks; a split k_proj or v_proj at each head.
+    Of MiMo-V2: a fused qkv restarts at each of its `num_key_value_heads` chunks; a split k_proj or v_proj at each head.
     """
+    if not hasattr(config, "hybrid_layer_pattern"):  # no other family's grid restarts
+        return [rows]
     if name.endswith("self_attn.qkv_proj.weight"):
         return [rows // config.num_key_value_heads] * config.num_key_value_heads
     match = re.search(r"layers\.(\d+)\.self_attn\.([kv])_proj\.weight$", name)

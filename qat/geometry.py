@@ -73,7 +73,7 @@ def _model_at(path: str, trust_remote_code: bool):
             keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{folder / 'config.json'}:{error.lineno}: not valid JSON: {error.msg}") from None
-        # The test that `modeling.load` makes: V2-Flash as released is read by this project's class.
+        # The test that `checkpoint.load` makes: V2-Flash as released is read by this project's class.
         if keys.get("model_type") == "mimo_v2" or keys.get("model_type") == "mimo_v2_flash" and "hybrid_layer_pattern" in keys:
             fp8 = (keys.get("quantization_config") or {}).get("quant_method") == "fp8"
             geometry = {k: v for k, v in keys.items() if k not in ("quantization_config", "model_type", "dtype", "torch_dtype")}
@@ -90,7 +90,7 @@ def _model_at(path: str, trust_remote_code: bool):
 
 
 def _mtp_layers(folder: Path) -> int:
-    from modeling.load import INDEX, weight_map
+    from checkpoint.tensor_files import INDEX, weight_map
 
     index = folder / INDEX
     names = weight_map(index) if index.is_file() else ()

@@ -68,6 +68,65 @@ def _chunk(student_CH, student_head, labels_C, teacher_CH, teacher_head, tempera
     return kl, ce, agree
 
 
+class _ImmediateGradient(torch.autograd.Function):
+    """kl_weight * sum of KL + ce_weight * sum of cross entropy, with the gradient for the student's hidden states taken
+    chunk by chunk in the forward pass: the head is frozen, so its logits are needed for nothing else."""
+
+    @staticmethod
+    def forward(ctx, student_NH, student_head, labels_N, teacher_NH, teacher_head, temperature, kl_weight, ce_weight, chunk):
+        sums, gradient_NH = torch.zeros(3, device=student_NH.device), torch.empty_like(student_NH)
+        for start in range(0, student_NH.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits_CV = student_head(student_NH[rows]).float()
+            teacher_CV = teacher_head(teacher_NH[rows]).float()
+            sums[2] += (teacher_CV.argmax(-1) == logits_CV.argmax(-1)).sum()
+            labels_C = labels_N[rows]
+            seen = labels_C >= 0
+            log_p = torch.log_softmax(logits_CV, dim=-1)
+            sums[1] -= log_p.gather(1, labels_C.clamp_min(0)[:, None])[:, 0][seen].sum()
+            of_logits = None
+            if ce_weight:
+                of_logits = log_p.exp()
+                of_logits.scatter_add_(1, labels_C.clamp_min(0)[:, None], of_logits.new_full((len(labels_C), 1), -1.0))
+                of_logits.mul_(ce_weight * seen[:, None])
+            if temperature != 1:
+                log_p = torch.log_softmax(logits_CV / temperature, dim=-1)
+                teacher_CV /= temperature
+            target_CV = torch.log_softmax(teacher_CV, dim=-1)
+            p_CV = target_CV.exp()
+            sums[0] += (p_CV * (target_CV - log_p)).sum() * temperature**2
+            kl_part = log_p.exp_().sub_(p_CV).mul_(kl_weight * temperature)
+            of_logits = kl_part if of_logits is None else of_logits.add_(kl_part)
+            gradient_NH[rows] = of_logits.to(student_NH.dtype) @ student_head.weight
+        ctx.save_for_backward(gradient_NH)
+        loss = kl_weight * sums[0] + ce_weight * sums[1]
+        ctx.mark_non_differentiable(sums)
+        return loss, sums
+
+    @staticmethod
+    def backward(ctx, of_loss, of_sums):
+        gradient_NH, = ctx.saved_tensors
+        return (gradient_NH * of_loss.to(gradient_NH.dtype), *[None] * 8)
+
+
+def immediate_statistics(student_NH: torch.Tensor, student_head: nn.Module, labels_N: torch.Tensor, *, teacher_NH: torch.Tensor,
+                         teacher_head: nn.Module, kl_weight: float, ce_weight: float, temperature: float = 1.0,
+                         chunk_tokens: int = 2048) -> tuple[torch.Tensor, TokenStatistics]:
+    """(kl_weight * KL + ce_weight * cross entropy, the statistics without gradient) of `chunked_statistics`'s arguments.
+
+    Three products with the vocabulary instead of five; the heads get no gradient.
+    """
+    loss, sums = _ImmediateGradient.apply(student_NH, student_head, labels_N, teacher_NH.detach(), teacher_head, temperature,
+                                          kl_weight, ce_weight, chunk_tokens)
+    return loss, TokenStatistics(sums[0], sums[1], sums[2], student_NH.shape[0])
+
+
+def hidden_kl(student_NH: torch.Tensor, teacher_NH: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of KL(teacher || student), in nats, of the softmax over the H features of last hidden states [N, H]."""
+    target = torch.log_softmax(teacher_NH.detach().float(), dim=-1)
+    return F.kl_div(torch.log_softmax(student_NH.float(), dim=-1), target, log_target=True, reduction="batchmean")
+
+
 def hidden_loss(student_layers: list[torch.Tensor], teacher_layers: list[torch.Tensor]) -> torch.Tensor:
     """Mean over layers of |student - teacher|^2 / variance of the teacher's layer output (dimensionless).
 

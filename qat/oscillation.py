@@ -2,13 +2,16 @@
 
 Late in a run the masters of many weights hover at a rounding threshold: each step flips their codes, the loss sees noise
 that does not vanish with the learning rate, and the weights that happen to be current at the last step are what is
-released. Two remedies, both optional:
+released. Three remedies, all optional:
 
 - `ema`: the model is given the rounding of a running mean of the master instead of the master itself, so a code changes
   only when the mean crosses a threshold. This is the idea of TetraJet's Q-EMA (arXiv 2502.20853), which picks between
   the two neighbours of the master by the mean; here the mean itself is rounded.
 - `freeze`: an element that has flipped `freeze_flips` times is pinned to the code it has held most recently, and its
   master no longer moves (after Nagel et al., arXiv 2203.11086).
+- `reset`: over every `reset_every` steps, the ways of each master and of its rounded value are summed up; where the rounded
+  value went `reset_ratio` times as far, the master is put on the rounded value, the middle of its cell (OsciReset of
+  TetraJet-v2, arXiv 2510.27527).
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ class OscillationControl:
         self.means: list[torch.Tensor] | None = None
         self.flips: list[torch.Tensor] | None = None
         self.frozen: list[torch.Tensor] | None = None
+        self.last: list[torch.Tensor] | None = None  # masters after the step before
+        self.ways: list[torch.Tensor] | None = None  # [2, ...] summed movements of masters and of rounded values
 
     @torch.no_grad()
     def requantize(self, step: int) -> None:
@@ -36,8 +41,10 @@ class OscillationControl:
             self.quantizer.requantize()
         elif self.settings.method == "ema":
             self._requantize_means()
-        else:
+        elif self.settings.method == "freeze":
             self._requantize_frozen()
+        else:
+            self._requantize_reset(step)
 
     def _requantize_means(self) -> None:
         if self.means is None:
@@ -60,11 +67,29 @@ class OscillationControl:
             flips += flipped & (flips < 255)
             frozen |= flips >= self.settings.freeze_flips
 
+    def _requantize_reset(self, step: int) -> None:
+        tensors, masters = self.quantizer.tensors, self.quantizer.masters
+        if self.last is None:
+            self.last = [m.data.clone() for m in masters]
+            self.ways = [torch.zeros(2, *m.shape, device=m.device) for m in masters]
+        before = [t.parameter.data.clone() for t in tensors]
+        self.quantizer.requantize()
+        reset = (step - self.first_step + 1) % self.settings.reset_every == 0
+        for tensor, master, last, ways, old in zip(tensors, masters, self.last, self.ways, before, strict=True):
+            ways[0] += (master.data - last).abs()
+            ways[1] += (tensor.parameter.data.float() - old.float()).abs()
+            if reset:
+                oscillates = (ways[0] > 0) & (ways[1] >= self.settings.reset_ratio * ways[0])
+                master.data[oscillates] = tensor.parameter.data[oscillates].float()
+                ways.zero_()
+            last.copy_(master.data)
+
     def state_dict(self) -> dict:
-        return {"means": self.means, "flips": self.flips, "frozen": self.frozen}
+        state = {"means": self.means, "flips": self.flips, "frozen": self.frozen}
+        return state if self.last is None else state | {"last": self.last, "ways": self.ways}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes a state that may lie on another device: Accelerate reads checkpoints to the CPU."""
-        self.means, self.flips, self.frozen = (
+        self.means, self.flips, self.frozen, self.last, self.ways = (
             saved and [s.to(master.device) for s, master in zip(saved, self.quantizer.masters, strict=True)]
-            for saved in (state["means"], state["flips"], state["frozen"]))
+            for saved in (state.get(key) for key in ("means", "flips", "frozen", "last", "ways")))

@@ -24,12 +24,15 @@ import torch
 from accelerate.utils import broadcast
 from torch import nn
 
-from modeling.load import load_model, load_tokenizer
+from checkpoint.load import load_model, load_tokenizer
+from modeling.all_experts import use_all_experts
 from modeling.output_head import require_plain_head
 from qat import evaluate
 from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite
 from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset
-from qat.losses import chunked_statistics, hidden_loss, run_hidden
+from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, run_hidden
+from qat.methods import MethodQuantizer, pull_strength, pull_to_grid
+from qat.methods import needed as methods_needed
 from qat.optimizer import make_optimizer
 from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
@@ -66,7 +69,8 @@ class TrainingState:
     def state_dict(self) -> dict:
         return {"step": self.step, "batches": self.batches, "masters": [m.data for m in self.quantizer.masters],
                 "oscillation": self.oscillation.state_dict(), "health": self.health.state_dict(),
-                "averaged_steps": self.averaged_steps, "average": self.average}
+                "averaged_steps": self.averaged_steps, "average": self.average,
+                "methods": self.quantizer.state_dict() if isinstance(self.quantizer, MethodQuantizer) else None}
 
     def load_state_dict(self, state: dict) -> None:
         for tensor, master, saved in zip(self.quantizer.tensors, self.quantizer.masters, state["masters"], strict=True):
@@ -79,6 +83,9 @@ class TrainingState:
         self.average = [a.to(m.device) for a, m in zip(state["average"], self.quantizer.masters, strict=False)]
         self.oscillation.load_state_dict(state["oscillation"])
         self.health.load_state_dict(state["health"])
+        if isinstance(self.quantizer, MethodQuantizer):
+            self.quantizer.load_state_dict(state["methods"])
+            self.quantizer.set_step(self.step)
 
 
 class Trainer(TrainingRun):
@@ -105,17 +112,20 @@ class Trainer(TrainingRun):
             raise ValueError("qat.train: all needs model.dtype: float32 (only experts have float32 masters; small updates of "
                              "other bf16 weights would be rounded away)")
         require_plain_head(model.to(self.accelerator.device))
+        use_all_experts(model)
         model.train()
         self._choose_trainable(model)
         self.teacher = make_teacher(model)
-        self.quantizer = ExpertQuantizer(model, scale_rule=recipe.quantization.scale_rule, ste=recipe.quantization.ste,
-                                         expected_tensors=recipe.quantization.expected_tensors)
+        self.quantizer = make_quantizer(model, recipe)
         self.originals = [self.teacher.get_parameter(t.name).data for t in self.quantizer.tensors]
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.others = [p for n, p in model.named_parameters()
                        if p.requires_grad and n not in {t.name for t in self.quantizer.tensors}]
         optimizer = make_optimizer([*self.quantizer.masters, *self.others], settings.optimizer)
+        if settings.scales.method == "learned":
+            optimizer.add_param_group({"params": self.quantizer.shifts, "lr": settings.scales.learning_rate,
+                                       "weight_decay": 0.0})
         schedule = make_schedule(optimizer, settings.steps, settings.optimizer)
         self.state = TrainingState(self.quantizer, OscillationControl(self.quantizer, settings.oscillation, settings.steps),
                                    Health(model, self.quantizer, self.accelerator))
@@ -215,13 +225,25 @@ class Trainer(TrainingRun):
             self._raise_non_finite(dict(zip(names, means.tolist(), strict=True)))
         torch.nn.utils.clip_grads_with_norm_(trained, settings.optimizer.max_grad_norm, norm)
         learning_rate = self.schedule.get_last_lr()[0]
+        self._before_step(learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
+        if isinstance(self.quantizer, MethodQuantizer):
+            self.quantizer.keep_shifts_in_reach()
+            self.quantizer.set_step(self.state.step + 1)
         self.state.oscillation.requantize(self.state.step)
         self._average()
         self.state.step += 1
         return dict(zip(names, means.tolist(), strict=True)) | {"grad_norm": float(norm), "learning_rate": learning_rate}
+
+    def _before_step(self, learning_rate: float) -> None:
+        """What methods add to an update while masters and the model's rounded weights are those that the gradient is of."""
+        settings = self.recipe.qat
+        if isinstance(self.quantizer, MethodQuantizer):
+            self.quantizer.take_shift_gradients()
+        if strength := pull_strength(self.state.step, settings.steps, settings.grid_pull):
+            pull_to_grid(self.quantizer, learning_rate * strength)
 
     def _losses(self, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         weights = self.recipe.qat.loss
@@ -230,16 +252,25 @@ class Trainer(TrainingRun):
         seen = run_hidden(self.model, ids_BT, layers=weights.hidden > 0)
         # The last position has no next token, but the teacher's distribution there is as good a lesson as any.
         labels = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=-100)
-        sums = chunked_statistics(seen.last.flatten(0, 1), self.model.get_output_embeddings(), labels.flatten(),
-                                  teacher_NH=taught.last.flatten(0, 1), teacher_head=self.teacher.get_output_embeddings(),
-                                  temperature=weights.temperature, chunk_tokens=weights.chunk_tokens)
         predicted = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
+        arguments = (seen.last.flatten(0, 1), self.model.get_output_embeddings(), labels.flatten())
+        options = dict(teacher_NH=taught.last.flatten(0, 1), teacher_head=self.teacher.get_output_embeddings(),
+                       temperature=weights.temperature, chunk_tokens=weights.chunk_tokens)
+        if weights.gradient == "immediate":
+            loss, sums = immediate_statistics(*arguments, **options, kl_weight=weights.kl / ids_BT.numel(),
+                                              ce_weight=weights.cross_entropy / predicted)
+        else:
+            sums = chunked_statistics(*arguments, **options)
         values = {"kl": sums.kl / sums.tokens, "cross_entropy": sums.cross_entropy / predicted,
                   "top1_agreement": sums.agree / sums.tokens}
-        loss = weights.kl * values["kl"] + weights.cross_entropy * values["cross_entropy"]
+        if weights.gradient == "recompute":
+            loss = weights.kl * values["kl"] + weights.cross_entropy * values["cross_entropy"]
         if weights.hidden:
             values["hidden"] = hidden_loss(seen.layers, taught.layers)
             loss = loss + weights.hidden * values["hidden"]
+        if weights.hidden_kl:
+            values["hidden_kl"] = hidden_kl(seen.last.flatten(0, 1), taught.last.flatten(0, 1))
+            loss = loss + weights.hidden_kl * values["hidden_kl"]
         return values | {"loss": loss}
 
     def _average(self) -> None:
@@ -321,6 +352,14 @@ class Trainer(TrainingRun):
         with checkpoint.folder_aside(self.folder / "model") as partial:
             self.model.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
+
+
+def make_quantizer(model: nn.Module, recipe: Recipe) -> ExpertQuantizer:
+    options = dict(scale_rule=recipe.quantization.scale_rule, ste=recipe.quantization.ste,
+                   expected_tensors=recipe.quantization.expected_tensors)
+    if methods_needed(recipe.qat):
+        return MethodQuantizer(model, settings=recipe.qat, **options)
+    return ExpertQuantizer(model, **options)
 
 
 def require_tokenizer_fits(tokenizer, model: nn.Module, where: str) -> None:

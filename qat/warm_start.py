@@ -36,6 +36,7 @@ from mxfp4 import BLOCK_SIZE, fake_quantize, quantize
 from mxfp4.codec import round_to_scales, scale_values
 from qat.attach import ExpertQuantizer, ExpertTensor
 from qat.losses import run_hidden
+from qat.methods import MethodQuantizer, searched_scales
 from recipes.schema import WarmStart
 
 BATCH = 8  # sequences of one pass
@@ -69,8 +70,21 @@ def choose_first_codes(teacher: nn.Module, quantizer: ExpertQuantizer, rows: tor
         for name, moments in gathered.items():
             tensor, master = by_name[name]
             weight_EOI = master.data if tensor.axis == -1 else master.data.transpose(1, 2)
-            weight_EOI.copy_(compensated(weight_EOI.clone(), moments, quantizer.scale_rule, settings))
+            if getattr(quantizer, "shifts", None):
+                start_at_searched_scales(quantizer, tensor, weight_EOI.clone(), moments, settings)
+            else:
+                weight_EOI.copy_(compensated(weight_EOI.clone(), moments, quantizer.scale_rule, settings))
     quantizer.requantize()
+
+
+def start_at_searched_scales(quantizer: MethodQuantizer, tensor: ExpertTensor, weight_EOI: torch.Tensor, moments: Moments,
+                             settings: WarmStart) -> None:
+    """Sets a tensor's masters and shifts: block scales first, by the inputs' moments, then codes that compensate on them."""
+    importance = moments.inputs.diagonal(dim1=1, dim2=2) + torch.finfo(torch.float32).tiny  # experts without tokens: plain
+    scales = searched_scales(weight_EOI, importance, quantizer.scale_rule)
+    values, chosen = compensate(weight_EOI, moments, scales, settings)
+    parts = (values, chosen, scales) if tensor.axis == -1 else (t.transpose(1, 2) for t in (values, chosen, scales))
+    quantizer.start_at(quantizer.tensors.index(tensor), *parts)
 
 
 def sweeps(tensors: list[ExpertTensor], settings: WarmStart) -> Iterator[list[ExpertTensor]]:
@@ -216,9 +230,19 @@ def compensated(weight_EOI: torch.Tensor, moments: Moments, scale_rule: str, set
 
     Experts that saw no token keep their weights (plain rounding).
     """
-    E, O, I = weight_EOI.shape
+    I = weight_EOI.shape[2]
     unseen = moments.inputs.diagonal(dim1=1, dim2=2).sum(1) == 0
-    scale_EOI = scale_values(quantize(weight_EOI, scale_rule=scale_rule)[1]).repeat_interleave(BLOCK_SIZE, dim=-1)
+    w, chosen = compensate(weight_EOI, moments, quantize(weight_EOI, scale_rule=scale_rule)[1], settings)
+    same = (fake_quantize(w, scale_rule=scale_rule) == chosen).unflatten(2, (I // BLOCK_SIZE, BLOCK_SIZE)).all(-1)
+    start = torch.where(same.repeat_interleave(BLOCK_SIZE, dim=-1), w, chosen)
+    return torch.where(unseen[:, None, None], weight_EOI, start)
+
+
+def compensate(weight_EOI: torch.Tensor, moments: Moments, scales: torch.Tensor,
+               settings: WarmStart) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights with the errors of others added, what they are rounded to), float32 [E, O, I], on scales [E, O, I / 32]."""
+    E, O, I = weight_EOI.shape
+    scale_EOI = scale_values(scales).repeat_interleave(BLOCK_SIZE, dim=-1)
     columns, spread = _spread(moments.inputs, settings.damping)
     if moments.outputs is None:
         order, rows_spread, together = torch.arange(O, device=weight_EOI.device).expand(E, O), None, O
@@ -236,10 +260,7 @@ def compensated(weight_EOI: torch.Tensor, moments: Moments, scale_rule: str, set
             share = torch.linalg.solve_triangular(rows_spread[:, here, here], rows_spread[:, here, later], upper=True)
             w[:, later] -= share.transpose(1, 2) @ (aim - chosen[:, here])
     back = order.argsort(dim=1), columns.argsort(dim=1)
-    chosen, w = _permuted(chosen, *back), _permuted(w, *back)
-    same = (fake_quantize(w, scale_rule=scale_rule) == chosen).unflatten(2, (I // BLOCK_SIZE, BLOCK_SIZE)).all(-1)
-    start = torch.where(same.repeat_interleave(BLOCK_SIZE, dim=-1), w, chosen)
-    return torch.where(unseen[:, None, None], weight_EOI, start)
+    return _permuted(w, *back), _permuted(chosen, *back)
 
 
 def _round_columns(w: torch.Tensor, scale: torch.Tensor, spread: torch.Tensor, chosen: torch.Tensor) -> None:

@@ -80,11 +80,42 @@ class WarmStart(Section):
 class Oscillation(Section):
     """Control of weights that flip back and forth between two codes late in training."""
 
-    method: Literal["none", "ema", "freeze"] = Field("none", description="ema: round the running mean of the master weight "
-                                                      "(TetraJet's Q-EMA); freeze: pin elements that flip too often")
+    method: Literal["none", "ema", "freeze", "reset"] = Field(
+        "none", description="ema: round the running mean of the master weight (TetraJet's Q-EMA); freeze: pin elements that "
+        "flip too often; reset: put the masters of oscillating elements on their rounded value (TetraJet-v2's OsciReset)")
     ema_decay: Fraction = Field(0.99, description="decay per step of the running mean")
     freeze_flips: PositiveInt = Field(4, description="flips within the window after which an element is pinned")
+    reset_every: PositiveInt = Field(10, description="steps over which movements are summed before each reset")
+    reset_ratio: PositiveFloat = Field(16.0, description="an element oscillates if its rounded value moves this many times as "
+                                       "far as its master")
     start: Fraction = Field(0.3, description="share of the run after which control begins")
+
+
+class Scales(Section):
+    """Block scales s + d, with s the scale rule's exponent and d one of -1, 0, 1."""
+
+    method: Literal["rule", "searched", "learned"] = Field(
+        "rule", description="rule: d = 0; searched: each block's d of least error, chosen with the first codes and kept; "
+        "learned: searched, then moved by gradient (LSQ, arXiv 1902.08153, on powers of two)")
+    learning_rate: PositiveFloat = Field(0.02, description="learned: peak rate of d in octaves per update")
+
+
+class SoftRounding(Section):
+    """A mixture of the two neighbouring codes instead of the nearest one, sharpened until it is the nearest one."""
+
+    method: Literal["none", "annealed"] = Field("none", description="annealed: a tanh step between neighbours (DSQ, arXiv "
+                                                "1908.05033) that grows steeper from update to update")
+    sharpness: tuple[PositiveFloat, PositiveFloat] = Field((4.0, 40.0), strict=False, description="of the step, first and last")
+    until: Annotated[float, Field(gt=0.0, le=0.95)] = Field(0.5, description="share of the run after which rounding is hard")
+
+
+class GridPull(Section):
+    """CAGE (arXiv 2510.18784): masters are pulled to their rounded values beside the optimizer, as weight decay pulls to 0."""
+
+    strength: NonNegativeFloat = Field(0.0, description="share, in units of the learning rate, of the distance to the rounded "
+                                       "value that an update removes; 0: off")
+    start: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.5, description="share of the run before the pull begins; it then "
+                                                           "grows linearly to its full strength at the end")
 
 
 class Loss(Section):
@@ -94,13 +125,18 @@ class Loss(Section):
     cross_entropy: NonNegativeFloat = Field(0.0, description="next-token cross entropy, nats per token")
     hidden: NonNegativeFloat = Field(0.0, description="squared error of each decoder layer's output relative to the "
                                      "teacher's output variance, mean over layers")
+    hidden_kl: NonNegativeFloat = Field(0.0, description="KL(teacher || student) of the softmax over the features of the last "
+                                        "hidden state, nats per token")
     temperature: PositiveFloat = Field(1.0, description="softmax temperature of the KL term")
     chunk_tokens: PositiveInt = Field(2048, description="tokens whose logits are held at once")
+    gradient: Literal["recompute", "immediate"] = Field(
+        "recompute", description="logits are computed again in the backward pass, or their gradient is taken with them: two "
+        "products with the vocabulary less (needs train: experts)")
 
     @model_validator(mode="after")
     def _not_all_zero(self):
-        if self.kl == 0 and self.cross_entropy == 0 and self.hidden == 0:
-            raise ValueError("loss.kl, loss.cross_entropy and loss.hidden are all 0: nothing would be trained")
+        if self.kl == self.cross_entropy == self.hidden == self.hidden_kl == 0:
+            raise ValueError("loss.kl, loss.cross_entropy, loss.hidden and loss.hidden_kl are all 0: nothing would be trained")
         return self
 
 
@@ -130,6 +166,9 @@ class QAT(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     warm_start: WarmStart = Field(default_factory=WarmStart)
     oscillation: Oscillation = Field(default_factory=Oscillation)
+    scales: Scales = Field(default_factory=Scales)
+    soft_rounding: SoftRounding = Field(default_factory=SoftRounding)
+    grid_pull: GridPull = Field(default_factory=GridPull)
     average_last: Fraction = Field(0.0, description="round the mean of the masters over this last share of the run")
     evaluation_dtype: Literal["model", "float32"] = Field("model", description="float32: final evaluation on float32 copies")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
@@ -137,6 +176,14 @@ class QAT(Section):
     health_every: PositiveInt = Field(50, description="steps between per-layer, per-expert health lines")
     checkpoint_every: PositiveInt = Field(100, description="steps between checkpoints")
     keep_last: PositiveInt = Field(2, description="complete checkpoints kept")
+
+    @model_validator(mode="after")
+    def _methods_agree(self):
+        if self.loss.gradient == "immediate" and self.train != "experts":
+            raise ValueError("qat.loss.gradient: immediate gives the head no gradient; use recompute with qat.train: all")
+        if self.scales.method == "learned" and (self.soft_rounding.method != "none" or self.optimizer.name != "adamw"):
+            raise ValueError("qat.scales.method: learned needs qat.optimizer.name: adamw and qat.soft_rounding.method: none")
+        return self
 
 
 class Drafter(Section):

@@ -11,8 +11,10 @@ Exit code 0: ended on request; 1: the engine broke; 2: a mistake in arguments or
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -29,16 +31,31 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", metavar="CHECKPOINT_DIR", type=Path)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one, which is printed (%(default)s)")
-    parser.add_argument("--served-name", metavar="NAME", help="the model's name in the API (default: the folder's name)")
-    parser.add_argument("--api-key", metavar="KEY", help=f"wanted from clients (default: ${KEY_VARIABLE}, else none)")
+    parser.add_argument("--served-name", metavar="NAME", action="append",
+                        help="the model's name in the API; again: another name for it (default: the recipe's, or the folder's)")
+    keys = parser.add_mutually_exclusive_group()
+    keys.add_argument("--api-key", metavar="KEY", help=f"wanted from clients (default: ${KEY_VARIABLE}, else none); other "
+                      "users of this machine can read a command's arguments")
+    keys.add_argument("--api-key-file", metavar="FILE", type=Path, help="the same, in a file")
+    parser.add_argument("--allowed-host", metavar="NAME", action="append", default=[],
+                        help="a name under which the server is reached; '*' is any (default: addresses and localhost)")
+    parser.add_argument("--allow-origin", metavar="ORIGIN", action="append", default=[],
+                        help="web pages that may ask (scheme://name[:port]); '*' is all of them")
     parser.add_argument("--max-context", type=int, default=4096, metavar="N", help="tokens of prompt and answer (%(default)s)")
     parser.add_argument("--max-running", type=int, default=8, metavar="N", help="answers decoded side by side (%(default)s)")
     parser.add_argument("--max-requests", type=int, default=64, metavar="N",
                         help="answers running or waiting; more are told to come back, 429 (%(default)s)")
     parser.add_argument("--max-body-mib", type=float, default=4.0, metavar="MIB", help="largest body (%(default)s)")
+    parser.add_argument("--max-bodies-mib", type=float, default=64.0, metavar="MIB",
+                        help="all bodies that are arriving together (%(default)s)")
+    parser.add_argument("--max-connections", type=int, default=512, metavar="N", help="(%(default)s)")
+    parser.add_argument("--request-workers", type=int, default=2, metavar="N",
+                        help="processes that parse requests and run the chat template (%(default)s)")
+    parser.add_argument("--ignore-unknown-fields", action="store_true",
+                        help="answer requests that have fields which nobody knows, instead of refusing them")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations (%(default)s)")
     parser.add_argument("--backend", default="auto",
-                        help="what runs the steps: auto, native, torch, triton, triton-mxfp8 (%(default)s)")
+                        help="what runs the steps: auto, c, torch, triton, triton-mxfp8 (%(default)s)")
     parser.add_argument("--no-drafter", action="store_true", help="decode without the drafter")
     parser.add_argument("--fixed-drafts", action="store_true", help="always draft whole blocks, whatever is accepted")
     parser.add_argument("--ignore-generation-config", action="store_true",
@@ -47,13 +64,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--drain-seconds", type=int, default=30, metavar="S", help="(%(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no line per request")
     options = parser.parse_args(argv)
-    for name in ("max_context", "max_running", "max_requests", "max_body_mib"):
+    for name in ("max_context", "max_running", "max_requests", "max_body_mib", "max_bodies_mib", "max_connections",
+                 "request_workers"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}, expected more than 0")
     if not 0 <= options.port < 65536:
         parser.error(f"--port: {options.port}, expected 0 to 65535")
     if options.drain_seconds < 0:
         parser.error(f"--drain-seconds: {options.drain_seconds}, expected 0 or more")
+    for origin in options.allow_origin:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin, re.IGNORECASE):
+            parser.error(f"--allow-origin: {origin!r}, expected scheme://name[:port] or '*'")
+    for name in options.served_name or []:
+        if not name.strip():
+            parser.error(f"--served-name: {name!r}, expected a name")
     return options
 
 
@@ -111,51 +135,126 @@ def load(options: argparse.Namespace, ranks, tokenizer):
 
 def serve(options: argparse.Namespace, ranks) -> int:
     """Rank 0: loads, listens, answers until told to end."""
-    import errno
     import signal
-    import socket
 
     import uvicorn
 
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
     from runtime_ref.server.app import application
+    from runtime_ref.server.connections import Server, limited, possible_connections
     from runtime_ref.server.engine_thread import EngineWorker
     from runtime_ref.server.handlers import Api, Settings
+    from runtime_ref.server.request_workers import RequestWorkers
 
-    listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
+    names = tuple(options.served_name or [default_name(options.folder)])
+    settings = Settings(names, access_rules(options), body_bytes=int(options.max_body_mib * 2**20),
+                        bodies_bytes=int(options.max_bodies_mib * 2**20), adaptive=not options.fixed_drafts,
+                        defaults={} if options.ignore_generation_config else sampling_defaults(options.folder),
+                        unknown_fields=options.ignore_unknown_fields)
+    connections = limited(possible_connections(options.max_connections))
+    listening = listen(options.host, options.port)
+    tokenizer = load_tokenizer(options.folder)
+    with contextlib.closing(RequestWorkers(options.folder, options.request_workers)) as preparing:
+        preparing.start()
+        worker = EngineWorker(load(options, ranks, tokenizer), ranks, max_requests=options.max_requests)
+        api = Api(worker, tokenizer, settings, preparing)
+        config = uvicorn.Config(application(api), http=connections, log_level="warning" if options.quiet else "info",
+                                access_log=not options.quiet, timeout_keep_alive=30, ws="none", lifespan="on")
+        # uvicorn raises the signals that ended it once more; by then everything is done and the exit code is ours.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        warn(options, settings.access)
+        where = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listening.getsockname()[1]}"
+        print(f"serving {names[0]} on {where} (OpenAI API at {where}/v1, chat page at {where}/)", flush=True)
+        Server(config, drain_seconds=options.drain_seconds,
+               cut=lambda: worker.cut("the server is shutting down")).run(sockets=[listening])
+    if worker.stopped:
+        return 0 if worker.ended_well else 1
+    print(f"{NAME}: the engine's step did not end; left behind", file=sys.stderr, flush=True)
+    os._exit(1)  # a thread that hangs in a step would keep the process
+
+
+def listen(host: str, port: int):
+    """A bound socket.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    import errno
+    import socket
+
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((options.host, options.port))
+        listening.bind((host, port))
     except OSError as error:
+        listening.close()
         hint = ", expected a free port (--port 0 takes any)" if error.errno == errno.EADDRINUSE else ""
-        raise ValueError(f"--host {options.host} --port {options.port}: {error.strerror or error}{hint}") from None
-    tokenizer = load_tokenizer(options.folder)
-    engine = load(options, ranks, tokenizer)
-    worker = EngineWorker(engine, ranks, max_requests=options.max_requests)
-    name = options.served_name or options.folder.resolve().name
-    defaults = {} if options.ignore_generation_config else sampling_defaults(options.folder)
-    api = Api(worker, tokenizer, Settings(
-        model=name, api_key=options.api_key or os.environ.get(KEY_VARIABLE) or None,
-        body_bytes=int(options.max_body_mib * 2**20), defaults=defaults,
-        adaptive=not options.fixed_drafts))
-    config = uvicorn.Config(application(api), log_level="warning" if options.quiet else "info", access_log=not options.quiet,
-                            timeout_graceful_shutdown=options.drain_seconds, timeout_keep_alive=30, ws="none")
-    # uvicorn raises the signals that ended it once more; by then everything is done and the exit code is ours.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    if api.settings.api_key is None and options.host not in ("127.0.0.1", "localhost", "::1"):
+        raise ValueError(f"--host {host} --port {port}: {error.strerror or error}{hint}") from None
+    return listening
+
+
+def access_rules(options: argparse.Namespace):
+    """Who may ask.
+
+    Raises:
+        ValueError: a key that is empty, or cannot be sent in a header.
+    """
+    import socket
+
+    from runtime_ref.server.access import LOOPBACK, AccessRules, host_name
+
+    where, key = "--api-key", options.api_key
+    if options.api_key_file is not None:
+        where = f"--api-key-file {options.api_key_file}"
+        try:
+            key = options.api_key_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise ValueError(f"{where}: {reason}, expected a file with a key") from None
+    elif key is None:
+        where, key = f"${KEY_VARIABLE}", os.environ.get(KEY_VARIABLE)
+    if key is not None and (not key.strip() or key != key.strip() or not key.isprintable()):
+        reason = "spaces around it, or unprintable" if key.strip() else "empty"
+        raise ValueError(f"{where}: {reason}, expected a key (leave it out, or unset the variable, to serve without one)")
+    own = (options.host, socket.gethostname(), socket.getfqdn()) if options.host not in LOOPBACK else ()
+    hosts = tuple(host_name(name) for name in (*own, *options.allowed_host))
+    # Beyond loopback a key keeps rebound pages out, and nobody can list the names of proxies and networks.
+    anyhow = "*" in options.allowed_host or key is not None and options.host not in LOOPBACK and not options.allowed_host
+    return AccessRules(key, None if anyhow else hosts, tuple(origin.lower().rstrip("/") for origin in options.allow_origin))
+
+
+def warn(options: argparse.Namespace, rules) -> None:
+    """Says who can reach a server that asks for no key."""
+    from runtime_ref.server.access import LOOPBACK
+
+    if rules.api_key is not None:
+        return
+    if options.host not in LOOPBACK:
         print(f"{NAME}: {options.host} can be reached by others and no --api-key is set", file=sys.stderr)
-    where = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listening.getsockname()[1]}"
-    print(f"serving {name} on {where} (OpenAI API at {where}/v1, chat page at {where}/)", flush=True)
-    uvicorn.Server(config).run(sockets=[listening])
-    return 0 if worker.ended_well else 1
+    if "*" in rules.origins:
+        print(f"{NAME}: --allow-origin '*' without --api-key: every page in a browser of this network may ask", file=sys.stderr)
+
+
+def default_name(folder: Path) -> str:
+    """What a checkpoint is called: its recipe's name, that of the hub's cache, or the folder's own."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load((folder / "resolved.yaml").read_text(encoding="utf-8"))
+        if isinstance(recipe, dict) and isinstance(recipe.get("name"), str) and recipe["name"].strip():
+            return recipe["name"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        pass
+    cached = re.search(r"models--([^/]+)/snapshots/[^/]+$", str(folder.absolute()))
+    return cached[1].replace("--", "/") if cached else folder.resolve().name
 
 
 def assist(options: argparse.Namespace, ranks) -> int:
     """Other ranks: compute what rank 0 says. Rank 0 decides when to end, so that answers under way are finished."""
     import signal
 
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
     from runtime_ref.server.engine_thread import follow
 
     for number in (signal.SIGTERM, signal.SIGINT):

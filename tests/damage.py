@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.config_files import read_checksums, write_checksums
+from checkpoint.checksums import read_checksums, write_checksums
 
 EXPERT = "model.layers.1.mlp.experts.0.gate_proj.weight"
 FLOAT = "model.layers.2.self_attn.o_proj.weight"

@@ -12,10 +12,13 @@ from pace import seconds as limit
 
 from runtime_ref.engine.engine import Engine
 from runtime_ref.server.app import application
+from runtime_ref.server.connections import Server, limited
 from runtime_ref.server.engine_thread import EngineWorker
 from runtime_ref.server.handlers import Api, Settings
+from runtime_ref.server.request_workers import RequestWorkers
 
 MODEL = "small"
+CONNECTIONS = limited(512)
 
 
 @dataclass
@@ -48,13 +51,15 @@ class Live:
 
 
 @contextlib.contextmanager
-def live_server(engine: Engine, tokenizer, *, max_requests: int = 64, stall_seconds: float = limit(180.0), **settings):
+def live_server(engine: Engine, tokenizer, preparing: RequestWorkers, *, max_requests: int = 64,
+                stall_seconds: float = limit(180.0), drain_seconds: float = 1.0, connections: type = CONNECTIONS, **settings):
+    """A running server; `preparing` are its request workers, which servers of a test session may share."""
     worker = EngineWorker(engine, max_requests=max_requests, stall_seconds=stall_seconds)
-    api = Api(worker, tokenizer, Settings(MODEL, **settings))
+    api = Api(worker, tokenizer, Settings(**{"names": (MODEL,), **settings}), preparing)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(application(api), log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    config = uvicorn.Config(application(api), http=connections, log_level="warning", lifespan="on")
+    server = Server(config, drain_seconds=drain_seconds, cut=lambda: worker.cut("the server is shutting down"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:

@@ -23,8 +23,8 @@ def faults(wrong: dict, some: set[str]) -> list:
 
 def write_reference(folder: Path) -> None:
     """dflash_reference.safetensors as the format has it: features and one drafted block, float32."""
+    from checkpoint.load import load_model
     from modeling.drafter import load_drafter
-    from modeling.load import load_model
 
     target, drafter = load_model(folder, dtype=torch.float32), load_drafter(folder / "dflash", torch.float32)
     text = max(41, target.config.sliding_window + 12)  # long enough to show the target's window

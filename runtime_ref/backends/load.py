@@ -1,58 +1,77 @@
-"""Names to backends and drafters: the only place that knows them all."""
+"""Names to backends: the only place that knows them all."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from modeling.drafter import load_drafter
+from runtime_ref.backends.base import Backend
 from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.backends.torch.drafter import Drafter
 from runtime_ref.checkpoints.folder import verify_checksums
-from runtime_ref.checkpoints.host_weights import TargetWeights
-from runtime_ref.core.batch import KIND
+from runtime_ref.checkpoints.host_weights import DECODED_BYTES
+from runtime_ref.checkpoints.load import load_target
+from runtime_ref.core.tensor_parallel import ALONE, Ranks
+
+BACKENDS = ("auto", "c", "torch", "triton", "triton-mxfp8")
+ALIASES = {"native": "c"}
 
 
-def load_runtime_drafter(folder: str | Path, backend, pages: int) -> Drafter:
-    """The drafter of a `dflash/` folder, on the ops of the target's backend.
+def known_backend(name: str) -> str:
+    """One of `BACKENDS`.
 
     Raises:
-        ValueError: missing or unexpected tensors, no mask embedding, a drafter of another target.
+        ValueError: none of them.
     """
-    if backend.name == "native":
-        from runtime_ref.backends.c.drafter import NativeDrafter
+    name = ALIASES.get(name, name)
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r}: expected {', '.join(BACKENDS)}")
+    return name
 
-        return NativeDrafter(load_drafter(folder, torch.float32), backend, pages)
-    return Drafter(load_drafter(folder, torch.float32), backend, pages)
+
+def load_backend(name: str, folder: str | Path, ranks: Ranks = ALONE, *, dtype: torch.dtype = torch.bfloat16,
+                 pages: dict[str, int], context: int, decoded_bytes: int = DECODED_BYTES, checksum: bool = False,
+                 progress: Callable[[int, int], None] | None = None) -> Backend:
+    """A backend on an exported folder.
+
+    Args:
+        name: "c" (compiled ops), "torch", or "auto": c where it can run, and where it cannot, torch, with a warning that says
+            why. "triton": kernels, on the GPU; without one compiled for the CPU, or interpreted with TRITON_INTERPRET=1.
+            "triton-mxfp8": the same, with experts for tensor cores that read FP4 themselves (Blackwell), which want
+            activations rounded to MXFP8: other numbers. "native" is an older name of "c".
+        pages: of the KV cache by kind ("full", "window"). context: the longest sequence in tokens.
+        decoded_bytes: of decoded experts that the torch backend keeps. progress: is told (layers read, of how many).
+
+    Raises:
+        ValueError: an unknown name, a folder or dtype that the backend cannot run.
+    """
+    name = known_backend(name)
+    if name.startswith("triton"):
+        return _load_triton(folder, ranks, dtype, pages, context, checksum, progress, mxfp8=name == "triton-mxfp8")
+    weights = load_target(folder, ranks, decoded_bytes=decoded_bytes, checksum=checksum, progress=progress)
+    return _host_backend(name, weights)(weights, dtype=dtype, pages=pages)
 
 
-def backend_class(name: str, weights: TargetWeights) -> type:
-    """The class that runs a model's steps."""
+def _host_backend(name: str, weights) -> type[Backend]:
     if name == "torch":
         return TorchBackend
-    from runtime_ref.backends.c.backend import NativeBackend, refuses
+    from runtime_ref.backends.c.backend import CBackend, refuses
 
     reason = refuses(weights) if name == "auto" else None
     if reason is None:
-        return NativeBackend
+        return CBackend
     warnings.warn(f"the compiled ops cannot be used ({reason}); decoding runs on torch, several times slower", stacklevel=3)
     return TorchBackend
 
 
-def load_triton(path, dflash: Path | None, ranks, dtype, pages, context: int, checksum: bool, progress,
-            native: bool = False) -> tuple:
-    """The Triton backend, and its drafter if there is a `dflash` folder."""
+def _load_triton(folder, ranks, dtype, pages, context, checksum, progress, *, mxfp8: bool) -> Backend:
     if importlib.util.find_spec("triton") is None:
         raise ValueError("backend 'triton': triton is not installed; expected `pip install -e '.[gpu]'` (Linux)")
     from runtime_ref.backends.triton.backend import load_triton_backend
-    from runtime_ref.backends.triton.drafter import load_triton_drafter
 
     if checksum:
-        verify_checksums(path)
-    runner = load_triton_backend(path, ranks, dtype=dtype, pages=pages, positions=context, native=native, progress=progress)
-    if dflash is None:
-        return runner, None
-    return runner, load_triton_drafter(dflash, runner, pages.get(KIND, max(pages.values())), context)
+        verify_checksums(folder)
+    return load_triton_backend(folder, ranks, dtype=dtype, pages=pages, positions=context, native=mxfp8, progress=progress)

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.fp8 import require_grid, spread_rows
+from checkpoint.tensor_files import TensorFiles
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.names import qkv_rows, qkv_scale_rows
 from mxfp4.format import BLOCK_SIZE
 from runtime_ref.checkpoints.device_shapes import expert_tiles, layer_heads, layer_shapes, outer_shapes
 from runtime_ref.checkpoints.families.base import NotHeld
 from runtime_ref.checkpoints.families.registry import read_geometry
-from runtime_ref.checkpoints.rank_files import ShareFiles
 from runtime_ref.core.tensor_parallel import ALONE, SHARES, Ranks
 from runtime_ref.kernels.repack import MAX_SCALE_BYTE, SCALE_OFFSET, ExpertPages, Tile, repack_experts
 from runtime_ref.kernels.row_launches import Heads, Matrix, Router, paired
@@ -113,7 +114,7 @@ def load_kernel_weights(folder: str | Path, ranks: Ranks = ALONE, *, device: str
     if config.model_type not in _READERS:
         raise NotHeld(f"{Path(folder) / 'config.json'}: model_type: {config.model_type!r}, expected {' or '.join(_READERS)}: "
                       "the kernels have no biases and no clamped SwiGLU; run this checkpoint with --backend torch")
-    reader = _READERS[config.model_type](ShareFiles(Path(folder)), config, ranks, native, device)
+    reader = _READERS[config.model_type](TensorFiles(Path(folder)), config, ranks, native, device)
     fp8 = [reader.fp8(i) for i in range(config.num_hidden_layers)]
 
     def layer(index: int) -> dict[str, torch.Tensor]:
@@ -194,7 +195,7 @@ class _Reader:
 
     codes = "weight"  # how an expert matrix's codes are called
 
-    def __init__(self, files: ShareFiles, config: MiMoV2Config, ranks: Ranks, native: bool = False, device: str = "cpu"):
+    def __init__(self, files: TensorFiles, config: MiMoV2Config, ranks: Ranks, native: bool = False, device: str = "cpu"):
         self.files, self.config, self.ranks, self.names, self.native = files, config, ranks, set(files), native
         self.device = device
 
@@ -251,16 +252,8 @@ class _Reader:
             raise ValueError(f"{self.files.folder}: {name}.weight holds NaN")
         scale = self.files.read(f"{name}.weight_scale_inv").float()
         segments = qkv_scale_rows(f"{name}.weight", rows, self.config)
-        expected = (sum(-(-n // FP8_BLOCK) for n in segments), -(-width // FP8_BLOCK))
-        if tuple(scale.shape) != expected:
-            raise ValueError(f"{self.files.folder}: {name}.weight_scale_inv: shape {list(scale.shape)}, expected "
-                             f"{list(expected)}")
-        spread, row = [], 0
-        for n in segments:
-            blocks = -(-n // FP8_BLOCK)
-            spread.append(scale[row:row + blocks].repeat_interleave(FP8_BLOCK, 0)[:n])
-            row += blocks
-        scales = torch.cat(spread)
+        require_grid(f"{self.files.folder}: {name}.weight", scale, segments, width)
+        scales = spread_rows(scale, segments)
         return {"weight": raw.view(torch.uint8), "scales": scales if dim is None else own_share(scales, dim, self.ranks)}
 
     def _qkv(self, prefix: str, index: int) -> list[dict[str, torch.Tensor]]:

@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from checkpoint.fp8 import dequantize_fp8
+from checkpoint.tensor_files import TensorFiles
 from modeling.configuration_mimo_v2 import MiMoV2Config
-from modeling.load import TensorFiles, dequantize_fp8
 from modeling.names import qkv_rows
 from mxfp4 import BLOCK_SIZE, dequantize
 from runtime_ref.core.tensor_parallel import Ranks, shares

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from modeling.load import TensorFiles
+from checkpoint.tensor_files import TensorFiles
 from runtime_ref.checkpoints.folder import verify_checksums
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES, DecodedCache, TargetWeights
 from runtime_ref.core.tensor_parallel import ALONE, Ranks

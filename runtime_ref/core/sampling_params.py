@@ -17,6 +17,9 @@ class SamplingParams:
         logprobs: None, or how many alternatives to return beside the chosen token.
         stop: strings that end the answer (not part of it); stop_ids: tokens that do. ignore_eos: the model's end is none.
         speculate: use the drafter, if there is one. drafts: at most so many per round (None: the drafter's block).
+        min_tokens: no end token, and none of stop_ids, before so many; `held_back` are those tokens (the engine sets it).
+        logit_bias: (token, what is added to its logit).
+        skip_special: special tokens have no text.
         adaptive: choose the number of drafts by what was accepted so far.
         rule: "equality" (emit the target's own sample; drafts are greedy) or "rejection" (drafts are sampled).
     """
@@ -38,11 +41,15 @@ class SamplingParams:
     drafts: int | None = None
     adaptive: bool = False
     rule: str = "equality"
+    min_tokens: int = 0
+    held_back: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    skip_special: bool = True
 
     def __post_init__(self):
         for name in ("max_tokens", "top_k", "seed", "logprobs", "drafts", "temperature", "top_p", "min_p", "presence_penalty",
-                     "frequency_penalty", "repetition_penalty"):
-            value, whole = getattr(self, name), name in ("max_tokens", "top_k", "seed", "logprobs", "drafts")
+                     "frequency_penalty", "repetition_penalty", "min_tokens"):
+            value, whole = getattr(self, name), name in ("max_tokens", "top_k", "seed", "logprobs", "drafts", "min_tokens")
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 if value is not None or name not in ("logprobs", "drafts"):
                     raise ValueError(f"{name}: {value!r}, expected {'a whole number' if whole else 'a number'}")
@@ -56,6 +63,8 @@ class SamplingParams:
                   ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 100, "more than 0, up to 100"),
                   ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "0 or more"),
                   ("drafts", self.drafts, self.drafts is None or self.drafts >= 0, "0 or more"),
+                  ("min_tokens", self.min_tokens,
+                   0 <= self.min_tokens <= self.max_tokens, f"0 to {self.max_tokens}, max_tokens"),
                   ("stop", self.stop, all(self.stop), "no empty string"),
                   ("rule", self.rule, self.rule in RULES, " or ".join(RULES))]
         for name, value, fine, expected in checks:
@@ -69,7 +78,9 @@ class SamplingParams:
 
     @property
     def penalized(self) -> bool:
-        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+        """What was said before, or the request itself, changes the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.logit_bias
+                    or self.min_tokens)
 
 
 RULES = ("equality", "rejection")

@@ -17,8 +17,8 @@ LONGEST_CHARACTER = 4
 class TextStream:
     """Text of one answer, token by token."""
 
-    def __init__(self, tokenizer, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer, stop: Sequence[str] = (), skip_special: bool = True):
+        self.tokenizer, self.stop, self.skip_special = tokenizer, tuple(stop), skip_special
         self._tokens: list[int] = []
         self._context = 0  # tokens before this one are shown and no longer decoded
         self._shown = 0  # tokens whose text was taken over
@@ -45,7 +45,9 @@ class TextStream:
         return text
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False) if tokens else ""
+        if not tokens:
+            return ""
+        return self.tokenizer.decode(tokens, skip_special_tokens=self.skip_special, clean_up_tokenization_spaces=False)
 
     def _release(self, new: str) -> str:
         if self.stopped:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from runtime_ref.backends.base import Backend, Drafter
 from runtime_ref.core.batch import Span, Wanted
 from runtime_ref.core.kv_cache import PAGE, KvCache, OutOfPages
 from runtime_ref.core.program import Task
 from runtime_ref.core.sampling_params import SamplingParams
-from runtime_ref.engine.speculative import Proposal, Proposer, accept, propose
+from runtime_ref.engine.speculative import Proposal, accept, propose
 
 # Rounds of three or seven drafts against a plain step, where they are not measured (drafters without weights).
 DRAFT_COSTS = {0: 1.0, 3: 1.6, 7: 2.2}
@@ -104,7 +105,7 @@ class Adaptive:
         context: the longest sequence; where it is too short to measure in, costs are taken as usual.
     """
 
-    def __init__(self, backend, drafter: Proposer, cache: KvCache, tasks: list[Task], costs: dict[int, float] | None,
+    def __init__(self, backend: Backend, drafter: Drafter, cache: KvCache, tasks: list[Task], costs: dict[int, float] | None,
                  context: int):
         self.backend, self.drafter, self.cache, self.tasks, self.context = backend, drafter, cache, tasks, context
         self.given, self.costs = costs, costs
@@ -139,7 +140,7 @@ class Adaptive:
 
     def _measured(self) -> dict[int, float] | None:
         """Seconds of rounds over those of a plain step, for one sequence; None if there is no room to measure now."""
-        if getattr(self.drafter, "pool", None) is None or self.context < PAGE + self.drafter.block:
+        if self.drafter.pool is None or self.context < PAGE + self.drafter.block:
             return DRAFT_COSTS
         tables, start = self.cache.tables(), PAGE
         try:
@@ -150,10 +151,10 @@ class Adaptive:
         seconds = {n: [] for n in DRAFT_COSTS if n < self.drafter.block}
         # One rank on a CPU in CPU time: whatever else the machine does is not this engine's cost. Ranks also wait for each
         # other, and GPUs compute while their process sleeps.
-        device = getattr(self.backend, "device", "cpu")
+        device = self.backend.device
         alone = self.backend.ranks.count == 1 and device == "cpu"
         clock = time.process_time if alone else time.perf_counter
-        params, markov = SamplingParams(temperature=0.0), getattr(self.drafter, "markov", None)
+        params, markov = SamplingParams(temperature=0.0), self.drafter.markov
         features = {n: torch.zeros(1 + n // 2, width, device=device) for n in seconds}
         for _ in range(MEASURED_ROUNDS):
             for n, found in seconds.items():

@@ -16,17 +16,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from runtime_ref.backends.load import backend_class, load_runtime_drafter, load_triton
-from runtime_ref.backends.torch.backend import TorchBackend
+from runtime_ref.backends.base import Backend, Drafter
+from runtime_ref.backends.load import known_backend, load_backend
 from runtime_ref.checkpoints.families.registry import read_geometry
 from runtime_ref.checkpoints.folder import drafter_folder, end_ids
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES
-from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.batch import KIND, Span, Wanted, logit_rows
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import check_tasks, target_tasks
@@ -37,9 +36,7 @@ from runtime_ref.engine.draft_length import Adaptive
 from runtime_ref.engine.sampler import logprob_of
 from runtime_ref.engine.scheduler import Scheduler, Work
 from runtime_ref.engine.sequence import Finish, Output, Sequence
-from runtime_ref.engine.speculative import Proposal, Proposer, Verdict, accept, propose
-
-BACKENDS = ("auto", "native", "torch", "triton", "triton-mxfp8")
+from runtime_ref.engine.speculative import Proposal, Verdict, accept, propose
 
 
 @dataclass
@@ -66,11 +63,11 @@ class EngineOptions:
 class Engine:
     """See the module's text. Build it with `from_folder`."""
 
-    def __init__(self, backend: TorchBackend, drafter: Proposer | None, options: EngineOptions, *, end_ids=(), tokenizer=None):
+    def __init__(self, backend: Backend, drafter: Drafter | None, options: EngineOptions, *, end_ids=(), tokenizer=None):
         self.backend, self.drafter, self.options = backend, drafter, options
         self.end_ids, self.tokenizer = frozenset(end_ids), tokenizer
         pools = dict(backend.pools)
-        if getattr(drafter, "pool", None) is not None:
+        if drafter is not None and drafter.pool is not None:
             pools[KIND] = drafter.pool
         self.cache = KvCache(pools, prefix=options.prefix_cache)
         self.tasks = target_tasks(backend.config, drafter.taps if drafter is not None else ())
@@ -96,32 +93,21 @@ class Engine:
         """An engine on an exported folder, with its drafter if it has one.
 
         Args:
-            backend: "native" (compiled ops, see `native.py`), "torch", or "auto": native where it can run, and where it
-                cannot, torch, with a warning that says why. "triton": kernels, on the GPU; without one compiled for the
-                CPU, or interpreted with TRITON_INTERPRET=1. "triton-mxfp8": the same, with experts for tensor cores that
-                read FP4 themselves (Blackwell), which want activations rounded to MXFP8: other numbers.
+            backend: see `backends.load.load_backend`.
 
         Raises:
             ValueError: a folder that cannot be served (what is wrong with it is said), an unknown backend.
         """
-        if backend not in BACKENDS:
-            raise ValueError(f"backend {backend!r}: expected {', '.join(BACKENDS)}")
-        options = options or EngineOptions()
+        backend, options = known_backend(backend), options or EngineOptions()
         config, raw = read_geometry(path)
         context = min(options.max_context, config.max_position_embeddings)
         per_sequence = {"full": -(-context // PAGE) + 1,
                         "window": min(-(-context // PAGE), -(-((config.sliding_window or 0) + options.rows) // PAGE)) + 2}
         pages = options.pages or {kind: n * options.max_running + options.prefix_pages for kind, n in per_sequence.items()}
         found = drafter_folder(path) if drafter else None
-        own = None
-        if backend.startswith("triton"):
-            runner, own = load_triton(path, found, ranks, dtype, pages, context, checksum, progress, backend == "triton-mxfp8")
-            return cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
-        weights = load_target(path, ranks, decoded_bytes=options.decoded_bytes, checksum=checksum, progress=progress)
-        runner = backend_class(backend, weights)(weights, dtype=dtype, pages=pages)
-        if found is not None:
-            own = load_runtime_drafter(found, runner, pages.get(KIND, max(pages.values())))
-            runner.probe(own.product_shapes())
+        runner = load_backend(backend, path, ranks, dtype=dtype, pages=pages, context=context,
+                              decoded_bytes=options.decoded_bytes, checksum=checksum, progress=progress)
+        own = None if found is None else runner.load_drafter(found, pages.get(KIND, max(pages.values())), context)
         return cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
 
     @property
@@ -147,6 +133,12 @@ class Engine:
         if total > limit or not self.scheduler.fits(total):
             raise ValueError(f"prompt of {len(prompt)} tokens and max_tokens {params.max_tokens}: expected at most {limit} "
                              "together, and no more than the cache's pages hold")
+        wrong = next((t for t, _ in params.logit_bias if not 0 <= t < vocabulary), None)
+        if wrong is not None:
+            raise ValueError(f"logit_bias: token {wrong!r}, expected 0 to {vocabulary - 1}")
+        if params.min_tokens:
+            held = {*params.stop_ids, *(() if params.ignore_eos else self.end_ids)}
+            params = replace(params, held_back=tuple(sorted(t for t in held if t < vocabulary)))
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: strings need a tokenizer, this engine has none (stop_ids work)")
         drafting = self.drafter is not None and params.speculate and params.drafts != 0
@@ -157,7 +149,7 @@ class Engine:
         sequence.arrival = sequence.id
         self._sequences[sequence.id] = sequence
         if self.tokenizer is not None:
-            self._streams[sequence.id] = TextStream(self.tokenizer, params.stop)
+            self._streams[sequence.id] = TextStream(self.tokenizer, params.stop, params.skip_special)
         self.scheduler.add(sequence)
         return sequence.id
 
@@ -214,7 +206,7 @@ class Engine:
 
     def _computed(self, step, work: list[Work], spans: list[Span], proposals: dict[int, Proposal]) -> tuple[dict, dict]:
         """Buffers of a step, and the verdicts of the sequences that a backend judges where its logits are, by id."""
-        if self.backend.name != "triton":
+        if not self.backend.capabilities.verifies_on_device:
             return self.backend.run(self.tasks, step), {}
         from runtime_ref.engine.accept_on_device import judge_on_device
 
@@ -231,7 +223,7 @@ class Engine:
         for item, logits in zip(drafting, self.drafter.logits(wanted), strict=True):
             sequence = item.sequence
             sequence.taps, sequence.tapped_from = [], sequence.computed
-            proposals[sequence.id] = propose(logits, sequence.params, sequence.computed, getattr(self.drafter, "markov", None),
+            proposals[sequence.id] = propose(logits, sequence.params, sequence.computed, self.drafter.markov,
                                              sequence.tokens[-1])
         return proposals
 

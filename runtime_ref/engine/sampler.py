@@ -47,8 +47,13 @@ def penalize(logits: torch.Tensor, params: SamplingParams, prompt: list[int], an
     if answer and (params.presence_penalty or params.frequency_penalty):
         tokens, counts = torch.tensor(answer).unique(return_counts=True)
         logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts.float()
+    for token, bias in params.logit_bias:
+        logits[token] += bias
     # A penalty of 1e-300 divides by what float32 holds as zero.
-    return logits.clamp_(-FINITE, FINITE)
+    logits.clamp_(-FINITE, FINITE)
+    if len(answer) < params.min_tokens:
+        logits[list(params.held_back)] = -torch.inf
+    return logits
 
 
 def distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:

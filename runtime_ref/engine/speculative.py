@@ -14,24 +14,12 @@ At temperature 0 both are "equal to the arg-max".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from runtime_ref.core.batch import Wanted
 from runtime_ref.core.markov import MarkovHead
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.sampler import distribution, draw, penalize, sample, uniform
-
-
-class Proposer(Protocol):
-    """What the engine asks for drafts."""
-
-    block: int
-    taps: list[int]
-
-    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
-        """Draft logits [count, vocabulary] of each sequence."""
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 
 from fastapi import FastAPI, Request
@@ -11,6 +10,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from runtime_ref.server import openai_requests as schema
+from runtime_ref.server.access import Access
 from runtime_ref.server.engine_thread import Busy, EngineDown, Refused
 from runtime_ref.server.handlers import Api, Gone
 
@@ -25,6 +25,7 @@ def _object(**properties) -> dict:
 ERROR = _object(error=_object(message=TEXT, type=TEXT, param=MAYBE_TEXT, code=MAYBE_TEXT))
 ANSWER = _object(id=TEXT, object=TEXT, created=NUMBER, model=TEXT, choices=LIST | {"items": OBJECT},
                  usage=_object(prompt_tokens=NUMBER, completion_tokens=NUMBER, total_tokens=NUMBER))
+HEADS = ("/", "/health", "/ping")
 CARD = _object(id=TEXT, object=TEXT, created=NUMBER, owned_by=TEXT)
 
 
@@ -47,21 +48,19 @@ def _documented(found: dict, *, body: type[BaseModel] | None = None, stream: boo
     return {"responses": responses, "openapi_extra": extra, "response_model": None, "response_class": Response}
 
 
-def application(api: Api) -> FastAPI:
+def application(api: Api) -> Access:
     """The ASGI application; starts the engine's thread with itself and stops it when it ends."""
     @contextlib.asynccontextmanager
     async def life(_: FastAPI):
         api.worker.start()
-        watching = asyncio.ensure_future(api.worker.watch())
         yield
-        watching.cancel()
         await api.worker.stop()
 
     app = FastAPI(title="FP4-DFlash reference runtime", version="1", lifespan=life, docs_url=None, redoc_url=None)
     _routes(app, api)
     _errors(app, api)
     _schemas(app)
-    return app
+    return Access(app, api.settings.access, api.error)
 
 
 def _routes(app: FastAPI, api: Api) -> None:
@@ -71,6 +70,8 @@ def _routes(app: FastAPI, api: Api) -> None:
             return await handler(request)
 
         app.add_api_route(path, endpoint, methods=["GET"], name=handler.__name__, **documented, **more)
+        if path in HEADS:  # of interest to load balancers; not on the OpenAPI page
+            app.add_api_route(path, endpoint, methods=["HEAD"], name=handler.__name__, include_in_schema=False)
 
     def post(path: str, handler, documented: dict) -> None:
         async def endpoint(request: Request) -> Response:
@@ -89,12 +90,18 @@ def _routes(app: FastAPI, api: Api) -> None:
     get("/v1/models", api.models, _documented(_object(object=TEXT, data=LIST | {"items": CARD})))
     app.add_api_route("/v1/models/{name:path}", model, methods=["GET"], **_documented(CARD))
     get("/health", api.health, _documented(_object(status=TEXT)))
+    get("/ping", api.health, _documented(_object(status=TEXT)))
+    get("/version", api.version, _documented(_object(version=TEXT)))
     get("/metrics", api.prometheus, _documented(TEXT, kind="text/plain"))
     get("/", api.page, _documented(TEXT, kind="text/html"), include_in_schema=False)
 
 
 def _errors(app: FastAPI, api: Api) -> None:
+    offered = sorted({route.path for route in app.routes if getattr(route, "include_in_schema", False)})
+
     async def told(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            error.detail = _where_to(request, error, offered)
         return api.error(error)
 
     async def gone(request: Request, error: Exception) -> Response:
@@ -107,6 +114,14 @@ def _errors(app: FastAPI, api: Api) -> None:
         app.add_exception_handler(kind, told)
     app.add_exception_handler(Gone, gone)
     app.add_exception_handler(500, broken)
+
+
+def _where_to(request: Request, error: HTTPException, offered: list[str]) -> str:
+    """What is wrong with a path or a method, and what there is."""
+    path = f"{request.method} {schema.short(request.url.path)}"
+    if error.status_code == 405:
+        return f"{path}: method not allowed, expected {(error.headers or {}).get('Allow', 'another')}"
+    return f"{path}: not offered by this server; it has {', '.join(offered)}"
 
 
 def _schemas(app: FastAPI) -> None:

@@ -23,6 +23,7 @@ import asyncio
 import sys
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -34,6 +35,9 @@ from runtime_ref.engine.sequence import Output
 HEARTBEAT_SECONDS = 5.0
 # A step of a large model on a CPU takes seconds; nothing sound takes minutes.
 STALL_SECONDS = 180.0
+# How often the watch looks, and after how long it speaks of an event loop that does not answer.
+WATCH_SECONDS, LOOP_SECONDS = 0.5, 5.0
+STOP_SECONDS = 5.0  # for the step that the engine is in when the server ends
 # CPU time of the engine between two hand-overs, at least, and for each open request: an event costs 0.1 to 0.4 ms of it.
 HAND_OVER_SECONDS, HAND_OVER_SECONDS_PER_REQUEST = 0.02, 0.0025
 LONGEST_HOLD_SECONDS = 0.1
@@ -213,18 +217,35 @@ class EngineWorker:
         self._step_began: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._loop_thread = 0
+        self._watching = threading.Event()  # set: no longer
+        self.loop_delay = 0.0  # seconds that the event loop last took to answer the watch
 
     def start(self) -> None:
         """Begins to compute; called in the event loop that requests will come from."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def stop(self, patience_seconds: float = 30.0) -> None:
-        """Ends the thread after the step that it is in, and the other ranks with it."""
+    async def stop(self, patience_seconds: float = STOP_SECONDS) -> None:
+        """Ends the thread after the step that it is in, and the other ranks with it; a step that hangs is left behind."""
+        self._watching.set()
         self._send(Command("stop"))
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, patience_seconds)
+        end = time.monotonic() + patience_seconds
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+
+    def cut(self, reason: str) -> None:
+        """Ends everything that is open, and everything that is still asked for, with an error."""
+        for number in self._tickets:
+            self._send(Command("abort", number))
+        self._fail(reason)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the thread has ended."""
+        return self._thread is None or not self._thread.is_alive()
 
     def submit(self, prompts: list[list[int]], params: list[SamplingParams]) -> Ticket:
         """Queues the sequences of one request.
@@ -261,14 +282,34 @@ class EngineWorker:
         if self.down is not None:
             raise EngineDown(self.down)
 
-    async def watch(self, every_seconds: float = 1.0) -> None:
-        """Calls `check` until the engine is down; run as a task beside the server."""
-        while self.down is None:
-            await asyncio.sleep(every_seconds)
-            try:
-                self.check()
-            except EngineDown:
-                return
+    def _watch(self) -> None:
+        """The watch's thread: finds a step that hangs, and an event loop that answers nobody.
+
+        It lives outside the event loop, because what hangs may be the loop itself. The loop is asked for a sign of life every
+        second; where it is and that it is late is said once, and how late it was is counted.
+        """
+        asked = answered = time.monotonic()
+        told = False
+
+        def sign() -> None:
+            nonlocal answered
+            answered = time.monotonic()
+
+        while not self._watching.wait(WATCH_SECONDS):
+            now = time.monotonic()
+            began = self._step_began
+            if self.down is None and began is not None and now - began > self.stall_seconds:
+                self._call(self._fail, f"a step has taken more than {self.stall_seconds:g} s")
+            if answered >= asked:
+                self.loop_delay, told = answered - asked, False
+                asked = now
+                self._call(sign)
+            elif now - asked > LOOP_SECONDS:
+                self.loop_delay = now - asked
+                if not told:
+                    told = True
+                    print(f"the event loop has answered nobody for {now - asked:.0f} s:\n{_where(self._loop_thread)}",
+                          file=sys.stderr, flush=True)
 
     async def statistics(self, patience_seconds: float = 2.0) -> Statistics:
         """As of the end of the present step; the last known ones if that does not end soon."""
@@ -397,6 +438,12 @@ class EngineWorker:
         tickets, self._tickets = self._tickets, {}
         for ticket in tickets.values():
             ticket.deliver(EngineDown(self.down))
+
+
+def _where(thread: int) -> str:
+    """The end of a thread's stack."""
+    frame = sys._current_frames().get(thread)
+    return "".join(traceback.format_stack(frame)[-3:]).rstrip() if frame is not None else "(its thread has ended)"
 
 
 def follow(engine: Engine, ranks: Ranks) -> None:

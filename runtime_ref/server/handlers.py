@@ -1,8 +1,8 @@
-"""The routes: HTTP requests in, OpenAI bodies and event streams out.
+"""HTTP requests in, OpenAI bodies and event streams out.
 
-Bodies are read, limited and parsed here and not by the framework, so that every mistake, down to a broken byte, becomes the
-same OpenAI error object, and so that NaN, endless numbers and endless nesting stop at the door. The OpenAPI page shows the
-same schemas.
+Bodies are read and limited here and not by the framework, so that every mistake, down to a broken byte, becomes the same OpenAI
+error object. What is in them is none of this process's business: worker processes parse, validate and tokenize them (see
+`request_workers`). The OpenAPI page shows their schemas.
 
 A client that goes away is noticed while the server waits for the engine, not only when it next writes: each answer races
 against the connection's end, and whoever loses frees the request's slot.
@@ -13,29 +13,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import hmac
+import importlib.metadata
 import random
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 
-from runtime_ref.server import openai_requests as schema
+from runtime_ref.core.sampling_params import SamplingParams
+from runtime_ref.server.access import AccessRules
 from runtime_ref.server.engine_thread import Busy, EngineDown, EngineWorker
 from runtime_ref.server.metrics import CONTENT_TYPE, Metrics
-from runtime_ref.server.openai_requests import BadRequest
+from runtime_ref.server.openai_requests import BadRequest, short
 from runtime_ref.server.openai_responses import END, Answer, Vocabulary, Wanted, dumps, error_body
+from runtime_ref.server.preparation import Prepared
+from runtime_ref.server.request_workers import Limits, RequestWorkers
 
 PAGE = Path(__file__).with_name("chat.html")
-UNSUPPORTED_CHAT = ("tools", "functions", "response_format", "logit_bias", "audio", "prompt_logprobs")
-UNSUPPORTED_COMPLETION = ("suffix", "logit_bias", "response_format", "prompt_logprobs")
-KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-UNREAD = (401, 408, 413, 415)  # the body is not read to its end, so that the connection cannot be used again
-INLINE_CHARACTERS = 4096  # longer texts are tokenized beside the event loop
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+UNREAD = (401, 403, 408, 413, 415, 503)  # the body may not have been read to its end, so the connection cannot be used again
 
 
 @dataclass
@@ -43,18 +43,22 @@ class Settings:
     """What a server is started with.
 
     Attributes:
-        model: name under which the checkpoint is served. api_key: None = open to everyone who can connect.
-        body_bytes: largest body. body_seconds: longest time for a body to arrive.
+        names: under which the checkpoint is served; answers carry the one that was asked for, the first if none was.
+        access: who may ask.
+        body_bytes: largest body; bodies_bytes: all that are arriving or being prepared. body_seconds: longest time to arrive.
         defaults: sampling defaults of the checkpoint's generation_config.json.
         adaptive: number of drafts by what was accepted, unless a request says otherwise.
+        unknown_fields: fields that nobody knows are tolerated.
     """
 
-    model: str
-    api_key: str | None = None
+    names: tuple[str, ...]
+    access: AccessRules = field(default_factory=AccessRules)
     body_bytes: int = 4 << 20
+    bodies_bytes: int = 64 << 20
     body_seconds: float = 30.0
     defaults: dict[str, float] = field(default_factory=dict)
     adaptive: bool = True
+    unknown_fields: bool = False
 
 
 class Gone(Exception):
@@ -64,129 +68,79 @@ class Gone(Exception):
 class Api:
     """State and handlers of one server."""
 
-    def __init__(self, worker: EngineWorker, tokenizer, settings: Settings):
+    def __init__(self, worker: EngineWorker, tokenizer, settings: Settings, preparing: RequestWorkers):
         engine = worker.engine
-        self.worker, self.settings = worker, settings
-        self.tokenizer = copy.deepcopy(tokenizer)  # the engine's thread has its own
-        self.vocabulary = Vocabulary(self.tokenizer)
-        self.metrics = Metrics(settings.model)
-        self.size = engine.backend.config.vocab_size
+        self.worker, self.settings, self.preparing = worker, settings, preparing
+        self.vocabulary = Vocabulary(copy.deepcopy(tokenizer))  # the engine's thread has its own
+        self.metrics = Metrics(settings.names[0])
+        self.created = int(time.time())
         self.context = min(engine.options.max_context, engine.backend.config.max_position_embeddings)
-        self._tokenizing = asyncio.Lock()
+        self.limits = Limits(self.context, engine.backend.config.vocab_size, worker.max_requests, settings.defaults,
+                             settings.adaptive, settings.unknown_fields)
+        self._arriving = 0  # bytes of bodies that are arriving or being prepared
 
-    async def body(self, request: Request) -> dict:
-        """The JSON object that was sent; also checks key and media type.
+    async def prepared(self, request: Request, kind: str) -> dict:
+        """What the worker processes make of the body that is sent.
 
         Raises:
             BadRequest, Gone.
         """
-        self.authorize(request)
-        media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json":
-            raise BadRequest(f"content-type: {media}, expected application/json", status=415)
+            raise BadRequest(f"content-type: {short(media) or 'none'}, expected application/json", status=415,
+                             code="unsupported_media_type")
         data = bytearray()
         try:
-            async with asyncio.timeout(self.settings.body_seconds):
+            await self._read(request, data)
+            work = self.preparing.submit(kind, bytes(data), self.limits)
+            found = await unless_gone(request, asyncio.wrap_future(work))
+        finally:
+            self._arriving -= len(data)
+        if found["model"] is not None and found["model"] not in self.settings.names:
+            raise self._unknown_model(found["model"])
+        return found
+
+    async def _read(self, request: Request, data: bytearray) -> None:
+        """Appends a body to `data`, and counts it among those that are arriving."""
+        settings = self.settings
+        try:
+            async with asyncio.timeout(settings.body_seconds):
                 more = True
                 while more:
                     message = await request.receive()
                     if message["type"] == "http.disconnect":
                         raise Gone
-                    data += message.get("body", b"")
+                    piece = message.get("body", b"")
                     more = message.get("more_body", False)
-                    if len(data) > self.settings.body_bytes:
-                        raise BadRequest(f"body: more than {self.settings.body_bytes} bytes", status=413, code="body_too_large")
+                    if len(data) + len(piece) > settings.body_bytes:
+                        raise BadRequest(f"body: more than {settings.body_bytes} bytes", status=413, code="body_too_large")
+                    if self._arriving + len(piece) > settings.bodies_bytes:
+                        raise BadRequest(f"body: those of all requests are more than {settings.bodies_bytes} bytes, try later",
+                                         status=503, code="bodies_too_large")
+                    data += piece
+                    self._arriving += len(piece)
         except TimeoutError:
-            raise BadRequest(f"body: not complete after {self.settings.body_seconds:g} s", status=408) from None
-        return schema.parse_json(bytes(data))
+            raise BadRequest(f"body: not complete after {settings.body_seconds:g} s", status=408) from None
 
-    def authorize(self, request: Request) -> None:
-        if self.settings.api_key is None:
-            return
-        sent = request.headers.get("authorization", "").encode("latin-1", "replace")
-        if not hmac.compare_digest(sent, f"Bearer {self.settings.api_key}".encode()):
-            raise BadRequest("authorization: missing or wrong API key, expected 'Bearer KEY'", status=401,
-                             code="invalid_api_key")
+    def _unknown_model(self, name: str) -> BadRequest:
+        expected = " or ".join(map(repr, self.settings.names))
+        return BadRequest(f"model: {short(name)!r} does not exist, expected {expected}", param="model", code="model_not_found",
+                          status=404)
 
-    def named(self, model: str | None) -> None:
-        if model is not None and model != self.settings.model:
-            raise BadRequest(f"model: {schema.short(model)!r} does not exist, expected {self.settings.model!r}", param="model",
-                             code="model_not_found", status=404)
-
-    async def encode(self, text: str, *, special: bool, param: str) -> list[int]:
-        """Tokens of a text.
-
-        Raises:
-            BadRequest: half of a surrogate pair in it, or certainly too long.
-        """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadRequest(f"{param}: not valid Unicode (half of a surrogate pair)", param=param) from None
-        if len(text) <= INLINE_CHARACTERS:
-            return self.tokenizer.encode(text, add_special_tokens=special)
-        async with self._tokenizing:
-            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=special)
-
-    def templated(self, messages: list[schema.Message], *, prompt: bool = True) -> str:
-        """The chat template applied.
-
-        Raises:
-            BadRequest: no template in the checkpoint, or messages that it refuses.
-        """
-        if not self.tokenizer.chat_template:
-            raise BadRequest("messages: this checkpoint has no chat template, expected a request to /v1/completions",
-                             param="messages", code="no_chat_template")
-        plain = [{"role": m.role, "content": m.text} for m in messages]
-        try:
-            return self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=prompt)
-        except TemplateError as error:
-            raise BadRequest(f"messages: {schema.short(error)}", param="messages") from None
-
-    def fitting(self, prompt: list[int], param: str) -> list[int]:
-        """A prompt with room for an answer.
-
-        Raises:
-            BadRequest: empty, too long, or a token beyond the vocabulary.
-        """
-        if not prompt:
-            raise BadRequest(f"{param}: empty, expected at least one token", param=param)
-        if len(prompt) >= self.context:
-            raise BadRequest(f"{param}: {len(prompt)} tokens, expected fewer than {self.context}", param=param,
-                             code="context_length_exceeded")
-        if max(prompt) >= self.size:
-            raise BadRequest(f"{param}: token {max(prompt)}, expected 0 to {self.size - 1}", param=param)
-        return prompt
-
-    async def prompts(self, prompt) -> list[list[int]]:
-        """Each prompt's tokens, from text, tokens, or a list of either."""
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        elif prompt and isinstance(prompt[0], int):
-            prompt = [prompt]
-        if not prompt:
-            raise BadRequest("prompt: empty, expected text, tokens, or a list of them", param="prompt")
-        if len(prompt) > self.worker.max_requests:
-            raise BadRequest(f"prompt: {len(prompt)} prompts, expected at most {self.worker.max_requests}", param="prompt")
-        return [self.fitting(await self.encode(p, special=True, param="prompt") if isinstance(p, str) else p, "prompt")
-                for p in prompt]
-
-    async def answer(self, request: Request, asked: schema.Answering, prompts: list[list[int]], wanted: Wanted) -> Response:
+    async def answer(self, request: Request, asked: Prepared, *, chat: bool) -> Response:
         """Runs a request: a JSON body, or a stream."""
-        n, longest = asked.n or 1, max(map(len, prompts))
-        tokens = asked.wanted_tokens or self.context - longest
+        longest = max(map(len, asked.prompts))
+        tokens = self.context - longest if asked.max_tokens is None else asked.max_tokens
         if longest + tokens > self.context:
             raise BadRequest(f"max_tokens: {tokens} after a prompt of {longest} tokens, expected at most {self.context} "
                              "together", param="max_tokens", code="context_length_exceeded")
-        seed = random.getrandbits(63) if asked.seed is None else asked.seed
-        params = [asked.sampling(defaults=self.settings.defaults, max_tokens=tokens, seed=seed + i, logprobs=wanted.logprobs,
-                                 adaptive=self.settings.adaptive) for i in range(n)]
-        options = asked.stream_options or schema.StreamOptions()
-        wanted.usage, wanted.usage_always = bool(options.include_usage), bool(options.continuous_usage_stats)
-        wanted.token_ids, wanted.drafts = bool(asked.return_token_ids), bool(asked.return_drafts)
-        each = [prompt for prompt in prompts for _ in range(n)]
-        ticket = self.worker.submit(each, params * len(prompts))
-        answer = Answer(ticket, wanted, each, n, self.vocabulary, self.metrics)
+        wanted = Wanted(chat, asked.model or self.settings.names[0], asked.logprobs, asked.token_ids, asked.drafts, asked.usage,
+                        asked.usage_always)
+        if asked.echo is not None:
+            wanted.echo = [text for text in asked.echo for _ in range(asked.n)]
+        each = [prompt for prompt in asked.prompts for _ in range(asked.n)]
+        ticket = self.worker.submit(each, self._params(asked, tokens) * len(asked.prompts))
+        answer = Answer(ticket, wanted, each, asked.n, self.vocabulary, self.metrics)
         streaming = None
         try:
             await unless_gone(request, ticket.accepted())
@@ -201,75 +155,56 @@ class Api:
             if streaming is None:  # a stream closes its ticket itself
                 ticket.close()
 
+    def _params(self, asked: Prepared, tokens: int) -> list[SamplingParams]:
+        """Of each of a prompt's answers."""
+        seed = random.getrandbits(63) if asked.seed is None else asked.seed
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.sampling.items()}
+        try:
+            return [SamplingParams(**plain, max_tokens=tokens, seed=seed + i, logprobs=asked.logprobs) for i in range(asked.n)]
+        except ValueError as error:
+            raise BadRequest(str(error), param=str(error).partition(":")[0]) from None
+
     async def chat(self, request: Request) -> Response:
-        raw = await self.body(request)
-        asked = schema.validate(schema.ChatRequest, raw)
-        self.named(asked.model)
-        asked.check_support(UNSUPPORTED_CHAT, raw)
-        text = self.templated(asked.messages)
-        prompt = self.fitting(await self.encode(text, special=False, param="messages"), "messages")
-        return await self.answer(request, asked, [prompt], Wanted(True, self.settings.model, asked.wanted_logprobs))
+        return await self.answer(request, Prepared(**await self.prepared(request, "chat")), chat=True)
 
     async def completions(self, request: Request) -> Response:
-        raw = await self.body(request)
-        asked = schema.validate(schema.CompletionRequest, raw)
-        self.named(asked.model)
-        asked.check_support(UNSUPPORTED_COMPLETION, raw)
-        if asked.echo and asked.logprobs is not None:
-            raise BadRequest("echo: not together with logprobs (those of prompts are not computed)", param="echo")
-        prompts = await self.prompts(asked.prompt)
-        wanted = Wanted(False, self.settings.model, asked.wanted_logprobs)
-        if asked.echo:
-            wanted.echo = [self.tokenizer.decode(p, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                           for p in prompts for _ in range(asked.n or 1)]
-        return await self.answer(request, asked, prompts, wanted)
+        return await self.answer(request, Prepared(**await self.prepared(request, "completions")), chat=False)
 
     async def tokenize(self, request: Request) -> Response:
-        asked = schema.validate(schema.TokenizeRequest, await self.body(request))
-        self.named(asked.model)
-        if (asked.prompt is None) == (asked.messages is None):
-            raise BadRequest("prompt: expected either prompt or messages", param="prompt")
-        if asked.messages is not None:
-            text = self.templated(asked.messages, prompt=asked.add_generation_prompt is not False)
-            tokens = await self.encode(text, special=bool(asked.add_special_tokens), param="messages")
-        else:
-            tokens = await self.encode(asked.prompt, special=asked.add_special_tokens is not False, param="prompt")
-        body = {"count": len(tokens), "max_model_len": self.context, "tokens": tokens}
-        if asked.return_token_strs:
-            body["token_strs"] = self.tokenizer.convert_ids_to_tokens(tokens)
-        return Response(dumps(body), media_type="application/json")
+        return Response(dumps((await self.prepared(request, "tokenize"))["body"]), media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
-        asked = schema.validate(schema.DetokenizeRequest, await self.body(request))
-        self.named(asked.model)
-        if asked.tokens and max(asked.tokens) >= self.size:
-            raise BadRequest(f"tokens: {max(asked.tokens)}, expected 0 to {self.size - 1}", param="tokens")
-        text = self.tokenizer.decode(asked.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return Response(dumps({"prompt": text}), media_type="application/json")
+        return Response(dumps((await self.prepared(request, "detokenize"))["body"]), media_type="application/json")
 
     async def models(self, request: Request) -> Response:
-        self.authorize(request)
-        return JSONResponse({"object": "list", "data": [self.card()]})
+        return JSONResponse({"object": "list", "data": [self.card(name) for name in self.settings.names]})
 
     async def model(self, request: Request, name: str) -> Response:
-        self.authorize(request)
-        self.named(name)
-        return JSONResponse(self.card())
+        if name not in self.settings.names:
+            raise self._unknown_model(name)
+        return JSONResponse(self.card(name))
 
-    def card(self) -> dict:
-        return {"id": self.settings.model, "object": "model", "created": 0, "owned_by": "fp4-dflash",
-                "max_model_len": self.context}
+    def card(self, name: str) -> dict:
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "fp4-dflash",
+                "root": self.settings.names[0], "parent": None, "max_model_len": self.context}
 
     async def health(self, request: Request) -> Response:
         self.worker.check()
         return JSONResponse({"status": "ok"})
 
+    async def version(self, request: Request) -> Response:
+        try:
+            return JSONResponse({"version": importlib.metadata.version("fp4-dflash")})
+        except importlib.metadata.PackageNotFoundError:  # a clone that is not installed
+            return JSONResponse({"version": "unknown"})
+
     async def prometheus(self, request: Request) -> Response:
         found = await self.worker.statistics()
-        return Response(self.metrics.render(found, up=self.worker.down is None), media_type=CONTENT_TYPE)
+        return Response(self.metrics.render(found, up=self.worker.down is None, loop_delay=self.worker.loop_delay,
+                                            restarts=self.preparing.restarts), media_type=CONTENT_TYPE)
 
     async def page(self, request: Request) -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     def error(self, error: Exception) -> Response:
         """The OpenAI error object of what went wrong; counted."""
@@ -290,6 +225,13 @@ class Api:
         if status in UNREAD:
             headers = {**(headers or {}), "Connection": "close"}
         return JSONResponse(error_body(message, kind, param=param, code=code), status, headers)
+
+
+# The page's own code, its own server, and nothing else: whatever an answer holds, it loads and sends nothing.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 
 
 async def unless_gone(request: Request, work: Awaitable):

@@ -98,8 +98,12 @@ class Metrics:
     def refuse(self, status: int) -> None:
         self.refused[status] = self.refused.get(status, 0) + 1
 
-    def render(self, found: Statistics, *, up: bool) -> str:
-        """The page; `found` may be a little old when the engine is busy with a long step or down."""
+    def render(self, found: Statistics, *, up: bool, loop_delay: float, restarts: int) -> str:
+        """The page; `found` may be a little old when the engine is busy with a long step or down.
+
+        Args:
+            loop_delay: seconds that the event loop last took to answer. restarts: request workers that had to be replaced.
+        """
         counts, lines = found.counts, []
 
         def add(name: str, kind: str, values: list[tuple[str, float]]) -> None:
@@ -130,6 +134,8 @@ class Metrics:
         for name, histogram in histograms.items():
             lines.extend(histogram.lines(f"vllm:{name}", self.labels))
         add("fp4_dflash:engine_up", "gauge", [("", int(up))])
+        add("fp4_dflash:event_loop_delay_seconds", "gauge", [("", round(loop_delay, 4))])
+        add("fp4_dflash:request_workers_replaced_total", "counter", [("", restarts)])
         add("fp4_dflash:engine_steps_total", "counter", [("", counts["steps"])])
         add("fp4_dflash:pages_held", "gauge", [(f',kind="{k}"', n) for k, n in found.held_pages.items()])
         add("fp4_dflash:requests_refused_total", "counter", [(f',status="{k}"', n) for k, n in sorted(self.refused.items())])

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime_ref.backends.load import load_runtime_drafter
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.families.base import NotHeld
 from runtime_ref.core.kv_cache import PAGE
@@ -126,7 +125,7 @@ def _model_checks(run: FolderRun, probe: Probe) -> None:
     ops = [OpErrors(backend, probe.ids) for backend in backends]
     outputs = None if served == torch.float32 else outputs_of(engine.backend, probe)
     run.check("logits", lambda check: check_runtime(check, context, probe, backends[0], outputs, drafter, ops[0]))
-    kernels = [OpErrors(engine.backend, probe.ids, backends[0])] if engine.backend.name == "triton" else []
+    kernels = [] if engine.backend.capabilities.float32 else [OpErrors(engine.backend, probe.ids, backends[0])]
 
     def all_ops(check: Check) -> None:
         check_ops(check, [*ops, *kernels])
@@ -165,15 +164,13 @@ def _exact(run: FolderRun, engine: Engine, probe: Probe) -> tuple[list, object |
     """Backends in float32 on the engine's weights, the engine's own kind first, and a drafter on that one."""
     pages = {kind: max(16, -(-len(probe.ids) // PAGE) + 4) for kind in ("full", "window")}
     weights = engine.backend.weights
-    own = [] if engine.backend.name == "triton" else [type(engine.backend)]  # the kernels have no float32 to be exact in
+    own = [type(engine.backend)] if engine.backend.capabilities.float32 else []
     kinds = [*own, *([TorchBackend] if TorchBackend not in own else [])]
     backends = [kind(weights, dtype=torch.float32, pages=pages) for kind in kinds]
     if not run.context.drafter_loadable:
         return backends, None
-    drafter = load_runtime_drafter(run.options.folder / "dflash", backends[0], max(24, pages["full"] + 2))
-    if isinstance(backends[0], TorchBackend):
-        backends[0].probe(drafter.product_shapes())
-    return backends, drafter
+    context = min(run.context.config.max_position_embeddings, 1024)
+    return backends, backends[0].load_drafter(run.options.folder / "dflash", max(24, pages["full"] + 2), context)
 
 
 def _decoding_checks(run: FolderRun, engine: Engine) -> None:
@@ -204,7 +201,7 @@ def _prompts(run: FolderRun, engine: Engine):
     tokenizer = None
     broken = any("template" in cause for cause in run.checks[0].causes)  # rendering a dialogue with it might never end
     if options.prompts is not None and not broken:
-        from modeling.load import load_tokenizer
+        from checkpoint.load import load_tokenizer
 
         tokenizer = load_tokenizer(options.folder)
     try:

@@ -15,7 +15,8 @@ from runtime_ref.core.batch import Span
 from runtime_ref.core.program import Task
 
 
-def expected(backend: TorchBackend, task: Task, inputs: dict[str, torch.Tensor], span: Span, real: int) -> torch.Tensor | None:
+def expected(backend: TorchBackend, task: Task, inputs: dict[str, torch.Tensor], span: Span, real: int, *,
+             mxfp8: bool = False) -> torch.Tensor | None:
     """float64 result of a task on the buffers that it read, comparable with `found`; None for tasks that only move data.
 
     With several ranks: of this rank's share, except what all ranks get (`add_parts`, `head`), which is gathered here too, so
@@ -23,7 +24,7 @@ def expected(backend: TorchBackend, task: Task, inputs: dict[str, torch.Tensor],
 
     Args:
         span: the one sequence of the step, from position 0 on.
-        real: rows that are not padding.
+        real: rows that are not padding. mxfp8: whether activations are rounded to it where they enter experts.
     """
     w, config = backend.weights, backend.config
     x = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
@@ -46,7 +47,7 @@ def expected(backend: TorchBackend, task: Task, inputs: dict[str, torch.Tensor],
     if task.op == "route":
         return _routed(x["y"], layer.mlp, config)
     if task.op == "experts":
-        if backend.mxfp8:
+        if mxfp8:
             return _experts(x["y"].bfloat16(), x["index"], x["weight"], layer.mlp.experts, _mxfp8)
         return _experts(x["y"], x["index"], x["weight"], layer.mlp.experts, lambda rows: rows)
     if task.op == "head":

@@ -228,7 +228,7 @@ def test_a_serving_engine_gives_the_same_answers(draft_recipe, loaded, server, t
 
 def test_a_serving_engine_spares_regenerate_the_weights(draft_recipe, loaded, server, tmp_path):
     _, target, _ = loaded
-    absent = "import modeling.load; modeling.load.load_model = None"
+    absent = "import checkpoint.load; checkpoint.load.load_model = None"
     run_job("dflash_train/regenerate.py", draft_recipe, GREEDY, f"dflash.regenerate.endpoint={server}", before=absent)
     recipe = load_recipe(draft_recipe, [GREEDY])
     there = answer_file(recipe, target, Path(recipe.output) / recipe.name / "dflash")

@@ -19,12 +19,13 @@ from jobs import run_job
 from safetensors.torch import load_file, save_file
 from toy_export import export, gpt_oss_run, make_run, put_on_grid, qwen3_run, toy_config, toy_model
 
+from checkpoint.fp8 import dequantize_fp8
+from checkpoint.load import load_model
 from checkpoint.open import open_source
-from export.inspection import Checkpoint
+from checkpoint.verify import verify
 from export.job import Request, run
 from export.layouts import quantize_fp8
 from export.shards import plan_shards, write_shard
-from modeling.load import dequantize_fp8, load_model
 from modeling.names import expert_parts, fused_name
 from mxfp4 import dequantize, fake_quantize, quantize
 from mxfp4.exact_pack import decodes_to, pack_on_grid, unpack
@@ -333,7 +334,7 @@ def test_a_run_in_float32_is_published_in_the_precision_that_its_config_promises
     name = next(n for n in written if n.endswith("input_layernorm.weight"))
     change(name, lambda held, n: held.__setitem__(n, held[n].float()))(out)
     seal(out)
-    assert f"{name}: dtype F32, expected BF16" in Checkpoint(out).run()
+    assert f"{name}: dtype F32, expected BF16" in verify(out).findings
 
 
 def test_a_base_that_training_did_not_start_from_is_refused(tmp_path):
@@ -385,8 +386,8 @@ def test_geometries_that_the_flash_class_cannot_hold_are_refused_with_the_reason
 
 
 def test_every_export_verifies_from_disk_and_against_training(toy_run, exported):
-    checkpoint = Checkpoint(exported, toy_run.parent / "runs/toy/qat/model")
-    assert checkpoint.run() == [] and checkpoint.tensors > 100
+    found = verify(exported, toy_run.parent / "runs/toy/qat/model")
+    assert found.findings == [] and found.verdict == "right" and found.tensors > 100 and not found.unchecked and not found.notes
 
 
 def test_the_checksum_file_is_one_that_sha256sum_reads(exported):

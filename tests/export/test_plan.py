@@ -9,7 +9,7 @@ from toy_export import export, gpt_oss_run, make_run, qwen3_run
 
 from checkpoint.inventory import configuration
 from checkpoint.open import open_source
-from checkpoint.sources import SafetensorsSource
+from checkpoint.tensor_files import TensorFiles
 from export.plan import make_plan
 from recipes.load import load_recipe
 
@@ -50,7 +50,7 @@ def test_what_is_planned_is_what_is_written(layout, family, tmp_path):
 @pytest.mark.parametrize("dense", ["base", "fp8"])
 def test_a_plan_reads_no_weights(dense, tmp_path, monkeypatch):
     recipe = load_recipe(make_run(tmp_path, drafter=False), (f"export.dense={dense}",))
-    monkeypatch.setattr(SafetensorsSource, "_read", lambda self, name, *rest: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr(TensorFiles, "_read", lambda self, name, *rest: pytest.fail(f"{name} was read"))
     assert ("F8_E4M3" in make_plan(recipe).bytes) == (dense == "fp8")
 
 

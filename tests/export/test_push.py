@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from toy_export import make_run
 
-from export.inspection import Checkpoint
+from checkpoint.verify import verify
 from export.push import push
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,7 +193,7 @@ def test_an_interrupted_push_keeps_the_verified_folder_and_says_so_in_one_line(h
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("error: --push me/toy: interrupted; ")
-    assert Checkpoint(tmp_path / "out").run() == [] and not hub.files
+    assert verify(tmp_path / "out").findings == [] and not hub.files
 
 
 @pytest.mark.parametrize("name, token, message", [

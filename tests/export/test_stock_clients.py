@@ -10,7 +10,8 @@ from tolerance import MODEL_FP32
 from toy_export import export, gpt_oss_run, make_run, qwen3_run, toy_config
 from transformers import AutoModelForCausalLM
 
-from modeling.load import dequantize_fp8, load_model
+from checkpoint.fp8 import dequantize_fp8
+from checkpoint.load import load_model
 from modeling.names import qkv_scale_rows
 from modeling.native_loading import decode_fp8, decode_mxfp4, scale_segments
 from mxfp4 import dequantize

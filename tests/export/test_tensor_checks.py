@@ -11,9 +11,9 @@ from damage import seal
 from toy_export import put_on_grid, toy_config, toy_model
 
 from checkpoint.open import open_source
-from checkpoint.sources import SafetensorsSource
-from export.inspection import Checkpoint
-from export.tensor_checks import side_by_side
+from checkpoint.tensor_checks import side_by_side
+from checkpoint.tensor_files import TensorFiles
+from checkpoint.verify import verify
 
 
 def trained(toy_run) -> Path:
@@ -35,18 +35,17 @@ def test_a_flipped_bit_is_found_wherever_it_lies_in_a_weight_file(sealed, toy_ru
             path.write_bytes(damaged)
             if sealed:
                 seal(folder)
-            assert Checkpoint(folder, trained(toy_run)).run(), (path.name, place)
+            assert verify(folder, trained(toy_run)).findings, (path.name, place)
         path.write_bytes(whole)
     if sealed:
         seal(folder)
-    assert Checkpoint(folder, trained(toy_run)).run() == []
+    assert verify(folder, trained(toy_run)).findings == []
 
 
 def test_every_tensor_is_read_once_to_be_verified_alone(exported, monkeypatch):
-    reads, read = [], SafetensorsSource.read
-    monkeypatch.setattr(SafetensorsSource, "read", lambda self, name: (reads.append(name), read(self, name))[1])
-    checkpoint = Checkpoint(exported)
-    assert checkpoint.run() == []
+    reads, read = [], TensorFiles.read
+    monkeypatch.setattr(TensorFiles, "read", lambda self, name: (reads.append(name), read(self, name))[1])
+    assert verify(exported).findings == []
     experts = [name for name in reads if ".experts." in name]
     assert len(experts) == len(set(experts)) == 90
 

@@ -25,7 +25,7 @@ from damage import (
 )
 from jobs import run_alone, run_job
 
-from export.inspection import Checkpoint
+from checkpoint.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 # damage -> what a finding must say. With `sealed` the checksums are made to fit afterwards: an exporter's own mistake.
@@ -69,7 +69,7 @@ DAMAGE = {
     "config lost": (remove("config.json"), "config.json", False),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json:1: not valid JSON", True),
     "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{}"), "not UTF-8", True),
-    "config without quantization": (json_edit("config.json", lambda v: v.pop("quantization_config")), "quant_method None",
+    "config without quantization": (json_edit("config.json", lambda v: v.pop("quantization_config")), "quant_method=None",
                                     True),
     "other store dtype": (json_edit("config.json", lambda v: v["quantization_config"].__setitem__("store_dtype", "fp8")),
                           "store_dtype='fp8'", True),
@@ -121,7 +121,7 @@ def test_damage_is_found_and_named(kind, toy_run, exported, tmp_path):
     damage(folder)
     if sealed:
         seal(folder)
-    findings = Checkpoint(folder, toy_run.parent / "runs/toy/qat/model").run()
+    findings = verify(folder, toy_run.parent / "runs/toy/qat/model").findings
     assert any(needle in finding for finding in findings), findings
 
 
@@ -131,7 +131,7 @@ def test_what_a_hub_and_its_client_add_is_no_damage(exported, tmp_path):
     (folder / ".cache/huggingface/download").mkdir(parents=True)
     for name in (".cache/huggingface/.gitignore", ".cache/huggingface/download/model.safetensors.metadata"):
         (folder / name).write_text("x")
-    assert Checkpoint(folder).run() == []
+    assert verify(folder).findings == []
 
 
 def test_there_are_at_least_25_kinds_of_damage_and_each_changes_something():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from toy_export import export, make_run, toy_config
 
-from modeling.load import load_model
+from checkpoint.load import load_model
 
 pytestmark = pytest.mark.clients
 PYTHON = os.environ.get("FP4_CLIENTS_PYTHON")

@@ -10,8 +10,8 @@ from tolerance import ATTENTION_BF16, EXPERTS_BF16, MODEL_FP32
 from transformers import DynamicCache, MiMoV2FlashConfig, MiMoV2FlashForCausalLM
 
 import modeling.modeling_mimo_v2
+from checkpoint.load import load_model
 from modeling.configuration_mimo_v2 import MiMoV2Config
-from modeling.load import load_model
 from modeling.modeling_mimo_v2 import CACHE_NAME, Experts, MiMoV2ForCausalLM, Router, _SinkSoftmax, _visible
 
 SIZES = dict(vocab_size=160, hidden_size=128, intermediate_size=256, moe_intermediate_size=64, num_hidden_layers=3,

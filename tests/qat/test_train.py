@@ -89,7 +89,7 @@ def test_only_experts_changed_and_they_lie_on_the_grid(uninterrupted, tiny_check
 
 
 def test_the_result_folder_reloads_exactly(uninterrupted):
-    from modeling.load import load_model
+    from checkpoint.load import load_model
 
     path, _ = uninterrupted
     model = load_model(folder(path) / "model", dtype=torch.bfloat16)
@@ -122,6 +122,26 @@ def test_max_steps_stops_with_a_checkpoint_and_resume_finishes_the_same_run(unin
     assert not (folder(tiny_recipe) / "summary.json").exists()
     assert "at step 5 of 12" in run_job(SCRIPT, tiny_recipe, "--resume")
     assert_same_result(uninterrupted[0], tiny_recipe)
+
+
+METHODS = {"scales": ["qat.scales.method=learned", "qat.warm_start.method=gptq", "qat.warm_start.sequences=8",
+                      "qat.oscillation.method=reset", "qat.oscillation.reset_every=3", "qat.oscillation.start=0.1",
+                      "qat.grid_pull.strength=20.0", "qat.loss.gradient=immediate", "qat.loss.hidden_kl=0.5"],
+           "soft": ["qat.soft_rounding.method=annealed", "qat.soft_rounding.until=0.8"]}
+
+
+@pytest.mark.parametrize("chosen", METHODS)
+def test_a_resumed_run_with_methods_equals_an_uninterrupted_one_and_ends_on_the_grid(tiny_recipe, tmp_path, chosen):
+    other = tmp_path / "other" / "recipe.yaml"
+    other.parent.mkdir()
+    other.write_text(tiny_recipe.read_text())
+    whole = [*METHODS[chosen], f"output={other.parent / 'runs'}"]
+    run_job(SCRIPT, other, *whole)
+    run_job(SCRIPT, tiny_recipe, *METHODS[chosen], "--max-steps", 7)
+    run_job(SCRIPT, tiny_recipe, *METHODS[chosen], "--resume")
+    assert_same_result(other, tiny_recipe)
+    for name, weight in load_file(folder(tiny_recipe) / "model" / "model.safetensors").items():
+        assert ".experts." not in name or torch.equal(weight, fake_quantize(weight)), name
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from modeling.names import expert_parts
 from mxfp4 import quantize
+from runtime_ref.backends.base import Drafter
 from runtime_ref.checkpoints.load import load_target
 
 
@@ -114,8 +115,8 @@ SEED = Path(__file__).resolve().parents[2] / "recipes" / "seed" / "model"
 
 def seed_folder(out: Path) -> Path:
     """The embedded model with its experts rounded, its drafter and its tokenizer, in the native layout."""
+    from checkpoint.load import load_model
     from modeling.drafter import load_drafter
-    from modeling.load import load_model
 
     return write_native(out, load_model(SEED, dtype=torch.bfloat16), load_drafter(SEED.parents[1] / "seed-drafter"), SEED)
 
@@ -186,7 +187,7 @@ def prompts():
     return [torch.randint(1, 260, (n,), generator=generator).tolist() for n in lengths]
 
 
-class OracleProposer:
+class OracleProposer(Drafter):
     """Drafts that are often right: the known answer, wrong at a share of the positions (no network, no features)."""
 
     block, taps = 8, []

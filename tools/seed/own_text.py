@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.length <= BEGINNING or args.tokens < 1:
         parser.error(f"--length {args.length}, --tokens {args.tokens}: expected more than {BEGINNING} and 0")
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
     from runtime_ref.core.sampling_params import SamplingParams
     from runtime_ref.engine.engine import Engine, EngineOptions
 

@@ -17,10 +17,13 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 
-from runtime_ref.backends.c import structs as native
+from modeling.drafter import load_drafter
+from runtime_ref.backends.base import Backend, Capabilities, Drafter
+from runtime_ref.backends.c import structs
 from runtime_ref.backends.c.structs import LANES, Layer, Memory, Workspace, can_dot, compiled_ops, pad, up
 from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
@@ -50,7 +53,7 @@ def refuses(weights: TargetWeights) -> str | None:
 
 
 @dataclass
-class NativeStep:
+class CStep:
     """Arrays of one step (`Step.numbers` of `ops.c`); `real` and `wanted` as in `model.Step`."""
 
     real: int
@@ -60,6 +63,11 @@ class NativeStep:
     pages: int
     picks: bool
     highest: int
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """int64 [real]."""
+        return torch.tensor(self.numbers[:self.real], dtype=torch.long)
 
 
 class Rows:
@@ -102,16 +110,16 @@ class Rows:
                 slots += range(slot, slot + count)
                 position += count
 
-    def step(self) -> NativeStep:
+    def step(self) -> CStep:
         columns = [column for columns in zip(*self.by_kind, strict=True) for column in columns]
         n, picks = len(self.ids), len(self.head) != len(self.ids)
         numbers = array("i", [*self.ids, *self.positions, *chain.from_iterable(columns), *self.tables])
         if picks:
             numbers.extend(self.head)
-        return NativeStep(n, len(self.head), numbers, len(self.windows), len(self.tables), picks, max(self.positions))
+        return CStep(n, len(self.head), numbers, len(self.windows), len(self.tables), picks, max(self.positions))
 
 
-def submit(step: native.Step, planned: NativeStep) -> None:
+def submit(step: structs.Step, planned: CStep) -> None:
     """Points `step` at the arrays of a plan."""
     step.numbers = planned.numbers.buffer_info()[0]
     step.R = step.rows = planned.real
@@ -129,7 +137,7 @@ class Buffers(dict):
         return self["taps"][:, self.cut[name]]
 
 
-class NativeBackend:
+class CBackend(Backend):
     """See the module's text. Arguments as for `TorchBackend`, and `dots`: whether products are bf16 dot products (None: where
     the processor has them and the dtype is bf16). Matrices, codes and cache are then held in the order of `bf16_dots.h`.
 
@@ -137,14 +145,11 @@ class NativeBackend:
         ValueError: the compiled ops cannot run this model (see `refuses`).
     """
 
-    name = "native"
-    mxfp8 = False
-
     def __init__(self, weights: TargetWeights, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int],
                  dots: bool | None = None):
         reason = refuses(weights)
         if reason is not None:
-            raise ValueError(f"backend native: {reason}")
+            raise ValueError(f"backend c: {reason}")
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"dtype {dtype}: expected bfloat16 or float32")
         if dots and not can_dot(dtype):
@@ -158,7 +163,7 @@ class NativeBackend:
         H, memory = self.config.hidden_size, self.memory
         head = memory.matrix(weights.head.transpose(1, 2).flatten(0, 1))
         self.vocabulary = weights.head.shape[0] * weights.head.shape[2]
-        self.step = native.Step(layers=self.layers, embed=memory.pointer(weights.embed), norm=memory.pointer(weights.norm),
+        self.step = structs.Step(layers=self.layers, embed=memory.pointer(weights.embed), norm=memory.pointer(weights.norm),
                                 head=head, H=H, bf16=int(dtype is torch.bfloat16), dots=int(self.dots),
                                 epsilon=self.config.layernorm_epsilon)
         self.work = Workspace(self.layers, H)
@@ -207,10 +212,16 @@ class NativeBackend:
         layer.softmax = int(mlp.scores == "softmax")
         layer.factor = 1.0 if config.routed_scaling_factor is None else config.routed_scaling_factor
 
-    def probe(self, shapes) -> None:
-        """Nothing to measure: these ops are row-invariant by construction."""
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities("c", single_ops=False, packed_weights=True)
 
-    def plan(self, spans: list[Span]) -> NativeStep:
+    def load_drafter(self, folder: str | Path, pages: int, context: int) -> Drafter:
+        from runtime_ref.backends.c.drafter import CDrafter
+
+        return CDrafter(load_drafter(folder, torch.float32), self, pages)
+
+    def plan(self, spans: list[Span]) -> CStep:
         """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
         rows = Rows([pool.window for pool in self.pools.values()])
         for span in spans:
@@ -222,7 +233,7 @@ class NativeBackend:
             rows.add(span.tokens, span.start, [span.tables[kind] for kind in self.pools])
         return rows.step()
 
-    def _fit(self, planned: NativeStep) -> None:
+    def _fit(self, planned: CStep) -> None:
         self.work.fit(self.step, planned.real, planned.highest + 1)
         if planned.highest >= self._reached:
             for kind, rotary in self.rotary.items():
@@ -245,7 +256,7 @@ class NativeBackend:
                 name = "add_attention" if tasks[i - 1].op == "merge_heads" else "add_mlp"
                 runs.append((began, i, name))
                 began = i
-            numbers.extend((native.OP[name], task.layer))
+            numbers.extend((structs.OP[name], task.layer))
         runs.append((began, len(tasks), "logits"))
         if len(self._codes) > 64:
             self._codes.clear()
@@ -255,7 +266,8 @@ class NativeBackend:
         return self._codes[id(tasks)][1:]
 
     @torch.inference_mode()
-    def run(self, tasks: list[Task], planned: NativeStep, watch: Callable[[Task, dict], None] | None = None) -> dict:
+    def run(self, tasks: list[Task], planned: CStep, watch: Callable[[Task, dict], None] | None = None, *,
+            host: bool = True) -> dict:
         """Executes the tasks in order; returns the logits of the rows that want them and the taps, side by side in the order of
         their layers (`taps`) and by name (`tap.0`).
 
@@ -299,7 +311,7 @@ class NativeBackend:
         self._gathered = ranks.gather(own)
         self.step.gathered, self.step.gathered_parts = self._gathered.data_ptr(), self._gathered.shape[0]
 
-    def _buffers(self, task: Task, planned: NativeStep) -> dict[str, torch.Tensor]:
+    def _buffers(self, task: Task, planned: CStep) -> dict[str, torch.Tensor]:
         """Copies of what a task reads and writes, as the torch backend would have them."""
         R, H, held = planned.real, self.step.H, self.work.tensors
         layer = self.layers[max(task.layer, 0)]

@@ -14,10 +14,10 @@ from array import array
 
 import torch
 
-from runtime_ref.backends.c import structs as native
-from runtime_ref.backends.c.backend import NativeStep, Rows, attention_fields, dense_fields, in_halves, padded_pointer, submit
+from runtime_ref.backends.c import structs
+from runtime_ref.backends.c.backend import CStep, Rows, attention_fields, dense_fields, in_halves, padded_pointer, submit
 from runtime_ref.backends.c.structs import OP, Layer, Memory, Workspace, up
-from runtime_ref.backends.torch.drafter import Drafter
+from runtime_ref.backends.torch.drafter import TorchDrafter
 from runtime_ref.core.batch import KIND, Wanted
 from runtime_ref.core.kv_cache import Pool
 
@@ -25,7 +25,7 @@ from runtime_ref.core.kv_cache import Pool
 IN_BYTES = True
 
 
-class NativeDrafter(Drafter):
+class CDrafter(TorchDrafter):
     """See the module's text."""
 
     def __init__(self, model, backend, pages: int):
@@ -33,20 +33,20 @@ class NativeDrafter(Drafter):
         widths = dict.fromkeys(range(len(self.layers)), (self.K, up(self.D), up(self.V)))
         self.pool = in_halves(Pool(widths, pages, backend.dtype, self.window), backend.dots)
         self.memory = memory = Memory(backend.dots, coarse=IN_BYTES and backend.dots)
-        self.native = (Layer * len(self.layers))(*(self._layer(i) for i in range(len(self.layers))))
-        shared = {"layers": self.native, "embed": backend.step.embed, "mask": memory.pointer(self.mask),
+        self.layer_structs = (Layer * len(self.layers))(*(self._layer(i) for i in range(len(self.layers))))
+        shared = {"layers": self.layer_structs, "embed": backend.step.embed, "mask": memory.pointer(self.mask),
                   "head": self._head(), "H": self.mask.shape[0], "bf16": backend.step.bf16, "dots": backend.step.dots,
                   "epsilon": self.epsilon}
-        self.block_step = native.Step(norm=memory.pointer(self.norm), **shared)
-        self.context_step = native.Step(norm=memory.pointer(self.hidden_norm), fc=memory.matrix(self.fc[0].T), **shared)
-        self.block_work, self.context_work = (Workspace(self.native, self.mask.shape[0]) for _ in range(2))
+        self.block_step = structs.Step(norm=memory.pointer(self.norm), **shared)
+        self.context_step = structs.Step(norm=memory.pointer(self.hidden_norm), fc=memory.matrix(self.fc[0].T), **shared)
+        self.block_work, self.context_work = (Workspace(self.layer_structs, self.mask.shape[0]) for _ in range(2))
         self._reached = 0
         layers = range(len(self.layers))
         self.block_code = _code([("embed", 0), *((op, i) for i in layers for op in self._ops(i)),
                                  ("pick_rows", 0), ("final_norm", 0), ("head", 0)])
         self.context_code = _code([("fuse", 0), *((op, i) for i in layers for op in ("project_kv", "write"))])
 
-    def _head(self) -> native.Matrix:
+    def _head(self) -> structs.Matrix:
         """The target's, or a copy of it in bytes."""
         step, head = self.backend.step, self.backend.weights.head
         return self.memory.matrix(head.transpose(1, 2).flatten(0, 1)) if self.memory.coarse else step.head
@@ -60,8 +60,8 @@ class NativeDrafter(Drafter):
     def _layer(self, index: int) -> Layer:
         own, memory = self.layers[index], self.memory
         o = own["o"].view(self.Q, self.V, -1)
-        layer = attention_fields(memory, own["qk"], own["v"], [native.pad(o, 1).flatten(0, 1).T], self.Q)
-        context = [native.pad(t.transpose(1, 2), 1).flatten(0, 1) for t in (own["qk"][self.Q:], own["v"])]
+        layer = attention_fields(memory, own["qk"], own["v"], [structs.pad(o, 1).flatten(0, 1).T], self.Q)
+        context = [structs.pad(t.transpose(1, 2), 1).flatten(0, 1) for t in (own["qk"][self.Q:], own["v"])]
         layer.kv = memory.matrix(torch.cat(context))
         for name, value in {
                 "input_norm": memory.pointer(own["input_norm"]), "post_norm": memory.pointer(own["post_norm"]),
@@ -77,15 +77,15 @@ class NativeDrafter(Drafter):
             empty = (torch.zeros(1, self.mask.shape[0], 1), torch.zeros(1, 1, self.mask.shape[0]))
             pairs = [pair or empty for pair in own["convolutions"]]
             # The first product's rows are padded to whole vectors, so the second has as many columns.
-            layer.convolutions = memory.matrices([w for down, upper in pairs for w in (down[0].T, native.pad(upper[0].T, 1))])
+            layer.convolutions = memory.matrices([w for down, upper in pairs for w in (down[0].T, structs.pad(upper[0].T, 1))])
         return layer
 
-    def _run(self, step: native.Step, work: Workspace, code: array, planned) -> None:
+    def _run(self, step: structs.Step, work: Workspace, code: array, planned) -> None:
         work.fit(step, planned.real, planned.highest + self.block)
         if planned.highest >= self._reached:
             self.rotary.rows(torch.zeros(1, dtype=torch.long), planned.highest)
             self._reached = self.rotary._cos.shape[0]
-            for layer in self.native:
+            for layer in self.layer_structs:
                 layer.cos, layer.sin = self.rotary._cos.data_ptr(), self.rotary._sin.data_ptr()
         submit(step, planned)
         self.backend.run_code(step, code.buffer_info()[0], len(code) // 2)
@@ -95,7 +95,7 @@ class NativeDrafter(Drafter):
         self.context_step.features = taps.data_ptr()
         n = len(positions)
         numbers = array("i", [*[0] * n, *positions, *[0] * (4 * n), *slots])
-        planned = NativeStep(n, 0, numbers, kinds=1, pages=0, picks=False, highest=max(positions))
+        planned = CStep(n, 0, numbers, kinds=1, pages=0, picks=False, highest=max(positions))
         self._run(self.context_step, self.context_work, self.context_code, planned)
 
     def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:

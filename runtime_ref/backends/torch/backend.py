@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from modeling.drafter import load_drafter
+from runtime_ref.backends.base import Backend, Capabilities, Drafter
 from runtime_ref.backends.torch import ops
 from runtime_ref.backends.torch.ops import Step
 from runtime_ref.backends.torch.rotary import rotary_tables
@@ -16,16 +19,13 @@ from runtime_ref.core.program import Task
 from runtime_ref.core.tensor_parallel import shares
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     """Runs task lists on one rank's weights with torch, on the CPU.
 
     Args:
         dtype: of the residual stream and the cache, bfloat16 or float32.
         pages: pages by kind ("full", "window"); a kind that the model does not have gets no pool.
     """
-
-    name = "torch"
-    mxfp8 = False  # whether activations of experts are rounded to it, which only kernels do
 
     def __init__(self, weights: TargetWeights, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int]):
         if dtype not in (torch.bfloat16, torch.float32):
@@ -36,12 +36,24 @@ class TorchBackend:
         self.ops: dict[str, Callable] = {name.removeprefix("op_"): getattr(self, name)
                                          for name in dir(self) if name.startswith("op_")}
         self._probed: set[tuple[int, int, int]] = set()
+        self.rules = ops.STRICT
         self.probe(self.product_shapes())
 
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities("torch", row_multiple=self.rules.quantum)
+
     def probe(self, shapes: set[tuple[int, int, int]]) -> None:
-        """Fits the row rules to these products too (see `model.probe_rows`)."""
+        """Fits the row rules to these products (batch, K, N) too (see `ops.probe_rows`)."""
         self._probed |= shapes
-        ops.probe_rows(self._probed)
+        self.rules = ops.probe_rows(self._probed)
+
+    def load_drafter(self, folder: str | Path, pages: int, context: int) -> Drafter:
+        from runtime_ref.backends.torch.drafter import TorchDrafter
+
+        drafter = TorchDrafter(load_drafter(folder, torch.float32), self, pages)
+        self.probe(drafter.product_shapes())
+        return drafter
 
     def _pools(self, pages: dict[str, int]) -> dict[str, Pool]:
         pools = {}
@@ -70,7 +82,7 @@ class TorchBackend:
 
     def plan(self, spans: list[Span]) -> Step:
         """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
-        step, blocks = ops.plan_rows(spans)
+        step, blocks = ops.plan_rows(spans, self.rules)
         for kind, pool in self.pools.items():
             step.reach[kind] = ops.reach(pool, kind, blocks, step.block)
             step.rotary[kind] = self.rotary[kind].rows(step.positions, step.highest)
@@ -82,8 +94,9 @@ class TorchBackend:
         return Step(rows, rows, ops.ROWS, 0, None, ops.ROWS, ops.ROWS, None, None)
 
     @torch.inference_mode()
-    def run(self, tasks: list[Task], step: Step, watch: Callable[[Task, dict], None] | None = None) -> dict[str, torch.Tensor]:
-        """Executes the tasks in order; returns the buffers. `watch` sees the buffers after each task."""
+    def run(self, tasks: list[Task], step: Step, watch: Callable[[Task, dict], None] | None = None, *,
+            host: bool = True) -> dict[str, torch.Tensor]:
+        """Executes the tasks in order; returns all buffers."""
         buffers = {"ids": step.ids}
         for task in tasks:
             found = self.ops[task.op](step, task.layer, *[buffers[name] for name in task.reads])
@@ -109,7 +122,7 @@ class TorchBackend:
 
     def op_project_full(self, step, layer, y, kind="full"):
         return ops.project_qkv(y, self.weights.layers[layer].attention, self.rotary[kind], step.rotary[kind],
-                               self.config.layernorm_epsilon)
+                               self.config.layernorm_epsilon, self.rules)
 
     def op_project_window(self, step, layer, y):
         return self.op_project_full(step, layer, y, "window")
@@ -121,26 +134,27 @@ class TorchBackend:
         self.op_write_full(step, layer, k, v, "window")
 
     def op_attend_full(self, step, layer, q, kind="full"):
-        return ops.attend(q, self.pools[kind], layer, step.reach[kind], self.weights.layers[layer].attention.sink, step)
+        return ops.attend(q, self.pools[kind], layer, step.reach[kind], self.weights.layers[layer].attention.sink, step,
+                          self.rules)
 
     def op_attend_window(self, step, layer, q):
         return self.op_attend_full(step, layer, q, "window")
 
     def op_merge_heads(self, step, layer, heads):
         attention = self.weights.layers[layer].attention
-        return ops.merge_heads(heads, attention.o, attention.o_bias)
+        return ops.merge_heads(heads, attention.o, attention.o_bias, self.rules)
 
     def op_add_parts(self, step, layer, x, partial):
-        return ops.add_parts(x, partial, self.weights.ranks, self.dtype)
+        return ops.add_parts(x, partial, self.weights.ranks, self.dtype, self.rules)
 
     def op_dense_mlp(self, step, layer, y):
-        return ops.dense_mlp(y, self.weights.layers[layer].mlp)
+        return ops.dense_mlp(y, self.weights.layers[layer].mlp, self.rules)
 
     def op_route(self, step, layer, y):
-        return ops.route(y, self.weights.layers[layer].mlp, self.config)
+        return ops.route(y, self.weights.layers[layer].mlp, self.config, self.rules)
 
     def op_experts(self, step, layer, y, index, weight):
-        return ops.run_experts(y, index, weight, self.weights.layers[layer].mlp.experts, step.real)
+        return ops.run_experts(y, index, weight, self.weights.layers[layer].mlp.experts, step.real, self.rules)
 
     def op_tap(self, step, layer, x):
         return x
@@ -149,4 +163,4 @@ class TorchBackend:
         return x if step.head_rows is None else x.index_select(0, step.head_rows)
 
     def op_head(self, step, layer, y):
-        return ops.head_logits(y, self.weights.head, self.weights.ranks)
+        return ops.head_logits(y, self.weights.head, self.weights.ranks, self.rules)

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from modeling.drafter import DFlashDraftModel
+from runtime_ref.backends.base import Drafter
 from runtime_ref.backends.torch import ops
 from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.backends.torch.ops import Reach, rounded
+from runtime_ref.backends.torch.ops import Reach, RowRules, rounded
 from runtime_ref.backends.torch.rotary import Rotary
 from runtime_ref.core.batch import KIND, Wanted
 from runtime_ref.core.drafter_checks import check_drafter
@@ -26,7 +27,7 @@ from runtime_ref.core.kv_cache import PAGE, Pool, Table
 from runtime_ref.core.markov import MarkovHead
 
 
-class Drafter:
+class TorchDrafter(Drafter):
     """Weights, pool and the two passes: `extend` by context features, `logits` of blocks."""
 
     def __init__(self, model: DFlashDraftModel, backend: TorchBackend, pages: int):
@@ -85,14 +86,15 @@ class Drafter:
     def extend(self, taps: torch.Tensor, positions: list[int], slots: list[int]) -> None:
         """Writes keys and values of features [n, taps * H] at positions into slots of the pool."""
         n = len(positions)
-        rows = ops.padded(n)
+        rules = self.backend.rules
+        rows = ops.padded(n, rules)
         if rows != n:
             taps = torch.cat((taps, taps[-1:].expand(rows - n, -1)))
             positions = positions + positions[-1:] * (rows - n)
-        features = ops.norm(ops.spread(taps, self.fc)[0], self.hidden_norm, self.epsilon)
+        features = ops.norm(ops.spread(taps, self.fc, rules)[0], self.hidden_norm, self.epsilon)
         table = self.rotary.rows(torch.tensor(positions), max(positions))
-        k = self.rotary.apply(ops.norm(ops.spread(features, self.context_k), self.context_k_norm, self.epsilon), table)
-        v = ops.spread(features, self.context_v)
+        k = ops.norm(ops.spread(features, self.context_k, rules), self.context_k_norm, self.epsilon)
+        k, v = self.rotary.apply(k, table), ops.spread(features, self.context_v, rules)
         if self.value_scale is not None:
             v = v.mul_(self.value_scale)
         into = torch.tensor(slots)
@@ -112,7 +114,8 @@ class Drafter:
         """Draft logits [count, vocabulary] float32 of each sequence, its pending features included in the context first."""
         self._catch_up(wanted)
         most = max(w.count for w in wanted) + 1
-        T = ops.NARROW if most <= ops.NARROW and ops.rules.quantum == ops.NARROW else -(-most // ops.ROWS) * ops.ROWS
+        rules = self.backend.rules
+        T = ops.NARROW if most <= ops.NARROW and rules.quantum == ops.NARROW else -(-most // ops.ROWS) * ops.ROWS
         x = self.backend.weights.embed.new_empty(len(wanted), T, self.mask.shape[0])
         x[:] = self.mask
         x[:, 0] = self.backend.weights.embed[torch.tensor([w.anchor for w in wanted])]
@@ -122,19 +125,20 @@ class Drafter:
         seen = self._reach(wanted, positions, T)
         step = _Blocks(T)
         for i, layer in enumerate(self.layers):
-            y = convolved(ops.norm(x, layer["input_norm"], self.epsilon), layer["convolutions"][0], T)
-            qk = self.rotary.apply(ops.norm(ops.spread(y, layer["qk"]), layer["qk_norm"], self.epsilon), table)
-            v = ops.spread(y, layer["v"])
+            y = convolved(ops.norm(x, layer["input_norm"], self.epsilon), layer["convolutions"][0], T, rules)
+            qk = self.rotary.apply(ops.norm(ops.spread(y, layer["qk"], rules), layer["qk_norm"], self.epsilon), table)
+            v = ops.spread(y, layer["v"], rules)
             if self.value_scale is not None:
                 v = v.mul_(self.value_scale)
             rows = seen.rows
             ops.write_cache(self.pool, i, qk[self.Q:].index_select(1, rows), v.index_select(1, rows), seen.reach.slots)
-            heads = ops.attend(qk[:self.Q] * self.D**-0.5, self.pool, i, seen.reach, layer["sink"], step)
-            x = rounded(x + ops.merge_heads(heads, layer["o"])[0], self.backend.dtype)
-            y = convolved(ops.norm(x, layer["post_norm"], self.epsilon), layer["convolutions"][1], T)
-            x = rounded(x + ops.product(ops.gated(ops.spread(y, layer["gate_up"])), layer["down"])[0], self.backend.dtype)
+            heads = ops.attend(qk[:self.Q] * self.D**-0.5, self.pool, i, seen.reach, layer["sink"], step, rules)
+            x = rounded(x + ops.merge_heads(heads, layer["o"], rules=rules)[0], self.backend.dtype)
+            y = convolved(ops.norm(x, layer["post_norm"], self.epsilon), layer["convolutions"][1], T, rules)
+            inner = ops.gated(ops.spread(y, layer["gate_up"], rules))
+            x = rounded(x + ops.product(inner, layer["down"], rules)[0], self.backend.dtype)
         y = ops.norm(x, self.norm, self.epsilon)
-        logits = ops.head_logits(y, self.backend.weights.head, self.backend.weights.ranks).view(len(wanted), T, -1)
+        logits = ops.head_logits(y, self.backend.weights.head, self.backend.weights.ranks, rules).view(len(wanted), T, -1)
         return [logits[b, 1:w.count + 1] for b, w in enumerate(wanted)]
 
     def _catch_up(self, wanted: list[Wanted]) -> None:
@@ -170,7 +174,7 @@ class Drafter:
         own = (keys >= anchors[:, 0]) & (keys < anchors[:, 1])
         if self.causal:
             own = own & (keys <= queries)
-        seen = context | own
+        seen = (context | own).expand(-1, -1, T, -1)
         hidden = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
         return _DraftReach(Reach(len(wanted), torch.tensor(tables), hidden, torch.tensor(slots)), torch.tensor(rows))
 
@@ -190,11 +194,11 @@ class _Blocks:
     row_slots: None = None
 
 
-def convolved(y: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor] | None, block: int) -> torch.Tensor:
+def convolved(y: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor] | None, block: int, rules: RowRules) -> torch.Tensor:
     """y [R, H] of whole blocks, with up(down(y_t)) * y_(t - 1) added inside each block (pair: down [1, H, r], up [1, r, H])."""
     if pair is None:
         return y
     before = torch.nn.functional.pad(y.unflatten(0, (-1, block)), (0, 0, 1, 0))[:, :-1].flatten(0, 1)
-    return torch.addcmul(y, ops.spread(ops.spread(y, pair[0])[0], pair[1])[0], before)
+    return torch.addcmul(y, ops.spread(ops.spread(y, pair[0], rules)[0], pair[1], rules)[0], before)
 
 

@@ -40,31 +40,37 @@ SUMMED, VECTOR = 8, 32
 _WIDE_BLOCKS = (2, 3, 8, 16)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RowRules:
-    """What `probe_rows` found: `wide`, more than eight rows at once; `narrow`, multiples of four rows; `sums`, a library sum
-    of up to eight terms adds them in their order."""
+    """What keeps the bits of eight rows on this machine, for the products of one model (`probe_rows` measures it).
 
-    wide: bool = True
-    narrow: bool = True
-    sums: bool = True
+    Each backend has rules of its own, because they depend on the shapes that it runs. The defaults hold everywhere.
+
+    Attributes:
+        wide: products of more than eight rows. narrow: products of multiples of four rows. sums: library sums of up to eight
+            terms, which then add them in their order.
+    """
+
+    wide: bool = False
+    narrow: bool = False
+    sums: bool = False
 
     @property
     def quantum(self) -> int:
         return NARROW if self.wide and self.narrow else ROWS
 
 
-rules = RowRules()
+STRICT = RowRules()
 
 
-def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def product(x: torch.Tensor, w: torch.Tensor, rules: RowRules = STRICT) -> torch.Tensor:
     """Batched product [b, R, K] x [b, K, N], R a multiple of the quantum (see the module's text).
 
     A few columns (5 to 11, not 8: a router of a small model) are padded: MKL then has other code by a row's position.
     """
     N = w.shape[2]
     if N < COLUMNS and N % ROWS:
-        return product(x, F.pad(w, (0, COLUMNS - N)))[..., :N]
+        return product(x, F.pad(w, (0, COLUMNS - N)), rules)[..., :N]
     if rules.wide or x.shape[1] == ROWS:
         return torch.bmm(x, w)
     return torch.cat([torch.bmm(x[:, i:i + ROWS], w) for i in range(0, x.shape[1], ROWS)], dim=1)
@@ -92,12 +98,11 @@ def probe_rows(shapes: set[tuple[int, int, int]], seed: int = 0) -> RowRules:
             some = torch.randn(batch, rows, K, generator=generator)
             some[:, -NARROW:] = x[:, 1:1 + NARROW]
             narrow_same = narrow_same and torch.equal(torch.bmm(some, w)[:, -NARROW:], alone[:, 1:1 + NARROW])
-    rules.wide, rules.narrow = wide_same, narrow_same
-    rules.sums = all(_sums_in_order(N, generator) for N in {N for _, _, N in shapes if N % VECTOR == 0})
-    return rules
+    sums_same = all(_sums_in_order(N, generator) for N in {N for _, _, N in shapes if N % VECTOR == 0})
+    return RowRules(wide_same, narrow_same, sums_same)
 
 
-def in_order(x: torch.Tensor, dim: int) -> torch.Tensor:
+def in_order(x: torch.Tensor, dim: int, rules: RowRules = STRICT) -> torch.Tensor:
     """Sum over `dim`, one term after the other."""
     whole = x[(0,) * (dim + 1)].numel() % VECTOR == 0  # libraries add the last, incomplete vector in another order
     return x.sum(dim) if rules.sums and whole and x.shape[dim] <= SUMMED else _one_by_one(x, dim)
@@ -118,7 +123,8 @@ def _sums_in_order(H: int, generator: torch.Generator) -> bool:
     return all(torch.equal(x.sum(dim), _one_by_one(x, dim)) for x, dim in tries)
 
 
-def padded(rows: int) -> int:
+def padded(rows: int, rules: RowRules = STRICT) -> int:
+    """Rows of a step of so many tokens."""
     return -(-rows // rules.quantum) * rules.quantum
 
 
@@ -159,7 +165,7 @@ class Step:
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
-def plan_rows(spans: list[Span]) -> tuple[Step, list[tuple[Span, int, int]]]:
+def plan_rows(spans: list[Span], rules: RowRules = STRICT) -> tuple[Step, list[tuple[Span, int, int]]]:
     """Rows of the spans side by side, and the blocks (span, first position, count) they make."""
     ids: list[int] = []
     positions: list[int] = []
@@ -177,14 +183,14 @@ def plan_rows(spans: list[Span]) -> tuple[Step, list[tuple[Span, int, int]]]:
             blocks.append((span, span.start + begin, count))
             block_rows += [span.row + begin + min(i, count - 1) for i in range(T)]
     real = len(ids)
-    R = T if len(blocks) == 1 else padded(real)
+    R = T if len(blocks) == 1 else padded(real, rules)
     highest = max(positions)
     ids += [ids[-1]] * (R - real)
     positions += [positions[-1]] * (R - real)
     wanted = len(head)
     whole = head == list(range(real))
     if not whole:
-        head += [head[-1] if head else 0] * (padded(max(1, wanted)) - wanted)
+        head += [head[-1] if head else 0] * (padded(max(1, wanted), rules) - wanted)
     row_slots = None
     if len(blocks) > 1:
         slot_of = {row: slot for slot, row in reversed(list(enumerate(block_rows)))}
@@ -226,15 +232,15 @@ def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     return (x * scale).mul_(weight)
 
 
-def spread(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+def spread(x: torch.Tensor, w: torch.Tensor, rules: RowRules = STRICT) -> torch.Tensor:
     """Column-parallel product: x [R, K] with every part of w [P, K, N] -> [P, R, N]."""
-    return product(x.expand(w.shape[0], *x.shape), w)
+    return product(x.expand(w.shape[0], *x.shape), w, rules)
 
 
 def project_qkv(x: torch.Tensor, a: Attention, rotary: Rotary, table,
-                epsilon: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                epsilon: float = 0.0, rules: RowRules = STRICT) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotated, scaled queries [Q, R, D], rotated keys [K, R, D], scaled values [K, R, V]."""
-    qk, v = spread(x, a.qk), spread(x, a.v)
+    qk, v = spread(x, a.qk, rules), spread(x, a.v, rules)
     if a.qk_bias is not None:
         qk, v = qk.add_(a.qk_bias), v.add_(a.v_bias)
     if a.q_norm is not None:
@@ -251,7 +257,8 @@ def write_cache(pool: Pool, layer: int, k: torch.Tensor, v: torch.Tensor, slots:
     pool.values[layer].index_copy_(1, slots, rounded(v[:, :n], pool.dtype))
 
 
-def attend(q: torch.Tensor, pool: Pool, layer: int, seen: Reach, sink: torch.Tensor | None, step: Step) -> torch.Tensor:
+def attend(q: torch.Tensor, pool: Pool, layer: int, seen: Reach, sink: torch.Tensor | None, step: Step,
+           rules: RowRules = STRICT) -> torch.Tensor:
     """Heads [Q, R, V] of queries [Q, R, D] over the cache (which holds the rows' own keys already)."""
     K, B, T = pool.keys[layer].shape[0], seen.blocks, step.block
     Q, D = q.shape[0], q.shape[2]
@@ -259,7 +266,7 @@ def attend(q: torch.Tensor, pool: Pool, layer: int, seen: Reach, sink: torch.Ten
         q = q.index_select(1, step.block_rows)
     q = q.view(K, Q // K, B, T, D).transpose(1, 2).reshape(K, B, 1, Q // K * T, D)
     keys, values = (_pages(store[layer], seen.tables) for store in (pool.keys, pool.values))
-    out = attend_pages(q, keys, values, seen.hidden, sink)
+    out = attend_pages(q, keys, values, seen.hidden, sink, rules)
     out = out.view(K, B, Q // K, T, -1).transpose(1, 2).reshape(Q, B * T, -1)
     return out if step.row_slots is None else out.index_select(1, step.row_slots)
 
@@ -271,7 +278,7 @@ def _pages(store: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
 
 
 def attend_pages(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor,
-                 sink: torch.Tensor | None) -> torch.Tensor:
+                 sink: torch.Tensor | None, rules: RowRules = STRICT) -> torch.Tensor:
     """Softmax over pages with an optional sink per head.
 
     Args:
@@ -282,7 +289,7 @@ def attend_pages(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidd
     """
     K, B, _, M, D = q.shape
     n, T = hidden.shape[1:3]
-    scores = product(q.expand(K, B, n, M, D).reshape(-1, M, D), keys.flatten(0, 1).transpose(1, 2))
+    scores = product(q.expand(K, B, n, M, D).reshape(-1, M, D), keys.flatten(0, 1).transpose(1, 2), rules)
     scores = scores.view(K, B, n, M // T, T, PAGE)
     scores += hidden[None, :, :, None]
     scores = scores.view(K, B, n, M, PAGE)
@@ -292,15 +299,16 @@ def attend_pages(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidd
         top = torch.maximum(top, sink)
     weights = scores.sub_(top).exp_()
     sums = weights.sum(-1, keepdim=True)
-    parts = product(weights.view(-1, M, PAGE), values.flatten(0, 1)).view(K, B, n, M, -1)
-    total, below = in_order(parts, 2), in_order(sums, 2)
+    parts = product(weights.view(-1, M, PAGE), values.flatten(0, 1), rules).view(K, B, n, M, -1)
+    total, below = in_order(parts, 2, rules), in_order(sums, 2, rules)
     if sink is not None:
         share = (sink - top)[:, :, 0].reshape(-1, 1)
         below = below + (share if K * M % VECTOR == 0 else share.repeat(1, VECTOR)).exp_()[:, :1].view(below.shape)
     return total / below
 
 
-def merge_heads(heads: torch.Tensor, o: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def merge_heads(heads: torch.Tensor, o: torch.Tensor, bias: torch.Tensor | None = None,
+                rules: RowRules = STRICT) -> torch.Tensor:
     """Partial outputs [P, R, H] of heads [Q, R, V] through own parts of the output projection [P, Q V / P, H].
 
     A bias belongs to the first part of all, so that any number of ranks adds it in the same place.
@@ -308,15 +316,16 @@ def merge_heads(heads: torch.Tensor, o: torch.Tensor, bias: torch.Tensor | None 
     P, (Q, R, V) = o.shape[0], heads.shape
     if Q != P:
         heads = heads.view(P, Q // P, R, V).transpose(1, 2).reshape(P, R, -1)
-    out = product(heads, o)
+    out = product(heads, o, rules)
     if bias is not None:
         out[0] += bias
     return out
 
 
-def add_parts(x: torch.Tensor, partial: torch.Tensor, ranks: Ranks, dtype: torch.dtype) -> torch.Tensor:
+def add_parts(x: torch.Tensor, partial: torch.Tensor, ranks: Ranks, dtype: torch.dtype,
+              rules: RowRules = STRICT) -> torch.Tensor:
     """Residual stream plus the parts of all ranks, added in their order: the one all-reduce of the model."""
-    return rounded(x + in_order(ranks.gather(partial), 0), dtype)
+    return rounded(x + in_order(ranks.gather(partial), 0, rules), dtype)
 
 
 def gated(gate_up: torch.Tensor, clamp: tuple[float, float] | None = None) -> torch.Tensor:
@@ -332,9 +341,9 @@ def gated(gate_up: torch.Tensor, clamp: tuple[float, float] | None = None) -> to
     return F.silu(gate_up[..., :half]).mul_(gate_up[..., half:])
 
 
-def dense_mlp(x: torch.Tensor, w: Dense) -> torch.Tensor:
+def dense_mlp(x: torch.Tensor, w: Dense, rules: RowRules = STRICT) -> torch.Tensor:
     """Partial outputs [P, R, H]."""
-    return product(gated(spread(x, w.gate_up)), w.down)
+    return product(gated(spread(x, w.gate_up, rules)), w.down, rules)
 
 
 def whole_vectors(x: torch.Tensor, value: float = 0.0) -> torch.Tensor:
@@ -350,13 +359,13 @@ def softmax(x: torch.Tensor) -> torch.Tensor:
     return (powers / powers.cumsum(-1)[:, -1:])[:, :x.shape[1]]
 
 
-def route(x: torch.Tensor, w: Moe, config) -> tuple[torch.Tensor, torch.Tensor]:
+def route(x: torch.Tensor, w: Moe, config, rules: RowRules = STRICT) -> tuple[torch.Tensor, torch.Tensor]:
     """Expert indices [R, A] and weights [R, A] float32.
 
     Sigmoid scores: the best by score + correction, weighted by score. Softmax: the best of all experts' probabilities, or the
     probabilities among the chosen.
     """
-    scores = spread(x, w.router)[0]
+    scores = spread(x, w.router, rules)[0]
     if w.bias is not None:
         scores = scores + w.bias
     if w.scores != "sigmoid":
@@ -382,7 +391,8 @@ def route(x: torch.Tensor, w: Moe, config) -> tuple[torch.Tensor, torch.Tensor]:
     return index, weight if factor in (None, 1.0) else weight * factor
 
 
-def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, experts: Experts, real: int) -> torch.Tensor:
+def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, experts: Experts, real: int,
+                rules: RowRules = STRICT) -> torch.Tensor:
     """Partial outputs [P, R, H] of the chosen experts, weighted, added in ascending order of experts.
 
     Up to eight rows meet every touched expert together, those that did not choose it with weight zero; more rows are
@@ -403,14 +413,14 @@ def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, expe
         rows = torch.tensor([row for row, _ in places])
         scale = weight[rows, torch.tensor([place for _, place in places])]
         count = len(places)
-        mine = x.new_zeros(padded(count), H)
+        mine = x.new_zeros(padded(count, rules), H)
         mine[:count] = x.index_select(0, rows)
-        inner = spread(mine, gate_up)
+        inner = spread(mine, gate_up, rules)
         if experts.biases is not None:
             inner += experts.biases.gate_up[expert]
         inner = gated(inner, experts.clamp)
         inner[:, :count] *= scale[:, None]
-        found = product(inner, down)[:, :count]
+        found = product(inner, down, rules)[:, :count]
         if experts.biases is not None and experts.biases.down is not None:
             found[0] += scale[:, None] * experts.biases.down[expert]
         out.index_add_(1, rows, found)
@@ -440,7 +450,7 @@ def _experts_together(x, index, weight, experts: Experts, real: int) -> torch.Te
     return out
 
 
-def head_logits(x: torch.Tensor, head: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+def head_logits(x: torch.Tensor, head: torch.Tensor, ranks: Ranks, rules: RowRules = STRICT) -> torch.Tensor:
     """float32 logits [R, vocabulary] of normed rows: each rank multiplies its share of the vocabulary."""
-    parts = ranks.gather(spread(x, head))
+    parts = ranks.gather(spread(x, head, rules))
     return parts.transpose(0, 1).reshape(x.shape[0], -1)

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import torch
 
+from modeling.drafter import load_drafter
+from runtime_ref.backends.base import Backend, Capabilities, Drafter
 from runtime_ref.checkpoints.device_shapes import interpreted
 from runtime_ref.checkpoints.device_weights import KernelWeights, load_kernel_weights
 from runtime_ref.checkpoints.host_weights import TargetWeights
@@ -109,7 +111,7 @@ class RotaryTable:
         self.table = (angles.cos() * scaling).to(device), (angles.sin() * scaling).to(device)
 
 
-class TritonBackend:
+class TritonBackend(Backend):
     """One rank's weights and caches, and the ops of a task list.
 
     Args:
@@ -119,7 +121,6 @@ class TritonBackend:
         folder: where the torch form of the weights can be read for comparisons (`weights`).
     """
 
-    name = "triton"
     dtype = torch.bfloat16
 
     def __init__(self, weights: KernelWeights, *, pages: dict[str, int], positions: int, tiling: Tiling | None = None,
@@ -139,7 +140,7 @@ class TritonBackend:
         self.ops: dict[str, Callable] = {name.removeprefix("op_"): getattr(self, name)
                                          for name in dir(type(self)) if name.startswith("op_")}
         self._spaces: dict[int, Workspace] = {}
-        self.mxfp8 = any(layer.pages is not None and layer.pages.native for layer in weights.layers)
+        self._mxfp8 = any(layer.pages is not None and layer.pages.native for layer in weights.layers)
         self.walk = None  # a `persistent.PersistentStep` that takes over the steps it serves
 
     @cached_property
@@ -149,8 +150,15 @@ class TritonBackend:
             raise ValueError("this backend was not made from a folder: there are no torch weights to compare with")
         return load_target(self.folder, self.ranks)
 
-    def probe(self, shapes) -> None:
-        """Kernels have one rule for rows; nothing has to be measured."""
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities("triton-mxfp8" if self._mxfp8 else "triton", float32=False, verifies_on_device=True,
+                            packed_weights=True, mxfp8_activations=self._mxfp8)
+
+    def load_drafter(self, folder: str | Path, pages: int, context: int) -> Drafter:
+        from runtime_ref.backends.triton.drafter import TritonDrafter
+
+        return TritonDrafter(load_drafter(folder, torch.float32), self, pages, context)
 
     def _pools(self, pages: dict[str, int]) -> dict[str, KernelPool]:
         pools = {}

@@ -12,11 +12,11 @@ them, in the same parts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from modeling.drafter import DFlashDraftModel, load_drafter
+from modeling.drafter import DFlashDraftModel
+from runtime_ref.backends.base import Drafter
 from runtime_ref.backends.triton.backend import BLOCK, Blocks, KernelPool, RotaryTable, TritonBackend, plan_blocks
 from runtime_ref.checkpoints.device_weights import Arena, piece_bytes
 from runtime_ref.core.batch import KIND, Wanted
@@ -58,7 +58,7 @@ def share_of(model: DFlashDraftModel, ranks: Ranks, shares: int = SHARES) -> Sha
     return Share(ranks, o // count, down // count)
 
 
-class TritonDrafter:
+class TritonDrafter(Drafter):
     """Weights, pool and the two passes: `extend_tables` by context features, `logits` of blocks."""
 
     def __init__(self, model: DFlashDraftModel, backend: TritonBackend, pages: int, positions: int, shares: int = SHARES):
@@ -96,10 +96,6 @@ class TritonDrafter:
             for name, t in layer.items():
                 if t is not None:
                     layer[name] = Matrix(self.arena.put(t.w)) if isinstance(t, Matrix) else self.arena.put(t)
-
-    def product_shapes(self) -> set:
-        """See `TritonBackend.probe`: nothing to measure."""
-        return set()
 
     def _layer(self, layer, keys: int, device: str) -> dict:
         """This rank's weights of a layer; keys: key heads of all ranks."""
@@ -188,13 +184,3 @@ class TritonDrafter:
 
 def _matrix(device: str, *weights: torch.Tensor) -> Matrix:
     return Matrix(torch.cat([w.detach() for w in weights]).to(device, torch.bfloat16).contiguous())
-
-
-def load_triton_drafter(folder: str | Path, backend: TritonBackend, pages: int, positions: int) -> TritonDrafter:
-    """The drafter of a `dflash/` folder.
-
-    Raises:
-        ValueError: missing or unexpected tensors, no mask embedding, a drafter of another target or one that the kernels
-            cannot run.
-    """
-    return TritonDrafter(load_drafter(folder, torch.float32), backend, pages, positions)

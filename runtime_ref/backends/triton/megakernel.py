@@ -139,7 +139,7 @@ class PersistentStep:
 
     def _constants(self) -> dict:
         backend, layers, tiling = self.backend, self.backend.kernel_weights.layers, self.backend.tiling
-        if backend.mxfp8:
+        if backend.capabilities.mxfp8_activations:
             raise ValueError("the persistent step has no experts in native pages (backend 'triton-mxfp8'); they run op by op")
         if any(layer.head_norm is not None or layer.router and layer.router.softmax for layer in layers):
             raise ValueError("the persistent step has neither norms of heads nor a softmax router; this model runs op by op")

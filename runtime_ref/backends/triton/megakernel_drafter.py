@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from runtime_ref.backends.base import Drafter
 from runtime_ref.backends.triton.backend import BLOCK
 from runtime_ref.backends.triton.drafter import CONTEXT_ROWS, TritonDrafter
 from runtime_ref.backends.triton.megakernel import (
@@ -56,7 +57,7 @@ def draft_table(drafter: TritonDrafter) -> torch.Tensor:
     return torch.tensor([*rows, row("pick_norm_head")], dtype=torch.int32)
 
 
-class PersistentDraft:
+class PersistentDraft(Drafter):
     """A drafter whose rounds are one launch each; what the engine asks for, it does like `TritonDrafter`.
 
     Every rank walks its share of the drafter and of the head, whose logits are gathered afterwards.

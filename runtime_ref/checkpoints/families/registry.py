@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from modeling.load import TensorFiles
+from checkpoint.tensor_files import TensorFiles
 from runtime_ref.checkpoints.families.base import NotHeld
 from runtime_ref.checkpoints.families.gpt_oss import GptOssReader, gpt_oss_geometry
 from runtime_ref.checkpoints.families.qwen3_moe import Qwen3Reader, qwen3_geometry

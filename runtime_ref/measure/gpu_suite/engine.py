@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from modeling.load import TensorFiles
+from checkpoint.tensor_files import TensorFiles
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
 from runtime_ref.checkpoints import device_weights as kernel_weights
 from runtime_ref.checkpoints.families.registry import read_geometry

@@ -270,7 +270,7 @@ def _step_bytes(engine: Engine, touched: dict[int, list[int]], layers: list[int]
     dense = sum(t.numel() for layer in weights.layers for t in (layer.attention.qk, layer.attention.v, layer.attention.o))
     dense += sum(t.numel() for layer in weights.layers if not isinstance(layer.mlp, Moe)
                  for t in (layer.mlp.gate_up, layer.mlp.down)) + weights.head.numel()
-    packed = engine.backend.name == "native"  # bf16 and codes; the torch backend multiplies float32 copies
+    packed = engine.backend.capabilities.packed_weights
     held = experts * expert * 4.25 / 8 / ranks + dense * 2 if packed else experts * expert * 4 / ranks + dense * 4
     return {"stored": experts * expert * 4.25 / 8 + dense * ranks * 2, "held": held}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime_ref.backends.torch.backend import TorchBackend
+from runtime_ref.backends.base import Backend
 from runtime_ref.core.kv_cache import PAGE
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine, EngineOptions
@@ -43,7 +43,7 @@ class Rounds:
     tokens: list[int]
 
 
-def engine_rounds(exact: TorchBackend, drafter, probe: Probe) -> Rounds:
+def engine_rounds(exact: Backend, drafter, probe: Probe) -> Rounds:
     """Rounds of an engine in float32 on its backend; to be called on all ranks alike."""
     limit = exact.config.max_position_embeddings - ANSWER - drafter.block - 1
     prompt = (probe.ids * (1 + 2 * PAGE // len(probe.ids)))[:max(1, min(limit, max(len(probe.ids), PAGE + 21)))]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modeling.load import TensorFiles
+from checkpoint.tensor_files import TensorFiles
 from runtime_ref.validation.context import DTYPE_CAUSE, FINITE_CAUSE, ValidationContext, Wrong, condensed, read_object
 from runtime_ref.validation.result import Check
 

@@ -148,7 +148,7 @@ def _ids(value) -> list[int]:
 
 
 def _tokenizer(check: Check, folder: Path, raw: dict, special: dict, generation: dict) -> None:
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from modeling.load import TensorFiles
+from checkpoint.tensor_files import TensorFiles
 from modeling.names import fused_name, published_tensors
 from mxfp4.format import BLOCK_SIZE
 from runtime_ref.checkpoints.families.base import Geometry, NotHeld

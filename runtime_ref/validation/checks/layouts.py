@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from modeling.load import TensorFiles
+from checkpoint.tensor_files import TensorFiles
 from modeling.names import fused_name
 from mxfp4.format import BLOCK_SIZE
 from runtime_ref.validation.checks.tensors import Matrix, look_at_blocks, look_at_numbers

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.load import load_model
 from modeling.drafter import DFlashDraftModel, load_drafter
-from modeling.load import load_model
 from runtime_ref.validation.checks.drafter import BLOCK_SIZE_CAUSE, HEAD_CAUSE, TAP_CAUSE
 from runtime_ref.validation.context import FINITE_CAUSE, ValidationContext, own_object, quiet
 from runtime_ref.validation.diagnosis.fault_table import drafter_faults, exchanged_expert_faults, target_faults

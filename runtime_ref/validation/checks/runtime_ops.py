@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.backends.torch.drafter import Drafter
+from runtime_ref.backends.base import Backend, Drafter
 from runtime_ref.checkpoints.host_weights import Dense
 from runtime_ref.core.batch import KIND, Span, Wanted
 from runtime_ref.core.kv_cache import KvCache
@@ -49,7 +48,7 @@ KERNEL_DRAFT_ERROR = 8 * 2.0**-8
 MISSING_CLAMP_CAUSE = "the clamp of gpt-oss's SwiGLU is missing, or has another limit or alpha (swiglu_limit)"
 
 
-def run_watched(backend: TorchBackend, ids: list[int], *, taps=(), watch=None) -> tuple[dict, Span, KvCache]:
+def run_watched(backend: Backend, ids: list[int], *, taps=(), watch=None) -> tuple[dict, Span, KvCache]:
     """Buffers of one step over `ids` on a fresh cache, the span, and the cache (still holding it)."""
     cache = KvCache(backend.pools, prefix=False)
     tables = cache.tables()
@@ -66,7 +65,7 @@ class Outputs:
     logits: torch.Tensor
 
 
-def outputs_of(backend: TorchBackend, probe: Probe) -> Outputs:
+def outputs_of(backend: Backend, probe: Probe) -> Outputs:
     """Of one step as it is served (nothing watches it); to be called on all ranks alike."""
     layers, n = range(backend.config.num_hidden_layers), len(probe.ids)
     buffers, span, cache = run_watched(backend, probe.ids, taps=layers)
@@ -83,7 +82,7 @@ class OpErrors:
         reference: the backend whose float32 weights the references take.
     """
 
-    def __init__(self, backend: TorchBackend, ids: list[int], exact: TorchBackend | None = None):
+    def __init__(self, backend: Backend, ids: list[int], exact: Backend | None = None):
         """Runs the target over `ids` on a fresh cache; to be made on all ranks alike.
 
         Args:
@@ -94,15 +93,14 @@ class OpErrors:
         self.kernels, self.bound, self.reference = exact is not None, OP_ERROR, backend
         if self.kernels:
             self.bound, self.reference = KERNEL_OP_ERROR, copy.copy(exact)
-            self.reference.pools, self.reference.mxfp8 = backend.pools, backend.mxfp8
+            self.reference.pools = backend.pools
         self._kept: dict[str, torch.Tensor] = {}
         cache = KvCache(backend.pools, prefix=False)
         tables = cache.tables()
         cache.extend(tables, list(tables), len(ids))
         self._span = Span(tables, 0, ids)
         step = backend.plan([self._span])
-        if isinstance(getattr(step, "ids", None), torch.Tensor):
-            self._kept["ids"] = step.ids.cpu()
+        self._kept["ids"] = step.ids.cpu()
         backend.run(target_tasks(backend.config), step, self._watch)
         cache.release(tables)
         self.found = _worst_of_ranks(self.found, backend.ranks)
@@ -110,7 +108,7 @@ class OpErrors:
     def _watch(self, task: Task, buffers: dict) -> None:
         inputs, rows = {name: self._kept[name] for name in task.reads if name in self._kept}, len(self._span.tokens)
         if len(inputs) == len(task.reads) and all(bool(torch.isfinite(x).all()) for x in inputs.values()):
-            wanted = reference_ops.expected(self.reference, task, inputs, self._span, rows)
+            wanted = self.expected(task, inputs, self._span, rows)
             if wanted is not None:
                 got = reference_ops.found(task, buffers, self.backend)
                 if task.op.startswith("attend"):
@@ -118,6 +116,11 @@ class OpErrors:
                 self.found.append((task, self.error(task, got.cpu().double(), wanted)))
         # Some backends show only what a task touches: what it left alone is as it was.
         self._kept |= {name: value.to("cpu", copy=True) for name, value in buffers.items()}
+
+    def expected(self, task: Task, inputs: dict[str, torch.Tensor], span: Span, rows: int) -> torch.Tensor | None:
+        """See `reference_ops.expected`."""
+        return reference_ops.expected(self.reference, task, inputs, span, rows,
+                                      mxfp8=self.backend.capabilities.mxfp8_activations)
 
     def error(self, task: Task, found: torch.Tensor, expected: torch.Tensor) -> float:
         if not self.kernels:
@@ -156,7 +159,7 @@ def place_of(task: Task) -> str:
     return f"op {task.op}" + (f" of layer {task.layer}" if task.layer >= 0 else "")
 
 
-def check_runtime(check: Check, context: ValidationContext, probe: Probe, exact: TorchBackend, served: Outputs | None,
+def check_runtime(check: Check, context: ValidationContext, probe: Probe, exact: Backend, served: Outputs | None,
                   drafter: Drafter | None, ops: OpErrors) -> None:
     """Check 2b: the runtime in float32 (`exact`) layer by layer, and how far the dtype that is served rounds.
 
@@ -229,7 +232,7 @@ def _blame_runtime(check: Check, context: ValidationContext, probe: Probe, ids, 
     name_causes(check, hypotheses, otherwise, f"{ENGINE_CAUSE}: ")
 
 
-def _runtime_drafts(probe: Probe, exact: TorchBackend, drafter: Drafter, taps: torch.Tensor) -> torch.Tensor:
+def _runtime_drafts(probe: Probe, exact: Backend, drafter: Drafter, taps: torch.Tensor) -> torch.Tensor:
     """The runtime's draft logits after the probe's text but its last token, which is the anchor."""
     n = len(probe.ids) - 1
     cache = KvCache({KIND: drafter.pool}, prefix=False)
@@ -267,13 +270,13 @@ def check_ops(check: Check, all_ops: list[OpErrors]) -> None:
     """Check 3: every op of each backend, in float32."""
     rows = [["backend", "op", "worst relative error", "calls"]]
     for ops in all_ops:
-        name, calls = ops.backend.name, [task.op for task, _ in ops.found]
+        name, calls = ops.backend.capabilities.name, [task.op for task, _ in ops.found]
         rows += [[name, op, error, calls.count(op)] for op, error in sorted(ops.by_op().items())]
         wrong = [(task, error) for task, error in ops.found if not error <= ops.bound]
         for task, error in wrong[:3]:
             check.fail(f"{name}: {place_of(task)}: relative error {error:.2g}, expected at most {ops.bound:.2g}",
                        f"the {name} backend's op {task.op} is wrong")
-        if hasattr(ops.backend, "ops"):
+        if ops.backend.capabilities.single_ops:
             error = _worst_of_ranks([(None, _large_activations(ops))], ops.backend.ranks)[0][1]
             rows.append([name, "dense_mlp, experts at large activations", error, len(ops.backend.weights.layers)])
             if not error <= ops.bound:
@@ -282,9 +285,9 @@ def check_ops(check: Check, all_ops: list[OpErrors]) -> None:
                            f"{ENGINE_CAUSE}: {MISSING_CLAMP_CAUSE if clamped else clamp_cause(_family(ops))}")
     check.tables[Table.OPS] = rows
     check.measure(Number.WORST_OP, max(row[2] for row in rows[1:]), max(ops.bound for ops in all_ops))
-    check.measure(Number.BACKENDS, ", ".join(ops.backend.name for ops in all_ops))
+    check.measure(Number.BACKENDS, ", ".join(ops.backend.capabilities.name for ops in all_ops))
     check.measure(Number.RANKS, all_ops[0].backend.ranks.count)
-    check.measure(Number.ROW_BLOCKS, f"multiples of {_quantum()}")
+    check.measure(Number.ROW_BLOCKS, f"multiples of {max(ops.backend.capabilities.row_multiple for ops in all_ops)}")
 
 
 def _family(ops: OpErrors) -> str:
@@ -296,20 +299,14 @@ def _large_activations(ops: OpErrors) -> float:
     generator, backend = torch.Generator().manual_seed(3), ops.backend
     step, worst = backend.plan_of_rows(), 0.0
     for i, layer in enumerate(backend.weights.layers):
-        y = (64 * torch.randn(8, backend.config.hidden_size, generator=generator)).to(getattr(backend, "device", "cpu"))
+        y = (64 * torch.randn(8, backend.config.hidden_size, generator=generator)).to(backend.device)
         if isinstance(layer.mlp, Dense):
             task, inputs = Task("dense_mlp", i, ("y",), ("partial",)), {"y": y}
         else:
             index, weight = backend.ops["route"](step, i, y)
             inputs = {"y": y, "index": index, "weight": weight}
             task = Task("experts", i, tuple(inputs), ("partial",))
-        wanted = reference_ops.expected(ops.reference, task, {name: t.cpu() for name, t in inputs.items()}, Span({}, 0, []), 8)
+        wanted = ops.expected(task, {name: t.cpu() for name, t in inputs.items()}, Span({}, 0, []), 8)
         got = backend.ops[task.op](step, i, *inputs.values()).cpu().double().sum(0)
         worst = max(worst, ops.error(task, got, wanted))
     return worst
-
-
-def _quantum() -> int:
-    from runtime_ref.backends.torch.ops import rules
-
-    return rules.quantum

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modeling.load import TensorFiles
+from checkpoint.tensor_files import TensorFiles
 from mxfp4.format import BLOCK_SIZE, E8M0_NAN
 from runtime_ref.validation.context import FINITE_CAUSE, ValidationContext
 from runtime_ref.validation.quantities import Number

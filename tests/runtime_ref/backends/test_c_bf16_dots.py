@@ -7,9 +7,8 @@ import torch
 from tolerance import DRAFTS_IN_BYTES, NATIVE_DOTS
 
 from mxfp4 import dequantize
-from runtime_ref.backends.c import structs as native
-from runtime_ref.backends.c.backend import NativeBackend
-from runtime_ref.backends.load import load_runtime_drafter
+from runtime_ref.backends.c import structs
+from runtime_ref.backends.c.backend import CBackend
 from runtime_ref.core.batch import Span, Wanted
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import target_tasks
@@ -17,7 +16,7 @@ from runtime_ref.validation import reference_ops as naive
 from runtime_ref.validation.checks.runtime_ops import OP_ERROR
 
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.skipif(native.compiled_ops()[0] is None or not native.can_dot(BF16),
+pytestmark = pytest.mark.skipif(structs.compiled_ops()[0] is None or not structs.can_dot(BF16),
                                 reason="no bf16 dot products here")
 PAGES = {"full": 40, "window": 40}
 
@@ -37,10 +36,10 @@ def opened(backend, *more):
 def test_decoding_in_panels_equals_the_codec_for_every_code_and_scale_byte():
     codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1).contiguous()  # all pairs of codes under every scale byte
     scales = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16).contiguous()
-    panels, beside = native.coded_panels(codes), native.scale_panels(scales)
+    panels, beside = structs.coded_panels(codes), structs.scale_panels(scales)
     found = torch.empty(512, 256)
-    packed = native.PackedMatrix(panels.data_ptr(), beside.data_ptr(), panels.stride(0), beside.stride(0))
-    native.compiled_ops()[0].decode_panels(packed, 256, 512, found.data_ptr())
+    packed = structs.PackedMatrix(panels.data_ptr(), beside.data_ptr(), panels.stride(0), beside.stride(0))
+    structs.compiled_ops()[0].decode_panels(packed, 256, 512, found.data_ptr())
     expected = dequantize(codes, scales, dtype=torch.float32)
     assert torch.equal(found.T[:255], expected[:255])  # numbers: a sum that begins with zero has no minus zero
     assert found.T[255].isnan().all() and expected[255].isnan().all()
@@ -86,14 +85,14 @@ def in_rows(pool) -> SimpleNamespace:
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 13, 100])
 def test_every_op_is_its_float64_twin_but_for_rounded_activations(weights, ids, rows):
-    worst = op_errors(NativeBackend(weights, dtype=BF16, pages=PAGES), ids[:rows])
+    worst = op_errors(CBackend(weights, dtype=BF16, pages=PAGES), ids[:rows])
     assert {"project_full", "attend_window", "merge_heads", "experts", "route", "dense_mlp", "head"} <= worst.keys()
     assert max(worst.values()) < NATIVE_DOTS, worst
 
 
 def test_a_sequence_has_its_bits_beside_others_and_alone(weights, ids):
     """Blocks of eight rows that share their keys must not mix sequences."""
-    backend, tasks = NativeBackend(weights, dtype=BF16, pages=PAGES), target_tasks(weights.config)
+    backend, tasks = CBackend(weights, dtype=BF16, pages=PAGES), target_tasks(weights.config)
     cache = KvCache(backend.pools)
     one, two = cache.tables(), cache.tables()
     for tables in (one, two):
@@ -108,7 +107,7 @@ def test_a_sequence_has_its_bits_beside_others_and_alone(weights, ids):
 
 
 def test_what_lies_in_unused_pages_does_not_matter(weights, ids):
-    backend, tasks = NativeBackend(weights, dtype=BF16, pages=PAGES), target_tasks(weights.config)
+    backend, tasks = CBackend(weights, dtype=BF16, pages=PAGES), target_tasks(weights.config)
     found = []
     for fill in (0.0, 1e30):
         for pool in backend.pools.values():
@@ -120,11 +119,11 @@ def test_what_lies_in_unused_pages_does_not_matter(weights, ids):
 
 
 def test_without_the_instruction_the_same_source_gives_float32_products(weights, ids, monkeypatch):
-    plainly = native.compiled_ops((*(flag for flag in native.FLAGS if flag != "-O3"), "-O1", "-mno-avx512bf16"))
+    plainly = structs.compiled_ops((*(flag for flag in structs.FLAGS if flag != "-O3"), "-O1", "-mno-avx512bf16"))
     assert plainly[0] is not None and not plainly[0].has_dots()
-    monkeypatch.setattr(native, "compiled_ops", lambda: plainly)
+    monkeypatch.setattr(structs, "compiled_ops", lambda: plainly)
     monkeypatch.setattr("runtime_ref.backends.c.backend.compiled_ops", lambda: plainly)
-    backend = NativeBackend(weights, dtype=BF16, pages=PAGES)
+    backend = CBackend(weights, dtype=BF16, pages=PAGES)
     assert not backend.dots
     worst = op_errors(backend, ids[:13])
     assert max(worst.pop("add_parts"), worst.pop("embed", 0.0)) < 2.0**-8  # the stream is rounded to bf16 in any case
@@ -133,11 +132,11 @@ def test_without_the_instruction_the_same_source_gives_float32_products(weights,
 
 def test_dot_products_are_refused_where_there_are_none(weights, monkeypatch):
     with pytest.raises(ValueError, match="dots"):
-        NativeBackend(weights, dtype=torch.float32, pages=PAGES, dots=True)
+        CBackend(weights, dtype=torch.float32, pages=PAGES, dots=True)
 
 
 def test_float32_engines_do_not_round_what_enters_a_product(weights):
-    assert not NativeBackend(weights, dtype=torch.float32, pages=PAGES).dots
+    assert not CBackend(weights, dtype=torch.float32, pages=PAGES).dots
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
@@ -145,8 +144,8 @@ def test_drafts_in_bytes_are_near_those_in_float32(folder, weights, ids, monkeyp
     taps, found = torch.randn(70, 3 * 64, generator=torch.Generator().manual_seed(1)), []
     for in_bytes in (False, True):
         monkeypatch.setattr("runtime_ref.backends.c.drafter.IN_BYTES", in_bytes)
-        backend = NativeBackend(weights, dtype=BF16, pages=PAGES, dots=in_bytes)
-        drafter = load_runtime_drafter(folder / "dflash", backend, 20)
+        backend = CBackend(weights, dtype=BF16, pages=PAGES, dots=in_bytes)
+        drafter = backend.load_drafter(folder / "dflash", 20, 256)
         tables = opened(backend, ("draft", drafter.pool))
         found.append(drafter.logits([Wanted(tables, ids[0], 70, count, taps)])[0])
     assert error(found[1], found[0]) < DRAFTS_IN_BYTES
@@ -159,13 +158,13 @@ def test_a_product_in_bytes_is_exact_for_numbers_that_bytes_hold_and_gives_nan_f
     w[:, 0], x[:, 1] = 127, -127  # every row's scale is 1
     x[0] = 0
     x[-1, 5] = float("nan") if rows == 9 else x[-1, 5]
-    memory = native.Memory(dots=True, coarse=True)
-    step = native.Step(fc=memory.matrix(w), R=rows, H=48, norm=memory.pointer(torch.ones(48)))
+    memory = structs.Memory(dots=True, coarse=True)
+    step = structs.Step(fc=memory.matrix(w), R=rows, H=48, norm=memory.pointer(torch.ones(48)))
     held = {"features": x, "x": torch.zeros(rows, 48), "y": torch.zeros(rows, 48), "halves": torch.zeros(8 * 48)}
     for name, t in held.items():
         setattr(step, name, t.data_ptr())
-    code = torch.tensor([[native.OP["fuse"], -1]], dtype=torch.int32)
-    native.compiled_ops()[0].run(step, code.data_ptr(), 1)
+    code = torch.tensor([[structs.OP["fuse"], -1]], dtype=torch.int32)
+    structs.compiled_ops()[0].run(step, code.data_ptr(), 1)
     expected = x.double() @ w.double().T
     whole = rows - (rows == 9)
     assert torch.equal(held["x"][:whole, :33].double(), expected[:whole]) and not held["x"][0].any()

@@ -6,9 +6,8 @@ import torch
 from tolerance import MODEL_FP32
 
 from modeling.drafter import DFlashDraftModel, drafter_config, load_drafter, save_drafter
-from runtime_ref.backends.c.backend import NativeBackend
+from runtime_ref.backends.c.backend import CBackend
 from runtime_ref.backends.c.structs import compiled_ops
-from runtime_ref.backends.load import load_runtime_drafter
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.batch import Wanted
@@ -35,14 +34,14 @@ def drafter(**options):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", [TorchBackend, NativeBackend])
+@pytest.mark.parametrize("kind", [TorchBackend, CBackend])
 def test_logits_of_a_block_are_the_models(folder, tmp_path, options, kind):
-    if kind is NativeBackend and compiled_ops()[0] is None:
+    if kind is CBackend and compiled_ops()[0] is None:
         pytest.skip(compiled_ops()[1])
     save_drafter(drafter(**options), tmp_path)
     model = load_drafter(tmp_path, torch.float32)
     backend = kind(load_target(folder), dtype=torch.float32, pages={"full": 8, "window": 8})
-    ours = load_runtime_drafter(tmp_path, backend, 8)
+    ours = backend.load_drafter(tmp_path, 8, 256)
     taps, n = torch.randn(30, 128, generator=torch.Generator().manual_seed(0)), 30
     cache = KvCache({"draft": ours.pool})
     tables, other = cache.tables(), cache.tables()

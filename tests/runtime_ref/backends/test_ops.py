@@ -4,8 +4,8 @@ import pytest
 import torch
 from tolerance import MODEL_FP32
 
+from checkpoint.load import load_model
 from modeling.drafter import load_drafter
-from modeling.load import load_model
 from runtime_ref.backends.torch import ops
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.folder import verify_checksums
@@ -81,7 +81,8 @@ def test_logits_do_not_depend_on_the_company(weights, ids, dtype):
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 13, 24, 64, 100])
 def test_every_op_gives_a_row_the_same_bits_in_any_position_and_company(weights, dtype, rows):
     generator = torch.Generator().manual_seed(rows)
-    R = ops.padded(rows)
+    rules = new_backend(weights, dtype).rules
+    R = ops.padded(rows, rules)
     x = ops.rounded(torch.randn(8, 64, generator=generator), dtype)
     many = ops.rounded(torch.randn(R, 64, generator=generator) * 3, dtype)
     at = rows - 1
@@ -90,28 +91,51 @@ def test_every_op_gives_a_row_the_same_bits_in_any_position_and_company(weights,
     dense = weights.layers[0].mlp
 
     def routed(y):
-        index, weight = ops.route(y, layer.mlp, config)
-        return ops.run_experts(y, index, weight, layer.mlp.experts, y.shape[0]).transpose(0, 1)
+        index, weight = ops.route(y, layer.mlp, config, rules)
+        return ops.run_experts(y, index, weight, layer.mlp.experts, y.shape[0], rules).transpose(0, 1)
 
     rowwise = {
         "norm": lambda y: ops.norm(y, layer.post_norm, 1e-5),
-        "queries": lambda y: ops.spread(y, layer.attention.qk).transpose(0, 1),
-        "dense": lambda y: ops.dense_mlp(y, dense).transpose(0, 1),
-        "router": lambda y: ops.route(y, layer.mlp, config)[1],
+        "queries": lambda y: ops.spread(y, layer.attention.qk, rules).transpose(0, 1),
+        "dense": lambda y: ops.dense_mlp(y, dense, rules).transpose(0, 1),
+        "router": lambda y: ops.route(y, layer.mlp, config, rules)[1],
         "experts": routed,
-        "head": lambda y: ops.head_logits(y, weights.head, weights.ranks),
-        "parts": lambda y: ops.add_parts(y, ops.dense_mlp(y, dense), weights.ranks, dtype)}
+        "head": lambda y: ops.head_logits(y, weights.head, weights.ranks, rules),
+        "parts": lambda y: ops.add_parts(y, ops.dense_mlp(y, dense, rules), weights.ranks, dtype, rules)}
     for name, op in rowwise.items():
         assert torch.equal(op(many)[at], op(x)[2]), name
 
 
-def test_eight_row_products_and_single_additions_give_the_bits_of_the_fast_ways(weights, ids, monkeypatch):
+def test_eight_row_products_and_single_additions_give_the_bits_of_the_fast_ways(weights, ids):
     backend, tasks = new_backend(weights, torch.float32), target_tasks(weights.config)
     expected = computed(backend, tasks, ids, [200])
-    monkeypatch.setattr(ops.rules, "wide", False)
-    monkeypatch.setattr(ops.rules, "sums", False)
-    assert ops.padded(1) == 8
+    backend.rules = ops.STRICT
+    assert ops.padded(1, backend.rules) == 8
     assert torch.equal(computed(backend, tasks, ids, [100, 3, 97]), expected)
+
+
+def test_two_models_in_one_process_keep_their_row_rules_and_bits(weights, ids, tmp_path, monkeypatch):
+    """The other model's products are measured as loose where the first one's are strict, and the other way round."""
+    from tests.runtime_ref.conftest import random_target, runtime_config, write_native
+
+    other = load_target(write_native(tmp_path, random_target(runtime_config(hidden_size=96, sliding_window=32))))
+    loose = ops.RowRules(wide=True, narrow=True, sums=True)
+
+    def measured(strict: int):
+        """Rules by the shape of a model's head: [8 parts, 64 or 96, 33]."""
+        monkeypatch.setattr(ops, "probe_rows", lambda shapes: ops.STRICT if (8, strict, 33) in shapes else loose)
+
+    def logits_of(backend):
+        return computed(backend, target_tasks(backend.config), ids[:40], [29, 1, 10])
+
+    for strict in (64, 96):
+        measured(strict)
+        alone = {w.config.hidden_size: logits_of(new_backend(w, torch.bfloat16)) for w in (weights, other)}
+        backends = [new_backend(w, torch.bfloat16) for w in (weights, other)]
+        for backend in (*backends, *reversed(backends)):
+            H = backend.config.hidden_size
+            assert backend.capabilities.row_multiple == (8 if H == strict else 4)
+            assert torch.equal(logits_of(backend), alone[H])
 
 
 def test_experts_decoded_every_time_give_the_bits_of_the_cache(folder, weights, ids):
@@ -122,7 +146,7 @@ def test_experts_decoded_every_time_give_the_bits_of_the_cache(folder, weights, 
 
 
 def test_packed_bytes_are_the_files_bytes(folder, weights):
-    from modeling.load import TensorFiles
+    from checkpoint.tensor_files import TensorFiles
     files = TensorFiles(folder)
     packed = weights.layers[2].mlp.experts.matrices[5]
     for kind in ("gate", "up", "down"):
@@ -146,12 +170,10 @@ def test_the_schedule_writes_before_it_reads_and_can_be_watched(weights, ids):
 
 def test_drafts_are_those_of_the_drafter_model(folder, weights, ids):
     """Features of a text in pieces, then a block: against DFlashDraftModel on the whole text, in float32."""
-    from runtime_ref.backends.load import load_runtime_drafter
     from runtime_ref.core.batch import Wanted
 
     backend = new_backend(weights, torch.float32)
-    drafter = load_runtime_drafter(folder / "dflash", backend, 20)
-    backend.probe(drafter.product_shapes())
+    drafter = backend.load_drafter(folder / "dflash", 20, 256)
     reference, target = load_drafter(folder / "dflash", torch.float32), load_model(folder, dtype=torch.float32)
     cache = KvCache(backend.pools | {"draft": drafter.pool})
     tables, n = cache.tables(), 130

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tolerance import MODEL_FP32
 from toy_layouts import exported, gpt_oss, qwen3
 
-from runtime_ref.backends.c import structs as native
+from runtime_ref.backends.c import structs
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.families.registry import read_geometry
 from runtime_ref.checkpoints.load import load_target
@@ -64,7 +64,6 @@ def test_parts_of_the_ranks_make_the_whole(made, ids):
     whole, halves = load_target(made[0]), [load_target(made[0], Ranks(rank, 2)) for rank in range(2)]
     from runtime_ref.backends.torch import ops
 
-    TorchBackend(whole, dtype=torch.float32, pages=PAGES)  # measures the row rules
     y = torch.randn(16, 96, generator=torch.Generator().manual_seed(0))
     for i in range(len(whole.layers)):
         def partials(weights, i=i):
@@ -118,13 +117,13 @@ def test_packed_experts_are_the_files_bytes(made):
         assert torch.equal(held[kind].scales, files[name + "_scales"][3, rows])
 
 
-@pytest.mark.skipif(native.compiled_ops()[0] is None, reason="no compiled ops")
+@pytest.mark.skipif(structs.compiled_ops()[0] is None, reason="no compiled ops")
 def test_compiled_ops_run_qwen3_and_refuse_biases(tmp_path, ids):
-    from runtime_ref.backends.c.backend import NativeBackend, refuses
+    from runtime_ref.backends.c.backend import CBackend, refuses
 
     folder, model = exported(tmp_path, qwen3(moe_intermediate_size=256, norm_topk_prob=False), "compressed-tensors")
     weights = load_target(folder)
-    backend = NativeBackend(weights, dtype=torch.float32, pages=PAGES)
+    backend = CBackend(weights, dtype=torch.float32, pages=PAGES)
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([ids])).logits[0]
     found = computed(backend, ids, [90])

@@ -162,7 +162,7 @@ def test_logprobs_belong_to_the_emitted_tokens(make_engine, prompts):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    from modeling.load import load_tokenizer
+    from checkpoint.load import load_tokenizer
 
     return load_tokenizer(folder)
 

@@ -94,4 +94,4 @@ def test_without_triton_the_commands_that_need_it_say_so_in_one_line(monkeypatch
         assert bench.main(arguments) == 2
         assert "triton is not installed" in capsys.readouterr().err
     with pytest.raises(ValueError, match="backend 'triton': triton is not installed"):
-        load.load_triton(tmp_path, None, None, None, {}, 0, False, None)
+        load.load_backend("triton", tmp_path, pages={}, context=0)

@@ -8,8 +8,9 @@ import pytest
 from live_server import MODEL, live_server
 from pace import seconds
 
-from modeling.load import load_tokenizer
+from checkpoint.load import load_tokenizer
 from runtime_ref.engine.engine import Engine, EngineOptions
+from runtime_ref.server.request_workers import RequestWorkers
 from tests.runtime_ref.conftest import BACKEND
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,18 +51,26 @@ def alone(new_engine):
 
 
 @pytest.fixture(scope="session")
-def live(new_engine, tokenizer):
-    with live_server(new_engine(), tokenizer, body_bytes=200_000) as server:
+def preparing(chat_folder):
+    """Request workers for all servers of the session."""
+    with contextlib.closing(RequestWorkers(chat_folder)) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="session")
+def live(new_engine, tokenizer, preparing):
+    with live_server(new_engine(), tokenizer, preparing, body_bytes=200_000) as server:
         yield server
 
 
 @pytest.fixture
-def serving(new_engine, tokenizer):
+def serving(new_engine, tokenizer, preparing):
     """Starts a server of its own for a test that breaks it."""
     with contextlib.ExitStack() as stack:
         def start(engine=None, **settings):
             options = {k: settings.pop(k) for k in list(settings) if k in EngineOptions.__dataclass_fields__}
-            return stack.enter_context(live_server(engine or new_engine(**options), tokenizer, **settings))
+            workers = settings.pop("preparing", preparing)
+            return stack.enter_context(live_server(engine or new_engine(**options), tokenizer, workers, **settings))
 
         yield start
 

@@ -12,6 +12,8 @@ import pytest
 from pace import paced, seconds
 from random_clients import crowd
 
+from runtime_ref.server.access import AccessRules
+
 LENGTH, WAIT = paced(240, 20), seconds(30)
 LONG = {"prompt": [5, 6, 7], "max_tokens": LENGTH, "ignore_eos": True, "temperature": 0}
 
@@ -44,7 +46,11 @@ BROKEN = [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"prompt": "x", "tem
           b'{"prompt": "x", "n": 100}', b'{"prompt": "x", "stop": ["", "a"]}', b'{"prompt": "x", "stop": 5}',
           b'{"prompt": "x", "top_p": 0}', b'{"prompt": "x", "temperature": "warm"}', b'{"prompt": "x", "logprobs": 21}',
           b'{"prompt": "x", "repetition_penalty": 1e-300}', b'{"prompt": "x", "stream": "yes"}',
-          b'{"prompt": "x", "stream_options": 7}', b'{"prompt": "x", "logit_bias": {"5": 100}}',
+          b'{"prompt": "x", "stream_options": 7}', b'{"prompt": "x", "stream_options": {}}',
+          b'{"prompt": "x", "logit_bias": {"264": 1}}', b'{"prompt": "x", "logit_bias": {"5": 101}}',
+          b'{"prompt": "x", "logit_bias": {"-1": 1}}', b'{"prompt": "x", "logit_bias": [5]}',
+          b'{"prompt": "x", "min_tokens": 17}', b'{"prompt": "x", "temprature": 0}', b'{"prompt": "x", "best_of": 2}',
+          b'{"prompt": "x", "max_tokens": 5, "max_completion_tokens": 6}',
           b'{"prompt": "x", "suffix": "y"}',
           b'{"prompt": "x", "echo": true, "logprobs": 1}', b'{"prompt": "x", "stop_token_ids": [-1]}',
           b'{"prompt": "x", "acceptance_rule": "always"}',
@@ -106,18 +112,22 @@ def test_text_and_tokens_go_both_ways(live, tokenizer):
     assert body["max_model_len"] == 256
     assert post(live.url, {"tokens": body["tokens"]}, "/detokenize").json() == {"prompt": text}
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
-    assert post(live.url, {"messages": messages}, "/tokenize").json()["tokens"] == tokenizer.encode("<|user|>ab<|assistant|>")
+    assert post(live.url, {"messages": messages}, "/tokenize").json()["tokens"] == tokenizer.encode("<|user|>a\nb<|assistant|>")
 
 
 def test_a_key_is_asked_for_where_answers_are_given(serving):
-    server = serving(api_key="sesame ü")
-    for path, method in (("/v1/models", "GET"), ("/v1/completions", "POST"), ("/tokenize", "POST"), ("/v1/models/x", "GET")):
+    server = serving(access=AccessRules(api_key="sesame ü"))
+    for path, method in (("/v1/models", "GET"), ("/v1/completions", "POST"), ("/tokenize", "POST"), ("/v1/models/x", "GET"),
+                         ("/metrics", "GET"), ("/openapi.json", "GET"), ("/version", "GET"), ("/none", "GET")):
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sesame"}):
             answer = httpx.request(method, server.url + path, headers=header, json={} if method == "POST" else None)
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
     right = {"Authorization": "Bearer sesame ü".encode()}
     assert httpx.get(f"{server.url}/v1/models", headers=right).status_code == 200
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    for path in ("/metrics", "/openapi.json", "/version"):
+        assert httpx.get(server.url + path, headers=right).status_code == 200
+    for path in ("/health", "/ping", "/"):
+        assert httpx.get(server.url + path).status_code == 200 == httpx.head(server.url + path).status_code
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -128,7 +138,7 @@ def test_a_client_that_leaves_frees_its_slot_at_once(live, stream, unhurried):
     address = live.url.removeprefix("http://").split(":")
     body = json.dumps({**LONG, "stream": stream, "speculate": False}).encode()
     with socket.create_connection((address[0], int(address[1]))) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                     b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
         live.until(lambda: counts["tokens"] > spoken)
     assert no_pages(live.until_empty())
@@ -217,7 +227,7 @@ def test_a_mistake_in_the_server_is_a_500_with_an_error_object_and_the_next_requ
         raise KeyError("inside")
 
     with monkeypatch.context() as patched:
-        patched.setattr(server.api.tokenizer, "encode", broken)
+        patched.setattr(server.api, "answer", broken)
         answer = post(server.url, {"prompt": "x", "max_tokens": 2})
     assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
     assert "inside" not in answer.text
@@ -229,7 +239,7 @@ def test_slow_and_partial_senders_do_not_keep_others_waiting(serving):
     server = serving(body_seconds=0.3)
     address = server.url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1]))) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                     b"Content-Length: 99\r\n\r\n{")
         assert post(server.url, {**LONG, "max_tokens": 2}).status_code == 200
         raw.settimeout(seconds(10))

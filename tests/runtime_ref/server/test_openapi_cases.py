@@ -18,8 +18,8 @@ LOAD = os.environ.get("FP4_LOAD") == "1"
 
 
 @pytest.fixture(scope="module")
-def small_context(new_engine, tokenizer):
-    with live_server(new_engine(max_context=96), tokenizer, max_requests=4) as server:
+def small_context(new_engine, tokenizer, preparing):
+    with live_server(new_engine(max_context=96), tokenizer, preparing, max_requests=4) as server:
         yield server
 
 

@@ -11,6 +11,7 @@ import time
 import pytest
 from live_server import live_server
 
+from runtime_ref.backends.base import Drafter
 from runtime_ref.core.sampling_params import SamplingParams
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -21,12 +22,12 @@ QUESTION = "one & <b>two</b>"
 class Browser:
     """A page of headless Chromium, driven over its debugging pipe (no network port, no driver to install)."""
 
-    def __init__(self, profile):
+    def __init__(self, profile, *more):
         self._read, theirs_out = os.pipe()
         theirs_in, self._write = os.pipe()
         # Chromium reads commands from descriptor 3 and answers on 4.
         script = f"exec {CHROMIUM} --headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe " \
-                 f"--no-first-run --user-data-dir={profile} about:blank 3<&{theirs_in} 4>&{theirs_out}"
+                 f"--no-first-run --user-data-dir={profile} {' '.join(more)} about:blank 3<&{theirs_in} 4>&{theirs_out}"
         self.process = subprocess.Popen(["bash", "-c", script], pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL,
                                         stderr=subprocess.DEVNULL)
         os.close(theirs_in)
@@ -88,7 +89,7 @@ def expected(tokenizer, alone):
     return prompt, alone(prompt, SamplingParams(max_tokens=60))
 
 
-class Knowing:
+class Knowing(Drafter):
     """Drafts that are right but for every fourth token of the answer, so that a known share is accepted."""
 
     block, taps = 8, []
@@ -111,13 +112,13 @@ class Knowing:
 
 
 @pytest.fixture(scope="module")
-def server(new_engine, tokenizer, expected):
+def server(new_engine, tokenizer, preparing, expected):
     from runtime_ref.engine.engine import Engine
 
     plain = new_engine(drafter=False)
     prompt, answer = expected
     engine = Engine(plain.backend, Knowing(answer, len(prompt), 264), plain.options, end_ids=plain.end_ids, tokenizer=tokenizer)
-    with live_server(engine, tokenizer, adaptive=False) as found:
+    with live_server(engine, tokenizer, preparing, adaptive=False) as found:
         yield found
 
 
@@ -158,3 +159,61 @@ def test_a_servers_refusal_is_shown_and_stop_frees_the_slot(browser, server, mon
     browser.run("document.getElementById('stop').click()")
     server.until_empty()
     assert server.worker.engine._counts["aborted"] == aborted + 1
+
+
+def elsewhere(browser, url):
+    """Opens a page, and waits for it."""
+    browser.command("Page.navigate", url=url)
+    browser.until(f"location.href.startsWith({json.dumps(url)}) && document.readyState === 'complete'")
+
+
+@pytest.fixture
+def other_site(tmp_path):
+    """A web server with an empty page, on another port and so of another origin."""
+    import functools
+    import http.server
+    import threading
+
+    (tmp_path / "index.html").write_text("<!doctype html><title>other</title>")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_address[1]}/"
+        found.shutdown()
+
+
+WAYS = {
+    "no type": "{method: 'POST', mode: 'no-cors', body: new Blob([BODY])}",
+    "text": "{method: 'POST', mode: 'no-cors', headers: {'Content-Type': 'text/plain'}, body: BODY}",
+    "json, asking first": "{method: 'POST', headers: {'Content-Type': 'application/json'}, body: BODY}",
+    "a form": "{method: 'POST', mode: 'no-cors', body: new URLSearchParams({a: BODY})}"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_page_of_another_origin_makes_no_token_and_reads_nothing(browser, server, other_site, way):
+    elsewhere(browser, other_site)
+    asked = server.worker.engine._counts["prompt_tokens"]
+    body = json.dumps({"prompt": "x", "max_tokens": 4})
+    read = browser.run(f"fetch('{server.url}/v1/completions', {WAYS[way].replace('BODY', json.dumps(body))})"
+                       ".then(r => r.text(), e => 'refused')")
+    assert read in ("", "refused")
+    assert browser.run(f"fetch('{server.url}/v1/models').then(r => r.text(), e => 'refused')") == "refused"
+    assert server.worker.engine._counts["prompt_tokens"] == asked
+
+
+def test_a_page_that_is_allowed_reads_the_answer(browser, other_site, new_engine, tokenizer, preparing):
+    from runtime_ref.server.access import AccessRules
+
+    with live_server(new_engine(), tokenizer, preparing, access=AccessRules(origins=(other_site.rstrip("/"),))) as server:
+        elsewhere(browser, other_site)
+        answer = browser.run(f"fetch('{server.url}/v1/completions', {{method: 'POST', headers: {{'Content-Type': "
+                             "'application/json'}, body: JSON.stringify({prompt: 'x', max_tokens: 4})}).then(r => r.json())")
+        assert answer["usage"]["completion_tokens"] <= 4
+
+
+def test_a_rebound_name_reads_nothing(server, tmp_path):
+    port = server.url.rsplit(":", 1)[1]
+    with contextlib.closing(Browser(tmp_path, "--host-resolver-rules='MAP evil.example 127.0.0.1'")) as found:
+        elsewhere(found, f"http://evil.example:{port}/v1/models")
+        text = found.run("document.body.innerText")
+    assert "host_not_allowed" in text and "small" not in text

@@ -12,7 +12,7 @@ import torch
 from pace import KERNELS
 from wrong_folders import drafter, judged
 
-from runtime_ref.backends.torch.drafter import Drafter
+from runtime_ref.backends.torch.drafter import TorchDrafter as Drafter
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.engine import speculative
 from runtime_ref.validation.checks import sampling

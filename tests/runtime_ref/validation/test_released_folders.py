@@ -39,6 +39,12 @@ def test_a_published_folder_is_right_with_notes_that_name_the_engines(tmp_path, 
     assert checks["reference"]["status"] == "unchecked" and "--original" in checks["reference"]["reason"]
 
 
+def test_a_drafter_that_attends_to_everything_is_right(copied, tmp_path, capsys):
+    drafter({"sliding_window": None}, {"use_swa": False})(copied)
+    code, verdict = judged(copied, tmp_path, capsys)
+    assert code == 0 and not any("layer_types" in n and "window 24" in n for c in verdict["checks"] for n in c["notes"])
+
+
 def test_what_is_wrong_in_a_published_folder_is_still_found(copied, tmp_path, capsys):
     edit(copied / "model.safetensors", lambda t: t["model.layers.1.mlp.experts.0.up_proj.weight_scale"].fill_(255))
     code, verdict = judged(copied, tmp_path, capsys)

@@ -165,36 +165,36 @@ def _port_router(patch):
 
     right = model.route
 
-    def wrong(x, w, config):
+    def wrong(x, w, config, *more):
         import dataclasses
 
-        return right(x, dataclasses.replace(w, correction=torch.zeros_like(w.correction)), config)
+        return right(x, dataclasses.replace(w, correction=torch.zeros_like(w.correction)), config, *more)
 
     patch.setattr(model, "route", wrong)
 
 
 def _port_drafter_causal(patch):
-    from runtime_ref.backends.torch.drafter import Drafter
+    from runtime_ref.backends.torch.drafter import TorchDrafter
 
-    right = Drafter.__init__
+    right = TorchDrafter.__init__
 
     def wrong(self, *args):
         right(self, *args)
         self.causal = True
 
-    patch.setattr(Drafter, "__init__", wrong)
+    patch.setattr(TorchDrafter, "__init__", wrong)
 
 
 def _port_mask(patch):
-    from runtime_ref.backends.torch.drafter import Drafter
+    from runtime_ref.backends.torch.drafter import TorchDrafter
 
-    right = Drafter._take
+    right = TorchDrafter._take
 
     def wrong(self, model):
         right(self, model)
         self.mask = torch.zeros_like(self.mask)
 
-    patch.setattr(Drafter, "_take", wrong)
+    patch.setattr(TorchDrafter, "_take", wrong)
 
 
 WRONG_PORTS = {

@@ -295,8 +295,8 @@ def test_the_page_has_a_figure_for_each_measurement_and_needs_nothing_else(expor
 
 @pytest.mark.skipif(KERNELS, reason="of the faults and a random model: no backend runs")
 def test_every_fault_can_be_tried_and_changes_what_it_says(exported):
+    from checkpoint.load import load_model
     from modeling.drafter import load_drafter
-    from modeling.load import load_model
 
     model = load_model(exported, dtype=torch.float32)
     assert set(without_effect(model, target_faults(model.config), 1e4, 1e3, 1e-5, 1.0, 8)) <= {"swiglu clamp"}
@@ -310,7 +310,7 @@ def test_every_fault_can_be_tried_and_changes_what_it_says(exported):
                                         ("sliding_window", 11), ("num_experts_per_tok", 5)])
 def test_a_number_that_no_list_has_is_searched_for_and_told(exported, key, wrong):
     """Of a model whose configuration has another number, seen through its logits alone."""
-    from modeling.load import load_model
+    from checkpoint.load import load_model
 
     right, other = load_model(exported, dtype=torch.float32), load_model(exported, dtype=torch.float32)
     ids = torch.randint(0, 260, (1, 41), generator=torch.Generator().manual_seed(0))

@@ -196,8 +196,8 @@ def _route_as_all(patch):
 
     right = model.route
 
-    def wrong(x, w, config):
-        index, _ = right(x, w, config)
+    def wrong(x, w, config, *more):
+        index, _ = right(x, w, config, *more)
         scores = model.spread(x, w.router)[0] + (0 if w.bias is None else w.bias)
         return index, scores.softmax(-1).gather(1, index)
 

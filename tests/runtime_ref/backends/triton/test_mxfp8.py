@@ -44,7 +44,7 @@ def test_its_numbers_are_near_those_of_bf16_activations_but_others(engines, smal
     rounded, exact = (logits(engine, small_prompts[1]) for engine in engines)
     error = float((rounded - exact).norm() / exact.norm())
     assert 1e-3 < error < 0.2
-    assert engines[0].backend.mxfp8 and not engines[1].backend.mxfp8
+    assert [e.backend.capabilities.mxfp8_activations for e in engines] == [True, False]
 
 
 def test_a_walk_refuses_it_in_one_line(engines):

@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
+from checkpoint.tensor_files import TensorFiles
 from runtime_ref.checkpoints import device_weights as kernel_weights
 from runtime_ref.checkpoints.device_weights import load_kernel_weights
-from runtime_ref.checkpoints.rank_files import ShareFiles
 from runtime_ref.core.tensor_parallel import Ranks
 from runtime_ref.kernels.repack import repack_experts
 from tests.runtime_ref.backends.triton.conftest import small_config
@@ -28,12 +28,12 @@ def opened(monkeypatch):
     """The files that loaders open."""
     found = []
 
-    class Kept(ShareFiles):
+    class Kept(TensorFiles):
         def __init__(self, folder):
             super().__init__(folder)
             found.append(self)
 
-    monkeypatch.setattr(kernel_weights, "ShareFiles", Kept)
+    monkeypatch.setattr(kernel_weights, "TensorFiles", Kept)
     return found
 
 
@@ -95,7 +95,7 @@ def test_a_scale_that_pages_cannot_hold_names_its_tensor(folder, tmp_path):
 
 
 def test_a_missing_tensor_is_named(folder):
-    files = ShareFiles(folder)
+    files = TensorFiles(folder)
     for read in (files.shape, lambda name: files.run(name, 0, 0, 1)):
         with pytest.raises(ValueError, match="model.layers.9.x is missing"):
             read("model.layers.9.x")

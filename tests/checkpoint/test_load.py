@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoint.fp8 import dequantize_fp8
+from checkpoint.load import load_model, load_tokenizer
+from checkpoint.tensor_files import INDEX
 from modeling.configuration_mimo_v2 import MiMoV2Config
-from modeling.load import INDEX, dequantize_fp8, load_model, load_tokenizer
 from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
 from modeling.names import fused_name, qkv_scale_rows
 from mxfp4 import dequantize, quantize
@@ -219,7 +221,7 @@ DAMAGE = {
     "missing tensor": (lambda c: drop_from_index(c, "model.norm.weight"), "tensor model.norm.weight is missing"),
     "missing scale": (lambda c: drop_from_index(c, "model.layers.1.mlp.experts.2.up_proj.weight_scale"),
                       "experts.2.up_proj.weight_scale is missing"),
-    "unknown tensor": (add_tensor, "1 tensors that this model does not have, the first model.layers.0.extra.weight"),
+    "unknown tensor": (add_tensor, "the index says that tensor model.layers.0.extra.weight is in a.safetensors, and it is not"),
     "no index": (lambda c: (c / "model.safetensors.index.json").unlink(), "neither model.safetensors nor"),
     "no config": (lambda c: (c / "config.json").unlink(), "no config.json"),
     "truncated index": (lambda c: (c / INDEX).write_bytes((c / INDEX).read_bytes()[:200]), f"{INDEX}: not valid JSON"),

@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from modeling.names import FP8_BLOCK, expert_parts, qkv_scale_rows
+from checkpoint.fp8 import dequantize_fp8
+from checkpoint.inventory import is_mimo
+from checkpoint.tensor_files import INDEX, TensorFiles, weight_map
+from modeling.names import expert_parts
 from mxfp4 import dequantize
 
-INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
@@ -61,7 +62,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
     """
     _require_folder(path)
     config = _read_config(path)
-    if not _is_mimo(config):
+    if not is_mimo(config):
         return _load_by_transformers(path, dtype, trust_remote_code)
     if not Path(path).is_dir():
         raise ValueError(f"model.path: {path}: a MiMo-V2 checkpoint is read from a folder, download it first")
@@ -79,17 +80,6 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
     with torch.device("meta"):
         model = MiMoV2ForCausalLM(settings)
     return _fill(model, Path(path), dtype)
-
-
-def _is_mimo(config: dict) -> bool:
-    """Released configurations of the family, V2-Flash included.
-
-    transformers has a class for V2-Flash, but takes the block height of an FP8 matrix to be rows / scale rows, which is
-    wrong, silently, for the per-head grids of its key projections. Folders that this class saved have no
-    `hybrid_layer_pattern` and stay with it.
-    """
-    kind = config.get("model_type")
-    return kind == "mimo_v2" or kind == "mimo_v2_flash" and "hybrid_layer_pattern" in config
 
 
 def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_code: bool):
@@ -162,102 +152,6 @@ def _decoded(name: str, files: TensorFiles, config, dtype: torch.dtype) -> torch
     if raw.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"{files.folder}: {name}: dtype {raw.dtype}, expected a float, FP8 E4M3 or packed MXFP4 (uint8)")
     return raw.to(dtype)
-
-
-def dequantize_fp8(name: str, weight: torch.Tensor, scale_inv: torch.Tensor, config) -> torch.Tensor:
-    """Block-quantized FP8 -> float32: each 128 x 128 block times its scale.
-
-    Args:
-        weight: float8_e4m3fn [rows, columns]; scale_inv: float32 [scale rows, ceil(columns / 128)].
-        config: a MiMoV2Config, for tensors whose grid restarts within the rows (fused qkv, per-head k and v).
-
-    Raises:
-        ValueError: a scale grid of an unexpected shape.
-    """
-    rows, columns = weight.shape
-    segments = qkv_scale_rows(name, rows, config)
-    expected = (sum(-(-n // FP8_BLOCK) for n in segments), -(-columns // FP8_BLOCK))
-    if tuple(scale_inv.shape) != expected:
-        raise ValueError(f"{name}_scale_inv: shape {list(scale_inv.shape)}, expected {list(expected)} "
-                         f"for a weight of {[rows, columns]}")
-    out, done, scale_row = torch.empty(rows, columns), 0, 0
-    for n in segments:
-        blocks = -(-n // FP8_BLOCK)
-        scale = scale_inv[scale_row:scale_row + blocks].float()
-        grid = scale.repeat_interleave(FP8_BLOCK, 0)[:n].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
-        out[done:done + n] = weight[done:done + n].float() * grid
-        done, scale_row = done + n, scale_row + blocks
-    return out
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, of a safetensors index.
-
-    Raises:
-        ValueError: not JSON, or not an index.
-    """
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:  # also bytes that are not UTF-8
-        raise ValueError(f"{index}: not valid JSON: {error}") from None
-    found = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise ValueError(f'{index}: not a safetensors index: expected {{"weight_map": {{tensor name: file name}}}}')
-    return found
-
-
-class TensorFiles:
-    """The tensors of a checkpoint folder, by name, memory-mapped: one safetensors file, or shards with an index."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._handles: dict[str, safe_open] = {}
-        index, single = folder / INDEX, folder / "model.safetensors"
-        if index.is_file():
-            self._where = weight_map(index)
-        elif single.is_file():
-            self._where = {name: single.name for name in self._open(single.name).keys()}
-        else:
-            raise ValueError(f"{folder}: neither model.safetensors nor {INDEX}")
-        self._read: set[str] = set()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def _open(self, file: str):
-        if file in self._handles:  # a shard's header lists thousands of tensors: parse it once
-            return self._handles[file]
-        path = self.folder / file
-        if not path.is_file():
-            raise ValueError(f"{self.folder}: shard {file} is missing")
-        try:
-            return self._handles.setdefault(file, safe_open(str(path), framework="pt"))
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor.
-
-        Raises:
-            ValueError: it is not in the checkpoint, or its shard is missing or damaged.
-        """
-        if name not in self._where:
-            raise ValueError(f"{self.folder}: tensor {name} is missing{self._nearest(name)}")
-        self._read.add(name)
-        try:
-            return self._open(self._where[name]).get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{self.folder / self._where[name]}: {name}: {error}") from None
-
-    def unused(self) -> set[str]:
-        """Names that were never read."""
-        return set(self._where) - self._read
-
-    def _nearest(self, name: str) -> str:
-        import difflib
-
-        near = difflib.get_close_matches(name, [n for n in self._where if n.count(".") == name.count(".")][:2000], n=1)
-        return f" (nearest: {near[0]})" if near else ""
 
 
 def _require_folder(path: str | Path) -> None:

@@ -28,10 +28,11 @@ from dataclasses import dataclass, field
 import torch
 from safetensors import SafetensorError
 
+from checkpoint.contradictions import difference
 from checkpoint.inventory import block_faults, scale_name, tensor_faults
-from checkpoint.sources import SafetensorsSource, read_expert
-from export.contradictions import difference
-from export.layouts import Weights, codes_of, computed, encode
+from checkpoint.sources import read_expert
+from checkpoint.tensor_files import TensorFiles
+from checkpoint.trained import Weights, codes_of, computed, encode
 from mxfp4 import dequantize
 from mxfp4.exact_pack import decodes_to, unpack
 from mxfp4.format import BLOCK_SIZE
@@ -58,7 +59,7 @@ def first_line(error: BaseException) -> str:
 class Report:
     """Of one tensor with its scales: findings, experts compared with training, and why that could not be done."""
 
-    findings: list[str] = field(default_factory=list)
+    findings: list[tuple[str, str]] = field(default_factory=list)  # (kind, text)
     experts: int = 0
     incomparable: str | None = None
 
@@ -67,12 +68,12 @@ class TensorChecks:
     """Checks of the tensors of one source; `report` may be called by several threads.
 
     Attributes:
-        sums: CRC-32 (hex) by name; rule: the scale rule whose blocks are expected.
+        sums: CRC-32 (hex) by name; rule: the scale rule whose blocks are expected; None: nobody promised sums or a rule.
         weights: what the tensors must equal, None = nothing to compare with.
         mask_row: row of the embedding that was not trained, if there is one.
     """
 
-    def __init__(self, source: SafetensorsSource, layout: str, sums: dict[str, str], rule: str):
+    def __init__(self, source: TensorFiles, layout: str, sums: dict[str, str], rule: str | None):
         self.source, self.layout, self.sums, self.rule = source, layout, sums, rule
         self.weights: Weights | None = None
         self.mask_row: int | None = None
@@ -98,13 +99,13 @@ class TensorChecks:
         try:
             tensor = self.source.read(name)
             data = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
-            if name not in self.sums:
-                report.findings.append(f"{name}: no checksum in checksums.json")
-            elif f"{zlib.crc32(data):08x}" != self.sums[name]:
-                report.findings.append(f"{name}: bytes changed since the export (CRC-32 differs)")
-            report.findings += [f"{name}: {fault}" for fault in tensor_faults(name, tensor)]
+            if name not in self.sums and (self.sums or self.rule):
+                report.findings.append(("checksum", f"{name}: no checksum in checksums.json"))
+            elif self.sums and f"{zlib.crc32(data):08x}" != self.sums[name]:
+                report.findings.append(("checksum", f"{name}: bytes changed since the export (CRC-32 differs)"))
+            report.findings += [(kind, f"{name}: {fault}") for kind, fault in tensor_faults(name, tensor)]
         except DAMAGE as error:
-            report.findings.append(f"{name}: cannot be read: {first_line(error)}")
+            report.findings.append(("file", f"{name}: cannot be read: {first_line(error)}"))
             return None
         return tensor
 
@@ -112,19 +113,21 @@ class TensorChecks:
         name, tensor, codes = names[0], tensors[0], len(names) == 2
         if codes and tensor.dtype in (torch.uint8, torch.int8):
             try:
-                report.findings += [f"{name}: {fault}" for fault in block_faults(tensor.view(torch.uint8), tensors[1],
-                                                                                 self.rule)]
+                report.findings += [("blocks", f"{name}: {fault}") for fault in block_faults(
+                    tensor.view(torch.uint8), tensors[1], self.rule or "even")]
             except DAMAGE as error:
-                report.findings.append(f"{name}: blocks cannot be checked: {first_line(error)}")
+                report.findings.append(("shape", f"{name}: blocks cannot be checked: {first_line(error)}"))
         weights = self.weights
         if weights is None:
             return
         try:
             if not codes:
-                report.findings += difference(name, tensor, self.source, weights, self.mask_row)
+                found = difference(name, tensor, self.source, weights, self.mask_row)
+                report.findings += [("training", text) for text in found]
                 return
             for expert, matrix, scales in self._experts(name, tensor.view(torch.uint8), tensors[1]):
-                report.findings += expert_difference(expert, matrix, scales, trained_expert(weights, self.layout, expert))
+                report.findings += [("training", text) for text in expert_difference(
+                    expert, matrix, scales, trained_expert(weights, self.layout, expert))]
                 report.experts += 1
         except DAMAGE as error:
             report.incomparable = first_line(error)

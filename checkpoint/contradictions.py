@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 import yaml
 
+from checkpoint.fp8 import dequantize_fp8
 from checkpoint.json_files import read_json
 from checkpoint.sources import DTYPES, Source
-from export.config_files import TOKENIZER
-from export.layouts import SPLIT, Weights, plain
-from modeling.load import dequantize_fp8
+from checkpoint.trained import Weights, plain
 from modeling.names import fused_name, split_qkv
 from mxfp4.exact_pack import same_bytes
 
@@ -29,7 +28,11 @@ MEANING = (  # of the keys that a client's own class shares with training's
            "max_position_embeddings", "n_group", "norm_topk_prob", "num_experts_per_tok", "pad_token_id",
            "partial_rotary_factor", "rms_norm_eps", "rope_theta", "routed_scaling_factor", "scoring_func", "sliding_window",
            "swa_rope_theta", "tie_word_embeddings", "topk_group", "topk_method")
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDING, SPLIT = "lm_head.weight", "model.embed_tokens.weight", ("q", "k", "v")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+             "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
+AUTO_MAP = {"AutoConfig": "configuration_mimo_v2.MiMoV2Config", "AutoModel": "modeling_mimo_v2.MiMoV2Model",
+            "AutoModelForCausalLM": "modeling_mimo_v2.MiMoV2ForCausalLM"}
 
 
 # Keys that an export writes anew in the native layout, which keeps all others as they were in training.

@@ -1,0 +1,202 @@
+"""The folder of a DFlash drafter (`dflash/` of a checkpoint, or a folder of its own), known once.
+
+    config.json                     what it is; the same thing is said under several keys, and engines differ in which they read
+    *.safetensors                   published names, without `model.` prefix
+    mask_embedding.pt               the vector of the masked positions (mask_token_id, embedding bf16 [hidden]); without it the
+                                    target's vocabulary row of the mask token is that vector
+    dflash_reference.safetensors    one worked example of an export of this project: inputs, features, draft logits
+
+Who reads which key (engines as of vLLM 0.33, SGLang 0.5.23):
+
+    window      vLLM: dflash_config.use_swa and .swa_window_size, else sliding_window; SGLang: layer_types and sliding_window
+    causality   both: is_causal; vLLM: else dflash_config.causal, else sliding layers are causal; SGLang: sliding layers are
+    rotation    vLLM, SGLang: rope_parameters or rope_theta; the published code: dflash_config.backbone_rotary_base
+    mask        both: mask_embedding.pt, where it is there
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+MASK = "mask_embedding.pt"
+ARCHITECTURE = "DFlashDraftModel"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something about a drafter's configuration. grave: no engine can use it; otherwise engines read it differently."""
+
+    text: str
+    grave: bool = True
+
+
+def is_drafter(config: dict) -> bool:
+    """Whether a config.json describes a drafter."""
+    return isinstance(config.get("dflash_config"), dict) or config.get("architectures") == [ARCHITECTURE]
+
+
+def special_of(config: dict) -> dict:
+    """`dflash_config`, with what older files keep at the top level.
+
+    Raises:
+        ValueError: no tapped layers, mask token or block size, or of another form.
+    """
+    special = config.get("dflash_config")
+    if not isinstance(special, dict):
+        raise ValueError(f"dflash_config: {type(special).__name__}, expected an object")
+    for key in ("target_layer_ids", "mask_token_id", "block_size"):
+        if key not in special and key in config:
+            special = special | {key: config[key]}
+    layers = special.get("target_layer_ids")
+    if not isinstance(layers, list) or not layers or not all(type(i) is int for i in layers):
+        raise ValueError(f"dflash_config.target_layer_ids={layers!r}: expected layer numbers")
+    for key, least in (("mask_token_id", 0), ("block_size", 2)):
+        if type(special.get(key)) is not int or special[key] < least:
+            raise ValueError(f"dflash_config.{key}={special.get(key)!r}: expected an integer of {least} or more")
+    return special
+
+
+def fit_faults(config: dict, target) -> Iterator[Fault]:
+    """What keeps this drafter from working with a target (its configuration object)."""
+    special = special_of(config)
+    layers, ids = target.num_hidden_layers, special["target_layer_ids"]
+    if not all(0 <= i < layers for i in ids):
+        yield Fault(f"dflash_config.target_layer_ids={ids}: expected layers from 0 to {layers - 1}")
+    elif len(set(ids)) != len(ids):
+        yield Fault(f"dflash_config.target_layer_ids={ids}: a layer occurs twice")
+    for where, value in (("dflash_config", special.get("num_target_layers", layers)),
+                         ("config.json", config.get("num_target_layers", layers))):
+        if value != layers:
+            yield Fault(f"{where}: num_target_layers={value}, the target has {layers}")
+    if config.get("hidden_size") != target.hidden_size:
+        yield Fault(f"hidden_size={config.get('hidden_size')}, the target's is {target.hidden_size}")
+    if config.get("vocab_size") != target.vocab_size:
+        yield Fault(f"vocab_size={config.get('vocab_size')}, the target's is {target.vocab_size} (engines share the target's "
+                    "embedding and head)", grave=False)
+    if special["mask_token_id"] >= target.vocab_size:
+        yield Fault(f"dflash_config.mask_token_id={special['mask_token_id']}: expected 0 to {target.vocab_size - 1}")
+
+
+def mask_faults(special: dict, mask: dict, hidden_size: int) -> Iterator[Fault]:
+    """What is wrong with the contents of mask_embedding.pt."""
+    token, vector = mask["mask_token_id"], mask["embedding"]
+    if token != special["mask_token_id"]:
+        yield Fault(f"dflash_config.mask_token_id={special['mask_token_id']}, {MASK} has {token}")
+    if tuple(vector.shape) != (hidden_size,):
+        yield Fault(f"{MASK}: embedding of shape {list(vector.shape)}, expected [{hidden_size}]")
+    elif not bool(torch.isfinite(vector).all()):
+        yield Fault(f"{MASK}: the embedding is not finite")
+    elif not bool(vector.any()):
+        yield Fault(f"{MASK}: the embedding is all zero", grave=False)
+    if vector.dtype != torch.bfloat16:
+        yield Fault(f"{MASK}: embedding of {vector.dtype}, expected bfloat16", grave=False)
+
+
+def dialect_faults(config: dict) -> Iterator[Fault]:
+    """Keys that engines read differently: one that is missing, or that says another thing than its twin."""
+    special = special_of(config)
+    if config.get("architectures") != [ARCHITECTURE]:
+        yield Fault(f"architectures={config.get('architectures')!r}, expected [{ARCHITECTURE!r}]: vLLM and SGLang choose the "
+                    "model's class by it", grave=False)
+    yield from _window_faults(config, special)
+    yield from _rotary_faults(config, special)
+    if config.get("block_size", special["block_size"]) != special["block_size"]:
+        yield Fault(f"block_size={config['block_size']!r} contradicts dflash_config, expected {special['block_size']}")
+    elif "block_size" not in config:
+        yield Fault(f"block_size is missing, expected {special['block_size']}", grave=False)
+
+
+def _window_faults(config: dict, special: dict) -> Iterator[Fault]:
+    window = window_of(config, special)
+    causal = bool(special.get("causal", config.get("is_causal", False)))
+    kind = "full_attention" if window is None else "sliding_attention"
+    layers = [kind] * (config.get("num_hidden_layers") or 0)
+    reads = (f"vLLM takes the window of dflash_config ({window}), SGLang that of layer_types and sliding_window; start it with "
+             f"--speculative-draft-window-size {window}" if window is not None else "vLLM and SGLang differ")
+    for key, expected, why in (
+            ("layer_types", layers, reads), ("sliding_window", window, reads),
+            ("use_sliding_window", window is not None, "transformers drops sliding_window without it, and with it what SGLang "
+             "reads"),
+            ("is_causal", causal, "vLLM and SGLang take sliding layers for causal unless it is false")):
+        if key not in config:
+            yield Fault(f"{key} is missing, expected {expected!r}: {why}", grave=False)
+        elif config[key] != expected:
+            yield Fault(f"{key}={config[key]!r} contradicts dflash_config, expected {expected!r}: {why}", grave=False)
+    if window is not None and config.get("max_window_layers") != 0:
+        yield Fault(f"max_window_layers={config.get('max_window_layers')!r}, expected 0: readers of Qwen3's keys see the whole "
+                    "context in the layers below it", grave=False)
+    if "causal" not in special:
+        yield Fault(f"dflash_config.causal is missing, expected {causal}", grave=False)
+
+
+def window_of(config: dict, special: dict) -> int | None:
+    """Positions that are seen, None = all: as vLLM and the published code read it."""
+    if special.get("use_swa"):
+        return special.get("swa_window_size", config.get("sliding_window"))
+    sliding = "sliding_attention" in (config.get("layer_types") or ())
+    return config.get("sliding_window") if config.get("use_sliding_window") or sliding else None
+
+
+def _rotary_faults(config: dict, special: dict) -> Iterator[Fault]:
+    """The rotation is said three times, and engines differ in which they believe."""
+    rope = config.get("rope_parameters") or {}
+    if "rope_parameters" not in config:
+        yield Fault("rope_parameters is missing", grave=False)
+    base = special.get("backbone_rotary_base") or rope.get("rope_theta") or config.get("rope_theta")
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    for key, value, wanted in (("rope_parameters.rope_theta", rope.get("rope_theta", base), base),
+                               ("rope_theta", config.get("rope_theta", base), base),
+                               ("partial_rotary_factor", config.get("partial_rotary_factor", share), share)):
+        if value != wanted:
+            other = "dflash_config.backbone_rotary_base" if "theta" in key else "rope_parameters"
+            yield Fault(f"{key}={value!r} contradicts {other}, which has {wanted!r}: vLLM and SGLang rotate by {key}, the "
+                        f"published code by {other}", grave=False)
+
+
+def expected_tensors(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Every tensor of the drafter's file, from its configuration: name -> (shape, dtype)."""
+    from transformers import Qwen3Config
+
+    from modeling.drafter import DFlashDraftModel
+
+    with torch.device("meta"):
+        model = DFlashDraftModel(Qwen3Config.from_dict(dict(config)))
+    return {n: (tuple(p.shape), "BF16") for n, p in model.named_parameters() if n != "mask_embedding"}
+
+
+def read_mask(folder: Path) -> dict:
+    """mask_embedding.pt: {"mask_token_id": int, "embedding": [hidden]}.
+
+    Raises:
+        ValueError: another content. (A file that is no torch file raises what torch does.)
+    """
+    mask = torch.load(folder / MASK, weights_only=True)
+    if not isinstance(mask, dict) or not {"mask_token_id", "embedding"} <= mask.keys():
+        raise ValueError(f"{MASK}: expected mask_token_id and embedding")
+    return mask
+
+
+def draft_round(drafter, taps: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Hidden states [1, T, H] of one block at the last of `ids` [1, S + 1], given taps [1, S, n, H]."""
+    S = taps.shape[1]
+    positions = torch.arange(S)[None]
+    context = drafter.context_keys_values(drafter.fuse(taps.flatten(2)), positions)
+    embeds = drafter.embed_block(ids[:, -1], torch.nn.Embedding.from_pretrained(table))
+    return drafter.block_hidden(embeds, S + torch.arange(drafter.block_size)[None], context, positions)
+
+
+def read_reference(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, facts) of a reference file."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+    return load_file(path), json.loads(metadata.get("reference", "{}"))

@@ -1,0 +1,1 @@
+"""SmolLM2 as a Mixture of Experts: see README.md."""

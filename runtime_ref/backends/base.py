@@ -1,0 +1,128 @@
+"""What an engine asks of a backend and of a drafter, whichever ops run them.
+
+A backend holds one rank's weights and caches and runs programs (`core.program`) over batches (`core.batch`); a drafter belongs
+to a backend and proposes tokens. Callers never ask for a backend's name or feel for attributes: what differs between backends
+is in `Capabilities`. `backends.load` is the only place that turns a name into a backend.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.kv_cache import Pool, Table
+from runtime_ref.core.markov import MarkovHead
+from runtime_ref.core.program import Task
+from runtime_ref.core.tensor_parallel import Ranks
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What callers must know of a backend.
+
+    Attributes:
+        name: as in reports and on the command line.
+        float32: whether it can compute in float32, so that it can be exact.
+        single_ops: whether `Backend.ops` can be called one by one.
+        verifies_on_device: whether logits stay where a kernel can verify drafts and sample (`engine.accept_on_device`).
+        packed_weights: whether a step reads experts as codes and scales and other weights in bf16, as the file has them; else
+            float32 copies.
+        mxfp8_activations: whether activations are rounded to MXFP8 where they enter experts.
+        row_multiple: rows of a step are padded to a multiple of this.
+    """
+
+    name: str
+    float32: bool = True
+    single_ops: bool = True
+    verifies_on_device: bool = False
+    packed_weights: bool = False
+    mxfp8_activations: bool = False
+    row_multiple: int = 1
+
+
+class Backend(ABC):
+    """One rank's weights and caches, and the ops of a step.
+
+    Attributes:
+        config: sizes of the model (`MiMoV2Config`, or `checkpoints.families` `Geometry`).
+        dtype: of the residual stream and the caches.
+        ranks: which share of the model this is.
+        weights: the same share in the reference backend's form (`checkpoints.host_weights.TargetWeights`).
+        pools: pages of the KV cache by kind ("full", "window").
+        device: where logits and target hidden states lie, "cpu" or "cuda".
+        ops: by name, for backends with `capabilities.single_ops`; called with (step, layer, *buffers).
+    """
+
+    config: object
+    dtype: torch.dtype
+    ranks: Ranks
+    pools: dict[str, Pool]
+    device: str = "cpu"
+    ops: dict[str, Callable]
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """See `Capabilities`."""
+
+    @abstractmethod
+    def plan(self, spans: list[Span]):
+        """The step that computes the tokens of `spans`, whose page tables must reach to their ends. Sets `span.row`."""
+
+    @abstractmethod
+    def run(self, tasks: list[Task], step, watch: Callable[[Task, dict], None] | None = None, *,
+            host: bool = True) -> dict[str, torch.Tensor]:
+        """Runs a program over a planned step.
+
+        Args:
+            watch: is called with (op, buffers) after each op; the program then runs op by op.
+            host: copy logits to the host.
+
+        Returns:
+            Buffers by name: "logits" float32 [rows that want them, vocabulary], "tap.<layer>" [rows, H].
+        """
+
+    @abstractmethod
+    def load_drafter(self, folder: str | Path, pages: int, context: int) -> Drafter:
+        """The drafter of a `dflash/` folder on this backend's ops.
+
+        Args:
+            pages: of its KV pool. context: the longest sequence in tokens.
+
+        Raises:
+            ValueError: missing or unexpected tensors, no mask embedding, a drafter of another target, an option that this
+                backend does not run.
+        """
+
+    def plan_of_rows(self):
+        """A step of eight rows without a sequence, for `ops` that look at rows only."""
+        raise NotImplementedError(f"backend {self.capabilities.name}: ops cannot be called one by one")
+
+
+class Drafter(ABC):
+    """What proposes tokens.
+
+    Attributes:
+        block: tokens of a round, the anchor included.
+        taps: target layers whose outputs it reads, in its order; empty: none.
+        pool: pages of its context, None for a drafter without a cache.
+        markov: how drafts of a block depend on each other; None: not at all.
+    """
+
+    block: int
+    taps: list[int]
+    pool: Pool | None = None
+    markov: MarkovHead | None = None
+
+    @abstractmethod
+    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+        """Draft logits [count, vocabulary] float32 of each sequence; their pending features enter the context first."""
+
+    def extend_tables(self, taps: torch.Tensor, start: int, table: Table) -> None:
+        """Takes features [n, taps * H] of positions start .. start + n - 1 of one sequence into the context."""
+        raise NotImplementedError("a drafter without a context")
