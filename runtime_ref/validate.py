@@ -2,6 +2,7 @@
 
     python runtime_ref/validate.py CHECKPOINT_DIR [--prompts FILE] [--json FILE] [--html FILE]
     torchrun --nproc-per-node 8 runtime_ref/validate.py CHECKPOINT_DIR …
+    python runtime_ref/validate.py CHECKPOINT_DIR --endpoint URL     # a running server of it, whatever engine that is
 
 Checks of a folder, in order: files beside the weights, 1 folder, 2 reference outputs and layers, 3 ops, text, 4 greedy with =
 without drafting, 5 sampling, 6 acceptance, 7 cost. Each is right, wrong (with the likely cause in one line), or could not be
@@ -24,7 +25,11 @@ CHECKSUM_GIB = 4.0
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=NAME, description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", metavar="CHECKPOINT_DIR", type=Path)
+    parser.add_argument("folder", metavar="CHECKPOINT_DIR", type=Path, nargs="?",
+                        help="exported folder (with --endpoint: the reference; may be left out)")
+    parser.add_argument("--endpoint", metavar="URL", help="judge this OpenAI-compatible server of the checkpoint (its key: "
+                        "OPENAI_API_KEY)")
+    parser.add_argument("--model", metavar="NAME", help="the model's name at --endpoint (default: its first)")
     parser.add_argument("--prompts", type=Path, help="JSONL file: prompt (text) or messages, and domain")
     parser.add_argument("--trained", type=Path, help="summary.json of the drafter's training, to compare acceptance with")
     parser.add_argument("--original", type=Path, metavar="DIR",
@@ -48,7 +53,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}, expected 1 or more")
     if options.node_hour is not None and not options.node_hour > 0:
         parser.error(f"--node-hour: {options.node_hour}, expected a price above 0")
-    if options.checksums is None and options.folder.is_dir():
+    if options.folder is None and options.endpoint is None:
+        parser.error("CHECKPOINT_DIR is missing (only --endpoint URL does without)")
+    if options.checksums is None and options.folder is not None and options.folder.is_dir():
         options.checksums = folder_gib(options.folder) <= CHECKSUM_GIB
     return options
 
@@ -67,9 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         return mistake(error)
     try:
         look_at_arguments(options)
-        from runtime_ref.validation.folder_run import validate_folder
-
-        report = validate_folder(options, ranks, read_trained(options))
+        report = judge(options, ranks)
     except ValueError as error:
         if ranks.rank == 0:
             mistake(error)
@@ -86,6 +91,22 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def judge(options: argparse.Namespace, ranks):
+    """The report of a folder, or of a server.
+
+    Raises:
+        ValueError: a mistake of the user.
+    """
+    trained = read_trained(options)
+    if options.endpoint is not None:
+        from runtime_ref.validation.endpoint_run import validate_endpoint
+
+        return validate_endpoint(options, trained)
+    from runtime_ref.validation.folder_run import validate_folder
+
+    return validate_folder(options, ranks, trained)
+
+
 def mistake(error: object) -> int:
     print(f"{NAME}: {error}", file=sys.stderr)
     return 2
@@ -97,7 +118,7 @@ def look_at_arguments(options: argparse.Namespace) -> None:
     Raises:
         ValueError.
     """
-    if not options.folder.is_dir():
+    if options.folder is not None and not options.folder.is_dir():
         raise ValueError(f"{options.folder}: no such folder, expected an exported checkpoint")
     if options.prompts is not None and not options.prompts.is_file():
         raise ValueError(f"--prompts: {options.prompts}: no such file")
@@ -107,8 +128,8 @@ def look_at_arguments(options: argparse.Namespace) -> None:
 
 def read_trained(options: argparse.Namespace) -> dict | None:
     """Acceptance lengths by domain that the trainer stored: of --trained, or of the folder's export.json."""
-    file = options.trained or options.folder / "export.json"
-    if not file.is_file():
+    file = options.trained or (options.folder / "export.json" if options.folder else None)
+    if file is None or not file.is_file():
         if options.trained:
             raise ValueError(f"--trained: {file}: no such file")
         return None

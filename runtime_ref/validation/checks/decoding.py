@@ -233,7 +233,8 @@ def price(tokens_per_second: float, node_hour: float) -> float:
 
 
 def prices(speeds: dict[Number, float], node_hour: float) -> dict[Number, float]:
-    pairs = {Number.SPEED_DRAFTS: Number.PRICE_DRAFTS, Number.SPEED_PLAIN: Number.PRICE_PLAIN}
+    pairs = {Number.SPEED_DRAFTS: Number.PRICE_DRAFTS, Number.SPEED_PLAIN: Number.PRICE_PLAIN,
+             Number.SPEED_SERVED: Number.PRICE_SERVED, Number.SPEED_EIGHT: Number.PRICE_EIGHT}
     return {pairs[key]: price(value, node_hour) for key, value in speeds.items() if value}
 
 

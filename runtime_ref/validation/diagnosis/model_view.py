@@ -79,9 +79,8 @@ class ModelView:
             count = experts.gate_up_proj.shape[0]
             places = order(count)
             if places != list(range(count)):
-                for name, p in experts.named_parameters():
-                    if "gate_up_proj" in name or "down_proj" in name:
-                        p.copy_(p[places])
+                for p in (experts.gate_up_proj, experts.down_proj):  # biases stand in tensors of their own
+                    p.copy_(p[places])
                 changed = True
         return changed
 
