@@ -17,7 +17,7 @@ from modeling.names import qkv_rows
 from runtime_ref import validate
 from runtime_ref.checkpoints.folder import read_config
 
-ROOT = Path(validate.__file__).resolve().parents[2]
+ROOT = Path(validate.__file__).resolve().parents[1]
 
 
 def test_a_right_folder_passes_every_check(exported, tmp_path, capsys):
