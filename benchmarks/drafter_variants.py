@@ -51,7 +51,7 @@ def run(variant: str, seed: int, out: Path, extra: list[str]) -> dict:
     from dflash_train import acceptance
     from dflash_train.target import load_target
     from recipes.load import load_recipe
-    from training.checkpoint import write_text
+    from storage.files import write_text
     from training.report import environment
 
     result = out / f"{variant}-{seed}.json"

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from checkpoint.json_files import read_json, write_bytes, write_json
+from storage.files import write_bytes, write_json
+from storage.reading import read_json, sha256
 
 CHECKSUMS = "checksums.sha256"
 TENSOR_SUMS = "checksums.json"
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -34,7 +29,7 @@ def internal(path: Path) -> bool:
 
 def write_checksums(folder: Path, sums: dict[str, str], *, skip: Callable[[Path], bool] = lambda path: False) -> None:
     """checksums.json (CRC-32 of every tensor) and checksums.sha256 (every file; `sha256sum -c` reads it)."""
-    write_json(folder / TENSOR_SUMS, {"tensors_crc32": sums})
+    write_json(folder / TENSOR_SUMS, {"tensors_crc32": sums}, sort_keys=True)
     paths = [path for path in checkpoint_files(folder) if not skip(path)]
     with ThreadPoolExecutor() as threads:
         digests = threads.map(sha256, (folder / path for path in paths))

@@ -16,11 +16,11 @@ import torch
 import yaml
 
 from checkpoint.fp8 import dequantize_fp8
-from checkpoint.json_files import read_json
 from checkpoint.sources import DTYPES, Source
 from checkpoint.trained import Weights, plain
 from modeling.names import fused_name, split_qkv
 from mxfp4.exact_pack import same_bytes
+from storage.reading import read_json
 
 # Keys of config.json that change what a model computes or where it stops, without changing any tensor's shape.
 MEANING = (  # of the keys that a client's own class shares with training's

@@ -52,10 +52,14 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False):
         raise ValueError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from None
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False):
+def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False, distributed_config=None):
     """A causal language model with fused 3-D experts, on the CPU, in `dtype` (routers' correction bias stays float32).
 
-    Memory: the model in `dtype` and one tensor more; a checkpoint larger than that needs an expert-parallel reader.
+    Memory: the model in `dtype` and one tensor more.
+
+    Args:
+        distributed_config: transformers' `DistributedConfig`: every rank reads its own experts and its rows of everything
+            else, straight into the shards, on its device. Memory: the shards and one tensor more.
 
     Raises:
         ValueError: no such folder or config; a missing shard or tensor; a tensor of another shape; unreadable files.
@@ -63,7 +67,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
     _require_folder(path)
     config = _read_config(path)
     if not is_mimo(config):
-        return _load_by_transformers(path, dtype, trust_remote_code)
+        return _load_by_transformers(path, dtype, trust_remote_code, distributed_config)
     if not Path(path).is_dir():
         raise ValueError(f"model.path: {path}: a MiMo-V2 checkpoint is read from a folder, download it first")
     from modeling.configuration_mimo_v2 import MiMoV2Config
@@ -78,11 +82,15 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
         raise ValueError(f"{path}/config.json: {str(error).splitlines()[0]}") from None
     settings.dtype, settings.name_or_path = dtype, str(path)
     with torch.device("meta"):
-        model = MiMoV2ForCausalLM(settings)
-    return _fill(model, Path(path), dtype)
+        model = MiMoV2ForCausalLM(settings).to(dtype)
+    device = torch.device("cpu")
+    if distributed_config is not None:
+        distributed_config, device, meshes = MiMoV2ForCausalLM.prepare_distribute_model(distributed_config)
+        model = MiMoV2ForCausalLM.maybe_distribute_model(model, distributed_config, meshes)
+    return _fill(model, Path(path), dtype, torch.device(device or "cpu"))
 
 
-def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_code: bool):
+def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_code: bool, distributed_config=None):
     """As AutoModelForCausalLM loads it, except that what it would initialise at random with a warning is an error."""
     from transformers import AutoModelForCausalLM
 
@@ -91,7 +99,7 @@ def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_cod
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
-            ignore_mismatched_sizes=True)
+            ignore_mismatched_sizes=True, **({} if distributed_config is None else {"distributed_config": distributed_config}))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None
     if info["mismatched_keys"]:
@@ -102,7 +110,7 @@ def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_cod
     return model
 
 
-def _fill(model, folder: Path, dtype: torch.dtype):
+def _fill(model, folder: Path, dtype: torch.dtype, device: torch.device):
     """Materialises a meta model tensor by tensor from the checkpoint (peak: one fused expert tensor beside the model)."""
     files = TensorFiles(folder)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -110,11 +118,11 @@ def _fill(model, folder: Path, dtype: torch.dtype):
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         # The routers' correction bias is published in float32 and decides which experts run: it is never rounded.
-        value = _assemble(name, empty, files, model.config, torch.float32 if leaf in module._buffers else dtype)
+        value = _assemble(name, empty, files, model.config, torch.float32 if leaf in module._buffers else dtype).to(device)
         if leaf in module._buffers:
             module._buffers[leaf] = value
         else:
-            module._parameters[leaf] = torch.nn.Parameter(value)
+            module._parameters[leaf] = torch.nn.Parameter(_as_shard(value, empty))
     model.tie_weights()  # a tied head has no tensor of its own in the files
     unused = sorted(n for n in files.unused() if not n.startswith("model.mtp."))
     if unused:
@@ -127,14 +135,38 @@ def _fill(model, folder: Path, dtype: torch.dtype):
 
 
 def _assemble(name: str, empty: torch.Tensor, files: TensorFiles, config, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor, or where `empty` is sharded the rows of dimension 0 that this rank holds."""
+    rows = owned_rows(empty)
     parts = expert_parts(name, empty.shape)
     if parts is None:
-        return _checked(name, _decoded(name, files, config, dtype), empty.shape, files.folder)
-    value = torch.empty(empty.shape, dtype=dtype)
+        whole = _checked(name, _decoded(name, files, config, dtype), empty.shape, files.folder)
+        return whole if len(rows) == empty.shape[0] else whole[rows.start:rows.stop].clone()
+    value = torch.empty((len(rows), *empty.shape[1:]), dtype=dtype)
     for part in parts:
-        tensor = _decoded(part.name, files, config, dtype)
-        value[part.expert, part.rows] = _checked(part.name, tensor, value[part.expert, part.rows].shape, files.folder)
+        if part.expert not in rows:
+            files.leave(part.name)
+            continue
+        here = value[part.expert - rows.start, part.rows]
+        here.copy_(_checked(part.name, _decoded(part.name, files, config, dtype), here.shape, files.folder))
     return value
+
+
+def owned_rows(tensor: torch.Tensor) -> range:
+    """Rows of dimension 0 that this rank holds of a sharded tensor (DTensor); all of them for an ordinary one."""
+    if not hasattr(tensor, "placements"):
+        return range(tensor.shape[0])
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return range(offset[0], offset[0] + shape[0]) if shape[0] else range(0)
+
+
+def _as_shard(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if not hasattr(like, "placements"):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def _checked(name: str, tensor: torch.Tensor, shape: torch.Size, folder: Path) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from checkpoint.sources import DistributedSource, Source, TorchSource
+from checkpoint.sources import Source, TorchSource
 from checkpoint.tensor_files import INDEX, SINGLE, TensorFiles, weight_map
 
 
@@ -28,6 +28,8 @@ def open_source(folder: str | Path) -> Source:
         return TorchSource(folder, [single.name])
     for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
         if (candidate / ".metadata").is_file():
+            from checkpoint.distributed import DistributedSource  # half a second of imports that other formats do not need
+
             return DistributedSource(candidate)
     from checkpoint.zero_shards import ZeroSource, zero_folder  # builds on this module
 

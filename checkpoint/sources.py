@@ -1,26 +1,24 @@
 """Where weights come from: a checkpoint folder of any kind the trainers leave, tensor by tensor and row by row.
 
     *.safetensors             one file or shards (`checkpoint.tensor_files`): a Hugging Face folder (published names, one matrix
-                              per expert) or an Accelerate checkpoint (names of training, fused experts)
+                              per expert) or a checkpoint of training (its names, fused experts)
     pytorch_model*.bin        what `zero_to_fp32.py` and older tools write; mapped from disk, not read whole
-    .metadata + *.distcp      torch.distributed.checkpoint (FSDP), also as the sub-folder that Accelerate makes
+    .metadata + *.distcp      torch.distributed.checkpoint (FSDP), also one folder down (`checkpoint.distributed`)
     *_optim_states.pt         DeepSpeed ZeRO 1 to 3, also below the folder that `latest` names (`checkpoint.zero_shards`)
 
-Nothing is gathered: a matrix of one expert is a slice of the file, except for torch.distributed.checkpoint, whose unit is
-one tensor (the last two are kept: a layer's experts are read by turns from both of its fused tensors). Several threads may
-read from one source.
+Nothing is gathered: a matrix of one expert is a slice of the file, or of the piece that a rank wrote. Several threads may read
+from one source. Nothing of a file is run: see `checkpoint.pickles`.
 """
 
 from __future__ import annotations
 
-import pickle
 import threading
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from checkpoint.json_files import refuse_pointer
+from checkpoint.pickles import load_torch_file
 from modeling.names import fused_name
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
@@ -93,50 +91,19 @@ class TorchSource(Source):
     def __init__(self, folder: Path, files: list[str]):
         self._tensors: dict[str, torch.Tensor] = {}
         for file in files:
-            refuse_pointer(folder / file)
-            try:
-                state = torch.load(folder / file, map_location="cpu", mmap=True, weights_only=True)
-            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-                raise ValueError(f"{folder / file}: not a whole torch file: {str(error).splitlines()[0]}") from None
-            self._tensors |= {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+            state = load_torch_file(folder / file, mmap=True)
+            if not isinstance(state, dict):
+                raise ValueError(f"{folder / file}: holds a {type(state).__name__}, expected tensors by name")
+            self._tensors |= {str(name): t for name, t in state.items() if isinstance(t, torch.Tensor)}
+        for name, tensor in self._tensors.items():
+            if tensor.dtype not in DTYPE_NAMES:
+                raise ValueError(f"{folder}: {name}: dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")
         super().__init__(folder, {n: (tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in self._tensors.items()})
 
     def read(self, name: str) -> torch.Tensor:
         if name not in self._tensors:
             raise self._missing(name)
         return self._tensors[name]
-
-
-class DistributedSource(Source):
-    """torch.distributed.checkpoint: shards of any number of ranks, joined tensor by tensor."""
-
-    def __init__(self, folder: Path):
-        from torch.distributed.checkpoint import FileSystemReader
-
-        metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-        tensors = {name: entry for name, entry in metadata.items() if hasattr(entry, "size")}
-        # Accelerate and others nest the model's state under "model".
-        nested = all(name.startswith("model.") for name in tensors) and "model.lm_head.weight" in tensors
-        self._stored = {name.removeprefix("model.") if nested else name: name for name in tensors}
-        super().__init__(folder, {name: (tuple(tensors[stored].size), DTYPE_NAMES[tensors[stored].properties.dtype])
-                                  for name, stored in self._stored.items()})
-        self._kept: dict[str, torch.Tensor] = {}
-        self._lock = threading.Lock()
-
-    def read(self, name: str) -> torch.Tensor:
-        if name not in self._stored:
-            raise self._missing(name)
-        with self._lock:
-            if name not in self._kept:
-                from torch.distributed import checkpoint
-
-                if len(self._kept) == 2:
-                    del self._kept[next(iter(self._kept))]
-                shape, dtype = self.infos[name]
-                state = {self._stored[name]: torch.empty(shape, dtype=DTYPES[dtype])}
-                checkpoint.load(state, checkpoint_id=str(self.folder), no_dist=True)
-                self._kept[name] = state[self._stored[name]]
-            return self._kept[name]
 
 
 def read_expert(source: Source, name: str) -> torch.Tensor:

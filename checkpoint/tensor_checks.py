@@ -36,6 +36,7 @@ from checkpoint.trained import Weights, codes_of, computed, encode
 from mxfp4 import dequantize
 from mxfp4.exact_pack import decodes_to, unpack
 from mxfp4.format import BLOCK_SIZE
+from storage.reading import first_line
 
 # What reading damaged files and configurations may raise, and no more: anything else is a defect of the inspection.
 DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RuntimeError, SafetensorError, EOFError,
@@ -49,10 +50,6 @@ def usable_cores() -> int:
     """Threads that can work at once: the cores this process may use, at most 8."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(allowed, MOST_THREADS)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @dataclass

@@ -21,8 +21,8 @@ import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoint.json_files import refuse_pointer
 from checkpoint.sources import DTYPES, LastFile, Source
+from storage.reading import inner_name, refuse_pointer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -162,6 +162,9 @@ def weight_map(index: Path) -> dict[str, str]:
     found = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise ValueError(f'{index}: not a safetensors index: expected {{"weight_map": {{tensor name: file name}}}}')
+    outside = next((file for file in found.values() if not inner_name(file)), None)
+    if outside is not None:
+        raise ValueError(f"{index}: names {outside!r}, expected files of its own folder")
     return found
 
 

@@ -49,13 +49,13 @@ from checkpoint.contradictions import (
 )
 from checkpoint.drafter_folder import EMBEDDING, HEAD, MASK
 from checkpoint.inventory import configuration, expected_inventory, layout_of
-from checkpoint.json_files import read_json
 from checkpoint.open import open_source
 from checkpoint.quantization import module_names, quantization_config
-from checkpoint.tensor_checks import DAMAGE, TensorChecks, first_line, side_by_side, usable_cores
+from checkpoint.tensor_checks import DAMAGE, TensorChecks, side_by_side, usable_cores
 from checkpoint.tensor_files import INDEX, REFERENCE, SINGLE, TensorFiles
 from checkpoint.trained import Weights
 from mxfp4.format import BLOCK_SIZE
+from storage.reading import first_line, read_json
 
 # Tables, norms and matrices of a reference drafted again on another machine: float32 sums in another order.
 REFERENCE_ERROR = 1e-3

@@ -24,14 +24,15 @@ Layout: DeepSpeed 0.19 as written by two ranks, and its own zero_to_fp32.py read
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from checkpoint.pickles import UNREADABLE, require_stored
 from checkpoint.sources import DTYPE_NAMES, DTYPES, LastFile, Source
+from storage.reading import first_line, require_file
 
 OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
@@ -201,11 +202,13 @@ def _load(path: Path) -> dict:
     """A pickled state whose tensors have no values, only their places in the file."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    unreadable = (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError)
+    require_file(path)
     try:
+        with path.open("rb") as file:
+            require_stored(file)  # values are read from their places: they must stand there as they are
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except unreadable as error:
-        raise _unreadable(path, error) from None
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: not a whole torch file: {first_line(error)}") from None
     strange = [name for name in foreign if not name.startswith("deepspeed.")]
     if strange:
         raise ValueError(f"{path}: holds {strange[0]}, which is neither a tensor nor DeepSpeed's; not read, because that could "
@@ -213,16 +216,11 @@ def _load(path: Path) -> dict:
     try:
         with torch.serialization.safe_globals([(Record, name) for name in foreign]), FakeTensorMode():
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except unreadable as error:
-        raise _unreadable(path, error) from None
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: not a whole torch file: {first_line(error)}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, expected DeepSpeed's dictionary")
     return state
-
-
-def _unreadable(path: Path, error: BaseException) -> ValueError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ValueError(f"{path}: not a whole torch file: {reason}")
 
 
 def _part(path: Path, state: dict, key: str):

@@ -32,12 +32,23 @@ import torch
 
 from dflash_train.dialogues import read_jsonl, row_prompt
 from dflash_train.features import run_dialogues
-from dflash_train.reference_decoding import best_path, by_length, generate, in_batches, plain, probabilities, speculate
+from dflash_train.reference_decoding import (
+    best_path,
+    by_length,
+    generate,
+    in_batches,
+    in_token_batches,
+    plain,
+    probabilities,
+    speculate,
+)
 from dflash_train.target import Target
+from modeling.dialogue_tokens import Rendering
 from modeling.drafter import DFlashDraftModel
 from recipes.schema import Recipe
 
-TEXT_BATCH = 64  # texts judged side by side
+TEXT_BATCH, TEXT_TOKENS = 64, 16384  # texts judged side by side, and their tokens, padded to the longest
+ANCHOR_CHUNK = 512  # anchors whose [B - 1, V] logits are held at once
 LOOKUP_GRAMS = (3, 2, 1)
 BOOTSTRAP_DRAWS = 1000
 
@@ -96,7 +107,8 @@ def lookup_beta(prompt: list[int], answer: list[int], drafts: int) -> list[list[
 def judge(target: Target, drafter: DFlashDraftModel, texts: list[Text], temperature: float) -> None:
     """Fills `beta` and `overlap` of every text: all anchors of a batch of answers in one pass of target and drafter."""
     order = [i for i in by_length(texts, lambda t: len(t.prompt) + len(t.answer)) if len(texts[i].answer) > 1]
-    for batch in in_batches(order, TEXT_BATCH):
+    lengths = [len(t.prompt) + len(t.answer) for t in texts]
+    for batch in in_token_batches(order, lengths, TEXT_BATCH, TEXT_TOKENS):
         chosen = [texts[i] for i in batch]
         taps, last = run_dialogues(target, [t.prompt + t.answer for t in chosen])
         B, S = taps.shape[:2]
@@ -117,27 +129,38 @@ def judge(target: Target, drafter: DFlashDraftModel, texts: list[Text], temperat
 
 def _judge_one(target, drafter, text: Text, hidden_NTH: torch.Tensor, last_XH: torch.Tensor, temperature: float) -> None:
     """hidden: of the n anchors' masked positions; last: the target's states from the first answer token on."""
-    n, drafts = hidden_NTH.shape[:2]
     answer = torch.tensor(text.answer, device=hidden_NTH.device)
-    logits = target.head(hidden_NTH.to(target.head.weight.dtype)).float()
-    index = torch.arange(n, device=answer.device)[:, None] + torch.arange(drafts, device=answer.device)
+    text.beta, text.overlap = [], []
+    for begin in range(0, len(hidden_NTH), ANCHOR_CHUNK):
+        hidden = hidden_NTH[begin:begin + ANCHOR_CHUNK]
+        beta, overlap = _judge_anchors(target, drafter, answer, hidden, last_XH, begin, temperature)
+        text.beta += beta.tolist()
+        text.overlap += overlap.tolist()
+
+
+def _judge_anchors(target, drafter, answer_X, hidden_CTH, last_XH, begin: int, temperature: float):
+    """(acceptance, overlap) [C, T] of the anchors `begin`, `begin` + 1, ... of an answer."""
+    C, drafts = hidden_CTH.shape[:2]
+    n = len(answer_X) - 1
+    logits = target.head(hidden_CTH.to(target.head.weight.dtype)).float()
+    index = begin + torch.arange(C, device=answer_X.device)[:, None] + torch.arange(drafts, device=answer_X.device)
     inside = index < n
     index = index.clamp_max(n - 1)
     if temperature == 0 and drafter.selector_top_k:
-        q = torch.nn.functional.one_hot(best_path(drafter, logits, answer[:n]), logits.shape[-1]).float()
+        q = torch.nn.functional.one_hot(best_path(drafter, logits, answer_X[begin:begin + C]), logits.shape[-1]).float()
     else:
         if drafter.markov_next is not None:
-            logits = logits + drafter.markov_bias(answer[index]).float()
+            logits = logits + drafter.markov_bias(answer_X[index]).float()
         q = probabilities(logits, temperature)
-    p = probabilities(target.head(last_XH[:n]), temperature)
-    labels = answer[1:][index][..., None]
-    p_label = p.gather(-1, labels[:, 0])[:, 0][index]  # p[anchor + k] has its label at k = 0
+    near = slice(begin, min(n, begin + C + drafts))  # what these anchors look at
+    p = probabilities(target.head(last_XH[near]), temperature)
+    labels, index = answer_X[1:][index][..., None], index - begin
+    p_label = p.gather(-1, answer_X[1:][near][:, None])[:, 0][index]
     ratio = q.gather(-1, labels)[..., 0] / p_label.clamp_min(1e-30)
     if temperature == 0:  # the text is the target's arg-max by construction, whatever this batch's rounding says
         ratio = q.gather(-1, labels)[..., 0]
     overlap = torch.stack([torch.minimum(p[row], q[:, k]).sum(-1) for k, row in enumerate(index.T)], dim=1)
-    text.beta = torch.where(inside, ratio.clamp_max(1), 0).tolist()
-    text.overlap = torch.where(inside, overlap, 0).tolist()
+    return torch.where(inside, ratio.clamp_max(1), 0), torch.where(inside, overlap, 0)
 
 
 def ratio_interval(tokens: list[float], rounds: list[float], seed: int = 0) -> list[float]:
@@ -188,12 +211,13 @@ def groups(recipe: Recipe, target: Target) -> dict[tuple[str, str], list[list[in
     if not settings.prompts:
         raise ValueError("dflash.acceptance.prompts: required (JSONL files of held-out prompts)")
     found: dict[tuple[str, str], list[list[int]]] = defaultdict(list)
+    rendering = Rendering(recipe.chat.prompts, recipe.chat.template_options)
     for row in read_jsonl(settings.prompts, "dflash.acceptance.prompts"):
         kinds = {"task": ["task_t0"], "open": ["open_t1"]}.get(row.get("kind"), ["task_t0", "open_t1"])
         for kind in kinds:
             group = found[row.get("domain", "all"), kind]
             if len(group) < settings.prompts_per_group:
-                group.append(row_prompt(row, settings.prompt_field, target.tokenizer, "dflash.acceptance.prompts"))
+                group.append(row_prompt(row, settings.prompt_field, target.tokenizer, "dflash.acceptance.prompts", rendering))
     if not found:
         raise ValueError(f"dflash.acceptance.prompts: {', '.join(settings.prompts)}: no prompt there")
     return dict(found)

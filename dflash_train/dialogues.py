@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from modeling.prompt_files import prompt_ids, read_rows
-from training.files import expand
+from modeling.dialogue_tokens import AUTO, Rendering, answered_turns
+from modeling.prompt_files import prompt_ids
+from training.files import expand, format_of, json_rows
 
 
 @dataclass(frozen=True)
@@ -37,31 +37,33 @@ def read_jsonl(patterns: list[str], key: str) -> list[dict]:
     """
     rows = []
     for file in expand(patterns, key):
-        if Path(file).suffix != ".jsonl":
-            raise ValueError(f"{key}: {file}: expected a .jsonl file")
-        rows += [row | {"_where": where} for where, row in read_rows(file, key)]
+        if format_of(file) != "json":
+            raise ValueError(f"{key}: {file}: expected a file of JSON lines")
+        rows += [row | {"_where": where} for where, row in json_rows(file, key)]
     return rows
 
 
-def row_prompt(row: dict, field: str, tokenizer, key: str) -> list[int]:
-    """Tokens of the prompt of one of `read_jsonl`'s rows (`modeling.prompt_files.prompt_ids`)."""
+def row_prompt(row: dict, field: str, tokenizer, key: str, rendering: Rendering = AUTO) -> list[int]:
+    """Tokens of the prompt of one of `read_jsonl`'s rows (`modeling.dialogue_tokens.prompt_tokens`)."""
     return prompt_ids({name: value for name, value in row.items() if name != "_where"}, tokenizer, f"{key}: {row['_where']}",
-                      field)
+                      field, rendering)
 
 
-def own_dialogues(patterns: list[str], prompt_field: str, tokenizer) -> list[Dialogue]:
-    """A user's own data: rows with `response` (and a prompt or messages), or `text` alone; an end token is appended.
+def own_dialogues(patterns: list[str], prompt_field: str, tokenizer, end_ids: list[int],
+                  rendering: Rendering = AUTO) -> list[Dialogue]:
+    """A user's own data: each assistant turn of each row (`modeling.dialogue_tokens.answered_turns`).
 
     Raises:
-        ValueError: a row with neither.
+        ValueError: a row without an answer.
     """
     found = []
     for row in read_jsonl(patterns, "dflash.data"):
-        text = row.get("response", row.get("text"))
-        if not isinstance(text, str):
-            raise ValueError(f"dflash.data: {row['_where']}: neither 'response' nor 'text'; it has {sorted(row)[1:]}")
-        prompt = row_prompt(row, prompt_field, tokenizer, "dflash.data") if "response" in row else []
-        found.append(Dialogue(prompt, [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]))
+        where = row.pop("_where")
+        try:
+            turns = answered_turns(row, tokenizer, end_ids, prompt_field, rendering)
+        except ValueError as error:
+            raise ValueError(f"dflash.data: {where}: {error}") from None
+        found += [Dialogue(prompt, answer) for prompt, answer in turns]
     return found
 
 
@@ -94,12 +96,19 @@ class PackedRows:
 def pack(dialogues: list[Dialogue], length: int, say: Callable[[str], None] = print) -> PackedRows:
     """Packs dialogues into rows of `length`, longest first, each into the fullest row that has room for it.
 
-    Dialogues longer than a row are cut at its end; how many is said once.
+    Dialogues longer than a row are cut at its end; those without an answer of two tokens in the row teach nothing and are left
+    out. How many is said.
 
     Raises:
         ValueError: no response token anywhere.
     """
-    order = sorted(range(len(dialogues)), key=lambda i: (-len(dialogues[i].tokens), i))
+    taught = [i for i, d in enumerate(dialogues) if min(len(d.tokens), length) >= len(d.prompt) + 2]
+    if not taught:
+        raise ValueError(f"no response of two or more tokens in {len(dialogues)} dialogues: there is nothing to draft")
+    if len(taught) < len(dialogues):
+        say(f"{len(dialogues) - len(taught)} of {len(dialogues)} dialogues left out: their answers are empty, or begin beyond "
+            f"dflash.sequence_length={length}")
+    order = sorted(taught, key=lambda i: (-len(dialogues[i].tokens), i))
     rows: list[list[tuple[int, int, int]]] = []
     by_room: dict[int, list[int]] = {}
     cut = 0
@@ -124,7 +133,4 @@ def pack(dialogues: list[Dialogue], length: int, say: Callable[[str], None] = pr
             tokens[r, place] = torch.tensor(dialogues[i].tokens[:size], dtype=torch.int32)
             starts[r, place], ends[r, place] = begin, begin + size
             response[r, begin + min(len(dialogues[i].prompt), size):begin + size] = True
-    packed = PackedRows(tokens, starts, ends, response, rows)
-    if not packed.may_anchor().any():
-        raise ValueError(f"no response of two or more tokens in {len(dialogues)} dialogues: there is nothing to draft")
-    return packed
+    return PackedRows(tokens, starts, ends, response, rows)

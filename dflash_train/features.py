@@ -24,7 +24,7 @@ import torch
 from dflash_train.dialogues import Dialogue, PackedRows
 from dflash_train.reference_decoding import by_length, in_token_batches
 from dflash_train.target import Target
-from training.checkpoint import write_text
+from storage.files import write_text
 from training.report import ProgressBar
 
 FILES = ("taps", "last")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qat.optimizer import matched_rate
+from qat.optimizer import matched_decay, matched_rate
 from recipes.schema import DraftOptimizer
 
 VOCABULARY_TABLES = ("markov_previous.weight", "markov_next.weight")
@@ -51,7 +51,7 @@ def make_optimizer(model: nn.Module, settings: DraftOptimizer) -> torch.optim.Op
             return super().step()
 
     groups = [{"params": ps, "lr": matched_rate(settings.learning_rate, shape), "momentum": settings.betas[0],
-               "weight_decay": settings.weight_decay, "use_muon": True} for shape, ps in matrices.items()]
+               "weight_decay": matched_decay(settings.weight_decay, shape), "use_muon": True} for shape, ps in matrices.items()]
     groups.append({"params": others, "lr": settings.adamw_learning_rate, "betas": tuple(settings.betas), "eps": 1e-8,
                    "weight_decay": 0.0, "use_muon": False})
     return Muon(groups)

@@ -84,30 +84,31 @@ def pick(logits_BV: torch.Tensor, temperature: float, generator: torch.Generator
 
 
 @torch.no_grad()
-def generate(target: Target, prompts: list[list[int]], *, max_new_tokens: int, temperature: float,
+def generate(target: Target, prompts: list[list[int]], *, max_new_tokens: int | list[int], temperature: float,
              generator: torch.Generator | None = None) -> list[list[int]]:
-    """Answers of all prompts side by side; each ends with an end token or has `max_new_tokens` tokens.
+    """Answers of all prompts side by side; each ends with an end token or has `max_new_tokens` tokens (of its own, if a list).
 
     Prompts are padded on the left. Sequences that have ended leave the batch once half of it has.
     """
+    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
     device, pad = target.device, target.end_ids[0]
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = SlotCache(len(target.base.layers), longest + max_new_tokens)
+    cache = SlotCache(len(target.base.layers), longest + max(limits))
     answers: list[list[int]] = [[] for _ in prompts]
     alive = torch.arange(len(prompts))  # prompt of each row
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    for _ in range(max_new_tokens):
+    for _ in range(max(limits)):
         _, last = target.run(ids, cache=cache, attention_mask=mask, position_ids=positions)
         tokens = pick(target.head(last[:, -1]), temperature, generator)
         open_rows = []
         for row, (index, token) in enumerate(zip(alive.tolist(), tokens.tolist(), strict=True)):
             answer = answers[index]
-            if answer and answer[-1] in target.end_ids:
+            if answer and (answer[-1] in target.end_ids or len(answer) == limits[index]):
                 continue
             answer.append(token)
-            if token not in target.end_ids:
+            if token not in target.end_ids and len(answer) < limits[index]:
                 open_rows.append(row)
         if not open_rows:
             break

@@ -16,8 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,15 +24,16 @@ from pathlib import Path
 import torch
 
 from dflash_train.dialogues import Dialogue, read_jsonl, row_prompt
+from dflash_train.endpoint import Endpoint
 from dflash_train.reference_decoding import by_length, generate, in_batches
 from dflash_train.target import Target, TargetFiles, describe_target, identity
+from modeling.dialogue_tokens import Rendering
 from recipes.schema import Recipe
-from training.checkpoint import write_text
+from storage.files import write_text
 from training.files import expand
 from training.report import ProgressBar, environment, git_revision
 
 KEY = "dflash.regenerate.prompts"
-ENDPOINT_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,23 @@ def regenerated(recipe: Recipe, target: TargetFiles, folder: Path, *, accelerato
     if not path.is_file():
         generate_answers(recipe, target, path, accelerator=accelerator, say=say)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    judge_answers(rows, target.end_ids, say)
     return [Dialogue(r["prompt_ids"], r["response_ids"]) for r in rows]
+
+
+def judge_answers(rows: list[dict], end_ids: list[int], say: Callable[[str], None] = print) -> None:
+    """Says how many answers are empty or cut.
+
+    Raises:
+        ValueError: most are empty: the model does not answer prompts that are rendered like this.
+    """
+    empty = sum(all(token in end_ids for token in row["response_ids"]) for row in rows)
+    cut = sum(not row["ended"] for row in rows)
+    if 2 * empty > len(rows):
+        raise ValueError(f"{KEY}: {empty} of {len(rows)} answers are empty; are the prompts what the model expects? "
+                         "chat.prompts says whether the chat template renders them")
+    if empty or cut:
+        say(f"of {len(rows)} answers {empty} are empty, and {cut} were cut at their limit of tokens")
 
 
 def answer_file(recipe: Recipe, target: TargetFiles, folder: Path) -> Path:
@@ -69,7 +84,8 @@ def answer_file(recipe: Recipe, target: TargetFiles, folder: Path) -> Path:
     settings = recipe.dflash.regenerate
     if not settings.prompts:
         raise ValueError("dflash.regenerate.prompts: required (JSONL files of prompts), unless dflash.data names own dialogues")
-    facts = {"settings": settings.model_dump(exclude={"prompts", "endpoint"}), "target": identity(target, recipe),
+    facts = {"settings": settings.model_dump(exclude={"prompts", "endpoint"}), "chat": recipe.chat.model_dump(),
+             "target": identity(target, recipe),
              "seed": recipe.seed, "room": recipe.dflash.sequence_length,
              "prompts": [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in expand(settings.prompts, KEY)]}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -82,7 +98,8 @@ def generate_answers(recipe: Recipe, target: TargetFiles, path: Path, *, acceler
     settings = recipe.dflash.regenerate
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     rows = read_jsonl(settings.prompts, KEY)
-    ids = [row_prompt(row, settings.prompt_field, target.tokenizer, KEY) for row in rows]
+    rendering = Rendering(recipe.chat.prompts, recipe.chat.template_options)
+    ids = [row_prompt(row, settings.prompt_field, target.tokenizer, KEY, rendering) for row in rows]
     if not rows:
         raise ValueError(f"{KEY}: {', '.join(settings.prompts)}: no prompt there")
     batches = plan_batches(recipe, rows, ids)
@@ -97,12 +114,13 @@ def generate_answers(recipe: Recipe, target: TargetFiles, path: Path, *, acceler
     began, tokens = time.monotonic(), 0
     say(f"the target answers {len(rows)} prompts: {answers} answers in {len(batches)} batches"
         + (f", {len(done)} of them done before" if done else ""))
+    endpoint = Endpoint(settings, target, say) if settings.endpoint and mine else None
     bar = ProgressBar(len(mine), len(done & {b.number for b in mine}), enabled=rank == 0, every=10, label="answers")
     with partial.open("a", encoding="utf-8") as out:
         for position, batch in enumerate(mine, 1):
             if batch.number not in done:
                 temperature = settings.passes[batch.pass_index].temperature
-                responses = _answer(recipe, target, batch, [ids[i] for i in batch.prompts], temperature)
+                responses = _answer(recipe, target, batch, [ids[i] for i in batch.prompts], temperature, endpoint)
                 lines = [_line(rows[i], ids[i], response, temperature, target) | {"batch": batch.number}
                          for i, response in zip(batch.prompts, responses, strict=True)]
                 tokens += sum(map(len, responses))
@@ -189,42 +207,14 @@ def _line(row: dict, prompt: list[int], response: list[int], temperature: float,
                    "ended": response[-1] in target.end_ids, "text": target.tokenizer.decode(response)}
 
 
-def _answer(recipe: Recipe, target: Target, batch: Batch, prompts: list[list[int]], temperature: float) -> list[list[int]]:
+def _answer(recipe: Recipe, target: Target, batch: Batch, prompts: list[list[int]], temperature: float,
+            endpoint: Endpoint | None) -> list[list[int]]:
     settings = recipe.dflash.regenerate
     # No answer is longer than its row has room for.
-    limit = min(settings.max_new_tokens, recipe.dflash.sequence_length - max(map(len, prompts)))
-    if settings.endpoint:
+    limits = [min(settings.max_new_tokens, recipe.dflash.sequence_length - len(prompt)) for prompt in prompts]
+    if endpoint is not None:
         seeds = [recipe.seed * 1_000_003 + batch.number * 4096 + i for i in range(len(prompts))]
         with ThreadPoolExecutor(settings.batch_size) as pool:
-            return list(pool.map(lambda p, s: _ask(settings, target, p, temperature, limit, s), prompts, seeds))
+            return list(pool.map(lambda p, limit, s: endpoint.answer(p, temperature, limit, s), prompts, limits, seeds))
     generator = torch.Generator(target.device).manual_seed((recipe.seed << 32) + batch.number)
-    return generate(target, prompts, max_new_tokens=limit, temperature=temperature, generator=generator)
-
-
-def _ask(settings, target: TargetFiles, prompt: list[int], temperature: float, limit: int, seed: int) -> list[int]:
-    """One answer from the endpoint, as tokens of the target's tokenizer."""
-    url = settings.endpoint.rstrip("/") + "/completions"
-    body = {"model": settings.endpoint_model or "default", "prompt": prompt, "temperature": temperature, "max_tokens": limit,
-            "seed": seed}
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    for attempt in range(ENDPOINT_ATTEMPTS):
-        try:
-            with urllib.request.urlopen(request, timeout=600) as reply:
-                choice = json.load(reply)["choices"][0]
-            break
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code != 429:
-                detail = error.read(300).decode("utf-8", "replace")
-                raise OSError(f"dflash.regenerate.endpoint: {url}: HTTP {error.code}: {detail}") from None
-            reason = f"HTTP {error.code}"
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            reason = str(getattr(error, "reason", error))
-        if attempt == ENDPOINT_ATTEMPTS - 1:
-            raise OSError(f"dflash.regenerate.endpoint: {url}: {reason} ({ENDPOINT_ATTEMPTS} attempts); what was answered is "
-                          "kept, run again to continue")
-        time.sleep(2**attempt)
-    ids = choice.get("token_ids") or target.tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
-    ids = list(ids)[:limit] or [target.end_ids[0]]
-    if choice.get("finish_reason") == "stop" and ids[-1] not in target.end_ids:
-        ids.append(target.end_ids[0])
-    return ids
+    return generate(target, prompts, max_new_tokens=limits, temperature=temperature, generator=generator)

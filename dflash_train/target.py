@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,8 +34,8 @@ _SETTINGS = ("config.json", "generation_config.json", "tokenizer*", "special_tok
 class TargetFiles:
     """What is known of a target without its weights: all that is needed where a server of it answers."""
 
-    def __init__(self, path: Path, tokenizer, end_ids: list[int], taps: list[int]):
-        self.path, self.tokenizer, self.end_ids, self.taps = path, tokenizer, end_ids, taps
+    def __init__(self, path: Path, tokenizer, end_ids: list[int], taps: list[int], vocabulary: int):
+        self.path, self.tokenizer, self.end_ids, self.taps, self.vocabulary = path, tokenizer, end_ids, taps, vocabulary
         if not end_ids:
             raise ValueError(f"{path}: neither generation_config nor the tokenizer names a token that ends an answer")
 
@@ -57,12 +58,12 @@ class Target(TargetFiles):
     """A frozen causal language model, its tokenizer, and hooks that collect the outputs of the layers `taps`."""
 
     def __init__(self, model: nn.Module, tokenizer, taps: list[int], path: Path):
-        super().__init__(path, tokenizer, end_ids(getattr(model, "generation_config", None), tokenizer), taps)
+        super().__init__(path, tokenizer, end_ids(getattr(model, "generation_config", None), tokenizer), taps,
+                         model.get_output_embeddings().weight.shape[0])
         self.model = model.eval().requires_grad_(False)
         self.base = model.base_model
         self.embed_tokens, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.hidden_size = self.embed_tokens.weight.shape[1]
-        self.vocabulary = self.head.weight.shape[0]
         self._caught: dict[int, torch.Tensor] = {}
         for layer in taps:
             self.base.layers[layer].register_forward_hook(lambda module, args, output, i=layer: self._catch(i, output))
@@ -126,8 +127,9 @@ def target_files(recipe: Recipe) -> TargetFiles:
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust)
     generation = (GenerationConfig.from_pretrained(str(folder)) if (folder / "generation_config.json").is_file()
                   else GenerationConfig.from_model_config(config))
+    require_key_value_layers(config, folder)
     taps = tapped_layers(recipe.drafter.target_layer_ids, config.get_text_config().num_hidden_layers)
-    return TargetFiles(folder, tokenizer, end_ids(generation, tokenizer), taps)
+    return TargetFiles(folder, tokenizer, end_ids(generation, tokenizer), taps, config.get_text_config().vocab_size)
 
 
 def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:
@@ -144,11 +146,40 @@ def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:
         for tensor in find_expert_tensors(model):
             fake_quantize_(tensor.parameter.data, tensor.parameter.data, scale_rule=recipe.quantization.scale_rule,
                            axis=tensor.axis)
+    require_key_value_layers(model.config, folder)
+    if not hasattr(model.base_model, "layers"):
+        raise ValueError(f"model.path: {folder}: {type(model).__name__} has its decoder layers under another name than "
+                         "`layers`; a drafter's target is read layer by layer")
     layers = len(model.base_model.layers)
     taps = tapped_layers(recipe.drafter.target_layer_ids, layers)
     target = Target(model.to(device), tokenizer, taps, folder)
     require_plain_head(target.model)
+    _require_plain_cache(target)
     return target
+
+
+def require_key_value_layers(config, folder: Path) -> None:
+    """Raises ValueError for hybrid models, told by their configuration: linear attention and the like keep other state."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    other = sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention", "chunked_attention", "attention"})
+    if other:
+        raise ValueError(f"model.path: {folder}: a target with layers of {', '.join(other)}; speculative decoding here takes "
+                         "rejected drafts back from a cache of keys and values, which such layers do not have")
+
+
+def _require_plain_cache(target: Target) -> None:
+    """Raises ValueError for a target that does not decode with a plain cache of keys and values, before anything is trained."""
+    from dflash_train.reference_decoding import SlotCache  # builds on this module
+
+    ids = torch.tensor([[0, 1, 2]], device=target.device)
+    try:
+        cache = SlotCache(len(target.base.layers), 3)
+        target.run(ids[:, :2], cache=cache)
+        target.run(ids[:, 2:], cache=cache)
+    except (ValueError, AttributeError, TypeError, IndexError, KeyError, RuntimeError, NotImplementedError) as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        raise ValueError(f"model.path: {target.path}: {target.model.config.model_type} does not decode with a plain cache of "
+                         f"keys and values ({reason}); no drafter can be trained for it here") from None
 
 
 def tapped_layers(wanted: list[int] | None, layers: int) -> list[int]:
@@ -166,11 +197,11 @@ def tapped_layers(wanted: list[int] | None, layers: int) -> list[int]:
     return list(wanted)
 
 
-def mask_token_id(setting: str | int | None, tokenizer, vocabulary: int) -> int:
+def mask_token_id(setting: str | int | None, tokenizer, vocabulary: int, ends: Sequence[int] = ()) -> int:
     """Id of the reserved mask entry.
 
     Raises:
-        ValueError: no such entry.
+        ValueError: no such entry, or one that text uses: an ordinary, end (`ends`) or padding token.
     """
     if setting is None:
         setting = tokenizer.mask_token_id
@@ -184,7 +215,24 @@ def mask_token_id(setting: str | int | None, tokenizer, vocabulary: int) -> int:
         setting = found
     if not 0 <= setting < vocabulary:
         raise ValueError(f"drafter.mask_token: {setting}, expected an id from 0 to {vocabulary - 1}")
+    # The export writes the mask's vector into this row of the target.
+    text = tokenizer.convert_ids_to_tokens(setting) if setting < len(tokenizer) else None
+    used = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "bos", "pad", "unk")}
+    role = next((name for name, token in used.items() if token == setting), "end" if setting in ends else None)
+    if role is not None:
+        raise ValueError(f"drafter.mask_token: {setting} ({text}) is the tokenizer's {role} token, whose embedding the target "
+                         "needs; expected a reserved entry that never occurs in text")
+    if text is not None and setting not in tokenizer.added_tokens_decoder:
+        raise ValueError(f"drafter.mask_token: {setting} ({text!r}) is an ordinary entry of the vocabulary, whose embedding "
+                         "the target needs; expected a reserved entry that never occurs in text")
     return setting
+
+
+def rotary_base(config) -> float:
+    """Rotary base of a transformers configuration's full-attention layers; 10,000 where it names none."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = rope.get("full_attention") or next((v for v in rope.values() if isinstance(v, dict)), {})
+    return float(getattr(config, "rope_theta", None) or rope.get("rope_theta") or nested.get("rope_theta") or 10_000.0)
 
 
 def configure_drafter(settings: Drafter, dflash, *, config, taps: list[int], mask_id: int):
@@ -194,11 +242,9 @@ def configure_drafter(settings: Drafter, dflash, *, config, taps: list[int], mas
         settings, dflash: recipe sections `drafter` and `dflash`.
         config: the target's (its text part).
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    base = settings.rotary_base or getattr(config, "rope_theta", None) or rope.get("rope_theta") or 10_000.0
     return drafter_config(
         hidden_size=config.hidden_size, vocab_size=config.vocab_size, num_target_layers=config.num_hidden_layers,
-        target_layer_ids=taps, mask_token_id=mask_id, rotary_base=float(base),
+        target_layer_ids=taps, mask_token_id=mask_id, rotary_base=settings.rotary_base or rotary_base(config),
         max_position_embeddings=getattr(config, "max_position_embeddings", 262144),
         num_anchors=dflash.anchors if dflash else 512, loss_decay_gamma=dflash.loss.decay_gamma if dflash else 7.0,
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id,
@@ -216,7 +262,7 @@ def new_drafter(recipe: Recipe, target: Target) -> DFlashDraftModel:
     Raises:
         ValueError: no mask token, a geometry that cannot be (the recipe key is named), or an earlier drafter that differs.
     """
-    mask_id = mask_token_id(recipe.drafter.mask_token, target.tokenizer, target.vocabulary)
+    mask_id = mask_token_id(recipe.drafter.mask_token, target.tokenizer, target.vocabulary, target.end_ids)
     try:
         config = configure_drafter(recipe.drafter, recipe.dflash, config=target.model.config.get_text_config(),
                                    taps=target.taps, mask_id=mask_id)
@@ -228,12 +274,21 @@ def new_drafter(recipe: Recipe, target: Target) -> DFlashDraftModel:
     model = DFlashDraftModel(config).float()
     with torch.no_grad():
         model.mask_embedding.copy_(target.embed_tokens.weight.float().mean(0))
-        norm = getattr(getattr(target.base, "norm", None), "weight", None)
+        norm = norm_scale(getattr(target.base, "norm", None))
         if norm is not None and norm.shape == model.norm.weight.shape:
             model.norm.weight.copy_(norm)
         model.fc.weight.mul_(0.3)
         model.fc.weight[:, -target.hidden_size:] += torch.eye(target.hidden_size)
     return model
+
+
+def norm_scale(norm: nn.Module | None) -> torch.Tensor | None:
+    """What an RMS norm multiplies by: its weight, or 1 + weight, as the module itself does it; None if it is neither."""
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return None
+    does = norm(torch.ones_like(weight)[None])[0].float()
+    return next((scale for scale in (weight, 1 + weight) if torch.allclose(does, scale.float(), rtol=0.02, atol=1e-3)), None)
 
 
 def _earlier_drafter(folder: Path, wanted) -> DFlashDraftModel:

@@ -29,8 +29,10 @@ from dflash_train.losses import draft_loss
 from dflash_train.optimizer import make_optimizer
 from dflash_train.self_distillation import regenerated
 from dflash_train.target import describe_target, identity, load_target, new_drafter
+from modeling.dialogue_tokens import Rendering
 from modeling.drafter import load_drafter, save_drafter
 from recipes.schema import Recipe
+from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.epoch_order import EpochOrder
@@ -84,7 +86,7 @@ class Trainer(TrainingRun):
         self.main = self.accelerator.is_main_process
         self.folder = run_folder(recipe)
         report.require_wandb(recipe.tracking.wandb)
-        newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say) if resume else None
+        newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say, self.accelerator) if resume else None
         self.target = load_target(recipe, self.accelerator.device)
         self.identity = identity(self.target, recipe)
         if newest is not None:
@@ -98,11 +100,10 @@ class Trainer(TrainingRun):
         self.schedule = make_schedule(optimizer, self.settings.steps, self.settings.optimizer)
         self.state = Progress()
         # evaluation_mode: no DistributedDataParallel wrapper; gradients are averaged in `_update`.
-        self.accelerator.prepare_model(self.drafter, evaluation_mode=True)
+        self.model = self.accelerator.prepare_model(self.drafter, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.accelerator.register_for_checkpointing(self.state, self.schedule)
         if newest is not None:
-            checkpoint.load_checkpoint(self.accelerator, newest)
+            self.read_state(newest)
             self.say(f"resuming {newest} at step {self.state.step} of {self.settings.steps}")
         self._print_header()
         self.open_records(newest is not None, f"{recipe.name}-dflash")
@@ -117,9 +118,12 @@ class Trainer(TrainingRun):
     def _load_data(self) -> None:
         settings, target = self.settings, self.target
         if settings.data:
-            self.dialogues = own_dialogues(settings.data, settings.regenerate.prompt_field, target.tokenizer)
+            self.dialogues = own_dialogues(settings.data, settings.regenerate.prompt_field, target.tokenizer, target.end_ids,
+                                           Rendering(self.recipe.chat.prompts, self.recipe.chat.template_options))
         else:
             self.dialogues = regenerated(self.recipe, target, self.folder, accelerator=self.accelerator, say=self.say)
+        if settings.data:
+            self._require_unused_mask()
         self.rows = pack(self.dialogues, settings.sequence_length, say=self.say)
         per_step = settings.batch_size * self.accelerator.num_processes
         if len(self.rows) < per_step:
@@ -133,6 +137,14 @@ class Trainer(TrainingRun):
             self.features = cached_features(target, self.dialogues, self.rows, self.folder / "features" / self._features_key(),
                                             limit_gib=settings.features_gib, batch_size=settings.regenerate.batch_size,
                                             say=self.say)
+
+    def _require_unused_mask(self) -> None:
+        """Raises ValueError if the mask token occurs in own data: the export overwrites its embedding in the target."""
+        mask = self.drafter.config.dflash_config["mask_token_id"]
+        count = sum(mask in dialogue.tokens for dialogue in self.dialogues)
+        if count:
+            raise ValueError(f"drafter.mask_token: {mask} occurs in {count} of {len(self.dialogues)} dialogues; expected a "
+                             "reserved entry that never occurs in text")
 
     def _features_key(self) -> str:
         """Digest of what determines the features: target, tapped layers, dialogues and where they are cut."""
@@ -164,6 +176,9 @@ class Trainer(TrainingRun):
     def update(self, batches: Iterator[list[int]]) -> dict[str, float]:
         """One optimizer update; returns its metrics (means over the anchors of all processes)."""
         loss, sums = self._loss(next(batches))
+        if self.accelerator.num_processes > 1:  # gradients are averaged: a rank counts by its anchors, not as a rank
+            share = sums["anchors"] / self.accelerator.reduce(sums["anchors"], reduction="sum")
+            loss = loss * share * self.accelerator.num_processes
         self.accelerator.backward(loss)
         trained = [(n, p) for n, p in self.drafter.named_parameters() if p.grad is not None]
         if self.accelerator.num_processes > 1:
@@ -249,7 +264,7 @@ class Trainer(TrainingRun):
             "seconds": self.training_seconds(),
             "measuring_seconds": time.perf_counter() - began, "environment": report.environment(),
         }
-        checkpoint.write_text(self.folder / "summary.json", json.dumps(acceptance.without_nan(summary), indent=1))
+        write_json(self.folder / "summary.json", acceptance.without_nan(summary))
         self.draw()
         figures.draw_acceptance(summary, self.folder / "acceptance.png", self.recipe.name)
         Console().print(acceptance.table(summary))

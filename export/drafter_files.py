@@ -31,14 +31,14 @@ from checkpoint.drafter_folder import (
     read_mask,
     special_of,
 )
-from checkpoint.json_files import read_json, refuse_pointer
 from checkpoint.open import open_source
 from checkpoint.sources import Source
-from checkpoint.tensor_checks import DAMAGE, first_line
+from checkpoint.tensor_checks import DAMAGE
 from checkpoint.tensor_files import REFERENCE
 from export.layouts import Unit
 from export.shards import index_json, plan_shards, tensor_bytes, write_shard
 from modeling.names import PublishedTensor
+from storage.reading import first_line, read_json, refuse_pointer
 
 STEM = "dflash_draft_model"
 CODE = {"drafter.py": "dflash.py", "block_mask.py": "block_mask.py"}

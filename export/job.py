@@ -26,7 +26,6 @@ import torch
 
 from checkpoint.checksums import internal, write_checksums
 from checkpoint.inventory import configuration
-from checkpoint.json_files import read_json, write_bytes, write_json
 from checkpoint.open import local_folder, open_source
 from checkpoint.verify import verify
 from export import config_files, drafter_files, model_card
@@ -35,6 +34,9 @@ from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, t
 from modeling.names import fused_name
 from recipes.load import dump_recipe
 from recipes.schema import Recipe
+from storage.files import write_bytes, write_json
+from storage.reading import read_json
+from storage.terminal import printable_line
 from training.checkpoint import complete_checkpoints, disk_errors
 
 WAIT_SECONDS = 0.2
@@ -126,7 +128,7 @@ class Export:
             return
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        write_json(plan, {"fingerprint": mark, "files": [s.name for s in self.shards]})
+        write_json(plan, {"fingerprint": mark, "files": [s.name for s in self.shards]}, sort_keys=True)
 
     def write(self, alive=lambda: None) -> None:
         """Writes this process's files (every `world`-th)."""
@@ -156,7 +158,7 @@ class Export:
             sums |= read_json(out / f"{shard.name}.sums")
         write_bytes(out / INDEX, index_json(self.shards).encode())
         config = config_files.model_config(self.config, self.layout, self.dtypes())
-        write_json(out / "config.json", config)
+        write_json(out / "config.json", config, sort_keys=True)
         config_files.copy_companions(self.homes, out, self.layout)
         shutil.rmtree(out / "dflash", ignore_errors=True)
         if self.drafter is not None:
@@ -167,7 +169,7 @@ class Export:
         settled = self.recipe.export.model_copy(update={"processes": 1})
         text = dump_recipe(self.recipe.model_copy(update={"export": settled}))
         write_bytes(out / "resolved.yaml", text.encode())
-        write_json(out / "export.json", self.manifest())
+        write_json(out / "export.json", self.manifest(), sort_keys=True)
         write_bytes(out / "README.md", model_card.card(self.facts(config)).encode())
         for leftover in out.glob("*.tmp"):
             leftover.unlink()
@@ -293,7 +295,7 @@ def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:
     if findings:
         export.close()  # a file that is damaged on the disk would be taken for written
         for finding in findings[:50]:
-            print(f"FOUND  {finding}")
+            print(f"FOUND  {printable_line(finding)}")
         print(f"{export.partial}: {len(findings)} findings; not renamed to {export.out}; the same command writes it anew")
         return 1
     aside = export.rename()

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from checkpoint.inventory import configuration
-from checkpoint.json_files import read_json
 from checkpoint.open import local_folder, open_source
 from checkpoint.sources import DTYPE_NAMES, Source
 from export.config_files import REMOTE_CODE
@@ -26,6 +25,7 @@ from export.layouts import Unit, Weights, refuse_geometry, units_of
 from export.shards import Shard, plan_shards, tensor_bytes
 from modeling.names import published_tensors
 from recipes.schema import Recipe
+from storage.reading import read_json
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.distcp", "*/*.distcp", "*_optim_states.pt", "*/*_optim_states.pt")
 

@@ -28,10 +28,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.json_files import write_bytes
 from checkpoint.sources import DTYPE_NAMES, DTYPES
 from export.layouts import Unit
 from modeling.names import PublishedTensor
+from storage.files import write_bytes
 
 INDEX = "model.safetensors.index.json"
 

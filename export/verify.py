@@ -14,6 +14,8 @@ from pathlib import Path
 # Launched by path, Python puts this script's folder first on sys.path, where export/'s files would shadow real packages.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from storage.terminal import printable, printable_line
+
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="export/verify.py", description="Verify a checkpoint, file by file and tensor by "
@@ -24,15 +26,15 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     for folder in (args.checkpoint, args.against):
         if folder is not None and not folder.is_dir():
-            print(f"error: {folder}: no such folder", file=sys.stderr)
+            print(printable(f"error: {folder}: no such folder"), file=sys.stderr)
             return 2
     if args.json is not None and not args.json.absolute().parent.is_dir():
         print(f"error: --json {args.json}: no such folder {args.json.absolute().parent}", file=sys.stderr)
         return 2
     import torch
 
-    from checkpoint.json_files import write_json
     from checkpoint.verify import verify
+    from storage.files import write_json
 
     torch.set_num_threads(1)  # as in an export: threads take whole tensors, and do not share the arithmetic of one
     found = verify(args.checkpoint, args.against)
@@ -44,12 +46,12 @@ def main(argv: list[str]) -> int:
             "notes": [{"kind": f.kind, "text": f.text, "engines": f.engines} for f in found.notes]})
     for label, findings in groups.items():
         for finding in findings:
-            print(f"{label}  {finding}")
+            print(f"{label}  {printable_line(finding)}")
     compared = ", experts equal to training" if args.against is not None and not found.wrong else ""
     verdict = f"{len(found.wrong)} findings" if found.wrong else f"whole{compared}"
     counts = {"not checked": len(found.unchecked), "notes": len(found.notes)}
     more = "".join(f", {count} {label}" for label, count in counts.items() if count)
-    print(f"{args.checkpoint}: {found.tensors:,} tensors, {found.bytes / 1e9:.3f} GB: {verdict}{more}")
+    print(printable(f"{args.checkpoint}: {found.tensors:,} tensors, {found.bytes / 1e9:.3f} GB: {verdict}{more}"))
     return 1 if found.wrong else 0
 
 

@@ -34,6 +34,12 @@ class MiMoV2Config(PretrainedConfig):
 
     model_type = "mimo_v2"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    # Expert parallelism (transformers' DistributedConfig): whole experts per rank, tokens travel.
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
 
     def __init__(
         self, vocab_size=152576, hidden_size=4096, intermediate_size=16384, num_hidden_layers=48,

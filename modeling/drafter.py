@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from .block_mask import block_positions, key_ranges, visible_block, visible_cont
 # Anchors of one chunk of the training attention: scores of [anchors x block, slice of the context] are held at once.
 ANCHOR_CHUNK = 32
 MASK_FILE = "mask_embedding.pt"
+MASK_BYTES = 16 << 20
 
 
 def drafter_config(*, hidden_size: int, intermediate_size: int, num_hidden_layers: int, num_attention_heads: int,
@@ -498,11 +500,42 @@ def _read(file: Path, reader):
 
     try:
         return reader(file)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError,
+            AttributeError, OverflowError, zipfile.BadZipFile) as error:
         start = file.read_bytes()[:64] if file.stat().st_size < 1024 else b""
         why = ("a pointer of Git LFS: fetch the file itself (git lfs pull)" if start.startswith(b"version https://git-lfs")
                else (str(error).splitlines() or [type(error).__name__])[0])
         raise ValueError(f"{file}: cannot be read: {why}") from None
+
+
+def read_mask(file: str | Path) -> tuple[int, torch.Tensor]:
+    """(mask_token_id, embedding [H]) of a mask_embedding.pt.
+
+    Nothing in the file can run (`weights_only`), and nothing read from it is larger than the file: compressed entries and
+    tensors that repeat their values are refused.
+
+    Raises:
+        ValueError: not such a file, damaged, or with something else in it.
+    """
+    file = Path(file)
+
+    def reader(file: Path):
+        if not file.is_file() or file.stat().st_size > MASK_BYTES:
+            raise ValueError(f"not an ordinary file of at most {MASK_BYTES >> 20} MiB")
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its entries are compressed, which torch.save never does")
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+    mask = _read(file, reader)
+    token, vector = (mask.get("mask_token_id"), mask.get("embedding")) if isinstance(mask, dict) else (None, None)
+    if isinstance(token, torch.Tensor) and token.numel() == 1:
+        token = token.item()
+    if type(token) is not int or not isinstance(vector, torch.Tensor):
+        raise ValueError(f"{file}: expected mask_token_id and embedding")
+    if vector.ndim != 1 or not vector.is_floating_point() or not vector.is_contiguous():
+        raise ValueError(f"{file}: embedding {vector.dtype} {list(vector.shape)}, expected one vector of floats")
+    return token, vector
 
 
 def load_drafter(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> DFlashDraftModel:
@@ -519,12 +552,10 @@ def load_drafter(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> DFl
             raise ValueError(f"{folder}: no {needed}, expected the folder of a trained drafter")
     config = _read(folder / "config.json", lambda file: Qwen3Config.from_dict(json.loads(file.read_text(encoding="utf-8"))))
     model = DFlashDraftModel(config)
-    mask = _read(folder / MASK_FILE, lambda file: torch.load(file, weights_only=True))
-    if not isinstance(mask, dict) or not {"mask_token_id", "embedding"} <= mask.keys():
-        raise ValueError(f"{folder / MASK_FILE}: expected mask_token_id and embedding")
-    if mask["mask_token_id"] != model.mask_token_id:
-        raise ValueError(f"{folder / MASK_FILE}: mask_token_id {mask['mask_token_id']}, config.json says {model.mask_token_id}")
-    tensors = {"mask_embedding": mask["embedding"]}
+    token, embedding = read_mask(folder / MASK_FILE)
+    if token != model.mask_token_id:
+        raise ValueError(f"{folder / MASK_FILE}: mask_token_id {token}, config.json says {model.mask_token_id}")
+    tensors = {"mask_embedding": embedding}
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != "dflash_reference.safetensors":
             tensors |= _read(file, load_file)

@@ -515,6 +515,8 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
     """MiMo-V2 with its output head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # Sharded training (transformers' DistributedConfig): norm and head stay gathered between forward and backward pass.
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MiMoV2Config):
         super().__init__(config)

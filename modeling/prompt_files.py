@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from modeling.dialogue_tokens import AUTO, Rendering, prompt_tokens
+
+
+def open_data(file: str | Path) -> BinaryIO:
+    """The bytes of a file, unpacked if it ends in .gz."""
+    return gzip.open(file, "rb") if str(file).lower().endswith(".gz") else open(file, "rb")
 
 
 def read_rows(file: str | Path, key: str) -> Iterator[tuple[str, dict]]:
@@ -19,7 +28,7 @@ def read_rows(file: str | Path, key: str) -> Iterator[tuple[str, dict]]:
     Raises:
         ValueError: a line that is not a JSON object in UTF-8.
     """
-    with open(file, "rb") as stream:
+    with open_data(file) as stream:
         for number, line in enumerate(stream, 1):
             where = f"{file}:{number}"
             try:
@@ -37,29 +46,16 @@ def read_rows(file: str | Path, key: str) -> Iterator[tuple[str, dict]]:
             yield where, row
 
 
-def prompt_ids(row: dict, tokenizer, where: str, field: str = "prompt") -> list[int]:
-    """Tokens of a row's prompt: `messages` through the chat template, or the text of `field`.
+def prompt_ids(row: dict, tokenizer, where: str, field: str = "prompt", rendering: Rendering = AUTO) -> list[int]:
+    """Tokens of a row's prompt (`modeling.dialogue_tokens.prompt_tokens`).
 
     Args:
         where: what errors begin with.
 
     Raises:
-        ValueError: neither is there, the template refuses the messages, no text, or the prompt is empty.
+        ValueError: neither a prompt nor messages are there, the template refuses the messages, the prompt is empty.
     """
-    from jinja2 import TemplateError
-
-    if "messages" in row:
-        try:
-            ids = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=True)["input_ids"]
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{where}: messages: {(str(error).splitlines() or [type(error).__name__])[0][:160]}") from None
-    elif isinstance(row.get(field), str):
-        try:
-            ids = tokenizer(row[field].encode("utf-8").decode("utf-8"), add_special_tokens=False)["input_ids"]
-        except UnicodeEncodeError:
-            raise ValueError(f"{where}: {field}: half of a surrogate pair, which is no text") from None
-    else:
-        raise ValueError(f"{where}: neither {field!r} (text) nor 'messages'; it has {sorted(row)}")
-    if not ids:
-        raise ValueError(f"{where}: empty prompt")
-    return list(ids)
+    try:
+        return prompt_tokens(row, tokenizer, field, rendering)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

@@ -31,7 +31,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mxfp4 import BLOCK_SIZE
+from checkpoint.load import owned_rows
+from mxfp4 import BLOCK_SIZE, quantize
 from mxfp4.fake_quant import fake_quantize_, saturated
 
 # Fused-experts classes without transformers' `is_transposed` mark -> axis of the reduction (input) dimension.
@@ -57,6 +58,7 @@ class ExpertTensor:
         parameter: [num_experts, ., .]; may be on the meta device.
         axis: the reduction (input) dimension that 32-element blocks run along: -1, or 1 for transposed layouts.
         num_experts: experts in this tensor.
+        owned: those whose weights this rank holds; all of them unless the model is sharded.
     """
 
     name: str
@@ -64,6 +66,7 @@ class ExpertTensor:
     parameter: nn.Parameter
     axis: int
     num_experts: int
+    owned: range
 
 
 def find_expert_tensors(model: nn.Module) -> list[ExpertTensor]:
@@ -100,7 +103,7 @@ def find_expert_tensors(model: nn.Module) -> list[ExpertTensor]:
             if size % BLOCK_SIZE:
                 raise ValueError(f"{name}: shape {tuple(parameter.shape)}: dimension {axis} ({size}) is not a multiple "
                                  f"of the MXFP4 block size {BLOCK_SIZE}")
-            found.append(ExpertTensor(name, module_name, parameter, axis, parameter.shape[0]))
+            found.append(ExpertTensor(name, module_name, parameter, axis, parameter.shape[0], owned_rows(parameter)))
     if unknown:
         raise ValueError(f"experts of unknown layout, refusing to leave them unquantized: {', '.join(unknown)}; "
                          "expected modules that carry transformers' fused-experts marks")
@@ -111,7 +114,7 @@ def find_expert_tensors(model: nn.Module) -> list[ExpertTensor]:
 
 
 def _block_axis(module: nn.Module) -> int | None:
-    name = type(module).__name__
+    name = type(module).__name__.removeprefix("FSDP")  # fully_shard renames the class
     if name in _UNMARKED_CLASSES:
         return _UNMARKED_CLASSES[name]
     transposed = getattr(module, "is_transposed", None)
@@ -159,12 +162,15 @@ class ExpertQuantizer:
             raise ValueError(f"quantization.expected_tensors: {expected_tensors}, but {type(model).__name__} has "
                              f"{len(self.tensors)} expert tensors")
         self.scale_rule, self.ste = scale_rule, ste
+        self._take_masters()
+        self.requantize()
+
+    def _take_masters(self) -> None:
         self.masters = [nn.Parameter(t.parameter.detach().to(torch.float32, copy=True)) for t in self.tensors]
         for tensor in self.tensors:
             tensor.parameter.requires_grad_(True)
             # Micro-steps and data-parallel sums accumulate in float32 even where the weights are bf16.
             tensor.parameter.grad_dtype = torch.float32
-        self.requantize()
 
     def __iter__(self) -> Iterator[tuple[ExpertTensor, nn.Parameter]]:
         return iter(zip(self.tensors, self.masters, strict=True))
@@ -188,9 +194,24 @@ class ExpertQuantizer:
                 require_finite(f"master of {tensor.name}", source)
                 raise ValueError(f"{tensor.name}: {error}") from None
 
+    def rounded(self, index: int) -> torch.Tensor:
+        """The weights of tensor `index` as the model computes with them; not to be written to."""
+        return self.tensors[index].parameter.data
+
+    def codes(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of `rounded(index)`, as `mxfp4.quantize` gives them."""
+        return quantize(self.rounded(index), scale_rule=self.scale_rule, axis=self.tensors[index].axis)
+
+    def of_all_experts(self, index: int, values: torch.Tensor) -> torch.Tensor:
+        """[experts held here, ...] -> [all experts, ...] of tensor `index`."""
+        return values
+
     @torch.no_grad()
     def pull_gradients(self) -> None:
-        """Moves the gradient of each quantized weight to its master (straight-through) and clears the former."""
+        """Adds the gradient of each quantized weight to its master's (straight-through) and clears the former.
+
+        Once per update, or after each micro-batch: the master's gradients add up until the optimizer clears them.
+        """
         for tensor, master in self:
             gradient = tensor.parameter.grad
             tensor.parameter.grad = None
@@ -199,16 +220,16 @@ class ExpertQuantizer:
             gradient = gradient.to(torch.float32)
             if self.ste == "clip":
                 gradient.masked_fill_(saturated(master, scale_rule=self.scale_rule, axis=tensor.axis), 0)
-            master.grad = gradient
+            master.grad = gradient if master.grad is None else master.grad + gradient
 
 
-def require_finite(name: str, tensor: torch.Tensor) -> None:
+def require_finite(name: str, tensor: torch.Tensor, *, first_expert: int = 0) -> None:
     """Raises ValueError naming the first non-finite element of an expert tensor [E, ., .] (or any tensor)."""
     bad = ~torch.isfinite(tensor)
     if not bool(bad.any()):
         return
     index = tuple(int(i) for i in bad.nonzero()[0])
-    where = f"expert {index[0]}, index {list(index[1:])}" if tensor.ndim == 3 else f"index {list(index)}"
+    where = f"expert {first_expert + index[0]}, index {list(index[1:])}" if tensor.ndim == 3 else f"index {list(index)}"
     raise ValueError(f"{name}: {int(bad.sum())} non-finite values, the first at {where} ({float(tensor[index])})")
 
 

@@ -11,99 +11,218 @@ consumed.
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
-from recipes.schema import Data
+from modeling.dialogue_tokens import AUTO, Rendering, begin_ids, dialogue_tokens
+from modeling.prompt_files import open_data
+from recipes.schema import Data, Source
+from storage.reading import first_line
 from training.epoch_order import EpochOrder
-from training.files import FORMATS, expand
+from training.files import expand, format_of, json_rows
+
+# What a dialogue is made of (`modeling.dialogue_tokens`).
+DIALOGUE_FIELDS = ("messages", "conversations", "prompt", "response", "completion", "tools")
 
 
-def packed_dataset(patterns: list[str], tokenizer, data: Data, *, key: str = "data.train"):
+def packed_dataset(sources: list[str | Source], tokenizer, data: Data, *, key: str = "data.train",
+                   rendering: Rendering = AUTO, seed: int = 0):
     """A `datasets.Dataset` with column input_ids: lists of exactly `sequence_length` token ids.
 
     Args:
-        patterns: local files or globs, or one "hub:NAME" dataset (its train split).
+        sources: local files, globs, save_to_disk folders, "hub:NAME", or sources with keys of their own.
         tokenizer: transformers tokenizer with an end-of-text token.
         key: recipe key for error messages.
+        rendering: how dialogues become tokens.
+        seed: of the order in which weighted sources are mixed.
 
     Raises:
-        ValueError: no such file, an unreadable one, no such column or one that is not text, an empty result, a hub that
-            cannot be reached, a tokenizer without an end-of-text token.
+        ValueError: no such file, an unreadable one (with file and line), no such column or one that is not text, an empty
+            result, a hub that cannot be reached, a tokenizer without an end-of-text token.
     """
+    import datasets
+
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{key}: the tokenizer has no end-of-text token to separate documents with")
-    raw = _read(patterns, key)
-    if data.text_field not in raw.column_names:
-        raise ValueError(f"data.text_field: {data.text_field!r} is not a column of {key}; it has {raw.column_names}")
-    kind = getattr(raw.features[data.text_field], "dtype", "nested values")
-    if kind not in ("string", "large_string"):
-        raise ValueError(f"data.text_field: column {data.text_field!r} of {key} holds {kind}, expected text")
-
+    parts = [_source(Source(hub=s.removeprefix("hub:")) if isinstance(s, str) and s.startswith("hub:") else
+                     Source(path=s) if isinstance(s, str) else s, data.text_field, key) for s in sources]
+    weights = [None if isinstance(s, str) else s.weight for s in sources]
+    if all(weight is None for weight in weights):
+        raw = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    else:
+        shares = torch.tensor([weight or 1.0 for weight in weights], dtype=torch.float64)
+        raw = datasets.interleave_datasets(parts, probabilities=(shares / shares.sum()).tolist(), seed=seed,
+                                           stopping_strategy="all_exhausted")
     # In this process, batch after batch: a batch's rest begins the next one's first row.
-    packed = raw.map(Packer(tokenizer, data.sequence_length, data.text_field), batched=True, batch_size=1000,
-                     remove_columns=raw.column_names)
+    try:
+        packed = raw.map(Packer(tokenizer, data.sequence_length, rendering), batched=True, batch_size=1000,
+                         remove_columns=raw.column_names)
+    except ValueError as error:
+        raise ValueError(f"{key}: {first_line(error)}") from None
     if len(packed) == 0:
         raise ValueError(f"{key}: fewer than sequence_length={data.sequence_length} tokens in all")
     return packed.with_format("torch")
 
 
-def _read(patterns: list[str], key: str):
-    """The documents as `datasets` reads them; everything that it cannot read is a ValueError of one line."""
+def _source(source: Source, field: str, key: str):
+    """A dataset of documents, columns `text` and `dialogue` (a JSON object): one of them holds something."""
     import datasets
 
-    if any(p.startswith("hub:") for p in patterns):
-        if len(patterns) > 1:
-            raise ValueError(f"{key}: a hub: dataset stands alone, found {len(patterns)} entries")
-        name = patterns[0].removeprefix("hub:")
-        try:
-            return datasets.load_dataset(name, split="train")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{key}: hub dataset {name!r} cannot be read: {_first_line(error)}") from None
-    files = expand(patterns, key)
-    kinds = {FORMATS[Path(f).suffix] for f in files}
-    if len(kinds) > 1:
-        raise ValueError(f"{key}: files of different types {sorted(kinds)}; give one type")
+    if source.hub is not None:
+        return _documents(_hub(source, key), field, f"{key}: hub dataset {source.hub!r}", source.documents)
+    files = expand([source.path], key)
+    kinds = {format_of(file) for file in files}
     for file in files:
-        if not _has_text(file):  # datasets ends without a word at a file without rows
-            raise ValueError(f"{key}: {file}: is empty")
-    kind = kinds.pop()
-    options = {"sample_by": "document"} if kind == "text" else {}
+        try:
+            if Path(file).is_file() and not _has_text(file):
+                raise ValueError(f"{key}: {file}: is empty")
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{key}: {file}: cannot be read: {first_line(error)}") from None
+    parts = []
+    for kind in sorted(kinds):
+        own = [file for file in files if format_of(file) == kind]
+        if kind in ("json", "text"):
+            facts = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in own]
+            parts.append(_generated(_read_documents, {"files": facts, "kind": kind, "field": field, "key": key}, key, own))
+        else:
+            parts += [_documents(_table(file, kind, source, key), field, f"{key}: {file}", None) for file in own]
+    joined = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    return joined if source.documents is None else joined.select(range(min(source.documents, len(joined))))
+
+
+def _hub(source: Source, key: str):
+    import datasets
+
     try:
-        return datasets.load_dataset(kind, data_files=[glob.escape(file) for file in files], split="train", **options)
+        return datasets.load_dataset(source.hub, source.config, split=source.split, revision=source.revision,
+                                     streaming=source.documents is not None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: hub dataset {source.hub!r} cannot be read: {first_line(error)}") from None
+
+
+def _table(file: str, kind: str, source: Source, key: str):
+    import datasets
+
+    try:
+        if kind == "folder":
+            loaded = datasets.load_from_disk(file)
+            if isinstance(loaded, datasets.DatasetDict):
+                if source.split not in loaded:
+                    raise ValueError(f"no split {source.split!r}; it has {', '.join(loaded)}")
+                return loaded[source.split]
+            return loaded
+        return datasets.load_dataset(kind, data_files=[glob.escape(file)], split="train")
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        raise ValueError(f"{key}: {', '.join(files)}: cannot be read: {_first_line(error.__cause__ or error)}") from None
+        raise ValueError(f"{key}: {file}: cannot be read: {first_line(error.__cause__ or error)}") from None
+
+
+def _documents(table, field: str, where: str, limit: int | None):
+    """Rows of a table of the `datasets` library (or a stream of them) as documents."""
+    columns = list(table.column_names or next(iter(table), {}))
+    wanted = [field] if field in columns else [c for c in DIALOGUE_FIELDS if c in columns]
+    if not {"messages", "conversations", "prompt", field} & set(wanted):
+        raise ValueError(f"data.text_field: {field!r} is not a column of {where}; it has {columns}")
+    if limit is not None:
+        return _generated(_stream_documents, {"table": table.take(limit), "field": field, "where": where}, where, [])
+    if wanted == [field]:
+        kind = getattr(table.features[field], "dtype", "nested values")
+        if kind in ("string", "large_string"):
+            texts = table.select_columns([field])
+            texts = texts if field == "text" else texts.rename_column(field, "text")
+            return texts.map(lambda batch: {"dialogue": [None] * len(batch["text"])}, batched=True, features=_features())
+        if field not in DIALOGUE_FIELDS:
+            raise ValueError(f"data.text_field: column {field!r} of {where} holds {kind}, expected text")
+    table = table.select_columns(wanted)
+    return table.map(lambda row: document_of(row, field, where), remove_columns=wanted, features=_features())
+
+
+def _features():
+    import datasets
+
+    return datasets.Features({"text": datasets.Value("string"), "dialogue": datasets.Value("string")})
+
+
+def _generated(function, arguments: dict, where: str, files: list[str]):
+    import datasets
+
+    try:
+        return datasets.Dataset.from_generator(function, gen_kwargs=arguments, features=_features())
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        names = ", ".join(files)
+        raise ValueError(str(cause) if isinstance(cause, ValueError) else
+                         f"{where}: {names}: cannot be read: {first_line(cause)}") from None
+
+
+def _read_documents(files: list[tuple[str, int, int]], kind: str, field: str, key: str) -> Iterator[dict]:
+    """Documents of JSON and text files; sizes and times of the files are part of the cache's key."""
+    for file, *_ in files:
+        if kind == "text":
+            with open_data(file) as stream:
+                try:
+                    yield {"text": stream.read().decode("utf-8"), "dialogue": None}
+                except UnicodeDecodeError as error:
+                    byte = error.object[error.start]
+                    raise ValueError(f"{key}: {file}: not UTF-8: byte 0x{byte:02x} at {error.start}") from None
+            continue
+        for where, row in json_rows(file, key):
+            yield document_of(row, field, f"{key}: {where}")
+
+
+def _stream_documents(table, field: str, where: str) -> Iterator[dict]:
+    for row in table:
+        yield document_of(row, field, where)
+
+
+def document_of(row: dict, field: str, where: str) -> dict:
+    """{"text", "dialogue"} of a row: its text, or as JSON the fields that make a dialogue; neither for a null row.
+
+    Raises:
+        ValueError: the row has no such field, or holds something else than text in it.
+    """
+    if field in row and field not in DIALOGUE_FIELDS:
+        if row[field] is not None and not isinstance(row[field], str):
+            raise ValueError(f"{where}: {field!r} is {type(row[field]).__name__}, expected text")
+        return {"text": row[field], "dialogue": None}
+    found = {name: row[name] for name in DIALOGUE_FIELDS if row.get(name) is not None}
+    if not {"messages", "conversations", "prompt"} & set(found):
+        raise ValueError(f"{where}: no {field!r} (data.text_field) and no dialogue; it has {sorted(row)}")
+    return {"text": None, "dialogue": json.dumps(found)}
 
 
 def _has_text(file: str) -> bool:
-    with open(file, "rb") as stream:
+    with open_data(file) as stream:
         return any(line.strip() for line in stream)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Packer:
     """Called with the documents of one batch after the other: their rows of exactly `length` tokens.
 
     Tokenizes documents, ends each with end-of-text and joins them; what does not fill a row waits in `rest` for the next
-    batch. Before the first call it is the same for the same arguments, so `datasets` finds what it has packed before.
+    batch. A text begins as the tokenizer begins texts (with its beginning-of-text token, if it has one); a dialogue is what
+    the chat template makes of it. Before the first call it is the same for the same arguments, so `datasets` finds what it
+    has packed before.
     """
 
-    def __init__(self, tokenizer, length: int, field: str):
-        self.tokenizer, self.length, self.field = tokenizer, length, field
+    def __init__(self, tokenizer, length: int, rendering: Rendering = AUTO):
+        self.tokenizer, self.length, self.rendering = tokenizer, length, rendering
+        self.begin, self.end = begin_ids(tokenizer), tokenizer.eos_token_id
         self.rest: list[int] = []
 
-    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+    def __call__(self, batch: dict[str, list[str | None]]) -> dict[str, list[list[int]]]:
         ids, length = self.rest, self.length
-        documents = [text for text in batch[self.field] if text is not None]
-        for document in self.tokenizer(documents, add_special_tokens=False)["input_ids"] if documents else []:
-            ids += document
-            ids.append(self.tokenizer.eos_token_id)
+        texts = [text for text in batch["text"] if text is not None]
+        tokenized = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        for text, dialogue in zip(batch["text"], batch.get("dialogue", [None] * len(batch["text"])), strict=True):
+            if text is not None:
+                ids += [*self.begin, *next(tokenized), self.end]
+            elif dialogue is not None:
+                own = dialogue_tokens(json.loads(dialogue), self.tokenizer, self.rendering)
+                ids += own if own[-1] == self.end else [*own, self.end]
         whole = len(ids) // length * length
         self.rest = ids[whole:]
         return {"input_ids": [ids[i:i + length] for i in range(0, whole, length)]}
@@ -134,7 +253,7 @@ def endless_batches(accelerator, loader, *, consumed: int) -> Iterator[torch.Ten
         epoch, skip = epoch + 1, 0
 
 
-def heldout_domains(patterns: list[str], tokenizer, data: Data) -> dict[str, torch.Tensor]:
+def heldout_domains(patterns: list[str], tokenizer, data: Data, rendering: Rendering = AUTO) -> dict[str, torch.Tensor]:
     """Evaluation rows by domain: file "code.heldout.jsonl" is domain "code". int64 [rows, T], at most eval_sequences.
 
     Raises:
@@ -148,7 +267,7 @@ def heldout_domains(patterns: list[str], tokenizer, data: Data) -> dict[str, tor
         files[domain] = file
     domains: dict[str, torch.Tensor] = {}
     for domain, file in files.items():
-        rows = packed_dataset([file], tokenizer, data, key="data.heldout")
+        rows = packed_dataset([file], tokenizer, data, key="data.heldout", rendering=rendering)
         rows = rows.select(range(min(len(rows), data.eval_sequences)))
         domains[domain] = torch.stack(list(rows["input_ids"]))
     return domains

@@ -14,18 +14,20 @@ from torch import nn
 
 from mxfp4.fake_quant import fake_quantize_
 from qat.attach import ExpertQuantizer
-from qat.losses import chunked_statistics, run_hidden
+from qat.losses import chunked_statistics, output_head, run_hidden
 
 
 @torch.no_grad()
 def evaluate_domains(model: nn.Module, teacher: nn.Module, domains: dict[str, torch.Tensor], *, batch_size: int,
-                     accelerator=None, chunk_tokens: int = 2048) -> dict[str, dict[str, float]]:
+                     accelerator=None, chunk_tokens: int = 2048, together: bool = False) -> dict[str, dict[str, float]]:
     """Loss, KL to the teacher and top-1 agreement of `model`, for each domain and (token-weighted) over all.
 
     Args:
         model, teacher: causal language models in eval mode, on one device.
         domains: int64 [rows, T] by domain.
         accelerator: splits the rows over its processes and sums their results.
+        together: every process runs equally many batches, as the collectives of a sharded model demand; what is too many is
+            not counted.
     """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = next(model.parameters()).device
@@ -33,8 +35,12 @@ def evaluate_domains(model: nn.Module, teacher: nn.Module, domains: dict[str, to
     total = torch.zeros(4, dtype=torch.float64, device=device)
     for domain, rows in domains.items():
         sums = torch.zeros(4, dtype=torch.float64, device=device)
-        for start in range(rank * batch_size, rows.shape[0], world * batch_size):
-            sums += _sums(model, teacher, rows[start:start + batch_size].to(device), chunk_tokens)
+        for first in range(0 if together else rank * batch_size, rows.shape[0], world * batch_size):
+            start = first + rank * batch_size if together else first
+            counted = start < rows.shape[0]
+            batch = rows[start:start + batch_size] if counted else rows[:1]
+            found = _sums(model, teacher, batch.to(device), chunk_tokens)
+            sums += found if counted else 0
         if accelerator is not None:
             sums = accelerator.reduce(sums, reduction="sum")
         results[domain] = _means(sums)
@@ -43,11 +49,37 @@ def evaluate_domains(model: nn.Module, teacher: nn.Module, domains: dict[str, to
     return results
 
 
-def _sums(model, teacher, ids_BT, chunk_tokens) -> torch.Tensor:
+class HeldOut:
+    """Held-out text on which a model is measured again and again while it trains; the teacher reads it once.
+
+    Its last hidden states are kept: 2 bytes x hidden size per token in bf16.
+    """
+
+    @torch.no_grad()
+    def __init__(self, teacher: nn.Module, domains: dict[str, torch.Tensor], *, sequences: int, batch_size: int,
+                 chunk_tokens: int):
+        self.teacher, self.chunk_tokens = teacher, chunk_tokens
+        device = next(teacher.parameters()).device
+        self.batches = {name: [(part, run_hidden(teacher, part).last[:, :-1].flatten(0, 1))
+                               for part in rows[:sequences].to(device).split(batch_size)] for name, rows in domains.items()}
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> dict:
+        """Means over all tokens, as `evaluate_domains` gives them, and by domain."""
+        was_training = model.training
+        model.eval()
+        sums = {name: sum(_sums(model, self.teacher, ids, self.chunk_tokens, taught) for ids, taught in batches)
+                for name, batches in self.batches.items()}
+        model.train(was_training)
+        return _means(sum(sums.values())) | {"domains": {name: _means(of) for name, of in sums.items()}}
+
+
+def _sums(model, teacher, ids_BT, chunk_tokens, teacher_h=None) -> torch.Tensor:
     student_h = run_hidden(model, ids_BT).last[:, :-1].flatten(0, 1)
-    teacher_h = student_h if teacher is model else run_hidden(teacher, ids_BT).last[:, :-1].flatten(0, 1)
-    sums = chunked_statistics(student_h, model.get_output_embeddings(), ids_BT[:, 1:].flatten(), teacher_NH=teacher_h,
-                              teacher_head=teacher.get_output_embeddings(), chunk_tokens=chunk_tokens)
+    if teacher_h is None:
+        teacher_h = student_h if teacher is model else run_hidden(teacher, ids_BT).last[:, :-1].flatten(0, 1)
+    sums = chunked_statistics(student_h, output_head(model), ids_BT[:, 1:].flatten(), teacher_NH=teacher_h,
+                              teacher_head=output_head(teacher), chunk_tokens=chunk_tokens)
     values = [sums.cross_entropy, sums.kl, sums.agree, torch.tensor(float(sums.tokens))]
     return torch.stack([v.double().to(ids_BT.device) for v in values])
 
@@ -87,6 +119,11 @@ def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, or
                 "ptq": evaluate_domains(_with_experts(judge, quantizer, plain), judge, domains, **options),
                 "qat": evaluate_domains(student, judge, domains, **options)}
     student.train(was_training)
+    return summarized(variants)
+
+
+def summarized(variants: dict[str, dict]) -> dict:
+    """The results of `evaluate_domains` for bf16, ptq and qat -> what `compare` returns."""
     summary = {name: {**result.pop("all"), "domains": result} for name, result in variants.items()}
     summary["kl_gap_closed"] = 1 - summary["qat"]["kl"] / summary["ptq"]["kl"] if summary["ptq"]["kl"] > 0 else 0.0
     return summary

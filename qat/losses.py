@@ -10,6 +10,7 @@ on other text pulls it away (quantization-aware distillation, arXiv 2601.20088).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,14 +29,14 @@ class TokenStatistics:
     tokens: int
 
 
-def chunked_statistics(student_NH: torch.Tensor, student_head: nn.Module, labels_N: torch.Tensor, *,
-                       teacher_NH: torch.Tensor | None = None, teacher_head: nn.Module | None = None,
+def chunked_statistics(student_NH: torch.Tensor, student_head: Callable, labels_N: torch.Tensor, *,
+                       teacher_NH: torch.Tensor | None = None, teacher_head: Callable | None = None,
                        temperature: float = 1.0, chunk_tokens: int = 2048) -> TokenStatistics:
     """KL to the teacher, cross entropy against labels and top-1 agreement, summed over N tokens.
 
     Args:
         student_NH, teacher_NH: last hidden states (after the final norm), any float dtype; the teacher's gets no gradient.
-        student_head, teacher_head: output projections [V, H].
+        student_head, teacher_head: output projections, [., H] -> [., V] (`output_head`).
         labels_N: int64 next tokens; -100 is ignored by the cross entropy (the KL covers every row).
         temperature: divides both logits in the KL term, whose sum is multiplied by temperature**2.
         chunk_tokens: rows whose logits are held at once.
@@ -138,6 +139,28 @@ def hidden_loss(student_layers: list[torch.Tensor], teacher_layers: list[torch.T
         teacher = teacher.detach().float()
         terms.append((student.float() - teacher).square().mean() / teacher.var().clamp_min(1e-12))
     return torch.stack(terms).mean()
+
+
+def output_head(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The output projection, to be called chunk by chunk after a forward pass of the whole model.
+
+    Of an FSDP unit the function past its hooks: they would take each call for a pass of its own and let the gathered weight go
+    after the first chunk's backward pass. The weight stays gathered from the model's forward pass on (`keep_full_weight`).
+    """
+    head = model.get_output_embeddings()
+    return _PastHooks(head) if type(head).__name__.startswith("FSDP") else head
+
+
+class _PastHooks:
+    def __init__(self, head: nn.Linear):
+        self.head = head
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.head.weight
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.head.weight, self.head.bias)
 
 
 class HiddenCapture:

@@ -169,8 +169,8 @@ def pull_strength(step: int, total: int, settings: GridPull) -> float:
 @torch.no_grad()
 def pull_to_grid(quantizer: ExpertQuantizer, amount: float) -> None:
     """Moves every master by `amount` (rate * lambda) of its distance to its rounded value, which the model holds."""
-    for tensor, master in quantizer:
-        master.data.lerp_(tensor.parameter.data.float(), min(amount, 1.0))
+    for i, master in enumerate(quantizer.masters):
+        master.data.lerp_(quantizer.rounded(i).float(), min(amount, 1.0))
 
 
 @torch.no_grad()

@@ -22,6 +22,14 @@ def matched_rate(learning_rate: float, shape: tuple[int, ...]) -> float:
     return learning_rate * 0.2 * math.sqrt(max(out, into)) / max(1, out / into) ** 0.5
 
 
+def matched_decay(weight_decay: float, shape: tuple[int, ...]) -> float:
+    """The package's weight decay at which a step shrinks weights by AdamW's learning rate x `weight_decay`.
+
+    The package multiplies it by its own learning rate, which `matched_rate` scales for the update alone.
+    """
+    return weight_decay / matched_rate(1.0, shape)
+
+
 def make_optimizer(parameters: list[torch.nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
     """Optimizer over float32 parameters."""
     if settings.name == "adamw":
@@ -41,7 +49,8 @@ def make_optimizer(parameters: list[torch.nn.Parameter], settings: Optimizer) ->
     by_shape: dict[tuple[int, int], list[torch.nn.Parameter]] = {}
     for p in matrices:
         by_shape.setdefault(tuple(p.shape[-2:]), []).append(p)
-    groups = [{"params": ps, "lr": matched_rate(settings.learning_rate, shape)} for shape, ps in by_shape.items()]
-    return Muon(groups, weight_decay=settings.weight_decay, momentum=settings.betas[0])
+    groups = [{"params": ps, "lr": matched_rate(settings.learning_rate, shape),
+               "weight_decay": matched_decay(settings.weight_decay, shape)} for shape, ps in by_shape.items()]
+    return Muon(groups, momentum=settings.betas[0])
 
 

@@ -54,33 +54,34 @@ class OscillationControl:
         self.quantizer.requantize(self.means)
 
     def _requantize_frozen(self) -> None:
-        tensors = self.quantizer.tensors
+        count = range(len(self.quantizer.tensors))
         if self.flips is None:
-            self.flips = [torch.zeros(t.parameter.shape, dtype=torch.uint8, device=t.parameter.device) for t in tensors]
+            self.flips = [torch.zeros_like(m, dtype=torch.uint8) for m in self.quantizer.masters]
             self.frozen = [torch.zeros_like(f, dtype=torch.bool) for f in self.flips]
-        before = [t.parameter.data.clone() for t in tensors]
+        before = [self.quantizer.rounded(i).clone() for i in count]
         for old, master, frozen in zip(before, self.quantizer.masters, self.frozen, strict=True):
             master.data[frozen] = old[frozen].float()
         self.quantizer.requantize()
-        for tensor, old, flips, frozen in zip(tensors, before, self.flips, self.frozen, strict=True):
-            flipped = tensor.parameter.data != old
+        for i, old, flips, frozen in zip(count, before, self.flips, self.frozen, strict=True):
+            flipped = self.quantizer.rounded(i) != old
             flips += flipped & (flips < 255)
             frozen |= flips >= self.settings.freeze_flips
 
     def _requantize_reset(self, step: int) -> None:
-        tensors, masters = self.quantizer.tensors, self.quantizer.masters
+        quantizer, masters = self.quantizer, self.quantizer.masters
         if self.last is None:
             self.last = [m.data.clone() for m in masters]
             self.ways = [torch.zeros(2, *m.shape, device=m.device) for m in masters]
-        before = [t.parameter.data.clone() for t in tensors]
+        before = [quantizer.rounded(i).clone() for i in range(len(masters))]
         self.quantizer.requantize()
         reset = (step - self.first_step + 1) % self.settings.reset_every == 0
-        for tensor, master, last, ways, old in zip(tensors, masters, self.last, self.ways, before, strict=True):
+        for i, (master, last, ways, old) in enumerate(zip(masters, self.last, self.ways, before, strict=True)):
+            now = quantizer.rounded(i).float()
             ways[0] += (master.data - last).abs()
-            ways[1] += (tensor.parameter.data.float() - old.float()).abs()
+            ways[1] += (now - old.float()).abs()
             if reset:
                 oscillates = (ways[0] > 0) & (ways[1] >= self.settings.reset_ratio * ways[0])
-                master.data[oscillates] = tensor.parameter.data[oscillates].float()
+                master.data[oscillates] = now[oscillates]
                 ways.zero_()
             last.copy_(master.data)
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import nn
 
-from mxfp4 import dequantize, quantize
+from mxfp4 import dequantize
 from mxfp4.fake_quant import saturated
 from qat.attach import ExpertQuantizer
 
@@ -64,10 +64,7 @@ class Health:
 
     def rebase(self) -> None:
         """Makes the present codes those that the next report compares with."""
-        self._last = [self._packed(tensor) for tensor in self.quantizer.tensors]
-
-    def _packed(self, tensor):
-        return quantize(tensor.parameter.data, scale_rule=self.quantizer.scale_rule, axis=tensor.axis)
+        self._last = [self.quantizer.codes(i) for i in range(len(self.quantizer.tensors))]
 
     @torch.no_grad()
     def report(self) -> list[dict]:
@@ -79,23 +76,22 @@ class Health:
         records = []
         taken: dict[str, list[int]] = {}
         for i, (tensor, master) in enumerate(self.quantizer):
-            now = tensor.parameter.data
+            now = self.quantizer.rounded(i)
             before = dequantize(*self._last[i], dtype=now.dtype, axis=tensor.axis)
             error = (now.float() - master).square().flatten(1).sum(1)
             signal = master.square().flatten(1).sum(1)
             sqnr = 10 * torch.log10(signal / error.clamp_min(torch.finfo(torch.float32).tiny))
             clipped = saturated(master, scale_rule=self.quantizer.scale_rule, axis=tensor.axis)
+            figures = self.quantizer.of_all_experts(i, torch.stack(
+                (sqnr, _share(now != before), _share(clipped), _share((now == 0) & (master != 0))), dim=1)).T
             if tensor.module not in taken:
                 taken[tensor.module] = self.routed.take(tensor.module)
             records.append({
                 "tensor": tensor.name,
-                "sqnr_db": _rounded(sqnr),
-                "flipped": _share(now != before),
-                "saturated": _share(clipped),
-                "zeroed": _share((now == 0) & (master != 0)),
+                **dict(zip(("sqnr_db", "flipped", "saturated", "zeroed"), map(_rounded, figures), strict=True)),
                 "tokens": taken[tensor.module],
             })
-            self._last[i] = self._packed(tensor)
+            self._last[i] = self.quantizer.codes(i)
         return records
 
     def _gather(self) -> None:
@@ -116,8 +112,8 @@ class Health:
                               for name, counts in state["routed"].items()}
 
 
-def _share(mask: torch.Tensor) -> list[float]:
-    return _rounded(mask.flatten(1).float().mean(1))
+def _share(mask: torch.Tensor) -> torch.Tensor:
+    return mask.flatten(1).float().mean(1)
 
 
 def _rounded(values: torch.Tensor) -> list[float | None]:

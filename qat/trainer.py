@@ -13,7 +13,6 @@ Output, in <recipe.output>/<recipe.name>/qat/:
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -26,11 +25,12 @@ from torch import nn
 
 from checkpoint.load import load_model, load_tokenizer
 from modeling.all_experts import use_all_experts
+from modeling.dialogue_tokens import Rendering
 from modeling.output_head import require_plain_head
 from qat import evaluate
 from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite
 from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset
-from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, run_hidden
+from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, output_head, run_hidden
 from qat.methods import MethodQuantizer, pull_strength, pull_to_grid
 from qat.methods import needed as methods_needed
 from qat.optimizer import make_optimizer
@@ -38,6 +38,7 @@ from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
 from qat.warm_start import choose_first_codes
 from recipes.schema import Recipe
+from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.resume import checkpoint_to_resume
@@ -51,6 +52,10 @@ def run(recipe: Recipe, *, resume: bool, max_steps: int | None) -> int:
     Raises:
         ValueError: a mistake in the recipe or its files. OSError: a file cannot be written. NonFinite: see there.
     """
+    if recipe.cluster is not None and recipe.cluster.sharding != "ddp":
+        from qat.sharded import ShardedTrainer
+
+        return ShardedTrainer(recipe, resume=resume).run(max_steps)
     return Trainer(recipe, resume=resume).run(max_steps)
 
 
@@ -101,27 +106,17 @@ class Trainer(TrainingRun):
         torch.manual_seed(recipe.seed)
         self.folder = Path(recipe.output) / recipe.name / "qat"
         report.require_wandb(recipe.tracking.wandb)
-        newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say) if resume else None
+        newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say, self.accelerator) if resume else None
         self.tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-        model = load_model(recipe.model.path, dtype=getattr(torch, recipe.model.dtype),
-                           trust_remote_code=recipe.model.trust_remote_code)
+        model = self.load_model()
         require_tokenizer_fits(self.tokenizer, model, recipe.model.path)
         self._load_data()
-
         if settings.train == "all" and recipe.model.dtype != "float32":
             raise ValueError("qat.train: all needs model.dtype: float32 (only experts have float32 masters; small updates of "
                              "other bf16 weights would be rounded away)")
-        require_plain_head(model.to(self.accelerator.device))
-        use_all_experts(model)
-        model.train()
-        self._choose_trainable(model)
-        self.teacher = make_teacher(model)
-        self.quantizer = make_quantizer(model, recipe)
-        self.originals = [self.teacher.get_parameter(t.name).data for t in self.quantizer.tensors]
+        self.attach(model)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.others = [p for n, p in model.named_parameters()
-                       if p.requires_grad and n not in {t.name for t in self.quantizer.tensors}]
         optimizer = make_optimizer([*self.quantizer.masters, *self.others], settings.optimizer)
         if settings.scales.method == "learned":
             optimizer.add_param_group({"params": self.quantizer.shifts, "lr": settings.scales.learning_rate,
@@ -134,14 +129,32 @@ class Trainer(TrainingRun):
         # evaluation_mode: no DistributedDataParallel wrapper (see the module's text).
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
-        self.accelerator.register_for_checkpointing(self.state, schedule)
         self._open_folder(resume, newest)
+
+    def load_model(self) -> nn.Module:
+        return load_model(self.recipe.model.path, dtype=getattr(torch, self.recipe.model.dtype),
+                          trust_remote_code=self.recipe.model.trust_remote_code)
+
+    def attach(self, model: nn.Module) -> None:
+        """Sets teacher, quantizer, the unquantized experts, and the parameters that are trained beside experts."""
+        require_plain_head(model.to(self.accelerator.device))
+        use_all_experts(model)
+        self._choose_trainable(model.train())
+        self.teacher = make_teacher(model)
+        self.quantizer = make_quantizer(model, self.recipe)
+        self.originals = [self.teacher.get_parameter(t.name).data for t in self.quantizer.tensors]
+        self.others = [p for _, p in self.trained_others(model)]
+
+    def trained_others(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        experts = {t.name for t in self.quantizer.tensors}
+        return [(n, p) for n, p in model.named_parameters() if p.requires_grad and n not in experts]
 
     def _load_data(self) -> None:
         recipe = self.recipe
+        rendering = Rendering(recipe.chat.prompts, recipe.chat.template_options)
         with self.accelerator.main_process_first():
-            rows = packed_dataset(recipe.data.train, self.tokenizer, recipe.data)
-            self.domains = heldout_domains(recipe.data.heldout, self.tokenizer, recipe.data)
+            rows = packed_dataset(recipe.data.train, self.tokenizer, recipe.data, rendering=rendering, seed=recipe.seed)
+            self.domains = heldout_domains(recipe.data.heldout, self.tokenizer, recipe.data, rendering)
         self.loader = make_loader(rows, batch_size=recipe.qat.batch_size, seed=recipe.seed, shuffle=recipe.data.shuffle,
                                   processes=self.accelerator.num_processes)
 
@@ -156,20 +169,26 @@ class Trainer(TrainingRun):
     def _open_folder(self, resume: bool, newest: Path | None) -> None:
         """Loads the checkpoint to resume, or sets an earlier run aside and warm-starts; opens the metrics."""
         if newest is not None:
-            checkpoint.load_checkpoint(self.accelerator, newest)
+            self.read_state(newest)
         elif self.recipe.qat.warm_start.method != "none":
             self.say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
             choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
                                seed=self.recipe.seed)
-            self._agree_on_masters()
+            self.agree_on_masters()
             self.state.health.rebase()  # what the start changed is not training's doing
         if not resume:
             self.set_earlier_aside()
         if self.main:
             self._print_header(newest)
         self.open_records(newest is not None, self.recipe.name)
+        if self.recipe.qat.heldout_every:
+            self.heldout = evaluate.HeldOut(self.teacher, self.domains, sequences=self.recipe.qat.heldout_sequences,
+                                            batch_size=self.recipe.qat.batch_size,
+                                            chunk_tokens=self.recipe.qat.loss.chunk_tokens)
+            if newest is None:
+                self._measure_heldout()
 
-    def _agree_on_masters(self) -> None:
+    def agree_on_masters(self) -> None:
         """Gives every process the first one's masters: each computed its own, and libraries do not promise equal bits."""
         if self.accelerator.num_processes == 1:
             return
@@ -211,16 +230,11 @@ class Trainer(TrainingRun):
             self.state.batches += 1
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / settings.gradient_accumulation
-        self.quantizer.pull_gradients()
         names = sorted(sums)
         means = self.accelerator.reduce(torch.stack([sums[n] for n in names]), reduction="mean")
-        trained = [p for p in (*self.quantizer.masters, *self.others) if p.grad is not None]
-        if self.accelerator.num_processes > 1:
-            for parameter in trained:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        trained, norm = self.take_gradients()
         if self.state.step == 0:
             self._doubt_the_text(float(means[names.index("cross_entropy")]))
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
         if not (torch.isfinite(norm) and torch.isfinite(means).all()):
             self._raise_non_finite(dict(zip(names, means.tolist(), strict=True)))
         torch.nn.utils.clip_grads_with_norm_(trained, settings.optimizer.max_grad_norm, norm)
@@ -236,6 +250,15 @@ class Trainer(TrainingRun):
         self._average()
         self.state.step += 1
         return dict(zip(names, means.tolist(), strict=True)) | {"grad_norm": float(norm), "learning_rate": learning_rate}
+
+    def take_gradients(self) -> tuple[list[nn.Parameter], torch.Tensor]:
+        """Gives every trained parameter its gradient, averaged over processes; the parameters and the norm over all of them."""
+        self.quantizer.pull_gradients()
+        trained = [p for p in (*self.quantizer.masters, *self.others) if p.grad is not None]
+        if self.accelerator.num_processes > 1:
+            for parameter in trained:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        return trained, torch.nn.utils.get_total_norm([p.grad for p in trained])
 
     def _before_step(self, learning_rate: float) -> None:
         """What methods add to an update while masters and the model's rounded weights are those that the gradient is of."""
@@ -253,8 +276,8 @@ class Trainer(TrainingRun):
         # The last position has no next token, but the teacher's distribution there is as good a lesson as any.
         labels = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=-100)
         predicted = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
-        arguments = (seen.last.flatten(0, 1), self.model.get_output_embeddings(), labels.flatten())
-        options = dict(teacher_NH=taught.last.flatten(0, 1), teacher_head=self.teacher.get_output_embeddings(),
+        arguments = (seen.last.flatten(0, 1), output_head(self.model), labels.flatten())
+        options = dict(teacher_NH=taught.last.flatten(0, 1), teacher_head=output_head(self.teacher),
                        temperature=weights.temperature, chunk_tokens=weights.chunk_tokens)
         if weights.gradient == "immediate":
             loss, sums = immediate_statistics(*arguments, **options, kl_weight=weights.kl / ids_BT.numel(),
@@ -292,16 +315,20 @@ class Trainer(TrainingRun):
                       f"the tokenizer in {self.recipe.model.path} this model's, and data.train its language?")
 
     def _raise_non_finite(self, losses: dict[str, float]) -> None:
-        what = f"loss {losses['loss']}"
+        found = self.non_finite_gradient()
+        self.stop_non_finite(f"loss {losses['loss']}" + (f"; {found}" if found else ""))
+
+    def non_finite_gradient(self) -> str | None:
+        """Which gradient has non-finite values, and where."""
         try:
             for tensor, master in self.quantizer:
-                require_finite(f"gradient of {tensor.name}", master.grad)
+                require_finite(f"gradient of {tensor.name}", master.grad, first_expert=tensor.owned.start)
             for name, parameter in self.model.named_parameters():
                 if parameter.grad is not None:
                     require_finite(f"gradient of {name}", parameter.grad)
         except ValueError as error:
-            what = f"{what}; {error}"
-        self.stop_non_finite(what)
+            return str(error)
+        return None
 
     def record(self, values: dict[str, float], seconds: float, bar: report.ProgressBar) -> None:
         settings, step = self.recipe.qat, self.state.step
@@ -312,11 +339,20 @@ class Trainer(TrainingRun):
         if self.metrics is not None and (step % settings.log_every == 0 or last):
             self.metrics.write("train", step, tokens=step * tokens, seconds=seconds, tokens_per_second=tokens / seconds,
                                **values)
+        if settings.heldout_every and (step % settings.heldout_every == 0 or last):
+            self._measure_heldout()
         if step % settings.health_every == 0 or last:
             records = self.state.health.report()
             if self.metrics is not None:
                 for record in records:
                     self.metrics.write("health", step, **record)
+
+    def _measure_heldout(self) -> None:
+        found = self.heldout.measure(self.model)
+        if self.metrics is not None:
+            self.metrics.write("heldout", self.state.step, **found)
+        self.say(f"held-out text at step {self.state.step}: KL {found['kl']:.5f}, top-1 agreement "
+                 f"{100 * found['top1_agreement']:.2f} %")
 
     def draw_curves(self, metrics: Path, picture: Path) -> None:
         report.draw_curves(metrics, picture, self.recipe.name)
@@ -328,27 +364,32 @@ class Trainer(TrainingRun):
         if self.state.average:
             self.quantizer.requantize(self.state.average)
         began = time.perf_counter()
-        summary = evaluate.compare(self.model, self.teacher, self.quantizer, self.originals, self.domains,
-                                   batch_size=self.recipe.qat.batch_size, accelerator=self.accelerator,
-                                   chunk_tokens=self.recipe.qat.loss.chunk_tokens,
-                                   dtype=self.recipe.qat.evaluation_dtype)
+        summary = self.compare(batch_size=self.recipe.qat.batch_size, accelerator=self.accelerator,
+                               chunk_tokens=self.recipe.qat.loss.chunk_tokens)
+        evaluated = time.perf_counter() - began
+        self.save_model()
         if not self.main:
             return
         settings = self.recipe.qat
         summary |= {
             "tokens": self.state.batches * settings.batch_size * self.recipe.data.sequence_length
             * self.accelerator.num_processes,
-            "seconds": self.training_seconds(), "evaluation_seconds": time.perf_counter() - began,
+            "seconds": self.training_seconds(), "evaluation_seconds": evaluated,
             "seed": self.recipe.seed, "steps": settings.steps, "scale_rule": self.quantizer.scale_rule,
             "environment": report.environment(),
         }
-        self._save_model()
-        checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
+        write_json(self.folder / "summary.json", summary)
         self.draw()
         Console().print(evaluate.comparison_table(summary))
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png)")
 
-    def _save_model(self) -> None:
+    def compare(self, **options) -> dict:
+        return evaluate.compare(self.model, self.teacher, self.quantizer, self.originals, self.domains,
+                                dtype=self.recipe.qat.evaluation_dtype, **options)
+
+    def save_model(self) -> None:
+        if not self.main:
+            return
         with checkpoint.folder_aside(self.folder / "model") as partial:
             self.model.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)

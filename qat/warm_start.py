@@ -97,9 +97,9 @@ def sweeps(tensors: list[ExpertTensor], settings: WarmStart) -> Iterator[list[Ex
     for members in modules.values():
         need = 0
         for t in members:
-            E, a, b = t.parameter.shape
+            _, a, b = t.parameter.shape
             inputs, outputs = (b, a) if t.axis == -1 else (a, b)
-            need += 4 * E * (inputs**2 + (outputs**2 if settings.method == "fisher" else 0))
+            need += 4 * len(t.owned) * (inputs**2 + (outputs**2 if settings.method == "fisher" else 0))
         if group and size + need > settings.moments_gib * 2**30:
             yield group
             group, size = [], 0
@@ -108,33 +108,40 @@ def sweeps(tensors: list[ExpertTensor], settings: WarmStart) -> Iterator[list[Ex
 
 
 class _Gate:
-    """One experts module of the teacher: its matrices as [O, I], its gate, and its tensors' names."""
+    """One experts module of the teacher: its matrices as [O, I], its gate, and its tensors' names.
+
+    Experts are numbered as in `ExpertTensor.owned`: on a sharded model every rank measures its own.
+    """
 
     def __init__(self, teacher: nn.Module, tensors: list[ExpertTensor]):
         self.module = module = teacher.get_submodule(tensors[0].module)
         if not hasattr(module, "_apply_gate") or getattr(module, "has_bias", False):
             raise ValueError(f"qat.warm_start.method: gptq and fisher do not support {type(module).__name__} "
                              "(experts with biases or an unknown gate); use none")
-        self.experts = tensors[0].num_experts
+        self.owned = tensors[0].owned
         self.gated = getattr(module, "has_gate", True)
         self.first = "gate_up_proj" if self.gated else "up_proj"
         names = {t.name.rpartition(".")[2]: t.name for t in tensors}
         self.up, self.down = names[self.first], names["down_proj"]
 
     def matrix(self, name: str, expert: int) -> torch.Tensor:
-        weight = getattr(self.module, name)[expert]
+        weight = getattr(self.module, name)
+        if hasattr(weight, "placements"):  # expert parallelism: the gathered experts of this rank
+            weight = weight.to_local()
+        weight = weight[(self.owned.start + expert) % weight.shape[0]]
         return weight.T if self.module.is_transposed else weight
 
     def inner(self, z: torch.Tensor) -> torch.Tensor:
         return self.module._apply_gate(z) if self.gated else self.module.act_fn(z)
 
     def routed(self, args: tuple, kwargs: dict) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(expert, token indices, inputs [n, H], float32 routing weights [n, 1]) of every expert with tokens."""
+        """(place among the owned experts, token indices, inputs [n, H], float32 routing weights [n, 1]), of those with tokens.
+        """
         hidden_NH, chosen_NA, weights_NA = (t.detach() for t in (*args, *kwargs.values())[:3])
-        for e in range(self.experts):
+        for i, e in enumerate(self.owned):
             token, slot = (chosen_NA == e).nonzero(as_tuple=True)
             if token.numel():
-                yield e, token, hidden_NH[token], weights_NA[token, slot].float()[:, None]
+                yield i, token, hidden_NH[token], weights_NA[token, slot].float()[:, None]
 
 
 def _gates(teacher: nn.Module, tensors: list[ExpertTensor]) -> list[_Gate]:
@@ -147,7 +154,7 @@ def _gates(teacher: nn.Module, tensors: list[ExpertTensor]) -> list[_Gate]:
 def _zeros(tensors: list[ExpertTensor], outputs: bool) -> dict[str, Moments]:
     found = {}
     for t in tensors:
-        E, a, b = t.parameter.shape
+        E, (_, a, b) = len(t.owned), t.parameter.shape
         inputs, rest = (b, a) if t.axis == -1 else (a, b)
         found[t.name] = Moments(*(torch.zeros(E, n, n, device=t.parameter.device) if wanted else None
                                   for n, wanted in ((inputs, True), (rest, outputs))))

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from recipes.load import load_recipe
 from recipes.schema import Recipe
+from storage.terminal import printable
 
 # What a disk, its owner or a path refuses: no defect of ours, wherever in a library it is raised.
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
             errno.ENAMETOOLONG, errno.ELOOP}
 
-_PACKAGES = ("mxfp4", "modeling", "recipes", "checkpoint", "training", "qat", "dflash_train", "export", "runtime_ref")
+_PACKAGES = ("storage", "mxfp4", "modeling", "recipes", "checkpoint", "training", "qat", "dflash_train", "export",
+             "runtime_ref")
 
 
 def job_parser(program: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -54,7 +56,7 @@ def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int])
     except (OSError, ArithmeticError) as error:
         code, text = 1, own_message(error, where)
     rank = os.environ.get("RANK", "0")
-    print(f"error: {text}" if rank == "0" else f"rank {rank}: error: {text}", file=sys.stderr)
+    print(printable(f"error: {text}" if rank == "0" else f"rank {rank}: error: {text}"), file=sys.stderr)
     return code
 
 

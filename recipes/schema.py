@@ -42,18 +42,49 @@ class Model(Section):
         return self
 
 
-class Data(Section):
-    """Text for training and evaluation: local JSONL/JSON/Parquet/text files (globs allowed) or a hub dataset.
+class Source(Section):
+    """One part of the training data, where a name alone does not say enough."""
 
-    A row of a table is a document, and so is a whole .txt file.
+    path: str | None = Field(None, description="file, glob or save_to_disk folder")
+    hub: str | None = Field(None, description="name of a dataset on the hub")
+    config: str | None = Field(None, description="configuration of the hub dataset")
+    split: str = Field("train", description="split of the hub dataset or of the folder")
+    revision: str | None = Field(None, description="commit, branch or tag of the hub dataset")
+    documents: PositiveInt | None = Field(None, description="at most this many documents; a hub dataset is then streamed")
+    weight: PositiveFloat | None = Field(None, description="share of documents in the mixture, relative to the other sources'; "
+                                         "none everywhere: one source after the other, each once")
+
+    @model_validator(mode="after")
+    def _one_place(self):
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("a source has either path or hub")
+        return self
+
+
+class Data(Section):
+    """Text for training and evaluation: files (JSON lines, Parquet, CSV, text, .gz; globs allowed) or hub datasets.
+
+    A row of a table is a document, and so is a whole .txt file. Rows may be text, or dialogues (messages, conversations,
+    prompt and response), which the chat template renders.
     """
 
-    train: Annotated[list[str], Field(min_length=1)] = Field(description="files, globs, or one hub dataset (prefix hub:)")
+    train: Annotated[list[str | Source], Field(min_length=1)] = Field(
+        description="files, globs, hub:NAME, or sources of several keys (below)")
     heldout: Annotated[list[str], Field(min_length=1)] = Field(description="evaluation files, one for each reported domain")
     text_field: str = Field("text", description="column that holds the document")
     sequence_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens per packed sequence")
     eval_sequences: PositiveInt = Field(32, description="packed held-out sequences per domain in the final evaluation")
     shuffle: bool = Field(True, description="new order of sequences each epoch, from the recipe's seed")
+
+
+class Chat(Section):
+    """How prompts and dialogues become tokens, in every job (`modeling/dialogue_tokens.py` has the rules)."""
+
+    prompts: Literal["auto", "chat", "text"] = Field(
+        "auto", description="prompts that are strings: as one user turn through the chat template, or as they are; auto: chat "
+        "where there is a template, but for rows of kind open and prompts that begin with a control token")
+    template_options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="switches of the chat template, e.g. {enable_thinking: false}")
 
 
 class Quantization(Section):
@@ -173,6 +204,9 @@ class QAT(Section):
     evaluation_dtype: Literal["model", "float32"] = Field("model", description="float32: final evaluation on float32 copies")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
+    heldout_every: NonNegativeInt = Field(0, description="steps between measurements on held-out text, the first before any; "
+                                          "0: only the final evaluation")
+    heldout_sequences: PositiveInt = Field(8, description="packed held-out sequences per domain of those measurements")
     health_every: PositiveInt = Field(50, description="steps between per-layer, per-expert health lines")
     checkpoint_every: PositiveInt = Field(100, description="steps between checkpoints")
     keep_last: PositiveInt = Field(2, description="complete checkpoints kept")
@@ -229,8 +263,9 @@ class Regenerate(Section):
     passes: list[Pass] = Field(default_factory=lambda: [Pass()])
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = Field(64, description="prompts answered side by side")
-    endpoint: str | None = Field(None, description="base URL of an OpenAI-compatible server of the target; none: this process")
-    endpoint_model: str | None = Field(None, description="model name to ask that server for")
+    endpoint: str | None = Field(None, description="base URL of an OpenAI-compatible server of the target (its key in the "
+                                 "environment as OPENAI_API_KEY); none: this process")
+    endpoint_model: str | None = Field(None, description="model name to ask that server for; none: the only one it serves")
 
 
 class DraftLoss(Section):
@@ -320,6 +355,7 @@ class Cluster(Section):
     memory_gib: PositiveFloat = Field(description="memory of one accelerator")
     sharding: Literal["ddp", "zero3", "fsdp2"] = Field("ddp", description="how weights and optimizer state are divided")
     expert_parallel: PositiveInt = Field(1, description="ranks that divide the experts of a layer among them")
+    replicas: PositiveInt = Field(1, description="copies of the sharded model; gradients are averaged over them")
     offload_optimizer: bool = Field(False, description="keep master weights and optimizer state in host memory")
     host_memory_gib: PositiveFloat | None = Field(None, description="host memory of one node, for offload_optimizer")
     network_gb_per_s: PositiveFloat | None = Field(None, description="GB/s that one accelerator receives from other nodes")
@@ -328,8 +364,10 @@ class Cluster(Section):
     @model_validator(mode="after")
     def _divides(self):
         ranks = self.nodes * self.accelerators_per_node
-        if ranks % self.expert_parallel:
-            raise ValueError(f"cluster.expert_parallel={self.expert_parallel} does not divide {ranks} ranks")
+        if ranks % self.replicas:
+            raise ValueError(f"cluster.replicas={self.replicas} does not divide {ranks} ranks")
+        if ranks // self.replicas % self.expert_parallel:
+            raise ValueError(f"cluster.expert_parallel={self.expert_parallel} does not divide {ranks // self.replicas} ranks")
         if self.offload_optimizer and self.host_memory_gib is None:
             raise ValueError("cluster.offload_optimizer needs cluster.host_memory_gib")
         return self
@@ -350,6 +388,7 @@ class Recipe(Section):
     output: str = Field("runs", description="parent of the run folder")
     model: Model
     data: Data
+    chat: Chat = Field(default_factory=Chat)
     quantization: Quantization = Field(default_factory=Quantization)
     qat: QAT
     drafter: Drafter | None = None

@@ -21,6 +21,8 @@ from pathlib import Path
 # Launched by path, Python puts this script's folder first on sys.path, where runtime_ref/'s files would shadow real packages.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from storage.terminal import printable
+
 NAME = "runtime_ref/serve.py"
 KEY_VARIABLE = "FP4_DFLASH_API_KEY"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -107,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def told(message: object, code: int) -> int:
-    print(f"{NAME}: {message}", file=sys.stderr, flush=True)
+    print(printable(f"{NAME}: {message}"), file=sys.stderr, flush=True)
     return code
 
 
@@ -166,6 +168,8 @@ def serve(options: argparse.Namespace, ranks) -> int:
         warn(options, settings.access)
         where = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listening.getsockname()[1]}"
         print(f"serving {names[0]} on {where} (OpenAI API at {where}/v1, chat page at {where}/)", flush=True)
+        if worker.engine.drafter is not None and settings.adaptive:
+            print("drafts: as many as pay here, none where they do not (--fixed-drafts: always whole blocks)", flush=True)
         Server(config, drain_seconds=options.drain_seconds,
                cut=lambda: worker.cut("the server is shutting down")).run(sockets=[listening])
     if worker.stopped:

@@ -19,6 +19,8 @@ from pathlib import Path
 # Launched by path, Python would look for modules beside this script first.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from storage.terminal import printable, printable_line
+
 NAME = "runtime_ref/validate.py"
 CHECKSUM_GIB = 4.0
 
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         leave(ranks)
         return 2
     except RankLost as error:
-        print(f"{NAME}: {error}", file=sys.stderr, flush=True)
+        print(printable(f"{NAME}: {error}"), file=sys.stderr, flush=True)
         return 1
     passed = ranks.broadcast(report.passed)
     code = 0 if passed else 1
@@ -108,7 +110,7 @@ def judge(options: argparse.Namespace, ranks):
 
 
 def mistake(error: object) -> int:
-    print(f"{NAME}: {error}", file=sys.stderr)
+    print(printable(f"{NAME}: {error}"), file=sys.stderr)
     return 2
 
 
@@ -148,7 +150,7 @@ def write(options: argparse.Namespace, report) -> int:
     """Prints the report and writes its files; 2 if one cannot be written, else 0."""
     from runtime_ref.validation.output import write_html, write_json
 
-    print("\n".join(report.lines()), flush=True)
+    print("\n".join(map(printable_line, report.lines())), flush=True)
     try:
         if options.json:
             write_json(report, options.json)

@@ -9,16 +9,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # What a room may import, besides itself.
 ALLOWED = {
+    "storage": set(),
     "mxfp4": set(),
-    "recipes": {"mxfp4"},
-    "modeling": {"mxfp4"},
-    "checkpoint": {"mxfp4", "modeling", "recipes"},
-    "training": {"mxfp4", "modeling", "recipes", "checkpoint"},
-    "qat": {"mxfp4", "modeling", "recipes", "checkpoint", "training"},
-    "dflash_train": {"mxfp4", "modeling", "recipes", "checkpoint", "training", "qat"},
-    "export": {"mxfp4", "modeling", "recipes", "checkpoint", "training"},
-    "runtime_ref": {"mxfp4", "modeling", "recipes", "checkpoint"},
-    "tools": {"mxfp4", "modeling", "recipes", "checkpoint", "training", "qat", "runtime_ref"},
+    "recipes": {"storage", "mxfp4"},
+    "modeling": {"storage", "mxfp4"},
+    "checkpoint": {"storage", "mxfp4", "modeling", "recipes"},
+    "training": {"storage", "mxfp4", "modeling", "recipes", "checkpoint"},
+    "qat": {"storage", "mxfp4", "modeling", "recipes", "checkpoint", "training"},
+    "dflash_train": {"storage", "mxfp4", "modeling", "recipes", "checkpoint", "training", "qat"},
+    "export": {"storage", "mxfp4", "modeling", "recipes", "checkpoint", "training"},
+    "runtime_ref": {"storage", "mxfp4", "modeling", "recipes", "checkpoint"},
+    "tools": {"storage", "mxfp4", "modeling", "recipes", "checkpoint", "training", "qat", "runtime_ref"},
 }
 # The same inside the runtime: a storey may import those named, and itself.
 STOREYS = {

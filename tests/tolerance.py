@@ -65,3 +65,7 @@ NATIVE_DOTS = 2.0**-7
 # Relative error (Frobenius) of draft logits computed in bytes, of a random two-layer drafter: activations are rounded to 1/127
 # of their row's largest value, which is three to five times their size: 1 % of each product's result, nine products deep.
 DRAFTS_IN_BYTES = 0.08
+
+# Masters after four float32 updates with expert parallelism, relative to the largest master: experts multiply the same rows in
+# other groups, so that sums of a few hundred products differ in their last bits, and AdamW divides by roots of such sums.
+EXPERT_PARALLEL_MASTERS = 1e-5

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 CHANGING = ("seconds", "minutes", "date", "time", "path", "revision", "command", "rate", "version", "host", "_per_s", "wall",
-            "fingerprint", "sha256", "digest")
+            "fingerprint", "sha256", "digest", "speedup", "folder", "weights", "transformers")
 
 
 def steady(value, key: str = ""):

@@ -1,28 +1,34 @@
-"""Training checkpoints: written aside and renamed, the last K kept, the newest complete one found again.
+"""Training checkpoints: written aside and renamed, with the sums of their files; the last K kept, the newest whole one found.
 
-    <run>/checkpoints/step-00000100/     written by Accelerate's save_state:
-        model.safetensors                weights under the model's own parameter names; experts lie on the MXFP4 grid
-        optimizer.bin, scheduler.bin     moments of the float32 masters; learning-rate schedule
-        random_states_<rank>.pkl         Python, NumPy and torch generators of every process
-        custom_checkpoint_0.pkl          `TrainingState`: masters, step, position in the data, what oscillation control knows
-        resolved.yaml                    the recipe that wrote it
-        complete.json                    step, world size, git revision; last file written
+    <run>/checkpoints/step-00000100/
+        model.safetensors                     weights under the model's own parameter names; experts lie on the MXFP4 grid
+        training_state.safetensors            optimizer's moments, schedule, and the job's state: masters, position in the data
+        random_states_<rank>.safetensors      Python, NumPy and torch generators of every process
+        resolved.yaml                         the recipe that wrote it
+        complete.json                         step, world size, git revision, what was trained on, SHA-256 of every other file
 
-A folder under its final name is complete: the rename is the last act. A killed job leaves the old checkpoints and at
-most one `*.partial` folder, which the next run removes.
+A folder under its final name was finished: the rename is the last act, after all of it is on the disk. A killed job leaves
+the old checkpoints and at most one `*.partial` folder, which the next run removes. What happens to a file later (a disk, a
+copy that broke off, an editor) is found by its sum before anything is read from it. Nothing in these files can run:
+`training.state_files`.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from storage import files
+from storage.digests import file_digests, json_digest
+from storage.files import MARK, begin_folder, finish_folder, next_free, write_json, write_text
+from storage.reading import first_line, read_json
+
 _NAME = re.compile(r"step-(\d+)$")
+COMPLETE, RECIPE = "complete.json", "resolved.yaml"
+MODEL, STATE = "model.safetensors", "training_state.safetensors"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -30,15 +36,20 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Finished checkpoints, oldest first. (Whether one is still whole: `damage`.)"""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if _NAME.search(p.name) and (p / "complete.json").is_file()]
-    return sorted(found, key=lambda p: int(_NAME.search(p.name)[1]))
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / COMPLETE).is_file()]
+    return sorted(found, key=step_of)
 
 
-def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, facts: dict, keep_last: int) -> Path:
-    """Saves everything registered with `accelerator` as the checkpoint of `step`; all processes call it.
+def step_of(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, facts: dict, keep_last: int,
+                    write: Callable[[Path], None]) -> Path:
+    """Saves what `write` writes into a folder as the checkpoint of `step`; all processes call it.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched and the partial one is removed.
@@ -47,20 +58,21 @@ def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, f
     partial = final.with_name(final.name + ".partial")
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.partial"):
-            shutil.rmtree(stale)
+        for stale in folder.glob("step-*.partial"):
+            if _NAME.fullmatch(stale.name.removesuffix(".partial")):
+                shutil.rmtree(stale)
+        begin_folder(partial)
     accelerator.wait_for_everyone()
     try:
         with disk_errors():
-            accelerator.save_state(str(partial), safe_serialization=True)
+            write(partial)
         accelerator.wait_for_everyone()
+        sums = _shared_out(accelerator, _files(partial), lambda names: file_digests(partial, names))
         if accelerator.is_main_process:
-            (partial / "resolved.yaml").write_text(recipe_yaml, encoding="utf-8")
-            world = {"step": step, "processes": accelerator.num_processes}
-            (partial / "complete.json").write_text(json.dumps(world | facts, indent=1), encoding="utf-8")
-            if final.exists():  # the same step again after a resume: same bits
-                shutil.rmtree(final)
-            os.rename(partial, final)
+            write_text(partial / RECIPE, recipe_yaml)
+            sums |= file_digests(partial, [RECIPE])
+            seal(partial, {"step": step, "processes": accelerator.num_processes} | facts, sums)
+            finish_folder(partial, final)
             for old in complete_checkpoints(folder)[:-keep_last]:
                 shutil.rmtree(old)
     except OSError as error:
@@ -72,6 +84,24 @@ def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, f
     return final
 
 
+def seal(folder: Path, facts: dict, sums: dict[str, str]) -> None:
+    """Writes complete.json: facts, the sums of all other files, and its own."""
+    content = facts | {"sha256": sums}
+    write_json(folder / COMPLETE, content | {"sum": json_digest(content)})
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MARK)
+
+
+def _shared_out(accelerator, names: list[str], work: Callable[[list[str]], dict]) -> dict:
+    """What `work` returns for all names; each process does its share."""
+    from accelerate.utils import gather_object
+
+    found = work(names[accelerator.process_index::accelerator.num_processes])
+    return {name: value for part in gather_object([found]) for name, value in part.items()}
+
+
 @contextmanager
 def disk_errors() -> Iterator[None]:
     """Writers of tensors report a full disk in three ways; here it is always an OSError."""
@@ -80,49 +110,119 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        raise OSError(str(error).strip().splitlines()[0]) from error
+        raise OSError(first_line(error)) from error
 
 
 @contextmanager
 def folder_aside(final: Path) -> Iterator[Path]:
-    """`<final>.partial`, empty, to be filled: it takes the place of `final` at the end, or is removed if that fails.
+    """A folder to be filled, which takes the place of `final` at the end (`storage.files.folder_aside`).
 
     Raises:
         OSError: the disk is full or not writable; `final` is as it was.
     """
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        with disk_errors():
+        with files.folder_aside(final) as partial, disk_errors():
             yield partial
+            for tensors in partial.glob("*.safetensors"):  # safetensors makes files that nobody else may read
+                shutil.copymode(partial / "config.json", tensors)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{final} could not be written: {error}; the last checkpoint is kept, --resume tries again") from error
-    for tensors in partial.glob("*.safetensors"):  # safetensors makes files that nobody else may read, whatever the umask
-        shutil.copymode(partial / "config.json", tensors)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(partial, final)
 
 
-def load_checkpoint(accelerator, path: Path) -> None:
-    """Restores everything registered with `accelerator` from `path`.
+def damage(accelerator, path: Path) -> str | None:
+    """Why a finished checkpoint is no longer what was written, in one line, or None; all processes call it.
+
+    Every file is read once. Checkpoints of versions that wrote no sums are taken as they are.
+    """
+    try:
+        facts = read_json(path / COMPLETE)
+        sums = facts.get("sha256", {})
+        if not isinstance(sums, dict) or sums and facts.pop("sum", None) != json_digest(facts):
+            return f"{path / COMPLETE}: not what was written (its own sum differs)"
+    except ValueError as error:
+        return str(error)
+    missing = next((name for name in sums if not (path / name).is_file()), None)
+    if missing is not None:
+        return f"{path / missing} is missing"
+    found = _shared_out(accelerator, sorted(sums), lambda names: file_digests(path, names))
+    changed = next((name for name in sorted(sums) if found[name] != sums[name]), None)
+    return None if changed is None else f"{path / changed}: not the bytes that were written (SHA-256 differs)"
+
+
+def newest_whole(accelerator, folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are what was written, or None if there never was one; all processes call it.
+
+    A damaged one is said and set aside as `<name>.damaged`, so that it neither counts nor is written over.
 
     Raises:
-        ValueError: written by another number of processes, or of another shape.
+        ValueError: all are damaged.
     """
-    facts = json.loads((path / "complete.json").read_text(encoding="utf-8"))
-    if facts["processes"] != accelerator.num_processes:
-        raise ValueError(f"{path}: written by {facts['processes']} processes, now running {accelerator.num_processes}; "
+    found = complete_checkpoints(folder)
+    for position, path in reversed(list(enumerate(found))):
+        fault = damage(accelerator, path)
+        if fault is None:
+            return path
+        if not position:
+            raise ValueError(f"{fault}; there is no earlier whole checkpoint: start a new run without --resume")
+        say(f"--resume: {fault}; trying {found[position - 1].name} instead")
+        if accelerator.is_main_process:
+            aside = path.with_name(path.name + ".damaged")
+            path.rename(next_free(aside) if aside.exists() else aside)
+        accelerator.wait_for_everyone()
+    return None
+
+
+def write_states(accelerator, folder: Path, *, model, states: dict) -> None:
+    """A data-parallel job's part of a checkpoint: the first process writes the model and `states` (objects with `state_dict`),
+    every process its generators."""
+    from training.state_files import random_state, save_state, write_tensors
+
+    saved = {name: state.state_dict() for name, state in states.items()}  # all processes: some of it is summed over them
+    if accelerator.is_main_process:
+        tensors: dict = {}
+        for name, tensor in accelerator.unwrap_model(model, keep_torch_compile=False).state_dict().items():
+            if all(tensor is not kept and not _same(tensor, kept) for kept in tensors.values()):  # a tied head is its embedding
+                tensors[name] = tensor
+        write_tensors(folder / MODEL, tensors, {"format": "pt"})
+        save_state(folder / STATE, saved)
+    save_state(folder / f"random_states_{accelerator.process_index}.safetensors",
+               random_state() | {"micro_step": accelerator.step})
+
+
+def _same(a, b) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.numel() > 0
+
+
+def read_states(accelerator, path: Path, *, model, states: dict) -> None:
+    """Restores what `write_states` wrote.
+
+    Raises:
+        ValueError: written by another number of processes, by a version with pickled states, or of another shape.
+    """
+    from safetensors.torch import load_file
+
+    from training.state_files import load_state, set_random_state
+
+    processes = read_json(path / COMPLETE)["processes"]
+    if processes != accelerator.num_processes:
+        raise ValueError(f"{path}: written by {processes} processes, now running {accelerator.num_processes}; "
                          "a run resumes exactly only with the same number of processes")
+    if not (path / STATE).is_file():
+        raise ValueError(f"{path}: no {STATE}: a checkpoint of an earlier version, whose pickled states are not read, because "
+                         "they could run code; start a new run without --resume")
     try:
-        accelerator.load_state(str(path))
-    except (RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()
-        raise ValueError(f"{path}: does not fit this recipe's model: {first[-1].strip() if first else error}") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file aside and renames it."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+        plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+        missing, extra = plain.load_state_dict(load_file(path / MODEL), strict=False)
+        tied = {name for name in missing if any(_same(plain.get_parameter(name), p) for n, p in plain.named_parameters()
+                                                if n not in missing)} if missing else set()
+        if extra or set(missing) - tied:
+            raise KeyError(f"tensors {', '.join(sorted({*missing, *extra} - tied)[:3])}")
+        saved = load_state(path / STATE)
+        for name, state in states.items():
+            state.load_state_dict(saved[name])
+        generators = load_state(path / f"random_states_{accelerator.process_index}.safetensors")
+        set_random_state(generators)
+        accelerator.step = generators["micro_step"]
+    except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
+        text = str(error).strip().splitlines()
+        raise ValueError(f"{path}: does not fit this recipe's model: {text[-1].strip() if text else error!r}") from None

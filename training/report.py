@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from training.checkpoint import write_text
+from storage.files import write_text
 
 # Keys of metrics.jsonl that depend on the clock, not on the computation.
 CLOCK_KEYS = {"tokens_per_second", "seconds"}

@@ -12,14 +12,14 @@ Rejected: ignoring the new recipe on resume (an override that silently does noth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
 from recipes.schema import Recipe
-from training.checkpoint import complete_checkpoints
+from storage.reading import read_text
+from training.checkpoint import RECIPE, newest_whole, step_of
 
 _SAID = {"model.path", "data.train", "qat.steps", "dflash.steps", "dflash.data", "dflash.regenerate.prompts"}
 _FREE = {
@@ -34,25 +34,25 @@ _FREE = {
 }
 
 
-def checkpoint_to_resume(folder: Path, recipe: Recipe, job: str, say: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint of the run in `folder`, or None (which is said) if there is none.
+def checkpoint_to_resume(folder: Path, recipe: Recipe, job: str, say: Callable[[str], None], accelerator) -> Path | None:
+    """The newest whole checkpoint of the run in `folder`, or None (which is said) if there is none; all processes call it.
 
     Args:
         folder: <output>/<name>/<job>. job: "qat" or "dflash", the recipe's section.
         say: prints a line (on the first process).
 
     Raises:
-        ValueError: the checkpoint lies beyond the recipe's steps, or was made by a recipe that trains something else.
+        ValueError: the checkpoint lies beyond the recipe's steps, or was made by a recipe that trains something else; every
+            checkpoint is damaged.
     """
-    found = complete_checkpoints(folder / "checkpoints")
-    if not found:
+    newest = newest_whole(accelerator, folder / "checkpoints", say)
+    if newest is None:
         say(f"--resume: no complete checkpoint in {folder / 'checkpoints'}, beginning at the first step")
         return None
-    newest = found[-1]
-    step, steps = json.loads((newest / "complete.json").read_text(encoding="utf-8"))["step"], getattr(recipe, job).steps
+    step, steps = step_of(newest), getattr(recipe, job).steps
     if step > steps:
         raise ValueError(f"{job}.steps: {steps}, but {newest} is at step {step}; expected at least {step}")
-    changes = changed_keys(yaml.safe_load((newest / "resolved.yaml").read_text(encoding="utf-8")), recipe, job)
+    changes = changed_keys(_saved_recipe(newest / RECIPE), recipe, job)
     refused = [f"{key} (was {was!r}, now {now!r})" for key, was, now in changes if key not in _SAID]
     if refused:
         raise ValueError(f"{newest}: cannot be continued by a recipe that trains something else: {', '.join(refused)}; restore "
@@ -60,6 +60,16 @@ def checkpoint_to_resume(folder: Path, recipe: Recipe, job: str, say: Callable[[
     for key, was, now in changes:
         say(f"--resume: {key} was {was!r} until step {step}, now {now!r}")
     return newest
+
+
+def _saved_recipe(path: Path) -> dict:
+    try:
+        saved = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: not a recipe")
+    return saved
 
 
 def changed_keys(saved: dict, recipe: Recipe, job: str) -> list[tuple[str, object, object]]:

@@ -3,12 +3,12 @@ checkpoints, signals, the end."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from recipes.load import dump_recipe
+from storage.files import next_free, write_json, write_text
 from training import checkpoint, report
 from training.accelerator import StopRequest
 
@@ -24,6 +24,7 @@ class TrainingRun:
         recipe: Recipe; settings: its section with steps, log_every, checkpoint_every, keep_last.
         accelerator: Accelerator; main: whether this is its first process.
         folder: Path; state: what checkpoints hold, with `step`, the number of finished updates.
+        model, optimizer, schedule: as prepared by the accelerator; they are in checkpoints, too.
     and has the methods that raise NotImplementedError here.
     """
 
@@ -95,7 +96,7 @@ class TrainingRun:
         """Gives an earlier run's folder another name, once this run is known to start; the folders `keep` stay in use."""
         self.accelerator.wait_for_everyone()
         if self.main and (self.folder / "resolved.yaml").exists():
-            aside = next(p for n in range(1, 10_000) if not (p := self.folder.with_name(f"{self.folder.name}.{n}")).exists())
+            aside = next_free(self.folder)
             self.folder.rename(aside)
             self.folder.mkdir()
             for kept in keep:
@@ -110,16 +111,28 @@ class TrainingRun:
         if not self.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(self.folder / "resolved.yaml", dump_recipe(self.recipe))
-        checkpoint.write_text(self.folder / "environment.json", json.dumps(report.environment(), indent=1))
+        write_text(self.folder / "resolved.yaml", dump_recipe(self.recipe))
+        write_json(self.folder / "environment.json", report.environment())
         tracking = self.recipe.tracking
         wandb = report.start_wandb(tracking.wandb, tracking.project, name, self.folder, self.recipe.model_dump(mode="json"))
         self.metrics = report.Metrics(self.folder / "metrics.jsonl", wandb_run=wandb,
                                       resumed_step=self.state.step if resumed else None)
 
+    def write_state(self, folder: Path) -> None:
+        """Writes into a checkpoint's folder all that `read_state` needs; every process calls it."""
+        checkpoint.write_states(self.accelerator, folder, **self._restored())
+
+    def read_state(self, path: Path) -> None:
+        """Restores the run from a checkpoint. Raises ValueError: it does not fit this launch or this recipe."""
+        checkpoint.read_states(self.accelerator, path, **self._restored())
+
+    def _restored(self) -> dict:
+        return {"model": self.model, "states": {"optimizer": self.optimizer, "schedule": self.schedule, "job": self.state}}
+
     def save(self) -> None:
         checkpoint.save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state.step,
-                                   recipe_yaml=dump_recipe(self.recipe), keep_last=self.settings.keep_last, facts=self.facts())
+                                   recipe_yaml=dump_recipe(self.recipe), keep_last=self.settings.keep_last, facts=self.facts(),
+                                   write=self.write_state)
         if time.monotonic() - self.drawn > report.CURVES_SECONDS:
             self.draw()
 

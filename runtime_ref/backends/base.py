@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import Pool, Table
 from runtime_ref.core.markov import MarkovHead
-from runtime_ref.core.program import Task
+from runtime_ref.core.program import Op
 from runtime_ref.core.tensor_parallel import Ranks
 
 
@@ -71,11 +71,11 @@ class Backend(ABC):
         """See `Capabilities`."""
 
     @abstractmethod
-    def plan(self, spans: list[Span]):
-        """The step that computes the tokens of `spans`, whose page tables must reach to their ends. Sets `span.row`."""
+    def plan(self, chunks: list[SequenceChunk]):
+        """The step that computes the tokens of `chunks`, whose page tables must reach to their ends. Sets `chunk.row`."""
 
     @abstractmethod
-    def run(self, tasks: list[Task], step, watch: Callable[[Task, dict], None] | None = None, *,
+    def run(self, program: list[Op], step, watch: Callable[[Op, dict], None] | None = None, *,
             host: bool = True) -> dict[str, torch.Tensor]:
         """Runs a program over a planned step.
 
@@ -120,7 +120,7 @@ class Drafter(ABC):
     markov: MarkovHead | None = None
 
     @abstractmethod
-    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+    def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
         """Draft logits [count, vocabulary] float32 of each sequence; their pending features enter the context first."""
 
     def extend_tables(self, taps: torch.Tensor, start: int, table: Table) -> None:

@@ -14,7 +14,7 @@ from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.folder import verify_checksums
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.tensor_parallel import ALONE, Ranks
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 
 BACKENDS = ("auto", "c", "torch", "triton", "triton-mxfp8")
 ALIASES = {"native": "c"}
@@ -32,7 +32,7 @@ def known_backend(name: str) -> str:
     return name
 
 
-def load_backend(name: str, folder: str | Path, ranks: Ranks = ALONE, *, dtype: torch.dtype = torch.bfloat16,
+def load_backend(name: str, folder: str | Path, ranks: Ranks = SINGLE_RANK, *, dtype: torch.dtype = torch.bfloat16,
                  pages: dict[str, int], context: int, decoded_bytes: int = DECODED_BYTES, checksum: bool = False,
                  progress: Callable[[int, int], None] | None = None) -> Backend:
     """A backend on an exported folder.

@@ -5,7 +5,7 @@ of 128 x 128 blocks restarts inside a fused qkv, so a rank's share has no grid o
 moved into pages (`kernels/repack.py`). `weights.py` holds the same tensors for the torch backend, decoded to float32.
 
 All tensors of a rank lie in one `Arena`, a single allocation, because the persistent step finds them by 32-bit offsets: its
-task list is a table of int32. Sizes are known from the configuration (`kernel_shapes.py`) before anything is read, so loading
+program is a table of int32. Sizes are known from the configuration (`kernel_shapes.py`) before anything is read, so loading
 never holds more than a layer twice, and a geometry can be filled with random bytes instead (`random_weights`) to be timed.
 """
 
@@ -25,7 +25,7 @@ from mxfp4.format import BLOCK_SIZE
 from runtime_ref.checkpoints.device_shapes import expert_tiles, layer_heads, layer_shapes, outer_shapes
 from runtime_ref.checkpoints.families.base import NotHeld
 from runtime_ref.checkpoints.families.registry import read_geometry
-from runtime_ref.core.tensor_parallel import ALONE, SHARES, Ranks
+from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK, Ranks
 from runtime_ref.kernels.repack import MAX_SCALE_BYTE, SCALE_OFFSET, ExpertPages, Tile, repack_experts
 from runtime_ref.kernels.row_launches import Heads, Matrix, Router, paired
 from runtime_ref.kernels.tp_reduction import (
@@ -102,7 +102,7 @@ class KernelWeights:
     head: Matrix  # this rank's share of the vocabulary
 
 
-def load_kernel_weights(folder: str | Path, ranks: Ranks = ALONE, *, device: str = "cpu", native: bool = False,
+def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, device: str = "cpu", native: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> KernelWeights:
     """One rank's weights from an exported folder. native: experts in native pages (`kernels/native_tiles.py`).
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from checkpoint.tensor_files import TensorFiles
 from runtime_ref.checkpoints.folder import verify_checksums
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES, DecodedCache, TargetWeights
-from runtime_ref.core.tensor_parallel import ALONE, Ranks
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 
 
-def load_target(folder: str | Path, ranks: Ranks = ALONE, *, decoded_bytes: int = DECODED_BYTES, checksum: bool = False,
+def load_target(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, decoded_bytes: int = DECODED_BYTES, checksum: bool = False,
                 progress: Callable[[int, int], None] | None = None) -> TargetWeights:
     """One rank's weights of the target.
 

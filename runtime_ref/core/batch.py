@@ -10,7 +10,7 @@ from runtime_ref.core.kv_cache import Table
 
 
 @dataclass
-class Span:
+class SequenceChunk:
     """Consecutive tokens of one sequence in a step: their ids begin at position `start`."""
 
     tables: dict[str, Table]
@@ -20,13 +20,13 @@ class Span:
     row: int = 0  # first row, set by `plan_rows`
 
 
-def logit_rows(span: Span) -> int:
-    """How many of a span's rows want logits."""
-    return {"all": len(span.tokens), "last": 1, "none": 0}[span.logits]
+def logit_rows(chunk: SequenceChunk) -> int:
+    """How many of a chunk's rows want logits."""
+    return {"all": len(chunk.tokens), "last": 1, "none": 0}[chunk.logits]
 
 
 @dataclass
-class Wanted:
+class DraftRequest:
     """One sequence that wants drafts.
 
     Attributes:

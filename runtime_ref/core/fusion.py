@@ -1,16 +1,16 @@
-"""A task list with neighbours joined: what a fused kernel does at once is one task.
+"""A program with neighbours joined: what a fused kernel does at once is one task.
 
-`fused` looks for the runs of tasks below and nothing else; every other task stays. The result is a task list like any other
-(`check_tasks` holds for it): the Triton backend runs it op by op, the persistent step encodes it as its table. Buffers that
-only pass between joined tasks (y of a projection, partial sums) disappear.
+`fused` looks for the runs of ops below and nothing else; every other op stays. The result is a program like any other
+(`check_program` holds for it): the Triton backend runs it op by op, the persistent step encodes it as its table. Buffers that
+only pass between joined ops (y of a projection, partial sums) disappear.
 
 Op by op on several ranks, a sum over ranks stands between product and residual: those two stay apart (`ranks`). A walk sums
-over ranks inside the task, so its list is that of one rank.
+over ranks inside the op, so its list is that of one rank.
 """
 
 from __future__ import annotations
 
-from runtime_ref.core.program import Task
+from runtime_ref.core.program import Op
 
 # Ops of a run -> ops that take its place, with what they read and write.
 _RUNS: dict[tuple[str, ...], tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {
@@ -29,21 +29,21 @@ _RUNS_OF_A_RANK = {
 _LONGEST = 3
 
 
-def fused(tasks: list[Task], ranks: int = 1) -> list[Task]:
+def fused(program: list[Op], ranks: int = 1) -> list[Op]:
     """The list with every known run joined."""
     runs = {names: new for names, new in _RUNS.items() if ranks == 1 or "add_parts" not in names}
     if ranks > 1:
         runs |= _RUNS_OF_A_RANK
     out, at = [], 0
-    while at < len(tasks):
+    while at < len(program):
         for length in range(_LONGEST, 1, -1):
-            run = tasks[at:at + length]
-            new = runs.get(tuple(task.op for task in run))
-            if new is not None and len({task.layer for task in run}) == 1:
-                out += [Task(op, run[0].layer, reads, writes) for op, reads, writes in new]
+            run = program[at:at + length]
+            new = runs.get(tuple(op.name for op in run))
+            if new is not None and len({op.layer for op in run}) == 1:
+                out += [Op(op, run[0].layer, reads, writes) for op, reads, writes in new]
                 at += length
                 break
         else:
-            out.append(tasks[at])
+            out.append(program[at])
             at += 1
     return out

@@ -128,7 +128,7 @@ class KvCache:
                 self.pools[held].give_back(page)
         return len(pool.free) >= count
 
-    def forget_behind(self, tables: dict[str, Table], lengths: dict[str, int]) -> None:
+    def evict_outside_window(self, tables: dict[str, Table], lengths: dict[str, int]) -> None:
         """Drops pages that queries from position `lengths[kind]` on cannot see."""
         for kind, length in lengths.items():
             pool, table = self.pools[kind], tables[kind]
@@ -143,7 +143,7 @@ class KvCache:
                 self.pools[kind].give_back(page)
             table.pages, table.first = [], 0
 
-    def remember(self, tables: dict[str, Table], hashes: list[bytes], logical: int, kinds: list[str]) -> None:
+    def cache_page(self, tables: dict[str, Table], hashes: list[bytes], logical: int, kinds: list[str]) -> None:
         """Makes the committed full page `logical` known under `hashes[logical]`, for the kinds that hold it."""
         if not self.prefix:
             return
@@ -156,7 +156,7 @@ class KvCache:
                 self.pools[kind].share(table.page(logical))
         self._known.move_to_end(key)
 
-    def take_prefix(self, tables: dict[str, Table], hashes: list[bytes], kinds: list[str]) -> int:
+    def match_prefix(self, tables: dict[str, Table], hashes: list[bytes], kinds: list[str]) -> int:
         """Fills empty tables with the longest known prefix; returns its length in positions (0 = nothing known).
 
         Args:
@@ -183,7 +183,7 @@ class KvCache:
             return count * PAGE
         return 0
 
-    def forget_prefixes(self) -> None:
+    def clear_prefixes(self) -> None:
         """Empties the prefix cache."""
         while self._known:
             _, entry = self._known.popitem()

@@ -102,7 +102,7 @@ class Ranks:
             raise RankLost(f"rank {self.rank}: another of the {self.count} ranks ended or does not answer ({reason})") from None
 
 
-ALONE = Ranks()
+SINGLE_RANK = Ranks()
 
 
 def ranks_from_environment() -> Ranks:

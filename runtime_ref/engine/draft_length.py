@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from runtime_ref.backends.base import Backend, Drafter
-from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import PAGE, KvCache, OutOfPages
-from runtime_ref.core.program import Task
+from runtime_ref.core.program import Op
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.speculative import Proposal, accept, propose
 
@@ -105,9 +105,9 @@ class Adaptive:
         context: the longest sequence; where it is too short to measure in, costs are taken as usual.
     """
 
-    def __init__(self, backend: Backend, drafter: Drafter, cache: KvCache, tasks: list[Task], costs: dict[int, float] | None,
+    def __init__(self, backend: Backend, drafter: Drafter, cache: KvCache, program: list[Op], costs: dict[int, float] | None,
                  context: int):
-        self.backend, self.drafter, self.cache, self.tasks, self.context = backend, drafter, cache, tasks, context
+        self.backend, self.drafter, self.cache, self.program, self.context = backend, drafter, cache, program, context
         self.given, self.costs = costs, costs
         # By whether tokens are drawn: who is right about the likeliest token may be wrong about samples.
         self.rates = {drawn: [ASSUMED] * max(DRAFT_COSTS) for drawn in (False, True)}
@@ -160,9 +160,10 @@ class Adaptive:
             for n, found in seconds.items():
                 began, proposal = clock(), Proposal([])
                 if n:
-                    drafts = self.drafter.logits([Wanted(tables, 0, start, n, features[n])])[0]
+                    drafts = self.drafter.logits([DraftRequest(tables, 0, start, n, features[n])])[0]
                     proposal = propose(drafts, params, start, markov)
-                buffers = self.backend.run(self.tasks, self.backend.plan([Span(tables, start, [0, *proposal.tokens])]))
+                step = self.backend.plan([SequenceChunk(tables, start, [0, *proposal.tokens])])
+                buffers = self.backend.run(self.program, step)
                 accept(buffers["logits"], proposal, params, start, [0], [])
                 found.append(clock() - began)
         self.cache.release(tables)

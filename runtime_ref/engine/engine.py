@@ -6,8 +6,8 @@
         for output in engine.step():
             ...
 
-A step is planned by the scheduler, drafted by the drafter, computed by the backend as one task list for all sequences,
-judged by the acceptance rule. Nothing here blocks or waits, so a server can call `step` from a thread of its own and add or
+A step is planned by the scheduler, drafted by the drafter, computed by the backend as one program for all sequences,
+verified by the acceptance rule. Nothing here blocks or waits, so a server can call `step` from a thread of its own and add or
 abort requests between steps. With several ranks every rank holds an engine and makes the same calls in the same order.
 """
 
@@ -26,17 +26,17 @@ from runtime_ref.backends.load import known_backend, load_backend
 from runtime_ref.checkpoints.families.registry import read_geometry
 from runtime_ref.checkpoints.folder import drafter_folder, end_ids
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES
-from runtime_ref.core.batch import KIND, Span, Wanted, logit_rows
+from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk, logit_rows
 from runtime_ref.core.kv_cache import PAGE, KvCache
-from runtime_ref.core.program import check_tasks, target_tasks
+from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
-from runtime_ref.core.tensor_parallel import ALONE, Ranks
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.engine.detokenizer import TextStream
 from runtime_ref.engine.draft_length import Adaptive
 from runtime_ref.engine.sampler import logprob_of
-from runtime_ref.engine.scheduler import Scheduler, Work
+from runtime_ref.engine.scheduler import ScheduledSequence, Scheduler
 from runtime_ref.engine.sequence import Finish, Output, Sequence
-from runtime_ref.engine.speculative import Proposal, Verdict, accept, propose
+from runtime_ref.engine.speculative import Proposal, VerifyResult, accept, propose
 
 
 @dataclass
@@ -70,8 +70,8 @@ class Engine:
         if drafter is not None and drafter.pool is not None:
             pools[KIND] = drafter.pool
         self.cache = KvCache(pools, prefix=options.prefix_cache)
-        self.tasks = target_tasks(backend.config, drafter.taps if drafter is not None else ())
-        check_tasks(self.tasks)
+        self.program = target_program(backend.config, drafter.taps if drafter is not None else ())
+        check_program(self.program)
         self.scheduler = Scheduler(self.cache, max_running=options.max_running, rows=options.rows,
                                    block=drafter.block if drafter is not None else 1)
         self._ids = itertools.count()
@@ -83,11 +83,11 @@ class Engine:
         self.context = min(options.max_context, backend.config.max_position_embeddings)
         self.adaptive = None
         if drafter is not None:
-            self.adaptive = Adaptive(backend, drafter, self.cache, self.tasks, options.draft_costs, self.context)
+            self.adaptive = Adaptive(backend, drafter, self.cache, self.program, options.draft_costs, self.context)
         self._per_position = [0] * (drafter.block - 1 if drafter is not None else 0)
 
     @classmethod
-    def from_folder(cls, path: str | Path, *, backend: str = "auto", ranks: Ranks = ALONE,
+    def from_folder(cls, path: str | Path, *, backend: str = "auto", ranks: Ranks = SINGLE_RANK,
                     dtype: torch.dtype = torch.bfloat16, drafter: bool = True, options: EngineOptions | None = None,
                     checksum: bool = False, tokenizer=None, progress: Callable[[int, int], None] | None = None) -> Engine:
         """An engine on an exported folder, with its drafter if it has one.
@@ -180,75 +180,76 @@ class Engine:
                 self.backend.ranks.abandon()
 
     def _step(self) -> list[Output]:
-        work = self.scheduler.plan()
-        if not work:
+        scheduled = self.scheduler.plan()
+        if not scheduled:
             return []
-        proposals = self._draft(work)
-        spans = []
-        for item in work:
+        proposals = self._draft(scheduled)
+        chunks = []
+        for item in scheduled:
             sequence, start = item.sequence, item.sequence.computed
             tokens = sequence.tokens[start:start + item.count]
             if item.drafts:
                 tokens = tokens + proposals[sequence.id].tokens
             logits = "all" if not item.reads_prompt else "last" if item.completes else "none"
-            spans.append(Span(sequence.tables, start, tokens, logits))
-        step = self.backend.plan(spans)
-        buffers, verdicts = self._computed(step, work, spans, proposals)
+            chunks.append(SequenceChunk(sequence.tables, start, tokens, logits))
+        step = self.backend.plan(chunks)
+        buffers, verified = self._computed(step, scheduled, chunks, proposals)
         self._counts["steps"] += 1
         outputs, row = [], 0
-        for item, span in zip(work, spans, strict=True):
-            own = slice(row, row := row + logit_rows(span))
-            output = self._commit(item, span, own, buffers, proposals.get(item.sequence.id, Proposal([])),
-                                  verdicts.get(item.sequence.id))
+        for item, chunk in zip(scheduled, chunks, strict=True):
+            own = slice(row, row := row + logit_rows(chunk))
+            output = self._commit(item, chunk, own, buffers, proposals.get(item.sequence.id, Proposal([])),
+                                  verified.get(item.sequence.id))
             if output is not None:
                 outputs.append(output)
         return sorted(outputs, key=lambda o: o.id)
 
-    def _computed(self, step, work: list[Work], spans: list[Span], proposals: dict[int, Proposal]) -> tuple[dict, dict]:
-        """Buffers of a step, and the verdicts of the sequences that a backend judges where its logits are, by id."""
+    def _computed(self, step, scheduled: list[ScheduledSequence], chunks: list[SequenceChunk],
+                  proposals: dict[int, Proposal]) -> tuple[dict, dict[int, VerifyResult]]:
+        """Buffers of a step, and what the backend itself could verify, by sequence."""
         if not self.backend.capabilities.verifies_on_device:
-            return self.backend.run(self.tasks, step), {}
-        from runtime_ref.engine.accept_on_device import judge_on_device
+            return self.backend.run(self.program, step), {}
+        from runtime_ref.engine.accept_on_device import verify_on_device
 
-        buffers = self.backend.run(self.tasks, step, host=False)
-        return buffers, judge_on_device(buffers["logits"], work, spans, proposals)
+        buffers = self.backend.run(self.program, step, host=False)
+        return buffers, verify_on_device(buffers["logits"], scheduled, chunks, proposals)
 
-    def _draft(self, work: list[Work]) -> dict[int, Proposal]:
-        drafting = [w for w in work if w.drafts]
+    def _draft(self, scheduled: list[ScheduledSequence]) -> dict[int, Proposal]:
+        drafting = [w for w in scheduled if w.drafts]
         if not drafting:
             return {}
-        wanted = [Wanted(w.sequence.tables, w.sequence.tokens[-1], w.sequence.computed, w.drafts, w.sequence.pending_taps())
-                  for w in drafting]
+        requests = [DraftRequest(s.tables, s.tokens[-1], s.computed, drafts, s.pending_taps())
+                    for s, drafts in ((w.sequence, w.drafts) for w in drafting)]
         proposals = {}
-        for item, logits in zip(drafting, self.drafter.logits(wanted), strict=True):
+        for item, logits in zip(drafting, self.drafter.logits(requests), strict=True):
             sequence = item.sequence
             sequence.taps, sequence.tapped_from = [], sequence.computed
             proposals[sequence.id] = propose(logits, sequence.params, sequence.computed, self.drafter.markov,
                                              sequence.tokens[-1])
         return proposals
 
-    def _commit(self, item: Work, span: Span, own: slice, buffers: dict, proposal: Proposal, verdict: Verdict | None,
-                ) -> Output | None:
-        """Takes over what a step gave a sequence: the rows `own` of the logits, unless there is a verdict already."""
-        sequence, anchor = item.sequence, span.start + item.count - 1
+    def _commit(self, item: ScheduledSequence, chunk: SequenceChunk, own: slice, buffers: dict, proposal: Proposal,
+                verified: VerifyResult | None) -> Output | None:
+        """Takes over what a step gave a sequence: the rows `own` of the logits, unless they are verified already."""
+        sequence, anchor = item.sequence, chunk.start + item.count - 1
         emitted, accepted, logits = [], 0, None
-        if verdict is not None:
-            emitted, accepted = verdict.tokens, verdict.accepted
-        elif span.logits != "none":
+        if verified is not None:
+            emitted, accepted = verified.tokens, verified.accepted
+        elif chunk.logits != "none":
             logits = buffers["logits"][own].cpu()
             if not math.isfinite(float(logits.sum())):
                 row = int((~logits.isfinite()).any(-1).nonzero()[0])
-                raise FloatingPointError(f"request {sequence.id}: the logits after position {span.start + row} are not finite "
+                raise FloatingPointError(f"request {sequence.id}: the logits after position {chunk.start + row} are not finite "
                                          f"(token {int((~logits[row].isfinite()).nonzero()[0])} is the first)")
-            verdict = accept(logits, proposal, sequence.params, anchor, sequence.prompt, sequence.answer)
-            emitted, accepted = verdict.tokens, verdict.accepted
+            verified = accept(logits, proposal, sequence.params, anchor, sequence.prompt, sequence.answer)
+            emitted, accepted = verified.tokens, verified.accepted
         if sequence.drafting and self.drafter.taps:
-            rows = slice(span.row, span.row + item.count + accepted)
+            rows = slice(chunk.row, chunk.row + item.count + accepted)
             if self._taps_ascend and "taps" in buffers:
                 taps = buffers["taps"][rows]
             else:
                 taps = torch.cat([buffers[f"tap.{i}"][rows] for i in self.drafter.taps], dim=-1)
-            sequence.add_taps(taps, span.start)
+            sequence.add_taps(taps, chunk.start)
         sequence.computed += item.count + accepted
         if item.reads_prompt:
             self._counts["prompt_tokens"] += item.count
@@ -313,12 +314,12 @@ class Engine:
             sequence.taps, sequence.tapped_from = [], sequence.computed
         kinds = self.scheduler.kinds(sequence)
         for logical in sequence.full_pages(KIND in kinds):
-            self.cache.remember(sequence.tables, sequence.hashes, logical, kinds)
+            self.cache.cache_page(sequence.tables, sequence.hashes, logical, kinds)
             sequence.remembered = logical + 1
         lengths = {kind: sequence.computed for kind in kinds if kind != KIND}
         if KIND in kinds:
             lengths[KIND] = sequence.seen_by_drafter
-        self.cache.forget_behind(sequence.tables, lengths)
+        self.cache.evict_outside_window(sequence.tables, lengths)
 
     def _finish(self, sequence: Sequence) -> None:
         self._sequences.pop(sequence.id)

@@ -22,7 +22,7 @@ ROWS = 8
 
 
 @dataclass
-class Work:
+class ScheduledSequence:
     """`count` tokens of a sequence from `computed` on: a piece of what is read (a prompt, or all of a sequence that comes back
     after a preemption), or, decoding, the newest token and drafts after it."""
 
@@ -75,12 +75,12 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.cache.release(sequence.tables)
 
-    def plan(self) -> list[Work]:
-        """Work of the next step, with pages for all of it; empty when there is nothing to do."""
+    def plan(self) -> list[ScheduledSequence]:
+        """Sequences of the next step, with pages for all of it; empty when there is nothing to do."""
         self._admit()
-        work = self._divide()
-        planned: list[Work] = []
-        for item in sorted(work, key=lambda w: (w.reads_prompt, w.sequence.arrival)):
+        scheduled = self._divide()
+        planned: list[ScheduledSequence] = []
+        for item in sorted(scheduled, key=lambda w: (w.reads_prompt, w.sequence.arrival)):
             if item.sequence in self.running and self._reserve(item):
                 planned.append(item)
         return [w for w in planned if w.sequence in self.running]
@@ -93,7 +93,7 @@ class Scheduler:
                 return
             self.waiting.popleft()
             full = (len(sequence.tokens) - 1) // PAGE
-            sequence.cached = self.cache.take_prefix(sequence.tables, sequence.hashes[:full], self.kinds(sequence))
+            sequence.cached = self.cache.match_prefix(sequence.tables, sequence.hashes[:full], self.kinds(sequence))
             sequence.computed = sequence.tapped_from = sequence.cached
             sequence.remembered = sequence.cached // PAGE
             self.running.append(sequence)
@@ -107,18 +107,18 @@ class Scheduler:
         return len(pool.free) + sum(1 for entry in self.cache.entries()
                                     if kind in entry.pages and pool.references[entry.pages[kind]] == 1)
 
-    def _divide(self) -> list[Work]:
+    def _divide(self) -> list[ScheduledSequence]:
         decoding = [s for s in self.running if s.answered and s.waiting_tokens == 1]
         reading = [s for s in self.running if not (s.answered and s.waiting_tokens == 1)]
-        work = [Work(s, 1, self._drafts(s), reads_prompt=False) for s in decoding]
-        left = self.rows - sum(w.count + w.drafts for w in work)
+        scheduled = [ScheduledSequence(s, 1, self._drafts(s), reads_prompt=False) for s in decoding]
+        left = self.rows - sum(w.count + w.drafts for w in scheduled)
         for i, sequence in enumerate(reading):
             share = max(ROWS, left // (len(reading) - i) // ROWS * ROWS)
             count = min(sequence.waiting_tokens, share, left)
             if count > 0:
-                work.append(Work(sequence, count))
+                scheduled.append(ScheduledSequence(sequence, count))
                 left -= count
-        return work
+        return scheduled
 
     def _drafts(self, sequence: Sequence) -> int:
         """Drafts of its next round: no more than could be emitted beside the target's own token."""
@@ -129,7 +129,7 @@ class Scheduler:
             most = min(most, sequence.length.next())
         return max(0, min(most, sequence.left - 1))
 
-    def _reserve(self, item: Work) -> bool:
+    def _reserve(self, item: ScheduledSequence) -> bool:
         """Pages for an item; preempts those that came last until there is room. False if the item itself had to go."""
         sequence = item.sequence
         end = sequence.computed + item.count + item.drafts
@@ -146,7 +146,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.cache.release(sequence.tables)
-        sequence.forget()
+        sequence.reset()
         sequence.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(sequence)

@@ -42,7 +42,7 @@ class Sequence:
     length: DraftLength | None = None
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
-    remembered: int = 0
+    cached_pages: int = 0
     taps: list[torch.Tensor] = field(default_factory=list)
     tapped_from: int = 0
     hashes: list[bytes] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Sequence:
         """Tokens that may still be emitted."""
         return self.params.max_tokens - (len(self.tokens) - len(self.prompt))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Back to nothing computed, as after a preemption; tokens stay."""
         self.computed = self.remembered = self.tapped_from = 0
         self.taps = []

@@ -52,7 +52,7 @@ def propose(logits: torch.Tensor, params: SamplingParams, position: int, markov:
 
 
 @dataclass
-class Verdict:
+class VerifyResult:
     """Tokens that a round emits (the last one is the target's own), and how many of them were drafts."""
 
     tokens: list[int]
@@ -60,7 +60,7 @@ class Verdict:
 
 
 def accept(logits: torch.Tensor, proposal: Proposal, params: SamplingParams, position: int, prompt: list[int],
-           answer: list[int]) -> Verdict:
+           answer: list[int]) -> VerifyResult:
     """Judges drafts.
 
     Args:
@@ -72,18 +72,18 @@ def accept(logits: torch.Tensor, proposal: Proposal, params: SamplingParams, pos
     if params.plain_greedy:
         own = logits.argmax(-1).tolist()
         n = next((i for i, draft in enumerate(drafts) if draft != own[i]), len(drafts))
-        return Verdict(own[:n + 1], n)
+        return VerifyResult(own[:n + 1], n)
     said = list(answer)
     for i, draft in enumerate(drafts):
-        token = _judge(logits[i], draft, proposal, i, params, position, prompt, said)
+        token = _verified(logits[i], draft, proposal, i, params, position, prompt, said)
         said.append(token)
         if token != draft:
-            return Verdict(said[len(answer):], i)
+            return VerifyResult(said[len(answer):], i)
     said.append(sample(logits[len(drafts)], params, position + 1 + len(drafts), prompt, said))
-    return Verdict(said[len(answer):], len(drafts))
+    return VerifyResult(said[len(answer):], len(drafts))
 
 
-def _judge(logits, draft, proposal, i, params, position, prompt, said) -> int:
+def _verified(logits, draft, proposal, i, params, position, prompt, said) -> int:
     """The token emitted at draft i: the draft itself, or the one that takes its place."""
     where = position + 1 + i
     if proposal.q is None:

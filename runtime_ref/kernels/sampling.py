@@ -13,7 +13,7 @@ Reference twins: `torch.argmax`, `sampler.sample`, and `speculative.accept` with
 unless the uniform number lies within the rounding of a float64 sum of a boundary between two tokens (the order of the sum and
 the last place of the exponential differ).
 
-Penalties, top-k, top-p, min-p and rule "rejection" stay with `engine.sampler` (`draws_here`): they are a contract that
+Penalties, top-k, top-p, min-p and rule "rejection" stay with `engine.sampler` (`can_verify`): they are a contract that
 drafting must not change, and a vocabulary-wide sort belongs to no walk. Who judges a sequence follows from its own parameters
 alone, so company cannot change its tokens.
 """
@@ -54,9 +54,9 @@ def _draw(logits, best, mass, goal, heat, vocabulary, CHUNKS: tl.constexpr, WIDE
 
 
 @triton.jit(do_not_specialize=["R", "sequences"])
-def judge_kernel(logits, drafts, first, count, heat, uniform, best, place, mass, arrived, tokens, accepted, rows_left,
+def verify_kernel(logits, drafts, first, count, heat, uniform, best, place, mass, arrived, tokens, accepted, rows_left,
                  vocabulary, R, sequences, CHUNKS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (row, chunk). `judge` documents and fills the arguments."""
+    """Program (row, chunk). `verify` documents and fills the arguments."""
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     at = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -99,13 +99,13 @@ def judge_kernel(logits, drafts, first, count, heat, uniform, best, place, mass,
             tl.store(rows_left, 0)
 
 
-def draws_here(params: SamplingParams) -> bool:
-    """Whether the token of these parameters is what `judge` says."""
+def can_verify(params: SamplingParams) -> bool:
+    """Whether the token of these parameters is what `verify` says."""
     plain = not (params.penalized or params.top_k or params.min_p) and params.top_p == 1
     return params.logprobs is None and (params.plain_greedy or plain and (params.rule == "equality" or not params.speculate))
 
 
-def judge(logits: torch.Tensor, drafts: torch.Tensor, first: torch.Tensor, count: torch.Tensor, *,
+def verify(logits: torch.Tensor, drafts: torch.Tensor, first: torch.Tensor, count: torch.Tensor, *,
           temperature: torch.Tensor | None = None, uniform: torch.Tensor | None = None, chunk: int = CHUNK,
           ) -> tuple[torch.Tensor, torch.Tensor]:
     """The target's token of every row, and how many drafts of each sequence are accepted.
@@ -134,7 +134,7 @@ def judge(logits: torch.Tensor, drafts: torch.Tensor, first: torch.Tensor, count
     mass = torch.empty((R, chunks), dtype=torch.float64, device=device)
     tokens, accepted = torch.empty(R, dtype=torch.int32, device=device), torch.empty_like(first)
     with arrivals(R + _APART, device) as counters:
-        judge_kernel[(R, chunks)](logits, drafts, first, count, temperature, uniform, best, place, mass, counters[_APART:],
+        verify_kernel[(R, chunks)](logits, drafts, first, count, temperature, uniform, best, place, mass, counters[_APART:],
                                   tokens, accepted, counters[:1], V, R, first.shape[0], CHUNKS=chunks,
                                   WIDE=triton.next_power_of_2(chunks), BLOCK=chunk)
     return tokens, accepted

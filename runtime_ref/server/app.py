@@ -56,7 +56,8 @@ def application(api: Api) -> Access:
         yield
         await api.worker.stop()
 
-    app = FastAPI(title="FP4-DFlash reference runtime", version="1", lifespan=life, docs_url=None, redoc_url=None)
+    app = FastAPI(title="FP4-DFlash reference runtime", version="1", lifespan=life, docs_url=None, redoc_url=None,
+                  redirect_slashes=False)
     _routes(app, api)
     _errors(app, api)
     _schemas(app)

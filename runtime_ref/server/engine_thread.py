@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from runtime_ref.core.sampling_params import SamplingParams
-from runtime_ref.core.tensor_parallel import ALONE, RankLost, Ranks
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, RankLost, Ranks
 from runtime_ref.engine.engine import Engine
 from runtime_ref.engine.sequence import Output
 
@@ -198,7 +198,8 @@ class EngineWorker:
         stall_seconds: a step that takes longer means that the engine hangs.
     """
 
-    def __init__(self, engine: Engine, ranks: Ranks = ALONE, *, max_requests: int = 64, stall_seconds: float = STALL_SECONDS):
+    def __init__(self, engine: Engine, ranks: Ranks = SINGLE_RANK, *, max_requests: int = 64,
+                 stall_seconds: float = STALL_SECONDS):
         self.engine, self.ranks = engine, ranks
         self.max_requests, self.stall_seconds = max_requests, stall_seconds
         self.in_flight = 0

@@ -11,8 +11,10 @@ against the connection's end, and whoever loses frees the request's slot.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import copy
+import hashlib
 import importlib.metadata
 import random
 import time
@@ -204,7 +206,8 @@ class Api:
                                             restarts=self.preparing.restarts), media_type=CONTENT_TYPE)
 
     async def page(self, request: Request) -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+        text = PAGE.read_text(encoding="utf-8")
+        return HTMLResponse(text, headers=page_headers(text))
 
     def error(self, error: Exception) -> Response:
         """The OpenAI error object of what went wrong; counted."""
@@ -227,11 +230,15 @@ class Api:
         return JSONResponse(error_body(message, kind, param=param, code=code), status, headers)
 
 
-# The page's own code, its own server, and nothing else: whatever an answer holds, it loads and sends nothing.
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+def page_headers(text: str) -> dict[str, str]:
+    """The page's own code, named by its sum, and its own server: whatever an answer holds, it runs, loads and sends nothing."""
+    def source(name: str) -> str:
+        code = text.partition(f"<{name}>")[2].partition(f"</{name}>")[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
+
+    return {"Content-Security-Policy": f"default-src 'none'; script-src {source('script')}; style-src {source('style')}; "
+                                       "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 
 
 async def unless_gone(request: Request, work: Awaitable):

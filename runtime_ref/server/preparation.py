@@ -47,6 +47,7 @@ class Preparation:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        tokenizer.model_max_length = 1 << 62  # or every long text is warned of; what is too long is said here
         # No token stands for more text: longer ones cannot fit, and need not be tokenized to know it.
         self.longest = max(map(len, tokenizer.get_vocab()), default=1)
 
@@ -64,6 +65,9 @@ class Preparation:
         asked = schema.validate(schema.ChatRequest, raw, unknown=limits.unknown)
         if asked.top_logprobs and not asked.logprobs:
             raise BadRequest(f"top_logprobs: {asked.top_logprobs}, expected logprobs true with it", param="top_logprobs")
+        if asked.tools and asked.tool_choice != "none" or asked.tool_choice not in (None, "none"):
+            raise BadRequest("tools: not supported by this server", param="tools", code="unsupported_parameter")
+        self._plain_text(asked)
         variables = dict(asked.chat_template_kwargs or {})
         if asked.reasoning_effort is not None:
             variables["reasoning_effort"] = asked.reasoning_effort
@@ -76,12 +80,18 @@ class Preparation:
 
     def _completions(self, raw: dict, limits: Limits) -> dict[str, Any]:
         asked = schema.validate(schema.CompletionRequest, raw, unknown=limits.unknown)
+        self._plain_text(asked)
         prompts = self._prompts(asked, limits)
         if asked.echo and asked.logprobs is not None:
             raise BadRequest("echo: not together with logprobs (those of prompts are not computed)", param="echo")
         echo = [self._decode(p) for p in prompts] if asked.echo else None
         return self._prepared(asked, prompts, limits, logprobs=asked.logprobs, echo=echo,
                               max_tokens=asked.tokens_asked_for(schema.COMPLETION_TOKENS))
+
+    def _plain_text(self, asked) -> None:
+        if asked.response_format is not None and asked.response_format.type != "text":
+            raise BadRequest("response_format: not supported by this server", param="response_format",
+                             code="unsupported_parameter")
 
     def _prepared(self, asked: schema.Answering, prompts: list[list[int]], limits: Limits, **more) -> dict[str, Any]:
         if asked.stream_options is not None and not asked.stream:

@@ -11,68 +11,68 @@ import torch
 from mxfp4.mxfp8 import dequantize_mxfp8, quantize_mxfp8
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.host_weights import Dense
-from runtime_ref.core.batch import Span
-from runtime_ref.core.program import Task
+from runtime_ref.core.batch import SequenceChunk
+from runtime_ref.core.program import Op
 
 
-def expected(backend: TorchBackend, task: Task, inputs: dict[str, torch.Tensor], span: Span, real: int, *,
+def expected(backend: TorchBackend, op: Op, inputs: dict[str, torch.Tensor], chunk: SequenceChunk, real: int, *,
              mxfp8: bool = False) -> torch.Tensor | None:
-    """float64 result of a task on the buffers that it read, comparable with `found`; None for tasks that only move data.
+    """float64 result of an op on the buffers that it read, comparable with `found`; None for ops that only move data.
 
     With several ranks: of this rank's share, except what all ranks get (`add_parts`, `head`), which is gathered here too, so
     that every rank must ask for the same tasks.
 
     Args:
-        span: the one sequence of the step, from position 0 on.
+        chunk: the one sequence of the step, from position 0 on.
         real: rows that are not padding. mxfp8: whether activations are rounded to it where they enter experts.
     """
     w, config = backend.weights, backend.config
     x = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-    layer = w.layers[task.layer] if task.layer >= 0 else None
-    if task.op in ("input_norm", "post_norm", "final_norm"):
-        weight = w.norm if layer is None else layer.input_norm if task.op == "input_norm" else layer.post_norm
+    layer = w.layers[op.layer] if op.layer >= 0 else None
+    if op.name in ("input_norm", "post_norm", "final_norm"):
+        weight = w.norm if layer is None else layer.input_norm if op.name == "input_norm" else layer.post_norm
         value = x["x"]
         return value / (value.square().mean(-1, keepdim=True) + config.layernorm_epsilon).sqrt() * weight.double()
-    if task.op.startswith("project"):
-        return _projected(x["y"], layer.attention, backend.rotary[task.op.removeprefix("project_")], real,
+    if op.name.startswith("project"):
+        return _projected(x["y"], layer.attention, backend.rotary[op.name.removeprefix("project_")], real,
                           config.layernorm_epsilon)
-    if task.op.startswith("attend"):
-        return _attended(x["q"], backend, task, span, real)
-    if task.op == "merge_heads":
+    if op.name.startswith("attend"):
+        return _attended(x["q"], backend, op, chunk, real)
+    if op.name == "merge_heads":
         a = layer.attention
         merged = torch.einsum("qrv,qvh->rh", x["heads"], a.o.double().reshape(x["heads"].shape[0], x["heads"].shape[2], -1))
         return merged if a.o_bias is None else merged + a.o_bias
-    if task.op == "dense_mlp":
+    if op.name == "dense_mlp":
         return _mlp(x["y"], layer.mlp)
-    if task.op == "route":
+    if op.name == "route":
         return _routed(x["y"], layer.mlp, config)
-    if task.op == "experts":
+    if op.name == "experts":
         if mxfp8:
             return _experts(x["y"].bfloat16(), x["index"], x["weight"], layer.mlp.experts, _mxfp8)
         return _experts(x["y"], x["index"], x["weight"], layer.mlp.experts, lambda rows: rows)
-    if task.op == "head":
+    if op.name == "head":
         parts = torch.stack([x["y"] @ part.double() for part in w.head])
         return torch.cat(list(w.ranks.gather(parts)), dim=-1)
-    if task.op == "add_parts":
+    if op.name == "add_parts":
         return x["x"] + w.ranks.gather(x["partial"]).sum(0)
-    if task.op == "embed":
+    if op.name == "embed":
         return w.embed.double()[x["ids"].long()]
     return None
 
 
-def found(task: Task, buffers: dict[str, torch.Tensor], backend) -> torch.Tensor:
+def found(op: Op, buffers: dict[str, torch.Tensor], backend) -> torch.Tensor:
     """What the backend computed, in the form of `expected`."""
     config = backend.config
-    if task.op.startswith("project"):
+    if op.name.startswith("project"):
         return torch.cat([buffers["q"].flatten(), buffers["k"].flatten(), buffers["v"].flatten()])
-    if task.op in ("merge_heads", "dense_mlp", "experts"):
+    if op.name in ("merge_heads", "dense_mlp", "experts"):
         return buffers["partial"].double().sum(0)
-    if task.op == "route":
+    if op.name == "route":
         dense = torch.zeros(buffers["index"].shape[0], config.n_routed_experts, dtype=torch.float64)
         return dense.scatter_(1, buffers["index"].cpu().long(), buffers["weight"].cpu().double())
-    if task.op == "head" and buffers["logits"].shape[1] < config.vocab_size:  # own columns, gathered after the last task
+    if op.name == "head" and buffers["logits"].shape[1] < config.vocab_size:  # own columns, gathered after the last op
         return torch.cat(list(backend.ranks.gather(buffers["logits"][None].contiguous())), dim=-1)
-    return buffers[task.writes[0]]
+    return buffers[op.writes[0]]
 
 
 def _normed(x, weight, epsilon):
@@ -98,11 +98,11 @@ def _projected(y, a, rotary, real, epsilon):
     return torch.cat([q.flatten(), qk[a.query_heads:].flatten(), v.flatten()])
 
 
-def _attended(q, backend, task, span, real):
-    kind = task.op.removeprefix("attend_")
-    pool, a = backend.pools[kind], backend.weights.layers[task.layer].attention
-    slots = torch.tensor([span.tables[kind].slot(p) for p in range(real)])
-    keys, values = (store[task.layer].index_select(1, slots.to(store[task.layer].device)).cpu().double()[..., :width]
+def _attended(q, backend, op, chunk, real):
+    kind = op.name.removeprefix("attend_")
+    pool, a = backend.pools[kind], backend.weights.layers[op.layer].attention
+    slots = torch.tensor([chunk.tables[kind].slot(p) for p in range(real)])
+    keys, values = (store[op.layer].index_select(1, slots.to(store[op.layer].device)).cpu().double()[..., :width]
                     for store, width in ((pool.keys, a.qk_dim), (pool.values, a.v_dim)))  # some backends pad the widths
     groups = q.shape[0] // keys.shape[0]
     scores = torch.einsum("qrd,qsd->qrs", q[:, :real], keys.repeat_interleave(groups, 0))

@@ -104,15 +104,15 @@ def test_own_data_takes_dialogues_and_plain_text_and_names_bad_rows(tmp_path, lo
     tokenizer = loaded[1].tokenizer
     file = tmp_path / "own.jsonl"
     file.write_text(json.dumps({"prompt": "a", "response": "bc"}) + "\n" + json.dumps({"text": "xyz"}) + "\n")
-    first, second = own_dialogues([str(file)], "prompt", tokenizer)
+    first, second = own_dialogues([str(file)], "prompt", tokenizer, loaded[1].end_ids)
     assert len(first.prompt) == 1 and len(first.response) == 3 and first.response[-1] == tokenizer.eos_token_id
     assert second.prompt == [] and len(second.response) == 4
     file.write_text('{"prompt": "a"}\n')
     with pytest.raises(ValueError, match=r"own.jsonl:1: neither 'response' nor 'text'; it has \['prompt'\]"):
-        own_dialogues([str(file)], "prompt", tokenizer)
+        own_dialogues([str(file)], "prompt", tokenizer, loaded[1].end_ids)
     file.write_text('{"prompt"\n')
     with pytest.raises(ValueError, match="own.jsonl:1: not valid JSON"):
-        own_dialogues([str(file)], "prompt", tokenizer)
+        own_dialogues([str(file)], "prompt", tokenizer, loaded[1].end_ids)
     with pytest.raises(ValueError, match="empty prompt"):
         row_prompt({"_where": "x:1", "prompt": ""}, "prompt", tokenizer, "k")
 

@@ -1,25 +1,36 @@
 """Regenerated answers: resumable, shared out, served by an endpoint, never mixed up; features: exact, bounded, checked."""
 
 import errno
+import io
 import json
 import os
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from jobs import run_job
 from tolerance import MODEL_FP32
 
-from dflash_train import features
+from dflash_train import endpoint, features
 from dflash_train import self_distillation as answers
 from dflash_train.dialogues import pack, read_jsonl
 from dflash_train.features import DiskFeatures, OnlineFeatures, cached_features, take_space
-from dflash_train.reference_decoding import by_length, in_token_batches, plain
-from dflash_train.self_distillation import answer_file, generate_answers, plan_batches, regenerated
-from dflash_train.target import describe_target, load_target, mask_token_id, tapped_layers, target_files
+from dflash_train.reference_decoding import by_length, generate, in_token_batches, plain
+from dflash_train.self_distillation import answer_file, generate_answers, judge_answers, plan_batches, regenerated
+from dflash_train.target import (
+    TargetFiles,
+    describe_target,
+    load_target,
+    mask_token_id,
+    norm_scale,
+    rotary_base,
+    tapped_layers,
+    target_files,
+)
 from recipes.command import own_message
 from recipes.load import load_recipe
 
@@ -193,6 +204,10 @@ class Endpoint(BaseHTTPRequestHandler):
         return self.reply(200, {"choices": [{"text": "", "token_ids": tokens[:-1] if ended else tokens,
                                              "finish_reason": "stop" if ended else "length"}]})
 
+    def do_GET(self):
+        known = self.path == "/v1/models"
+        self.reply(200 if known else 404, {"data": [{"id": "the-model"}]} if known else {"error": {"message": "no such route"}})
+
     def reply(self, code, body):
         data = json.dumps(body).encode()
         self.send_response(code)
@@ -206,7 +221,7 @@ class Endpoint(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(loaded, monkeypatch):
-    monkeypatch.setattr(answers.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
     Endpoint.target, Endpoint.count = loaded[1], 0
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
@@ -239,11 +254,73 @@ def test_a_serving_engine_spares_regenerate_the_weights(draft_recipe, loaded, se
 def test_endpoint_errors_are_one_line_and_lose_nothing(draft_recipe, loaded, server, tmp_path):
     _, target, _ = loaded
     wrong = load_recipe(draft_recipe, [GREEDY, f"dflash.regenerate.endpoint={server}/extra"])
-    with pytest.raises(OSError, match=r"extra/completions: HTTP 404: .*no such route"):
+    with pytest.raises(OSError, match=r"extra/models: HTTP 404: .*no such route"):
         regenerated(wrong, target, tmp_path, say=quiet)
     dead = load_recipe(draft_recipe, [GREEDY, "dflash.regenerate.endpoint=http://127.0.0.1:9/v1"])
     with pytest.raises(OSError, match="refused.*run again to continue"):
         regenerated(dead, target, tmp_path, say=quiet)
+
+
+REPLIES = {
+    "no choices": ({"choices": []}, "no usable reply"),
+    "an error with 200": ({"error": {"message": "x"}}, "no usable reply"),
+    "no JSON": (b"<html>", "no usable reply"),
+    "null text": ({"choices": [{"text": None, "finish_reason": "length"}]}, "no usable reply"),
+    "negative ids": ({"choices": [{"token_ids": [-1]}]}, "token ids outside"),
+    "another vocabulary": ({"choices": [{"token_ids": [10**6]}]}, "token ids outside"),
+    "nothing": ({"choices": [{"token_ids": [], "finish_reason": "length"}]}, "an answer without tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", REPLIES)
+def test_a_reply_that_is_none_is_tried_again_and_then_one_line(kind, loaded, monkeypatch):
+    reply, words = REPLIES[kind]
+    monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
+    tries = []
+
+    def urlopen(request, timeout):
+        tries.append(request)
+        return io.BytesIO(reply if isinstance(reply, bytes) else json.dumps(reply).encode())
+
+    monkeypatch.setattr(endpoint.urllib.request, "urlopen", urlopen)
+    settings = loaded[0].dflash.regenerate.model_copy(update={"endpoint": "http://host/v1", "endpoint_model": "m"})
+    with pytest.raises(OSError, match=words) as caught:
+        endpoint.Endpoint(settings, loaded[1], quiet).answer([1, 2], 0.0, 4, 0)
+    assert len(tries) == endpoint.ATTEMPTS and len(str(caught.value).splitlines()) == 1
+
+
+def test_the_key_is_sent_ids_are_asked_for_and_the_servers_end_token_is_kept(loaded, monkeypatch):
+    seen = []
+
+    def urlopen(request, timeout):
+        seen.append(request)
+        return io.BytesIO(json.dumps({"choices": [{"token_ids": [5], "finish_reason": "stop", "stop_reason": 9}]}).encode())
+
+    monkeypatch.setattr(endpoint.urllib.request, "urlopen", urlopen)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    target = TargetFiles(loaded[1].path, loaded[1].tokenizer, [0, 7, 9], [0], 264)
+    settings = loaded[0].dflash.regenerate.model_copy(update={"endpoint": "http://host/v1/", "endpoint_model": "m"})
+    assert endpoint.Endpoint(settings, target, quiet).answer([1, 2], 0.0, 4, 0) == [5, 9]
+    body = json.loads(seen[0].data)
+    assert body["return_token_ids"] is True and seen[0].get_header("Authorization") == "Bearer secret"
+
+
+def test_each_prompt_has_its_own_room_beside_a_long_one(loaded):
+    _, target, _ = loaded
+    prompts, limits = [[1] * 10, [2] * 90], [40, 3]
+    together = generate(target, prompts, max_new_tokens=limits, temperature=0.0)
+    alone = [generate(target, [p], max_new_tokens=n, temperature=0.0)[0] for p, n in zip(prompts, limits, strict=True)]
+    assert together == alone
+    assert len(together[0]) > 3 and len(together[1]) <= 3
+
+
+def test_mostly_empty_answers_are_refused_and_some_are_said():
+    said, row = [], {"response_ids": [0], "ended": True}
+    full = {"response_ids": [5, 0], "ended": True}
+    judge_answers([row, full, full | {"ended": False}], [0], said.append)
+    assert said == ["of 3 answers 1 are empty, and 1 were cut at their limit of tokens"]
+    with pytest.raises(ValueError, match="2 of 3 answers are empty; .* chat.prompts"):
+        judge_answers([row, row, full], [0])
 
 
 @pytest.fixture
@@ -363,7 +440,32 @@ def test_default_taps_are_even_and_include_first_and_last():
 
 def test_the_mask_token_must_exist(loaded):
     tokenizer = loaded[1].tokenizer
-    assert mask_token_id("<|endoftext|>", tokenizer, 264) == 0 and mask_token_id(263, tokenizer, 264) == 263
-    for setting, words in ((None, "no mask token"), ("<|nope|>", "not an entry"), (264, "from 0 to 263")):
+    assert mask_token_id(263, tokenizer, 264) == 263
+    for setting, words in ((None, "no mask token"), ("<|nope|>", "not an entry"), (264, "from 0 to 263"),
+                           ("<|endoftext|>", "the tokenizer's eos token"), (70, "an ordinary entry of the vocabulary")):
         with pytest.raises(ValueError, match=words):
             mask_token_id(setting, tokenizer, 264)
+
+
+@pytest.mark.parametrize(("given", "base"), [
+    ({"rope_theta": 5e6}, 5e6), ({"rope_parameters": {"rope_theta": 7e5}}, 7e5), ({}, 1e4),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 5e6}, "sliding_attention": {"rope_theta": 1e4}}}, 5e6),
+    ({"rope_parameters": {"sliding_attention": {"rope_theta": 3e5}}}, 3e5)])
+def test_the_rotary_base_is_the_targets_wherever_its_configuration_keeps_it(given, base):
+    assert rotary_base(SimpleNamespace(**given)) == base
+
+
+def test_the_final_norm_is_what_the_target_multiplies_by():
+    class OnePlus(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(8))
+
+        def forward(self, x):
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+    plain_norm, other = torch.nn.RMSNorm(8, eps=1e-6), OnePlus()
+    torch.nn.init.uniform_(plain_norm.weight)
+    assert torch.equal(norm_scale(plain_norm), plain_norm.weight)
+    assert torch.equal(norm_scale(other), 1 + other.weight)
+    assert norm_scale(torch.nn.LayerNorm(8)) is None and norm_scale(None) is None

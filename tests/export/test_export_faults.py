@@ -40,8 +40,8 @@ def test_a_full_disk_is_one_line_with_the_file_and_the_same_command_continues(to
 def test_an_export_stopped_while_it_verifies_goes_on_without_writing_a_file_again(number, code, toy_run, exported, tmp_path):
     out = tmp_path / "out"
     arguments = toy_run, "export.shard_bytes=100000", "--out", out
-    job = Job("export/to_hf.py", *arguments, before="import time; from export import inspection; "
-              "inspection.Checkpoint._check_tensors = lambda self: (print('verifying', flush=True), time.sleep(100))")
+    job = Job("export/to_hf.py", *arguments, before="import time; from checkpoint import verify; "
+              "verify._Verifier._check_tensors = lambda self: (print('verifying', flush=True), time.sleep(100))")
     assert any(line == "verifying\n" for line in job.stdout)
     job.send_signal(number)
     said, _ = job.communicate()

@@ -1,13 +1,16 @@
 """Packing loses nothing but the tail; the order depends on seed and epoch alone; a position can be rejoined."""
 
+import gzip
 import json
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qat.data import Packer, endless_batches, heldout_domains, make_loader, packed_dataset
-from recipes.schema import Data
+from recipes.schema import Data, Source
 from training.epoch_order import EpochOrder
 from training.files import expand
 
@@ -22,7 +25,7 @@ class CharTokenizer:
 @pytest.mark.parametrize("length", [8, 63, 100])
 def test_packed_rows_are_the_joined_documents_cut_at_length(length):
     texts = ["ab" * 50, "", "xyz" * 33]
-    packer = Packer(CharTokenizer(), length, "text")
+    packer = Packer(CharTokenizer(), length)
     rows = [row for batch in (texts[:1], [], texts[1:]) for row in packer({"text": batch})["input_ids"]]
     joined = [i for ids in CharTokenizer()(texts, False)["input_ids"] for i in (*ids, 0)]
     assert [i for row in rows for i in row] == joined[:len(joined) // length * length]
@@ -112,7 +115,7 @@ def test_a_missing_file_names_key_and_pattern():
 
 def test_a_wrong_column_names_what_there_is(tmp_path):
     settings, file = data(tmp_path, text_field="body")
-    with pytest.raises(ValueError, match=r"data\.text_field: 'body' is not a column of data\.train; it has \['text'\]"):
+    with pytest.raises(ValueError, match=r"data\.train: .*:1: no 'body' \(data\.text_field\) .* it has \['text'\]"):
         packed_dataset([file], CharTokenizer(), settings)
 
 
@@ -132,11 +135,16 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
 
 
 UNREADABLE = {
-    "cut off": ("x.jsonl", b'{"text": "a"}\n{"text": \n', "data.train: .*x.jsonl: cannot be read"),
+    "cut off": ("x.jsonl", b'{"text": "a"}\n{"text": \n', "data.train: .*x.jsonl:2: not valid JSON"),
+    "latin-1": ("x.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "data.train: .*x.jsonl:2: not UTF-8: byte 0xe9"),
+    "latin-1 text": ("x.txt", b"caf\xe9", "data.train: .*x.txt: not UTF-8: byte 0xe9 at 3"),
+    "array cut off": ("x.json", b'[{"text": "a"},\n', "data.train: .*x.json:2: not valid JSON"),
+    "no objects": ("x.json", b'["a"]', "data.train: .*x.json: entry 1: expected an object, found str"),
+    "gzip that is none": ("x.jsonl.gz", b"not zipped\n", "data.train: .*x.jsonl.gz: cannot be read"),
     "empty": ("x.jsonl", b"", "data.train: .*x.jsonl: is empty"),
     "blank": ("x.jsonl", b" \n\n", "data.train: .*x.jsonl: is empty"),
-    "numbers": ("x.jsonl", b'{"text": 3}\n', "column 'text' of data.train holds int64, expected text"),
-    "lists": ("x.jsonl", b'{"text": ["a"]}\n', "column 'text' of data.train holds .*, expected text"),
+    "numbers": ("x.jsonl", b'{"text": 3}\n', "data.train: .*x.jsonl:1: 'text' is int, expected text"),
+    "lists": ("x.jsonl", b'{"text": ["a"]}\n', "data.train: .*x.jsonl:1: 'text' is list, expected text"),
     "no parquet": ("x.parquet", b"PAR1 but not really", "data.train: .*x.parquet: cannot be read"),
 }
 
@@ -166,3 +174,76 @@ def test_two_heldout_files_of_one_domain_are_refused(tmp_path):
     (tmp_path / "alpha.more.jsonl").write_text('{"text": "abc"}\n')
     with pytest.raises(ValueError, match="data.heldout: .* and .* are both domain 'alpha'"):
         heldout_domains([file, str(tmp_path / "alpha.more.jsonl")], CharTokenizer(), settings)
+
+
+def ids_of(patterns, settings, **options) -> list[int]:
+    return torch.stack(list(packed_dataset(patterns, CharTokenizer(), settings, **options)["input_ids"])).flatten().tolist()
+
+
+SPELLINGS = ("a.jsonl", "a.JSONL", "a.ndjson", "a.jsonl.gz", "a.json", "a.csv", "a.parquet", "folder")
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_the_same_documents_in_every_spelling_are_the_same_rows(name, tmp_path):
+    from datasets import Dataset
+
+    texts = [f"document {i}, of nine words and a comma " for i in range(30)]
+    rows = [{"text": text, "number": i} for i, text in enumerate(texts)]
+    file, table = tmp_path / name, Dataset.from_list(rows)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if name == "folder":
+        table.save_to_disk(file)
+    elif name.endswith((".csv", ".parquet")):
+        getattr(table, f"to_{name[2:]}")(file)
+    else:
+        lines = json.dumps(rows).encode() if name == "a.json" else lines
+        file.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    settings = Data(train=[str(file)], heldout=[str(file)], sequence_length=16)
+    joined = [i for ids in CharTokenizer()(texts, False)["input_ids"] for i in (*ids, 0)]
+    assert ids_of([str(file)], settings) == joined[:len(joined) // 16 * 16]
+
+
+def test_other_columns_may_differ_between_and_within_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "abcdefgh", "id": 1}\n{"text": "ijklmnop", "id": "x", "more": [1]}\n')
+    (tmp_path / "b.jsonl").write_text('{"source": {"a": 1}, "text": "qrstuvwxyz012345"}\n')
+    settings = Data(train=["x"], heldout=["x"], sequence_length=8)
+    assert len(ids_of([str(tmp_path / "*.jsonl")], settings)) == 32
+
+
+def test_an_edited_file_is_read_anew(tmp_path):
+    settings, file = data(tmp_path)
+    before = ids_of([file], settings)
+    Path(file).write_text('{"text": "something else, long enough for a row"}\n')
+    assert ids_of([file], settings) != before
+
+
+def test_weighted_sources_are_mixed_by_their_weights(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name * 7}"}}\n' * 400)
+    sources = [Source(path=str(tmp_path / "a.jsonl"), weight=3.0), Source(path=str(tmp_path / "b.jsonl"), weight=1.0)]
+    settings = Data(train=sources, heldout=["x"], sequence_length=8)
+    counts = Counter(ids_of(sources, settings, seed=1))
+    a, b = (counts[CharTokenizer()([name], False)["input_ids"][0][0]] for name in "ab")
+    assert 2.5 < a / b < 3.5 and ids_of(sources, settings, seed=1) != ids_of(sources, settings, seed=2)
+
+
+def test_at_most_as_many_documents_as_asked_for_are_read(tmp_path):
+    settings, file = data(tmp_path)
+    assert ids_of([Source(path=file, documents=5)], settings) == ids_of([file], settings)[:len(ids_of([Source(
+        path=file, documents=5)], settings))]
+
+
+@pytest.mark.parametrize("given", [{}, {"path": "a", "hub": "b"}])
+def test_a_source_is_in_one_place(given):
+    with pytest.raises(ValueError, match="either path or hub"):
+        Source(**given)
+
+
+def test_texts_begin_as_the_tokenizer_begins_texts():
+    class Begins(CharTokenizer):
+        bos_token_id = 250
+
+        def __call__(self, texts, add_special_tokens):
+            return {"input_ids": [[250] * add_special_tokens + ids for ids in super().__call__(texts, False)["input_ids"]]}
+
+    assert Packer(Begins(), 3)({"text": ["a", "b"]})["input_ids"] == [[250, 98, 0], [250, 99, 0]]

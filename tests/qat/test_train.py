@@ -14,8 +14,10 @@ from jobs import ENVIRONMENT, ROOT, Job, run_alone, run_job
 from safetensors.torch import load_file
 
 from mxfp4 import fake_quantize
-from training.checkpoint import complete_checkpoints
+from storage.digests import file_digests
+from training.checkpoint import complete_checkpoints, seal
 from training.report import CLOCK_KEYS, read_metrics
+from training.state_files import load_state, save_state
 
 SCRIPT = "qat/train.py"
 
@@ -127,7 +129,8 @@ def test_max_steps_stops_with_a_checkpoint_and_resume_finishes_the_same_run(unin
 METHODS = {"scales": ["qat.scales.method=learned", "qat.warm_start.method=gptq", "qat.warm_start.sequences=8",
                       "qat.oscillation.method=reset", "qat.oscillation.reset_every=3", "qat.oscillation.start=0.1",
                       "qat.grid_pull.strength=20.0", "qat.loss.gradient=immediate", "qat.loss.hidden_kl=0.5"],
-           "soft": ["qat.soft_rounding.method=annealed", "qat.soft_rounding.until=0.8"]}
+           "soft": ["qat.soft_rounding.method=annealed", "qat.soft_rounding.until=0.8", "qat.heldout_every=5",
+                    "qat.heldout_sequences=2"]}
 
 
 @pytest.mark.parametrize("chosen", METHODS)
@@ -262,31 +265,41 @@ def test_a_mistake_is_one_helpful_line_and_exit_code_2(tiny_recipe, override):
     assert len(errors) == 1 and MISTAKES[override] in errors[0]
 
 
+def reseal(path, **changes):
+    """Makes a checkpoint's sums fit what is there."""
+    facts = json.loads((path / "complete.json").read_text())
+    for key in ("sum", "sha256"):
+        del facts[key]
+    names = [p.name for p in path.iterdir() if p.name != "complete.json"]
+    seal(path, facts | changes, file_digests(path, names))
+
+
 def test_a_checkpoint_of_another_shape_is_one_line(tiny_recipe, tiny_checkpoint, tmp_path):
     run_job(SCRIPT, tiny_recipe, "--max-steps", 1)
-    state = next(complete_checkpoints(folder(tiny_recipe) / "checkpoints")[0].glob("custom_checkpoint_0.pkl"))
-    content = torch.load(state, weights_only=False)
-    content["masters"][0] = content["masters"][0][:, :-1]
-    torch.save(content, state)
+    path = complete_checkpoints(folder(tiny_recipe) / "checkpoints")[0]
+    content = load_state(path / "training_state.safetensors")
+    content["job"]["masters"][0] = content["job"]["masters"][0][:, :-1]
+    save_state(path / "training_state.safetensors", content)
+    reseal(path)
     done = run_job(SCRIPT, tiny_recipe, "--resume", expect=2)
     assert "does not fit this recipe's model" in done and "gate_up_proj" in done
 
 
 def test_another_number_of_processes_is_refused_on_resume(tiny_recipe):
     run_job(SCRIPT, tiny_recipe, "--max-steps", 1)
-    facts = complete_checkpoints(folder(tiny_recipe) / "checkpoints")[0] / "complete.json"
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"processes": 8}))
+    reseal(complete_checkpoints(folder(tiny_recipe) / "checkpoints")[0], processes=8)
     assert "written by 8 processes, now running 1" in run_job(SCRIPT, tiny_recipe, "--resume", expect=2)
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_recipe):
     full = (
-        "import errno, accelerate\n"
-        "original = accelerate.Accelerator.save_state\n"
-        "def full(self, path, **k):\n"
-        "    original(self, path, **k)\n"
-        "    if 'step-00000008' in path: raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "accelerate.Accelerator.save_state = full\n")
+        "import errno\n"
+        "from training import checkpoint\n"
+        "original = checkpoint.write_states\n"
+        "def full(accelerator, path, **k):\n"
+        "    original(accelerator, path, **k)\n"
+        "    if 'step-00000008' in str(path): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "checkpoint.write_states = full\n")
     said = run_job(SCRIPT, tiny_recipe, expect=1, before=full)
     assert "No space left on device; the last good checkpoint is" in said and "Traceback" not in said
     names = [p.name for p in (folder(tiny_recipe) / "checkpoints").iterdir()]

@@ -200,10 +200,10 @@ class OracleProposer(Drafter):
         """Where the engine's sequences are looked up."""
         self.engine = engine
 
-    def logits(self, wanted):
+    def logits(self, requests):
         by_place = {(s.computed, s.tokens[-1], id(s.tables)): s for s in self.engine._sequences.values()}
         out = []
-        for w in wanted:
+        for w in requests:
             sequence = by_place[w.position, w.anchor, id(w.tables)]
             said = len(sequence.tokens) - len(sequence.prompt)
             text = self.answers[tuple(sequence.prompt)]

@@ -1,8 +1,8 @@
-"""The task list of `tasks.py`, run in one call of the compiled ops (`ops.c`).
+"""The program of `core/program.py`, run in one call of the compiled ops (`ops.c`).
 
-The same tasks in the same order as the torch backend; what it saves is the calls (a step of the embedded model is a hundred
-tasks of microseconds) and the bytes (weights in bf16 where that is exact, experts packed). With several ranks the list is
-cut where a collective is needed. With `watch`, one call per task, and the buffers in the shapes of `model.py`.
+The same ops in the same order as the torch backend; what it saves is the calls (a step of the embedded model is a hundred
+ops of microseconds) and the bytes (weights in bf16 where that is exact, experts packed). With several ranks the list is
+cut where a collective is needed. With `watch`, one call per op, and the buffers in the shapes of `model.py`.
 
 An engine in bf16 multiplies by bf16 dot products where the processor has them (`bf16_dots.h`): activations are rounded where
 they enter a product, which halves the arithmetic of a step of eight rows. Elsewhere, and in float32, nothing is rounded there.
@@ -27,9 +27,9 @@ from runtime_ref.backends.c import structs
 from runtime_ref.backends.c.structs import LANES, Layer, Memory, Workspace, can_dot, compiled_ops, pad, up
 from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import PAGE, Pool, Table
-from runtime_ref.core.program import Task
+from runtime_ref.core.program import Op
 
 KINDS = ("full", "window")
 
@@ -71,7 +71,7 @@ class CStep:
 
 
 class Rows:
-    """The rows of a step, column by column: a span's positions follow each other, so most columns are ranges."""
+    """The rows of a step, column by column: a chunk's positions follow each other, so most columns are ranges."""
 
     def __init__(self, windows: list[int | None]):
         self.ids: list[int] = []
@@ -221,16 +221,16 @@ class CBackend(Backend):
 
         return CDrafter(load_drafter(folder, torch.float32), self, pages)
 
-    def plan(self, spans: list[Span]) -> CStep:
-        """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
+    def plan(self, chunks: list[SequenceChunk]) -> CStep:
+        """The step that computes the tokens of `chunks`, whose tables must reach to their ends."""
         rows = Rows([pool.window for pool in self.pools.values()])
-        for span in spans:
-            span.row, n = len(rows.ids), len(span.tokens)
-            if span.logits == "all":
-                rows.head += range(span.row, span.row + n)
-            elif span.logits == "last":
-                rows.head.append(span.row + n - 1)
-            rows.add(span.tokens, span.start, [span.tables[kind] for kind in self.pools])
+        for chunk in chunks:
+            chunk.row, n = len(rows.ids), len(chunk.tokens)
+            if chunk.logits == "all":
+                rows.head += range(chunk.row, chunk.row + n)
+            elif chunk.logits == "last":
+                rows.head.append(chunk.row + n - 1)
+            rows.add(chunk.tokens, chunk.start, [chunk.tables[kind] for kind in self.pools])
         return rows.step()
 
     def _fit(self, planned: CStep) -> None:
@@ -243,37 +243,37 @@ class CBackend(Backend):
                     if (own.attention.window is not None) == (kind == "window"):
                         layer.cos, layer.sin = rotary._cos.data_ptr(), rotary._sin.data_ptr()
 
-    def _code(self, tasks: list[Task]) -> tuple[array, list[tuple[int, int, str]], tuple | None]:
+    def _code(self, program: list[Op]) -> tuple[array, list[tuple[int, int, str]], tuple | None]:
         """Instructions, the runs of them between collectives (begin, end, what is gathered then), and of the taps, if there
         are any, how many they are, where each layer's stands among them (as the ops read it), and the same as a dictionary."""
-        known = self._codes.get(id(tasks))
+        known = self._codes.get(id(program))
         if known is not None:
             return known[1:]
         numbers, runs, began = array("i"), [], 0
-        for i, task in enumerate(tasks):
-            name = task.op.removesuffix("_full").removesuffix("_window")
+        for i, op in enumerate(program):
+            name = op.name.removesuffix("_full").removesuffix("_window")
             if name == "add_parts":
-                name = "add_attention" if tasks[i - 1].op == "merge_heads" else "add_mlp"
+                name = "add_attention" if program[i - 1].name == "merge_heads" else "add_mlp"
                 runs.append((began, i, name))
                 began = i
-            numbers.extend((structs.OP[name], task.layer))
-        runs.append((began, len(tasks), "logits"))
+            numbers.extend((structs.OP[name], op.layer))
+        runs.append((began, len(program), "logits"))
         if len(self._codes) > 64:
             self._codes.clear()
-        layers = {task.layer: i for i, task in enumerate(t for t in tasks if t.op == "tap")}
+        layers = {op.layer: i for i, op in enumerate(t for t in program if t.name == "tap")}
         places = array("i", [layers.get(i, 0) for i in range(len(self.layers))])
-        self._codes[id(tasks)] = (tasks, numbers, runs, (len(layers), places, layers) if layers else None)
-        return self._codes[id(tasks)][1:]
+        self._codes[id(program)] = (program, numbers, runs, (len(layers), places, layers) if layers else None)
+        return self._codes[id(program)][1:]
 
     @torch.inference_mode()
-    def run(self, tasks: list[Task], planned: CStep, watch: Callable[[Task, dict], None] | None = None, *,
+    def run(self, program: list[Op], planned: CStep, watch: Callable[[Op, dict], None] | None = None, *,
             host: bool = True) -> dict:
-        """Executes the tasks in order; returns the logits of the rows that want them and the taps, side by side in the order of
+        """Executes the ops in order; returns the logits of the rows that want them and the taps, side by side in the order of
         their layers (`taps`) and by name (`tap.0`).
 
-        `watch` sees all buffers after each task, in the shapes of `model.py`.
+        `watch` sees all buffers after each op, in the shapes of `model.py`.
         """
-        numbers, runs, tapped = self._code(tasks)
+        numbers, runs, tapped = self._code(program)
         step, ranks = self.step, self.weights.ranks
         self._fit(planned)
         submit(step, planned)
@@ -284,17 +284,17 @@ class CBackend(Backend):
             step.taps, step.tap_stride, step.tap_place = taps.data_ptr(), taps.shape[1], tapped[1].buffer_info()[0]
         step.logits, base = logits.data_ptr(), numbers.buffer_info()[0]
         if watch is None and ranks.count == 1:
-            self.run_code(step, base, len(tasks))
+            self.run_code(step, base, len(program))
         else:
             for begin, end, gathered in runs:
                 for at in range(begin, end) if watch else (begin,):
                     self.run_code(step, base + 8 * at, 1 if watch else end - begin)
                     step.gathered = None
                     if watch:
-                        watch(tasks[at], {name: buffers[name] for name in buffers.cut} | self._buffers(tasks[at], planned)
+                        watch(program[at], {name: buffers[name] for name in buffers.cut} | self._buffers(program[at], planned)
                               | {"logits": logits[:, :self.vocabulary]})
                 if gathered != "logits":
-                    self._gather(tasks[end].layer, gathered, planned.real)
+                    self._gather(program[end].layer, gathered, planned.real)
         logits = logits[:, :self.vocabulary]
         if ranks.count > 1:
             logits = ranks.gather(logits[None].contiguous()).transpose(0, 1).reshape(planned.wanted, -1)
@@ -311,13 +311,13 @@ class CBackend(Backend):
         self._gathered = ranks.gather(own)
         self.step.gathered, self.step.gathered_parts = self._gathered.data_ptr(), self._gathered.shape[0]
 
-    def _buffers(self, task: Task, planned: CStep) -> dict[str, torch.Tensor]:
-        """Copies of what a task reads and writes, as the torch backend would have them."""
+    def _buffers(self, op: Op, planned: CStep) -> dict[str, torch.Tensor]:
+        """Copies of what an op reads and writes, as the torch backend would have them."""
         R, H, held = planned.real, self.step.H, self.work.tensors
-        layer = self.layers[max(task.layer, 0)]
+        layer = self.layers[max(op.layer, 0)]
         qkv = held["qkv"][:R * layer.qkv.n].view(R, -1)
         q, k, v = qkv.split((layer.Q * layer.Dp, layer.K * layer.Dp, layer.K * layer.Vp), dim=1)
-        parts = layer.parts if task.op == "merge_heads" else layer.mlp_parts
+        parts = layer.parts if op.name == "merge_heads" else layer.mlp_parts
         found = {"x": held["x"][:R * H].view(R, H), "y": held["y"][:R * H].view(R, H),
                  "q": q.unflatten(1, (layer.Q, -1)).transpose(0, 1)[..., :layer.D],
                  "k": k.unflatten(1, (layer.K, -1)).transpose(0, 1)[..., :layer.D],
@@ -327,7 +327,7 @@ class CBackend(Backend):
         if layer.top:
             found |= {"index": held["index"][:R * layer.top].view(R, -1).long(),
                       "weight": held["weight"][:R * layer.top].view(R, -1)}
-        return {name: found[name].clone() for name in (*task.reads, *task.writes) if name in found}
+        return {name: found[name].clone() for name in (*op.reads, *op.writes) if name in found}
 
 
 def padded_pointer(memory: Memory, weight: torch.Tensor | None) -> int | None:

@@ -18,7 +18,7 @@ from runtime_ref.backends.c import structs
 from runtime_ref.backends.c.backend import CStep, Rows, attention_fields, dense_fields, in_halves, padded_pointer, submit
 from runtime_ref.backends.c.structs import OP, Layer, Memory, Workspace, up
 from runtime_ref.backends.torch.drafter import TorchDrafter
-from runtime_ref.core.batch import KIND, Wanted
+from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.kv_cache import Pool
 
 # Products in bytes where the processor has dot products: a draft is a guess, and twice as many fit into the same time.
@@ -98,10 +98,10 @@ class CDrafter(TorchDrafter):
         planned = CStep(n, 0, numbers, kinds=1, pages=0, picks=False, highest=max(positions))
         self._run(self.context_step, self.context_work, self.context_code, planned)
 
-    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
-        self._catch_up(wanted)
+    def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
+        self._catch_up(requests)
         rows = Rows([self.window])
-        for w in wanted:
+        for w in requests:
             at = len(rows.ids)
             rows.head += range(at + 1, at + w.count + 1)
             rows.add([w.anchor] + [-1] * w.count, w.position, [w.tables[KIND]], last_low=w.position,
@@ -112,7 +112,7 @@ class CDrafter(TorchDrafter):
         logits, ranks = logits[:, :self.backend.vocabulary], self.backend.ranks
         if ranks.count > 1:
             logits = ranks.gather(logits[None].contiguous()).transpose(0, 1).reshape(len(rows.head), -1)
-        return list(logits.split([w.count for w in wanted]))
+        return list(logits.split([w.count for w in requests]))
 
 
 def _code(instructions: list[tuple[str, int]]) -> array:

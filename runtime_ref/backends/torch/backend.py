@@ -13,14 +13,14 @@ from runtime_ref.backends.torch import ops
 from runtime_ref.backends.torch.ops import Step
 from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import Pool
-from runtime_ref.core.program import Task
+from runtime_ref.core.program import Op
 from runtime_ref.core.tensor_parallel import shares
 
 
 class TorchBackend(Backend):
-    """Runs task lists on one rank's weights with torch, on the CPU.
+    """Runs programs on one rank's weights with torch, on the CPU.
 
     Args:
         dtype: of the residual stream and the cache, bfloat16 or float32.
@@ -80,11 +80,11 @@ class TorchBackend(Backend):
                           (parts, inner, config.hidden_size)}
         return found
 
-    def plan(self, spans: list[Span]) -> Step:
-        """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
-        step, blocks = ops.plan_rows(spans, self.rules)
+    def plan(self, chunks: list[SequenceChunk]) -> Step:
+        """The step that computes the tokens of `chunks`, whose tables must reach to their ends."""
+        step, blocks = ops.plan_rows(chunks, self.rules)
         for kind, pool in self.pools.items():
-            step.reach[kind] = ops.reach(pool, kind, blocks, step.block)
+            step.attention[kind] = ops.attention_metadata(pool, kind, blocks, step.block)
             step.rotary[kind] = self.rotary[kind].rows(step.positions, step.highest)
         return step
 
@@ -94,18 +94,18 @@ class TorchBackend(Backend):
         return Step(rows, rows, ops.ROWS, 0, None, ops.ROWS, ops.ROWS, None, None)
 
     @torch.inference_mode()
-    def run(self, tasks: list[Task], step: Step, watch: Callable[[Task, dict], None] | None = None, *,
+    def run(self, program: list[Op], step: Step, watch: Callable[[Op, dict], None] | None = None, *,
             host: bool = True) -> dict[str, torch.Tensor]:
-        """Executes the tasks in order; returns all buffers."""
+        """Executes the ops in order; returns all buffers."""
         buffers = {"ids": step.ids}
-        for task in tasks:
-            found = self.ops[task.op](step, task.layer, *[buffers[name] for name in task.reads])
-            if len(task.writes) == 1:
-                buffers[task.writes[0]] = found
+        for op in program:
+            found = self.ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
+            if len(op.writes) == 1:
+                buffers[op.writes[0]] = found
             else:
-                buffers.update(zip(task.writes, found or (), strict=True))
+                buffers.update(zip(op.writes, found or (), strict=True))
             if watch is not None:
-                watch(task, buffers)
+                watch(op, buffers)
         return buffers
 
     def op_embed(self, step, layer, ids):
@@ -128,14 +128,14 @@ class TorchBackend(Backend):
         return self.op_project_full(step, layer, y, "window")
 
     def op_write_full(self, step, layer, k, v, kind="full"):
-        ops.write_cache(self.pools[kind], layer, k, v, step.reach[kind].slots)
+        ops.write_cache(self.pools[kind], layer, k, v, step.attention[kind].slots)
 
     def op_write_window(self, step, layer, k, v):
         self.op_write_full(step, layer, k, v, "window")
 
     def op_attend_full(self, step, layer, q, kind="full"):
-        return ops.attend(q, self.pools[kind], layer, step.reach[kind], self.weights.layers[layer].attention.sink, step,
-                          self.rules)
+        return ops.attend(q, self.pools[kind], layer, step.attention[kind],
+                          self.weights.layers[layer].attention.sink, step, self.rules)
 
     def op_attend_window(self, step, layer, q):
         return self.op_attend_full(step, layer, q, "window")

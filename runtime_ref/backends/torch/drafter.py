@@ -19,9 +19,9 @@ from modeling.drafter import DFlashDraftModel
 from runtime_ref.backends.base import Drafter
 from runtime_ref.backends.torch import ops
 from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.backends.torch.ops import Reach, RowRules, rounded
+from runtime_ref.backends.torch.ops import AttentionMetadata, RowRules, rounded
 from runtime_ref.backends.torch.rotary import Rotary
-from runtime_ref.core.batch import KIND, Wanted
+from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.drafter_checks import check_drafter
 from runtime_ref.core.kv_cache import PAGE, Pool, Table
 from runtime_ref.core.markov import MarkovHead
@@ -110,19 +110,19 @@ class TorchDrafter(Drafter):
             self.extend(part, positions, [table.slot(p) for p in positions])
 
     @torch.inference_mode()
-    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+    def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
         """Draft logits [count, vocabulary] float32 of each sequence, its pending features included in the context first."""
-        self._catch_up(wanted)
-        most = max(w.count for w in wanted) + 1
+        self._catch_up(requests)
+        most = max(w.count for w in requests) + 1
         rules = self.backend.rules
         T = ops.NARROW if most <= ops.NARROW and rules.quantum == ops.NARROW else -(-most // ops.ROWS) * ops.ROWS
-        x = self.backend.weights.embed.new_empty(len(wanted), T, self.mask.shape[0])
+        x = self.backend.weights.embed.new_empty(len(requests), T, self.mask.shape[0])
         x[:] = self.mask
-        x[:, 0] = self.backend.weights.embed[torch.tensor([w.anchor for w in wanted])]
+        x[:, 0] = self.backend.weights.embed[torch.tensor([w.anchor for w in requests])]
         x = rounded(x.flatten(0, 1), self.backend.dtype)
-        positions = torch.tensor([w.position for w in wanted])[:, None] + torch.arange(T)
+        positions = torch.tensor([w.position for w in requests])[:, None] + torch.arange(T)
         table = self.rotary.rows(positions.flatten(), int(positions.max()))
-        seen = self._reach(wanted, positions, T)
+        seen = self._metadata(requests, positions, T)
         step = _Blocks(T)
         for i, layer in enumerate(self.layers):
             y = convolved(ops.norm(x, layer["input_norm"], self.epsilon), layer["convolutions"][0], T, rules)
@@ -131,18 +131,18 @@ class TorchDrafter(Drafter):
             if self.value_scale is not None:
                 v = v.mul_(self.value_scale)
             rows = seen.rows
-            ops.write_cache(self.pool, i, qk[self.Q:].index_select(1, rows), v.index_select(1, rows), seen.reach.slots)
-            heads = ops.attend(qk[:self.Q] * self.D**-0.5, self.pool, i, seen.reach, layer["sink"], step, rules)
+            ops.write_cache(self.pool, i, qk[self.Q:].index_select(1, rows), v.index_select(1, rows), seen.attention.slots)
+            heads = ops.attend(qk[:self.Q] * self.D**-0.5, self.pool, i, seen.attention, layer["sink"], step, rules)
             x = rounded(x + ops.merge_heads(heads, layer["o"], rules=rules)[0], self.backend.dtype)
             y = convolved(ops.norm(x, layer["post_norm"], self.epsilon), layer["convolutions"][1], T, rules)
             inner = ops.gated(ops.spread(y, layer["gate_up"], rules))
             x = rounded(x + ops.product(inner, layer["down"], rules)[0], self.backend.dtype)
         y = ops.norm(x, self.norm, self.epsilon)
-        logits = ops.head_logits(y, self.backend.weights.head, self.backend.weights.ranks, rules).view(len(wanted), T, -1)
-        return [logits[b, 1:w.count + 1] for b, w in enumerate(wanted)]
+        logits = ops.head_logits(y, self.backend.weights.head, self.backend.weights.ranks, rules).view(len(requests), T, -1)
+        return [logits[b, 1:w.count + 1] for b, w in enumerate(requests)]
 
-    def _catch_up(self, wanted: list[Wanted]) -> None:
-        late = [w for w in wanted if w.taps is not None and w.taps.shape[0]]
+    def _catch_up(self, requests: list[DraftRequest]) -> None:
+        late = [w for w in requests if w.taps is not None and w.taps.shape[0]]
         short = [w for w in late if w.taps.shape[0] <= 64]
         for w in late:
             if w.taps.shape[0] > 64:
@@ -153,19 +153,19 @@ class TorchDrafter(Drafter):
         slots = [w.tables[KIND].slot(p) for w in short for p in range(w.position - w.taps.shape[0], w.position)]
         self.extend(torch.cat([w.taps for w in short]) if len(short) > 1 else short[0].taps, positions, slots)
 
-    def _reach(self, wanted: list[Wanted], positions: torch.Tensor, T: int) -> _DraftReach:
+    def _metadata(self, requests: list[DraftRequest], positions: torch.Tensor, T: int) -> _DraftMetadata:
         """Pages, mask and slots of the blocks; only the block's own positions have slots, up to its count."""
-        first = [self.pool.first_needed(w.position) for w in wanted]
-        last = [(w.position + w.count) // PAGE for w in wanted]
+        first = [self.pool.first_needed(w.position) for w in requests]
+        last = [(w.position + w.count) // PAGE for w in requests]
         n = max(b - a for a, b in zip(first, last, strict=True)) + 1
         tables, slots, rows = [], [], []
-        for b, (w, low, high) in enumerate(zip(wanted, first, last, strict=True)):
+        for b, (w, low, high) in enumerate(zip(requests, first, last, strict=True)):
             table = w.tables[KIND]
             held = table.pages[low - table.first:high + 1 - table.first]
             tables += held + [0] * (n - len(held))
             slots += [table.slot(w.position + i) for i in range(w.count + 1)]
             rows += range(b * T, b * T + w.count + 1)
-        anchors = torch.tensor([[w.position, w.position + w.count + 1] for w in wanted])[:, :, None, None, None]
+        anchors = torch.tensor([[w.position, w.position + w.count + 1] for w in requests])[:, :, None, None, None]
         keys = (torch.tensor(first)[:, None] * PAGE + torch.arange(n * PAGE)).view(-1, n, 1, PAGE)
         queries = positions[:, None, :, None]
         context = keys < anchors[:, 0]
@@ -176,12 +176,13 @@ class TorchDrafter(Drafter):
             own = own & (keys <= queries)
         seen = (context | own).expand(-1, -1, T, -1)
         hidden = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-        return _DraftReach(Reach(len(wanted), torch.tensor(tables), hidden, torch.tensor(slots)), torch.tensor(rows))
+        attention = AttentionMetadata(len(requests), torch.tensor(tables), hidden, torch.tensor(slots))
+        return _DraftMetadata(attention, torch.tensor(rows))
 
 
 @dataclass
-class _DraftReach:
-    reach: Reach
+class _DraftMetadata:
+    attention: AttentionMetadata
     rows: torch.Tensor
 
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from runtime_ref.backends.torch.rotary import Rotary
 from runtime_ref.checkpoints.host_weights import Attention, Dense, Experts, Moe
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk, logit_rows
 from runtime_ref.core.kv_cache import PAGE, Pool
 from runtime_ref.core.tensor_parallel import Ranks
 
@@ -134,7 +134,7 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @dataclass
-class Reach:
+class AttentionMetadata:
     """What the blocks of a step see of one kind of cache.
 
     tables [B * n] page ids; hidden [B, n, T, PAGE] is 0 or minus infinity; slots [real rows] is where rows are written.
@@ -161,27 +161,27 @@ class Step:
     row_slots: torch.Tensor | None  # [R] where a row stands among the blocks' rows
     starts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-    reach: dict[str, Reach] = field(default_factory=dict)
+    attention: dict[str, AttentionMetadata] = field(default_factory=dict)
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
-def plan_rows(spans: list[Span], rules: RowRules = STRICT) -> tuple[Step, list[tuple[Span, int, int]]]:
-    """Rows of the spans side by side, and the blocks (span, first position, count) they make."""
+def plan_rows(chunks: list[SequenceChunk], rules: RowRules = STRICT) -> tuple[Step, list[tuple[SequenceChunk, int, int]]]:
+    """Rows of the chunks side by side, and the blocks (chunk, first position, count) they make."""
     ids: list[int] = []
     positions: list[int] = []
     head: list[int] = []
     blocks, block_rows = [], []
-    T = NARROW if rules.quantum == NARROW and max(len(span.tokens) for span in spans) <= NARROW else ROWS
-    for span in spans:
-        span.row = len(ids)
-        n = len(span.tokens)
-        ids += span.tokens
-        positions += range(span.start, span.start + n)
-        head += range(span.row, span.row + n) if span.logits == "all" else [span.row + n - 1] if span.logits == "last" else []
+    T = NARROW if rules.quantum == NARROW and max(len(chunk.tokens) for chunk in chunks) <= NARROW else ROWS
+    for chunk in chunks:
+        chunk.row = len(ids)
+        n = len(chunk.tokens)
+        ids += chunk.tokens
+        positions += range(chunk.start, chunk.start + n)
+        head += range(chunk.row + n - logit_rows(chunk), chunk.row + n)
         for begin in range(0, n, T):
             count = min(T, n - begin)
-            blocks.append((span, span.start + begin, count))
-            block_rows += [span.row + begin + min(i, count - 1) for i in range(T)]
+            blocks.append((chunk, chunk.start + begin, count))
+            block_rows += [chunk.row + begin + min(i, count - 1) for i in range(T)]
     real = len(ids)
     R = T if len(blocks) == 1 else padded(real, rules)
     highest = max(positions)
@@ -201,14 +201,14 @@ def plan_rows(spans: list[Span], rules: RowRules = STRICT) -> tuple[Step, list[t
     return step, blocks
 
 
-def reach(pool: Pool, kind: str, blocks: list[tuple[Span, int, int]], T: int) -> Reach:
+def attention_metadata(pool: Pool, kind: str, blocks: list[tuple[SequenceChunk, int, int]], T: int) -> AttentionMetadata:
     """Pages and mask of a target's kind for the blocks of `plan_rows`."""
     first = [pool.first_needed(start) for _, start, _ in blocks]
     last = [(start + count - 1) // PAGE for _, start, count in blocks]
     n = max(b - a for a, b in zip(first, last, strict=True)) + 1
     tables, slots = [], []
-    for (span, start, count), low, high in zip(blocks, first, last, strict=True):
-        table = span.tables[kind]
+    for (chunk, start, count), low, high in zip(blocks, first, last, strict=True):
+        table = chunk.tables[kind]
         held = table.pages[low - table.first:high + 1 - table.first]
         tables += held + [0] * (n - len(held))
         slots += [table.slot(p) for p in range(start, start + count)]
@@ -217,7 +217,7 @@ def reach(pool: Pool, kind: str, blocks: list[tuple[Span, int, int]], T: int) ->
     keys = keys.view(len(blocks), n, 1, PAGE)
     seen = keys <= queries if pool.window is None else (keys <= queries) & (keys > queries - pool.window)
     hidden = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-    return Reach(len(blocks), torch.tensor(tables), hidden, torch.tensor(slots))
+    return AttentionMetadata(len(blocks), torch.tensor(tables), hidden, torch.tensor(slots))
 
 
 def embed(table: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -257,7 +257,7 @@ def write_cache(pool: Pool, layer: int, k: torch.Tensor, v: torch.Tensor, slots:
     pool.values[layer].index_copy_(1, slots, rounded(v[:, :n], pool.dtype))
 
 
-def attend(q: torch.Tensor, pool: Pool, layer: int, seen: Reach, sink: torch.Tensor | None, step: Step,
+def attend(q: torch.Tensor, pool: Pool, layer: int, seen: AttentionMetadata, sink: torch.Tensor | None, step: Step,
            rules: RowRules = STRICT) -> torch.Tensor:
     """Heads [Q, R, V] of queries [Q, R, D] over the cache (which holds the rows' own keys already)."""
     K, B, T = pool.keys[layer].shape[0], seen.blocks, step.block

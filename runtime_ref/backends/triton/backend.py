@@ -1,4 +1,4 @@
-"""Runs task lists with the Triton kernels: the same list, the same buffers, the same caches as `tasks.TorchBackend`.
+"""Runs programs with the Triton kernels: the same list, the same buffers, the same caches as `TorchBackend`.
 
 Every op of the list has a kernel; none falls back to torch. The list is fused first (`fusion.py`); a caller that watches
 buffers gets the list as it is, op by op. On a machine without a GPU the kernels are compiled for the CPU (`kernels/host`), or
@@ -32,11 +32,11 @@ from runtime_ref.checkpoints.device_shapes import interpreted
 from runtime_ref.checkpoints.device_weights import KernelWeights, load_kernel_weights
 from runtime_ref.checkpoints.host_weights import TargetWeights
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk, logit_rows
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, Pool, Table
-from runtime_ref.core.program import Task
-from runtime_ref.core.tensor_parallel import ALONE, Ranks
+from runtime_ref.core.program import Op
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.experts import MAX_TOKENS, Launch, Workspace, run_experts
@@ -112,7 +112,7 @@ class RotaryTable:
 
 
 class TritonBackend(Backend):
-    """One rank's weights and caches, and the ops of a task list.
+    """One rank's weights and caches, and the ops of a program.
 
     Args:
         pages: pages by kind ("full", "window"); a kind that the model does not have gets no pool.
@@ -169,21 +169,21 @@ class TritonBackend(Backend):
                 pools[kind] = KernelPool(own, pages[kind], window, self.device)
         return pools
 
-    def plan(self, spans: list[Span]) -> KernelStep:
-        """The step that computes the tokens of `spans`, whose tables must reach to their ends."""
+    def plan(self, chunks: list[SequenceChunk]) -> KernelStep:
+        """The step that computes the tokens of `chunks`, whose tables must reach to their ends."""
         ids, positions, head = [], [], []
-        for span in spans:
-            span.row = len(ids)
-            n = len(span.tokens)
-            ids += span.tokens
-            positions += range(span.start, span.start + n)
-            head += range(span.row + {"all": 0, "last": n - 1, "none": n}[span.logits], span.row + n)
+        for chunk in chunks:
+            chunk.row = len(ids)
+            n = len(chunk.tokens)
+            ids += chunk.tokens
+            positions += range(chunk.start, chunk.start + n)
+            head += range(chunk.row + n - logit_rows(chunk), chunk.row + n)
         ids, positions, rows = (torch.tensor(c, dtype=torch.int32, device=self.device) for c in (ids, positions, head or [0]))
         step = KernelStep(ids, positions, rows, ids.shape[0], len(head))
         for kind, pool in self.pools.items():
-            step.blocks[kind] = plan_blocks(pool, [(span.tables[kind], span.start + begin, min(BLOCK, len(span.tokens) - begin),
-                                                    span.row + begin) for span in spans
-                                                   for begin in range(0, len(span.tokens), BLOCK)], self.device)
+            places = [(chunk.tables[kind], chunk.start + begin, min(BLOCK, len(chunk.tokens) - begin), chunk.row + begin)
+                      for chunk in chunks for begin in range(0, len(chunk.tokens), BLOCK)]
+            step.blocks[kind] = plan_blocks(pool, places, self.device)
         return step
 
     def plan_of_rows(self) -> KernelStep:
@@ -192,29 +192,29 @@ class TritonBackend(Backend):
         return KernelStep(rows, rows, rows, BLOCK, 0)
 
     @torch.inference_mode()
-    def run(self, tasks: list[Task], step: KernelStep, watch: Callable[[Task, dict], None] | None = None, *,
+    def run(self, program: list[Op], step: KernelStep, watch: Callable[[Op, dict], None] | None = None, *,
             host: bool = True) -> dict[str, torch.Tensor]:
-        """Executes the tasks in order; returns the buffers, logits on the host unless told otherwise. `watch` sees the buffers
-        after each task of the list as it is."""
-        if watch is None and self.walk is not None and self.walk.serves(tasks, step):
+        """Executes the ops in order; returns the buffers, logits on the host unless told otherwise. `watch` sees the buffers
+        after each op of the list as it is."""
+        if watch is None and self.walk is not None and self.walk.serves(program, step):
             buffers = self.walk.run(step)
         else:
-            buffers = self._launch(tasks, step, watch)
+            buffers = self._launch(program, step, watch)
         if host and "logits" in buffers:
             buffers["logits"] = buffers["logits"].cpu()
         return buffers
 
-    def _launch(self, tasks: list[Task], step: KernelStep, watch: Callable[[Task, dict], None] | None) -> dict:
+    def _launch(self, program: list[Op], step: KernelStep, watch: Callable[[Op, dict], None] | None) -> dict:
         """Op by op."""
         buffers = {"ids": step.ids}
-        for task in tasks if watch is not None else fused(tasks, self.ranks.count):
-            found = self.ops[task.op](step, task.layer, *[buffers[name] for name in task.reads])
-            if len(task.writes) == 1:
-                buffers[task.writes[0]] = found
+        for op in program if watch is not None else fused(program, self.ranks.count):
+            found = self.ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
+            if len(op.writes) == 1:
+                buffers[op.writes[0]] = found
             else:
-                buffers.update(zip(task.writes, found or (), strict=True))
+                buffers.update(zip(op.writes, found or (), strict=True))
             if watch is not None:
-                watch(task, buffers)
+                watch(op, buffers)
         return buffers
 
     def _layer(self, index: int):
@@ -392,8 +392,8 @@ def default_launch() -> Launch:
     return Launch(programs=4 * (torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1))
 
 
-def load_triton_backend(folder: str | Path, ranks: Ranks = ALONE, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int],
-                        positions: int, native: bool = False,
+def load_triton_backend(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, dtype: torch.dtype = torch.bfloat16,
+                        pages: dict[str, int], positions: int, native: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> TritonBackend:
     """A backend on an exported folder. native: experts for tensor cores that read E2M1 (`kernels/native_tiles.py`).
 

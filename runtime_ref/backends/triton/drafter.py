@@ -19,10 +19,10 @@ from modeling.drafter import DFlashDraftModel
 from runtime_ref.backends.base import Drafter
 from runtime_ref.backends.triton.backend import BLOCK, Blocks, KernelPool, RotaryTable, TritonBackend, plan_blocks
 from runtime_ref.checkpoints.device_weights import Arena, piece_bytes
-from runtime_ref.core.batch import KIND, Wanted
+from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.drafter_checks import check_drafter
 from runtime_ref.core.kv_cache import Table
-from runtime_ref.core.tensor_parallel import ALONE, SHARES, Ranks
+from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK, Ranks
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.row_launches import Heads, Matrix, paired
@@ -36,7 +36,7 @@ LEAST_DOWN = 16  # entries of a part of the down product
 class Share:
     """What a rank holds: of whole heads and of the inner dimension, `parts_o` and `parts_down` parts of the sums over them.
 
-    ranks: those that sum; ALONE where each holds everything.
+    ranks: those that sum; SINGLE_RANK where each holds everything.
     """
 
     ranks: Ranks
@@ -54,7 +54,7 @@ def share_of(model: DFlashDraftModel, ranks: Ranks, shares: int = SHARES) -> Sha
     queries, keys, count = config.num_attention_heads, config.num_key_value_heads, ranks.count
     o, down = parts_of(queries * v, v, shares), parts_of(config.intermediate_size, LEAST_DOWN, shares)
     if config.hidden_size % count or queries % count or (keys % count and count % keys) or o % count or down % count:
-        return Share(ALONE, o, down)
+        return Share(SINGLE_RANK, o, down)
     return Share(ranks, o // count, down // count)
 
 
@@ -136,23 +136,23 @@ class TritonDrafter(Drafter):
             self.extend(part, positions, [table.slot(p) for p in positions])
 
     @torch.inference_mode()
-    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+    def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
         """Draft logits [count, vocabulary] float32 of each sequence, its pending features included in the context first."""
-        for w in wanted:
+        for w in requests:
             if w.taps is not None and w.taps.shape[0]:
                 self.extend_tables(w.taps, w.position - w.taps.shape[0], w.tables[KIND])
-        ids, positions, picked, blocks = self.plan(wanted)
+        ids, positions, picked, blocks = self.plan(requests)
         x = launches.gather(self.backend.kernel_weights.embed, ids, self.backend.tiling, spare=self.mask)
         for i, layer in enumerate(self.layers):
             x = self._run_layer(i, layer, x, positions, blocks)
         found = self.backend.head_logits(x, picked.shape[0], norm=(self.norm, self.epsilon), rows=picked)
-        return list(found.split([w.count for w in wanted]))
+        return list(found.split([w.count for w in requests]))
 
-    def plan(self, wanted: list[Wanted]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Blocks]:
+    def plan(self, requests: list[DraftRequest]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Blocks]:
         """ids (-1: the mask), positions and the drafts' rows, int32, and the blocks over the drafter's pages."""
         device = self.backend.device
         ids, positions, picked, places = [], [], [], []
-        for w in wanted:
+        for w in requests:
             places.append((w.tables[KIND], w.position, w.count + 1, len(ids)))
             picked += range(len(ids) + 1, len(ids) + w.count + 1)
             ids += [w.anchor] + [-1] * w.count

@@ -1,6 +1,6 @@
-"""A whole step in one launch: the fused task list as a table of int32, and the launch that walks it.
+"""A whole step in one launch: the fused program as a table of int32, and the launch that walks it.
 
-`table_of` encodes a list of `fusion.fused`: one row per task, [op, w, scales, gamma, extra, place, geometry, 0]; weights as
+`table_of` encodes a list of `fusion.fused`: one row per op, [op, w, scales, gamma, extra, place, geometry, 0]; weights as
 offsets into the arena, in units of its alignment. What a row means is in `kernels/step.py`. `PersistentStep.run` fills in what
 changes from step to step and launches; it serves steps of up to 64 rows. Longer steps (prompts) are bound by arithmetic, not by
 launches, and stay op by op.
@@ -24,7 +24,7 @@ from runtime_ref.backends.triton.backend import BLOCK, Blocks, KernelPool, Kerne
 from runtime_ref.checkpoints.device_weights import Arena, KernelLayer
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE
-from runtime_ref.core.program import Task
+from runtime_ref.core.program import Op
 from runtime_ref.kernels.attention import CHUNK_PAGES, attention_constants, most_chunks
 from runtime_ref.kernels.experimental.megakernel import OPS, STAGES, step_kernel, walk_options
 from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
@@ -35,31 +35,31 @@ _KINDS = {"full": "F", "window": "W"}
 SUMS = ("merge_add", "down_add", "experts_add")  # what ranks add up
 
 
-def table_of(tasks: list[Task], layers: list[KernelLayer], arena: Arena, pools: dict[str, KernelPool]) -> torch.Tensor:
-    """int32 [tasks, step.FIELDS] of a fused list.
+def table_of(program: list[Op], layers: list[KernelLayer], arena: Arena, pools: dict[str, KernelPool]) -> torch.Tensor:
+    """int32 [ops, step.FIELDS] of a fused list.
 
-    A task that sums over ranks has no gamma: field 3 says how many of its op the list holds, field 7 the how manieth it is.
+    an op that sums over ranks has no gamma: field 3 says how many of its op the list holds, field 7 the how manieth it is.
 
     Raises:
-        ValueError: a task that the walk does not know (its op is named).
+        ValueError: an op that the walk does not know (its op is named).
     """
-    taps = [task.layer for task in tasks if task.op == "tap"]
+    taps = [op.layer for op in program if op.name == "tap"]
     rows, seen = [], dict.fromkeys(SUMS, 0)
-    for task in tasks:
-        if task.op not in OPS:
-            raise ValueError(f"{task}: the persistent step has no op {task.op!r}")
-        layer = layers[task.layer] if task.layer >= 0 else None
-        row = [OPS.index(task.op), *_pieces(task.op, layer, arena), 0, 0]
-        if task.op.startswith(("enter", "attend")):
-            row.append(pools[layer.kind].place[task.layer])
-        elif task.op == "tap":
-            row.append(taps.index(task.layer))
+    for op in program:
+        if op.name not in OPS:
+            raise ValueError(f"{op}: the persistent step has no op {op.name!r}")
+        layer = layers[op.layer] if op.layer >= 0 else None
+        row = [OPS.index(op.name), *_pieces(op.name, layer, arena), 0, 0]
+        if op.name.startswith(("enter", "attend")):
+            row.append(pools[layer.kind].place[op.layer])
+        elif op.name == "tap":
+            row.append(taps.index(op.layer))
         else:
             row.append(0)
         row = [*row[:5], row[-1], int(layer is not None and layer.kind == "window"), 0]
-        if task.op in SUMS:
-            seen[task.op] += 1
-            row[3], row[7] = sum(other.op == task.op for other in tasks), seen[task.op]
+        if op.name in SUMS:
+            seen[op.name] += 1
+            row[3], row[7] = sum(other.name == op.name for other in program), seen[op.name]
         rows.append(row)
     return torch.tensor(rows, dtype=torch.int32)
 
@@ -111,22 +111,22 @@ def the_one(values: list[int], what: str) -> int:
 
 
 class PersistentStep:
-    """One task list of a backend, encoded, with its scratch.
+    """One program of a backend, encoded, with its scratch.
 
     Args:
-        tasks: as of `tasks.target_tasks`.
+        program: as of `core.program.target_program`, not fused.
         programs: of the grid; all must be resident.
 
     Raises:
         ValueError: layers of one kind that differ in what the compiled walk fixes; ranks without memory that they share.
     """
 
-    def __init__(self, backend: TritonBackend, tasks: list[Task], programs: int = 1, polls: int = POLLS):
+    def __init__(self, backend: TritonBackend, program: list[Op], programs: int = 1, polls: int = POLLS):
         self.backend, self.programs, self.polls = backend, programs, polls
-        self.listed, self.tasks = tasks, fused(tasks)
-        self.taps = [task.layer for task in self.tasks if task.op == "tap"]
+        self.listed, self.program = program, fused(program)
+        self.taps = [op.layer for op in self.program if op.name == "tap"]
         weights, device = backend.kernel_weights, backend.device
-        self.table = table_of(self.tasks, weights.layers, weights.arena, backend.pools).to(device)
+        self.table = table_of(self.program, weights.layers, weights.arena, backend.pools).to(device)
         self.constants = self._constants()
         self.spaces = {}
         if any(layer.pages is not None for layer in weights.layers):
@@ -186,9 +186,9 @@ class PersistentStep:
         places += max((space.chunks for space in self.spaces.values()), default=0)
         return Symmetric(self.backend.ranks, parts * MAX_TOKENS * H, places, self.backend.device)
 
-    def serves(self, tasks: list[Task], step: KernelStep) -> bool:
+    def serves(self, program: list[Op], step: KernelStep) -> bool:
         """Whether the walk is that of this list, and the step short enough for it."""
-        return tasks is self.listed and step.real <= MAX_TOKENS
+        return program is self.listed and step.real <= MAX_TOKENS
 
     @torch.inference_mode()
     def run(self, step: KernelStep) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from runtime_ref.backends.triton.megakernel import (
     kind_constants,
     value_scale,
 )
-from runtime_ref.core.batch import KIND, Wanted
+from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.kv_cache import PAGE
 from runtime_ref.kernels.attention import CHUNK_PAGES, most_chunks
 from runtime_ref.kernels.experimental.megakernel import FIELDS, OPS, step_kernel, walk_options
@@ -102,35 +102,35 @@ class PersistentDraft(Drafter):
         return found | {"y": found["x"], "weight": found["features"], "scores": found["features"]}
 
     @torch.inference_mode()
-    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+    def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
         """See `TritonDrafter.logits`.
 
         Raises:
             ValueError: more than 64 rows in all.
         """
-        arguments = self.prepare(wanted)
+        arguments = self.prepare(requests)
         self.launch(arguments)
-        return list(self.backend.whole_vocabulary(arguments["logits"]).split([w.count for w in wanted]))
+        return list(self.backend.whole_vocabulary(arguments["logits"]).split([w.count for w in requests]))
 
     def launch(self, arguments: dict) -> None:
         """The walk itself: one launch, of what `prepare` returned."""
         step_kernel[(self.programs,)](**arguments, **self.constants, **walk_options(self.constants["FLOAT_DOT"]))
 
-    def prepare(self, wanted: list[Wanted]) -> dict:
+    def prepare(self, requests: list[DraftRequest]) -> dict:
         """Run-time arguments of the round; its "logits" are what it fills."""
-        late = [w for w in wanted if w.taps is not None and w.taps.shape[0]]
+        late = [w for w in requests if w.taps is not None and w.taps.shape[0]]
         if sum(w.taps.shape[0] for w in late) > CONTEXT_ROWS:
             for w in late:
                 self.extend_tables(w.taps, w.position - w.taps.shape[0], w.tables[KIND])
             late = []
-        ids, positions, picked, blocks = self.drafter.plan(wanted)
+        ids, positions, picked, blocks = self.drafter.plan(requests)
         if ids.shape[0] > MAX_TOKENS:
             raise ValueError(f"{ids.shape[0]} rows of drafts, expected at most {MAX_TOKENS}")
         logits = torch.empty((picked.shape[0], self.backend.kernel_weights.head.w.shape[0]), dtype=torch.float32,
                              device=self.backend.device)
         return self._arguments(late, ids, positions, picked, blocks, logits)
 
-    def _arguments(self, late: list[Wanted], ids, positions, picked, blocks, logits) -> dict:
+    def _arguments(self, late: list[DraftRequest], ids, positions, picked, blocks, logits) -> dict:
         """Run-time arguments of `step_kernel`; `late`: sequences with pending features."""
         drafter, backend, s, device = self.drafter, self.backend, self.scratch, self.backend.device
         places = [(w, p) for w in late for p in range(w.position - w.taps.shape[0], w.position)]

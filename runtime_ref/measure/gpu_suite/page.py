@@ -46,7 +46,7 @@ def percent(share: float | None) -> str:
 def launches(report: dict) -> int | None:
     """Of a step, its draft and its verdict, as counted; None if one of them was not."""
     step = report.get("step", {})
-    counted = [(step.get(name) or {}).get("launches") for name in ("walk", "draft", "judge")]
+    counted = [(step.get(name) or {}).get("launches") for name in ("walk", "draft", "verify")]
     return None if None in counted else sum(counted)
 
 
@@ -159,7 +159,7 @@ def _steps(report: dict) -> list[str]:
     rows = [("verification, graphed launches", step["op_by_op"], step["launches_op_by_op"]),
             ("verification, walked", step["walk"], walk.get("launches")),
             ("drafter's round, walked", step["draft"], draft.get("launches")),
-            ("verdict", step["judge"], (step["judge"] or {}).get("launches"))]
+            ("verdict", step["verify"], (step["verify"] or {}).get("launches"))]
     lines += ["", "| | ms | launches |", "|---|---|---|", *(_step_row(*row) for row in rows), ""]
     if "bytes_beyond_a_rank" in draft:
         lines += [f"The drafter's round reads {draft['bytes_beyond_a_rank'] / 1e6:.0f} MB more here than on one of eight.", ""]

@@ -27,14 +27,14 @@ from runtime_ref.backends.triton.drafter import TritonDrafter
 from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
 from runtime_ref.checkpoints.device_weights import random_weights
-from runtime_ref.core.batch import KIND, Span, Wanted
+from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, KvCache
-from runtime_ref.core.program import target_tasks
-from runtime_ref.core.tensor_parallel import ALONE, SHARES
+from runtime_ref.core.program import target_program
+from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK
 from runtime_ref.kernels.experimental.megakernel import WARPS
 from runtime_ref.kernels.row_launches import Tiling
-from runtime_ref.kernels.sampling import judge
+from runtime_ref.kernels.sampling import verify
 from runtime_ref.kernels.sync import grid_barrier
 from runtime_ref.measure.gpu_suite.plan import kept
 
@@ -45,7 +45,7 @@ ALL_REDUCE_SECONDS = (3e-6, 5e-6, 8e-6, 12e-6)
 ACCEPTANCE = 6.30
 # Relative difference of a row of a layer, made from the same input by a walk and by launches, above which the walk is wrong.
 # Sums within a row are made in another order (8 warps, 4 warps), so a value near a tie may be rounded to its other bf16
-# neighbour, which is at most 2^-8 away: as if all of them were. A few in ten thousand are; a wrong task is off by far more.
+# neighbour, which is at most 2^-8 away: as if all of them were. A few in ten thousand are; a wrong op is off by far more.
 WALK_DIFFERENCE = 2.0**-8
 # The same of a draft's logits, through all its layers: such values then differ in what every further product reads.
 DRAFT_DIFFERENCE = 2.0**-5
@@ -110,9 +110,9 @@ class Prepared:
     """
 
     def __init__(self, config: MiMoV2Config, device: str, position: int, shares: int, tiling: Tiling | None = None):
-        self.config, self.tasks = config, target_tasks(config, [config.num_hidden_layers - 1])
+        self.config, self.program = config, target_program(config, [config.num_hidden_layers - 1])
         pages = position // PAGE + 2
-        weights = random_weights(config, ALONE, device=device, shares=shares)
+        weights = random_weights(config, SINGLE_RANK, device=device, shares=shares)
         self.backend = TritonBackend(weights, pages={"full": pages, "window": pages}, positions=position + 2 * PAGE,
                                     tiling=tiling)
         generator = torch.Generator(device).manual_seed(1)
@@ -126,7 +126,7 @@ class Prepared:
     def step(self, rows: int, offset: int = 0):
         """A step of so many tokens, `offset` after the position."""
         ids = torch.arange(offset, offset + rows).mul(37).remainder(self.config.vocab_size).tolist()
-        return self.backend.plan([Span(self.tables, self.position + offset, ids)])
+        return self.backend.plan([SequenceChunk(self.tables, self.position + offset, ids)])
 
 
 @torch.inference_mode()
@@ -144,22 +144,22 @@ def compare_walk(ready: Prepared, programs: int) -> dict:
         walk is, or None.
     """
     backend, step, config = ready.backend, ready.step(8), ready.config
-    tasks = target_tasks(config, range(config.num_hidden_layers))
-    walk = PersistentStep(backend, tasks, programs)
+    program = target_program(config, range(config.num_hidden_layers))
+    walk = PersistentStep(backend, program, programs)
     walked, again = walk.run(step), walk.run(step)
     buffers, distinct = {"ids": step.ids}, []
     rows = []  # of every layer and of the logits: difference of the worst row, layer
     equal = repeated = True
-    for task in fused(tasks):
-        made = backend.ops[task.op](step, task.layer, *[buffers[name] for name in task.reads])
-        buffers.update(zip(task.writes, (made,) if len(task.writes) == 1 else made or (), strict=True))
-        if task.op == "norm_route":
+    for op in fused(program):
+        made = backend.ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
+        buffers.update(zip(op.writes, (made,) if len(op.writes) == 1 else made or (), strict=True))
+        if op.name == "norm_route":
             distinct.append(buffers["index"].unique().numel())
-        for name in set(task.writes) & walked.keys():
-            rows.append((float(_row_differences(walked[name], buffers[name]).max()), task.layer))
+        for name in set(op.writes) & walked.keys():
+            rows.append((float(_row_differences(walked[name], buffers[name]).max()), op.layer))
             equal &= torch.equal(walked[name], buffers[name])
             repeated &= torch.equal(walked[name], again[name])
-            buffers["x"] = walked[name] if task.op == "tap" else buffers["x"]
+            buffers["x"] = walked[name] if op.name == "tap" else buffers["x"]
     finite = all(difference < float("inf") for difference, _ in rows)
     worst, layer = max(rows) if finite else next(row for row in rows if not row[0] < float("inf"))
     wrong = [words for words, is_so in (
@@ -190,9 +190,9 @@ def check_steps(device: str, programs: int) -> list[dict]:
     fuse a product and a sum in one of two kernels.
     """
     served = Prepared(MiMoV2Config(**TOY), device, 70, SHARES)
-    launched = served.backend.run(served.tasks, served.step(8))["logits"].cpu()
+    launched = served.backend.run(served.program, served.step(8))["logits"].cpu()
     alone = [0, 3, 7]  # their predecessors' keys are in the cache by now
-    rows = torch.cat([served.backend.run(served.tasks, served.step(1, i))["logits"].cpu() for i in alone])
+    rows = torch.cat([served.backend.run(served.program, served.step(1, i))["logits"].cpu() for i in alone])
     same, fine = torch.equal(launched[alone], rows), bool(launched.isfinite().all())
     found = compare_walk(Prepared(MiMoV2Config(**TOY), device, 70, SHARES, replace(default_tiling(), warps=WARPS)), programs)
     return [{"name": "step, 8 rows and 1 row", "passed": same and fine, "detail": f"bits {'equal' if same else 'DIFFER'}"},
@@ -258,16 +258,16 @@ def measure_steps(config: MiMoV2Config, time_graph, problems: list[str], *, posi
 
     programs = torch.cuda.get_device_properties(0).multi_processor_count
     ready = Prepared(config, "cuda", position, 1)
-    step, backend, tasks = ready.step(8), ready.backend, ready.tasks
+    step, backend, program = ready.step(8), ready.backend, ready.program
     compared = part("walk against launches", lambda: compare_walk(ready, programs))
     wrong = compared["wrong"] if compared else "not compared with the launches"
     report = {"weights_bytes": backend.kernel_weights.arena.used, "position": position, "compared": compared,
-              "op_by_op": part("op by op", lambda: time_graph([lambda: backend.run(tasks, step, host=False)])),
+              "op_by_op": part("op by op", lambda: time_graph([lambda: backend.run(program, step, host=False)])),
               "walk": {"refused": wrong} if wrong else part("walked", lambda: _measure_walk(ready, programs, time_graph)),
               "barrier_seconds": part("barriers", lambda: measure_barrier(programs, time_graph)),
-              "judge": part("verdict", lambda: measure_judge(config, time_graph)),
+              "verify": part("verdict", lambda: measure_verify(config, time_graph)),
               "draft": part("draft", lambda: measure_draft(ready, programs, time_graph)),
-              "launches_op_by_op": count_launches(lambda: backend.run(tasks, step, host=False))}
+              "launches_op_by_op": count_launches(lambda: backend.run(program, step, host=False))}
     steps = [row["seconds"] for row in (report["op_by_op"], report["walk"]) if row and "seconds" in row]
     draft = report["draft"]
     if steps and draft and "seconds" in draft:
@@ -277,12 +277,12 @@ def measure_steps(config: MiMoV2Config, time_graph, problems: list[str], *, posi
 
 
 def _measure_walk(ready: Prepared, programs: int, time_graph) -> dict:
-    step, walk = ready.step(8), PersistentStep(ready.backend, ready.tasks, programs)
+    step, walk = ready.step(8), PersistentStep(ready.backend, ready.program, programs)
     timed = time_graph([lambda: walk.run(step)])
     launches = count_launches(lambda: walk.run(step))
     if walk.failed():
         return {"refused": "a wait was given up"}
-    return timed | {"launches": launches, "barriers": len(walk.tasks), "refused": None}
+    return timed | {"launches": launches, "barriers": len(walk.program), "refused": None}
 
 
 def measure_barrier(programs: int, time_graph) -> float:
@@ -304,7 +304,7 @@ def measure_barrier(programs: int, time_graph) -> float:
     return seconds
 
 
-def measure_judge(config: MiMoV2Config, time_graph) -> dict:
+def measure_verify(config: MiMoV2Config, time_graph) -> dict:
     """The verdict on a block of eight rows over all ranks' logits, half of whose tokens are drawn: the third launch."""
     rows = {"device": "cuda", "dtype": torch.int32}
     logits = torch.randn(BLOCK, config.vocab_size * RANKS, device="cuda")
@@ -313,7 +313,7 @@ def measure_judge(config: MiMoV2Config, time_graph) -> dict:
     numbers = torch.full((BLOCK,), 0.5, dtype=torch.float64, device="cuda")
 
     def verdict():
-        judge(logits, drafts, first, count, temperature=heat, uniform=numbers)
+        verify(logits, drafts, first, count, temperature=heat, uniform=numbers)
 
     return time_graph([verdict]) | {"launches": count_launches(verdict)}
 
@@ -330,10 +330,10 @@ def measure_draft(ready: Prepared, programs: int, time_graph) -> dict:
     cache.extend(tables, [KIND], position + BLOCK)
     width = len(drafter.taps) * ready.config.hidden_size
     features = torch.randn(BLOCK - 1, width, device=ready.device).to(torch.bfloat16)
-    wanted = [Wanted(tables, 5, position, BLOCK - 1, features)]
-    arguments = walk.prepare(wanted)
+    requests = [DraftRequest(tables, 5, position, BLOCK - 1, features)]
+    arguments = walk.prepare(requests)
     walk.launch(arguments)
-    difference = float(_row_differences(arguments["logits"], drafter.logits(wanted)[0]).max())
+    difference = float(_row_differences(arguments["logits"], drafter.logits(requests)[0]).max())
     finite = difference < float("inf")
     # A rank of eight would read an eighth of the features' product; here it is read whole.
     beyond = drafter.fc.w.numel() * drafter.fc.w.element_size() * (RANKS - 1) // RANKS
@@ -359,6 +359,6 @@ def projected(seconds: float, reductions: int) -> dict:
 
 def walking(engine, programs: int) -> None:
     """Makes an engine of the Triton backend walk its steps and its drafter's rounds."""
-    engine.backend.walk = PersistentStep(engine.backend, engine.tasks, programs)
+    engine.backend.walk = PersistentStep(engine.backend, engine.program, programs)
     if engine.drafter is not None:
         engine.drafter = PersistentDraft(engine.drafter, programs)

@@ -52,7 +52,7 @@ def small_kernels() -> dict[str, tuple]:
         "swiglu_kernel, norm, FP8": (rows.swiglu_kernel, TILE | {"NORM": True}, {"w": "u8"}),
         "route_kernel, norm, 384 experts": (routing.route_kernel, TILE | ROUTER | {"BN": 16, "BK": 32, "NORM": True,
                                                                                    "SOFTMAX": False}, {"w": "fp32"}),
-        "judge_kernel": (sampling.judge_kernel, {"CHUNKS": 75, "WIDE": 128, "BLOCK": 2048}, {}),
+        "verify_kernel": (sampling.verify_kernel, {"CHUNKS": 75, "WIDE": 128, "BLOCK": 2048}, {}),
         "fake_quantize_kernel, bf16, floor": (fake_quant_triton.fake_quantize_kernel, {"SATURATES": True, "BLOCKS": 64},
                                               {"w": "bf16"}),
         "norm_kernel": (rows.norm_kernel, {"BK": 128, "FLOAT_DOT": False}, {"out": "fp32"}),

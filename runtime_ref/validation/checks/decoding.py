@@ -11,8 +11,8 @@ import torch
 
 from modeling.prompt_files import prompt_ids, read_rows
 from runtime_ref.checkpoints.host_weights import Moe
-from runtime_ref.core.batch import Span
-from runtime_ref.core.program import Task
+from runtime_ref.core.batch import SequenceChunk
+from runtime_ref.core.program import Op
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine
 from runtime_ref.validation.quantities import Number, Table
@@ -104,7 +104,7 @@ def prompt_logits(engine: Engine, prompt: list[int]) -> torch.Tensor:
     cache = engine.cache
     tables, kinds = cache.tables(), [k for k in cache.pools if k != "draft"]
     cache.extend(tables, kinds, len(prompt))
-    buffers = engine.backend.run(engine.tasks, engine.backend.plan([Span(tables, 0, prompt, "all")]))
+    buffers = engine.backend.run(engine.program, engine.backend.plan([SequenceChunk(tables, 0, prompt, "all")]))
     cache.release(tables)
     return buffers["logits"][:len(prompt)]
 
@@ -244,19 +244,19 @@ def _measure_steps(engine: Engine, text: list[int]) -> tuple[dict[int, list[int]
     tables, kinds = cache.tables(), [k for k in cache.pools if k != "draft"]
     touched: dict[int, list[int]] = defaultdict(list)
 
-    def watch(task: Task, buffers: dict):
-        if task.op == "route":
-            touched[task.layer].append(len(set(buffers["index"][:8].flatten().tolist())))
+    def watch(op: Op, buffers: dict):
+        if op.name == "route":
+            touched[op.layer].append(len(set(buffers["index"][:8].flatten().tolist())))
 
     times: dict[int, list[float]] = {8: [], 1: []}
     cache.extend(tables, kinds, len(text))
     for start in range(0, len(text) - 8, 8):
         for count in (1, 8):
-            step = backend.plan([Span(tables, start, text[start:start + count])])
+            step = backend.plan([SequenceChunk(tables, start, text[start:start + count])])
             began = time.perf_counter()
-            backend.run(engine.tasks, step)
+            backend.run(engine.program, step)
             times[count].append(time.perf_counter() - began)
-        backend.run(engine.tasks, step, watch)
+        backend.run(engine.program, step, watch)
     cache.release(tables)
     return dict(touched), *(sorted(times[n])[len(times[n]) // 2] for n in (8, 1))
 

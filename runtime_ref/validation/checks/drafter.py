@@ -7,21 +7,27 @@ a published drafter has some of them, and what each engine makes of those that a
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import zipfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoint.tensor_files import TensorFiles
-from runtime_ref.validation.context import DTYPE_CAUSE, FINITE_CAUSE, ValidationContext, Wrong, condensed, read_object
+from modeling.drafter import read_mask
+from runtime_ref.validation.context import (
+    DTYPE_CAUSE,
+    FINITE_CAUSE,
+    ValidationContext,
+    Wrong,
+    condensed,
+    first_line,
+    read_object,
+)
 from runtime_ref.validation.result import Check
 
 REFERENCE = "dflash_reference.safetensors"
 MASK_FILE = "mask_embedding.pt"
-MASK_BYTES = 16 << 20
 MASK_CAUSE = "the mask embedding is missing: mask_embedding.pt must be there, the vocabulary row of the mask token is untrained"
 MASK_ID_CAUSE = "the mask token's id is off: the vocabulary holds the mask embedding in another row than mask_token_id"
 HEAD_CAUSE = "the drafter has a head or embedding of its own: both are the target's, shared"
@@ -185,18 +191,14 @@ def _rotary_and_positions(check: Check, context: ValidationContext, raw: dict, s
 
 def _mask(check: Check, context: ValidationContext, files: TensorFiles, folder: Path, special: dict) -> bool:
     try:
-        _refuse_bomb(folder / MASK_FILE)
-        sidecar = torch.load(folder / MASK_FILE, weights_only=True)
-        if not isinstance(sidecar, dict):
-            raise TypeError(f"{type(sidecar).__name__}, expected mask_token_id and embedding")
-        token, vector = int(sidecar["mask_token_id"]), sidecar["embedding"].float()
-    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError, EOFError, pickle.UnpicklingError,
-            IndexError, zipfile.BadZipFile) as error:
-        check.fail(f"dflash/{MASK_FILE}: {(str(error).splitlines() or ['unreadable'])[0]}", MASK_CAUSE)
+        token, vector = read_mask(folder / MASK_FILE)
+    except (OSError, ValueError) as error:
+        check.fail(first_line(error, context.folder), MASK_CAUSE)
         return False
     if token != special.get("mask_token_id"):
         check.fail(f"dflash/{MASK_FILE}: mask_token_id {token}, dflash_config has {special.get('mask_token_id')}", MASK_CAUSE)
         return False
+    vector = vector.float()
     if tuple(vector.shape) != (context.config.hidden_size,) or not bool(torch.isfinite(vector).all()):
         check.fail(f"dflash/{MASK_FILE}: {list(vector.shape)}, expected {context.config.hidden_size} finite numbers",
                    MASK_CAUSE)
@@ -218,18 +220,6 @@ def _mask(check: Check, context: ValidationContext, files: TensorFiles, folder: 
         else:
             check.notes.append(f"{said}: engines must read the file (this runtime, vLLM and SGLang do)")
     return True
-
-
-def _refuse_bomb(path: Path) -> None:
-    """Refuses a file that unpacks to far more than one vector.
-
-    Raises:
-        ValueError.
-    """
-    if zipfile.is_zipfile(path):
-        size = sum(entry.file_size for entry in zipfile.ZipFile(path).infolist())
-        if size > MASK_BYTES:
-            raise ValueError(f"unpacks to {size} bytes, expected one embedding")
 
 
 def _read_reference(check: Check, context: ValidationContext, path: Path, special: dict) -> None:

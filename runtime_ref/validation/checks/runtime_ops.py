@@ -17,9 +17,9 @@ import torch
 
 from runtime_ref.backends.base import Backend, Drafter
 from runtime_ref.checkpoints.host_weights import Dense
-from runtime_ref.core.batch import KIND, Span, Wanted
+from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.program import Task, target_tasks
+from runtime_ref.core.program import Op, target_program
 from runtime_ref.core.tensor_parallel import Ranks
 from runtime_ref.validation import reference_ops
 from runtime_ref.validation.checks.draft_rounds import check_rounds, engine_rounds
@@ -48,13 +48,13 @@ KERNEL_DRAFT_ERROR = 8 * 2.0**-8
 MISSING_CLAMP_CAUSE = "the clamp of gpt-oss's SwiGLU is missing, or has another limit or alpha (swiglu_limit)"
 
 
-def run_watched(backend: Backend, ids: list[int], *, taps=(), watch=None) -> tuple[dict, Span, KvCache]:
-    """Buffers of one step over `ids` on a fresh cache, the span, and the cache (still holding it)."""
+def run_watched(backend: Backend, ids: list[int], *, taps=(), watch=None) -> tuple[dict, SequenceChunk, KvCache]:
+    """Buffers of one step over `ids` on a fresh cache, the chunk, and the cache (still holding it)."""
     cache = KvCache(backend.pools, prefix=False)
     tables = cache.tables()
     cache.extend(tables, list(tables), len(ids))
-    span = Span(tables, 0, ids)
-    return backend.run(target_tasks(backend.config, taps), backend.plan([span]), watch), span, cache
+    chunk = SequenceChunk(tables, 0, ids)
+    return backend.run(target_program(backend.config, taps), backend.plan([chunk]), watch), chunk, cache
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,16 @@ class Outputs:
 def outputs_of(backend: Backend, probe: Probe) -> Outputs:
     """Of one step as it is served (nothing watches it); to be called on all ranks alike."""
     layers, n = range(backend.config.num_hidden_layers), len(probe.ids)
-    buffers, span, cache = run_watched(backend, probe.ids, taps=layers)
-    cache.release(span.tables)
+    buffers, chunk, cache = run_watched(backend, probe.ids, taps=layers)
+    cache.release(chunk.tables)
     return Outputs(torch.stack([buffers[f"tap.{i}"][:n] for i in layers], dim=1), buffers["logits"][:n].cpu())
 
 
 class OpErrors:
-    """Relative errors of a backend's tasks on the inputs that they had, in the order in which they ran.
+    """Relative errors of a backend's ops on the inputs that they had, in the order in which they ran.
 
     Attributes:
-        found: (task, error), the worst of all ranks; tasks whose inputs were not finite are left out.
+        found: (op, error), the worst of all ranks; ops whose inputs were not finite are left out.
         bound: what an error may be.
         reference: the backend whose float32 weights the references take.
     """
@@ -98,47 +98,47 @@ class OpErrors:
         cache = KvCache(backend.pools, prefix=False)
         tables = cache.tables()
         cache.extend(tables, list(tables), len(ids))
-        self._span = Span(tables, 0, ids)
-        step = backend.plan([self._span])
+        self._chunk = SequenceChunk(tables, 0, ids)
+        step = backend.plan([self._chunk])
         self._kept["ids"] = step.ids.cpu()
-        backend.run(target_tasks(backend.config), step, self._watch)
+        backend.run(target_program(backend.config), step, self._watch)
         cache.release(tables)
         self.found = _worst_of_ranks(self.found, backend.ranks)
 
-    def _watch(self, task: Task, buffers: dict) -> None:
-        inputs, rows = {name: self._kept[name] for name in task.reads if name in self._kept}, len(self._span.tokens)
-        if len(inputs) == len(task.reads) and all(bool(torch.isfinite(x).all()) for x in inputs.values()):
-            wanted = self.expected(task, inputs, self._span, rows)
+    def _watch(self, op: Op, buffers: dict) -> None:
+        inputs, rows = {name: self._kept[name] for name in op.reads if name in self._kept}, len(self._chunk.tokens)
+        if len(inputs) == len(op.reads) and all(bool(torch.isfinite(x).all()) for x in inputs.values()):
+            wanted = self.expected(op, inputs, self._chunk, rows)
             if wanted is not None:
-                got = reference_ops.found(task, buffers, self.backend)
-                if task.op.startswith("attend"):
+                got = reference_ops.found(op, buffers, self.backend)
+                if op.name.startswith("attend"):
                     got = got[:, :rows]
-                self.found.append((task, self.error(task, got.cpu().double(), wanted)))
-        # Some backends show only what a task touches: what it left alone is as it was.
+                self.found.append((op, self.error(op, got.cpu().double(), wanted)))
+        # Some backends show only what a op touches: what it left alone is as it was.
         self._kept |= {name: value.to("cpu", copy=True) for name, value in buffers.items()}
 
-    def expected(self, task: Task, inputs: dict[str, torch.Tensor], span: Span, rows: int) -> torch.Tensor | None:
+    def expected(self, op: Op, inputs: dict[str, torch.Tensor], chunk: SequenceChunk, rows: int) -> torch.Tensor | None:
         """See `reference_ops.expected`."""
-        return reference_ops.expected(self.reference, task, inputs, span, rows,
+        return reference_ops.expected(self.reference, op, inputs, chunk, rows,
                                       mxfp8=self.backend.capabilities.mxfp8_activations)
 
-    def error(self, task: Task, found: torch.Tensor, expected: torch.Tensor) -> float:
+    def error(self, op: Op, found: torch.Tensor, expected: torch.Tensor) -> float:
         if not self.kernels:
             return difference(found, expected)
-        if task.writes == ("partial",):  # a rank of the kernels may add for its neighbour
+        if op.writes == ("partial",):  # a rank of the kernels may add for its neighbour
             found, expected = (self.backend.ranks.gather(t[None].contiguous()).sum(0) for t in (found, expected))
-        if task.op.startswith("project"):  # one flat vector of all heads
+        if op.name.startswith("project"):  # one flat vector of all heads
             return difference(found, expected)
         return worst_row(found, expected)
 
     @property
-    def first_wrong(self) -> tuple[Task, float] | None:
-        return next(((task, error) for task, error in self.found if not error <= self.bound), None)
+    def first_wrong(self) -> tuple[Op, float] | None:
+        return next(((op, error) for op, error in self.found if not error <= self.bound), None)
 
     def by_op(self) -> dict[str, float]:
         worst: dict[str, float] = {}
-        for task, error in self.found:
-            worst[task.op] = max(worst.get(task.op, 0.0), error)
+        for op, error in self.found:
+            worst[op.name] = max(worst.get(op.name, 0.0), error)
         return worst
 
 
@@ -150,13 +150,13 @@ def worst_row(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found - expected).norm(dim=over) / expected.norm(dim=over).clamp_min(1e-30)).max())
 
 
-def _worst_of_ranks(found: list[tuple[Task, float]], ranks: Ranks) -> list[tuple[Task, float]]:
+def _worst_of_ranks(found: list[tuple[Op, float]], ranks: Ranks) -> list[tuple[Op, float]]:
     errors = ranks.gather(torch.tensor([[error for _, error in found]], dtype=torch.float64)).amax(0)
-    return [(task, float(error)) for (task, _), error in zip(found, errors, strict=True)]
+    return [(op, float(error)) for (op, _), error in zip(found, errors, strict=True)]
 
 
-def place_of(task: Task) -> str:
-    return f"op {task.op}" + (f" of layer {task.layer}" if task.layer >= 0 else "")
+def place_of(op: Op) -> str:
+    return f"op {op.name}" + (f" of layer {op.layer}" if op.layer >= 0 else "")
 
 
 def check_runtime(check: Check, context: ValidationContext, probe: Probe, exact: Backend, served: Outputs | None,
@@ -240,7 +240,7 @@ def _runtime_drafts(probe: Probe, exact: Backend, drafter: Drafter, taps: torch.
     cache.extend(tables, [KIND], n + drafter.block)
     features = torch.cat([taps[:n, i] for i in drafter.taps], dim=-1)
     drafter.extend_tables(features[:n - 3], 0, tables[KIND])
-    logits = drafter.logits([Wanted(tables, probe.ids[n], n, drafter.block - 1, features[n - 3:])])[0]
+    logits = drafter.logits([DraftRequest(tables, probe.ids[n], n, drafter.block - 1, features[n - 3:])])[0]
     cache.release(tables)
     return logits
 
@@ -270,12 +270,12 @@ def check_ops(check: Check, all_ops: list[OpErrors]) -> None:
     """Check 3: every op of each backend, in float32."""
     rows = [["backend", "op", "worst relative error", "calls"]]
     for ops in all_ops:
-        name, calls = ops.backend.capabilities.name, [task.op for task, _ in ops.found]
-        rows += [[name, op, error, calls.count(op)] for op, error in sorted(ops.by_op().items())]
-        wrong = [(task, error) for task, error in ops.found if not error <= ops.bound]
-        for task, error in wrong[:3]:
-            check.fail(f"{name}: {place_of(task)}: relative error {error:.2g}, expected at most {ops.bound:.2g}",
-                       f"the {name} backend's op {task.op} is wrong")
+        name, calls = ops.backend.capabilities.name, [op.name for op, _ in ops.found]
+        rows += [[name, kind, error, calls.count(kind)] for kind, error in sorted(ops.by_op().items())]
+        wrong = [(op, error) for op, error in ops.found if not error <= ops.bound]
+        for op, error in wrong[:3]:
+            check.fail(f"{name}: {place_of(op)}: relative error {error:.2g}, expected at most {ops.bound:.2g}",
+                       f"the {name} backend's op {op.name} is wrong")
         if ops.backend.capabilities.single_ops:
             error = _worst_of_ranks([(None, _large_activations(ops))], ops.backend.ranks)[0][1]
             rows.append([name, "dense_mlp, experts at large activations", error, len(ops.backend.weights.layers)])
@@ -301,12 +301,12 @@ def _large_activations(ops: OpErrors) -> float:
     for i, layer in enumerate(backend.weights.layers):
         y = (64 * torch.randn(8, backend.config.hidden_size, generator=generator)).to(backend.device)
         if isinstance(layer.mlp, Dense):
-            task, inputs = Task("dense_mlp", i, ("y",), ("partial",)), {"y": y}
+            op, inputs = Op("dense_mlp", i, ("y",), ("partial",)), {"y": y}
         else:
             index, weight = backend.ops["route"](step, i, y)
             inputs = {"y": y, "index": index, "weight": weight}
-            task = Task("experts", i, tuple(inputs), ("partial",))
-        wanted = ops.expected(task, {name: t.cpu() for name, t in inputs.items()}, Span({}, 0, []), 8)
-        got = backend.ops[task.op](step, i, *inputs.values()).cpu().double().sum(0)
-        worst = max(worst, ops.error(task, got, wanted))
+            op = Op("experts", i, tuple(inputs), ("partial",))
+        wanted = ops.expected(op, {name: t.cpu() for name, t in inputs.items()}, SequenceChunk({}, 0, []), 8)
+        got = backend.ops[op.name](step, i, *inputs.values()).cpu().double().sum(0)
+        worst = max(worst, ops.error(op, got, wanted))
     return worst

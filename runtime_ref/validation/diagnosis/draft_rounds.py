@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from modeling.drafter import DFlashDraftModel
-from runtime_ref.core.batch import Wanted
+from runtime_ref.core.batch import DraftRequest
 from runtime_ref.validation.diagnosis.faults import SAME, difference
 
 CAPTURE_CAUSE = "the capture offset is wrong by one: features are the outputs of neighbouring layers of target_layer_ids"
@@ -45,7 +45,7 @@ class RecordingDrafter:
     def __getattr__(self, name: str):
         return getattr(self._drafter, name)
 
-    def logits(self, wanted: list[Wanted]) -> list[torch.Tensor]:
+    def logits(self, wanted: list[DraftRequest]) -> list[torch.Tensor]:
         found = self._drafter.logits(wanted)
         self.rounds += [Round(w.anchor, w.position, rows.float().cpu().clone())
                         for w, rows in zip(wanted, found, strict=True)]

@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import torch
 
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import RankLost, leave, ranks_from_environment
 from runtime_ref.engine.engine import Engine, EngineOptions
@@ -40,11 +40,11 @@ def same(folder, ranks, pipe, backend=BACKEND):
     params = [SamplingParams(max_tokens=8, ignore_eos=True), SamplingParams(max_tokens=8, temperature=0.8, seed=1),
               SamplingParams(max_tokens=8, temperature=0.8, seed=2, rule="rejection")]
     tokens = engine.generate(prompts(), params)
-    engine.cache.forget_prefixes()
+    engine.cache.clear_prefixes()
     tables = engine.cache.tables()
     engine.cache.extend(tables, list(tables), 17)
-    step = engine.backend.plan([Span(tables, 0, prompts()[1])])
-    logits = engine.backend.run(engine.tasks, step)["logits"][:17]
+    step = engine.backend.plan([SequenceChunk(tables, 0, prompts()[1])])
+    logits = engine.backend.run(engine.program, step)["logits"][:17]
     if ranks.rank == 0:
         found = {"ranks": ranks.count, "tokens": tokens, "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
                  "experts": engine.backend.weights.packed_bytes}

@@ -8,9 +8,9 @@ from mxfp4 import dequantize
 from runtime_ref.backends.c import structs
 from runtime_ref.backends.c.backend import CBackend, refuses
 from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.program import target_tasks
+from runtime_ref.core.program import target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine
 
@@ -20,13 +20,13 @@ PAGES = {"full": 40, "window": 40}
 
 def computed(backend, ids, pieces):
     """Logits of `ids` computed in pieces of the given sizes."""
-    cache, tasks = KvCache(backend.pools), target_tasks(backend.config)
+    cache, program = KvCache(backend.pools), target_program(backend.config)
     tables, found, at = cache.tables(), [], 0
     for n in pieces:
         cache.extend(tables, list(tables), at + n)
-        found.append(backend.run(tasks, backend.plan([Span(tables, at, ids[at:at + n])]))["logits"][:n])
+        found.append(backend.run(program, backend.plan([SequenceChunk(tables, at, ids[at:at + n])]))["logits"][:n])
         at += n
-        cache.forget_behind(tables, dict.fromkeys(tables, at))
+        cache.evict_outside_window(tables, dict.fromkeys(tables, at))
     return torch.cat(found)
 
 
@@ -57,22 +57,22 @@ def test_logits_do_not_depend_on_how_the_text_is_cut(weights, ids, dtype, pieces
 
 def test_every_task_leaves_the_buffers_of_the_torch_backend(weights, ids):
     """Task by task, in float32; queries, keys and values of rows that exist."""
-    tasks, seen = target_tasks(weights.config, taps=[1]), {}
+    program, seen = target_program(weights.config, taps=[1]), {}
     for kind in (TorchBackend, CBackend):
         backend = kind(weights, dtype=torch.float32, pages=PAGES)
         cache = KvCache(backend.pools)
         tables = cache.tables()
         cache.extend(tables, list(tables), 72)
-        backend.run(tasks, backend.plan([Span(tables, 0, ids[:64], "none")]))
+        backend.run(program, backend.plan([SequenceChunk(tables, 0, ids[:64], "none")]))
         found = seen[backend.capabilities.name] = []
-        backend.run(tasks, backend.plan([Span(tables, 64, ids[64:72])]),
-                    watch=lambda task, buffers, found=found: found.append({n: buffers[n].clone() for n in task.writes}))
-    for task, theirs, ours in zip(tasks, seen["torch"], seen["c"], strict=True):
-        for name in task.writes:
+        backend.run(program, backend.plan([SequenceChunk(tables, 64, ids[64:72])]),
+                    watch=lambda op, buffers, found=found: found.append({n: buffers[n].clone() for n in op.writes}))
+    for op, theirs, ours in zip(program, seen["torch"], seen["c"], strict=True):
+        for name in op.writes:
             if name == "index":
-                assert torch.equal(ours[name], theirs[name]), task
+                assert torch.equal(ours[name], theirs[name]), op
             else:
-                torch.testing.assert_close(ours[name], theirs[name], **MODEL_FP32, msg=lambda m, task=task: f"{task}: {m}")
+                torch.testing.assert_close(ours[name], theirs[name], **MODEL_FP32, msg=lambda m, op=op: f"{op}: {m}")
 
 
 def test_both_backends_answer_alone_as_in_a_batch_with_drafts_and_without(make_engine, prompts):
@@ -87,7 +87,7 @@ def test_both_backends_answer_alone_as_in_a_batch_with_drafts_and_without(make_e
 
 
 def test_drafts_are_those_of_the_torch_drafter(folder, weights, ids):
-    from runtime_ref.core.batch import Wanted
+    from runtime_ref.core.batch import DraftRequest
 
     found = []
     taps = torch.randn(90, 3 * 64, generator=torch.Generator().manual_seed(1))
@@ -100,8 +100,8 @@ def test_drafts_are_those_of_the_torch_drafter(folder, weights, ids):
             cache.extend(tables, ["draft"], 100)
         drafter.extend_tables(taps[:80], 0, one["draft"])
         drafter.extend_tables(taps[:20], 0, two["draft"])
-        found.append(drafter.logits([Wanted(one, ids[0], 90, 7, taps[80:]), Wanted(two, ids[1], 20, 3, None)]))
-        again = drafter.logits([Wanted(two, ids[1], 20, 3, None)])
+        found.append(drafter.logits([DraftRequest(one, ids[0], 90, 7, taps[80:]), DraftRequest(two, ids[1], 20, 3, None)]))
+        again = drafter.logits([DraftRequest(two, ids[1], 20, 3, None)])
         if kind is CBackend:
             assert torch.equal(again[0], found[-1][1])
     for theirs, ours in zip(*found, strict=True):

@@ -9,9 +9,9 @@ from tolerance import DRAFTS_IN_BYTES, NATIVE_DOTS
 from mxfp4 import dequantize
 from runtime_ref.backends.c import structs
 from runtime_ref.backends.c.backend import CBackend
-from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import PAGE, KvCache
-from runtime_ref.core.program import target_tasks
+from runtime_ref.core.program import target_program
 from runtime_ref.validation import reference_ops as naive
 from runtime_ref.validation.checks.runtime_ops import OP_ERROR
 
@@ -49,24 +49,24 @@ def op_errors(backend, ids) -> dict[str, float]:
     """Worst relative error by op of a step over `ids`, against the float64 twin on the inputs that the op had."""
     shown = SimpleNamespace(weights=backend.weights, config=backend.config, rotary=backend.rotary, pools=backend.pools,
                             mxfp8=False)
-    span, kept, worst, chosen = Span(opened(backend), 0, ids), {}, {}, []
+    span, kept, worst, chosen = SequenceChunk(opened(backend), 0, ids), {}, {}, []
 
-    def watch(task, buffers):
-        inputs = {name: kept[name] for name in task.reads if name in kept}
-        if len(inputs) == len(task.reads):
-            if task.op.startswith("attend") and backend.dots:
+    def watch(op, buffers):
+        inputs = {name: kept[name] for name in op.reads if name in kept}
+        if len(inputs) == len(op.reads):
+            if op.name.startswith("attend") and backend.dots:
                 shown.pools = {kind: in_rows(pool) for kind, pool in backend.pools.items()}
-            wanted = naive.expected(shown, task, inputs, span, len(ids))
+            wanted = naive.expected(shown, op, inputs, span, len(ids))
             if wanted is not None:
-                got = naive.found(task, buffers, backend)
-                if task.op == "route":  # a rounded activation may decide between two experts that score alike
+                got = naive.found(op, buffers, backend)
+                if op.name == "route":  # a rounded activation may decide between two experts that score alike
                     same = ((got > 0) == (wanted > 0)).all(1)
                     chosen.extend(same.tolist())
                     got, wanted = got[same], wanted[same]
-                worst[task.op] = max(worst.get(task.op, 0.0), error(got, wanted))
+                worst[op.name] = max(worst.get(op.name, 0.0), error(got, wanted))
         kept.update({name: value.clone() for name, value in buffers.items()})
 
-    backend.run(target_tasks(backend.config), backend.plan([span]), watch)
+    backend.run(target_program(backend.config), backend.plan([span]), watch)
     assert sum(chosen) >= 0.95 * len(chosen)
     return worst
 
@@ -92,29 +92,29 @@ def test_every_op_is_its_float64_twin_but_for_rounded_activations(weights, ids, 
 
 def test_a_sequence_has_its_bits_beside_others_and_alone(weights, ids):
     """Blocks of eight rows that share their keys must not mix sequences."""
-    backend, tasks = CBackend(weights, dtype=BF16, pages=PAGES), target_tasks(weights.config)
+    backend, program = CBackend(weights, dtype=BF16, pages=PAGES), target_program(weights.config)
     cache = KvCache(backend.pools)
     one, two = cache.tables(), cache.tables()
     for tables in (one, two):
         cache.extend(tables, list(tables), 150)
-    backend.run(tasks, backend.plan([Span(one, 0, ids[:70], "none"), Span(two, 0, ids[70:133], "none")]))
-    step = [Span(one, 70, ids[:5]), Span(two, 63, ids[5:12])]
-    together = backend.run(tasks, backend.plan(step))["logits"].clone()
-    alone = [backend.run(tasks, backend.plan([Span(s.tables, s.start, s.tokens)]))["logits"].clone() for s in step]
-    row_by_row = [backend.run(tasks, backend.plan([Span(two, 63 + i, [token])]))["logits"].clone()
+    backend.run(program, backend.plan([SequenceChunk(one, 0, ids[:70], "none"), SequenceChunk(two, 0, ids[70:133], "none")]))
+    step = [SequenceChunk(one, 70, ids[:5]), SequenceChunk(two, 63, ids[5:12])]
+    together = backend.run(program, backend.plan(step))["logits"].clone()
+    alone = [backend.run(program, backend.plan([SequenceChunk(s.tables, s.start, s.tokens)]))["logits"].clone() for s in step]
+    row_by_row = [backend.run(program, backend.plan([SequenceChunk(two, 63 + i, [token])]))["logits"].clone()
                   for i, token in enumerate(ids[5:12])]
     assert torch.equal(together, torch.cat(alone)) and torch.equal(torch.cat(row_by_row), alone[1])
 
 
 def test_what_lies_in_unused_pages_does_not_matter(weights, ids):
-    backend, tasks = CBackend(weights, dtype=BF16, pages=PAGES), target_tasks(weights.config)
+    backend, program = CBackend(weights, dtype=BF16, pages=PAGES), target_program(weights.config)
     found = []
     for fill in (0.0, 1e30):
         for pool in backend.pools.values():
             for store in (pool.keys, pool.values):
                 for t in store.values():
                     t.fill_(fill)
-        found.append(backend.run(tasks, backend.plan([Span(opened(backend), 0, ids[:21])]))["logits"].clone())
+        found.append(backend.run(program, backend.plan([SequenceChunk(opened(backend), 0, ids[:21])]))["logits"].clone())
     assert torch.equal(*found)
 
 
@@ -147,7 +147,7 @@ def test_drafts_in_bytes_are_near_those_in_float32(folder, weights, ids, monkeyp
         backend = CBackend(weights, dtype=BF16, pages=PAGES, dots=in_bytes)
         drafter = backend.load_drafter(folder / "dflash", 20, 256)
         tables = opened(backend, ("draft", drafter.pool))
-        found.append(drafter.logits([Wanted(tables, ids[0], 70, count, taps)])[0])
+        found.append(drafter.logits([DraftRequest(tables, ids[0], 70, count, taps)])[0])
     assert error(found[1], found[0]) < DRAFTS_IN_BYTES
 
 

@@ -10,7 +10,7 @@ from runtime_ref.backends.c.backend import CBackend
 from runtime_ref.backends.c.structs import compiled_ops
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import Wanted
+from runtime_ref.core.batch import DraftRequest
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.markov import MarkovHead
 from runtime_ref.core.sampling_params import SamplingParams
@@ -48,7 +48,7 @@ def test_logits_of_a_block_are_the_models(folder, tmp_path, options, kind):
     for t in (tables, other):
         cache.extend(t, ["draft"], 50)
     ours.extend_tables(taps, 0, tables["draft"])
-    found = ours.logits([Wanted(other, 9, 0, 3, None), Wanted(tables, 7, n, 7, None)])[1]
+    found = ours.logits([DraftRequest(other, 9, 0, 3, None), DraftRequest(tables, 7, n, 7, None)])[1]
     with torch.no_grad():
         positions = torch.arange(n)[None]
         context = model.context_keys_values(model.fuse(taps[None]), positions)

@@ -10,9 +10,9 @@ from runtime_ref.backends.torch import ops
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.folder import verify_checksums
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.program import check_tasks, target_tasks
+from runtime_ref.core.program import check_program, target_program
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -26,16 +26,16 @@ def new_backend(weights, dtype):
     return TorchBackend(weights, dtype=dtype, pages={"full": 40, "window": 40})
 
 
-def computed(backend, tasks, ids, pieces, tables=None, cache=None):
+def computed(backend, program, ids, pieces, tables=None, cache=None):
     """Buffers' logits of `ids` computed in pieces of the given sizes."""
     cache = cache or KvCache(backend.pools)
     tables, found, at = tables or cache.tables(), [], 0
     for n in pieces:
         cache.extend(tables, list(tables), at + n)
-        step = backend.plan([Span(tables, at, ids[at:at + n])])
-        found.append(backend.run(tasks, step)["logits"][:n])
+        step = backend.plan([SequenceChunk(tables, at, ids[at:at + n])])
+        found.append(backend.run(program, step)["logits"][:n])
         at += n
-        cache.forget_behind(tables, dict.fromkeys(tables, at))
+        cache.evict_outside_window(tables, dict.fromkeys(tables, at))
     cache.release(tables)
     return torch.cat(found)
 
@@ -50,27 +50,27 @@ def test_logits_are_those_of_the_independent_model(folder, weights, ids):
     with torch.no_grad():
         expected = reference(input_ids=torch.tensor([ids])).logits[0]
     backend = new_backend(weights, torch.float32)
-    torch.testing.assert_close(computed(backend, target_tasks(weights.config), ids, [200]), expected, **MODEL_FP32)
+    torch.testing.assert_close(computed(backend, target_program(weights.config), ids, [200]), expected, **MODEL_FP32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pieces", [[1] * 200, [8] * 25, [63, 1, 64, 72], [3, 5, 7, 100, 4, 81], [199, 1]])
 def test_logits_do_not_depend_on_how_the_text_is_cut(weights, ids, dtype, pieces):
-    backend, tasks = new_backend(weights, dtype), target_tasks(weights.config)
-    assert torch.equal(computed(backend, tasks, ids, pieces), computed(backend, tasks, ids, [200]))
+    backend, program = new_backend(weights, dtype), target_program(weights.config)
+    assert torch.equal(computed(backend, program, ids, pieces), computed(backend, program, ids, [200]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_do_not_depend_on_the_company(weights, ids, dtype):
-    backend, tasks = new_backend(weights, dtype), target_tasks(weights.config)
-    alone = computed(backend, tasks, ids, [100, 1, 7])
+    backend, program = new_backend(weights, dtype), target_program(weights.config)
+    alone = computed(backend, program, ids, [100, 1, 7])
     cache = KvCache(backend.pools)
-    spans = [Span(cache.tables(), 0, ids[:100]), Span(cache.tables(), 0, ids[50:57]), Span(cache.tables(), 0, ids[60:129])]
+    texts = [ids[:100], ids[50:57], ids[60:129]]
     for order in ([0, 1, 2], [2, 0, 1]):
-        chosen = [Span(cache.tables(), 0, spans[i].tokens) for i in order]
+        chosen = [SequenceChunk(cache.tables(), 0, texts[i]) for i in order]
         for span in chosen:
             cache.extend(span.tables, list(span.tables), len(span.tokens))
-        logits = backend.run(tasks, backend.plan(chosen))["logits"]
+        logits = backend.run(program, backend.plan(chosen))["logits"]
         mine = chosen[order.index(0)]
         assert torch.equal(logits[mine.row:mine.row + 100], alone[:100])
         for span in chosen:
@@ -107,11 +107,11 @@ def test_every_op_gives_a_row_the_same_bits_in_any_position_and_company(weights,
 
 
 def test_eight_row_products_and_single_additions_give_the_bits_of_the_fast_ways(weights, ids):
-    backend, tasks = new_backend(weights, torch.float32), target_tasks(weights.config)
-    expected = computed(backend, tasks, ids, [200])
+    backend, program = new_backend(weights, torch.float32), target_program(weights.config)
+    expected = computed(backend, program, ids, [200])
     backend.rules = ops.STRICT
     assert ops.padded(1, backend.rules) == 8
-    assert torch.equal(computed(backend, tasks, ids, [100, 3, 97]), expected)
+    assert torch.equal(computed(backend, program, ids, [100, 3, 97]), expected)
 
 
 def test_two_models_in_one_process_keep_their_row_rules_and_bits(weights, ids, tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_two_models_in_one_process_keep_their_row_rules_and_bits(weights, ids, t
         monkeypatch.setattr(ops, "probe_rows", lambda shapes: ops.STRICT if (8, strict, 33) in shapes else loose)
 
     def logits_of(backend):
-        return computed(backend, target_tasks(backend.config), ids[:40], [29, 1, 10])
+        return computed(backend, target_program(backend.config), ids[:40], [29, 1, 10])
 
     for strict in (64, 96):
         measured(strict)
@@ -141,7 +141,7 @@ def test_two_models_in_one_process_keep_their_row_rules_and_bits(weights, ids, t
 def test_experts_decoded_every_time_give_the_bits_of_the_cache(folder, weights, ids):
     none = load_target(folder, decoded_bytes=0)
     backends = [new_backend(w, torch.bfloat16) for w in (weights, none)]
-    first, second = (computed(b, target_tasks(weights.config), ids, [50]) for b in backends)
+    first, second = (computed(b, target_program(weights.config), ids, [50]) for b in backends)
     assert torch.equal(first, second) and none.decoded.used == 0 and weights.decoded.used > 0
 
 
@@ -156,21 +156,22 @@ def test_packed_bytes_are_the_files_bytes(folder, weights):
 
 
 def test_the_schedule_writes_before_it_reads_and_can_be_watched(weights, ids):
-    tasks = target_tasks(weights.config, taps=[0, 3])
-    check_tasks(tasks)
+    program = target_program(weights.config, taps=[0, 3])
+    check_program(program)
     with pytest.raises(AssertionError, match="was never written|never written"):
-        check_tasks(tasks[1:])
+        check_program(program[1:])
     backend, seen = new_backend(weights, torch.float32), []
     cache = KvCache(backend.pools)
     tables = cache.tables()
     cache.extend(tables, list(tables), 8)
-    found = backend.run(tasks, backend.plan([Span(tables, 0, ids[:8])]), watch=lambda task, buffers: seen.append(str(task)))
-    assert len(seen) == len(tasks) and {"tap.0", "tap.3", "logits"} <= found.keys()
+    step = backend.plan([SequenceChunk(tables, 0, ids[:8])])
+    found = backend.run(program, step, watch=lambda op, buffers: seen.append(str(op)))
+    assert len(seen) == len(program) and {"tap.0", "tap.3", "logits"} <= found.keys()
 
 
 def test_drafts_are_those_of_the_drafter_model(folder, weights, ids):
     """Features of a text in pieces, then a block: against DFlashDraftModel on the whole text, in float32."""
-    from runtime_ref.core.batch import Wanted
+    from runtime_ref.core.batch import DraftRequest
 
     backend = new_backend(weights, torch.float32)
     drafter = backend.load_drafter(folder / "dflash", 20, 256)
@@ -189,7 +190,7 @@ def test_drafts_are_those_of_the_drafter_model(folder, weights, ids):
     drafter.extend_tables(taps[0, :n - 5], 0, tables["draft"])
     for count in (7, 3, 1):
         pending = taps[0, n - 5:] if count == 7 else None
-        found = drafter.logits([Wanted(tables, ids[n], n, count, pending)])[0]
+        found = drafter.logits([DraftRequest(tables, ids[n], n, count, pending)])[0]
         if count == 7:
             torch.testing.assert_close(found, expected, **MODEL_FP32)
         assert found.shape == (count, 264)

@@ -12,9 +12,9 @@ from runtime_ref.backends.c import structs
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.families.registry import read_geometry
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.program import target_tasks
+from runtime_ref.core.program import target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import Ranks
 from runtime_ref.engine.engine import Engine, EngineOptions
@@ -34,11 +34,11 @@ def ids():
 
 
 def computed(backend, ids, pieces):
-    cache, tasks = KvCache(backend.pools), target_tasks(backend.config)
+    cache, program = KvCache(backend.pools), target_program(backend.config)
     tables, found, at = cache.tables(), [], 0
     for n in pieces:
         cache.extend(tables, list(tables), at + n)
-        found.append(backend.run(tasks, backend.plan([Span(tables, at, ids[at:at + n])]))["logits"][:n])
+        found.append(backend.run(program, backend.plan([SequenceChunk(tables, at, ids[at:at + n])]))["logits"][:n])
         at += n
     return torch.cat(found)
 

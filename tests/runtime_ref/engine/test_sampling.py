@@ -205,7 +205,7 @@ def test_costs_of_rounds_decide_whether_an_adaptive_request_drafts(make_engine):
     engine = make_engine()
     engine.generate([[5, 6, 7]], adaptive)
     assert engine.adaptive.costs[0] == 1.0 and all(cost > 1 for n, cost in engine.adaptive.costs.items() if n)
-    engine.cache.forget_prefixes()
+    engine.cache.clear_prefixes()
     assert set(engine.stats()["pages"].values()) == {0}
 
 

@@ -24,7 +24,7 @@ def test_a_window_holds_a_constant_number_of_pages():
     for length in range(1, 6 * PAGE):
         cache.extend(tables, ["window"], length + 8)
         most = max(most, cache.used()["window"])
-        cache.forget_behind(tables, {"window": length})
+        cache.evict_outside_window(tables, {"window": length})
     assert most <= 3
     cache.release(tables)
     assert cache.used() == {"full": 0, "window": 0}
@@ -45,16 +45,16 @@ def test_prefixes_survive_their_sequence_and_give_way_when_pages_are_needed():
     tables = cache.tables()
     cache.extend(tables, ["full", "window"], 2 * PAGE)
     for logical in (0, 1):
-        cache.remember(tables, hashes, logical, ["full", "window"])
+        cache.cache_page(tables, hashes, logical, ["full", "window"])
     cache.release(tables)
     assert cache.used() == {"full": 2, "window": 2}
     again = cache.tables()
-    assert cache.take_prefix(again, hashes, ["full", "window"]) == 2 * PAGE
+    assert cache.match_prefix(again, hashes, ["full", "window"]) == 2 * PAGE
     assert again["full"].pages == [1, 2] and again["window"].first == 1
     cache.release(again)
     other = cache.tables()
     cache.extend(other, ["full"], 3 * PAGE)  # needs the pages that only the cache holds
-    assert cache.take_prefix(cache.tables(), hashes, ["full"]) < 2 * PAGE
+    assert cache.match_prefix(cache.tables(), hashes, ["full"]) < 2 * PAGE
 
 
 def test_hashes_depend_on_all_tokens_before():

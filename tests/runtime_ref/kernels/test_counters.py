@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 from runtime_ref.kernels import counters
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
-from runtime_ref.kernels.sampling import judge
+from runtime_ref.kernels.sampling import verify
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 CPU = torch.device("cpu")
@@ -47,11 +47,11 @@ def run_route():
     return launches.route(random(9, 32).to(torch.bfloat16), router, TILING)[1]
 
 
-def run_judge():
-    return judge(random(5, 130), *torch.zeros((3, 5), dtype=torch.int32), chunk=64)[0]
+def run_verify():
+    return verify(random(5, 130), *torch.zeros((3, 5), dtype=torch.int32), chunk=64)[0]
 
 
-@pytest.mark.parametrize("run", [run_attend, run_route, run_judge])
+@pytest.mark.parametrize("run", [run_attend, run_route, run_verify])
 def test_repeated_calls_clear_no_counters_and_leave_zeros(made, run):
     first = run()
     assert made == [counters.LEAST]

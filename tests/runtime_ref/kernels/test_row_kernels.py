@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 from tolerance import ROW_KERNEL
 
 from runtime_ref.backends.torch import ops
-from runtime_ref.core.tensor_parallel import ALONE
+from runtime_ref.core.tensor_parallel import SINGLE_RANK
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.row_launches import Heads, Matrix, Tiling
 from tests.runtime_ref.kernels.at_once import INTERPRETED
@@ -119,7 +119,7 @@ def test_product(rows, n, k, fp8):
 
 def test_product_of_heads_with_residual_in_place():
     heads, m, x = bf16(3, 9, 20), matrix(50, 60), bf16(9, 50, seed=8)
-    expected = ops.add_parts(x.float(), ops.merge_heads(heads.float(), m.decoded().T[None]), ALONE, torch.bfloat16)
+    expected = ops.add_parts(x.float(), ops.merge_heads(heads.float(), m.decoded().T[None]), SINGLE_RANK, torch.bfloat16)
     found = launches.product(heads, m, x, TILING, residual=x)
     assert found is x and error(found, expected) < ROW_KERNEL
 
@@ -142,7 +142,7 @@ def test_head_norms_the_rows_that_are_asked_for():
     rows = torch.tensor([8, 0, 3], dtype=torch.int32)
     found = launches.product(x, m, poisoned(3, 130, dtype=torch.float32), TILING, norm=(weight, EPSILON), rows=rows)
     y = rounded(ops.norm(x[rows.long()].float(), weight, EPSILON))
-    assert error(found, ops.head_logits(y, m.decoded().T[None], ALONE)) < ROW_KERNEL
+    assert error(found, ops.head_logits(y, m.decoded().T[None], SINGLE_RANK)) < ROW_KERNEL
 
 
 @pytest.mark.parametrize("rows, inner, hidden", [(1, 32, 64), (9, 50, 100)])

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.sampler import distribution, draw, sample, uniform
 from runtime_ref.engine.speculative import Proposal, accept
-from runtime_ref.kernels.sampling import draws_here, judge
+from runtime_ref.kernels.sampling import can_verify, verify
 
 
 @pytest.mark.parametrize("vocabulary, chunk", [(130, 64), (64, 64), (1000, 128)])
@@ -19,7 +19,7 @@ def test_verdicts_are_those_of_the_reference(vocabulary, chunk):
     drafts = own.clone()
     drafts[[1, 9]] += 1  # sequence 0 keeps one of three, sequence 2 four of seven
     first, count = (torch.tensor(c, dtype=torch.int32) for c in ([0, 4, 5], counts))
-    tokens, accepted = judge(logits, drafts, first, count, chunk=chunk)
+    tokens, accepted = verify(logits, drafts, first, count, chunk=chunk)
     assert torch.equal(tokens, own) and accepted.tolist() == [1, 0, 4]
     for s, (begin, n) in enumerate(zip(first.tolist(), counts, strict=True)):
         rows = slice(begin, begin + n + 1)
@@ -40,7 +40,7 @@ def test_a_row_that_is_not_finite_has_no_token_and_its_neighbours_have_theirs(wr
 def test_equal_logits_give_the_lower_token_within_and_across_chunks():
     logits = torch.zeros(2, 200)
     logits[0, [70, 150]] = 3.0
-    tokens, _ = judge(logits, torch.zeros(2, dtype=torch.int32), *torch.zeros(2, 1, dtype=torch.int32), chunk=64)
+    tokens, _ = verify(logits, torch.zeros(2, dtype=torch.int32), *torch.zeros(2, 1, dtype=torch.int32), chunk=64)
     assert tokens.tolist() == [70, 0]
 
 
@@ -48,7 +48,7 @@ def draws(logits, temperatures, numbers, chunk):
     """Tokens of rows that are each a sequence without drafts."""
     R = logits.shape[0]
     first = torch.arange(R, dtype=torch.int32)
-    return judge(logits, torch.zeros(R, dtype=torch.int32), first, torch.zeros_like(first), chunk=chunk,
+    return verify(logits, torch.zeros(R, dtype=torch.int32), first, torch.zeros_like(first), chunk=chunk,
                  temperature=torch.tensor(temperatures, dtype=torch.float64),
                  uniform=torch.tensor(numbers, dtype=torch.float64))[0].tolist()
 
@@ -83,7 +83,7 @@ def test_drafts_are_accepted_as_the_reference_accepts_them_above_temperature_0()
     own = [sample(row, params, 21 + i, [1], []) for i, row in enumerate(logits)]
     drafts = torch.tensor([own[0], own[1], (own[2] + 1) % 130, own[3], 0], dtype=torch.int32)
     numbers = torch.tensor([uniform(4, 21 + i, "token") for i in range(5)], dtype=torch.float64)
-    tokens, accepted = judge(logits, drafts, *torch.tensor([[0], [4]], dtype=torch.int32), chunk=64,
+    tokens, accepted = verify(logits, drafts, *torch.tensor([[0], [4]], dtype=torch.int32), chunk=64,
                              temperature=torch.full((5,), 0.9, dtype=torch.float64), uniform=numbers)
     verdict = accept(logits, Proposal(drafts[:4].tolist()), params, 20, [1], [])
     assert verdict.accepted == int(accepted[0]) == 2 and verdict.tokens == tokens[:3].tolist()
@@ -95,6 +95,6 @@ def test_the_kernel_says_what_it_does_not_draw():
     not_here = [SamplingParams(temperature=1.0, top_k=5), SamplingParams(temperature=1.0, top_p=0.9),
                 SamplingParams(temperature=1.0, min_p=0.1), SamplingParams(presence_penalty=1.0),
                 SamplingParams(temperature=1.0, rule="rejection")]
-    assert all(map(draws_here, here)) and not any(map(draws_here, not_here))
+    assert all(map(can_verify, here)) and not any(map(can_verify, not_here))
     with pytest.raises(ValueError, match="expected float64 both"):
-        judge(torch.zeros(1, 4), *torch.zeros(3, 1, dtype=torch.int32), temperature=torch.ones(1))
+        verify(torch.zeros(1, 4), *torch.zeros(3, 1, dtype=torch.int32), temperature=torch.ones(1))

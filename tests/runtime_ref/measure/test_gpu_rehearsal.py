@@ -209,7 +209,7 @@ def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch)
     step = report["step"]
     assert step["compared"]["wrong"] is None and step["compared"]["repeated"] and not step["compared"]["failed"]
     assert 1 < step["compared"]["distinct_experts"] <= 8 and step["walk"]["barriers"] > 3
-    assert [step[name]["launches"] for name in ("walk", "draft", "judge")] == [1, 1, 1] and step["launches_op_by_op"] > 10
+    assert [step[name]["launches"] for name in ("walk", "draft", "verify")] == [1, 1, 1] and step["launches_op_by_op"] > 10
     assert report["engine"]["greedy_equal"] == {"op by op": True, "walked": True} and report["engine"]["failed"] == []
     assert report["engine"]["walked_as_op_by_op"] == [8, 8] and len(report["engine"]["tokens_per_second"]) == 4
     assert report["complete"]

@@ -71,7 +71,7 @@ def card(monkeypatch):
 
 
 STEP = {"weights_bytes": 1, "position": 8, "compared": None, "op_by_op": None, "walk": {"refused": "two walks differ"},
-        "barrier_seconds": None, "judge": None, "draft": None, "launches_op_by_op": None}
+        "barrier_seconds": None, "verify": None, "draft": None, "launches_op_by_op": None}
 ENGINE = {"tokens": 8, "greedy_equal": {"op by op": True}, "tokens_per_second": {"plain, op by op": 9.0}, "timeline": {},
           "failed": [], "walked_as_op_by_op": None, "acceptance_length": None}
 
@@ -275,10 +275,10 @@ def test_a_wrong_walk_has_no_speed(small_toy, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=1))
     weights = SimpleNamespace(arena=SimpleNamespace(used=1))
     monkeypatch.setattr(gpu_steps, "Prepared", lambda *_: SimpleNamespace(
-        step=lambda rows: None, tasks=[], backend=SimpleNamespace(kernel_weights=weights)))
+        step=lambda rows: None, program=[], backend=SimpleNamespace(kernel_weights=weights)))
     monkeypatch.setattr(gpu_steps, "compare_walk", lambda *_: {"wrong": "two walks differ"})
     monkeypatch.setattr(gpu_steps, "_measure_walk", lambda *_: pytest.fail("timed"))
-    for name in ("measure_judge", "measure_draft", "measure_barrier"):
+    for name in ("measure_verify", "measure_draft", "measure_barrier"):
         monkeypatch.setattr(gpu_steps, name, lambda *_: {"seconds": 2e-3, "refused": None, "reductions": 10, "launches": 1})
     monkeypatch.setattr(gpu_steps, "measure_barrier", raising(RuntimeError("a wait was given up")))
     problems = []
@@ -297,13 +297,13 @@ def test_its_check_of_fake_quantization_is_green_and_red_on_another_rule(monkeyp
 def test_a_rank_of_eight_is_a_model_with_an_eighth_of_every_shared_size():
     from modeling.presets import released_config
     from runtime_ref.checkpoints.device_weights import layer_heads, layer_shapes
-    from runtime_ref.core.tensor_parallel import ALONE
+    from runtime_ref.core.tensor_parallel import SINGLE_RANK
     from runtime_ref.measure.gpu_suite.steps import projected, rank_config
 
     config = rank_config(released_config("MiMo-V2.5-Pro"), 8)
-    heads = layer_heads(config, 0, ALONE)
+    heads = layer_heads(config, 0, SINGLE_RANK)
     assert (heads.queries, heads.keys, heads.d, heads.v) == (16, 1, 192, 128) and config.moe_intermediate_size == 256
-    shapes = layer_shapes(config, 1, ALONE, frozenset({"qkv"}))
+    shapes = layer_shapes(config, 1, SINGLE_RANK, frozenset({"qkv"}))
     pages = sum(torch.Size(shapes[name][0]).numel() for name in ("up_pages", "down_pages"))
     assert pages == 384 * 3 * 6144 * 256 * 17 // 32
     assert projected(4.4e-3, 140)["tokens_per_second"]["5 us"] == pytest.approx(6.30 / (4.4e-3 + 140 * 5e-6))
@@ -351,7 +351,7 @@ class Stub:
     """An engine that answers at once, and remembers what it was asked."""
 
     def __init__(self, wrong=(), failed=False):
-        self.asked, self.failed, self.wrong, self.tasks = [], failed, wrong, None
+        self.asked, self.failed, self.wrong, self.program = [], failed, wrong, None
         self.backend = SimpleNamespace(config=SimpleNamespace(vocab_size=256), walk=None)
         self.drafter = object()
 
@@ -441,7 +441,7 @@ def test_launches_are_counted_and_a_profiler_that_sees_none_counts_nothing(monke
     assert gpu_steps.count_launches(lambda: None) == 2
     monkeypatch.setattr(torch.profiler, "profile", raising(RuntimeError("not permitted")))
     assert gpu_steps.count_launches(lambda: None) is None
-    step = STEP | {"walk": {"launches": 1}, "draft": {"launches": 1}, "judge": {"launches": 2}}
+    step = STEP | {"walk": {"launches": 1}, "draft": {"launches": 1}, "verify": {"launches": 2}}
     assert gpu_page.launches({"step": step}) == 4 and gpu_page.launches({"step": STEP}) is None
 
 

@@ -118,7 +118,7 @@ def server(new_engine, tokenizer, preparing, expected):
     plain = new_engine(drafter=False)
     prompt, answer = expected
     engine = Engine(plain.backend, Knowing(answer, len(prompt), 264), plain.options, end_ids=plain.end_ids, tokenizer=tokenizer)
-    with live_server(engine, tokenizer, preparing, adaptive=False) as found:
+    with live_server(engine, tokenizer, preparing) as found:
         yield found
 
 
@@ -130,14 +130,23 @@ def ask(browser, server, question, **fields):
     browser.run(f"document.getElementById('text').value = {json.dumps(question)}; document.getElementById('send').click()")
 
 
+def again(browser, question):
+    browser.run(f"document.getElementById('text').value = {json.dumps(question)}; document.getElementById('send').click()")
+
+
+def letters(text):
+    """What Markdown shows as it is."""
+    return [c for c in text if c.isalnum() or ord(c) > 127]
+
+
 def test_the_page_shows_the_answer_and_colours_accepted_drafts(browser, server, tokenizer, expected):
     prompt, answer = expected
     ask(browser, server, QUESTION)
     browser.until("document.querySelector('.assistant')?.dataset.done === 'yes'")
     assert browser.run("document.querySelector('.user').textContent") == QUESTION
     assert browser.run("document.querySelectorAll('#talk b').length") == 0  # text stays text
-    shown = browser.run("document.querySelector('.assistant').textContent")
-    assert shown == tokenizer.decode(answer, skip_special_tokens=True)
+    shown = browser.run("document.querySelector('.assistant .text').textContent")
+    assert letters(shown) == letters(tokenizer.decode(answer, skip_special_tokens=True))
     coloured = browser.run("[...document.querySelectorAll('.accepted')].filter(e => e.closest('.assistant')).length")
     counts = server.worker.engine._counts
     assert 0 < coloured <= counts["accepted"]
@@ -151,7 +160,7 @@ def test_a_servers_refusal_is_shown_and_stop_frees_the_slot(browser, server, mon
     right = server.worker.engine.step
     monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(0.003) or right())  # or it ends before it is stopped
     ask(browser, server, "x", max=100000)
-    browser.until("document.querySelector('.failed')?.textContent.includes('max_tokens')")
+    browser.until("document.querySelector('.assistant.failed')?.textContent.includes('max_tokens')")
     aborted = server.worker.engine._counts["aborted"]
     ask(browser, server, "y " * 20, max=150)
     browser.until("document.getElementById('stop').hidden === false")
@@ -159,6 +168,93 @@ def test_a_servers_refusal_is_shown_and_stop_frees_the_slot(browser, server, mon
     browser.run("document.getElementById('stop').click()")
     server.until_empty()
     assert server.worker.engine._counts["aborted"] == aborted + 1
+
+
+def history(browser):
+    return browser.run("history.map(m => [m.role, m.content.length])")
+
+
+def test_a_turn_that_failed_is_no_part_of_the_talk_and_the_next_one_is_answered(browser, server):
+    ask(browser, server, "one", max=20)
+    browser.until("document.querySelector('.assistant')?.dataset.done === 'yes'")
+    before = history(browser)
+    assert [role for role, _ in before] == ["user", "assistant"]
+    again(browser, "x " * 3000)
+    browser.until("document.querySelector('.turn.assistant.failed') && !abort")
+    assert history(browser) == before
+    assert browser.run("document.getElementById('text').value").startswith("x x x")  # to be mended and sent again
+    again(browser, "two")
+    browser.until("document.querySelectorAll('.assistant[data-done=yes]').length === 2 && !abort")
+    assert [role for role, _ in history(browser)] == ["user", "assistant"] * 2
+
+
+def test_an_answer_that_was_cut_says_so_and_what_is_drafted_by_default_is_seen(browser, server):
+    ask(browser, server, QUESTION, max=20)
+    browser.until("document.querySelector('.assistant')?.dataset.done === 'yes'")
+    assert "cut off" in browser.run("document.querySelector('.note').textContent")
+    assert browser.run("document.querySelectorAll('.text .accepted').length") > 0
+
+
+def test_the_system_prompt_and_top_p_reach_the_server(browser, server, tokenizer):
+    ask(browser, server, "one", max=8, system="be short", top_p="0.5", temperature="0.7")
+    browser.until("document.querySelector('.assistant')?.dataset.done === 'yes'")
+    assert browser.run("JSON.stringify(body('q')[1].messages[0])") == json.dumps(
+        {"role": "system", "content": "be short"}, separators=(",", ":"))
+    assert browser.run("body('q')[1].top_p") == 0.5
+
+
+MARKDOWN = """# A <i>title</i>
+
+Some **bold *and* more** and `co<b>de` [link](https://a.example/x) [bad](javascript:alert(1)) <img src=x onerror=alert(1)>
+
+- one
+  - in
+- two
+
+3. three
+
+```python
+a = "<script>"
+```
+| h | i |
+|---|---|
+| 1 | 2 |
+
+> said \\*so\\*
+<script>document.title = 'owned'</script>"""
+
+
+def test_markdown_becomes_nodes_and_markup_stays_text(browser, server):
+    ask(browser, server, "one", max=4)
+    browser.until("document.querySelector('.assistant')?.dataset.done === 'yes'")
+    browser.run(f"window.box = document.createElement('div'); document.body.append(box); "
+                f"box.append(rendered({json.dumps(MARKDOWN)}, [[2, 5], [12, 30]]))")
+
+    def found(selector):
+        return browser.run(f"[...box.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)")
+
+    assert found("h1") == ["A <i>title</i>"] and found("strong") == ["bold and more"] and found("strong em") == ["and"]
+    assert found("p > code") == ["co<b>de"] and found("a") == ["link"] and found("pre code") == ['a = "<script>"']
+    assert found("ul > li > ul > li") == ["in"] and found("ol") == ["three"] and found("th, td") == [" h ", " i ", " 1 ", " 2 "]
+    assert found("script, img, i, b, [onerror]") == [] and "javascript:alert(1)" in browser.run("box.textContent")
+    assert "".join(found(".accepted")).startswith("A <") and browser.run("document.title") == "small"
+    assert browser.run("box.querySelector('a').rel") == "noopener noreferrer"
+
+
+@pytest.mark.parametrize("text", ["**", "```", "| a", "`", "[x](", "> ", "- ", "1. ", "\\", "<think>", "*" * 3000, "> " * 2000,
+                                  "[" * 3000, "`" * 3001, "|" * 3000 + "\n" + "|-" * 1500, "# \n\n\n"])
+def test_unfinished_and_absurd_markdown_neither_fails_nor_hangs(browser, server, text):
+    if not browser.run("typeof rendered === 'function'"):
+        ask(browser, server, "one", max=4)
+    began = time.monotonic()
+    browser.run(f"document.createElement('div').append(rendered({json.dumps(text)}, [[0, 1]]))")
+    assert time.monotonic() - began < 5
+
+
+def test_a_page_that_smuggles_a_script_in_is_stopped_by_the_policy(browser, server):
+    ask(browser, server, "one", max=4)
+    browser.run("const s = document.createElement('script'); s.textContent = 'window.owned = 1'; document.body.append(s)")
+    assert browser.run("typeof window.owned") == "undefined"
 
 
 def elsewhere(browser, url):

@@ -30,9 +30,8 @@ def preparing(folder):
     """The request workers that the servers of this file share."""
     from runtime_ref.server.request_workers import RequestWorkers
 
-    workers = RequestWorkers(folder)
-    yield workers
-    workers.close()
+    with contextlib.closing(RequestWorkers(folder)) as workers:
+        yield workers
 
 
 @contextlib.contextmanager

@@ -36,17 +36,17 @@ def made(change):
 
 def stale(patch, folder):
     """The four newest context keys are not seen."""
-    right = Drafter._reach
+    right = Drafter._metadata
 
     def wrong(self, wanted, positions, T):
         found = right(self, wanted, positions, T)
         first = self.pool.first_needed(wanted[0].position)
-        keys = first * PAGE + torch.arange(found.reach.hidden.shape[1] * PAGE).view(1, -1, 1, PAGE)
+        keys = first * PAGE + torch.arange(found.attention.hidden.shape[1] * PAGE).view(1, -1, 1, PAGE)
         late = (keys >= wanted[0].position - 4) & (keys < wanted[0].position)
-        found.reach.hidden.masked_fill_(late, float("-inf"))
+        found.attention.hidden.masked_fill_(late, float("-inf"))
         return found
 
-    patch.setattr(Drafter, "_reach", wrong)
+    patch.setattr(Drafter, "_metadata", wrong)
 
 
 def chunked(patch, folder):
@@ -105,7 +105,7 @@ def padded(patch, folder):
 
 
 def hit_without_features(patch, folder):
-    right = KvCache.take_prefix
+    right = KvCache.match_prefix
 
     def wrong(self, tables, hashes, kinds):
         count = right(self, tables, hashes, kinds)
@@ -116,7 +116,7 @@ def hit_without_features(patch, folder):
                     store[:, page * PAGE:(page + 1) * PAGE] = 0
         return count
 
-    patch.setattr(KvCache, "take_prefix", wrong)
+    patch.setattr(KvCache, "match_prefix", wrong)
 
 
 WRONG_ENGINES = {

@@ -128,7 +128,7 @@ def _port_clamps(patch):
 def _port_window(patch):
     from runtime_ref.backends.torch import ops as model
 
-    right = model.reach
+    right = model.attention_metadata
 
     def wrong(pool, kind, blocks, T):
         saved = pool.window
@@ -138,7 +138,7 @@ def _port_window(patch):
         finally:
             pool.window = saved
 
-    patch.setattr(model, "reach", wrong)
+    patch.setattr(model, "attention_metadata", wrong)
 
 
 def _port_value_scale(patch):

@@ -17,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[4])
 
 import torch
 
-from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import leave, ranks_from_environment
 from runtime_ref.engine.engine import Engine, EngineOptions
@@ -37,12 +37,12 @@ def answers(folder, ranks, walked):
     tokens = engine.generate(prompts, params)
     tables = engine.cache.tables()
     engine.cache.extend(tables, list(tables), 9)
-    logits = engine.backend.run(engine.tasks, engine.backend.plan([Span(tables, 0, prompts[1][:9])]))["logits"]
+    logits = engine.backend.run(engine.program, engine.backend.plan([SequenceChunk(tables, 0, prompts[1][:9])]))["logits"]
     engine.cache.extend(tables, list(tables), 20)
     width = len(engine.drafter.taps) * engine.backend.config.hidden_size
     taps = torch.randn(5, width, generator=generator).to(torch.bfloat16)
     drafts = torch.cat([engine.drafter.logits([wanted])[0]
-                        for wanted in (Wanted(tables, 5, 9, 7, taps), Wanted(tables, 7, 9, 2, None))])
+                        for wanted in (DraftRequest(tables, 5, 9, 7, taps), DraftRequest(tables, 7, 9, 2, None))])
     share = getattr(engine.drafter, "drafter", engine.drafter).share
     if ranks.rank == 0:
         print(json.dumps({"ranks": ranks.count, "rank": ranks.rank, "walked": walked, "tokens": tokens,

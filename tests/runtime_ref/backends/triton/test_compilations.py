@@ -7,9 +7,9 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 
 from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
-from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.program import target_tasks
+from runtime_ref.core.program import target_program
 from runtime_ref.kernels import attention, routing, rows, sampling
 from runtime_ref.kernels.experimental.megakernel import step_kernel
 from runtime_ref.measure.static.launches import ALIGNED, FLOATS
@@ -41,15 +41,15 @@ def test_a_walk_of_the_target_is_compiled_once_per_scratch(small_engine):
     """Steps of one to 19 rows, at the beginning of a sequence and behind 60 positions, all logits or one: the scratch for eight
     rows and that for 64 have one kernel each."""
     backend = small_engine(drafter=False).backend
-    tables, walked = tables_of(backend.pools), PersistentStep(backend, target_tasks(backend.config, [0, 2]))
+    tables, walked = tables_of(backend.pools), PersistentStep(backend, target_program(backend.config, [0, 2]))
 
     def run(most):
         for batch in BATCHES:
             for start in (0, 60):
                 for logits in ("all", "last"):
                     if sum(batch) <= most:
-                        spans = [Span(own, start, list(range(1, n + 1)), logits) for own, n in zip(tables, batch, strict=False)]
-                        walked.run(backend.plan(spans))
+                        walked.run(backend.plan([SequenceChunk(own, start, list(range(1, n + 1)), logits)
+                                                 for own, n in zip(tables, batch, strict=False)]))
 
     assert compilations(step_kernel, lambda: run(8)) == 1
     assert compilations(step_kernel, lambda: run(64)) == 2
@@ -65,14 +65,14 @@ def test_a_walk_of_the_drafter_is_compiled_once(small_engine):
         for counts in ((1,), (7,), (3, 7), (7, 7)):
             for late in (0, 1, 8, 16):
                 taps = torch.zeros(late, 128, dtype=torch.bfloat16) if late else None
-                walked.logits([Wanted(own, 5, 40, count, taps) for own, count in zip(tables, counts, strict=False)])
+                walked.logits([DraftRequest(own, 5, 40, count, taps) for own, count in zip(tables, counts, strict=False)])
 
     assert compilations(step_kernel, run) == 1
 
 
 @compiled_only
 @pytest.mark.parametrize("kernel", [step_kernel, rows.project_kernel, rows.product_kernel, rows.swiglu_kernel, rows.norm_kernel,
-                                    rows.add_kernel, routing.route_kernel, attention.attend_kernel, sampling.judge_kernel])
+                                    rows.add_kernel, routing.route_kernel, attention.attend_kernel, sampling.verify_kernel])
 def test_sizes_that_a_launch_specializes_on_are_those_that_the_static_gates_promise(kernel):
     """Otherwise the table would be that of another binary."""
     from runtime_ref.measure.static.launches import POINTERS, ROW_POINTERS

@@ -16,7 +16,7 @@ from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.checkpoints.device_weights import load_kernel_weights
 from runtime_ref.checkpoints.families.base import NotHeld
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.program import target_tasks
+from runtime_ref.core.program import target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import Ranks
 from runtime_ref.engine.engine import Engine, EngineOptions
@@ -48,13 +48,13 @@ def ids():
 
 
 def test_every_op_equals_its_torch_twin_on_the_inputs_it_had(backends, ids):
-    assert "project_full" in check_each_op(*backends, target_tasks(backends[0].config, [1]), ids)
+    assert "project_full" in check_each_op(*backends, target_program(backends[0].config, [1]), ids)
 
 
 def test_logits_are_those_of_the_torch_backend_where_routing_agrees(backends, ids):
     chosen = ({}, {})
-    logits = [run_watched(backend, ids, watch=lambda task, found, own=own: own.update({task.layer: found["index"][:len(ids)]})
-                          if task.op == "route" else None)[0]["logits"] for backend, own in zip(backends, chosen, strict=True)]
+    logits = [run_watched(backend, ids, watch=lambda op, found, own=own: own.update({op.layer: found["index"][:len(ids)]})
+                          if op.name == "route" else None)[0]["logits"] for backend, own in zip(backends, chosen, strict=True)]
     same = torch.stack([(chosen[0][i].long().sort(-1)[0] == chosen[1][i].sort(-1)[0]).all(-1) for i in chosen[0]]).all(0)
     assert same.float().mean() > 0.5
     assert relative(logits[0][same], logits[1][:len(ids)][same]) < TRITON_LOGITS
@@ -100,7 +100,7 @@ def test_a_drafter_and_a_batch_change_no_token(folder, ids):
 
 def test_the_walk_refuses_what_it_has_not(backends):
     with pytest.raises(ValueError, match="neither norms of heads nor a softmax router"):
-        PersistentStep(backends[0], target_tasks(backends[0].config))
+        PersistentStep(backends[0], target_program(backends[0].config))
 
 
 def test_gpt_oss_is_refused_in_one_line(tmp_path):

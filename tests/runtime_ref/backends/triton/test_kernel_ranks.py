@@ -19,10 +19,10 @@ from runtime_ref.backends.triton import megakernel as persistent
 from runtime_ref.backends.triton.backend import TritonBackend
 from runtime_ref.backends.triton.megakernel import PersistentStep
 from runtime_ref.checkpoints.device_weights import load_kernel_weights
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.program import target_tasks
-from runtime_ref.core.tensor_parallel import ALONE, Ranks
+from runtime_ref.core.program import target_program
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.kernels.experimental import megakernel as walk
 from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
 from runtime_ref.kernels.repack import unpack_pages
@@ -66,7 +66,7 @@ def a_step(backend):
     tables = [cache.tables() for _ in range(2)]
     for own in tables:
         cache.extend(own, list(own), 80)
-    return backend.plan([Span(tables[0], 60, ids[:7]), Span(tables[1], 20, ids[7:], "last")])
+    return backend.plan([SequenceChunk(tables[0], 60, ids[:7]), SequenceChunk(tables[1], 20, ids[7:], "last")])
 
 
 @pytest.fixture(scope="module")
@@ -76,25 +76,25 @@ def alone_and_shared(shared_folder):
         weights = load_kernel_weights(shared_folder, ranks)
         return TritonBackend(weights, pages={"full": 6, "window": 6}, positions=128)
 
-    alone, backends = made(ALONE), [made(Ranks(rank, RANKS)) for rank in range(RANKS)]
-    tasks = target_tasks(alone.config, [0, 2])
+    alone, backends = made(SINGLE_RANK), [made(Ranks(rank, RANKS)) for rank in range(RANKS)]
+    program = target_program(alone.config, [0, 2])
     for kind, pool in alone.pools.items():
         for name in ("all_keys", "all_values"):
             whole = getattr(pool, name).normal_()
             for backend, own in zip(backends, whole.chunk(RANKS, 1), strict=True):
                 getattr(backend.pools[kind], name).copy_(own)
-    expected = alone.run(tasks, a_step(alone))
-    return expected, tasks, [(backend, a_step(backend)) for backend in backends]
+    expected = alone.run(program, a_step(alone))
+    return expected, program, [(backend, a_step(backend)) for backend in backends]
 
 
 def ranks_at_once(alone_and_shared, monkeypatch, walks=2, seconds=120):
     """Whether RANKS x PROGRAMS processes end, and every rank has the bits of one rank alone after each walk."""
-    expected, tasks, ranks = alone_and_shared
+    expected, program, ranks = alone_and_shared
     monkeypatch.setattr(persistent, "Symmetric", InOneProcess)
     monkeypatch.delattr(InOneProcess, "pieces", raising=False)
     calls, found = [], []
     for backend, step in ranks:
-        walked = PersistentStep(backend, tasks, programs=PROGRAMS, polls=MANY)
+        walked = PersistentStep(backend, program, programs=PROGRAMS, polls=MANY)
         logits, taps = torch.full((8, 65), float("nan")), torch.full((2, 9, 64), float("nan"), dtype=torch.bfloat16)
         arguments, constants = walked.arguments(step, logits, taps)
         for value in arguments.values():
@@ -161,7 +161,7 @@ def test_parts_are_the_models_not_the_ranks():
     assert [parts_of(n, unit) for n, unit in ((2048, 64), (256, 64), (96, 64), (768, 64), (64, 16))] == [8, 4, 1, 4, 4]
     assert parts_of(2048, 64, shares=1) == 1
     config = small_config(**SHARED)
-    assert layer_parts(config, 0, ALONE, frozenset()) == Parts(4, 4, 1)
+    assert layer_parts(config, 0, SINGLE_RANK, frozenset()) == Parts(4, 4, 1)
     assert layer_parts(config, 1, Ranks(1, 2), frozenset()) == Parts(2, 1, 1)
     with pytest.raises(ValueError, match="8 ranks: .* of down_proj is cut into 4 parts of whole 16s"):
         layer_parts(small_config(**SHARED | {"num_attention_heads": 8}), 0, Ranks(0, 8), frozenset())

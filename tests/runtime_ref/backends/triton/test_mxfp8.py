@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 
 from wrong_folders import judged
 
-from runtime_ref.core.batch import Span
+from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine, EngineOptions
 from runtime_ref.measure.gpu_suite.steps import walking
@@ -26,7 +26,7 @@ def engines(small_folder):
 def logits(engine, prompt):
     tables = engine.cache.tables()
     engine.cache.extend(tables, list(tables), len(prompt))
-    found = engine.backend.run(engine.tasks, engine.backend.plan([Span(tables, 0, prompt)]))["logits"]
+    found = engine.backend.run(engine.program, engine.backend.plan([SequenceChunk(tables, 0, prompt)]))["logits"]
     engine.cache.release(tables)
     return found
 

@@ -11,9 +11,9 @@ import triton.language as tl
 
 from runtime_ref.backends.triton.megakernel import PersistentStep, table_of
 from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
-from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.program import Task, target_tasks
+from runtime_ref.core.program import Op, target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.kernels.experimental import megakernel as walk
 from runtime_ref.measure.gpu_suite.steps import walking
@@ -27,7 +27,7 @@ class Prepared:
     """A backend whose cache holds (random) keys of 60 tokens of one sequence and 20 of another, and a step of both."""
 
     def __init__(self, backend):
-        self.backend, self.tasks = backend, target_tasks(backend.config, [0, 2])
+        self.backend, self.program = backend, target_program(backend.config, [0, 2])
         ids = torch.randint(1, 128, (90,), generator=torch.Generator().manual_seed(5)).tolist()
         cache = KvCache(backend.pools, prefix=False)
         self.tables = [cache.tables() for _ in range(2)]
@@ -36,8 +36,9 @@ class Prepared:
         for pool in backend.pools.values():
             pool.all_keys.normal_()
             pool.all_values.normal_()
-        self.step = backend.plan([Span(self.tables[0], 60, ids[30:37]), Span(self.tables[1], 20, ids[:2], "last")])
-        self.expected = backend.run(self.tasks, self.step)
+        self.step = backend.plan([SequenceChunk(self.tables[0], 60, ids[30:37]),
+                                  SequenceChunk(self.tables[1], 20, ids[:2], "last")])
+        self.expected = backend.run(self.program, self.step)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def poison(walked):
 
 
 def test_a_walk_makes_the_bits_of_the_launches_and_can_be_repeated(prepared):
-    walked = PersistentStep(prepared.backend, prepared.tasks)
+    walked = PersistentStep(prepared.backend, prepared.program)
     poison(walked)
     for _ in range(2):
         assert same(walked.run(prepared.step), prepared.expected)
@@ -78,7 +79,7 @@ def no_barrier(counter, epoch, failed, POLLS: tl.constexpr):
 def walked_at_once(prepared, seconds=60):
     """Whether PROGRAMS processes, each a program of one walk over shared memory, end and make the expected bits."""
     backend = prepared.backend
-    walked = PersistentStep(backend, prepared.tasks, programs=PROGRAMS, polls=MANY)
+    walked = PersistentStep(backend, prepared.program, programs=PROGRAMS, polls=MANY)
     poison(walked)
     logits, taps = torch.full(prepared.expected["logits"].shape, float("nan")), torch.zeros(2, 9, 64, dtype=torch.bfloat16)
     arguments, constants = walked.arguments(prepared.step, logits, taps)
@@ -115,8 +116,8 @@ def test_a_walk_of_the_drafter_makes_the_bits_of_its_launches(small_engine):
         for own in tables:
             cache.extend(own, ["draft"], 48)
         drafter.extend_tables(taps[:34], 0, tables[0]["draft"])
-        pending = [Wanted(tables[0], 5, 37, 7, taps[34:37]), Wanted(tables[1], 9, 3, 2, taps[37:])]
-        again = [Wanted(tables[1], 9, 3, 4, None)]
+        pending = [DraftRequest(tables[0], 5, 37, 7, taps[34:37]), DraftRequest(tables[1], 9, 3, 2, taps[37:])]
+        again = [DraftRequest(tables[1], 9, 3, 4, None)]
         found.append(torch.cat(proposer.logits(pending) + proposer.logits(again)))
         for own in tables:
             cache.release(own)
@@ -137,14 +138,14 @@ def test_an_engine_that_walks_gives_the_tokens_of_one_that_launches(small_engine
 
 def test_the_table_names_every_weight_in_the_arena(prepared):
     backend = prepared.backend
-    walked = PersistentStep(backend, prepared.tasks)
+    walked = PersistentStep(backend, prepared.program)
     arena, layers = backend.kernel_weights.arena, backend.kernel_weights.layers
-    assert walked.table.shape == (len(walked.tasks), walk.FIELDS) and walked.table.dtype == torch.int32
-    for task, row in zip(walked.tasks, walked.table.tolist(), strict=True):
-        assert walk.OPS[row[0]] == task.op
-        if task.op == "merge_add":
-            w = layers[task.layer].o.w
+    assert walked.table.shape == (len(walked.program), walk.FIELDS) and walked.table.dtype == torch.int32
+    for op, row in zip(walked.program, walked.table.tolist(), strict=True):
+        assert walk.OPS[row[0]] == op.name
+        if op.name == "merge_add":
+            w = layers[op.layer].o.w
             piece = arena.data[row[1] * 128:][:w.numel() * 2].view(torch.bfloat16)
-            assert torch.equal(piece, w.flatten()) and row[6] == int(layers[task.layer].kind == "window")
+            assert torch.equal(piece, w.flatten()) and row[6] == int(layers[op.layer].kind == "window")
     with pytest.raises(ValueError, match="no op 'experts'"):
-        table_of([Task("experts", 1, (), ())], layers, arena, backend.pools)
+        table_of([Op("experts", 1, (), ())], layers, arena, backend.pools)

@@ -24,9 +24,9 @@ def test_rows_alone_launches_and_walks_make_the_same_bits(name):
         pool.all_keys.normal_()
         pool.all_values.normal_()
     step = ready.step(8)
-    launched = ready.backend.run(ready.tasks, step)["logits"]
+    launched = ready.backend.run(ready.program, step)["logits"]
     assert launched.isfinite().all() and launched.std() > 0.1
-    rows = [ready.backend.run(ready.tasks, ready.step(1, i))["logits"] for i in (0, 7)]
+    rows = [ready.backend.run(ready.program, ready.step(1, i))["logits"] for i in (0, 7)]
     assert torch.equal(torch.cat(rows), launched[[0, 7]])
-    walk = PersistentStep(ready.backend, ready.tasks, 3)
+    walk = PersistentStep(ready.backend, ready.program, 3)
     assert torch.equal(walk.run(step)["logits"], launched) and not walk.failed()

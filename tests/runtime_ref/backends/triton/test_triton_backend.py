@@ -18,13 +18,13 @@ from mxfp4 import dequantize
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.device_weights import load_kernel_weights, random_weights
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import Span, Wanted
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.program import check_tasks, target_tasks
+from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
-from runtime_ref.core.tensor_parallel import ALONE
-from runtime_ref.engine import accept_on_device as device_judge
+from runtime_ref.core.tensor_parallel import SINGLE_RANK
+from runtime_ref.engine import accept_on_device
 from runtime_ref.engine.engine import Engine
 from runtime_ref.kernels.repack import unpack_pages
 from runtime_ref.kernels.row_launches import paired
@@ -60,25 +60,25 @@ def alone(small_engine, small_prompts):
 
 
 def test_every_op_equals_its_torch_twin_on_the_inputs_it_had(backend, torch_backend, ids):
-    assert len(check_each_op(backend, torch_backend, target_tasks(backend.config, [0, 2]), ids)) == 18
+    assert len(check_each_op(backend, torch_backend, target_program(backend.config, [0, 2]), ids)) == 18
 
 
 def test_logits_are_those_of_the_torch_backend_where_routing_agrees(backend, torch_backend, ids):
     chosen = ({}, {})
-    buffers = [run_watched(b, ids, watch=lambda task, found, own=own: own.update({task.layer: found["index"][:len(ids)]})
-                           if task.op == "route" else None)[0] for b, own in zip((backend, torch_backend), chosen, strict=True)]
+    buffers = [run_watched(b, ids, watch=lambda op, found, own=own: own.update({op.layer: found["index"][:len(ids)]})
+                           if op.name == "route" else None)[0] for b, own in zip((backend, torch_backend), chosen, strict=True)]
     same = torch.stack([(chosen[0][i].long().sort(-1)[0] == chosen[1][i].sort(-1)[0]).all(-1) for i in chosen[0]]).all(0)
     assert same.float().mean() > 0.7
     assert relative(buffers[0]["logits"][same], buffers[1]["logits"][:len(ids)][same]) < TRITON_LOGITS
 
 
 def test_the_fused_list_makes_the_bits_of_the_list_op_by_op(backend, ids):
-    tasks = target_tasks(backend.config, [0, 2])
-    check_tasks(fused(tasks))
-    assert len(fused(tasks)) < len(tasks) / 2 + 3 and {t.op for t in fused(tasks)} <= backend.ops.keys()
-    assert {t.op for t in fused(tasks, ranks=2)} <= backend.ops.keys()
+    program = target_program(backend.config, [0, 2])
+    check_program(fused(program))
+    assert len(fused(program)) < len(program) / 2 + 3 and {t.name for t in fused(program)} <= backend.ops.keys()
+    assert {t.name for t in fused(program, ranks=2)} <= backend.ops.keys()
     whole, _, _ = run_watched(backend, ids, taps=[0, 2])
-    apart, _, _ = run_watched(backend, ids, taps=[0, 2], watch=lambda task, found: None)
+    apart, _, _ = run_watched(backend, ids, taps=[0, 2], watch=lambda op, found: None)
     for name in ("logits", "tap.0", "tap.2"):
         assert torch.equal(whole[name], apart[name]) and not whole[name].isnan().any()
 
@@ -86,15 +86,15 @@ def test_the_fused_list_makes_the_bits_of_the_list_op_by_op(backend, ids):
 def test_pieces_rings_and_pages_change_no_bit(backend):
     """70 tokens in pieces: a window of 16 forgets its first page, rows move through blocks and cross a page."""
     ids = torch.randint(1, 128, (70,), generator=torch.Generator().manual_seed(9)).tolist()
-    tasks, found = target_tasks(backend.config), []
+    program, found = target_program(backend.config), []
     for pieces in ([70], [3, 60, 1, 6]):
         cache = KvCache(backend.pools, prefix=False)
         tables, at, logits = cache.tables(), 0, []
         for n in pieces:
             cache.extend(tables, list(tables), at + n)
-            logits.append(backend.run(tasks, backend.plan([Span(tables, at, ids[at:at + n])]))["logits"])
+            logits.append(backend.run(program, backend.plan([SequenceChunk(tables, at, ids[at:at + n])]))["logits"])
             at += n
-            cache.forget_behind(tables, dict.fromkeys(tables, at))
+            cache.evict_outside_window(tables, dict.fromkeys(tables, at))
         found.append(torch.cat(logits))
         assert len(tables["window"].pages) == 2 - (70 - 16 + 1) // 64
         cache.release(tables)
@@ -127,16 +127,16 @@ def test_what_the_device_judges_the_host_judges_alike(small_engine, small_prompt
     params = [SamplingParams(max_tokens=6, ignore_eos=True, **own) for own in (
         {}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 4, "top_p": 0.9})]
     engine, judged = small_engine(prefix_cache=False), []
-    judge = device_judge.judge
+    verify = accept_on_device.verify
 
     def watched(logits, drafts, first, count, **options):
         judged.append(len(first))
-        return judge(logits, drafts, first, count, **options)
+        return verify(logits, drafts, first, count, **options)
 
-    monkeypatch.setattr(device_judge, "judge", watched)
+    monkeypatch.setattr(accept_on_device, "verify", watched)
     together = engine.generate(small_prompts, params)
     assert judged and max(judged) == 2
-    monkeypatch.setattr(device_judge, "draws_here", lambda params: False)
+    monkeypatch.setattr(accept_on_device, "can_verify", lambda params: False)
     assert engine.generate(small_prompts, params) == together
 
 
@@ -150,7 +150,7 @@ def test_drafts_are_those_of_the_torch_drafter(small_engine, ids):
         tables, features = cache.tables(), taps if engine is mine else taps.float()
         cache.extend(tables, ["draft"], 37 + 8)
         engine.drafter.extend_tables(features[:34], 0, tables["draft"])
-        found.append([engine.drafter.logits([Wanted(tables, 5, 37, count, features[34:] if count == 7 else None)])[0]
+        found.append([engine.drafter.logits([DraftRequest(tables, 5, 37, count, features[34:] if count == 7 else None)])[0]
                       for count in (7, 2)])
     for own, expected in zip(*found, strict=True):
         assert own.shape == expected.shape and relative(own, expected) < TRITON_LOGITS
@@ -197,7 +197,7 @@ def test_random_weights_have_the_loaded_ones_shapes_and_run(small_folder, ids):
     from runtime_ref.backends.triton.backend import TritonBackend
 
     loaded = load_kernel_weights(small_folder)
-    made = random_weights(loaded.config, ALONE, device="cpu")
+    made = random_weights(loaded.config, SINGLE_RANK, device="cpu")
     backend = TritonBackend(made, pages={"full": 2, "window": 2}, positions=64)
     buffers, _, _ = run_watched(backend, ids[:8])
     assert buffers["logits"].isfinite().all() and buffers["logits"].std() > 0

@@ -1,0 +1,283 @@
+"""QAT on sharded models: masters are the FSDP parameters of the experts, codes travel instead of weights.
+
+What differs from one process (`qat.trainer`), and nothing else:
+
+    weights      every rank reads and holds its shards (`modeling.load` with a `DistributedConfig`); the teacher is a second
+                 tree of shards: FSDP models cannot be copied
+    experts      float32 shards, gathered as MXFP4 codes (`training.sharding.quantized_gather`); no rounded copy is kept
+    gradients    reduced by FSDP in float32 onto the shards, in every micro-step
+    norm         over all ranks; everything else of an update is local
+    evaluation   the plainly rounded model is the student with the original experts as sources of its codes
+    checkpoints  `training.sharding.checkpoint`
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from checkpoint.load import load_model, owned_rows
+from modeling.all_experts import use_all_experts
+from modeling.output_head import require_plain_head
+from mxfp4.fake_quant import saturated
+from qat import evaluate
+from qat.attach import ExpertQuantizer, ExpertTensor, find_expert_tensors, require_finite
+from qat.geometry import meta_model
+from qat.methods import needed as methods_needed
+from qat.trainer import Trainer
+from training.sharding import checkpoint as sharded_checkpoint
+from training.sharding.layout import layout_of, require_divisible
+from training.sharding.model_folder import folder_of_all_ranks, write_model
+from training.sharding.quantized_gather import QuantizedGather
+from training.sharding.shards import LocalShard, copies, gather_rows, local_shards, reshard, settle, total_norm
+from training.state_files import load_state, random_state, save_state, set_random_state
+
+
+def random_states(accelerator) -> str:
+    return f"random_states_{accelerator.process_index}.safetensors"
+
+
+class ShardedQuantizer(ExpertQuantizer):
+    """The quantizer of a model whose experts are FSDP units of their own, with float32 parameters.
+
+    `masters` are this rank's rows, and so are the tensors that every method takes or gives; `tensors` describe the whole ones.
+    """
+
+    def _take_masters(self) -> None:
+        for tensor in self.tensors:
+            tensor.parameter.requires_grad_(True)
+        self.shards = local_shards([(t.name, t.parameter) for t in self.tensors])
+        self.masters = [shard.local for shard in self.shards]
+        self.gathers = [self._gather(tensor) for tensor in self.tensors]
+
+    def _gather(self, tensor: ExpertTensor) -> QuantizedGather:
+        mesh = tensor.parameter.device_mesh
+        shards = mesh.size() // copies(tensor.parameter)
+        return QuantizedGather(tensor.parameter._local_tensor, axis=tensor.axis, scale_rule=self.scale_rule,
+                               even=tensor.num_experts % shards == 0, compute_dtype=self.compute_dtype,
+                               padded_rows=-(-tensor.num_experts // shards))
+
+    def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype, **settings):
+        """Args: as `ExpertQuantizer`; compute_dtype: what the experts are decoded to."""
+        self.compute_dtype = compute_dtype
+        super().__init__(model, **settings)
+
+    @torch.no_grad()
+    def requantize(self, sources: list[torch.Tensor] | None = None) -> None:
+        for tensor, gather, source in zip(self.tensors, self.gathers, sources or self.masters, strict=True):
+            try:
+                gather.encode(source.data)
+            except ValueError as error:
+                require_finite(f"master of {tensor.name}", source, first_expert=tensor.owned.start)
+                raise ValueError(f"{tensor.name}: {error}") from None
+
+    def rounded(self, index: int) -> torch.Tensor:
+        return self.gathers[index].rounded(self.compute_dtype)
+
+    def codes(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gathers[index].codes()
+
+    def of_all_experts(self, index: int, values: torch.Tensor) -> torch.Tensor:
+        return gather_rows(values, self.shards[index])
+
+    @torch.no_grad()
+    def pull_gradients(self) -> None:
+        for tensor, shard in zip(self.tensors, self.shards, strict=True):
+            shard.pull_gradient()
+            if self.ste == "clip":
+                shard.local.grad.masked_fill_(saturated(shard.local, scale_rule=self.scale_rule, axis=tensor.axis), 0)
+
+
+class ShardedTrainer(Trainer):
+    """One QAT run on `cluster.sharding: fsdp2`. On a single process nothing is sharded but the form of the checkpoints."""
+
+    def load_model(self) -> nn.Module:
+        recipe = self.recipe
+        self.layout = layout_of(recipe.cluster, self.accelerator.num_processes)
+        self.whole = self.layout.ranks == 1
+        if self.whole:
+            return super().load_model()
+        if methods_needed(recipe.qat):
+            raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers "
+                             "codes of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none "
+                             f"with cluster.sharding: {recipe.cluster.sharding}")
+        self.compute_dtype = getattr(torch, recipe.model.dtype)
+        tensors = find_expert_tensors(meta_model(recipe)[0])
+        require_divisible(self.layout, {t.name: t.num_experts for t in tensors})
+        self.expert_modules = tuple(dict.fromkeys(t.module for t in tensors))
+        self.say(f"sharding: {self.layout}")
+        return self.load_tree(self.compute_dtype, masters=True)
+
+    def load_tree(self, compute_dtype: torch.dtype, *, masters: bool) -> nn.Module:
+        """The base model in shards; with `masters` its experts are float32 and FSDP units of their own."""
+        mixed = compute_dtype is torch.bfloat16
+        config = self.layout.distributed_config(mixed_precision=mixed, experts=self.expert_modules if masters else ())
+        model = load_model(self.recipe.model.path, dtype=getattr(torch, self.recipe.model.dtype),
+                           trust_remote_code=self.recipe.model.trust_remote_code, distributed_config=config)
+        if compute_dtype is torch.float32:
+            model.float()
+        elif masters:
+            for name in self.expert_modules:
+                model.get_submodule(name).float()
+        settle(model)
+        return model
+
+    def attach(self, model: nn.Module) -> None:
+        if self.whole:
+            super().attach(model)
+            self.shards = [LocalShard(t.name, t.parameter, m) for t, m in self.quantizer]
+            self.shards += [LocalShard(n, p, p) for n, p in self.trained_others(model)]
+            return
+        self.teacher = self.load_tree(self.compute_dtype, masters=False).eval().requires_grad_(False)
+        require_plain_head(self.teacher)
+        self._choose_trainable(model.train())
+        if self.layout.expert_parallel == 1:
+            use_all_experts(model)
+        settings = self.recipe.quantization
+        self.quantizer = ShardedQuantizer(model, compute_dtype=self.compute_dtype, scale_rule=settings.scale_rule,
+                                          ste=settings.ste, expected_tensors=settings.expected_tensors)
+        self.originals = [self.teacher.get_parameter(t.name)._local_tensor for t in self.quantizer.tensors]
+        self.other_shards = local_shards(self.trained_others(model))
+        self.others = [shard.local for shard in self.other_shards]
+        self.shards = [*self.quantizer.shards, *self.other_shards]
+
+    def agree_on_masters(self) -> None:
+        """Nothing to do: each expert's masters are computed by one rank (or by replicas, from the same numbers)."""
+
+    def take_gradients(self) -> tuple[list[nn.Parameter], torch.Tensor]:
+        if self.whole:
+            return super().take_gradients()
+        self.quantizer.pull_gradients()
+        for shard in self.other_shards:
+            shard.pull_gradient()
+        norm = total_norm([(s.local.grad, copies(s.parameter)) for s in self.shards], self.accelerator.device)
+        return [s.local for s in self.shards], norm
+
+    def non_finite_gradient(self) -> str | None:
+        """As found by the first rank that has one; every rank says the same and stops."""
+        if self.whole:
+            return super().non_finite_gradient()
+        found: list = [None] * self.layout.ranks
+        dist.all_gather_object(found, self._own_non_finite())
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text), None)
+
+    def _own_non_finite(self) -> str | None:
+        try:
+            for shard in self.shards:
+                require_finite(f"gradient of {shard.name}", shard.local.grad, first_expert=owned_rows(shard.parameter).start)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    # Checkpoints
+
+    def write_state(self, folder: Path) -> None:
+        state, names = self.state, [t.name for t in self.quantizer.tensors]
+        tensors = {"master": {s.name: s.local.detach() for s in self.shards}}
+        moments, numbers = sharded_checkpoint.optimizer_tensors(self.optimizer.optimizer, self.shards)
+        control = state.oscillation.state_dict()
+        for side, part in enumerate(("masters", "rounded")):
+            control[f"ways.{part}"] = [w[side] for w in control.get("ways") or ()]
+        control.pop("ways", None)
+        health = state.health.state_dict()
+        kinds = {"average": state.average, **control, "codes": [c for c, _ in health["last"]],
+                 "scales": [s for _, s in health["last"]]}
+        tensors |= moments | {kind: dict(zip(names, values, strict=True)) for kind, values in kinds.items() if values}
+        sharded_checkpoint.write_tensors(folder, tensors, self.shards)
+        save_state(folder / random_states(self.accelerator), random_state() | {"micro_step": self.accelerator.step})
+        if self.main:
+            save_state(folder / sharded_checkpoint.TRAINER, {
+                "step": state.step, "batches": state.batches, "averaged_steps": state.averaged_steps,
+                "layout": asdict(self.layout),
+                "optimizer": numbers, "rates": [g["lr"] for g in self.optimizer.param_groups],
+                "schedule": self.schedule.state_dict(), "routed": health["routed"]})
+
+    def read_state(self, path: Path) -> None:
+        if not sharded_checkpoint.is_sharded(path):
+            raise ValueError(f"{path}: written without sharding; resume it with cluster.sharding=ddp, or start a new run "
+                             "without --resume")
+        saved = load_state(path / sharded_checkpoint.TRAINER)
+        tensors = sharded_checkpoint.read_tensors(path, self.shards)
+        state, names = self.state, [t.name for t in self.quantizer.tensors]
+        for shard in self.shards:
+            shard.local.data.copy_(tensors["master"][shard.name])
+        sharded_checkpoint.restore_optimizer(self.optimizer.optimizer, self.shards, tensors, saved["optimizer"])
+        for group, rate in zip(self.optimizer.param_groups, saved["rates"], strict=True):
+            group["lr"] = rate
+        self.schedule.load_state_dict(saved["schedule"])
+        state.step, state.averaged_steps = saved["step"], saved["averaged_steps"]
+        of = {kind: [named[n] for n in names] for kind, named in tensors.items() if names[0] in named}
+        state.average = of.get("average", [])
+        control = {kind: of.get(kind) for kind in ("means", "flips", "frozen", "last")}
+        if "ways.masters" in of:
+            control["ways"] = [torch.stack(pair) for pair in zip(of["ways.masters"], of["ways.rounded"], strict=True)]
+        state.oscillation.load_state_dict(control)
+        state.health.load_state_dict({"last": list(zip(of["codes"], of["scales"], strict=True)),
+                                      "routed": saved["routed"]})
+        self._restore_rounding(of)
+        before = saved["layout"]
+        state.batches = saved["batches"] * before["ranks"] // self.layout.ranks
+        if before == asdict(self.layout):
+            generators = load_state(path / random_states(self.accelerator))
+            set_random_state(generators)
+            self.accelerator.step = generators["micro_step"]
+        else:
+            self.say(f"--resume: written by {before['ranks']} ranks (expert parallel {before['expert_parallel']}, replicas "
+                     f"{before['replicas']}), now {self.layout}: goes on from the same weights and moments, not bit for bit")
+
+    def _restore_rounding(self, of: dict[str, list[torch.Tensor]]) -> None:
+        """What the model computed with at that step: the rounding of the means under `ema`, of the masters otherwise."""
+        self.quantizer.requantize(of.get("means"))
+
+    # The end
+
+    @torch.no_grad()
+    def compare(self, **options) -> dict:
+        if self.whole:
+            return super().compare(**options)
+        student, judge, quantizer = self._evaluation_pair()
+        sources = self.state.average or self.state.oscillation.means or self.quantizer.masters
+        options |= {"together": True}
+        student.eval()
+        variants = {"bf16": evaluate.evaluate_domains(judge, judge, self.domains, **options)}
+        # Plain rounding is that of the original model: what else is trained is put back for it.
+        trained = [shard.local.detach().clone() for shard in self.other_shards]
+        reshard(judge)
+        self._put_others(student, [judge.get_parameter(shard.name)._local_tensor for shard in self.other_shards])
+        quantizer.requantize([original.float() for original in self.originals])
+        variants["ptq"] = evaluate.evaluate_domains(student, judge, self.domains, **options)
+        self._put_others(student, trained)
+        quantizer.requantize(sources)
+        variants["qat"] = evaluate.evaluate_domains(student, judge, self.domains, **options)
+        student.train()
+        return evaluate.summarized(variants)
+
+    def _put_others(self, student: nn.Module, values: list[torch.Tensor]) -> None:
+        """Writes shards of what is trained beside experts; weights that are still gathered would hide them."""
+        reshard(student)
+        for shard, value in zip(self.other_shards, values, strict=True):
+            student.get_parameter(shard.name)._local_tensor.copy_(value)
+
+    def _evaluation_pair(self) -> tuple[nn.Module, nn.Module, ShardedQuantizer]:
+        """(student, teacher, the student's quantizer): the run's own, or float32 trees loaded for the evaluation."""
+        if self.recipe.qat.evaluation_dtype == "model" or self.compute_dtype is torch.float32:
+            return self.model, self.teacher, self.quantizer
+        settings = self.recipe.quantization
+        judge = self.load_tree(torch.float32, masters=False).eval().requires_grad_(False)
+        student = self.load_tree(torch.float32, masters=True).requires_grad_(False)
+        quantizer = ShardedQuantizer(student, compute_dtype=torch.float32, scale_rule=settings.scale_rule)
+        return student, judge, quantizer
+
+    def save_model(self) -> None:
+        if self.whole:
+            super().save_model()
+            return
+        rounded = {t.name: self.quantizer.rounded(i) for i, t in enumerate(self.quantizer.tensors)}
+        with folder_of_all_ranks(self.folder / "model", self.accelerator) as partial:
+            write_model(self.model, partial, rounded.get, self.compute_dtype)
+            if self.main:
+                self.tokenizer.save_pretrained(partial)

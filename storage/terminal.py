@@ -1,0 +1,20 @@
+"""Text of others on a terminal: names of files and tensors can hold escape sequences that clear the screen, set the window's
+title, or write text backwards."""
+
+from __future__ import annotations
+
+import re
+
+# C0 and C1 controls but the line end and the tab, DEL, line and paragraph separators, marks that turn the writing direction.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """`text` with control characters written out (`\\x1b`), so that a terminal shows them and does not obey."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}" if ord(found[0]) < 256 else f"\\u{ord(found[0]):04x}",
+                        str(text))
+
+
+def printable_line(text: object) -> str:
+    """`printable`, and on one line."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
