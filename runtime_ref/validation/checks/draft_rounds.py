@@ -54,7 +54,7 @@ def engine_rounds(exact: Backend, drafter, probe: Probe) -> Rounds:
     first, recorder.rounds = recorder.rounds, []
     engine.generate([prompt], params)
     hit = engine.stats()["prefix_hits"] > 0
-    engine.cache.forget_prefixes()  # the pages belong to whoever uses the pools next
+    engine.cache.clear_prefixes()  # the pages belong to whoever uses the pools next
     return Rounds(first, recorder.rounds if hit else None, prompt + answer)
 
 
