@@ -3,6 +3,7 @@
     python runtime_ref/validate.py CHECKPOINT_DIR [--prompts FILE] [--json FILE] [--html FILE]
     torchrun --nproc-per-node 8 runtime_ref/validate.py CHECKPOINT_DIR …
     python runtime_ref/validate.py CHECKPOINT_DIR --endpoint URL     # a running server of it, whatever engine that is
+    python runtime_ref/validate.py CHECKPOINT_DIR --eval quick,tasks --original DIR …    # what quantization cost
 
 Checks of a folder, in order: files beside the weights, 1 folder, 2 reference outputs and layers, 3 ops, text, 4 greedy with =
 without drafting, 5 sampling, 6 acceptance, 7 cost. Each is right, wrong (with the likely cause in one line), or could not be
@@ -23,6 +24,7 @@ from storage.terminal import printable, printable_line
 
 NAME = "runtime_ref/validate.py"
 CHECKSUM_GIB = 4.0
+SUITES = ("quick", "tasks", "tools")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -46,6 +48,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                         help=f"compare every file with checksums.sha256 (default: in folders of up to {CHECKSUM_GIB:g} GiB)")
     parser.add_argument("--node-hour", type=float, metavar="PRICE", help="price of an hour of this machine (and of the "
                         "projected node), for prices per million tokens")
+    suites = parser.add_argument_group("evaluation (instead of the checks)")
+    suites.add_argument("--eval", metavar="SUITE", help=f"{', '.join(SUITES)}: one or more, separated by commas")
+    suites.add_argument("--eval-text", type=Path, metavar="FILE", help="text of quick: .txt, or .jsonl with text (default: "
+                        "--prompts)")
+    suites.add_argument("--eval-tasks", metavar="TASKS", help="of tasks: JSONL files (prompt, answer) and lm-eval's task "
+                        "names, separated by commas")
+    suites.add_argument("--eval-folder", type=Path, metavar="DIR", help="YAML files of further lm-eval tasks")
+    suites.add_argument("--eval-limit", type=int, metavar="N", help="questions of each task (default: all)")
+    suites.add_argument("--eval-chat", action="store_true", help="ask through the chat template (local-chat-completions)")
+    suites.add_argument("--original-endpoint", metavar="URL", help="a server of the original, for tasks")
+    suites.add_argument("--card", type=Path, metavar="FILE", help="write the results as a section of a model card")
     parser.add_argument("--all", action="store_true", help="decode although an earlier check failed")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--html", type=Path, metavar="FILE")
@@ -57,9 +70,25 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--node-hour: {options.node_hour}, expected a price above 0")
     if options.folder is None and options.endpoint is None:
         parser.error("CHECKPOINT_DIR is missing (only --endpoint URL does without)")
+    _read_suites(parser, options)
     if options.checksums is None and options.folder is not None and options.folder.is_dir():
         options.checksums = folder_gib(options.folder) <= CHECKSUM_GIB
     return options
+
+
+def _read_suites(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    options.eval = [] if options.eval is None else options.eval.split(",")
+    options.eval_tasks = [task for task in (options.eval_tasks or "").split(",") if task]
+    for suite in options.eval:
+        if suite not in SUITES:
+            parser.error(f"--eval: {suite!r}, expected {', '.join(SUITES)}")
+    if options.eval and options.folder is None:
+        parser.error("--eval: CHECKPOINT_DIR is missing (its tokenizer is needed)")
+    if options.eval_limit is not None and options.eval_limit < 1:
+        parser.error(f"--eval-limit: {options.eval_limit}, expected 1 or more")
+    for task in options.eval_tasks:
+        if task.endswith(".jsonl") and not Path(task).is_file():
+            parser.error(f"--eval-tasks: {task}: no such file")
 
 
 def folder_gib(folder: Path) -> float:
@@ -100,6 +129,10 @@ def judge(options: argparse.Namespace, ranks):
         ValueError: a mistake of the user.
     """
     trained = read_trained(options)
+    if options.eval:
+        from runtime_ref.validation.eval_run import validate_eval
+
+        return validate_eval(options)
     if options.endpoint is not None:
         from runtime_ref.validation.endpoint_run import validate_endpoint
 
@@ -124,6 +157,8 @@ def look_at_arguments(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.folder}: no such folder, expected an exported checkpoint")
     if options.prompts is not None and not options.prompts.is_file():
         raise ValueError(f"--prompts: {options.prompts}: no such file")
+    if options.eval_text is not None and not options.eval_text.is_file():
+        raise ValueError(f"--eval-text: {options.eval_text}: no such file")
     if options.original is not None and not (options.original / "config.json").is_file():
         raise ValueError(f"--original: {options.original}: no config.json there, expected the trained checkpoint")
 
@@ -148,7 +183,7 @@ def read_trained(options: argparse.Namespace) -> dict | None:
 
 def write(options: argparse.Namespace, report) -> int:
     """Prints the report and writes its files; 2 if one cannot be written, else 0."""
-    from runtime_ref.validation.output import write_html, write_json
+    from runtime_ref.validation.output import write_card, write_html, write_json
 
     print("\n".join(map(printable_line, report.lines())), flush=True)
     try:
@@ -156,6 +191,8 @@ def write(options: argparse.Namespace, report) -> int:
             write_json(report, options.json)
         if options.html:
             write_html(report, options.html)
+        if options.card:
+            write_card(report, options.card)
     except OSError as error:
         return mistake(f"{error.filename}: {error.strerror}")
     return 0

@@ -17,7 +17,8 @@ from runtime_ref.validation.result import STATUSES, Check, ValidationReport
 # What a passed check says for itself in the overview: the number that matters.
 HEADLINES = {"files": Number.FILES_COMPARED, "folder": Number.TENSORS, "reference": Number.FEATURE_ERROR,
              "logits": Number.LOGITS_ERROR, "ops": Number.WORST_OP, "lossless": Number.PROMPTS, "cost": Number.BOUND_SHARE,
-             "sampling": Number.CHI_SQUARE, "acceptance": Number.ACCEPTANCE}
+             "sampling": Number.CHI_SQUARE, "acceptance": Number.ACCEPTANCE, "quick": Number.KL_MEAN,
+             "greedy": Number.MEAN_LOGPROB, "speed": Number.SPEED_SERVED}
 OPEN = ("acceptance", "lossless", "greedy", "quick", "tasks")
 
 

@@ -13,6 +13,12 @@ def write_json(report: ValidationReport, path: Path) -> None:
     write(path, json.dumps(report.as_dict(), indent=2, default=str) + "\n")
 
 
+def write_card(report: ValidationReport, path: Path) -> None:
+    from runtime_ref.validation.eval_run import card_section
+
+    write(path, card_section(report))
+
+
 def write_html(report: ValidationReport, path: Path) -> None:
     from runtime_ref.validation.html_report import page
 

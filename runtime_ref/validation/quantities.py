@@ -74,12 +74,13 @@ class Number(StrEnum):
     PERPLEXITY = "perplexity"
     PERPLEXITY_ORIGINAL = "perplexity of the original"
     KL_MEAN = "mean KL to the original (nats)"
+    KL_ERROR = "standard error of the mean KL (nats)"
     KL_90 = "90 % of the tokens have at most (nats)"
     KL_99 = "99 % of the tokens have at most (nats)"
     KL_MAX = "largest KL of a token (nats)"
     SAME_TOP = "same top-1 token"
     RMS_PROBABILITY = "RMS of probability differences"
-    FLIPS = "answers that flip (right to wrong, wrong to right)"
+    FLIPS = "tokens that flip (right to wrong, wrong to right)"
 
 
 class Table(StrEnum):
