@@ -145,31 +145,30 @@ def noise(change):
     return inject
 
 
-def lax(share):
-    """Accepts `share` of the drafts more, whatever the rule says of them."""
+def rejected(change):
+    """A round whose draft the rule rejects emits change(draft, logits, params, position), or what it would have (None)."""
     def inject(patch):
-        right = speculative._judge
+        right = speculative.accept
 
-        def wrong(logits, draft, proposal, i, params, where, prompt, answer):
-            if speculative.uniform(params.seed, where, "a coin of the bug") < share:
-                return draft
-            return right(logits, draft, proposal, i, params, where, prompt, answer)
+        def wrong(logits, proposal, params, position, prompt, answer):
+            result = right(logits, proposal, params, position, prompt, answer)
+            if result.accepted:
+                return result
+            token = change(proposal, logits[0], params, position)
+            return result if token is None else dataclasses.replace(result, tokens=[token])
 
-        patch.setattr(speculative, "_judge", wrong)
+        patch.setattr(speculative, "accept", wrong)
 
     return inject
 
 
-def from_the_target(patch):
-    right = speculative._judge
+def lax(proposal, logits, params, position):
+    """Eight rejected drafts in a hundred are kept: about three points of all."""
+    return proposal.tokens[0] if speculative.uniform(params.seed, position, "a coin of the bug") < 0.08 else None
 
-    def wrong(logits, draft, proposal, i, params, where, prompt, answer):
-        token = right(logits, draft, proposal, i, params, where, prompt, answer)
-        if token == draft or proposal.q is None:
-            return token
-        return speculative.sample(logits, params, where, prompt, answer)
 
-    patch.setattr(speculative, "_judge", wrong)
+def from_the_target(proposal, logits, params, position):
+    return None if proposal.q is None else speculative.sample(logits, params, position + 1, [], [])
 
 
 WRONG_RULES = {
@@ -179,8 +178,8 @@ WRONG_RULES = {
         seed, where, "draft" if purpose == "accept" else purpose)), "with the random number that drew it"),
     "ten per cent too often": (noise(lambda right, seed, where, purpose: right(seed, where, purpose) * (
         0.9 if purpose == "accept" else 1)), "accepted too often"),
-    "three points too often": (lax(0.05), "accepted too often"),
-    "a replacement from the target": (from_the_target, "not of max(p - q, 0)"),
+    "three points too often": (rejected(lax), "accepted too often"),
+    "a replacement from the target": (rejected(from_the_target), "not of max(p - q, 0)"),
 }
 
 
