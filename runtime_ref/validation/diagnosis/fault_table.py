@@ -40,7 +40,7 @@ def target_faults(config, bases: Iterable[float] = ()) -> Iterator[Fault]:
     """
     family = config.model_type
     yield from _expert_faults(config, family)
-    yield from {"mimo_v2": _mimo_routers, "qwen3_moe": _softmax_routers, "gpt_oss": _softmax_routers}[family](config, family)
+    yield from (_mimo_routers if family == "mimo_v2" else _softmax_routers)(config, family)
     yield from _window_faults(config)
     yield from _sink_faults()
     starts = tuple(sorted({*BASES, *bases}))
@@ -53,7 +53,7 @@ def target_faults(config, bases: Iterable[float] = ()) -> Iterator[Fault]:
 
 
 def clamp_cause(family: str) -> str:
-    name = "MiMo-V2" if family == "mimo_v2" else "Qwen3-MoE"
+    name = {"mimo_v2": "MiMo-V2", "qwen3_moe": "Qwen3-MoE"}.get(family, family)
     return f"SwiGLU is clamped at 7 as in gpt-oss: {name}'s experts have no clamp"
 
 
