@@ -42,6 +42,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts-per-domain", type=int, default=8, metavar="N", help="(%(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="what is served (%(default)s)")
     parser.add_argument("--backend", default="auto", help="what runs the steps, as in serve.py (%(default)s)")
+    parser.add_argument("--launch", choices=("auto", "persistent", "graph", "ops"), default="auto",
+                        help="how steps reach the device, as in serve.py (%(default)s)")
     parser.add_argument("--reference-gib", type=float, default=16.0, metavar="GIB",
                         help="run float32 references of models up to this size (%(default)s)")
     parser.add_argument("--checksums", action=argparse.BooleanOptionalAction, default=None,

@@ -15,25 +15,28 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from runtime_ref.backends.base import Backend, Drafter
+from runtime_ref.backends.base import DRAFTER_PRECISIONS, Backend, Drafter
 from runtime_ref.backends.load import known_backend, load_backend
 from runtime_ref.checkpoints.families.registry import read_geometry
 from runtime_ref.checkpoints.folder import drafter_folder, end_ids
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES
 from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk, logit_rows
 from runtime_ref.core.kv_cache import PAGE, KvCache
+from runtime_ref.core.launch import LAUNCHES, LaunchReport
 from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.engine.detokenizer import TextStream
 from runtime_ref.engine.draft_length import Adaptive
-from runtime_ref.engine.sampler import logprob_of
+from runtime_ref.engine.grammar import Grammars
+from runtime_ref.engine.sampler import logprob_of, logprobs_of
 from runtime_ref.engine.scheduler import ScheduledSequence, Scheduler
 from runtime_ref.engine.sequence import Finish, Output, Sequence
 from runtime_ref.engine.speculative import Proposal, VerifyResult, accept, propose
@@ -75,6 +78,7 @@ class Engine:
         self.scheduler = Scheduler(self.cache, max_running=options.max_running, rows=options.rows,
                                    block=drafter.block if drafter is not None else 1)
         self._ids = itertools.count()
+        self._grammars: Grammars | None = None
         self._sequences: dict[int, Sequence] = {}
         self._streams: dict[int, TextStream] = {}
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "cached_tokens", "tokens", "rounds", "drafted", "accepted",
@@ -84,20 +88,28 @@ class Engine:
         self.adaptive = None
         if drafter is not None:
             self.adaptive = Adaptive(backend, drafter, self.cache, self.program, options.draft_costs, self.context)
+        self.launch = LaunchReport()
         self._per_position = [0] * (drafter.block - 1 if drafter is not None else 0)
 
     @classmethod
     def from_folder(cls, path: str | Path, *, backend: str = "auto", ranks: Ranks = SINGLE_RANK,
                     dtype: torch.dtype = torch.bfloat16, drafter: bool = True, options: EngineOptions | None = None,
-                    checksum: bool = False, tokenizer=None, progress: Callable[[int, int], None] | None = None) -> Engine:
+                    launch: str = "auto", drafter_precision: str = "bf16", checksum: bool = False, tokenizer=None,
+                    progress: Callable[[int, int], None] | None = None) -> Engine:
         """An engine on an exported folder, with its drafter if it has one.
 
         Args:
             backend: see `backends.load.load_backend`.
+            drafter_precision: "bf16", or "int8": half the time of a draft on the c backend, and other drafts.
+            launch: how steps and drafts reach the device, one of `core.launch.LAUNCHES`; see `Backend.choose_launch`.
 
         Raises:
             ValueError: a folder that cannot be served (what is wrong with it is said), an unknown backend.
         """
+        if launch not in LAUNCHES:
+            raise ValueError(f"launch {launch!r}: expected {', '.join(LAUNCHES)}")
+        if drafter_precision not in DRAFTER_PRECISIONS:
+            raise ValueError(f"drafter_precision {drafter_precision!r}: expected {', '.join(DRAFTER_PRECISIONS)}")
         backend, options = known_backend(backend), options or EngineOptions()
         config, raw = read_geometry(path)
         context = min(options.max_context, config.max_position_embeddings)
@@ -107,8 +119,23 @@ class Engine:
         found = drafter_folder(path) if drafter else None
         runner = load_backend(backend, path, ranks, dtype=dtype, pages=pages, context=context,
                               decoded_bytes=options.decoded_bytes, checksum=checksum, progress=progress)
-        own = None if found is None else runner.load_drafter(found, pages.get(KIND, max(pages.values())), context)
-        return cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
+        own = None if found is None else runner.load_drafter(found, pages.get(KIND, max(pages.values())), context,
+                                                               precision=drafter_precision)
+        engine = cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
+        engine.choose_launch(launch)
+        return engine
+
+    def choose_launch(self, asked: str) -> None:
+        """Decides how steps and drafts are launched from now on (`launch` says what was chosen), on all ranks alike.
+
+        Warns where a way computes something else than ops; then ops serve.
+        """
+        self.launch, self.drafter = self.backend.choose_launch(asked, self.program, self.drafter, self.cache,
+                                                               self.options.max_running, self.context)
+        if self.adaptive is not None:
+            self.adaptive.drafter = self.drafter
+        for part, way in self.launch.different:
+            warnings.warn(f"--launch {asked}: {part} {way}: {self.launch.refused[part, way]}; ops serve", stacklevel=2)
 
     @property
     def busy(self) -> bool:
@@ -139,6 +166,11 @@ class Engine:
         if params.min_tokens:
             held = {*params.stop_ids, *(() if params.ignore_eos else self.end_ids)}
             params = replace(params, held_back=tuple(sorted(t for t in held if t < vocabulary)))
+        constraint = None
+        if params.grammar is not None:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer, vocabulary, self.end_ids)
+            constraint = self._grammars.begin(params.grammar)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: strings need a tokenizer, this engine has none (stop_ids work)")
         drafting = self.drafter is not None and params.speculate and params.drafts != 0
@@ -147,6 +179,7 @@ class Engine:
             length, drafting = self.adaptive.begin(params)
         sequence = Sequence(next(self._ids), list(prompt), params, len(self._sequences), self.cache.tables(), drafting, length)
         sequence.arrival = sequence.id
+        sequence.constraint = constraint
         self._sequences[sequence.id] = sequence
         if self.tokenizer is not None:
             self._streams[sequence.id] = TextStream(self.tokenizer, params.stop, params.skip_special)
@@ -168,7 +201,7 @@ class Engine:
 
         Raises:
             FloatingPointError: logits that are not finite. RankLost: another rank has ended. Whatever is raised here ends the
-                other ranks too: they would wait for this one.
+                other ranks too: they would wait for this one. WaitGivenUp: inside a launch; nothing of the step is used.
         """
         done = False
         try:
@@ -190,7 +223,7 @@ class Engine:
             tokens = sequence.tokens[start:start + item.count]
             if item.drafts:
                 tokens = tokens + proposals[sequence.id].tokens
-            logits = "all" if not item.reads_prompt else "last" if item.completes else "none"
+            logits = "all" if not item.reads_prompt or sequence.unscored else "last" if item.completes else "none"
             chunks.append(SequenceChunk(sequence.tables, start, tokens, logits))
         step = self.backend.plan(chunks)
         buffers, verified = self._computed(step, scheduled, chunks, proposals)
@@ -212,7 +245,9 @@ class Engine:
         from runtime_ref.engine.accept_on_device import verify_on_device
 
         buffers = self.backend.run(self.program, step, host=False)
-        return buffers, verify_on_device(buffers["logits"], scheduled, chunks, proposals)
+        verified = verify_on_device(buffers["logits"], scheduled, chunks, proposals)
+        self.backend.check_waits(self.drafter)
+        return buffers, verified
 
     def _draft(self, scheduled: list[ScheduledSequence]) -> dict[int, Proposal]:
         drafting = [w for w in scheduled if w.drafts]
@@ -233,6 +268,7 @@ class Engine:
         """Takes over what a step gave a sequence: the rows `own` of the logits, unless they are verified already."""
         sequence, anchor = item.sequence, chunk.start + item.count - 1
         emitted, accepted, logits = [], 0, None
+        completes = item.completes or not item.reads_prompt
         if verified is not None:
             emitted, accepted = verified.tokens, verified.accepted
         elif chunk.logits != "none":
@@ -241,8 +277,13 @@ class Engine:
                 row = int((~logits.isfinite()).any(-1).nonzero()[0])
                 raise FloatingPointError(f"request {sequence.id}: the logits after position {chunk.start + row} are not finite "
                                          f"(token {int((~logits[row].isfinite()).nonzero()[0])} is the first)")
-            verified = accept(logits, proposal, sequence.params, anchor, sequence.prompt, sequence.answer)
-            emitted, accepted = verified.tokens, verified.accepted
+            if item.reads_prompt and sequence.unscored:
+                self._score(sequence, chunk.start, logits)
+                logits = logits[-1:]
+            if completes and sequence.left > 0:
+                verified = accept(logits, proposal, sequence.params, anchor, sequence.prompt, sequence.answer,
+                                  sequence.constraint)
+                emitted, accepted = verified.tokens, verified.accepted
         if sequence.drafting and self.drafter.taps:
             rows = slice(chunk.row, chunk.row + item.count + accepted)
             if self._taps_ascend and "taps" in buffers:
@@ -258,13 +299,28 @@ class Engine:
         elif sequence.length is not None and not item.reads_prompt:
             sequence.length.update(0, 0)
         output = self._emit(sequence, emitted, logits)
+        if completes and sequence.params.max_tokens == 0:
+            output, sequence.finish = Output(sequence.id, [], Finish.LENGTH, ""), Finish.LENGTH
         if output is not None:
+            output.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
             output.drafted, output.accepted = len(proposal.tokens), accepted
         if sequence.finish is None:
             self._housekeep(sequence, item.reads_prompt)
         else:
             self._finish(sequence)
         return output
+
+    def _score(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
+        """Log-probabilities of the prompt's tokens after `start`, from its rows of logits [n, V]; some may
+        be known from before a preemption."""
+        known = sequence.scored + 1  # position of the next token whose log-probability is wanted
+        end = min(start + len(logits) + 1, len(sequence.prompt))
+        if known >= end:
+            return
+        rows = logits[known - 1 - start:end - 1 - start]
+        found = logprobs_of(rows, sequence.prompt[known:end], sequence.params.prompt_logprobs)
+        sequence.prompt_logprobs += found
+        sequence.scored += len(found)
 
     def _count_round(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         sequence.drafted, sequence.accepted = sequence.drafted + drafted, sequence.accepted + accepted
@@ -297,6 +353,8 @@ class Engine:
                 output.finish = Finish.STOP
             elif sequence.left <= 0:
                 output.finish = Finish.LENGTH
+            elif sequence.constraint is not None and sequence.constraint.ended and i == len(emitted) - 1:
+                output.finish = Finish.ERROR if sequence.constraint.error else Finish.STOP
             if output.finish is not None:
                 break
         if output.finish is not None and stream is not None:
@@ -334,7 +392,7 @@ class Engine:
         return self._counts | {
             "waiting": len(self.scheduler.waiting), "running": len(self.scheduler.running),
             "preemptions": self.scheduler.preemptions, "pages": self.cache.used(), "prefix_hits": self.cache.prefix_hits,
-            "accepted_per_position": list(self._per_position),
+            "accepted_per_position": list(self._per_position), "launch": dict(self.launch.chosen),
             "acceptance_length": 1 + self._counts["accepted"] / rounds if rounds else None}
 
     def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[list[int]]:

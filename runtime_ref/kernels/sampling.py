@@ -102,7 +102,8 @@ def verify_kernel(logits, drafts, first, count, heat, uniform, best, place, mass
 def can_verify(params: SamplingParams) -> bool:
     """Whether the token of these parameters is what `verify` says."""
     plain = not (params.penalized or params.top_k or params.min_p) and params.top_p == 1
-    return params.logprobs is None and (params.plain_greedy or plain and (params.rule == "equality" or not params.speculate))
+    alone = params.logprobs is None and params.prompt_logprobs is None and params.grammar is None
+    return alone and (params.plain_greedy or plain and (params.rule == "equality" or not params.speculate))
 
 
 def verify(logits: torch.Tensor, drafts: torch.Tensor, first: torch.Tensor, count: torch.Tensor, *,

@@ -131,6 +131,10 @@ def _model_checks(run: FolderRun, probe: Probe) -> None:
         check_ops(check, [*ops, *kernels])
         for judged in kernels:
             check_kernels(check, context, probe, judged, outputs, engine.drafter)
+        if engine.launch.compared:
+            check.notes.append(engine.launch.line())
+        for part, way in engine.launch.different:
+            check.fail(f"{part}, launch {way}: {engine.launch.refused[part, way]}", "this launch computes something else than ops")
 
     run.check("ops", all_ops).notes += dict.fromkeys(str(w.message) for w in warned if "compiled ops" in str(w.message))
     failed = run.ranks.broadcast(run.failed)  # references are rank 0's alone
@@ -149,7 +153,7 @@ def _engine(run: FolderRun, served: torch.dtype) -> Engine | None:
     options, context = run.options, run.context
     try:
         return Engine.from_folder(options.folder, ranks=run.ranks, dtype=served, drafter=context.drafter_loadable,
-                                  backend=options.backend,
+                                  backend=options.backend, launch=options.launch,
                                   options=EngineOptions(max_context=min(context.config.max_position_embeddings, 1024)))
     except ValueError as error:
         if str(error).startswith("backend"):

@@ -70,7 +70,7 @@ def probe_for(context: ValidationContext, *, rank: int, limit_gib: float) -> Pro
 
 def missing_client(context: ValidationContext) -> str | None:
     """Why transformers cannot load a folder of this layout here, or None."""
-    if context.family == "qwen3_moe" and importlib.util.find_spec("compressed_tensors") is None:
+    if context.family not in ("mimo_v2", "gpt_oss") and importlib.util.find_spec("compressed_tensors") is None:
         return "transformers loads this layout with compressed-tensors, which is not installed: pip install compressed-tensors"
     return None
 
