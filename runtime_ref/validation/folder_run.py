@@ -134,7 +134,8 @@ def _model_checks(run: FolderRun, probe: Probe) -> None:
         if engine.launch.compared:
             check.notes.append(engine.launch.line())
         for part, way in engine.launch.different:
-            check.fail(f"{part}, launch {way}: {engine.launch.refused[part, way]}", "this launch computes something else than ops")
+            check.fail(f"{part}, launch {way}: {engine.launch.refused[part, way]}",
+                       "this launch computes something else than ops")
 
     run.check("ops", all_ops).notes += dict.fromkeys(str(w.message) for w in warned if "compiled ops" in str(w.message))
     failed = run.ranks.broadcast(run.failed)  # references are rank 0's alone
