@@ -9,7 +9,6 @@ Shape legend: B sequences, T tokens, H hidden size, n tapped layers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +23,11 @@ from modeling.output_head import require_plain_head
 from mxfp4.fake_quant import fake_quantize_
 from qat.attach import find_expert_tensors
 from recipes.schema import Drafter, Recipe
+from storage.digests import combined, model_digests
+from training.accelerator import from_first
+from training.checkpoint import require_newest_result
 
 DEFAULT_TAPS = 5
-_WEIGHTS = ("*.safetensors", "*.bin")
-_SETTINGS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.json",
-             "merges.txt")
 
 
 class TargetFiles:
@@ -36,22 +35,19 @@ class TargetFiles:
 
     def __init__(self, path: Path, tokenizer, end_ids: list[int], taps: list[int], vocabulary: int):
         self.path, self.tokenizer, self.end_ids, self.taps, self.vocabulary = path, tokenizer, end_ids, taps, vocabulary
+        self._fingerprint: str | None = None
         if not end_ids:
             raise ValueError(f"{path}: neither generation_config nor the tokenizer names a token that ends an answer")
 
     def fingerprint(self) -> str:
-        """Identity of the files that decide what the target says: names and sizes; of weights evenly spaced samples, of
-        configuration, tokenizer and end tokens everything."""
-        digest = hashlib.sha256()
-        for patterns, samples in ((_WEIGHTS, 64), (_SETTINGS, 0)):
-            for file in sorted({f for pattern in patterns for f in self.path.glob(pattern) if f.is_file()}):
-                size = file.stat().st_size
-                digest.update(f"{file.name} {size}\n".encode())
-                with file.open("rb") as stream:
-                    for begin in range(0, size, max(1 << 16, size // samples if samples else 0)):
-                        stream.seek(begin)
-                        digest.update(stream.read(1 << 16))
-        return digest.hexdigest()[:16]
+        """Digest of every byte of the files that decide what the target says: weights, configuration, tokenizer, code."""
+        if self._fingerprint is None:
+            self._fingerprint = combined(model_digests(self.path))
+        return self._fingerprint
+
+    def agree_on_fingerprint(self, accelerator) -> None:
+        """Lets the first process alone read the files."""
+        self._fingerprint = from_first(accelerator, self.fingerprint)
 
 
 class Target(TargetFiles):
@@ -105,6 +101,7 @@ def target_folder(recipe: Recipe) -> Path:
         if not folder.is_dir():
             raise ValueError(f"dflash.target: qat: no {folder}; run qat/train.py with this recipe first, or set dflash.target: "
                              "ptq or base")
+        require_newest_result(folder.parent)
         return folder
     if recipe.model.path is None:
         raise ValueError("model.path: required to train a drafter (model.released serves --plan only)")

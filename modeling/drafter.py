@@ -527,12 +527,15 @@ def read_mask(file: str | Path) -> tuple[int, torch.Tensor]:
                 raise ValueError("its entries are compressed, which torch.save never does")
         return torch.load(file, map_location="cpu", weights_only=True)
 
-    mask = _read(file, reader)
+    try:
+        mask = _read(file, reader)
+    except ValueError as error:
+        raise ValueError(f"{error}; expected a torch file of mask_token_id and embedding") from None
     token, vector = (mask.get("mask_token_id"), mask.get("embedding")) if isinstance(mask, dict) else (None, None)
     if isinstance(token, torch.Tensor) and token.numel() == 1:
         token = token.item()
     if type(token) is not int or not isinstance(vector, torch.Tensor):
-        raise ValueError(f"{file}: expected mask_token_id and embedding")
+        raise ValueError(f"{file}: expected a torch file of mask_token_id and embedding")
     if vector.ndim != 1 or not vector.is_floating_point() or not vector.is_contiguous():
         raise ValueError(f"{file}: embedding {vector.dtype} {list(vector.shape)}, expected one vector of floats")
     return token, vector

@@ -20,6 +20,7 @@ from pathlib import Path
 # Launched by path, Python would look for modules beside this script first.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipes.own_lines import own_lines_only
 from storage.terminal import printable, printable_line
 
 NAME = "runtime_ref/validate.py"
@@ -201,6 +202,7 @@ def write(options: argparse.Namespace, report) -> int:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     try:
         sys.exit(main())
     except KeyboardInterrupt:
