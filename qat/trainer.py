@@ -26,6 +26,7 @@ from torch import nn
 from checkpoint.inventory import require_exportable
 from checkpoint.load import load_model, load_tokenizer
 from checkpoint.open import local_folder
+from checkpoint.tokenizer_files import copy_tokenizer
 from modeling.all_experts import use_all_experts
 from modeling.dialogue_tokens import Rendering
 from modeling.output_head import require_plain_head
@@ -401,7 +402,9 @@ class Trainer(TrainingRun):
             return
         with checkpoint.folder_aside(self.folder / "model") as partial:
             self.model.save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
+            # As it came, if it came from a folder: transformers would write it anew in the words of its own version.
+            if not copy_tokenizer(Path(self.recipe.model.path), partial):
+                self.tokenizer.save_pretrained(partial)
 
 
 def make_quantizer(model: nn.Module, recipe: Recipe) -> ExpertQuantizer:
