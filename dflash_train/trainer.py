@@ -36,6 +36,7 @@ from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.epoch_order import EpochOrder
+from training.preflight import require_ready
 from training.resume import checkpoint_to_resume
 from training.run import TrainingRun
 from training.schedule import make_schedule
@@ -85,7 +86,7 @@ class Trainer(TrainingRun):
         self.accelerator = make_accelerator()
         self.main = self.accelerator.is_main_process
         self.folder = run_folder(recipe)
-        report.require_wandb(recipe.tracking.wandb)
+        require_ready(recipe, "dflash")
         newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say, self.accelerator) if resume else None
         self.target = load_target(recipe, self.accelerator.device)
         self.identity = identity(self.target, recipe)

@@ -41,6 +41,7 @@ from recipes.schema import Recipe
 from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
+from training.preflight import require_ready
 from training.resume import checkpoint_to_resume
 from training.run import TrainingRun
 from training.schedule import make_schedule
@@ -105,7 +106,7 @@ class Trainer(TrainingRun):
         self.main = self.accelerator.is_main_process
         torch.manual_seed(recipe.seed)
         self.folder = Path(recipe.output) / recipe.name / "qat"
-        report.require_wandb(recipe.tracking.wandb)
+        require_ready(recipe, "qat")
         newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say, self.accelerator) if resume else None
         self.tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
         model = self.load_model()
