@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("folder", metavar="CHECKPOINT", type=Path)
     parse.add_argument("--prompts", type=Path, default=ROOT / "recipes/seed/prompts.jsonl")
     parse.add_argument("--backends", default="c,torch", help="of the runtime, comma-separated (default c,torch)")
+    parse.add_argument("--drafter-precision", default="bf16", help="bf16, or int8 (the c backend only; default bf16)")
     parse.add_argument("--count", type=int, default=4, help="prompts per domain and kind (default 4)")
     parse.add_argument("--tokens", type=int, default=96, help="tokens per answer (default 96)")
     parse.add_argument("--repeats", type=int, default=3, help="default 3")
@@ -47,7 +48,8 @@ class Ways:
         self.tokens = options.tokens
         self.tokenizer = load_tokenizer(options.folder, trust_remote_code=True)
         sizes = EngineOptions(max_context=2048, prefix_cache=False)
-        self.engines = {name: Engine.from_folder(options.folder, backend=name, options=sizes)
+        self.engines = {name: Engine.from_folder(options.folder, backend=name, options=sizes,
+                                                 drafter_precision=options.drafter_precision)
                         for name in options.backends.split(",")}
         self.model = None
         if not options.without_transformers:

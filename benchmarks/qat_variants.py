@@ -38,6 +38,8 @@ VARIANTS: dict[str, list[str]] = {
     "start": [*START],
     "start-gptq": [*START, "qat.warm_start.method=gptq"],
     "start-searched": [*START, "qat.scales.method=searched"],
+    "start-behind": [*START, "qat.warm_start.layers_together=1"],
+    "start-behind-searched": [*START, "qat.warm_start.layers_together=1", "qat.scales.method=searched"],
     "searched": ["qat.scales.method=searched"],
     "learned": ["qat.scales.method=learned"],
     "cage": ["qat.grid_pull.strength=30.0"],

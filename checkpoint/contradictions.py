@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from checkpoint.families.registry import FAMILIES
 from checkpoint.fp8 import dequantize_fp8
 from checkpoint.sources import DTYPES, Source
 from checkpoint.trained import Weights, plain
@@ -39,8 +40,6 @@ AUTO_MAP = {"AutoConfig": "configuration_mimo_v2.MiMoV2Config", "AutoModel": "mo
 WRITTEN_ANEW = {"architectures", "auto_map", "model_type", "dtype", "torch_dtype", "quantization_config", "use_cache",
                 "transformers_version", "_name_or_path", "attention_projection_layout", "sliding_window_size",
                 "attention_chunk_size"}
-ARCHITECTURES = {"mimo_v2": "MiMoV2ForCausalLM", "mimo_v2_flash": "MiMoV2FlashForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
-                 "gpt_oss": "GptOssForCausalLM"}
 
 
 def refuse_oversize(config, tensors: int) -> None:
@@ -73,14 +72,23 @@ def token_faults(folder: Path, config) -> Iterator[str]:
 
 def config_contradictions(config: dict, source: Source | None) -> Iterator[str]:
     """Keys that deny what the tensors or other keys say."""
-    classes, wanted = config.get("architectures"), [ARCHITECTURES.get(config.get("model_type"))]
-    if classes not in (None, wanted):
+    classes, wanted = config.get("architectures"), [_architecture(config)]
+    if classes is not None and wanted != [None] and classes != wanted:
         yield f"config.json: architectures={classes!r}, expected {wanted!r}: engines choose the model's class by it"
     if config.get("dtype", config.get("torch_dtype", "bfloat16")) != "bfloat16":
         yield f"config.json: dtype={config.get('dtype', config.get('torch_dtype'))!r}, the weights are bfloat16"
     if config.get("tie_word_embeddings") and source is not None and {HEAD, EMBEDDING} <= source.infos.keys():
         if not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
             yield f"config.json: tie_word_embeddings=true, but {HEAD} has values of its own"
+
+
+def _architecture(config: dict) -> str | None:
+    """The class that a model type is served by; None: nobody here knows."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    found = FAMILIES[kind].architecture if kind in FAMILIES else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    return found if isinstance(found, str) else None
 
 
 def config_differences(config: dict, trained: Path, layout: str | None) -> Iterator[str]:
@@ -116,7 +124,9 @@ def difference(name: str, ours: torch.Tensor, source: Source, weights: Weights, 
 
     Matrices that are FP8 only here may be rounded by half a step. Left out: the embedding's `mask_row`.
     """
-    trained, (shape, dtype) = weights.trained.infos, source.infos[name]
+    trained, (shape, dtype) = dict(weights.trained.infos), source.infos[name]
+    if (own := weights.names.name_in(weights.trained, name)) is not None:
+        trained[name] = trained[own]
     whole = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name) if name not in trained else name
     if fused_name(name) or whole not in trained or not dtype.startswith(("BF", "F")):
         return

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from modeling.names import fused_name, plain_dtype, published_tensors
+from checkpoint.families.registry import family_of, refuse_layout, resolve_layout
+from checkpoint.fp8 import grid_shape
+from modeling.names import fused_name, published_tensors
 from mxfp4.format import BLOCK_SIZE, E8M0_BIAS, E8M0_NAN, MAX_SCALE_EXPONENT
+from storage.reading import read_json
 
 MAX_SCALE = E8M0_BIAS + MAX_SCALE_EXPONENT  # the largest scale byte under which six units are finite in bf16
 FLOATS_AT_ONCE = 1 << 20
@@ -71,12 +75,34 @@ def configuration(config: dict):
 
     kind = config.get("model_type")
     drop = ("quantization_config", "model_type", "dtype", "torch_dtype", "auto_map", "transformers_version")
-    keys = {k: v for k, v in config.items() if k not in drop}
+    keys = {k: _numbers(v) for k, v in config.items() if k not in drop}
     if is_mimo(config):
         return MiMoV2Config.from_dict(keys)
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type {kind!r}: transformers does not know it, expected mimo_v2, qwen3_moe or gpt_oss")
     return CONFIG_MAPPING[kind].from_dict(keys)
+
+
+def require_exportable(path: str | Path, layout: str, dense: str) -> None:
+    """Refuses, before anything is trained, a base whose result no export could hold.
+
+    Args:
+        path: `model.path`; a hub name that is not a folder here is not looked at. layout, dense: of the recipe's export.
+
+    Raises:
+        ValueError: the reason, and the layout that would do.
+    """
+    file = Path(path) / "config.json"
+    if file.is_file():
+        config = configuration(read_json(file))
+        refuse_layout(resolve_layout(layout, config), config, dense)
+
+
+def _numbers(value):
+    """transformers writes infinities, which JSON lacks, as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _numbers(v) for k, v in value.items()}
+    return [_numbers(v) for v in value] if isinstance(value, list) else value
 
 
 def expected_inventory(layout: str, config: dict, settings, held: dict[str, str]) -> Expected:
@@ -87,7 +113,7 @@ def expected_inventory(layout: str, config: dict, settings, held: dict[str, str]
             scales if it is FP8. (Whether config.json says so is another question.)
     """
     if not is_mimo(config):
-        return _inventory_by_transformers(layout, settings, held)
+        return _inventory_of_family(layout, settings, held)
     experts = {"native": "mxfp4", "fp8": "fp8"}.get(layout, "bf16")
     expected: Expected = {}
     for dense in ("fp8", "bf16"):
@@ -100,36 +126,26 @@ def expected_inventory(layout: str, config: dict, settings, held: dict[str, str]
     return expected
 
 
-def _inventory_by_transformers(layout: str, settings, held: dict[str, str]) -> Expected:
-    """From the client's own model on the meta device."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
-    names = {"hf-fp8": ("", "_scale_inv", "I8"), "compressed-tensors": ("_packed", "_scale", "U8")}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    expected: Expected = {}
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if name in tied or "rotary" in name or "inv_freq" in name:
-            continue
-        fused = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)", name)
-        if not fused:
-            expected[name.replace("self_attn.sinks", "self_attn.attention_sink_bias" if layout != "gpt-oss"
-                                  else "self_attn.sinks")] = (tuple(value.shape), {plain_dtype(name)})
-            continue
-        experts, a, b = value.shape
-        if layout == "gpt-oss":
-            grid = (experts, b, a // BLOCK_SIZE)
-            expected[name + "_blocks"] = ((*grid, BLOCK_SIZE // 2), {"U8"})
-            expected[name + "_scales"] = (grid, {"U8"})
-            continue
-        weight, scale, dtype = names[layout]
-        parts, rows = (("down",), a) if fused[2] == "down_proj" else (("gate", "up"), a // 2)
-        for e in range(experts):
-            for part in parts:
-                published = f"{fused[1]}.{e}.{part}_proj.weight"
-                expected[published + weight] = ((rows, b // 2), {dtype})
-                expected[published + scale] = ((rows, b // BLOCK_SIZE), {"U8"})
+def _inventory_of_family(layout: str, settings, held: dict[str, str]) -> Expected:
+    """By the family's published names."""
+    names, expected = family_of(settings).published(settings), {}
+    codes, scales, dtype = {"hf-fp8": ("", "_scale_inv", "I8"), "compressed-tensors": ("_packed", "_scale", "U8")}.get(
+        layout, ("", "", ""))
+    for name, shape in names.shapes.items():
+        if name in names.fused and layout == "gpt-oss":
+            experts, inner, outer = shape
+            grid = (experts, outer, inner // BLOCK_SIZE)
+            expected |= {name + "_blocks": ((*grid, BLOCK_SIZE // 2), {"U8"}), name + "_scales": (grid, {"U8"})}
+        elif name in names.experts and codes + scales:
+            expected |= {name + codes: ((shape[0], shape[1] // 2), {dtype}),
+                         name + scales: ((shape[0], shape[1] // BLOCK_SIZE), {"U8"})}
+        elif layout == "fp8" and held.get(name) == "F8_E4M3":
+            expected |= {name: (shape, {"F8_E4M3"}), name + "_scale_inv": (grid_shape([shape[0]], shape[1]), {"F32", "BF16"})}
+        else:
+            integers = {held[name]} if held.get(name) in ("I64", "I32", "BOOL") else set()
+            plain = {"F32"} if name.endswith("e_score_correction_bias") else {"BF16", "F32"} - (
+                {"F32"} if name in names.experts or name in names.fused else set())
+            expected[name] = shape, integers or plain
     return expected
 
 
@@ -176,8 +192,8 @@ def _either(words: torch.Tensor) -> torch.Tensor:
     return words[:, 0] | words[:, 1]
 
 
-def tensor_faults(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, str]]:
-    """(kind, text) of values that no tensor of this kind may have."""
+def tensor_faults(name: str, tensor: torch.Tensor, *, zero_norms: bool = False) -> Iterator[tuple[str, str]]:
+    """(kind, text) of values that no tensor of this kind may have; zero_norms: a norm may be zero."""
     if re.search(r"weight_scale$|_scales$|experts\..*weight_scale_inv$", name) and tensor.dtype == torch.uint8:
         if not tensor.numel() or int(tensor.max()) <= MAX_SCALE:
             return
@@ -197,5 +213,5 @@ def tensor_faults(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, str]]:
         yield "values", f"{bad.shape[0]} values are not finite, the first at {bad[0].tolist()}"
     if name.endswith("weight_scale_inv") and not all(bool((piece.float() > 0).all()) for piece in pieces):
         yield "scales", "a scale that is not positive"
-    if re.search(r"(layernorm|norm)\.weight$", name) and not bool(tensor.float().any()):
+    if not zero_norms and re.search(r"(layernorm|norm)\.weight$", name) and not bool(tensor.float().any()):
         yield "values", "a norm whose weights are all zero"

@@ -1,4 +1,4 @@
-"""Any supported checkpoint folder -> model: MiMo-V2 in bf16, FP8 (128x128 blocks) or native MXFP4; others by transformers.
+"""Any supported checkpoint folder -> model in plain numbers: MiMo-V2 by its own class, others by transformers.
 
 A checkpoint of a released MiMo-V2 mixes four encodings, told apart tensor by tensor:
 
@@ -8,7 +8,10 @@ A checkpoint of a released MiMo-V2 mixes four encodings, told apart tensor by te
     MXFP4 experts      uint8 `weight` + uint8 `weight_scale`                  `mxfp4.dequantize`
     MTP layers         `model.mtp.*`                                          not part of the decoder, left out
 
-Other model types go through `AutoModelForCausalLM` (Qwen3-MoE, gpt-oss, ...), which fuses experts by itself.
+Other model types go through transformers' own class (Qwen3-MoE, gpt-oss, ...), which fuses experts by itself. What is packed
+on disk (FP8 blocks, MXFP4 in any layout) is decoded here, tensor by tensor while transformers loads, and not by its quantizers:
+those take an FP8 block's height to be rows / scale rows, and leave conversions on the model that a later save runs backwards.
+The same way is taken where the index and the shards differ, because transformers does not look at the index for that.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from checkpoint.fp8 import dequantize_fp8
+from checkpoint.containers import Decoded, plain_infos, read_plain
+from checkpoint.families.published import meta_model
 from checkpoint.inventory import is_mimo
-from checkpoint.tensor_files import INDEX, TensorFiles, weight_map
+from checkpoint.open import open_source
+from checkpoint.sources import Source
+from checkpoint.tensor_files import TensorFiles, read_header
 from modeling.names import expert_parts
-from mxfp4 import dequantize
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -94,12 +99,18 @@ def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_cod
     """As AutoModelForCausalLM loads it, except that what it would initialise at random with a warning is an error."""
     from transformers import AutoModelForCausalLM
 
-    if (index := Path(path) / INDEX).is_file():
-        weight_map(index)  # transformers reads it without a word about what is wrong with it
+    tensors = _decoded_tensors(Path(path)) if Path(path).is_dir() else None
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
-            ignore_mismatched_sizes=True, **({} if distributed_config is None else {"distributed_config": distributed_config}))
+        if tensors is None:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **({} if distributed_config is None else {"distributed_config": distributed_config}))
+        elif distributed_config is not None:
+            raise ValueError("model.path: packed, or shards that the index does not agree with, and a sharded run reads plain "
+                             f"numbers only; decode it first: export/to_hf.py RECIPE --from {path} --layout bf16")
+        else:
+            model, info = _load_tensors(path, tensors, dtype, trust_remote_code)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None
     if info["mismatched_keys"]:
@@ -110,9 +121,39 @@ def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_cod
     return model
 
 
+def _decoded_tensors(folder: Path) -> dict[str, Decoded] | None:
+    """The tensors of a folder that transformers would not read as they are meant; None if it does."""
+    source = open_source(folder)
+    kinds = plain_infos(source)
+    packed = any(kind != "plain" for _, kind in kinds.values())
+    shards = set(source.where.values()) if isinstance(source, TensorFiles) else set()
+    if not packed and sum(len(read_header(folder / file)) for file in shards) == len(source.infos) * bool(shards):
+        return None
+    if packed and (method := (_read_config(folder).get("quantization_config") or {}).get("quant_method")) not in (
+            "fp8", "mxfp4", "compressed-tensors"):
+        raise ValueError(f"{folder}: quantization_config.quant_method {method!r}: expected fp8, mxfp4 or compressed-tensors "
+                         "(MXFP4), or weights in plain numbers")
+    return {name: Decoded(source, name) for name in kinds}
+
+
+def _load_tensors(path: str | Path, tensors: dict[str, Decoded], dtype: torch.dtype, trust_remote_code: bool):
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):  # what is returned is decoded
+        del config.quantization_config
+    kind = type(meta_model(config))
+    model, info = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True,
+                                       ignore_mismatched_sizes=True)
+    model.config.name_or_path = str(path)
+    if (Path(path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(path))
+    return model.eval(), info
+
+
 def _fill(model, folder: Path, dtype: torch.dtype, device: torch.device):
     """Materialises a meta model tensor by tensor from the checkpoint (peak: one fused expert tensor beside the model)."""
-    files = TensorFiles(folder)
+    files = open_source(folder)
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, empty in targets.items():
         owner, _, leaf = name.rpartition(".")
@@ -134,7 +175,7 @@ def _fill(model, folder: Path, dtype: torch.dtype, device: torch.device):
     return model.eval()
 
 
-def _assemble(name: str, empty: torch.Tensor, files: TensorFiles, config, dtype: torch.dtype) -> torch.Tensor:
+def _assemble(name: str, empty: torch.Tensor, files: Source, config, dtype: torch.dtype) -> torch.Tensor:
     """The tensor, or where `empty` is sharded the rows of dimension 0 that this rank holds."""
     rows = owned_rows(empty)
     parts = expert_parts(name, empty.shape)
@@ -175,15 +216,11 @@ def _checked(name: str, tensor: torch.Tensor, shape: torch.Size, folder: Path) -
     return tensor
 
 
-def _decoded(name: str, files: TensorFiles, config, dtype: torch.dtype) -> torch.Tensor:
-    raw = files.read(name)
-    if raw.dtype == torch.uint8:
-        return dequantize(raw, files.read(name + "_scale"), dtype=dtype)
-    if raw.dtype == torch.float8_e4m3fn:
-        return dequantize_fp8(name, raw, files.read(name + "_scale_inv"), config).to(dtype)
-    if raw.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"{files.folder}: {name}: dtype {raw.dtype}, expected a float, FP8 E4M3 or packed MXFP4 (uint8)")
-    return raw.to(dtype)
+def _decoded(name: str, files: Source, config, dtype: torch.dtype) -> torch.Tensor:
+    for suffix in ("_scale", "_scale_inv"):
+        if name + suffix in files.infos:
+            files.leave(name + suffix)
+    return read_plain(files, name, dtype, config)
 
 
 def _require_folder(path: str | Path) -> None:

@@ -16,7 +16,7 @@ def quantization_config(layout: str, config: dict, dtypes: dict[str, str]) -> di
         return {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
                                                                     "model.embed_tokens", "lm_head"]}
     if layout == "compressed-tensors":
-        return compressed_config()
+        return compressed_config(dtypes)
     if layout == "hf-fp8":
         return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "expert_dtype": "fp4",
                 "modules_to_not_convert": sorted({n.removesuffix(".weight") for n in dtypes
@@ -55,12 +55,20 @@ def module_names(config: dict, dtypes: dict[str, str]) -> list[tuple[tuple[str, 
     return found
 
 
-def compressed_config() -> dict:
+def compressed_config(dtypes: dict[str, str]) -> dict:
     """quantization_config of compressed-tensors: weight-only MXFP4 of the experts, everything else ignored."""
+    packed = sorted({n.split(".")[-2] for n in dtypes if n.endswith(".weight_packed")})
+    targets, ignore = "re:.*mlp\\.experts\\..*_proj$", ["lm_head", "re:.*self_attn.*", "re:.*mlp\\.gate$",
+                                                       "re:.*mlp\\.(gate|up|down)_proj$"]
+    if not all(re.search(r"mlp\.experts\..*_proj\.weight_", n) for n in dtypes if n.endswith(".weight_packed")):
+        targets = f"re:.*\\.experts\\.\\d+\\.({'|'.join(packed)})$"
+        modules = {re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(n.removesuffix(".weight")))
+                   for n in dtypes if n.endswith(".weight") and n != "lm_head.weight"}
+        ignore = ["lm_head", *sorted(f"re:{module}$" for module in modules)]
     weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False,
                "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
     return {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["re:.*mlp\\.experts\\..*_proj$"], "weights": weights,
+            "config_groups": {"group_0": {"targets": [targets], "weights": weights,
                                           "input_activations": None, "output_activations": None,
                                           "format": "mxfp4-pack-quantized"}},
-            "ignore": ["lm_head", "re:.*self_attn.*", "re:.*mlp\\.gate$", "re:.*mlp\\.(gate|up|down)_proj$"]}
+            "ignore": ignore}

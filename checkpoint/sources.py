@@ -12,6 +12,7 @@ from one source. Nothing of a file is run: see `checkpoint.pickles`.
 
 from __future__ import annotations
 
+import difflib
 import threading
 from pathlib import Path
 from typing import BinaryIO
@@ -19,12 +20,14 @@ from typing import BinaryIO
 import torch
 
 from checkpoint.pickles import load_torch_file
-from modeling.names import fused_name
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
           "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
           "BOOL": torch.bool, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+NEAR = 2000  # names that are compared to find the one that was meant
 
 
 class LastFile(threading.local):
@@ -59,6 +62,22 @@ class Source:
 
     def __init__(self, folder: Path, infos: dict[str, tuple[tuple[int, ...], str]]):
         self.folder, self.infos = folder, infos
+        self._touched: set[str] = set()
+
+    def leave(self, name: str) -> None:
+        """Counts a tensor as read, also one that this process need not read; ValueError if it is not in the checkpoint."""
+        if name not in self.infos:
+            raise self._missing(name)
+        self._touched.add(name)
+
+    def unused(self) -> set[str]:
+        """Names that nobody asked for."""
+        return set(self.infos) - self._touched
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, without reading it. Raises ValueError if it is missing."""
+        self.leave(name)
+        return self.infos[name][0]
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor; ValueError if it is missing or its file is damaged."""
@@ -82,7 +101,8 @@ class Source:
         return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
     def _missing(self, name: str) -> ValueError:
-        return ValueError(f"{self.folder}: tensor {name} is missing")
+        near = difflib.get_close_matches(name, [n for n in self.infos if n.count(".") == name.count(".")][:NEAR], n=1)
+        return ValueError(f"{self.folder}: tensor {name} is missing{f' (nearest: {near[0]})' if near else ''}")
 
 
 class TorchSource(Source):
@@ -101,20 +121,5 @@ class TorchSource(Source):
         super().__init__(folder, {n: (tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in self._tensors.items()})
 
     def read(self, name: str) -> torch.Tensor:
-        if name not in self._tensors:
-            raise self._missing(name)
+        self.leave(name)
         return self._tensors[name]
-
-
-def read_expert(source: Source, name: str) -> torch.Tensor:
-    """The matrix of one expert by its published name, whether the source holds it alone or within a fused tensor."""
-    if name in source.infos:
-        return source.read(name)
-    fused, expert, part = fused_name(name)
-    if fused not in source.infos:
-        raise source._missing(name)
-    rows = source.infos[fused][0][1]
-    half = slice(0, rows) if part == "down" else slice(0, rows // 2) if part == "gate" else slice(rows // 2, rows)
-    return source.read_rows(fused, expert, half)
-
-

@@ -30,10 +30,8 @@ from safetensors import SafetensorError
 
 from checkpoint.contradictions import difference
 from checkpoint.inventory import block_faults, scale_name, tensor_faults
-from checkpoint.sources import read_expert
 from checkpoint.tensor_files import TensorFiles
-from checkpoint.trained import Weights, codes_of, computed, encode
-from mxfp4 import dequantize
+from checkpoint.trained import Weights, decoded_expert
 from mxfp4.exact_pack import decodes_to, unpack
 from mxfp4.format import BLOCK_SIZE
 from storage.reading import first_line
@@ -65,13 +63,16 @@ class TensorChecks:
     """Checks of the tensors of one source; `report` may be called by several threads.
 
     Attributes:
-        sums: CRC-32 (hex) by name; rule: the scale rule whose blocks are expected; None: nobody promised sums or a rule.
+        sums: CRC-32 (hex) by name; rule: the scale rule whose blocks are expected (None: even).
+        promised: every tensor has a sum. zero_norms: norms may be zero (families that scale by 1 + weight).
         weights: what the tensors must equal, None = nothing to compare with.
         mask_row: row of the embedding that was not trained, if there is one.
     """
 
-    def __init__(self, source: TensorFiles, layout: str, sums: dict[str, str], rule: str | None):
-        self.source, self.layout, self.sums, self.rule = source, layout, sums, rule
+    def __init__(self, source: TensorFiles, layout: str, sums: dict[str, str], rule: str | None, *,
+                 promised: bool = True, zero_norms: bool = False):
+        self.source, self.layout, self.sums, self.rule, self.promised = source, layout, sums, rule, promised
+        self.zero_norms = zero_norms
         self.weights: Weights | None = None
         self.mask_row: int | None = None
         self._large = threading.BoundedSemaphore(2)
@@ -96,11 +97,12 @@ class TensorChecks:
         try:
             tensor = self.source.read(name)
             data = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
-            if name not in self.sums and (self.sums or self.rule):
+            if name not in self.sums and (self.sums or self.promised):
                 report.findings.append(("checksum", f"{name}: no checksum in checksums.json"))
             elif self.sums and f"{zlib.crc32(data):08x}" != self.sums[name]:
                 report.findings.append(("checksum", f"{name}: bytes changed since the export (CRC-32 differs)"))
-            report.findings += [(kind, f"{name}: {fault}") for kind, fault in tensor_faults(name, tensor)]
+            report.findings += [(kind, f"{name}: {fault}") for kind, fault in tensor_faults(
+                name, tensor, zero_norms=self.zero_norms)]
         except DAMAGE as error:
             report.findings.append(("file", f"{name}: cannot be read: {first_line(error)}"))
             return None
@@ -118,13 +120,23 @@ class TensorChecks:
         if weights is None:
             return
         try:
+            if not codes and name in weights.names.experts:
+                report.findings += [("training", text) for text in _unequal(name, tensor, decoded_expert(weights, name))]
+                report.experts += 1
+                return
+            if not codes and name in weights.names.fused:
+                for e, own in enumerate(tensor.mT if weights.names.fused[name].axis == 1 else tensor):
+                    wanted = decoded_expert(weights, f"{name}[{e}]")
+                    report.findings += [("training", text) for text in _unequal(f"{name}[{e}]", own, wanted)]
+                    report.experts += 1
+                return
             if not codes:
                 found = difference(name, tensor, self.source, weights, self.mask_row)
                 report.findings += [("training", text) for text in found]
                 return
             for expert, matrix, scales in self._experts(name, tensor.view(torch.uint8), tensors[1]):
                 report.findings += [("training", text) for text in expert_difference(
-                    expert, matrix, scales, trained_expert(weights, self.layout, expert))]
+                    expert, matrix, scales, decoded_expert(weights, expert))]
                 report.experts += 1
         except DAMAGE as error:
             report.incomparable = first_line(error)
@@ -146,22 +158,18 @@ def expert_difference(name: str, codes: torch.Tensor, scales: torch.Tensor, want
     elif scales.dtype != torch.uint8 or scales.numel() * BLOCK_SIZE != wanted.numel():
         yield f"{name}: {scales.dtype} scales {list(scales.shape)} decode nothing of shape {shape}"
     elif not decodes_to(codes, scales, wanted):
-        decoded = unpack(codes, scales)
-        off = (wanted.view(torch.int16) != decoded.view(torch.int16)).nonzero()
+        yield from _unequal(name, unpack(codes, scales), wanted)
+
+
+def _unequal(name: str, ours: torch.Tensor, wanted: torch.Tensor) -> Iterator[str]:
+    """Where bf16 values are not those of training, bit for bit."""
+    if ours.shape != wanted.shape or ours.dtype != wanted.dtype:
+        yield f"{name}: {ours.dtype} {list(ours.shape)}, trained {wanted.dtype} {list(wanted.shape)}"
+        return
+    off = (wanted.contiguous().view(torch.int16) != ours.contiguous().view(torch.int16)).nonzero()
+    if off.numel():
         yield (f"{name}: {off.shape[0]} of {wanted.numel()} weights differ from training (contract C2), the first at "
-               f"{off[0].tolist()}: {float(decoded[tuple(off[0])]):.6g}, trained {float(wanted[tuple(off[0])]):.6g}")
-
-
-def trained_expert(weights: Weights, layout: str, name: str) -> torch.Tensor:
-    """What the exported matrix must decode to, bf16 [out, in]: the trained weight, or the base's rounded by the rule."""
-    if layout == "gpt-oss":
-        fused, _, rest = name.partition("[")
-        w = computed(weights, weights.trained.read_rows(fused, int(rest[:-1]), slice(None)).mT.contiguous())
-        codes = encode(name, w, on_grid=False, scale_rule=weights.scale_rule) if not weights.on_grid else None
-    else:
-        w = computed(weights, read_expert(weights.trained, name)) if weights.on_grid else None
-        codes = codes_of(weights, name) if w is None or w.dtype == torch.uint8 else None
-    return w.to(torch.bfloat16) if codes is None else dequantize(*codes, dtype=torch.bfloat16)
+               f"{off[0].tolist()}: {float(ours[tuple(off[0])]):.6g}, trained {float(wanted[tuple(off[0])]):.6g}")
 
 
 def side_by_side(pool: Executor, work: Callable, items: Iterable, ahead: int) -> Iterator:

@@ -12,7 +12,6 @@ runs of columns are mapped, for the moment that copying them takes. Several thre
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,6 @@ from storage.reading import inner_name, refuse_pointer
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REFERENCE = "dflash_reference.safetensors"  # beside a drafter's weights, and none of them
-NEAR = 2000  # names that are compared to find the one that was meant
 
 
 class TensorFiles(Source):
@@ -62,7 +60,7 @@ class TensorFiles(Source):
                 raise ValueError(f"{folder}: the index says that tensor {name} is in {file}, and it is not")
         found = {name: headers[file][name] for name, file in self.where.items()}
         self._starts = {name: start for name, (_, _, start) in found.items()}
-        self._last, self._touched = LastFile(), set()
+        self._last = LastFile()
         super().__init__(folder, {name: (shape, dtype) for name, (shape, dtype, _) in found.items()})
 
     def __iter__(self) -> Iterator[str]:
@@ -71,11 +69,6 @@ class TensorFiles(Source):
     def in_order(self) -> list[str]:
         """All names as they stand on disk, file by file."""
         return sorted(self.where, key=lambda name: (self.where[name], self._starts[name]))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it. Raises ValueError if it is missing."""
-        self.leave(name)
-        return self.infos[name][0]
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor.
@@ -105,16 +98,6 @@ class TensorFiles(Source):
         self.bytes_read += found.nbytes
         return found
 
-    def leave(self, name: str) -> None:
-        """Counts a tensor as read that this process need not read; ValueError if it is not in the checkpoint."""
-        if name not in self.where:
-            raise ValueError(f"{self.folder}: tensor {name} is missing{self._nearest(name)}")
-        self._touched.add(name)
-
-    def unused(self) -> set[str]:
-        """Names that nobody asked for."""
-        return set(self.where) - self._touched
-
     def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> torch.Tensor:
         """`shape` elements of a tensor, from its element number `skipped` on."""
         file, dtype = self.where[name], DTYPES[self.infos[name][1]]
@@ -123,10 +106,6 @@ class TensorFiles(Source):
         self._last.fill(self.folder / file, self._starts[name] + skipped * dtype.itemsize, view, name)
         self.bytes_read += view.nbytes
         return out
-
-    def _nearest(self, name: str) -> str:
-        near = difflib.get_close_matches(name, [n for n in self.where if n.count(".") == name.count(".")][:NEAR], n=1)
-        return f" (nearest: {near[0]})" if near else ""
 
 
 def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:

@@ -1,6 +1,8 @@
 """What was trained: the weights that a checkpoint must hold, as the forward pass computed with them.
 
-An exporter writes them, a verifier compares with them; both take codes and plain tensors from here.
+An exporter writes them, a verifier compares with them; both take codes and plain tensors from here. A source may hold tensors
+under their published names or under those of training, in any container (`checkpoint.containers`). Codes that are stored in
+MXFP4 are taken as they are: nothing is rounded twice.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from checkpoint.fp8 import dequantize_fp8
-from checkpoint.sources import Source, read_expert
+from checkpoint.containers import container, read_plain, stored_codes
+from checkpoint.families.published import Published
+from checkpoint.sources import Source
 from modeling.names import fused_name
 from mxfp4 import dequantize, fake_quantize, fake_quantize_, quantize
 from mxfp4.exact_pack import pack_on_grid
@@ -22,7 +25,7 @@ class Weights:
 
     Attributes:
         trained: the weights to export; base: the checkpoint they were trained from (the same, for export without training).
-        config: MiMoV2Config, or another family's configuration.
+        config: MiMoV2Config, or another family's configuration. names: how the model is published.
         on_grid: experts must lie on the MXFP4 grid (they were trained there): anything else is an error.
         scale_rule: how experts that are not trained are rounded.
         changed: other weights than experts may differ from the base (`qat.train: all`).
@@ -31,9 +34,49 @@ class Weights:
     trained: Source
     base: Source
     config: object
+    names: Published
     on_grid: bool
     scale_rule: str
     changed: bool = False
+
+
+def expert_values(weights: Weights, name: str) -> torch.Tensor:
+    """One expert's matrix [out, in] by its published name, in plain numbers, whether it is stored alone or within a fused
+    tensor; "<fused>[e]" names one of a tensor that is published fused (its blocks along the last dimension)."""
+    source = weights.trained
+    if name.endswith("]"):
+        fused, expert = _split_index(name)
+        there = weights.names.fused[fused]
+        home = fused if container(source, fused) else there.training
+        if container(source, home) == "plain":
+            w = source.read_rows(home, expert, slice(None))
+        else:
+            w = read_plain(source, home, torch.bfloat16, weights.config)[expert]
+        return w.mT.contiguous() if there.axis == 1 else w
+    if container(source, name):
+        if container(source, name) == "plain":
+            return source.read(name)
+        return read_plain(source, name, torch.bfloat16, weights.config)
+    place = weights.names.experts.get(name)
+    if place is None or place.fused not in source.infos:
+        raise ValueError(f"{source.folder}: tensor {name} is missing")
+    return source.read_rows(place.fused, place.expert, place.rows)
+
+
+def _split_index(name: str) -> tuple[str, int]:
+    fused, _, rest = name.partition("[")
+    return fused, int(rest[:-1])
+
+
+def packed_codes(weights: Weights, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The codes and scales of an expert that is stored in MXFP4; None if it is stored otherwise."""
+    return stored_codes(weights.trained, *_split_index(name)) if name.endswith("]") else stored_codes(weights.trained, name)
+
+
+def packed_codes_stored(weights: Weights) -> bool:
+    """Whether the source holds its experts in MXFP4 already."""
+    names = [*list(weights.names.experts)[:1], *list(weights.names.fused)[:1]]
+    return any(container(weights.trained, name) not in (None, "plain", "fp8") for name in names)
 
 
 def codes_of(weights: Weights, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,12 +85,18 @@ def codes_of(weights: Weights, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: weights that should lie on the grid and do not, or are not finite: tensor and index are named.
     """
-    w = computed(weights, read_expert(weights.trained, name))
-    if w.dtype == torch.uint8:  # already packed
-        return w, weights.trained.read(name + "_scale")
-    if w.dtype == torch.float8_e4m3fn:
-        w = multiplied_out(weights, name, w, weights.trained).to(torch.bfloat16)
-    return encode(name, w, on_grid=weights.on_grid, scale_rule=weights.scale_rule)
+    packed = packed_codes(weights, name)
+    if packed is not None:
+        return packed
+    return encode(name, computed(weights, expert_values(weights, name)), on_grid=weights.on_grid,
+                  scale_rule=weights.scale_rule, names=weights.names)
+
+
+def decoded_expert(weights: Weights, name: str) -> torch.Tensor:
+    """What an exported matrix must decode to, bf16 [out, in]: the trained weight, or the base's rounded by the rule."""
+    if weights.on_grid and packed_codes(weights, name) is None:
+        return computed(weights, expert_values(weights, name)).to(torch.bfloat16)
+    return dequantize(*codes_of(weights, name), dtype=torch.bfloat16)
 
 
 def computed(weights: Weights, w: torch.Tensor) -> torch.Tensor:
@@ -61,7 +110,8 @@ def computed(weights: Weights, w: torch.Tensor) -> torch.Tensor:
     return fake_quantize_(torch.empty(seen.shape, dtype=torch.bfloat16), seen, scale_rule=weights.scale_rule)
 
 
-def encode(name: str, w: torch.Tensor, *, on_grid: bool, scale_rule: str) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(name: str, w: torch.Tensor, *, on_grid: bool, scale_rule: str,
+           names: Published | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize(w)`, and where the weights are known to lie on the grid, the proof that nothing was rounded."""
     try:
         if not on_grid:
@@ -77,7 +127,8 @@ def encode(name: str, w: torch.Tensor, *, on_grid: bool, scale_rule: str) -> tup
         raise ValueError(f"{name}: {error}") from None
     off = (dequantize(codes, scales, dtype=w.dtype) != w).nonzero()
     if off.numel():
-        expert = fused_name(name)
+        place = names.experts.get(name) if names is not None else None
+        expert = (place.fused, place.expert) if place else fused_name(name)
         where = f"expert {expert[1]} of {expert[0]}" if expert else name
         raise ValueError(f"{name}: {off.shape[0]} of {w.numel()} weights are not on the MXFP4 grid, the first at "
                          f"{off[0].tolist()} ({float(w[tuple(off[0])]):.6g}), {where}: these are not quantization-aware "
@@ -86,13 +137,15 @@ def encode(name: str, w: torch.Tensor, *, on_grid: bool, scale_rule: str) -> tup
 
 
 def plain(weights: Weights, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor other than an expert as training sees it: FP8 is multiplied out."""
-    tensor = weights.trained.read(name)
-    if tensor.dtype == torch.float8_e4m3fn:
-        tensor = multiplied_out(weights, name, tensor, weights.trained)
-    return tensor.to(dtype)
-
-
-def multiplied_out(weights: Weights, name: str, codes: torch.Tensor, source: Source) -> torch.Tensor:
-    """An FP8 matrix in float32."""
-    return dequantize_fp8(name, codes, source.read(name + "_scale_inv"), weights.config)
+    """A tensor other than an expert as training sees it, by its published name: FP8 is multiplied out."""
+    source = weights.trained
+    if container(source, name):
+        return read_plain(source, name, dtype, weights.config)
+    own = weights.names.name_in(source, name)
+    if own is None:
+        raise ValueError(f"{source.folder}: tensor {name} is missing")
+    made = weights.names.revert(own, source.read(own))
+    if name not in made:
+        raise ValueError(f"{source.folder}: {name} cannot be made of {own} alone; export the run's model/, not a "
+                         "checkpoint")
+    return made[name].to(dtype) if made[name].is_floating_point() else made[name]

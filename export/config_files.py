@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from checkpoint.contradictions import AUTO_MAP, TOKENIZER
+from checkpoint.inventory import is_mimo
 from checkpoint.quantization import quantization_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,16 +24,16 @@ def model_config(base: dict, layout: str, dtypes: dict[str, str]) -> dict:
         dtypes: dtype of every tensor that is written, by name.
     """
     config = {k: v for k, v in base.items() if k not in _BOOKKEEPING} | {"dtype": "bfloat16"}
-    if layout != "native":
-        if config.get("model_type") in ("mimo_v2", "mimo_v2_flash"):
+    if layout != "native" and not (layout == "bf16" and is_mimo(base)):
+        if is_mimo(base):
             config = flash_config(config)
-        return config | {"quantization_config": quantization_config(layout, config, dtypes)}
+        return config if layout == "bf16" else config | {"quantization_config": quantization_config(layout, config, dtypes)}
     split = not any(re.fullmatch(r"model\.layers\.\d+\.self_attn\.qkv_proj\.weight", name) for name in dtypes)  # not MTP's
     config |= {"model_type": "mimo_v2", "architectures": ["MiMoV2ForCausalLM"], "auto_map": AUTO_MAP,
                "attention_projection_layout": "split" if split else "fused_qkv"}
     for key in ("sliding_window_size", "attention_chunk_size"):
         config.setdefault(key, config.get("sliding_window", 128))
-    return config | {"quantization_config": quantization_config(layout, config, dtypes)}
+    return config if layout == "bf16" else config | {"quantization_config": quantization_config(layout, config, dtypes)}
 
 
 def flash_config(config: dict) -> dict:
@@ -60,14 +61,14 @@ def flash_config(config: dict) -> dict:
         "mlp_layer_types": ["sparse" if moe else "dense" for moe in config.get("moe_layer_freq") or [0] * layers]}
 
 
-def copy_companions(sources: list[Path], out: Path, layout: str) -> list[str]:
-    """Remote code (native), tokenizer and generation_config.json; returns the names of what was copied.
+def copy_companions(sources: list[Path], out: Path, *, code: bool) -> list[str]:
+    """Remote code (if `code`), tokenizer and generation_config.json; returns the names of what was copied.
 
     Args:
         sources: folders to look in, the first that has a tokenizer wins.
     """
     copied = []
-    if layout == "native":
+    if code:
         for name in REMOTE_CODE:
             shutil.copyfile(ROOT / "modeling" / name, out / name)
             copied.append(name)

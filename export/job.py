@@ -25,13 +25,15 @@ from pathlib import Path
 import torch
 
 from checkpoint.checksums import internal, write_checksums
+from checkpoint.families.registry import family_of, refuse_layout, resolve_layout
 from checkpoint.inventory import configuration
 from checkpoint.open import local_folder, open_source
+from checkpoint.trained import Weights, packed_codes_stored
 from checkpoint.verify import verify
 from export import config_files, drafter_files, model_card
-from export.layouts import Weights, units_of
+from export.layouts import units_of
 from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
-from modeling.names import fused_name
+from modeling.names import fused_name, plain_dtype
 from recipes.load import dump_recipe
 from recipes.schema import Recipe
 from storage.files import write_bytes, write_json
@@ -57,7 +59,7 @@ class Export:
     """Sources, plan and folders of one export."""
 
     def __init__(self, recipe: Recipe, request: Request):
-        self.recipe, self.request, self.layout = recipe, request, recipe.export.layout
+        self.recipe, self.request = recipe, request
         self.run_folder = Path(recipe.output) / recipe.name
         self.rounded = request.base is not None
         self._open_weights()
@@ -95,8 +97,18 @@ class Export:
         if described is None:
             raise ValueError(f"{base_folder}: no config.json there, nor in {self.trained_folder}")
         self.config = read_json(described / "config.json")
-        self.weights = Weights(trained, base, configuration(self.config), on_grid=not self.rounded,
+        config = configuration(self.config)
+        self.layout = resolve_layout(recipe.export.layout, config)
+        refuse_layout(self.layout, config, recipe.export.dense)  # before a model is laid out for its names
+        self.weights = Weights(trained, base, config, family_of(config).published(config), on_grid=not self.rounded,
                                scale_rule=recipe.quantization.scale_rule, changed=recipe.qat.train == "all")
+
+    @property
+    def experts(self) -> str:
+        """How experts become codes: "trained" on the grid, "rounded" here, or "copied" from a base that is packed already."""
+        if packed_codes_stored(self.weights):
+            return "copied"
+        return "rounded" if self.rounded else "trained"
 
     @property
     def bytes(self) -> int:
@@ -159,7 +171,7 @@ class Export:
         write_bytes(out / INDEX, index_json(self.shards).encode())
         config = config_files.model_config(self.config, self.layout, self.dtypes())
         write_json(out / "config.json", config, sort_keys=True)
-        config_files.copy_companions(self.homes, out, self.layout)
+        config_files.copy_companions(self.homes, out, code="auto_map" in config)
         shutil.rmtree(out / "dflash", ignore_errors=True)
         if self.drafter is not None:
             sums |= drafter_files.write_drafter(self.drafter, out / "dflash", self.recipe.export.shard_bytes)
@@ -177,8 +189,11 @@ class Export:
 
     def manifest(self) -> dict:
         """export.json: what a verifier must know and config.json does not say."""
-        facts = {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule,
+        facts = {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule, "experts": self.experts,
                  "dense": self.recipe.export.dense, "drafter": self.drafter is not None, "format": 1}
+        wide = sorted(n for n, dtype in self.dtypes().items() if dtype == "F32" and plain_dtype(n) != "F32")
+        if wide and self.layout != "native":
+            facts["float32"] = wide
         trained = self.drafter_summary
         # What a runtime must reach with this drafter (contract C7).
         return facts | ({"acceptance": trained["acceptance"]} if trained and "acceptance" in trained else {})

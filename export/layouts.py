@@ -3,8 +3,10 @@
     native               experts.E.X_proj.weight U8 + .weight_scale U8; the rest as in the base (SGLang, vLLM, runtime_ref,
                          and stock transformers through the shipped code). MiMo-V2 only
     hf-fp8               the same bytes as I8 + .weight_scale_inv U8; split q/k/v (stock transformers, mimo_v2_flash class)
-    compressed-tensors   .weight_packed U8 + .weight_scale U8 (transformers, vLLM); Qwen3-MoE and what mimo_v2_flash holds
+    compressed-tensors   .weight_packed U8 + .weight_scale U8 (transformers, vLLM); every family whose experts are published
+                         one by one, and of MiMo-V2 what mimo_v2_flash holds
     gpt-oss              fused experts.X_proj_blocks U8 [E, out, in/32, 16] + _scales U8 [E, out, in/32]; gpt-oss only
+    bf16                 experts decoded exactly, no quantization section: any family, any engine, twice FP8's size
 
 Codes are made once, by `codes_of`; a layout only relabels them, so no weight is ever rounded twice. A layout whose client
 cannot hold the geometry refuses with the reason.
@@ -25,11 +27,13 @@ from dataclasses import dataclass
 
 import torch
 
+from checkpoint.containers import read_plain
+from checkpoint.families.registry import refuse_layout
 from checkpoint.fp8 import grid_shape, quantize_fp8
 from checkpoint.sources import DTYPES, Source
-from checkpoint.trained import Weights, codes_of, computed, encode, multiplied_out, plain
+from checkpoint.trained import Weights, codes_of, plain
 from modeling.names import PublishedTensor, fused_name, plain_dtype, published_tensors, qkv_rows, qkv_scale_rows, split_qkv
-from mxfp4 import BLOCK_SIZE
+from mxfp4 import BLOCK_SIZE, dequantize
 
 SPLIT = ("q", "k", "v")
 
@@ -50,7 +54,7 @@ def kept(weights: Weights, name: str) -> torch.Tensor:
     trained = weights.trained.read(name)
     seen = own
     if own.dtype == torch.float8_e4m3fn:
-        seen = multiplied_out(weights, name, own, weights.base)
+        seen = read_plain(weights.base, name, torch.float32, weights.config)
     if not torch.equal(seen.to(trained.dtype), trained):
         raise ValueError(f"{name}: differs from {weights.base.folder}, although only experts were trained; is model.path the "
                          "checkpoint that training started from?")
@@ -84,7 +88,7 @@ def native_units(weights: Weights, dense: str) -> Iterator[Unit]:
         dense: "base" (precision of the base) or "fp8".
     """
     config, trained, base = weights.config, weights.trained.infos, weights.base.infos
-    done = set()
+    done = {"lm_head.weight"} if config.tie_word_embeddings else set()
     for tensor in published_tensors(config, experts="bf16", dense="bf16"):
         name = tensor.name
         done |= {name, name + "_scale_inv", name + "_scale"}
@@ -95,11 +99,12 @@ def native_units(weights: Weights, dense: str) -> Iterator[Unit]:
         if name not in trained:
             raise ValueError(f"{weights.trained.folder}: tensor {name} is missing")
         held, matrix = base.get(name, trained[name])[1], _dense_matrix(name)
-        if held == "F32" and not name.endswith("mlp.gate.weight"):  # a router may be float32, the rest is so by chance
+        # A router may be float32, the rest is so by chance; half precision of another kind is published as bfloat16.
+        if held in ("F16", "F64") or held == "F32" and not name.endswith("mlp.gate.weight"):
             held = plain_dtype(name)
         if held == trained[name][1] and not (matrix and (dense == "fp8" or "qkv_proj" in name) and held != "F8_E4M3"):
             yield copy_unit(weights, name, weights.trained)  # one precision: nothing to choose
-        elif not weights.changed and held in ("F8_E4M3", "F32"):
+        elif not weights.changed and held in ("F8_E4M3", "F32") and held == base.get(name, (0, None))[1]:
             yield copy_unit(weights, name, weights.base)
         elif matrix and (dense == "fp8" or held == "F8_E4M3"):
             yield _fp8_unit(weights, name)
@@ -141,56 +146,62 @@ def _split_unit(weights: Weights, name: str, dtype: str = "BF16") -> Unit:
                 lambda: list(split_qkv(plain(weights, name, DTYPES[dtype]), weights.config, layer)))
 
 
-def relabelled_units(weights: Weights, layout: str) -> Iterator[Unit]:
-    """Units of hf-fp8 or compressed-tensors: experts relabelled, everything else as training sees it, in bf16."""
-    suffixes = {"hf-fp8": ("", "_scale_inv"), "compressed-tensors": ("_packed", "_scale")}[layout]
-    for name, shape in _published_shapes(weights):
-        if fused_name(name):
-            labels = (name + suffixes[0], name + suffixes[1])
-            yield expert_unit(weights, name, shape, labels, "I8" if layout == "hf-fp8" else "U8")
-        elif "qkv_proj" in name:
+def published_units(weights: Weights, layout: str) -> Iterator[Unit]:
+    """Units of every layout but native: experts in the layout's containers (bf16: decoded), the rest as training sees it."""
+    for name, shape in weights.names.shapes.items():
+        if name in weights.names.fused:
+            yield _fused_unit(weights, name, shape, layout)
+        elif name in weights.names.experts:
+            yield _matrix_unit(weights, name, shape, layout)
+        elif "qkv_proj" in name and hasattr(weights.config, "hybrid_layer_pattern"):
             yield _split_unit(weights, name)
         else:
-            yield _cast_unit(weights, name, plain_dtype(name))
+            yield Unit((PublishedTensor(name, shape, dtype := kept_dtype(weights, name)),),
+                       lambda name=name, dtype=dtype: [plain(weights, name, DTYPES[dtype]).contiguous()])
 
 
-def _published_shapes(weights: Weights) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(published name, unpacked shape) of every tensor of the model, experts one by one."""
-    if getattr(weights.config, "model_type", None) == "mimo_v2":
-        for tensor in published_tensors(weights.config, experts="bf16", dense="bf16"):
-            yield tensor.name, tensor.shape
-        return
-    for name, (shape, dtype) in weights.trained.infos.items():
-        match = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)", name)
-        if match and len(shape) == 3:
-            for expert in range(shape[0]):
-                for part in ("down",) if match[2] == "down_proj" else ("gate", "up"):
-                    yield f"{match[1]}.{expert}.{part}_proj.weight", (shape[1] // (1 if part == "down" else 2), shape[2])
-        elif fused_name(name) or not name.endswith(("_scale_inv", "_scale")):
-            yield name, (shape[0], shape[1] * 2) if dtype == "U8" else shape
+def _matrix_unit(weights: Weights, name: str, shape, layout: str) -> Unit:
+    if layout == "bf16":
+        return Unit((PublishedTensor(name, shape, "BF16"),),
+                    lambda: [dequantize(*codes_of(weights, name), dtype=torch.bfloat16)])
+    codes, scales = {"hf-fp8": ("", "_scale_inv"), "compressed-tensors": ("_packed", "_scale")}[layout]
+    return expert_unit(weights, name, shape, (name + codes, name + scales), "I8" if layout == "hf-fp8" else "U8")
 
 
-def gpt_oss_units(weights: Weights) -> Iterator[Unit]:
-    """Units of the gpt-oss layout: fused experts [E, in, out] become blocks along `in`; biases and the rest are copied."""
-    for name, (shape, dtype) in weights.trained.infos.items():
-        if not re.search(r"\.mlp\.experts\.(gate_up_proj|down_proj)$", name):
-            yield _cast_unit(weights, name, "BF16") if dtype == "F32" else copy_unit(weights, name, weights.trained)
-            continue
-        experts, inner, outer = shape
-        if inner % BLOCK_SIZE:
-            raise ValueError(f"{name}: {inner} inputs, expected a multiple of {BLOCK_SIZE}")
+def _fused_unit(weights: Weights, name: str, shape, layout: str) -> Unit:
+    """Fused experts: in gpt-oss's blocks along the input dimension, or decoded."""
+    experts, axis = shape[0], weights.names.fused[name].axis
+    outer, inner = shape[1:] if axis == -1 else shape[:0:-1]
+    if inner % BLOCK_SIZE:
+        raise ValueError(f"{name}: {inner} inputs, expected a multiple of {BLOCK_SIZE}")
 
-        def make(name=name, experts=experts) -> list[torch.Tensor]:
-            packed = []
-            for e in range(experts):
-                w = computed(weights, weights.trained.read_rows(name, e, slice(None)).mT.contiguous())
-                packed.append(encode(f"{name}[{e}]", w, on_grid=weights.on_grid, scale_rule=weights.scale_rule))
-            blocks = torch.stack([c.unflatten(-1, (-1, BLOCK_SIZE // 2)) for c, _ in packed])
-            return [blocks, torch.stack([s for _, s in packed])]
+    def packed() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [codes_of(weights, f"{name}[{e}]") for e in range(experts)]
 
-        grid = (experts, outer, inner // BLOCK_SIZE)
-        yield Unit((PublishedTensor(name + "_blocks", (*grid, BLOCK_SIZE // 2), "U8"),
-                    PublishedTensor(name + "_scales", grid, "U8")), make)
+    def blocks() -> list[torch.Tensor]:
+        made = packed()
+        return [torch.stack([c.unflatten(-1, (-1, BLOCK_SIZE // 2)) for c, _ in made]), torch.stack([s for _, s in made])]
+
+    def values() -> list[torch.Tensor]:
+        decoded = torch.stack([dequantize(*codes, dtype=torch.bfloat16) for codes in packed()])
+        return [decoded if axis == -1 else decoded.mT.contiguous()]
+
+    if layout == "bf16":
+        return Unit((PublishedTensor(name, shape, "BF16"),), values)
+    grid = (experts, outer, inner // BLOCK_SIZE)
+    return Unit((PublishedTensor(name + "_blocks", (*grid, BLOCK_SIZE // 2), "U8"),
+                 PublishedTensor(name + "_scales", grid, "U8")), blocks)
+
+
+def kept_dtype(weights: Weights, name: str) -> str:
+    """Of a tensor that is no expert: float32 where the base has it so by choice (beside others in fewer bits), or bfloat16."""
+    own = weights.names.name_in(weights.trained, name)
+    held = weights.trained.infos[own][1] if own else "BF16"
+    if held not in ("F32", "F16", "BF16", "F64", "F8_E4M3", "U8", "I8"):
+        return held  # integers, truth values
+    base = weights.base.infos
+    chosen = base.get(name, (0, None))[1] == "F32" and any(dtype in ("BF16", "F16", "F8_E4M3") for _, dtype in base.values())
+    return "F32" if chosen else plain_dtype(name)
 
 
 def units_of(layout: str, weights: Weights, dense: str = "base") -> list[Unit]:
@@ -199,48 +210,5 @@ def units_of(layout: str, weights: Weights, dense: str = "base") -> list[Unit]:
     Raises:
         ValueError: the client of this layout cannot hold the model; the reason is given.
     """
-    refuse_geometry(layout, weights.config, dense)
-    if layout == "native":
-        return list(native_units(weights, dense))
-    return list(gpt_oss_units(weights) if layout == "gpt-oss" else relabelled_units(weights, layout))
-
-
-def refuse_geometry(layout: str, config, dense: str = "base") -> None:
-    """ValueError with the reason if the client of `layout` cannot hold a model of this configuration."""
-    family = config.model_type
-    wanted = {"native": ("mimo_v2",), "hf-fp8": ("mimo_v2",), "compressed-tensors": ("mimo_v2", "qwen3_moe"),
-              "gpt-oss": ("gpt_oss",)}[layout]
-    if family not in wanted:
-        fits = [name for name, families in (("native", ("mimo_v2",)), ("compressed-tensors", ("qwen3_moe",)),
-                                            ("gpt-oss", ("gpt_oss",))) if family in families]
-        raise ValueError(f"export.layout={layout}: holds {' or '.join(wanted)}, and this model is {family}"
-                         f"{f'; its layout is {fits[0]}' if fits else ''}")
-    if dense == "fp8" and layout != "native":
-        raise ValueError(f"export.dense=fp8: layout {layout} stores everything but experts in bf16, expected base")
-    if family == "mimo_v2":
-        _refuse_mimo_block(config)
-        if layout != "native":
-            _refuse_flash(layout, config)
-
-
-def _refuse_mimo_block(config) -> None:
-    for key in ("hidden_size", "moe_intermediate_size"):
-        if getattr(config, key) % BLOCK_SIZE:
-            raise ValueError(f"{key}={getattr(config, key)}: expected a multiple of the MXFP4 block size {BLOCK_SIZE}")
-
-
-def _refuse_flash(layout: str, config) -> None:
-    """What transformers' own mimo_v2_flash class cannot express."""
-    checks = (
-        (config.swa_num_key_value_heads == 2 * config.num_key_value_heads or not any(config.hybrid_layer_pattern),
-         f"window layers must have twice the key heads of full layers, and have {config.swa_num_key_value_heads} beside "
-         f"{config.num_key_value_heads}"),
-        (config.swa_num_attention_heads == config.num_attention_heads, "one number of query heads in all layers"),
-        ((config.swa_head_dim, config.swa_v_head_dim) == (config.head_dim, config.v_head_dim), "one head width in all layers"),
-        (not config.add_full_attention_sink_bias, "no sinks in full layers"),
-        (config.add_swa_attention_sink_bias or not any(config.hybrid_layer_pattern), "sinks in every window layer"),
-        (not config.attention_bias, "no attention bias"),
-    )
-    for holds, reason in checks:
-        if not holds:
-            raise ValueError(f"export.layout={layout}: its client is transformers' mimo_v2_flash class, which needs: {reason}")
+    refuse_layout(layout, weights.config, dense)
+    return list(native_units(weights, dense) if layout == "native" else published_units(weights, layout))

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.families.registry import family_of, refuse_layout, resolve_layout
 from checkpoint.inventory import configuration
 from checkpoint.open import local_folder, open_source
-from checkpoint.sources import DTYPE_NAMES, Source
+from checkpoint.sources import Source
+from checkpoint.trained import Weights
 from export.config_files import REMOTE_CODE
-from export.layouts import Unit, Weights, refuse_geometry, units_of
+from export.layouts import Unit, units_of
 from export.shards import Shard, plan_shards, tensor_bytes
 from modeling.names import published_tensors
 from recipes.schema import Recipe
@@ -64,10 +66,10 @@ def make_plan(recipe: Recipe, folder: Path | None = None) -> Plan:
     Raises:
         ValueError: no geometry, or a layout that cannot hold it, with the reason.
     """
-    layout = recipe.export.layout
     config, name, source = _geometry(recipe, folder)
-    weights = Weights(source, source, config, on_grid=True, scale_rule=recipe.quantization.scale_rule,
-                      changed=recipe.qat.train == "all")
+    layout = resolve_layout(recipe.export.layout, config)
+    weights = Weights(source, source, config, family_of(config).published(config), on_grid=True,
+                      scale_rule=recipe.quantization.scale_rule, changed=recipe.qat.train == "all")
     units = units_of(layout, weights, recipe.export.dense)
     elements: dict[str, int] = {}
     sizes: dict[str, int] = {}
@@ -120,7 +122,7 @@ def _geometry(recipe: Recipe, folder: Path | None) -> tuple[object, str, Source]
     home = next((p for p in (path, base) if p and (p / "config.json").is_file()), None)
     if path is not None and home is not None:
         config = configuration(read_json(home / "config.json"))
-        refuse_geometry(recipe.export.layout, config, recipe.export.dense)
+        refuse_layout(resolve_layout(recipe.export.layout, config), config, recipe.export.dense)
         if any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
             return config, str(path), open_source(path)
         return config, str(path), _shapes(str(path), config)
@@ -132,7 +134,7 @@ def _geometry(recipe: Recipe, folder: Path | None) -> tuple[object, str, Source]
 
         kind, difference = OTHER_RELEASES[released]
         config = CONFIG_MAPPING[kind](**difference)
-        refuse_geometry(recipe.export.layout, config, recipe.export.dense)  # before a model class is imported
+        refuse_layout(resolve_layout(recipe.export.layout, config), config, recipe.export.dense)
         return config, released, _shapes(released, config)
     config = MiMoV2Config(**released_config(released))
     inventory = published_tensors(config, experts="bf16", dense="fp8", router="F32", mtp_layers=MTP_LAYERS)
@@ -144,13 +146,7 @@ def _shapes(name: str, config) -> Source:
     if config.model_type == "mimo_v2":
         inventory = published_tensors(config, experts="bf16", dense="bf16", router="BF16")
         return ShapeSource(name, {t.name: (t.shape, t.dtype) for t in inventory})
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    held = {n: t for n, t in model.state_dict().items() if n not in tied}
-    return ShapeSource(name, {n: (tuple(t.shape), DTYPE_NAMES[t.dtype]) for n, t in held.items()})
+    return ShapeSource(name, {n: (shape, "BF16") for n, shape in family_of(config).published(config).shapes.items()})
 
 
 def run(recipe: Recipe, folder: Path | None = None) -> int:

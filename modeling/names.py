@@ -134,7 +134,8 @@ def published_tensors(config, *, experts: str = "mxfp4", dense: str = "fp8", rou
     """
     H = config.hidden_size
     yield PublishedTensor("model.embed_tokens.weight", (config.vocab_size, H), "BF16")
-    yield PublishedTensor("lm_head.weight", (config.vocab_size, H), "BF16")
+    if not config.tie_word_embeddings:  # a tied head is the embedding
+        yield PublishedTensor("lm_head.weight", (config.vocab_size, H), "BF16")
     yield PublishedTensor("model.norm.weight", (H,), "BF16")
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"

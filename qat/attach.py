@@ -17,7 +17,7 @@ graph), forcing eager experts with one quantizer per expert and projection (29 t
 CPU), matching experts by a name glob alone (also catches dense layers and shared experts).
 
 Which tensors are experts is decided by structure: a 3-D floating-point parameter [experts, ., .] owned by a module that
-transformers marks as a fused-experts module (attribute `is_transposed`), or by one of the few classes listed below.
+transformers marks as a fused-experts module, or by one of a few classes (`modeling.fused_experts`).
 Anything that looks like experts but is not understood is an error, never skipped: silently unquantized experts are the
 failure that users of such tools report most.
 """
@@ -32,11 +32,9 @@ import torch
 from torch import nn
 
 from checkpoint.load import owned_rows
+from modeling.fused_experts import block_axis
 from mxfp4 import BLOCK_SIZE, quantize
 from mxfp4.fake_quant import fake_quantize_, saturated
-
-# Fused-experts classes without transformers' `is_transposed` mark -> axis of the reduction (input) dimension.
-_UNMARKED_CLASSES = {"Llama4TextExperts": 1}
 
 # Path parts that name a module which must stay in high precision.
 _PROTECTED = {
@@ -83,7 +81,7 @@ def find_expert_tensors(model: nn.Module) -> list[ExpertTensor]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for module_name, module in model.named_modules():
-        axis = _block_axis(module)
+        axis = block_axis(module)
         for own_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim != 3 or not parameter.is_floating_point():
                 continue
@@ -111,14 +109,6 @@ def find_expert_tensors(model: nn.Module) -> list[ExpertTensor]:
         raise ValueError(f"{type(model).__name__} has no fused 3-D expert weights: nothing to quantize"
                          f"{_per_expert_hint(model)}")
     return found
-
-
-def _block_axis(module: nn.Module) -> int | None:
-    name = type(module).__name__.removeprefix("FSDP")  # fully_shard renames the class
-    if name in _UNMARKED_CLASSES:
-        return _UNMARKED_CLASSES[name]
-    transposed = getattr(module, "is_transposed", None)
-    return None if transposed is None else (1 if transposed else -1)
 
 
 def _protected_by(name: str) -> str | None:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from checkpoint.families.registry import refuse_layout, resolve_layout
 from qat.attach import describe, find_expert_tensors
 from qat.geometry import meta_model
 from recipes.schema import Recipe
@@ -100,6 +101,7 @@ def make_plan(recipe: Recipe) -> Plan:
         ValueError: no geometry to plan with; nothing to quantize; experts that the ranks cannot divide.
     """
     model, name, inventory = meta_model(recipe)
+    refuse_layout(resolve_layout(recipe.export.layout, model.config), model.config, recipe.export.dense)
     tensors = find_expert_tensors(model)
     groups = _groups(model, {t.name for t in tensors})
     sizes = _sizes(recipe, groups)

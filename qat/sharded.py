@@ -2,7 +2,7 @@
 
 What differs from one process (`qat.trainer`), and nothing else:
 
-    weights      every rank reads and holds its shards (`modeling.load` with a `DistributedConfig`); the teacher is a second
+    weights      every rank reads and holds its shards (`checkpoint.load` with a `DistributedConfig`); the teacher is a second
                  tree of shards: FSDP models cannot be copied
     experts      float32 shards, gathered as MXFP4 codes (`training.sharding.quantized_gather`); no rounded copy is kept
     gradients    reduced by FSDP in float32 onto the shards, in every micro-step
@@ -105,6 +105,9 @@ class ShardedTrainer(Trainer):
             raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers "
                              "codes of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none "
                              f"with cluster.sharding: {recipe.cluster.sharding}")
+        if recipe.qat.warm_start.layers_together:
+            raise ValueError("qat.warm_start.layers_together measures a model that is whole on one process; expected 0 with "
+                             f"cluster.sharding: {recipe.cluster.sharding}")
         self.compute_dtype = getattr(torch, recipe.model.dtype)
         tensors = find_expert_tensors(meta_model(recipe)[0])
         require_divisible(self.layout, {t.name: t.num_experts for t in tensors})

@@ -27,6 +27,7 @@ Shape legend: E experts, O outputs, I inputs of a matrix; N tokens, A experts of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -52,21 +53,29 @@ class Moments:
 
 @torch.no_grad()
 def choose_first_codes(teacher: nn.Module, quantizer: ExpertQuantizer, rows: torch.Tensor, settings: WarmStart, *,
-                       seed: int = 0) -> None:
+                       seed: int = 0, model: nn.Module | None = None) -> None:
     """Replaces the quantizer's masters by error-compensated ones and requantizes the model.
 
     Args:
         teacher: the unquantized model, whose expert inputs (and gradients) are measured.
         rows: int64 [sequences, T] calibration text.
         seed: of the sampled answers (`fisher`).
+        model: the quantizer's model; with `layers_together` it is measured instead, its first layers rounded by then.
 
     Raises:
         ValueError: an experts class whose intermediate activations cannot be computed here.
     """
     by_name = {tensor.name: (tensor, master) for tensor, master in quantizer}
+    left = dict(by_name)
     for tensors in sweeps(quantizer.tensors, settings):
-        gathered = (fisher_moments(teacher, tensors, rows, seed) if settings.method == "fisher" else
-                    input_moments(teacher, tensors, rows))
+        measured = teacher
+        if settings.layers_together:
+            measured = model
+            for tensor, master in left.values():
+                tensor.parameter.data.copy_(master.data)
+        with frozen(measured):
+            gathered = (fisher_moments(measured, tensors, rows, seed) if settings.method == "fisher" else
+                        input_moments(measured, tensors, rows, to_the_end=not settings.layers_together))
         for name, moments in gathered.items():
             tensor, master = by_name[name]
             weight_EOI = master.data if tensor.axis == -1 else master.data.transpose(1, 2)
@@ -74,7 +83,23 @@ def choose_first_codes(teacher: nn.Module, quantizer: ExpertQuantizer, rows: tor
                 start_at_searched_scales(quantizer, tensor, weight_EOI.clone(), moments, settings)
             else:
                 weight_EOI.copy_(compensated(weight_EOI.clone(), moments, quantizer.scale_rule, settings))
+            del left[name]
+        if settings.layers_together:
+            quantizer.requantize()
     quantizer.requantize()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of the model gets a gradient."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def start_at_searched_scales(quantizer: MethodQuantizer, tensor: ExpertTensor, weight_EOI: torch.Tensor, moments: Moments,
@@ -93,18 +118,22 @@ def sweeps(tensors: list[ExpertTensor], settings: WarmStart) -> Iterator[list[Ex
     for tensor in tensors:
         modules.setdefault(tensor.module, []).append(tensor)
     group: list[ExpertTensor] = []
-    size = 0
+    size = layers = 0
     for members in modules.values():
         need = 0
         for t in members:
             _, a, b = t.parameter.shape
             inputs, outputs = (b, a) if t.axis == -1 else (a, b)
             need += 4 * len(t.owned) * (inputs**2 + (outputs**2 if settings.method == "fisher" else 0))
-        if group and size + need > settings.moments_gib * 2**30:
+        if group and (size + need > settings.moments_gib * 2**30 or layers == settings.layers_together > 0):
             yield group
-            group, size = [], 0
-        group, size = group + members, size + need
+            group, size, layers = [], 0, 0
+        group, size, layers = group + members, size + need, layers + 1
     yield group
+
+
+class _Measured(Exception):
+    """Ends a forward pass early."""
 
 
 class _Gate:
@@ -165,9 +194,13 @@ def _accumulate(moment_II: torch.Tensor, x_NI: torch.Tensor, weight_N1: torch.Te
     moment_II.addmm_((x_NI * weight_N1).T, x_NI)
 
 
-def input_moments(teacher: nn.Module, tensors: list[ExpertTensor], rows: torch.Tensor) -> dict[str, Moments]:
-    """Moments of the tensors' inputs over `rows`, tokens weighted by their squared routing weight."""
-    moments = _zeros(tensors, outputs=False)
+def input_moments(teacher: nn.Module, tensors: list[ExpertTensor], rows: torch.Tensor, *,
+                  to_the_end: bool = True) -> dict[str, Moments]:
+    """Moments of the tensors' inputs over `rows`, tokens weighted by their squared routing weight.
+
+    to_the_end: run the layers behind the last of the tensors too (a sharded model expects whole passes).
+    """
+    moments, gates = _zeros(tensors, outputs=False), _gates(teacher, tensors)
 
     def gather(gate: _Gate) -> Callable:
         def hook(_, args, kwargs):
@@ -175,12 +208,15 @@ def input_moments(teacher: nn.Module, tensors: list[ExpertTensor], rows: torch.T
                 inner = gate.inner(x @ gate.matrix(gate.first, e).T)
                 _accumulate(moments[gate.up].inputs[e], x.float(), weight**2)
                 _accumulate(moments[gate.down].inputs[e], inner.float(), weight**2)
+            if gate is gates[-1] and not to_the_end:
+                raise _Measured
         return hook
 
-    handles = [gate.module.register_forward_pre_hook(gather(gate), with_kwargs=True) for gate in _gates(teacher, tensors)]
+    handles = [gate.module.register_forward_pre_hook(gather(gate), with_kwargs=True) for gate in gates]
     try:
         for start in range(0, rows.shape[0], BATCH):
-            teacher(input_ids=rows[start:start + BATCH], use_cache=False, logits_to_keep=1)
+            with suppress(_Measured):
+                teacher(input_ids=rows[start:start + BATCH], use_cache=False, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()

@@ -105,6 +105,8 @@ class WarmStart(Section):
     damping: PositiveFloat = Field(0.01, description="added to the diagonal of the inputs' moments, as a share of their mean")
     output_damping: PositiveFloat = Field(0.01, description="the same for the outputs' moments (fisher)")
     rows_together: PositiveInt = Field(4, description="fisher: outputs rounded side by side; fewer are better and slower")
+    layers_together: NonNegativeInt = Field(0, description="layers measured at once, the layers before them already rounded: "
+                                            "later ones then compensate what earlier ones lost; 0: all in the unrounded model")
     moments_gib: PositiveFloat = Field(4.0, description="moments of as many layers are gathered at once as fit; at least one")
 
 
@@ -336,8 +338,9 @@ class DFlash(Section):
 class Export(Section):
     """The exported checkpoint."""
 
-    layout: Literal["native", "hf-fp8", "compressed-tensors", "gpt-oss"] = Field(
-        "native", description="names and containers of the same codes: native is what SGLang and vLLM load for MiMo-V2")
+    layout: Literal["auto", "native", "hf-fp8", "compressed-tensors", "gpt-oss", "bf16"] = Field(
+        "auto", description="names and containers of the same codes; auto: the usual one of the model's family (native for "
+        "MiMo-V2, gpt-oss, else compressed-tensors, or bf16 where its clients know no packed experts); bf16: decoded exactly")
     dense: Literal["base", "fp8"] = Field("base", description="weights besides experts: as in the base checkpoint, or (native) "
                                           "qkv and dense MLP of a bf16 base rounded to FP8 in 128 x 128 blocks")
     base_model: str | None = Field(None, description="hub name of the base checkpoint, for the model card; none: model.path")

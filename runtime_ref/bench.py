@@ -48,7 +48,7 @@ def _roofline(args: argparse.Namespace) -> int:
         raise ValueError("--tokens, --gpus, --acceptance and --distinct-share must be positive")
     texts = [roofline.report(name, released_config(name), tokens=args.tokens, acceptance=args.acceptance, gpus=args.gpus,
                              distinct_share=args.distinct_share) for name in args.model or MODELS]
-    print("\n\n".join(texts))
+    print("\n\n".join([*texts, roofline.published()]))
     return 0
 
 

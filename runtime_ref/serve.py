@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 # Launched by path, Python puts this script's folder first on sys.path, where runtime_ref/'s files would shadow real packages.
@@ -25,6 +26,7 @@ from storage.terminal import printable
 
 NAME = "runtime_ref/serve.py"
 KEY_VARIABLE = "FP4_DFLASH_API_KEY"
+LAUNCHES = ("auto", "persistent", "graph", "ops")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -58,6 +60,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of activations (%(default)s)")
     parser.add_argument("--backend", default="auto",
                         help="what runs the steps: auto, c, torch, triton, triton-mxfp8 (%(default)s)")
+    parser.add_argument("--launch", choices=LAUNCHES, default="auto",
+                        help="how steps of --backend triton reach the device: in one persistent launch, as a CUDA graph, or op "
+                             "by op; auto: the fastest that has every bit of ops at start-up (%(default)s)")
+    parser.add_argument("--drafter-precision", choices=("bf16", "int8"), default="bf16",
+                        help="of --backend c: int8 halves the time of a draft; the target verifies as ever, so only "
+                             "how many drafts are accepted may change (%(default)s)")
     parser.add_argument("--no-drafter", action="store_true", help="decode without the drafter")
     parser.add_argument("--fixed-drafts", action="store_true", help="always draft whole blocks, whatever is accepted")
     parser.add_argument("--ignore-generation-config", action="store_true",
@@ -119,6 +127,7 @@ def load(options: argparse.Namespace, ranks, tokenizer):
 
     from runtime_ref.engine.engine import Engine, EngineOptions
 
+    warnings.formatwarning = lambda message, *_: f"{NAME}: {message}\n"
     shown = sys.stderr.isatty() and ranks.rank == 0
 
     def progress(done: int, of: int) -> None:
@@ -127,11 +136,13 @@ def load(options: argparse.Namespace, ranks, tokenizer):
 
     engine = Engine.from_folder(
         options.folder, ranks=ranks, dtype=torch.float32 if options.dtype == "float32" else torch.bfloat16,
-        backend=options.backend,
-        drafter=not options.no_drafter, checksum=options.checksum, tokenizer=tokenizer, progress=progress,
+        backend=options.backend, launch=options.launch, drafter=not options.no_drafter,
+        drafter_precision=options.drafter_precision, checksum=options.checksum, tokenizer=tokenizer, progress=progress,
         options=EngineOptions(max_context=options.max_context, max_running=options.max_running,
                               rows=max(256, 8 * options.max_running)))
     ranks.settle()
+    if ranks.rank == 0 and (engine.launch.compared or engine.launch.refused):
+        told(engine.launch.line(), 0)
     return engine
 
 

@@ -40,6 +40,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts-per-domain", type=int, default=8, metavar="N", help="(%(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="what is served (%(default)s)")
     parser.add_argument("--backend", default="auto", help="what runs the steps, as in serve.py (%(default)s)")
+    parser.add_argument("--launch", choices=("auto", "persistent", "graph", "ops"), default="auto",
+                        help="how steps reach the device, as in serve.py (%(default)s)")
     parser.add_argument("--reference-gib", type=float, default=16.0, metavar="GIB",
                         help="run float32 references of models up to this size (%(default)s)")
     parser.add_argument("--checksums", action=argparse.BooleanOptionalAction, default=None,
@@ -160,7 +162,8 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         engine = Engine.from_folder(options.folder, ranks=ranks, dtype=served, drafter=facts.drafter_loadable,
-                                    backend=options.backend, options=EngineOptions(max_context=context))
+                                    backend=options.backend, launch=options.launch,
+                                    options=EngineOptions(max_context=context))
     pages = {kind: max(16, -(-len(probe.ids) // PAGE) + 2) for kind in ("full", "window")}
     weights = engine.backend.weights
     own = [type(engine.backend)] if engine.backend.capabilities.float32 else []
@@ -177,6 +180,11 @@ def model_checks(options: argparse.Namespace, ranks, facts, trained: dict | None
     checks.append(check_ops([*ops, *kernels]))
     for judged in kernels:
         check_kernels(checks[-1], facts, probe, judged, outputs, engine.drafter)
+    if engine.launch.compared:
+        checks[-1].notes.append(engine.launch.line())
+    for part, way in engine.launch.different:
+        checks[-1].fail(f"{part}, launch {way}: {engine.launch.refused[part, way]}",
+                        "this launch computes something else than ops")
     checks[-1].notes += dict.fromkeys(str(w.message) for w in warned if "compiled ops" in str(w.message))
     failed = ranks.broadcast(any(check.status == "failed" for check in [*earlier, *checks]))  # references are rank 0's alone
     if failed and not options.all:

@@ -14,6 +14,8 @@ FLOAT = "model.layers.2.self_attn.o_proj.weight"
 
 
 def holder(folder: Path, name: str) -> Path:
+    if not (folder / "model.safetensors.index.json").is_file():
+        return folder / "model.safetensors"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     return folder / index["weight_map"][name]
 

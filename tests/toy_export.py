@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.families.registry import family_of
+from checkpoint.trained import Weights
 from export.job import Request, run
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.drafter import DFlashDraftModel, drafter_config, save_drafter
@@ -48,6 +50,12 @@ def toy_model(config: MiMoV2Config, seed: int = 0) -> MiMoV2ForCausalLM:
                 layer.mlp.experts.down_proj[1] = -0.0
                 layer.mlp.experts.down_proj[0] *= torch.logspace(-4, 1, config.hidden_size)[:, None]
     return model
+
+
+def toy_weights(source, **changes) -> Weights:
+    """What is exported of a source that holds `toy_model`."""
+    config = toy_config(**changes)
+    return Weights(source, source, config, family_of(config).published(config), on_grid=True, scale_rule="even")
 
 
 def put_on_grid(model: torch.nn.Module, rule: str = "even") -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Tiny random Qwen3-MoE and gpt-oss models, exported into the layouts of their families."""
+"""Tiny random Qwen3-MoE, Mixtral and gpt-oss models, exported into the layouts of their families."""
 
 import torch
 from toy_export import RECIPE, export, put_on_grid
@@ -23,6 +23,16 @@ def gpt_oss(**changes):
         "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "max_position_embeddings": 512,
         "tie_word_embeddings": False, **changes})
+
+
+def mixtral(**changes):
+    """Tied embeddings, and every expert chosen as in a dense model cut into experts."""
+    from transformers import MixtralConfig
+
+    return MixtralConfig(**{
+        "vocab_size": 120, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 4, "sliding_window": None,
+        "tie_word_embeddings": True, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, **changes})
 
 
 def exported(root, config, layout):

@@ -70,17 +70,27 @@ def write_rows(model, starts_BP: torch.Tensor, length: int, temperature: float) 
                           do_sample=True, temperature=temperature, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0)
 
 
+def whole_batches(path: Path, rows: int) -> int:
+    """Batches of a file that is there; what a killed process left of another one is cut off."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    done = sum(line.endswith(b"\n") for line in lines) // rows
+    if lines:
+        with path.open("r+b") as file:
+            file.truncate(sum(map(len, lines[:done * rows])))
+    return done
+
+
 def run(args: argparse.Namespace) -> None:
     model, tokenizer = load_dense(args.model)
     model = model.to(torch.bfloat16)
     chat = torch.tensor(tokenizer(chat_prefix(tokenizer), add_special_tokens=False).input_ids)
     texts = openings(args.openings, tokenizer, args.opening_tokens) if args.openings else []
-    done = len(args.out.read_text(encoding="utf-8").splitlines()) if args.out.is_file() else 0
     per_batch = args.batch_size
+    done = whole_batches(args.out, per_batch)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     batches = -(-args.tokens // (args.sequence_length * per_batch))
     with args.out.open("a", encoding="utf-8") as out:
-        for batch in range(done // per_batch, batches):
+        for batch in range(done, batches):
             torch.manual_seed((args.seed << 20) + batch)
             began = time.perf_counter()
             if texts and batch % 2:
@@ -88,7 +98,8 @@ def run(args: argparse.Namespace) -> None:
             else:
                 kind, starts = "chat", chat.expand(per_batch, -1)
             rows = write_rows(model, starts, args.sequence_length, args.temperature)
-            out.write("".join(json.dumps({"text": text, "source": kind}) + "\n" for text in tokenizer.batch_decode(rows)))
+            out.write("".join(json.dumps({"source": kind, "licence": "generated", "text": text}) + "\n"
+                              for text in tokenizer.batch_decode(rows)))
             out.flush()
             speed = rows.numel() / (time.perf_counter() - began)
             print(f"batch {batch + 1}/{batches}: {kind}, {speed:,.0f} tokens/s", flush=True)

@@ -15,10 +15,13 @@ from pathlib import Path
 import torch
 
 from runtime_ref.core.batch import DraftRequest, SequenceChunk
-from runtime_ref.core.kv_cache import Pool, Table
+from runtime_ref.core.kv_cache import KvCache, Pool, Table
+from runtime_ref.core.launch import LaunchReport
 from runtime_ref.core.markov import MarkovHead
 from runtime_ref.core.program import Op
 from runtime_ref.core.tensor_parallel import Ranks
+
+DRAFTER_PRECISIONS = ("bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,53 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def load_drafter(self, folder: str | Path, pages: int, context: int) -> Drafter:
+    def load_drafter(self, folder: str | Path, pages: int, context: int, *, precision: str = "bf16") -> Drafter:
         """The drafter of a `dflash/` folder on this backend's ops.
 
         Args:
             pages: of its KV pool. context: the longest sequence in tokens.
+            precision: one of `DRAFTER_PRECISIONS`: of its weights and of what enters its products. int8 is for the c backend.
 
         Raises:
             ValueError: missing or unexpected tensors, no mask embedding, a drafter of another target, an option that this
                 backend does not run.
         """
+
+    def only_bf16_drafts(self, precision: str) -> None:
+        """For backends whose drafters have no int8.
+
+        Raises:
+            ValueError: another precision than bf16.
+        """
+        if precision != "bf16":
+            raise ValueError(f"--drafter-precision {precision}: the {self.capabilities.name} backend drafts in bf16; expected "
+                             "bf16, or the c backend")
+
+    def choose_launch(self, asked: str, program: list[Op], drafter: Drafter | None, cache: KvCache, running: int,
+                      context: int) -> tuple[LaunchReport, Drafter | None]:
+        """Decides how steps of this program and rounds of this drafter are launched (`core.launch.LAUNCHES`).
+
+        Args:
+            running: sequences that will be served side by side. context: tokens of the longest.
+
+        Returns:
+            What was chosen and why, and the drafter to use from now on.
+
+        Raises:
+            ValueError: a way that this backend, model or machine does not have, asked for by name.
+        """
+        if asked not in ("auto", "ops"):
+            raise ValueError(f"--launch {asked}: the {self.capabilities.name} backend has no other way than its ops, expected "
+                             "auto or ops; the triton backend has persistent and graph")
+        return LaunchReport({"target": "ops"} | ({} if drafter is None else {"drafter": "ops"})), drafter
+
+    def check_waits(self, drafter: Drafter | None) -> None:
+        """Called after each step, before its tokens are used.
+
+        Raises:
+            WaitGivenUp: a program or rank gave up waiting inside a launch of the step or of its drafts.
+        """
+        return  # ops that run one after another do not wait
 
     def plan_of_rows(self):
         """A step of eight rows without a sequence, for `ops` that look at rows only."""

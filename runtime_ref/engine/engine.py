@@ -15,19 +15,21 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from runtime_ref.backends.base import Backend, Drafter
+from runtime_ref.backends.base import DRAFTER_PRECISIONS, Backend, Drafter
 from runtime_ref.backends.load import known_backend, load_backend
 from runtime_ref.checkpoints.families.registry import read_geometry
 from runtime_ref.checkpoints.folder import drafter_folder, end_ids
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES
 from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk, logit_rows
 from runtime_ref.core.kv_cache import PAGE, KvCache
+from runtime_ref.core.launch import LAUNCHES, LaunchReport
 from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
@@ -84,20 +86,28 @@ class Engine:
         self.adaptive = None
         if drafter is not None:
             self.adaptive = Adaptive(backend, drafter, self.cache, self.program, options.draft_costs, self.context)
+        self.launch = LaunchReport()
         self._per_position = [0] * (drafter.block - 1 if drafter is not None else 0)
 
     @classmethod
     def from_folder(cls, path: str | Path, *, backend: str = "auto", ranks: Ranks = SINGLE_RANK,
                     dtype: torch.dtype = torch.bfloat16, drafter: bool = True, options: EngineOptions | None = None,
-                    checksum: bool = False, tokenizer=None, progress: Callable[[int, int], None] | None = None) -> Engine:
+                    launch: str = "auto", drafter_precision: str = "bf16", checksum: bool = False, tokenizer=None,
+                    progress: Callable[[int, int], None] | None = None) -> Engine:
         """An engine on an exported folder, with its drafter if it has one.
 
         Args:
             backend: see `backends.load.load_backend`.
+            drafter_precision: "bf16", or "int8": half the time of a draft on the c backend, and other drafts.
+            launch: how steps and drafts reach the device, one of `core.launch.LAUNCHES`; see `Backend.choose_launch`.
 
         Raises:
             ValueError: a folder that cannot be served (what is wrong with it is said), an unknown backend.
         """
+        if launch not in LAUNCHES:
+            raise ValueError(f"launch {launch!r}: expected {', '.join(LAUNCHES)}")
+        if drafter_precision not in DRAFTER_PRECISIONS:
+            raise ValueError(f"drafter_precision {drafter_precision!r}: expected {', '.join(DRAFTER_PRECISIONS)}")
         backend, options = known_backend(backend), options or EngineOptions()
         config, raw = read_geometry(path)
         context = min(options.max_context, config.max_position_embeddings)
@@ -107,8 +117,23 @@ class Engine:
         found = drafter_folder(path) if drafter else None
         runner = load_backend(backend, path, ranks, dtype=dtype, pages=pages, context=context,
                               decoded_bytes=options.decoded_bytes, checksum=checksum, progress=progress)
-        own = None if found is None else runner.load_drafter(found, pages.get(KIND, max(pages.values())), context)
-        return cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
+        own = None if found is None else runner.load_drafter(found, pages.get(KIND, max(pages.values())), context,
+                                                               precision=drafter_precision)
+        engine = cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
+        engine.choose_launch(launch)
+        return engine
+
+    def choose_launch(self, asked: str) -> None:
+        """Decides how steps and drafts are launched from now on (`launch` says what was chosen), on all ranks alike.
+
+        Warns where a way computes something else than ops; then ops serve.
+        """
+        self.launch, self.drafter = self.backend.choose_launch(asked, self.program, self.drafter, self.cache,
+                                                               self.options.max_running, self.context)
+        if self.adaptive is not None:
+            self.adaptive.drafter = self.drafter
+        for part, way in self.launch.different:
+            warnings.warn(f"--launch {asked}: {part} {way}: {self.launch.refused[part, way]}; ops serve", stacklevel=2)
 
     @property
     def busy(self) -> bool:
@@ -168,7 +193,7 @@ class Engine:
 
         Raises:
             FloatingPointError: logits that are not finite. RankLost: another rank has ended. Whatever is raised here ends the
-                other ranks too: they would wait for this one.
+                other ranks too: they would wait for this one. WaitGivenUp: inside a launch; nothing of the step is used.
         """
         done = False
         try:
@@ -212,7 +237,9 @@ class Engine:
         from runtime_ref.engine.accept_on_device import verify_on_device
 
         buffers = self.backend.run(self.program, step, host=False)
-        return buffers, verify_on_device(buffers["logits"], scheduled, chunks, proposals)
+        verified = verify_on_device(buffers["logits"], scheduled, chunks, proposals)
+        self.backend.check_waits(self.drafter)
+        return buffers, verified
 
     def _draft(self, scheduled: list[ScheduledSequence]) -> dict[int, Proposal]:
         drafting = [w for w in scheduled if w.drafts]
@@ -334,7 +361,7 @@ class Engine:
         return self._counts | {
             "waiting": len(self.scheduler.waiting), "running": len(self.scheduler.running),
             "preemptions": self.scheduler.preemptions, "pages": self.cache.used(), "prefix_hits": self.cache.prefix_hits,
-            "accepted_per_position": list(self._per_position),
+            "accepted_per_position": list(self._per_position), "launch": dict(self.launch.chosen),
             "acceptance_length": 1 + self._counts["accepted"] / rounds if rounds else None}
 
     def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[list[int]]:

@@ -137,6 +137,8 @@ class Metrics:
         add("fp4_dflash:event_loop_delay_seconds", "gauge", [("", round(loop_delay, 4))])
         add("fp4_dflash:request_workers_replaced_total", "counter", [("", restarts)])
         add("fp4_dflash:engine_steps_total", "counter", [("", counts["steps"])])
+        ways = "".join(f',{part}="{way}"' for part, way in counts["launch"].items())
+        add("fp4_dflash:launch_info", "gauge", [(ways, 1)])
         add("fp4_dflash:pages_held", "gauge", [(f',kind="{k}"', n) for k, n in found.held_pages.items()])
         add("fp4_dflash:requests_refused_total", "counter", [(f',status="{k}"', n) for k, n in sorted(self.refused.items())])
         return "\n".join(lines) + "\n"

@@ -222,7 +222,7 @@ DAMAGE = {
     "missing scale": (lambda c: drop_from_index(c, "model.layers.1.mlp.experts.2.up_proj.weight_scale"),
                       "experts.2.up_proj.weight_scale is missing"),
     "unknown tensor": (add_tensor, "the index says that tensor model.layers.0.extra.weight is in a.safetensors, and it is not"),
-    "no index": (lambda c: (c / "model.safetensors.index.json").unlink(), "neither model.safetensors nor"),
+    "no index": (lambda c: (c / "model.safetensors.index.json").unlink(), r"no weights \(model.safetensors"),
     "no config": (lambda c: (c / "config.json").unlink(), "no config.json"),
     "truncated index": (lambda c: (c / INDEX).write_bytes((c / INDEX).read_bytes()[:200]), f"{INDEX}: not valid JSON"),
     "bytes for an index": (lambda c: (c / INDEX).write_bytes(b"\xff\xfe"), f"{INDEX}: not valid JSON"),

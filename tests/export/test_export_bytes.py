@@ -17,11 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import run_job
 from safetensors.torch import load_file, save_file
-from toy_export import export, gpt_oss_run, make_run, put_on_grid, qwen3_run, toy_config, toy_model
+from toy_export import (
+    export,
+    gpt_oss_run,
+    make_run,
+    put_on_grid,
+    qwen3_run,
+    toy_config,
+    toy_model,
+    toy_weights,
+)
 
 from checkpoint.fp8 import dequantize_fp8
 from checkpoint.load import load_model
 from checkpoint.open import open_source
+from checkpoint.trained import expert_values
 from checkpoint.verify import verify
 from export.job import Request, run
 from export.layouts import quantize_fp8
@@ -244,10 +254,8 @@ def test_reading_a_fused_checkpoint_never_holds_a_whole_fused_tensor(fused_state
     accelerate_checkpoint(fused_state, tmp_path)
     source = open_source(tmp_path)
     monkeypatch.setattr(source, "read", lambda name: pytest.fail(f"{name} was read whole"))
-    from checkpoint.sources import read_expert
-
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
-    assert torch.equal(read_expert(source, name), fused_state["model.layers.1.mlp.experts.gate_up_proj"][3, 64:])
+    assert torch.equal(expert_values(toy_weights(source), name), fused_state["model.layers.1.mlp.experts.gate_up_proj"][3, 64:])
 
 
 def test_untrained_experts_are_not_taken_for_trained_ones(toy_run, tmp_path):

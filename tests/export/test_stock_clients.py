@@ -190,7 +190,7 @@ def test_the_drafters_config_survives_transformers(exported, toy_run):
 def test_the_shipped_drafter_loads_by_auto_model_and_gives_the_recorded_logits(exported):
     from transformers import AutoModel
 
-    from export.drafter_files import draft_round, read_reference
+    from checkpoint.drafter_folder import draft_round, read_reference
 
     drafter, info = AutoModel.from_pretrained(exported / "dflash", trust_remote_code=True, dtype=torch.float32,
                                               output_loading_info=True)

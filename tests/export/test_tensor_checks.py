@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from damage import seal
-from toy_export import put_on_grid, toy_config, toy_model
+from toy_export import put_on_grid, toy_config, toy_model, toy_weights
 
+from checkpoint import distributed
 from checkpoint.open import open_source
 from checkpoint.tensor_checks import side_by_side
 from checkpoint.tensor_files import TensorFiles
+from checkpoint.trained import expert_values
 from checkpoint.verify import verify
 
 
@@ -62,16 +64,14 @@ def test_threads_that_read_one_source_get_their_own_bytes(exported):
 def test_fused_tensors_of_a_distributed_checkpoint_are_loaded_once_each(tmp_path, monkeypatch):
     from torch.distributed import checkpoint
 
-    from checkpoint.sources import read_expert
-
     state = {n: t.contiguous() for n, t in put_on_grid(toy_model(toy_config())).state_dict().items()}
     checkpoint.save({"model": state}, checkpoint_id=str(tmp_path / "fsdp"), no_dist=True)
-    source, loads, load = open_source(tmp_path), [], checkpoint.load
-    monkeypatch.setattr(checkpoint, "load", lambda *args, **kwargs: (loads.append(1), load(*args, **kwargs)))
+    source, loads, load = open_source(tmp_path), [], distributed.load_torch_bytes
+    monkeypatch.setattr(distributed, "load_torch_bytes", lambda *args, **kwargs: (loads.append(1), load(*args, **kwargs))[1])
     prefix = "model.layers.1.mlp.experts"
     for expert in range(state[f"{prefix}.down_proj"].shape[0]):
         for part in ("down", "gate", "up"):
-            read_expert(source, f"{prefix}.{expert}.{part}_proj.weight")
+            expert_values(toy_weights(source), f"{prefix}.{expert}.{part}_proj.weight")
     assert len(loads) == 2
 
 

@@ -105,7 +105,7 @@ def test_vllm_gives_our_greedy_tokens_with_and_without_the_drafter(folder):
 @torch.no_grad()
 def accepted_by_our_drafter(folder: Path, tokens: list[int]) -> float:
     """Mean drafts accepted per round along the greedy text."""
-    from export.drafter_files import draft_round
+    from checkpoint.drafter_folder import draft_round
     from modeling.drafter import load_drafter
 
     target, drafter = load_model(folder, dtype=torch.bfloat16), load_drafter(folder / "dflash")

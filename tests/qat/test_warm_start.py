@@ -197,3 +197,23 @@ def test_health_counts_code_changes_from_the_last_report_or_rebase(model):
     quantizer.requantize()
     health.rebase()
     assert all(max(record["flipped"]) == 0 for record in health.report())
+
+
+def test_measured_behind_rounded_layers_the_start_is_another_one_and_leaves_the_model_trainable(model):
+    rows = torch.randint(1, 250, (6, 40))
+    starts = []
+    for layers in (0, 1):
+        student = copy.deepcopy(model)
+        quantizer = ExpertQuantizer(student)
+        choose_first_codes(model, quantizer, rows, WarmStart(method="fisher", layers_together=layers), model=student)
+        assert all(t.parameter.requires_grad and t.parameter.grad is None for t in quantizer.tensors)
+        assert all(torch.equal(t.parameter, fake_quantize(m.detach())) for t, m in quantizer)
+        starts.append([m.detach().clone() for m in quantizer.masters])
+    first, *others = [torch.equal(a, b) for a, b in zip(*starts, strict=True)]
+    assert first and not any(others[1:])  # nothing was rounded before the first layer
+
+
+def test_groups_hold_the_given_number_of_layers(model):
+    tensors = ExpertQuantizer(model).tensors
+    assert [len(group) for group in sweeps(tensors, WarmStart(layers_together=1))] == [2] * (len(tensors) // 2)
+    assert [len(group) for group in sweeps(tensors, WarmStart())] == [len(tensors)]

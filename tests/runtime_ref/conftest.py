@@ -109,7 +109,8 @@ def random_drafter(config, seed=1, **changes):
 
 # With FP4_TEST_KERNELS (`make test-kernels`, `make test-interpreter`) engines of this folder's tests run the embedded model on
 # the Triton kernels, compiled for the CPU or interpreted, instead of a small random model on the default backend.
-BACKEND = {"backend": "triton"} if KERNELS else {}
+# Launches one by one: that the other ways are equal is tests/runtime_ref/backends/triton/test_launch.py.
+BACKEND = {"backend": "triton", "launch": "ops"} if KERNELS else {}
 SEED = Path(__file__).resolve().parents[2] / "recipes" / "seed" / "model"
 
 

@@ -24,7 +24,7 @@ import torch
 from modeling.drafter import load_drafter
 from runtime_ref.backends.base import Backend, Capabilities, Drafter
 from runtime_ref.backends.c import structs
-from runtime_ref.backends.c.structs import LANES, Layer, Memory, Workspace, can_dot, compiled_ops, pad, up
+from runtime_ref.backends.c.structs import LANES, Layer, Memory, Workspace, compiled_ops, has_bf16_dot, pad, up
 from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
 from runtime_ref.core.batch import SequenceChunk
@@ -138,25 +138,25 @@ class Buffers(dict):
 
 
 class CBackend(Backend):
-    """See the module's text. Arguments as for `TorchBackend`, and `dots`: whether products are bf16 dot products (None: where
-    the processor has them and the dtype is bf16). Matrices, codes and cache are then held in the order of `bf16_dots.h`.
+    """See the module's text. Arguments as for `TorchBackend`, and `bf16_dot`: whether products are bf16 dot products (None:
+    where the processor has them and the dtype is bf16). Matrices, codes and cache are then held in the order of `bf16_dots.h`.
 
     Raises:
         ValueError: the compiled ops cannot run this model (see `refuses`).
     """
 
     def __init__(self, weights: TargetWeights, *, dtype: torch.dtype = torch.bfloat16, pages: dict[str, int],
-                 dots: bool | None = None):
+                 bf16_dot: bool | None = None):
         reason = refuses(weights)
         if reason is not None:
             raise ValueError(f"backend c: {reason}")
         if dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"dtype {dtype}: expected bfloat16 or float32")
-        if dots and not can_dot(dtype):
-            raise ValueError(f"dots: bf16 dot products need a processor that has them and dtype bfloat16, this is {dtype}")
+        if bf16_dot and not has_bf16_dot(dtype):
+            raise ValueError(f"bf16_dot: bf16 dot products need a processor that has them and dtype bfloat16, this is {dtype}")
         self.weights, self.config, self.dtype, self.ranks = weights, weights.config, dtype, weights.ranks
-        self.dots = can_dot(dtype) if dots is None else dots
-        self.run_code, self.memory = compiled_ops()[0].run, Memory(self.dots)
+        self.bf16_dot = has_bf16_dot(dtype) if bf16_dot is None else bf16_dot
+        self.run_code, self.memory = compiled_ops()[0].run, Memory(self.bf16_dot)
         self.rotary = rotary_tables(self.config)
         self.pools = self._pools(pages)
         self.layers = (Layer * len(weights.layers))(*(self._layer(i) for i in range(len(weights.layers))))
@@ -164,7 +164,7 @@ class CBackend(Backend):
         head = memory.matrix(weights.head.transpose(1, 2).flatten(0, 1))
         self.vocabulary = weights.head.shape[0] * weights.head.shape[2]
         self.step = structs.Step(layers=self.layers, embed=memory.pointer(weights.embed), norm=memory.pointer(weights.norm),
-                                head=head, H=H, bf16=int(dtype is torch.bfloat16), dots=int(self.dots),
+                                head=head, H=H, bf16=int(dtype is torch.bfloat16), bf16_dot=int(self.bf16_dot),
                                 epsilon=self.config.layernorm_epsilon)
         self.work = Workspace(self.layers, H)
         self._codes: dict[int, tuple] = {}
@@ -176,7 +176,7 @@ class CBackend(Backend):
             own = {i: (a.key_heads, up(a.qk_dim), up(a.v_dim)) for i, layer in enumerate(self.weights.layers)
                    if ((a := layer.attention).window is not None) == (kind == "window")}
             if own:
-                pools[kind] = in_halves(Pool(own, pages[kind], self.dtype, window), self.dots)
+                pools[kind] = in_halves(Pool(own, pages[kind], self.dtype, window), self.bf16_dot)
         return pools
 
     def _layer(self, index: int) -> Layer:
@@ -216,10 +216,10 @@ class CBackend(Backend):
     def capabilities(self) -> Capabilities:
         return Capabilities("c", single_ops=False, packed_weights=True)
 
-    def load_drafter(self, folder: str | Path, pages: int, context: int) -> Drafter:
+    def load_drafter(self, folder: str | Path, pages: int, context: int, *, precision: str = "bf16") -> Drafter:
         from runtime_ref.backends.c.drafter import CDrafter
 
-        return CDrafter(load_drafter(folder, torch.float32), self, pages)
+        return CDrafter(load_drafter(folder, torch.float32), self, pages, int8=precision == "int8")
 
     def plan(self, chunks: list[SequenceChunk]) -> CStep:
         """The step that computes the tokens of `chunks`, whose tables must reach to their ends."""
@@ -335,9 +335,9 @@ def padded_pointer(memory: Memory, weight: torch.Tensor | None) -> int | None:
     return None if weight is None else memory.pointer(pad(weight, 0))
 
 
-def in_halves(pool: Pool, dots: bool) -> Pool:
+def in_halves(pool: Pool, bf16_dot: bool) -> Pool:
     """The pool, with storage in bf16 for dot products: a page's bytes are then the ops' own affair."""
-    if dots:
+    if bf16_dot:
         for store in (pool.keys, pool.values):
             store.update({layer: torch.zeros(t.shape, dtype=torch.bfloat16) for layer, t in store.items()})
     return pool

@@ -3,9 +3,9 @@
 A block attends to one run of positions: context within the window before the anchor, then the block itself (up to the row's
 own position if the drafter is causal). That is a lowest and a highest position per row, as for the target.
 
-Beside bf16 dot products the drafter's matrices are held in bytes, each row with a scale of its own, and activations are rounded
-to bytes where they enter a product. The target judges every draft, so tokens cannot change; how many drafts it accepts could,
-and did not (docs/results/runtime.md).
+With `int8` (an option: `--drafter-precision int8`, for processors with AVX512-VNNI) its matrices are held in int8, each row
+with a scale of its own, and activations are rounded to int8 where they enter a product: half the time of a block. The target
+verifies every draft, so tokens cannot change; how many drafts it accepts can, so it is never taken unasked.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from runtime_ref.backends.torch.drafter import TorchDrafter
 from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.kv_cache import Pool
 
-# Products in bytes where the processor has dot products: a draft is a guess, and twice as many fit into the same time.
-IN_BYTES = True
-
 
 class CDrafter(TorchDrafter):
     """See the module's text."""
 
-    def __init__(self, model, backend, pages: int):
+    def __init__(self, model, backend, pages: int, *, int8: bool = False):
+        if int8 and not backend.bf16_dot:
+            raise ValueError("--drafter-precision int8: the compiled ops multiply int8 on processors with AVX512-BF16 and "
+                             "-VNNI and in dtype bfloat16 only; expected bf16")
         super().__init__(model, backend, pages)
         widths = dict.fromkeys(range(len(self.layers)), (self.K, up(self.D), up(self.V)))
-        self.pool = in_halves(Pool(widths, pages, backend.dtype, self.window), backend.dots)
-        self.memory = memory = Memory(backend.dots, coarse=IN_BYTES and backend.dots)
+        self.pool = in_halves(Pool(widths, pages, backend.dtype, self.window), backend.bf16_dot)
+        self.memory = memory = Memory(backend.bf16_dot, int8=int8)
         self.layer_structs = (Layer * len(self.layers))(*(self._layer(i) for i in range(len(self.layers))))
         shared = {"layers": self.layer_structs, "embed": backend.step.embed, "mask": memory.pointer(self.mask),
-                  "head": self._head(), "H": self.mask.shape[0], "bf16": backend.step.bf16, "dots": backend.step.dots,
+                  "head": self._head(), "H": self.mask.shape[0], "bf16": backend.step.bf16, "bf16_dot": backend.step.bf16_dot,
                   "epsilon": self.epsilon}
         self.block_step = structs.Step(norm=memory.pointer(self.norm), **shared)
         self.context_step = structs.Step(norm=memory.pointer(self.hidden_norm), fc=memory.matrix(self.fc[0].T), **shared)
@@ -47,9 +47,9 @@ class CDrafter(TorchDrafter):
         self.context_code = _code([("fuse", 0), *((op, i) for i in layers for op in ("project_kv", "write"))])
 
     def _head(self) -> structs.Matrix:
-        """The target's, or a copy of it in bytes."""
+        """The target's, or a copy of it in int8."""
         step, head = self.backend.step, self.backend.weights.head
-        return self.memory.matrix(head.transpose(1, 2).flatten(0, 1)) if self.memory.coarse else step.head
+        return self.memory.matrix(head.transpose(1, 2).flatten(0, 1)) if self.memory.int8 else step.head
 
     def _ops(self, layer: int) -> list[str]:
         attention, mlp = ([name] * (pair is not None) for name, pair in zip(

@@ -62,7 +62,7 @@ class Layer(ctypes.Structure):
 class Step(ctypes.Structure):
     _fields_ = [("layers", ctypes.POINTER(Layer)), ("embed", _pointer), ("mask", _pointer), ("norm", _pointer),
                 ("head", Matrix), ("fc", Matrix),
-                *((name, _integer) for name in ("H", "R", "bf16", "dots", "wanted", "gathered_parts")),
+                *((name, _integer) for name in ("H", "R", "bf16", "bf16_dot", "wanted", "gathered_parts")),
                 ("epsilon", _real), ("unused", _real),
                 *((name, _pointer) for name in ("ids", "positions", "low", "high", "table_at", "table_first", "tables", "slots",
                                                 "head_rows", "x", "y", "qkv", "heads", "partial", "inner", "weight", "scratch",
@@ -99,7 +99,7 @@ def compiled_ops(flags: tuple[str, ...] = FLAGS) -> tuple[ctypes.CDLL | None, st
     return None, reason
 
 
-def can_dot(dtype: torch.dtype) -> bool:
+def has_bf16_dot(dtype: torch.dtype) -> bool:
     """Whether an engine in this dtype multiplies by bf16 dot products here."""
     return dtype is torch.bfloat16 and bool(compiled_ops()[0].has_dots())
 
@@ -146,12 +146,12 @@ def pad(w: torch.Tensor, dim: int) -> torch.Tensor:
 class Memory:
     """Builds structures and keeps what they point to.
 
-    `dots`: in the forms that bf16 dot products read; `coarse`: matrices rounded to bytes, each row by its own scale.
+    `bf16_dot`: in the forms that bf16 dot products read; `int8`: matrices rounded to bytes, each row by its own scale.
     """
 
-    def __init__(self, dots: bool = False, coarse: bool = False):
+    def __init__(self, bf16_dot: bool = False, int8: bool = False):
         self.held: list = []
-        self.dots, self.coarse = dots, coarse
+        self.bf16_dot, self.int8 = bf16_dot, int8
         self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def _place(self, *parts: torch.Tensor) -> list[int]:
@@ -179,18 +179,18 @@ class Memory:
     def matrix(self, w: torch.Tensor) -> Matrix:
         """Panels of w [n, k] float32, in bf16 if every value is exact there."""
         n, k = w.shape
-        if self.coarse and k % LANES == 0:
-            return self._bytes(pad(w, 0))
+        if self.int8 and k % LANES == 0:
+            return self._int8_panels(pad(w, 0))
         panels = pad(w, 0).view(-1, LANES, k).transpose(1, 2).contiguous()
         kept = panels.to(torch.bfloat16)
-        form = 2 if self.dots and k % LANES == 0 else 1
+        form = 2 if self.bf16_dot and k % LANES == 0 else 1
         if not bool((kept.float() == panels).all()):
             kept, form = panels, 0
         if form == 2:
             kept = kept.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
         return Matrix(*self._place(kept), None, form, up(n), k)
 
-    def _bytes(self, w: torch.Tensor) -> Matrix:
+    def _int8_panels(self, w: torch.Tensor) -> Matrix:
         """Panels of w [n, k] rounded to bytes."""
         n, k = w.shape
         scales = w.abs().amax(1) / 127
@@ -210,7 +210,7 @@ class Memory:
         array = (Expert * len(matrices))()
         for expert, named in zip(array, matrices, strict=True):
             codes, scales = ([getattr(named[kind], what) for kind in ("gate", "up", "down")] for what in ("codes", "scales"))
-            if self.dots:
+            if self.bf16_dot:
                 codes, scales = [coded_panels(t) for t in codes], [scale_panels(t) for t in scales]
                 code_at, scale_at = self._place(*codes), self._place(*scales)
             else:

@@ -48,7 +48,8 @@ class TorchBackend(Backend):
         self._probed |= shapes
         self.rules = ops.probe_rows(self._probed)
 
-    def load_drafter(self, folder: str | Path, pages: int, context: int) -> Drafter:
+    def load_drafter(self, folder: str | Path, pages: int, context: int, *, precision: str = "bf16") -> Drafter:
+        self.only_bf16_drafts(precision)
         from runtime_ref.backends.torch.drafter import TorchDrafter
 
         drafter = TorchDrafter(load_drafter(folder, torch.float32), self, pages)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,7 +35,8 @@ from runtime_ref.checkpoints.host_weights import TargetWeights
 from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.batch import SequenceChunk, logit_rows
 from runtime_ref.core.fusion import fused
-from runtime_ref.core.kv_cache import PAGE, Pool, Table
+from runtime_ref.core.kv_cache import PAGE, KvCache, Pool, Table
+from runtime_ref.core.launch import LaunchReport, WaitGivenUp
 from runtime_ref.core.program import Op
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.kernels import row_launches as launches
@@ -111,6 +113,26 @@ class RotaryTable:
         self.table = (angles.cos() * scaling).to(device), (angles.sin() * scaling).to(device)
 
 
+class StepRunner(ABC):
+    """Another way than op by op to compute the steps of one program."""
+
+    def serves(self, program: list[Op], step: KernelStep) -> bool:
+        """Whether it computes this step."""
+        return False
+
+    def run(self, step: KernelStep) -> dict[str, torch.Tensor]:
+        """Logits and target hidden states, as `TritonBackend.run` returns them."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def flags(self) -> list[torch.Tensor]:
+        """int32, not zero where a wait was given up since the scratch was made."""
+
+    def failed(self) -> bool:
+        """Whether any is set. Synchronizes."""
+        return any(bool(flag.any()) for flag in self.flags())
+
+
 class TritonBackend(Backend):
     """One rank's weights and caches, and the ops of a program.
 
@@ -141,7 +163,7 @@ class TritonBackend(Backend):
                                          for name in dir(type(self)) if name.startswith("op_")}
         self._spaces: dict[int, Workspace] = {}
         self._mxfp8 = any(layer.pages is not None and layer.pages.native for layer in weights.layers)
-        self.walk = None  # a `persistent.PersistentStep` that takes over the steps it serves
+        self.runner: StepRunner | None = None  # takes over the steps that it serves (`launch.choose_launch`)
 
     @cached_property
     def weights(self) -> TargetWeights:
@@ -155,7 +177,8 @@ class TritonBackend(Backend):
         return Capabilities("triton-mxfp8" if self._mxfp8 else "triton", float32=False, verifies_on_device=True,
                             packed_weights=True, mxfp8_activations=self._mxfp8)
 
-    def load_drafter(self, folder: str | Path, pages: int, context: int) -> Drafter:
+    def load_drafter(self, folder: str | Path, pages: int, context: int, *, precision: str = "bf16") -> Drafter:
+        self.only_bf16_drafts(precision)
         from runtime_ref.backends.triton.drafter import TritonDrafter
 
         return TritonDrafter(load_drafter(folder, torch.float32), self, pages, context)
@@ -196,18 +219,20 @@ class TritonBackend(Backend):
             host: bool = True) -> dict[str, torch.Tensor]:
         """Executes the ops in order; returns the buffers, logits on the host unless told otherwise. `watch` sees the buffers
         after each op of the list as it is."""
-        if watch is None and self.walk is not None and self.walk.serves(program, step):
-            buffers = self.walk.run(step)
+        if watch is None and self.runner is not None and self.runner.serves(program, step):
+            buffers = self.runner.run(step)
         else:
-            buffers = self._launch(program, step, watch)
+            buffers = self.launch_ops(program, step, watch)
         if host and "logits" in buffers:
             buffers["logits"] = buffers["logits"].cpu()
         return buffers
 
-    def _launch(self, program: list[Op], step: KernelStep, watch: Callable[[Op, dict], None] | None) -> dict:
-        """Op by op."""
+    @torch.inference_mode()
+    def launch_ops(self, program: list[Op], step: KernelStep, watch: Callable[[Op, dict], None] | None = None, *,
+                   fuse: bool = False) -> dict[str, torch.Tensor]:
+        """Buffers of a step, op by op. fuse: also where somebody watches."""
         buffers = {"ids": step.ids}
-        for op in program if watch is not None else fused(program, self.ranks.count):
+        for op in program if watch is not None and not fuse else fused(program, self.ranks.count):
             found = self.ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
             if len(op.writes) == 1:
                 buffers[op.writes[0]] = found
@@ -216,6 +241,18 @@ class TritonBackend(Backend):
             if watch is not None:
                 watch(op, buffers)
         return buffers
+
+    def choose_launch(self, asked: str, program: list[Op], drafter: Drafter | None, cache: KvCache, running: int,
+                      context: int) -> tuple[LaunchReport, Drafter | None]:
+        from runtime_ref.backends.triton.launch import choose_launch
+
+        return choose_launch(asked, self, program, drafter, cache, running, context)
+
+    def check_waits(self, drafter: Drafter | None) -> None:
+        flags = [t for runner in (self.runner, drafter) if isinstance(runner, StepRunner) for t in runner.flags()]
+        flags += [space.control[2:] for space in self._spaces.values()]
+        if flags and bool(torch.cat(flags).any()):
+            raise WaitGivenUp(f"rank {self.ranks.rank}: a program gave up waiting inside a launch; the step is not used")
 
     def _layer(self, index: int):
         return self.kernel_weights.layers[index]

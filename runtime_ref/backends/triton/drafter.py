@@ -141,12 +141,15 @@ class TritonDrafter(Drafter):
         for w in requests:
             if w.taps is not None and w.taps.shape[0]:
                 self.extend_tables(w.taps, w.position - w.taps.shape[0], w.tables[KIND])
-        ids, positions, picked, blocks = self.plan(requests)
+        found = self.block_logits(*self.plan(requests))
+        return list(found.split([w.count for w in requests]))
+
+    def block_logits(self, ids: torch.Tensor, positions: torch.Tensor, picked: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+        """float32 [drafts, vocabulary] of planned blocks, whose context is complete."""
         x = launches.gather(self.backend.kernel_weights.embed, ids, self.backend.tiling, spare=self.mask)
         for i, layer in enumerate(self.layers):
             x = self._run_layer(i, layer, x, positions, blocks)
-        found = self.backend.head_logits(x, picked.shape[0], norm=(self.norm, self.epsilon), rows=picked)
-        return list(found.split([w.count for w in requests]))
+        return self.backend.head_logits(x, picked.shape[0], norm=(self.norm, self.epsilon), rows=picked)
 
     def plan(self, requests: list[DraftRequest]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Blocks]:
         """ids (-1: the mask), positions and the drafts' rows, int32, and the blocks over the drafter's pages."""

@@ -1,90 +1,87 @@
-"""A whole step in one launch: the fused program as a table of int32, and the launch that walks it.
+"""A whole step in one launch: the fused program as a table of int32, and the launch that runs it.
 
-`table_of` encodes a list of `fusion.fused`: one row per op, [op, w, scales, gamma, extra, place, geometry, 0]; weights as
-offsets into the arena, in units of its alignment. What a row means is in `kernels/step.py`. `PersistentStep.run` fills in what
-changes from step to step and launches; it serves steps of up to 64 rows. Longer steps (prompts) are bound by arithmetic, not by
-launches, and stay op by op.
+`encode_program` makes the table of a program of `core.fusion.fused`: an `Instruction` for each op. `Megakernel.run` fills in
+what changes from step to step (`Globals`) and launches; it serves steps of up to 64 rows. Longer steps (prompts) are bound by
+arithmetic, not by launches, and stay op by op.
 
-With several ranks every rank launches its walk, and the walks sum over ranks among themselves, in memory that all of them can
-read (`kernels/symmetric.py`); only the logits of the ranks' shares of the vocabulary are gathered outside. Ranks must make the
-same steps in the same order, as the engine's do.
+With several ranks every rank launches its own, and the launches sum over ranks among themselves, in memory that all of them can
+read (`kernels/experimental/symmetric_memory.py`); only the logits of the ranks' shares of the vocabulary are gathered outside.
+Ranks must make the same steps in the same order, as the engine's do.
 
-The launch is cooperative: every program must be resident at once, so the grid is what the GPU holds (`programs`), one in
+The launch is cooperative: every Triton program must be resident at once, so the grid is what the GPU holds (`programs`), one in
 Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import replace
 
 import torch
 import triton
 
-from runtime_ref.backends.triton.backend import BLOCK, Blocks, KernelPool, KernelStep, TritonBackend
+from runtime_ref.backends.triton.backend import BLOCK, KernelPool, KernelStep, StepRunner, TritonBackend
+from runtime_ref.backends.triton.megakernel_globals import NO_EXPERTS, ExpertGlobals, Globals, KindGlobals, value_scale
 from runtime_ref.checkpoints.device_weights import Arena, KernelLayer
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE
 from runtime_ref.core.program import Op
-from runtime_ref.kernels.attention import CHUNK_PAGES, attention_constants, most_chunks
-from runtime_ref.kernels.experimental.megakernel import OPS, STAGES, step_kernel, walk_options
+from runtime_ref.kernels.attention import CHUNK_PAGES, attention_constants
+from runtime_ref.kernels.experimental.megakernel import STAGES, SUMS, Instruction, launch_options, step_kernel
 from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
-from runtime_ref.kernels.experts import MAX_TOKENS, POLLS, Workspace, kernel_arguments
+from runtime_ref.kernels.experts import MAX_TOKENS, POLLS, Workspace
 from runtime_ref.kernels.row_launches import Heads, Matrix
 
 _KINDS = {"full": "F", "window": "W"}
-SUMS = ("merge_add", "down_add", "experts_add")  # what ranks add up
 
 
-def table_of(program: list[Op], layers: list[KernelLayer], arena: Arena, pools: dict[str, KernelPool]) -> torch.Tensor:
-    """int32 [ops, step.FIELDS] of a fused list.
-
-    an op that sums over ranks has no gamma: field 3 says how many of its op the list holds, field 7 the how manieth it is.
+def encode_program(program: list[Op], layers: list[KernelLayer], arena: Arena, pools: dict[str, KernelPool]) -> torch.Tensor:
+    """int32 [ops, FIELDS] of a fused program (see `Instruction`).
 
     Raises:
-        ValueError: an op that the walk does not know (its op is named).
+        ValueError: an op that the kernel does not know (it is named).
     """
-    taps = [op.layer for op in program if op.name == "tap"]
-    rows, seen = [], dict.fromkeys(SUMS, 0)
+    stored = [op.layer for op in program if op.name == "tap"]
+    rows, seen = [], Counter()
     for op in program:
-        if op.name not in OPS:
-            raise ValueError(f"{op}: the persistent step has no op {op.name!r}")
+        seen[op.name] += 1
         layer = layers[op.layer] if op.layer >= 0 else None
-        row = [OPS.index(op.name), *_pieces(op.name, layer, arena), 0, 0]
+        instruction = replace(_weights_of(op.name, layer, arena), window=layer is not None and layer.kind == "window")
         if op.name.startswith(("enter", "attend")):
-            row.append(pools[layer.kind].place[op.layer])
+            instruction = replace(instruction, place=pools[layer.kind].place[op.layer])
         elif op.name == "tap":
-            row.append(taps.index(op.layer))
-        else:
-            row.append(0)
-        row = [*row[:5], row[-1], int(layer is not None and layer.kind == "window"), 0]
-        if op.name in SUMS:
-            seen[op.name] += 1
-            row[3], row[7] = sum(other.name == op.name for other in program), seen[op.name]
-        rows.append(row)
+            instruction = replace(instruction, place=stored.index(op.layer))
+        elif op.name in SUMS:
+            instruction = replace(instruction, count=sum(other.name == op.name for other in program), ordinal=seen[op.name])
+        rows.append(instruction.encode())
     return torch.tensor(rows, dtype=torch.int32)
 
 
-def _pieces(op: str, layer: KernelLayer | None, arena: Arena) -> list[int]:
-    """Offsets of w, scales, gamma and extra."""
-    def offsets(matrix: Matrix | None, gamma=None, extra=None) -> list[int]:
-        parts = (None, None) if matrix is None else (matrix.w, matrix.scales)
-        return [0 if t is None else arena.offset(t) for t in (*parts, gamma, extra)]
+def _weights_of(op: str, layer: KernelLayer | None, arena: Arena) -> Instruction:
+    """The instruction with where its weights lie."""
+    def at(t: torch.Tensor | None) -> int:
+        return 0 if t is None else arena.offset(t)
 
-    if op.startswith("enter"):
-        return offsets(layer.qkv, layer.input_norm)
-    if op.startswith("attend"):
-        return offsets(None, None, layer.sink)
-    if op == "merge_add":
-        return offsets(layer.o)
-    if op == "norm_gate_up":
-        return offsets(layer.gate_up, layer.post_norm)
-    if op == "down_add":
-        return offsets(layer.down)
-    if op == "norm_route":
-        return [arena.offset(layer.router.w), 0, arena.offset(layer.post_norm), arena.offset(layer.router.correction)]
-    if op == "experts_add":
-        return [arena.offset(layer.pages.up), 0, 0, arena.offset(layer.pages.down)]
-    return [0, 0, 0, 0]
+    def matrix(m: Matrix, **more: int) -> Instruction:
+        return Instruction(op, weight=at(m.w), scales=at(m.scales), **more)
+
+    match op:
+        case "enter_full" | "enter_window":
+            return matrix(layer.qkv, gamma=at(layer.input_norm))
+        case "attend_full" | "attend_window":
+            return Instruction(op, extra=at(layer.sink))
+        case "merge_add":
+            return matrix(layer.o)
+        case "norm_gate_up":
+            return matrix(layer.gate_up, gamma=at(layer.post_norm))
+        case "down_add":
+            return matrix(layer.down)
+        case "norm_route":
+            return Instruction(op, weight=at(layer.router.w), gamma=at(layer.post_norm), extra=at(layer.router.correction))
+        case "experts_add":
+            return Instruction(op, weight=at(layer.pages.up), extra=at(layer.pages.down))
+    return Instruction(op)
 
 
 def kind_constants(prefix: str, heads: Heads, window: int | None, sink: bool, columns: int, float_dot: bool) -> dict:
@@ -100,17 +97,17 @@ def kind_constants(prefix: str, heads: Heads, window: int | None, sink: bool, co
 def used_once(names: list[bool], what: str) -> bool:
     """The one value that all layers agree on."""
     if len(set(names)) > 1:
-        raise ValueError(f"the persistent step wants {what} in all layers or in none")
+        raise ValueError(f"the megakernel wants {what} in all layers or in none")
     return bool(names and names[0])
 
 
 def the_one(values: list[int], what: str) -> int:
     if len(set(values)) > 1:
-        raise ValueError(f"the persistent step wants {what} to be equal in all layers; found {sorted(set(values))}")
+        raise ValueError(f"the megakernel wants {what} to be equal in all layers; found {sorted(set(values))}")
     return values[0]
 
 
-class PersistentStep:
+class Megakernel(StepRunner):
     """One program of a backend, encoded, with its scratch.
 
     Args:
@@ -118,15 +115,15 @@ class PersistentStep:
         programs: of the grid; all must be resident.
 
     Raises:
-        ValueError: layers of one kind that differ in what the compiled walk fixes; ranks without memory that they share.
+        ValueError: layers of one kind that differ in what is compiled in; ranks without memory that they share.
     """
 
     def __init__(self, backend: TritonBackend, program: list[Op], programs: int = 1, polls: int = POLLS):
         self.backend, self.programs, self.polls = backend, programs, polls
-        self.listed, self.program = program, fused(program)
+        self.source, self.program = program, fused(program)
         self.taps = [op.layer for op in self.program if op.name == "tap"]
         weights, device = backend.kernel_weights, backend.device
-        self.table = table_of(self.program, weights.layers, weights.arena, backend.pools).to(device)
+        self.table = encode_program(self.program, weights.layers, weights.arena, backend.pools).to(device)
         self.constants = self._constants()
         self.spaces = {}
         if any(layer.pages is not None for layer in weights.layers):
@@ -140,9 +137,9 @@ class PersistentStep:
     def _constants(self) -> dict:
         backend, layers, tiling = self.backend, self.backend.kernel_weights.layers, self.backend.tiling
         if backend.capabilities.mxfp8_activations:
-            raise ValueError("the persistent step has no experts in native pages (backend 'triton-mxfp8'); they run op by op")
+            raise ValueError("the megakernel has no experts for FP4 tensor cores (backend 'triton-mxfp8'); they run op by op")
         if any(layer.head_norm is not None or layer.router and layer.router.softmax for layer in layers):
-            raise ValueError("the persistent step has neither norms of heads nor a softmax router; this model runs op by op")
+            raise ValueError("the megakernel has neither norms of heads nor a softmax router; this model runs op by op")
         found = {"DRAFT": False, "HEAD_NORM": False, "HAS_TAPS": bool(self.taps), "PAGE_": PAGE, "CHUNK": CHUNK_PAGES,
                  "QKV_FP8": used_once([a.qkv.scales is not None for a in layers], "FP8 qkv"),
                  "O_FP8": used_once([a.o.scales is not None for a in layers], "FP8 o_proj"),
@@ -187,8 +184,8 @@ class PersistentStep:
         return Symmetric(self.backend.ranks, parts * MAX_TOKENS * H, places, self.backend.device)
 
     def serves(self, program: list[Op], step: KernelStep) -> bool:
-        """Whether the walk is that of this list, and the step short enough for it."""
-        return program is self.listed and step.real <= MAX_TOKENS
+        """Whether this is its program, and the step short enough."""
+        return program is self.source and step.real <= MAX_TOKENS
 
     @torch.inference_mode()
     def run(self, step: KernelStep) -> dict[str, torch.Tensor]:
@@ -202,80 +199,64 @@ class PersistentStep:
         return {"logits": backend.whole_vocabulary(logits)} | {f"tap.{layer}": taps[i] for i, layer in enumerate(self.taps)}
 
     def launch(self, step: KernelStep, logits: torch.Tensor, taps: torch.Tensor) -> None:
-        """The walk itself: one launch."""
+        """One launch."""
         arguments, constants = self.arguments(step, logits, taps)
-        step_kernel[(self.programs,)](**arguments, **constants, **walk_options(self.constants["FLOAT_DOT"]))
+        step_kernel[(self.programs,)](**arguments, **constants, **launch_options(self.constants["FLOAT_DOT"]))
 
     def arguments(self, step: KernelStep, logits: torch.Tensor, taps: torch.Tensor) -> tuple[dict, dict]:
-        """Run-time and compile-time arguments of `step_kernel`."""
-        backend, config, s = self.backend, self.backend.config, self.scratch
-        weights, R = backend.kernel_weights, step.real
+        """Run-time (`Globals`) and compile-time arguments of `step_kernel`."""
+        backend, config, weights = self.backend, self.backend.config, self.backend.kernel_weights
         router = next((layer.router for layer in weights.layers if layer.router), None)
-        arguments = {"table": self.table, "tasks": self.table.shape[0], "arena": weights.arena.data, "embed": weights.embed,
-                     "spare": weights.embed, "head": weights.head.w, "final_norm": weights.norm, "ids": step.ids,
-                     "positions": step.positions, "head_rows": step.head_rows, "taps": taps,
-                     "context_positions": step.positions, "context_slots": step.positions, "logits": logits, "R": R,
-                     "H": config.hidden_size, "I": config.intermediate_size // backend.ranks.count,
-                     "E": config.n_routed_experts, "vocabulary": weights.head.w.shape[0],
-                     "wanted": step.head_rows.shape[0], "context": 0, "taps_width": 0, "epsilon": float(backend.epsilon),
-                     "factor": float(router.factor) if router else 1.0, "v_scale": value_scale(config.attention_value_scale)}
-        arguments |= s | self.symmetric.arguments()
-        kinds = {kind: (backend.pools[kind], step.blocks[kind], backend.rotary[kind]) for kind in backend.pools}
-        arguments |= kind_arguments(kinds)
-        arguments |= self._attention_scratch({kind: (pool, blocks) for kind, (pool, blocks, _) in kinds.items()})
-        if not self.spaces:
-            return arguments | dict.fromkeys(EXPERT_BUFFERS, s["barrier"]) | dict.fromkeys(EXPERT_NUMBERS, 0), (
-                self.constants | NO_EXPERTS)
-        space = self.spaces[next(n for n in (BLOCK, MAX_TOKENS) if n >= R)]
-        pages = next(layer.pages for layer in weights.layers if layer.pages is not None)
-        like = torch.empty((R, config.hidden_size), device="meta")
-        positional, own = kernel_arguments(like, None, None, pages, space, None)
-        numbers = dict(zip(EXPERT_NUMBERS, positional[-4:-1], strict=True))
-        buffers = {"order": space.order, "plan": space.plan, "expert_inner": space.inner, "expert_partial": space.partial,
-                   "ready": space.ready, "arrived": space.arrived, "control": space.control}
-        return arguments | numbers | buffers, self.constants | {name: own[name] for name in NO_EXPERTS}
+        kinds = {kind: KindGlobals.of(pool, step.blocks[kind], backend.rotary[kind]) for kind, pool in backend.pools.items()}
+        full, window = (kinds.get(kind) or next(iter(kinds.values())) for kind in _KINDS)  # a missing one is never read
+        experts, sizes = ExpertGlobals.none(self.scratch["barrier"]), NO_EXPERTS
+        if self.spaces:
+            pages = next(layer.pages for layer in weights.layers if layer.pages is not None)
+            experts, sizes = ExpertGlobals.of(self.spaces[next(n for n in (BLOCK, MAX_TOKENS) if n >= step.real)], pages,
+                                              step.real)
+        scratch = self._attention_scratch(kinds)
+        found = Globals(
+            table=self.table, arena=weights.arena.data, embed=weights.embed, spare=weights.embed, head=weights.head.w,
+            final_norm=weights.norm, ids=step.ids, positions=step.positions, head_rows=step.head_rows, taps=taps,
+            context_positions=step.positions, context_slots=step.positions, logits=logits, H=config.hidden_size,
+            I=config.intermediate_size // backend.ranks.count, E=config.n_routed_experts, vocabulary=weights.head.w.shape[0],
+            taps_width=0, epsilon=float(backend.epsilon), factor=float(router.factor) if router else 1.0,
+            v_scale=value_scale(config.attention_value_scale), scratch=self.scratch, partial=scratch["partial"],
+            stats=scratch["stats"], full=full, window=window, experts=experts, symmetric=self.symmetric)
+        return found.arguments(), self.constants | sizes
 
-    def _attention_scratch(self, kinds: dict[str, tuple[KernelPool, Blocks]]) -> dict:
-        """Partial results of attention, grown to the largest step seen, and the chunks of each kind."""
-        numbers, most = {}, {"partial": 0, "stats": 0}
-        for kind, prefix in _KINDS.items():
-            chunks = 1
-            if kind in kinds:
-                pool, blocks = kinds[kind]
-                chunks = most_chunks(blocks.longest, pool.window, BLOCK)
-                heads = self.constants[f"{prefix}_KEYS"] * self.constants[f"{prefix}_SPLIT"]
-                tiles = blocks.start.shape[0] * heads * chunks * self.constants[f"{prefix}_M"]
-                most = {"partial": max(most["partial"], tiles * self.constants[f"{prefix}_V_WIDE"]),
-                        "stats": max(most["stats"], 2 * tiles)}
-            numbers[f"{kind}_chunks"] = chunks
+    def _attention_scratch(self, kinds: dict[str, KindGlobals]) -> dict[str, torch.Tensor]:
+        """Partial results of attention, grown to the largest step seen."""
+        most = {"partial": 0, "stats": 0}
+        for kind, own in kinds.items():
+            prefix = _KINDS[kind]
+            heads = self.constants[f"{prefix}_KEYS"] * self.constants[f"{prefix}_SPLIT"]
+            tiles = own.start.shape[0] * heads * own.chunks * self.constants[f"{prefix}_M"]
+            most = {"partial": max(most["partial"], tiles * self.constants[f"{prefix}_V_WIDE"]),
+                    "stats": max(most["stats"], 2 * tiles)}
         for name, size in most.items():
             if name not in self._attention or self._attention[name].numel() < size:
                 self._attention[name] = torch.empty(size, dtype=torch.float32, device=self.backend.device)
-        return numbers | self._attention | {"blocks": next(iter(kinds.values()))[1].start.shape[0]}
+        return self._attention
 
-    def failed(self) -> bool:
-        """Whether a wait was given up since the scratch was made. Synchronizes."""
-        return bool(self.scratch["failed"]) or any(space.failed() for space in self.spaces.values())
+    def run_first(self, step: KernelStep, count: int) -> dict[str, torch.Tensor]:
+        """What the last of the first `count` ops of the program leaves, after a launch of those alone: by buffer name, in the
+        shapes of ops. For finding where a launch differs from ops."""
+        backend, op, R, s = self.backend, self.program[count - 1], step.real, self.scratch
+        H, config = backend.config.hidden_size, backend.config
+        logits = torch.empty((step.head_rows.shape[0], backend.kernel_weights.head.w.shape[0]), dtype=torch.float32,
+                             device=backend.device)
+        taps = torch.empty((max(1, len(self.taps)), R, H), dtype=torch.bfloat16, device=backend.device)
+        arguments, constants = self.arguments(step, logits, taps)
+        step_kernel[(self.programs,)](**arguments | {"ops": count}, **constants, **launch_options(self.constants["FLOAT_DOT"]))
+        if op.name == "pick_norm_head":
+            return {"logits": backend.whole_vocabulary(logits)}
+        if op.name == "tap":
+            return {op.writes[0]: taps[self.taps.index(op.layer)]}
+        heads, A = backend.kernel_weights.layers[max(op.layer, 0)].heads, config.num_experts_per_tok
+        shapes = {"x": (R, H), "y": (R, H), "q": (heads.queries, R, heads.d), "heads": (heads.queries, R, heads.v),
+                  "inner": (R, config.intermediate_size // backend.ranks.count), "index": (R, A), "weight": (R, A)}
+        return {name: s[name][:math.prod(shapes[name])].view(shapes[name]).clone() for name in op.writes if name in shapes}
 
-
-# Arguments that only steps with experts need, and what stands in their place without.
-EXPERT_BUFFERS = ("order", "plan", "expert_inner", "expert_partial", "ready", "arrived", "control")
-EXPERT_NUMBERS = ("up_entries", "down_entries", "K_UP")
-NO_EXPERTS = {"M": 16, "UP": 1, "DOWN": 1, "TILES": 1, "K_DOWN": 1, "PARTS": 1, "UP_ROWS": 16, "UP_DEPTH": 64, "DOWN_ROWS": 16,
-               "DOWN_DEPTH": 64, "EVEN": True, "STAGES": 1, "PREFETCH": 0, "PTX": False}
-
-
-def value_scale(scale: float | None) -> float:
-    return 1.0 if scale is None else float(scale)
-
-
-def kind_arguments(kinds: dict[str, tuple]) -> dict:
-    """Pools, blocks and rotary tables (pool, blocks, (cos, sin)) of both kinds; a kind that is missing borrows the other's."""
-    found = {}
-    for kind in _KINDS:
-        pool, blocks, (cos, sin) = kinds.get(kind) or next(iter(kinds.values()))
-        own = {"cos": cos, "sin": sin, "keys": pool.all_keys, "values": pool.all_values, "slots": blocks.slots,
-               "tables": blocks.tables, "first": blocks.first, "start": blocks.start, "count": blocks.count, "row": blocks.row,
-               "stride": pool.all_keys.shape[2], "width": blocks.tables.shape[1]}
-        found |= {f"{kind}_{name}": value for name, value in own.items()}
-    return found
+    def flags(self) -> list[torch.Tensor]:
+        return [self.scratch["failed"], *(space.control[2:] for space in self.spaces.values())]

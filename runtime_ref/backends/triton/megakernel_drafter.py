@@ -1,10 +1,10 @@
 """The drafter's round as one launch: pending features, keys and values of the context, the block, its logits.
 
-The table of `kernels/step.py` again, with the drafter's ops (`fuse_taps`, `context`) before those of a plain decoder with norms
-of heads and dense layers. Features of more than 64 positions (prompts) enter the cache by `TritonDrafter.extend_tables` first.
+The megakernel again, with the drafter's ops (`fuse_taps`, `context`) before those of a plain decoder with norms of heads and
+dense layers. Features of more than 64 positions (prompts) enter the cache by `TritonDrafter.extend_tables` first.
 
-Reference twin: `triton_drafter.TritonDrafter.logits`, whose bits it makes. Ranks that share the drafter sum inside the walk, in
-memory of the drafter's own, as `persistent.PersistentStep`.
+Reference: `TritonDrafter.logits`, whose bits it makes. Ranks that share the drafter sum inside the launch, in memory of the
+drafter's own, as in `megakernel.Megakernel`.
 """
 
 from __future__ import annotations
@@ -13,54 +13,44 @@ import torch
 import triton
 
 from runtime_ref.backends.base import Drafter
-from runtime_ref.backends.triton.backend import BLOCK
+from runtime_ref.backends.triton.backend import BLOCK, StepRunner
 from runtime_ref.backends.triton.drafter import CONTEXT_ROWS, TritonDrafter
-from runtime_ref.backends.triton.megakernel import (
-    EXPERT_BUFFERS,
-    EXPERT_NUMBERS,
-    NO_EXPERTS,
-    kind_arguments,
-    kind_constants,
-    value_scale,
-)
+from runtime_ref.backends.triton.megakernel import kind_constants
+from runtime_ref.backends.triton.megakernel_globals import NO_EXPERTS, ExpertGlobals, Globals, KindGlobals, value_scale
 from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.kv_cache import PAGE
-from runtime_ref.kernels.attention import CHUNK_PAGES, most_chunks
-from runtime_ref.kernels.experimental.megakernel import FIELDS, OPS, step_kernel, walk_options
+from runtime_ref.kernels.attention import CHUNK_PAGES
+from runtime_ref.kernels.experimental.megakernel import Instruction, launch_options, step_kernel
 from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
 from runtime_ref.kernels.experts import MAX_TOKENS, POLLS
 from runtime_ref.kernels.row_launches import Matrix
 
 
-def draft_table(drafter: TritonDrafter) -> torch.Tensor:
-    """int32 [1 + layers + 2 + 5 layers, FIELDS]; the first 1 + layers rows are for pending features only.
-
-    What ranks put together has no gamma; fields 3 and 7 say what `persistent.table_of` says there."""
-    def row(op: str, w=None, gamma=None, extra=None, place: int = 0) -> list[int]:
-        pieces = [t.w if isinstance(t, Matrix) else t for t in (w, None, gamma, extra)]
-        offsets = [0 if t is None else drafter.arena.offset(t) for t in pieces]
-        return [OPS.index(op), *offsets, place, 0, 0][:FIELDS]
-
-    def summed(op: str, w: Matrix, number: int, of: int) -> list[int]:
-        code, at, scales, _, *rest = row(op, w)
-        return [code, at, scales, of, *rest[:-1], number]
-
+def encode_drafter(drafter: TritonDrafter) -> torch.Tensor:
+    """int32 [1 + layers + 2 + 5 layers, FIELDS]; the first 1 + layers rows are for pending features only."""
     layers = len(drafter.layers)
-    rows = [summed("fuse_taps", drafter.fc, 1, 1)]
-    rows += [row("context", layer["context"], drafter.hidden_norm, layer["context_norm"], i)
+
+    def row(op: str, w: Matrix | None = None, gamma=None, extra=None, **more: int) -> list[int]:
+        weight, gamma, extra = (0 if t is None else drafter.arena.offset(t) for t in (w and w.w, gamma, extra))
+        return Instruction(op, weight=weight, gamma=gamma, extra=extra, **more).encode()
+
+    rows = [row("fuse_taps", drafter.fc, count=1, ordinal=1)]
+    rows += [row("context", layer["context"], drafter.hidden_norm, layer["context_norm"], place=i)
              for i, layer in enumerate(drafter.layers)]
     rows.append(row("embed"))
     for i, layer in enumerate(drafter.layers):
-        rows += [row("enter_full", layer["qkv"], layer["input_norm"], layer["head_norm"], i),
-                 row("attend_full", extra=layer["sink"], place=i), summed("merge_add", layer["o"], i + 1, layers),
-                 row("norm_gate_up", layer["gate_up"], layer["post_norm"]), summed("down_add", layer["down"], i + 1, layers)]
+        rows += [row("enter_full", layer["qkv"], layer["input_norm"], layer["head_norm"], place=i),
+                 row("attend_full", extra=layer["sink"], place=i),
+                 row("merge_add", layer["o"], count=layers, ordinal=i + 1),
+                 row("norm_gate_up", layer["gate_up"], layer["post_norm"]),
+                 row("down_add", layer["down"], count=layers, ordinal=i + 1)]
     return torch.tensor([*rows, row("pick_norm_head")], dtype=torch.int32)
 
 
-class PersistentDraft(Drafter):
+class MegakernelDrafter(StepRunner, Drafter):
     """A drafter whose rounds are one launch each; what the engine asks for, it does like `TritonDrafter`.
 
-    Every rank walks its share of the drafter and of the head, whose logits are gathered afterwards.
+    Every rank runs its share of the drafter and of the head, whose logits are gathered afterwards.
     """
 
     def __init__(self, drafter: TritonDrafter, programs: int = 1, polls: int = POLLS):
@@ -68,7 +58,7 @@ class PersistentDraft(Drafter):
         self.drafter, self.backend, self.programs, self.polls = drafter, backend, programs, polls
         self.block, self.taps, self.pool = drafter.block, drafter.taps, drafter.pool
         self.extend_tables = drafter.extend_tables
-        self.table = draft_table(drafter).to(backend.device)
+        self.table = encode_drafter(drafter).to(backend.device)
         tiling, heads = backend.tiling, drafter.heads
         columns = max(tiling.columns, 1 << (heads.d - 1).bit_length())  # a norm of a head wants it in one tile
         own = {prefix: kind_constants(prefix, heads, drafter.window, drafter.layers[0]["sink"] is not None, columns,
@@ -82,7 +72,7 @@ class PersistentDraft(Drafter):
             "RANKS": drafter.share.ranks.count, "F_PARTS": drafter.share.parts_o, "W_PARTS": 1,
             "D_PARTS": drafter.share.parts_down, "FLOAT_DOT": tiling.float_dot}
         if drafter.causal:
-            raise ValueError("dflash/config.json: a causal block; the persistent drafter wants one that is drafted at once")
+            raise ValueError("dflash/config.json: a causal block; the megakernel wants one that is drafted at once")
         self.scratch = self._scratch()
         share, H = drafter.share, backend.config.hidden_size
         columns = H // share.ranks.count  # of the features
@@ -113,8 +103,8 @@ class PersistentDraft(Drafter):
         return list(self.backend.whole_vocabulary(arguments["logits"]).split([w.count for w in requests]))
 
     def launch(self, arguments: dict) -> None:
-        """The walk itself: one launch, of what `prepare` returned."""
-        step_kernel[(self.programs,)](**arguments, **self.constants, **walk_options(self.constants["FLOAT_DOT"]))
+        """One launch, of what `prepare` returned."""
+        step_kernel[(self.programs,)](**arguments, **self.constants, **launch_options(self.constants["FLOAT_DOT"]))
 
     def prepare(self, requests: list[DraftRequest]) -> dict:
         """Run-time arguments of the round; its "logits" are what it fills."""
@@ -132,27 +122,23 @@ class PersistentDraft(Drafter):
 
     def _arguments(self, late: list[DraftRequest], ids, positions, picked, blocks, logits) -> dict:
         """Run-time arguments of `step_kernel`; `late`: sequences with pending features."""
-        drafter, backend, s, device = self.drafter, self.backend, self.scratch, self.backend.device
+        drafter, backend, device, constants = self.drafter, self.backend, self.backend.device, self.constants
         places = [(w, p) for w in late for p in range(w.position - w.taps.shape[0], w.position)]
         at = torch.tensor([p for _, p in places], dtype=torch.int32, device=device)
         into = torch.tensor([w.tables[KIND].slot(p) for w, p in places], dtype=torch.int32, device=device)
-        taps = torch.cat([w.taps for w in late]).contiguous().to(device) if late else s["x"]
-        table = self.table if late else self.table[1 + len(drafter.layers):]
-        constants, chunks = self.constants, most_chunks(blocks.longest, drafter.window, BLOCK)
-        tiles = blocks.start.shape[0] * constants["F_KEYS"] * constants["F_SPLIT"] * chunks * constants["F_M"]
-        weights, width = backend.kernel_weights, drafter.fc.w.shape[1]
-        arguments = {"table": table, "tasks": table.shape[0], "arena": drafter.arena.data, "embed": weights.embed,
-                     "spare": drafter.mask, "head": weights.head.w, "final_norm": drafter.norm, "ids": ids,
-                     "positions": positions, "head_rows": picked, "taps": taps, "context_positions": at, "context_slots": into,
-                     "logits": logits, "R": ids.shape[0], "H": backend.config.hidden_size,
-                     "I": drafter.layers[0]["down"].w.shape[1], "E": 0, "vocabulary": weights.head.w.shape[0],
-                     "wanted": picked.shape[0], "context": len(places), "taps_width": width, "epsilon": float(drafter.epsilon),
-                     "factor": 1.0, "v_scale": value_scale(drafter.value_scale), "full_chunks": chunks, "window_chunks": 1,
-                     "partial": torch.empty(tiles * constants["F_V_WIDE"], dtype=torch.float32, device=device),
-                     "stats": torch.empty(2 * tiles, dtype=torch.float32, device=device), "blocks": blocks.start.shape[0]}
-        arguments |= s | self.symmetric.arguments() | kind_arguments({"full": (drafter.pool, blocks, drafter.rotary)})
-        return arguments | dict.fromkeys(EXPERT_BUFFERS, s["barrier"]) | dict.fromkeys(EXPERT_NUMBERS, 0)
+        kind = KindGlobals.of(drafter.pool, blocks, drafter.rotary)
+        tiles = blocks.start.shape[0] * constants["F_KEYS"] * constants["F_SPLIT"] * kind.chunks * constants["F_M"]
+        weights = backend.kernel_weights
+        return Globals(
+            table=self.table if late else self.table[1 + len(drafter.layers):], arena=drafter.arena.data, embed=weights.embed,
+            spare=drafter.mask, head=weights.head.w, final_norm=drafter.norm, ids=ids, positions=positions, head_rows=picked,
+            taps=torch.cat([w.taps for w in late]).contiguous().to(device) if late else self.scratch["x"],
+            context_positions=at, context_slots=into, logits=logits, H=backend.config.hidden_size,
+            I=drafter.layers[0]["down"].w.shape[1], E=0, vocabulary=weights.head.w.shape[0], taps_width=drafter.fc.w.shape[1],
+            epsilon=float(drafter.epsilon), factor=1.0, v_scale=value_scale(drafter.value_scale), scratch=self.scratch,
+            partial=torch.empty(tiles * constants["F_V_WIDE"], dtype=torch.float32, device=device),
+            stats=torch.empty(2 * tiles, dtype=torch.float32, device=device), full=kind, window=kind,
+            experts=ExpertGlobals.none(self.scratch["barrier"]), symmetric=self.symmetric).arguments()
 
-    def failed(self) -> bool:
-        """Whether a wait was given up since the scratch was made. Synchronizes."""
-        return bool(self.scratch["failed"])
+    def flags(self) -> list[torch.Tensor]:
+        return [self.scratch["failed"]]

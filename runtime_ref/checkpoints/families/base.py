@@ -2,6 +2,7 @@
 
     model_type   layout               what differs from MiMo-V2
     qwen3_moe    compressed-tensors   experts as weight_packed / weight_scale; norms of query and key heads; softmax router
+    mixtral      compressed-tensors   the same experts as w1, w3, w2 in block_sparse_moe; softmax router; no norms of heads
     gpt_oss      gpt-oss              experts as fused blocks / scales, gate and up rows alternating; biases everywhere; SwiGLU
                                       clamped, with alpha; softmax of the chosen; sinks on every layer; rotary extension (yarn)
 

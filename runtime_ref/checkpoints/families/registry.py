@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from checkpoint.tensor_files import TensorFiles
 from runtime_ref.checkpoints.families.base import NotHeld
 from runtime_ref.checkpoints.families.gpt_oss import GptOssReader, gpt_oss_geometry
+from runtime_ref.checkpoints.families.mixtral import MixtralReader, mixtral_geometry
 from runtime_ref.checkpoints.families.qwen3_moe import Qwen3Reader, qwen3_geometry
 from runtime_ref.checkpoints.folder import read_config
 from runtime_ref.checkpoints.host_weights import Reader
@@ -68,4 +69,5 @@ def _nearest(raw: dict) -> str:
 
 
 _FAMILIES = {"qwen3_moe": (qwen3_geometry, Qwen3Reader, "compressed-tensors"),
+             "mixtral": (mixtral_geometry, MixtralReader, "compressed-tensors"),
              "gpt_oss": (gpt_oss_geometry, GptOssReader, "gpt-oss")}

@@ -1,14 +1,14 @@
-"""The persistent step: one cooperative launch walks a whole task list.
+"""The megakernel: one cooperative launch runs a whole program.
 
-The list is data: a table of int32 [tasks, FIELDS] with one row per task of the fused list (`core.fusion`): which op,
-where its weights lie in the arena (in units of 128 bytes), which layer of the cache or which tap it means. Every program reads
-the same rows in the same order, takes every P-th tile of each task, and meets the others at a grid barrier between two tasks.
+The program is data: a table of int32 [ops, FIELDS] with an `Instruction` for each op of the fused program (`core.fusion`).
+Every Triton program of the grid reads the same instructions in the same order, takes every P-th tile of each, and meets the
+others at a grid barrier between two of them.
 The tiles are those of `rows`, `routing`, `attention` and `experts`, so the numbers are those of the launches one by one, bit
 for bit; `runtime_ref.backends.triton.megakernel` builds the table and runs both.
 
-The same kernel walks the drafter's list (HEAD_NORM, DRAFT): features through `fc`, keys and values of the context, blocks.
+The same kernel runs the drafter's program (HEAD_NORM, DRAFT): features through `fc`, keys and values of the context, blocks.
 
-Registers: left alone, the compiler computes every op's offsets once, before the loop over tasks, and holds them through
+Registers: left alone, the compiler computes every op's offsets once, before the loop over instructions, and holds them through
 all ops; no thread has room for that. So the loop forbids hoisting (`disable_licm`), the tiles are small enough that each op
 needs less than REGISTERS beside what is common to all, and the assembler is told that bound: given none, it aims at two
 programs per multiprocessor and spills.
@@ -17,11 +17,11 @@ Barriers: the counter only grows within a launch; the last program to leave puts
 between launches. A barrier costs more than a launch's share of a tile; with norms, rotation, cache writes, residuals and the
 router's choice fused into their neighbours there are five (attention layer with experts) to six per layer.
 
-Several ranks walk the same list at the same time and sum o_proj and down inside it, without leaving the kernel: whoever
+Several ranks run the same program at the same time and sum o_proj and down inside it, without leaving the kernel: whoever
 finishes a tile stores the rank's parts of it in memory that all ranks can read, and says so to each of them; when a program has
 no tile of its own left, it waits for those that it adds up, in order (`parts.py`). No second barrier: o_proj's sums and those
 of the MLP lie in different halves of that memory, and they alternate, so when a rank writes a half again, all have passed the
-other one since. Flags hold the number of the sum (`walks` before this one, times the sums of a walk, plus the task's place
+other one since. Flags hold the number of the sum (`launches` before this one, times the sums of a launch, plus the op's ordinal
 among them), kept on the device, so that a captured graph can be replayed.
 
 In Triton's interpreter programs run one after another, so a grid has one program there; several at once are proven by the
@@ -33,6 +33,8 @@ waits for every other one anyway); a table with pointers (64 bits, and the compi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
@@ -43,9 +45,54 @@ from runtime_ref.kernels.routing import route_tile
 from runtime_ref.kernels.rows import gather_tile, product_tile, project_tile, swiglu_tile
 from runtime_ref.kernels.sync import grid_barrier, signal_ranks, sum_ranks, wait_ranks
 
-FIELDS = 8
 OPS = ("embed", "enter_full", "enter_window", "attend_full", "attend_window", "merge_add", "norm_gate_up", "down_add",
        "norm_route", "experts_add", "tap", "pick_norm_head", "fuse_taps", "context")
+SUMS = frozenset(("merge_add", "down_add", "experts_add", "fuse_taps"))  # over ranks
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One op of a program, as the kernel reads it. Weights are offsets into the arena, in units of 128 bytes; 0 where an op has
+    none.
+
+    Attributes:
+        op: of `OPS`. weight, scales: the op's matrix and, of FP8, its scales. gamma: weights of the norm before it.
+        extra: attention sinks, weights of the norms of heads, the router's correction, or pages of down.
+        place: which layer of a KV pool, or which of the stored hidden states.
+        window: whether heads have the geometry of window layers.
+        count, ordinal: of an op that sums over ranks, how many of its kind the program has, and the how manieth this is from 1
+            on: with the number of launches they make the epoch of its flags. (`count` lies where gamma would: such an op has
+            no norm before it.)
+    """
+
+    op: str
+    weight: int = 0
+    scales: int = 0
+    gamma: int = 0
+    extra: int = 0
+    place: int = 0
+    window: bool = False
+    count: int = 0
+    ordinal: int = 0
+
+    def encode(self) -> list[int]:
+        """FIELDS numbers: op, weight, scales, gamma or count, extra, place, geometry, ordinal.
+
+        Raises:
+            ValueError: an op that the kernel does not know, or a norm before a sum.
+        """
+        if self.op not in OPS:
+            raise ValueError(f"the megakernel has no op {self.op!r}, expected one of {', '.join(OPS)}")
+        if self.op in SUMS and (self.gamma or not 1 <= self.ordinal <= self.count):
+            raise ValueError(f"{self}: an op that sums over ranks has no gamma, and an ordinal of 1 to count")
+        return [OPS.index(self.op), self.weight, self.scales, self.count if self.op in SUMS else self.gamma, self.extra,
+                self.place, int(self.window), self.ordinal]
+
+
+# Where `Instruction.encode` puts things.
+FIELDS = 8
+_OP, _WEIGHT, _SCALES, _GAMMA, _EXTRA, _PLACE, _GEOMETRY, _ORDINAL = (tl.constexpr(i) for i in range(FIELDS))
+_COUNT = _GAMMA
 # Of a launch: warps of a program, registers of a thread. Pages of expert weights in flight: a multiprocessor holds one program
 # here, where the expert kernel alone has four with three pages each; memory is as far away.
 WARPS = 8
@@ -71,7 +118,7 @@ _CONTEXT = tl.constexpr(OPS.index("context"))
 
 @triton.jit
 def _bytes_at(arena, entry, FIELD: tl.constexpr):
-    """Pointer (uint8) to the piece that a field of a task names."""
+    """Pointer (uint8) to the weights that a field of an instruction names."""
     return arena + tl.load(entry + FIELD).to(tl.int64) * _UNIT
 
 
@@ -94,13 +141,13 @@ def _enter(entry, arena, x, cos, sin, positions, slots, q, keys, values, R, H, e
            QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, V: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr,
            BK: tl.constexpr, HEAD_NORM: tl.constexpr, FP8: tl.constexpr, FLOAT_DOT: tl.constexpr):
     groups = tl.cdiv(R, 8)
-    place = tl.load(entry + 5).to(tl.int64) * KEYS * stride
+    place = tl.load(entry + _PLACE).to(tl.int64) * KEYS * stride
     CHUNKS: tl.constexpr = ((D if D > V else V) + BN - 1) // BN
     TILES: tl.constexpr = (QUERIES + 2 * KEYS) * CHUNKS
     t = tl.program_id(0)
     while t < TILES * groups:
-        project_tile(t // groups, t % groups, x, _matrix_at(arena, entry, 1, FP8), _floats_at(arena, entry, 2),
-                     _floats_at(arena, entry, 3), _floats_at(arena, entry, 4), cos, sin, positions, slots, q,
+        project_tile(t // groups, t % groups, x, _matrix_at(arena, entry, _WEIGHT, FP8), _floats_at(arena, entry, _SCALES),
+                     _floats_at(arena, entry, _GAMMA), _floats_at(arena, entry, _EXTRA), cos, sin, positions, slots, q,
                      keys + place * D, values + place * V, R, H, epsilon, D**-0.5, v_scale, stride, epsilon, QUERIES, KEYS, D,
                      V, HALF, BN, BK, True, HEAD_NORM, FLOAT_DOT)
         t += tl.num_programs(0)
@@ -112,10 +159,10 @@ def _attend(entry, arena, q, keys, values, tables, first, start, count, row, par
             D_HEAD: tl.constexpr, D_TAIL: tl.constexpr, V: tl.constexpr, V_WIDE: tl.constexpr, PAGE_: tl.constexpr,
             CHUNK: tl.constexpr,
             WINDOW: tl.constexpr, HAS_SINK: tl.constexpr, DRAFT: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    place = tl.load(entry + 5).to(tl.int64) * (HEADS // SPLIT) * stride
+    place = tl.load(entry + _PLACE).to(tl.int64) * (HEADS // SPLIT) * stride
     t = tl.program_id(0)
     while t < blocks * HEADS * chunks:
-        attend_tile(t // chunks, t % chunks, q, keys + place * D, values + place * V, _floats_at(arena, entry, 4), tables,
+        attend_tile(t // chunks, t % chunks, q, keys + place * D, values + place * V, _floats_at(arena, entry, _EXTRA), tables,
                     first, start, count, row, partial, stats, arrived, out, R, stride, width, chunks, HEADS, G, SPLIT, 8,
                     M, D, D_HEAD, D_TAIL, V, V_WIDE, PAGE_, CHUNK, WINDOW, HAS_SINK, DRAFT, FLOAT_DOT)
         t += tl.num_programs(0)
@@ -128,15 +175,16 @@ def _product(entry, arena, x, gamma, rows, residual, out, R, N, K, epsilon, head
     groups = tl.cdiv(R, 8)
     t = tl.program_id(0)
     while t < tl.cdiv(N, BN) * groups:
-        product_tile(t // groups, t % groups, x, _matrix_at(arena, entry, 1, FP8), _floats_at(arena, entry, 2), gamma, rows,
-                     residual, out, R, N, K, epsilon, heads_stride, BN, BK, V, NORM, PICK, RESIDUAL, PARTS, False, FLOAT_DOT)
+        product_tile(t // groups, t % groups, x, _matrix_at(arena, entry, _WEIGHT, FP8), _floats_at(arena, entry, _SCALES),
+                     gamma, rows, residual, out, R, N, K, epsilon, heads_stride, BN, BK, V, NORM, PICK, RESIDUAL, PARTS,
+        False, FLOAT_DOT)
         t += tl.num_programs(0)
 
 
 @triton.jit
-def _epoch(entry, walks):
-    """Number of a task's sum over ranks, counted since the memory of the ranks was made: what its flags become."""
-    return tl.load(walks) * tl.load(entry + 3) + tl.load(entry + 7)
+def _epoch(entry, launches):
+    """Number of an instruction's sum over ranks, counted since the memory of the ranks was made: what its flags become."""
+    return tl.load(launches) * tl.load(entry + _COUNT) + tl.load(entry + _ORDINAL)
 
 
 @triton.jit
@@ -153,7 +201,7 @@ def _add_ranks(buffers, offset, x, first_row, first_column, R, H, WIDTH: tl.cons
 
 
 @triton.jit
-def _add_product(entry, arena, x, gamma, rows, out, buffers, signals, walks, rank, offset, place, failed, R, H, K, epsilon,
+def _add_product(entry, arena, x, gamma, rows, out, buffers, signals, launches, rank, offset, place, failed, R, H, K, epsilon,
                  heads_stride, BN: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr, FP8: tl.constexpr,
                  RANKS: tl.constexpr, POLLS: tl.constexpr, FLOAT_DOT: tl.constexpr):
     """out [R, H] += a product whose K is shared among the ranks.
@@ -165,12 +213,13 @@ def _add_product(entry, arena, x, gamma, rows, out, buffers, signals, walks, ran
                  FP8, FLOAT_DOT)
     else:
         groups = tl.cdiv(R, 8)
-        epoch = _epoch(entry, walks)
+        epoch = _epoch(entry, launches)
         own = tl.load(buffers + rank).to(tl.pointer_type(tl.float32)) + offset
         t = tl.program_id(0)
         while t < tl.cdiv(H, BN) * groups:
-            product_tile(t // groups, t % groups, x, _matrix_at(arena, entry, 1, FP8), _floats_at(arena, entry, 2), gamma, rows,
-                         out, own, R, H, K, epsilon, heads_stride, BN, BK, V, False, False, False, PARTS, True, FLOAT_DOT)
+            product_tile(t // groups, t % groups, x, _matrix_at(arena, entry, _WEIGHT, FP8), _floats_at(arena, entry,
+                         _SCALES), gamma, rows, out, own, R, H, K, epsilon, heads_stride, BN, BK, V, False, False, False,
+            PARTS, True, FLOAT_DOT)
             signal_ranks(signals, place + t, rank, epoch, RANKS)
             t += tl.num_programs(0)
         t = tl.program_id(0)
@@ -181,7 +230,7 @@ def _add_product(entry, arena, x, gamma, rows, out, buffers, signals, walks, ran
 
 
 @triton.jit
-def _fuse_taps(entry, arena, taps, gamma, rows, x, features, buffers, signals, walks, rank, offset, place, failed, R, H, K,
+def _fuse_taps(entry, arena, taps, gamma, rows, x, features, buffers, signals, launches, rank, offset, place, failed, R, H, K,
                BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr, POLLS: tl.constexpr, FLOAT_DOT: tl.constexpr):
     """features float32 [R, H] of taps [R, K]. Each of several ranks makes an equal share of the columns, and all copy them.
 
@@ -193,12 +242,13 @@ def _fuse_taps(entry, arena, taps, gamma, rows, x, features, buffers, signals, w
     else:
         groups = tl.cdiv(R, 8)
         share = H // RANKS
-        epoch = _epoch(entry, walks)
+        epoch = _epoch(entry, launches)
         own = tl.load(buffers + rank).to(tl.pointer_type(tl.float32)) + offset
         t = tl.program_id(0)
         while t < tl.cdiv(share, BN) * groups:
-            product_tile(t // groups, t % groups, taps, _matrix_at(arena, entry, 1, False), _floats_at(arena, entry, 2), gamma,
-                         rows, own, own, R, share, K, 0.0, 0, BN, BK, 0, False, False, False, 1, False, FLOAT_DOT)
+            product_tile(t // groups, t % groups, taps, _matrix_at(arena, entry, _WEIGHT, False), _floats_at(arena, entry,
+                         _SCALES), gamma, rows, own, own, R, share, K, 0.0, 0, BN, BK, 0, False, False, False, 1, False,
+            FLOAT_DOT)
             signal_ranks(signals, place + t, rank, epoch, RANKS)
             t += tl.num_programs(0)
         t = tl.program_id(0)
@@ -216,17 +266,17 @@ def _fuse_taps(entry, arena, taps, gamma, rows, x, features, buffers, signals, w
 
 # What changes from step to step, or from rank to rank: a compilation for each of its values or divisors would cost seconds in
 # the middle of an answer. What is left are sizes of the model, whose divisors widths of accesses depend on.
-@triton.jit(do_not_specialize=["tasks", "R", "wanted", "context", "full_width", "window_width", "full_chunks", "window_chunks",
+@triton.jit(do_not_specialize=["ops", "R", "wanted", "context", "full_width", "window_width", "full_chunks", "window_chunks",
                                "blocks", "up_entries", "down_entries", "K_UP", "rank", "half"])
 def step_kernel(
-        table, tasks, arena, embed, spare, head, final_norm, ids, positions, head_rows, x, q, heads, y, inner, index, weight,
+        table, ops, arena, embed, spare, head, final_norm, ids, positions, head_rows, x, q, heads, y, inner, index, weight,
         scores, route_arrived, taps, features, context_positions, context_slots, logits, barrier, failed,
         full_cos, full_sin, full_keys, full_values, full_slots, full_tables, full_first, full_start, full_count, full_row,
         window_cos, window_sin, window_keys, window_values, window_slots, window_tables, window_first, window_start,
         window_count, window_row, partial, stats, attend_arrived, order, plan, expert_inner, expert_partial, ready, arrived,
         control, R, H, I, E, vocabulary, wanted, context, taps_width, epsilon, factor, v_scale, full_stride, window_stride,
         full_width, window_width, full_chunks, window_chunks, blocks, up_entries, down_entries, K_UP,
-        buffers, signals, walks, rank, half,
+        buffers, signals, launches, rank, half,
         FULL: tl.constexpr, WINDOW: tl.constexpr, DENSE: tl.constexpr, MOE: tl.constexpr, DRAFT: tl.constexpr,
         HEAD_NORM: tl.constexpr, QKV_FP8: tl.constexpr, O_FP8: tl.constexpr, MLP_FP8: tl.constexpr, HAS_TAPS: tl.constexpr,
         F_QUERIES: tl.constexpr, F_KEYS: tl.constexpr, F_SPLIT: tl.constexpr, F_M: tl.constexpr, F_D: tl.constexpr,
@@ -241,13 +291,14 @@ def step_kernel(
         PREFETCH: tl.constexpr, PTX: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROUTE_BN: tl.constexpr,
         ROUTE_BK: tl.constexpr, RANKS: tl.constexpr, F_PARTS: tl.constexpr, W_PARTS: tl.constexpr, D_PARTS: tl.constexpr,
         PARTS: tl.constexpr, COPY: tl.constexpr, POLLS: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """Walks `table`; `triton.megakernel` documents and fills the arguments; lower-case ones change from step to step."""
+    """Runs the instructions of `table`. `backends.triton.megakernel.Globals` documents and fills the arguments; lower-case ones
+    change from step to step."""
     pid = tl.program_id(0)
     groups = tl.cdiv(R, 8)
     places = tl.cdiv(H, BN) * 8  # flags of a product of up to 64 rows: o_proj's, then those of dense layers, then the experts'
-    for i in tl.range(0, tasks, disable_licm=True):
+    for i in tl.range(0, ops, disable_licm=True):
         entry = table + i * _FIELDS
-        op = tl.load(entry)
+        op = tl.load(entry + _OP)
         if op == _EMBED:
             t = pid
             while t < R:
@@ -273,47 +324,50 @@ def step_kernel(
                         window_chunks, W_KEYS * W_SPLIT, W_QUERIES // (W_KEYS * W_SPLIT), W_SPLIT, W_M, W_D, W_D_HEAD,
                         W_D_TAIL, W_V, W_V_WIDE, PAGE_, CHUNK, W_WINDOW, W_SINK, False, FLOAT_DOT)
         if op == _MERGE_ADD:
-            # Field 6: which geometry the heads have.
             if FULL:
-                if tl.load(entry + 6) == 0:
-                    _add_product(entry, arena, heads, final_norm, head_rows, x, buffers, signals, walks, rank, 0, 0, failed, R,
-                                 H, F_QUERIES * F_V, epsilon, R * F_V, BN, BK, F_V, F_PARTS, O_FP8, RANKS, POLLS, FLOAT_DOT)
+                if tl.load(entry + _GEOMETRY) == 0:
+                    _add_product(entry, arena, heads, final_norm, head_rows, x, buffers, signals, launches, rank, 0, 0,
+                                 failed, R, H, F_QUERIES * F_V, epsilon, R * F_V, BN, BK, F_V, F_PARTS, O_FP8, RANKS, POLLS,
+            FLOAT_DOT)
             if WINDOW:
-                if tl.load(entry + 6) == 1:
-                    _add_product(entry, arena, heads, final_norm, head_rows, x, buffers, signals, walks, rank, 0, 0, failed, R,
-                                 H, W_QUERIES * W_V, epsilon, R * W_V, BN, BK, W_V, W_PARTS, O_FP8, RANKS, POLLS, FLOAT_DOT)
+                if tl.load(entry + _GEOMETRY) == 1:
+                    _add_product(entry, arena, heads, final_norm, head_rows, x, buffers, signals, launches, rank, 0, 0,
+                                 failed, R, H, W_QUERIES * W_V, epsilon, R * W_V, BN, BK, W_V, W_PARTS, O_FP8, RANKS, POLLS,
+        FLOAT_DOT)
         if DENSE:
             if op == _NORM_GATE_UP:
                 t = pid
                 while t < tl.cdiv(I, BN) * groups:
-                    swiglu_tile(t // groups, t % groups, x, _matrix_at(arena, entry, 1, MLP_FP8), _floats_at(arena, entry, 2),
-                                _floats_at(arena, entry, 3), inner, R, I, H, epsilon, BN, BK, True, FLOAT_DOT)
+                    swiglu_tile(t // groups, t % groups, x, _matrix_at(arena, entry, _WEIGHT, MLP_FP8), _floats_at(arena,
+                                entry, _SCALES), _floats_at(arena, entry, _GAMMA), inner, R, I, H, epsilon, BN, BK, True,
+                    FLOAT_DOT)
                     t += tl.num_programs(0)
             if op == _DOWN_ADD:
-                _add_product(entry, arena, inner, final_norm, head_rows, x, buffers, signals, walks, rank, half, places, failed,
-                             R, H, I, epsilon, 0, BN, BK, 0, D_PARTS, MLP_FP8, RANKS, POLLS, FLOAT_DOT)
+                _add_product(entry, arena, inner, final_norm, head_rows, x, buffers, signals, launches, rank, half, places,
+                             failed, R, H, I, epsilon, 0, BN, BK, 0, D_PARTS, MLP_FP8, RANKS, POLLS, FLOAT_DOT)
         if MOE:
             if op == _NORM_ROUTE:
                 t = pid
                 while t < tl.cdiv(E, ROUTE_BN) * groups:
-                    route_tile(t // groups, t % groups, x, _floats_at(arena, entry, 1), _floats_at(arena, entry, 3),
-                               _floats_at(arena, entry, 4), scores, y, route_arrived, index, weight, R, E, H, epsilon, factor,
-                               tl.cdiv(E, ROUTE_BN), A, WIDE, GROUPS, TOP_GROUPS, NORMED, ROUTE_BN, ROUTE_BK, True, FLOAT_DOT)
+                    route_tile(t // groups, t % groups, x, _floats_at(arena, entry, _WEIGHT), _floats_at(arena, entry, _GAMMA),
+                               _floats_at(arena, entry, _EXTRA), scores, y, route_arrived, index, weight, R, E, H, epsilon,
+                               factor, tl.cdiv(E, ROUTE_BN), A, WIDE, GROUPS, TOP_GROUPS, NORMED, ROUTE_BN, ROUTE_BK, True,
+                    FLOAT_DOT)
                     t += tl.num_programs(0)
             if op == _EXPERTS_ADD:
                 if RANKS == 1:
-                    experts_work(y, _bytes_at(arena, entry, 1), _bytes_at(arena, entry, 4), index, weight, order, plan,
-                                 expert_inner, expert_partial, x, x, ready, arrived, control, R, H, E, up_entries, down_entries,
-                                 K_UP, 0, signals, rank, 0, 0, A, M, UP, DOWN, TILES, K_DOWN, PARTS, False, UP_ROWS, UP_DEPTH,
-                                 DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, False, True, POLLS, PTX, FLOAT_DOT, 0, True, 1,
-                                 False)
+                    experts_work(y, _bytes_at(arena, entry, _WEIGHT), _bytes_at(arena, entry, _EXTRA), index, weight, order,
+                                 plan, expert_inner, expert_partial, x, x, ready, arrived, control, R, H, E, up_entries,
+                                 down_entries, K_UP, 0, signals, rank, 0, 0, A, M, UP, DOWN, TILES, K_DOWN, PARTS, False,
+                                 UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, False, True, POLLS, PTX,
+                                 FLOAT_DOT, 0, True, 1, False)
                 else:
                     COLUMNS: tl.constexpr = TILES * DOWN_ROWS
                     BLOCK: tl.constexpr = COLUMNS if COLUMNS < 128 else 128
-                    epoch = _epoch(entry, walks)
+                    epoch = _epoch(entry, launches)
                     own = tl.load(buffers + rank).to(tl.pointer_type(tl.float32)) + half
-                    experts_work(y, _bytes_at(arena, entry, 1), _bytes_at(arena, entry, 4), index, weight, order, plan,
-                                 expert_inner, expert_partial, x, own, ready, arrived, control, R, H, E, up_entries,
+                    experts_work(y, _bytes_at(arena, entry, _WEIGHT), _bytes_at(arena, entry, _EXTRA), index, weight, order,
+                                 plan, expert_inner, expert_partial, x, own, ready, arrived, control, R, H, E, up_entries,
                                  down_entries, K_UP, R * H, signals, rank, 2 * places, epoch, A, M, UP, DOWN, TILES, K_DOWN,
                                  PARTS, True, UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, False, True,
                                  POLLS, PTX, FLOAT_DOT, 0, False, RANKS, False)
@@ -325,7 +379,7 @@ def step_kernel(
                         t += tl.num_programs(0)
         if HAS_TAPS:
             if op == _TAP:
-                target = taps + tl.load(entry + 5).to(tl.int64) * R * H
+                target = taps + tl.load(entry + _PLACE).to(tl.int64) * R * H
                 t = pid
                 while t < tl.cdiv(R * H, COPY):
                     at = t * COPY + tl.arange(0, COPY)
@@ -333,7 +387,7 @@ def step_kernel(
                     t += tl.num_programs(0)
         if DRAFT:
             if op == _FUSE_TAPS:
-                _fuse_taps(entry, arena, taps, final_norm, head_rows, x, features, buffers, signals, walks, rank, 2 * half,
+                _fuse_taps(entry, arena, taps, final_norm, head_rows, x, features, buffers, signals, launches, rank, 2 * half,
                            2 * places, failed, context, H, taps_width, BN, BK, RANKS, POLLS, FLOAT_DOT)
             if op == _CONTEXT:
                 _enter(entry, arena, features, full_cos, full_sin, context_positions, context_slots, q, full_keys, full_values,
@@ -351,9 +405,9 @@ def step_kernel(
     if tl.atomic_add(barrier + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(barrier, 0)
         tl.store(barrier + 1, 0)
-        tl.store(walks, tl.load(walks) + 1)
+        tl.store(launches, tl.load(launches) + 1)
 
 
-def walk_options(interpreted: bool) -> dict:
+def launch_options(interpreted: bool) -> dict:
     """How `step_kernel` is launched, and compiled ahead of time: cooperatively, because its programs wait for each other."""
     return {} if interpreted else {"num_warps": WARPS, "maxnreg": REGISTERS, "launch_cooperative_grid": True}

@@ -1,4 +1,4 @@
-"""Memory of each rank that every rank can address: what a walk sums over ranks in (`kernels/step.py`).
+"""Memory of each rank that every rank can address: what the megakernel sums over ranks in (`kernels/step.py`).
 
 Each rank has a buffer of two halves of float32 and flags, int32 [places, ranks]; a kernel gets the addresses of everybody's as
 a table of int64. On GPUs they are torch's symmetric memory (one NVLink domain). In Triton's interpreter they are a file in
@@ -33,7 +33,7 @@ class Symmetric:
 
     def __init__(self, ranks: Ranks, half: int, places: int, device: str, more: int = 0):
         self.ranks, self.half = ranks, half
-        self.walks = torch.zeros(1, dtype=torch.int32, device=device)  # walks so far, counted by the kernel
+        self.launches = torch.zeros(1, dtype=torch.int32, device=device)  # launches so far, counted by the kernel
         if ranks.count == 1:
             nothing = torch.zeros(1, dtype=torch.int64, device=device)
             self.buffers, self.signals, self._held = nothing, nothing, None
@@ -47,7 +47,7 @@ class Symmetric:
 
     def arguments(self) -> dict:
         """Of `step_kernel`."""
-        return {"buffers": self.buffers, "signals": self.signals, "walks": self.walks, "rank": self.ranks.rank,
+        return {"buffers": self.buffers, "signals": self.signals, "launches": self.launches, "rank": self.ranks.rank,
                 "half": self.half}
 
 
@@ -55,7 +55,7 @@ def _mapped(ranks: Ranks, size: int, device: str) -> tuple[list[int], object]:
     """Addresses, in this process, of zeroed memory of each rank, and what keeps it mapped."""
     name = None
     if ranks.rank == 0:
-        handle, name = tempfile.mkstemp(prefix="walk-", dir=_SHARED if _SHARED.is_dir() else None)
+        handle, name = tempfile.mkstemp(prefix="megakernel-", dir=_SHARED if _SHARED.is_dir() else None)
         os.ftruncate(handle, size * ranks.count)
         os.close(handle)
     name = ranks.broadcast(name)

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from checkpoint.tensor_files import TensorFiles
-from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
+from runtime_ref.backends.triton.megakernel_drafter import MegakernelDrafter
 from runtime_ref.checkpoints import device_weights as kernel_weights
 from runtime_ref.checkpoints.families.registry import read_geometry
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine, EngineOptions
 from runtime_ref.measure.gpu_suite.plan import kept
-from runtime_ref.measure.gpu_suite.steps import walking
+from runtime_ref.measure.gpu_suite.steps import use_megakernel
 
 
 def check_folder(folder: Path) -> None:
@@ -80,8 +80,8 @@ def measure_engine(folder, problems: list[str], seconds_left: Callable[[], float
 def _measure_way(engine, prompts: list, name: str, way: str, plain: bool, programs: int, report: dict,
                  problems: list[str]) -> list[list[int]]:
     """Answers; one pass unmeasured, one by the clock, and of drafting one in the profiler."""
-    if way == "walked" and engine.backend.walk is None:
-        walking(engine, programs)
+    if way == "walked" and engine.backend.runner is None:
+        use_megakernel(engine, programs)
     params = SamplingParams(max_tokens=report["tokens"], ignore_eos=True, speculate=not plain)
     for _ in range(2):
         began = time.perf_counter()
@@ -102,7 +102,8 @@ def alike(one: list[int], other: list[int]) -> int:
 
 def given_up(engine) -> list[str]:
     """Whose walks gave up a wait: "step", "draft"."""
-    walks = {"step": engine.backend.walk, "draft": engine.drafter if isinstance(engine.drafter, PersistentDraft) else None}
+    walks = {"step": engine.backend.runner, "draft": engine.drafter if isinstance(engine.drafter,
+                                                                                      MegakernelDrafter) else None}
     return [name for name, walk in walks.items() if walk is not None and walk.failed()]
 
 

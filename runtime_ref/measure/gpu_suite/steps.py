@@ -24,8 +24,8 @@ from mxfp4.fake_quant_triton import BLOCKS_PER_PROGRAM, fake_quantize_fused_, fa
 from mxfp4.format import ScaleRule
 from runtime_ref.backends.triton.backend import BLOCK, TritonBackend, default_tiling
 from runtime_ref.backends.triton.drafter import TritonDrafter
-from runtime_ref.backends.triton.megakernel import PersistentStep
-from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
+from runtime_ref.backends.triton.megakernel import Megakernel
+from runtime_ref.backends.triton.megakernel_drafter import MegakernelDrafter
 from runtime_ref.checkpoints.device_weights import random_weights
 from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk
 from runtime_ref.core.fusion import fused
@@ -46,7 +46,7 @@ ACCEPTANCE = 6.30
 # Relative difference of a row of a layer, made from the same input by a walk and by launches, above which the walk is wrong.
 # Sums within a row are made in another order (8 warps, 4 warps), so a value near a tie may be rounded to its other bf16
 # neighbour, which is at most 2^-8 away: as if all of them were. A few in ten thousand are; a wrong op is off by far more.
-WALK_DIFFERENCE = 2.0**-8
+MEGAKERNEL_DIFFERENCE = 2.0**-8
 # The same of a draft's logits, through all its layers: such values then differ in what every further product reads.
 DRAFT_DIFFERENCE = 2.0**-5
 TOY = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 3, "hybrid_layer_pattern": [0, 1, 0],
@@ -130,7 +130,7 @@ class Prepared:
 
 
 @torch.inference_mode()
-def compare_walk(ready: Prepared, programs: int) -> dict:
+def compare_megakernel(ready: Prepared, programs: int) -> dict:
     """A walk of eight rows against the launches, each layer from what the walk itself gave that layer.
 
     Why not only the logits: routers of random weights are full of near ties, so one value that is rounded to its other
@@ -145,7 +145,7 @@ def compare_walk(ready: Prepared, programs: int) -> dict:
     """
     backend, step, config = ready.backend, ready.step(8), ready.config
     program = target_program(config, range(config.num_hidden_layers))
-    walk = PersistentStep(backend, program, programs)
+    walk = Megakernel(backend, program, programs)
     walked, again = walk.run(step), walk.run(step)
     buffers, distinct = {"ids": step.ids}, []
     rows = []  # of every layer and of the logits: difference of the worst row, layer
@@ -165,8 +165,8 @@ def compare_walk(ready: Prepared, programs: int) -> dict:
     wrong = [words for words, is_so in (
         (f"not finite after {_where(layer)}", not finite), ("a wait was given up", walk.failed()),
         ("two walks differ", not repeated),
-        (f"{worst:.1e} from the launches at {_where(layer)}, expected at most {WALK_DIFFERENCE:.1e}",
-         finite and worst > WALK_DIFFERENCE)) if is_so]
+        (f"{worst:.1e} from the launches at {_where(layer)}, expected at most {MEGAKERNEL_DIFFERENCE:.1e}",
+         finite and worst > MEGAKERNEL_DIFFERENCE)) if is_so]
     return {"difference": worst if finite else None, "layer": layer, "equal": equal, "repeated": repeated,
             "failed": walk.failed(), "distinct_experts": sum(distinct) / len(distinct) if distinct else None,
             "wrong": "; ".join(wrong) or None}
@@ -194,7 +194,8 @@ def check_steps(device: str, programs: int) -> list[dict]:
     alone = [0, 3, 7]  # their predecessors' keys are in the cache by now
     rows = torch.cat([served.backend.run(served.program, served.step(1, i))["logits"].cpu() for i in alone])
     same, fine = torch.equal(launched[alone], rows), bool(launched.isfinite().all())
-    found = compare_walk(Prepared(MiMoV2Config(**TOY), device, 70, SHARES, replace(default_tiling(), warps=WARPS)), programs)
+    found = compare_megakernel(Prepared(MiMoV2Config(**TOY), device, 70, SHARES, replace(default_tiling(), warps=WARPS)),
+                               programs)
     return [{"name": "step, 8 rows and 1 row", "passed": same and fine, "detail": f"bits {'equal' if same else 'DIFFER'}"},
             {"name": "persistent step", "passed": found["wrong"] is None,
              "detail": found["wrong"] or f"bits of the launches {'equal' if found['equal'] else 'not equal'}, relative "
@@ -259,11 +260,11 @@ def measure_steps(config: MiMoV2Config, time_graph, problems: list[str], *, posi
     programs = torch.cuda.get_device_properties(0).multi_processor_count
     ready = Prepared(config, "cuda", position, 1)
     step, backend, program = ready.step(8), ready.backend, ready.program
-    compared = part("walk against launches", lambda: compare_walk(ready, programs))
+    compared = part("walk against launches", lambda: compare_megakernel(ready, programs))
     wrong = compared["wrong"] if compared else "not compared with the launches"
     report = {"weights_bytes": backend.kernel_weights.arena.used, "position": position, "compared": compared,
               "op_by_op": part("op by op", lambda: time_graph([lambda: backend.run(program, step, host=False)])),
-              "walk": {"refused": wrong} if wrong else part("walked", lambda: _measure_walk(ready, programs, time_graph)),
+              "walk": {"refused": wrong} if wrong else part("walked", lambda: _measure_megakernel(ready, programs, time_graph)),
               "barrier_seconds": part("barriers", lambda: measure_barrier(programs, time_graph)),
               "verify": part("verdict", lambda: measure_verify(config, time_graph)),
               "draft": part("draft", lambda: measure_draft(ready, programs, time_graph)),
@@ -276,8 +277,8 @@ def measure_steps(config: MiMoV2Config, time_graph, problems: list[str], *, posi
     return report
 
 
-def _measure_walk(ready: Prepared, programs: int, time_graph) -> dict:
-    step, walk = ready.step(8), PersistentStep(ready.backend, ready.program, programs)
+def _measure_megakernel(ready: Prepared, programs: int, time_graph) -> dict:
+    step, walk = ready.step(8), Megakernel(ready.backend, ready.program, programs)
     timed = time_graph([lambda: walk.run(step)])
     launches = count_launches(lambda: walk.run(step))
     if walk.failed():
@@ -324,7 +325,7 @@ def measure_draft(ready: Prepared, programs: int, time_graph) -> dict:
     backend, position = ready.backend, ready.position
     model = rank_drafter(ready.config, RANKS, ready.device)
     drafter = TritonDrafter(model, backend, position // PAGE + 2, position + 2 * PAGE, shares=1)
-    walk = PersistentDraft(drafter, programs)
+    walk = MegakernelDrafter(drafter, programs)
     cache = KvCache({KIND: drafter.pool}, prefix=False)
     tables = cache.tables()
     cache.extend(tables, [KIND], position + BLOCK)
@@ -357,8 +358,8 @@ def projected(seconds: float, reductions: int) -> dict:
                                                            for t in ALL_REDUCE_SECONDS}}
 
 
-def walking(engine, programs: int) -> None:
+def use_megakernel(engine, programs: int) -> None:
     """Makes an engine of the Triton backend walk its steps and its drafter's rounds."""
-    engine.backend.walk = PersistentStep(engine.backend, engine.program, programs)
+    engine.backend.runner = Megakernel(engine.backend, engine.program, programs)
     if engine.drafter is not None:
-        engine.drafter = PersistentDraft(engine.drafter, programs)
+        engine.drafter = MegakernelDrafter(engine.drafter, programs)

@@ -189,7 +189,7 @@ def rows() -> list[Row]:
             walks["8 tokens"] = step_constants(deep, 1)
         for name, constants in walks.items():
             found.append(_nvidia_row(f"step_kernel, {name}", target, step.step_kernel, constants, None,
-                                     **step.walk_options(interpreted=False)))
+                                     **step.launch_options(interpreted=False)))
     return found
 
 

@@ -20,7 +20,7 @@ ROW_POINTERS = {"w": "bf16", "scales": "fp32", "gamma": "fp32", "head_gamma": "f
                 "logits": "fp32",
                 "drafts": "i32", "best": "fp32", "heat": "fp64", "uniform": "fp64", "mass": "fp64", "place": "i32",
                 "tokens": "i32", "accepted": "i32", "rows_left": "i32", "unsafe": "i32",
-                "barrier": "i32", "walks": "i32", "attend_arrived": "i32", "expert_inner": "bf16", "expert_partial": "fp32"}
+                "barrier": "i32", "launches": "i32", "attend_arrived": "i32", "expert_inner": "bf16", "expert_partial": "fp32"}
 for _kind in ("full", "window"):
     ROW_POINTERS |= {f"{_kind}_{name}": dtype for name, dtype in (
         ("cos", "fp32"), ("sin", "fp32"), ("keys", "bf16"), ("values", "bf16"), ("slots", "i32"), ("tables", "i32"),

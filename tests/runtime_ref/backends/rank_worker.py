@@ -2,6 +2,7 @@
 
     rank_worker.py FOLDER same 1 2 4 8      one JSON line per number of ranks: tokens, and a hash of the logits
     rank_worker.py FOLDER same-on-torch 1 2 the same, on the torch backend
+    rank_worker.py FOLDER persistent 1 2    the same with steps and drafts in one launch each (kernels only)
     rank_worker.py FOLDER die 2             the last rank ends in the middle; what the others say goes to stderr
     rank_worker.py FOLDER fail 4            rank 0's engine raises in the middle, and its process lives on for a while
 """
@@ -35,8 +36,9 @@ def prompts():
 BACKEND = "triton" if KERNELS else "auto"
 
 
-def same(folder, ranks, pipe, backend=BACKEND):
-    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256), backend=backend)
+def same(folder, ranks, pipe, backend=BACKEND, launch="ops"):
+    options = EngineOptions(max_context=256, max_running=3)
+    engine = Engine.from_folder(folder, ranks=ranks, options=options, backend=backend, launch=launch)
     params = [SamplingParams(max_tokens=8, ignore_eos=True), SamplingParams(max_tokens=8, temperature=0.8, seed=1),
               SamplingParams(max_tokens=8, temperature=0.8, seed=2, rule="rejection")]
     tokens = engine.generate(prompts(), params)
@@ -47,7 +49,7 @@ def same(folder, ranks, pipe, backend=BACKEND):
     logits = engine.backend.run(engine.program, step)["logits"][:17]
     if ranks.rank == 0:
         found = {"ranks": ranks.count, "tokens": tokens, "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
-                 "experts": engine.backend.weights.packed_bytes}
+                 "experts": engine.backend.weights.packed_bytes, "launch": engine.launch.chosen}
         os.write(pipe, (json.dumps(found) + "\n").encode())
 
 
@@ -55,8 +57,13 @@ def same_on_torch(folder, ranks, pipe):
     same(folder, ranks, pipe, "torch")
 
 
+def persistent(folder, ranks, pipe):
+    same(folder, ranks, pipe, launch="persistent")
+
+
 def die(folder, ranks, pipe):
-    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256), backend=BACKEND)
+    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256), backend=BACKEND,
+                                launch="ops")
     for prompt in prompts():
         engine.add(prompt, SamplingParams(max_tokens=100, ignore_eos=True))
     for number in range(100):
@@ -66,7 +73,8 @@ def die(folder, ranks, pipe):
 
 
 def fail(folder, ranks, pipe):
-    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256), backend=BACKEND)
+    engine = Engine.from_folder(folder, ranks=ranks, options=EngineOptions(max_context=256), backend=BACKEND,
+                                launch="ops")
     for prompt in prompts():
         engine.add(prompt, SamplingParams(max_tokens=100, ignore_eos=True))
     for _ in range(3):
@@ -137,7 +145,7 @@ def run(job, folder, count):
 
 if __name__ == "__main__":
     _, folder, name, *counts = sys.argv
-    job = {"same": same, "same-on-torch": same_on_torch, "die": die, "fail": fail, "slow": slow}[name]
+    job = {"same": same, "same-on-torch": same_on_torch, "persistent": persistent, "die": die, "fail": fail, "slow": slow}[name]
     for count in map(int, counts):
         codes, seconds = run(job, folder, count)
         print(json.dumps({"codes": codes, "seconds": round(seconds, 1)}), flush=True)

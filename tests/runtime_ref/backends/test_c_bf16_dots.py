@@ -16,7 +16,7 @@ from runtime_ref.validation import reference_ops as naive
 from runtime_ref.validation.checks.runtime_ops import OP_ERROR
 
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.skipif(structs.compiled_ops()[0] is None or not structs.can_dot(BF16),
+pytestmark = pytest.mark.skipif(structs.compiled_ops()[0] is None or not structs.has_bf16_dot(BF16),
                                 reason="no bf16 dot products here")
 PAGES = {"full": 40, "window": 40}
 
@@ -54,7 +54,7 @@ def op_errors(backend, ids) -> dict[str, float]:
     def watch(op, buffers):
         inputs = {name: kept[name] for name in op.reads if name in kept}
         if len(inputs) == len(op.reads):
-            if op.name.startswith("attend") and backend.dots:
+            if op.name.startswith("attend") and backend.bf16_dot:
                 shown.pools = {kind: in_rows(pool) for kind, pool in backend.pools.items()}
             wanted = naive.expected(shown, op, inputs, span, len(ids))
             if wanted is not None:
@@ -124,31 +124,41 @@ def test_without_the_instruction_the_same_source_gives_float32_products(weights,
     monkeypatch.setattr(structs, "compiled_ops", lambda: plainly)
     monkeypatch.setattr("runtime_ref.backends.c.backend.compiled_ops", lambda: plainly)
     backend = CBackend(weights, dtype=BF16, pages=PAGES)
-    assert not backend.dots
+    assert not backend.bf16_dot
     worst = op_errors(backend, ids[:13])
     assert max(worst.pop("add_parts"), worst.pop("embed", 0.0)) < 2.0**-8  # the stream is rounded to bf16 in any case
     assert max(worst.values()) < OP_ERROR, worst
 
 
 def test_dot_products_are_refused_where_there_are_none(weights, monkeypatch):
-    with pytest.raises(ValueError, match="dots"):
-        CBackend(weights, dtype=torch.float32, pages=PAGES, dots=True)
+    with pytest.raises(ValueError, match="bf16_dot"):
+        CBackend(weights, dtype=torch.float32, pages=PAGES, bf16_dot=True)
 
 
 def test_float32_engines_do_not_round_what_enters_a_product(weights):
-    assert not CBackend(weights, dtype=torch.float32, pages=PAGES).dots
+    assert not CBackend(weights, dtype=torch.float32, pages=PAGES).bf16_dot
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_drafts_in_bytes_are_near_those_in_float32(folder, weights, ids, monkeypatch, count):
+def test_int8_drafts_are_near_those_in_float32(folder, weights, ids, count):
     taps, found = torch.randn(70, 3 * 64, generator=torch.Generator().manual_seed(1)), []
-    for in_bytes in (False, True):
-        monkeypatch.setattr("runtime_ref.backends.c.drafter.IN_BYTES", in_bytes)
-        backend = CBackend(weights, dtype=BF16, pages=PAGES, dots=in_bytes)
-        drafter = backend.load_drafter(folder / "dflash", 20, 256)
+    for precision in ("bf16", "int8"):
+        backend = CBackend(weights, dtype=BF16, pages=PAGES, bf16_dot=precision == "int8")
+        drafter = backend.load_drafter(folder / "dflash", 20, 256, precision=precision)
         tables = opened(backend, ("draft", drafter.pool))
         found.append(drafter.logits([DraftRequest(tables, ids[0], 70, count, taps)])[0])
     assert error(found[1], found[0]) < DRAFTS_IN_BYTES
+
+
+def test_int8_drafts_are_an_option_of_one_backend_and_never_taken_unasked(folder, weights, make_engine):
+    assert not CBackend(weights, dtype=BF16, pages=PAGES).load_drafter(folder / "dflash", 20, 256).memory.int8
+    assert make_engine(backend="c", drafter_precision="int8").drafter.memory.int8
+    with pytest.raises(ValueError, match="--drafter-precision int8: .* dtype bfloat16 only; expected bf16"):
+        make_engine(backend="c", dtype=torch.float32, drafter_precision="int8")
+    with pytest.raises(ValueError, match="--drafter-precision int8: the torch backend drafts in bf16"):
+        make_engine(backend="torch", drafter_precision="int8")
+    with pytest.raises(ValueError, match="drafter_precision 'int4': expected bf16, int8"):
+        make_engine(backend="c", drafter_precision="int4")
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9])
@@ -158,7 +168,7 @@ def test_a_product_in_bytes_is_exact_for_numbers_that_bytes_hold_and_gives_nan_f
     w[:, 0], x[:, 1] = 127, -127  # every row's scale is 1
     x[0] = 0
     x[-1, 5] = float("nan") if rows == 9 else x[-1, 5]
-    memory = structs.Memory(dots=True, coarse=True)
+    memory = structs.Memory(bf16_dot=True, int8=True)
     step = structs.Step(fc=memory.matrix(w), R=rows, H=48, norm=memory.pointer(torch.ones(48)))
     held = {"features": x, "x": torch.zeros(rows, 48), "y": torch.zeros(rows, 48), "halves": torch.zeros(8 * 48)}
     for name, t in held.items():

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pace import KERNELS, seconds
+from pace import INTERPRETED, KERNELS, seconds
 
 from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core import tensor_parallel as parallel
@@ -24,8 +24,12 @@ def run_worker(*arguments):
 
 
 # The kernels cut an expert of the embedded model into four parts of 64: of eight ranks, two hold the same one.
+OF_THE_BACKEND = ([] if INTERPRETED else [pytest.param("persistent", [1, 2], marks=pytest.mark.long)] if KERNELS else
+                  [("same-on-torch", [1, 4])])
+
+
 @pytest.mark.parametrize("job, counts", [("same", [1, 2]), pytest.param("same", [1, 4, 8], marks=pytest.mark.long),
-                                         *([] if KERNELS else [("same-on-torch", [1, 4])])])
+                                         *OF_THE_BACKEND])
 def test_tokens_and_logits_of_many_ranks_are_those_of_one(folder, job, counts):
     done = run_worker(folder, job, *counts)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -33,6 +37,8 @@ def test_tokens_and_logits_of_many_ranks_are_those_of_one(folder, job, counts):
     found = [line for line in lines if "tokens" in line]
     assert [line["ranks"] for line in found] == counts
     assert all(code == 0 for line in lines if "codes" in line for code in line["codes"])
+    if job == "persistent":
+        assert all(line["launch"] == {"target": "persistent", "drafter": "persistent"} for line in found)
     for line in found[1:]:
         assert line["tokens"] == found[0]["tokens"]
         assert line["logits"] == found[0]["logits"]

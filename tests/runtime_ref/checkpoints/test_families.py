@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tolerance import MODEL_FP32
-from toy_layouts import exported, gpt_oss, qwen3
+from toy_layouts import exported, gpt_oss, mixtral, qwen3
 
 from runtime_ref.backends.c import structs
 from runtime_ref.backends.torch.backend import TorchBackend
@@ -22,10 +22,13 @@ from runtime_ref.engine.engine import Engine, EngineOptions
 PAGES = {"full": 12, "window": 12}
 
 
-@pytest.fixture(scope="module", params=["qwen3", "gpt-oss"])
+@pytest.fixture(scope="module", params=["qwen3", "gpt-oss", "mixtral", "mixtral-window"])
 def made(request, tmp_path_factory):
-    build, layout = {"qwen3": (qwen3, "compressed-tensors"), "gpt-oss": (gpt_oss, "gpt-oss")}[request.param]
-    return exported(tmp_path_factory.mktemp(request.param), build(), layout)
+    config, layout = {"qwen3": (qwen3(), "compressed-tensors"), "gpt-oss": (gpt_oss(), "gpt-oss"),
+                      "mixtral": (mixtral(), "compressed-tensors"),
+                      "mixtral-window": (mixtral(sliding_window=24, num_experts_per_tok=2, tie_word_embeddings=False),
+                                         "compressed-tensors")}[request.param]
+    return exported(tmp_path_factory.mktemp(request.param), config, layout)
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +107,10 @@ def test_packed_experts_are_the_files_bytes(made):
     files = {n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
     weights = load_target(folder)
     held = weights.layers[1].mlp.experts.matrices[3]
-    if weights.config.model_type == "qwen3_moe":
-        for kind in ("gate", "up", "down"):
-            name = f"model.layers.1.mlp.experts.3.{kind}_proj.weight"
+    if weights.config.model_type != "gpt_oss":
+        for kind, part in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+            name = (f"model.layers.1.mlp.experts.3.{kind}_proj.weight" if weights.config.model_type == "qwen3_moe" else
+                    f"model.layers.1.block_sparse_moe.experts.3.{part}.weight")
             assert torch.equal(held[kind].codes, files[name + "_packed"])
             assert torch.equal(held[kind].scales, files[name + "_scale"])
         return
@@ -155,7 +159,7 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path, made):
         (folder / file.name).write_bytes(file.read_bytes())
     tensors = {n: t for f in made[0].glob("*.safetensors") for n, t in load_file(f).items()}
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    name = next(n for n in tensors if n.endswith(("gate_up_proj_blocks", "up_proj.weight_packed")))
+    name = next(n for n in tensors if n.endswith(("gate_up_proj_blocks", "up_proj.weight_packed", "w3.weight_packed")))
     for change, said in ((tensors[name][:, :-1].contiguous() if tensors[name].ndim == 2 else tensors[name][:-1], "expected"),
                          (None, f"tensor {name} is missing")):
         kept = {n: t for n, t in tensors.items() if n != name} | ({name: change} if change is not None else {})

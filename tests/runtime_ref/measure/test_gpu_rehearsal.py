@@ -237,7 +237,7 @@ def test_an_engine_keeps_to_the_card(played, folder):
         {"temperature": 0.8, "seed": 3, "rule": "rejection"})]
     prompts = [[5, 6, 7, 8 + i] for i in range(5)]
     found = engine.generate(prompts, params)
-    gpu_steps.walking(engine, 2)
+    gpu_steps.use_megakernel(engine, 2)
     assert engine.generate(prompts, params) == found and all(len(answer) == 6 for answer in found)
 
 

@@ -243,7 +243,7 @@ def test_its_check_of_whole_steps_is_green_in_the_interpreter(monkeypatch):
 
 def spoiled(name: str):
     """A launch of a walk that then changes its logits, what it gave its first layer's successor, or only the second walk."""
-    launch, walks = gpu_steps.PersistentStep.launch, []
+    launch, walks = gpu_steps.Megakernel.launch, []
 
     def call(self, step, logits, taps):
         launch(self, step, logits, taps)
@@ -263,9 +263,9 @@ def spoiled(name: str):
                                         ("infinite", "not finite after layer 0"), ("failed", "a wait was given up")])
 def test_its_check_of_whole_steps_is_red_when_a_walk_is_wrong(small_toy, monkeypatch, name, said):
     if name == "failed":
-        monkeypatch.setattr(gpu_steps.PersistentStep, "failed", lambda self: True)
+        monkeypatch.setattr(gpu_steps.Megakernel, "failed", lambda self: True)
     else:
-        monkeypatch.setattr(gpu_steps.PersistentStep, "launch", spoiled(name))
+        monkeypatch.setattr(gpu_steps.Megakernel, "launch", spoiled(name))
     one, other = gpu_steps.check_steps("cpu", 1)
     assert one["passed"] and not other["passed"] and said in other["detail"]
 
@@ -276,8 +276,8 @@ def test_a_wrong_walk_has_no_speed(small_toy, monkeypatch):
     weights = SimpleNamespace(arena=SimpleNamespace(used=1))
     monkeypatch.setattr(gpu_steps, "Prepared", lambda *_: SimpleNamespace(
         step=lambda rows: None, program=[], backend=SimpleNamespace(kernel_weights=weights)))
-    monkeypatch.setattr(gpu_steps, "compare_walk", lambda *_: {"wrong": "two walks differ"})
-    monkeypatch.setattr(gpu_steps, "_measure_walk", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(gpu_steps, "compare_megakernel", lambda *_: {"wrong": "two walks differ"})
+    monkeypatch.setattr(gpu_steps, "_measure_megakernel", lambda *_: pytest.fail("timed"))
     for name in ("measure_verify", "measure_draft", "measure_barrier"):
         monkeypatch.setattr(gpu_steps, name, lambda *_: {"seconds": 2e-3, "refused": None, "reductions": 10, "launches": 1})
     monkeypatch.setattr(gpu_steps, "measure_barrier", raising(RuntimeError("a wait was given up")))
@@ -356,7 +356,7 @@ class Stub:
         self.drafter = object()
 
     def generate(self, prompts, params):
-        name = f"{'drafting' if params.speculate else 'plain'}, {'walked' if self.backend.walk else 'op by op'}"
+        name = f"{'drafting' if params.speculate else 'plain'}, {'walked' if self.backend.runner else 'op by op'}"
         self.asked.append((name, tuple(prompts[0]), params.max_tokens))
         return [[7, 7, 8 if name in self.wrong else 7]]
 
@@ -371,11 +371,11 @@ def stubbed(monkeypatch):
             assert backend == "triton" and not options.prefix_cache
             return engine
 
-        def walking(engine, programs):
-            engine.backend.walk = SimpleNamespace(failed=lambda: engine.failed)
+        def use_megakernel(engine, programs):
+            engine.backend.runner = SimpleNamespace(failed=lambda: engine.failed)
 
         monkeypatch.setattr(gpu_engine.Engine, "from_folder", from_folder)
-        monkeypatch.setattr(gpu_engine, "walking", walking)
+        monkeypatch.setattr(gpu_engine, "use_megakernel", use_megakernel)
         monkeypatch.setattr(gpu_engine, "timeline", timeline)
         problems = []
         return gpu_engine.measure_engine("folder", problems, left, tokens=3), problems

@@ -67,6 +67,22 @@ def test_instruction_budget():
     assert round(roofline.lane_instructions_per_weight("B200"), 2) == 2.33
 
 
+def test_goals_of_the_expert_kernel():
+    """70 % and 80 % of an H200's bandwidth for the 149 MB of a layer's experts on one of eight ranks, at eight tokens."""
+    text = roofline.report("MiMo-V2.5-Pro", PRO, tokens=8, acceptance=6.3, gpus=8)
+    assert "goal 70% 44.4 us, moonshot 80% 38.9 us" in text
+
+
+def test_users_share_what_a_step_reads():
+    """By hand: 64 users touch all 384 experts of a layer, 532 GB of them; one step, 64 blocks."""
+    read = roofline.step_bytes(PRO, 64 * 8)
+    assert round(read.distinct) == 384 and round(read.experts / 1e9) == 531
+    lines = roofline.users_table(PRO, tokens=8, acceptance=6.3, gpus=8, distinct_share=1.0)
+    h200 = next(line for line in lines if "H200" in line)
+    seconds = read.total / (8 * 0.7 * 4.8e12) + 140 * 5e-6
+    assert f"64: {6.3 / seconds:.0f}, {64 * 6.3 / seconds:.0f}, ${24 / 3600 / (64 * 6.3 / seconds) * 1e6:.2f}" in h200
+
+
 def test_bench_prints_the_model_without_torch_or_triton():
     code = ("import sys, runpy; sys.argv = ['runtime_ref/bench.py', '--roofline']\n"
             "try: runpy.run_path('runtime_ref/bench.py', run_name='__main__')\n"
@@ -74,6 +90,7 @@ def test_bench_prints_the_model_without_torch_or_triton():
             "assert not {'torch', 'triton', 'transformers'} & sys.modules.keys()")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "118.0 GB" in out and "projected" in out
+    assert "published by others" in out and "1.72 ms per token" in out and "not measured here" in out
 
 
 def test_unknown_model_is_one_line_and_exit_code_2():

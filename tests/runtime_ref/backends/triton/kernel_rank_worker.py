@@ -21,7 +21,7 @@ from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import leave, ranks_from_environment
 from runtime_ref.engine.engine import Engine, EngineOptions
-from runtime_ref.measure.gpu_suite.steps import walking
+from runtime_ref.measure.gpu_suite.steps import use_megakernel
 from tests.runtime_ref.kernels.quick_interpreter import quick_interpreter
 
 
@@ -29,7 +29,7 @@ def answers(folder, ranks, walked):
     options = EngineOptions(max_context=128, prefix_pages=2, max_running=2)
     engine = Engine.from_folder(folder, ranks=ranks, options=options, backend="triton")
     if walked:
-        walking(engine, 1)
+        use_megakernel(engine, 1)
     generator = torch.Generator().manual_seed(7)
     prompts = [torch.randint(1, 128, (n,), generator=generator).tolist() for n in (1, 9)]
     params = [SamplingParams(max_tokens=3, ignore_eos=True),

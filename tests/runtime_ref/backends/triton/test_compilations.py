@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
-from runtime_ref.backends.triton.megakernel import PersistentStep
-from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
+from runtime_ref.backends.triton.megakernel import Megakernel
+from runtime_ref.backends.triton.megakernel_drafter import MegakernelDrafter
 from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import target_program
@@ -41,7 +41,7 @@ def test_a_walk_of_the_target_is_compiled_once_per_scratch(small_engine):
     """Steps of one to 19 rows, at the beginning of a sequence and behind 60 positions, all logits or one: the scratch for eight
     rows and that for 64 have one kernel each."""
     backend = small_engine(drafter=False).backend
-    tables, walked = tables_of(backend.pools), PersistentStep(backend, target_program(backend.config, [0, 2]))
+    tables, walked = tables_of(backend.pools), Megakernel(backend, target_program(backend.config, [0, 2]))
 
     def run(most):
         for batch in BATCHES:
@@ -59,7 +59,7 @@ def test_a_walk_of_the_target_is_compiled_once_per_scratch(small_engine):
 def test_a_walk_of_the_drafter_is_compiled_once(small_engine):
     """Blocks of one and two sequences, with pending features and without."""
     drafter = small_engine().drafter
-    walked, tables = PersistentDraft(drafter), tables_of({"draft": drafter.pool})
+    walked, tables = MegakernelDrafter(drafter), tables_of({"draft": drafter.pool})
 
     def run():
         for counts in ((1,), (7,), (3, 7), (7, 7)):

@@ -12,7 +12,7 @@ from modeling.drafter import DFlashDraftModel, drafter_config, save_drafter
 from mxfp4 import dequantize
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.backends.triton.backend import load_triton_backend
-from runtime_ref.backends.triton.megakernel import PersistentStep
+from runtime_ref.backends.triton.megakernel import Megakernel
 from runtime_ref.checkpoints.device_weights import load_kernel_weights
 from runtime_ref.checkpoints.families.base import NotHeld
 from runtime_ref.checkpoints.load import load_target
@@ -100,7 +100,7 @@ def test_a_drafter_and_a_batch_change_no_token(folder, ids):
 
 def test_the_walk_refuses_what_it_has_not(backends):
     with pytest.raises(ValueError, match="neither norms of heads nor a softmax router"):
-        PersistentStep(backends[0], target_program(backends[0].config))
+        Megakernel(backends[0], target_program(backends[0].config))
 
 
 def test_gpt_oss_is_refused_in_one_line(tmp_path):

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from runtime_ref.backends.triton import megakernel as persistent
 from runtime_ref.backends.triton.backend import TritonBackend
-from runtime_ref.backends.triton.megakernel import PersistentStep
+from runtime_ref.backends.triton.megakernel import Megakernel
 from runtime_ref.checkpoints.device_weights import load_kernel_weights
 from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
@@ -55,7 +55,7 @@ class InOneProcess(Symmetric):
             InOneProcess.pieces = [(shared(torch.full((2 * half,), float("nan"))),
                                     shared(torch.zeros(places * ranks.count, dtype=torch.int32))) for _ in range(ranks.count)]
         self.ranks, self.half = ranks, half
-        self.walks = shared(torch.zeros(1, dtype=torch.int32))
+        self.launches = shared(torch.zeros(1, dtype=torch.int32))
         self.buffers, self.signals = (torch.tensor([piece[i].data_ptr() for piece in self.pieces]) for i in range(2))
 
 
@@ -94,7 +94,7 @@ def ranks_at_once(alone_and_shared, monkeypatch, walks=2, seconds=120):
     monkeypatch.delattr(InOneProcess, "pieces", raising=False)
     calls, found = [], []
     for backend, step in ranks:
-        walked = PersistentStep(backend, program, programs=PROGRAMS, polls=MANY)
+        walked = Megakernel(backend, program, programs=PROGRAMS, polls=MANY)
         logits, taps = torch.full((8, 65), float("nan")), torch.full((2, 9, 64), float("nan"), dtype=torch.bfloat16)
         arguments, constants = walked.arguments(step, logits, taps)
         for value in arguments.values():
@@ -117,7 +117,7 @@ def ranks_at_once(alone_and_shared, monkeypatch, walks=2, seconds=120):
     same = torch.equal(torch.cat([logits for logits, _, _ in found], 1), expected["logits"])
     for _, taps, walked in found:
         same = same and torch.equal(taps[0], expected["tap.0"]) and torch.equal(taps[1], expected["tap.2"])
-        same = same and int(walked.symmetric.walks) == walks and not walked.scratch["failed"].any()
+        same = same and int(walked.symmetric.launches) == walks and not walked.scratch["failed"].any()
     return codes == [0] * RANKS * PROGRAMS and same
 
 

@@ -11,7 +11,7 @@ from wrong_folders import judged
 from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine, EngineOptions
-from runtime_ref.measure.gpu_suite.steps import walking
+from runtime_ref.measure.gpu_suite.steps import use_megakernel
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
 
@@ -48,8 +48,8 @@ def test_its_numbers_are_near_those_of_bf16_activations_but_others(engines, smal
 
 
 def test_a_walk_refuses_it_in_one_line(engines):
-    with pytest.raises(ValueError, match="no experts in native pages .*they run op by op"):
-        walking(engines[0], 1)
+    with pytest.raises(ValueError, match="no experts for FP4 tensor cores .*they run op by op"):
+        use_megakernel(engines[0], 1)
 
 
 @pytest.mark.long

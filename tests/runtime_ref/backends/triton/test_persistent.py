@@ -9,14 +9,14 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 import triton
 import triton.language as tl
 
-from runtime_ref.backends.triton.megakernel import PersistentStep, table_of
-from runtime_ref.backends.triton.megakernel_drafter import PersistentDraft
+from runtime_ref.backends.triton.megakernel import Megakernel, encode_program
+from runtime_ref.backends.triton.megakernel_drafter import MegakernelDrafter
 from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import Op, target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.kernels.experimental import megakernel as walk
-from runtime_ref.measure.gpu_suite.steps import walking
+from runtime_ref.measure.gpu_suite.steps import use_megakernel
 from tests.runtime_ref.kernels.at_once import programs_at_once, shared
 
 MANY = 1 << 30  # polls: the harness's time limit, not the kernel's, ends a deadlock
@@ -63,7 +63,7 @@ def poison(walked):
 
 
 def test_a_walk_makes_the_bits_of_the_launches_and_can_be_repeated(prepared):
-    walked = PersistentStep(prepared.backend, prepared.program)
+    walked = Megakernel(prepared.backend, prepared.program)
     poison(walked)
     for _ in range(2):
         assert same(walked.run(prepared.step), prepared.expected)
@@ -79,7 +79,7 @@ def no_barrier(counter, epoch, failed, POLLS: tl.constexpr):
 def walked_at_once(prepared, seconds=60):
     """Whether PROGRAMS processes, each a program of one walk over shared memory, end and make the expected bits."""
     backend = prepared.backend
-    walked = PersistentStep(backend, prepared.program, programs=PROGRAMS, polls=MANY)
+    walked = Megakernel(backend, prepared.program, programs=PROGRAMS, polls=MANY)
     poison(walked)
     logits, taps = torch.full(prepared.expected["logits"].shape, float("nan")), torch.zeros(2, 9, 64, dtype=torch.bfloat16)
     arguments, constants = walked.arguments(prepared.step, logits, taps)
@@ -107,7 +107,7 @@ def test_a_walk_without_barriers_is_found(prepared, monkeypatch):
 def test_a_walk_of_the_drafter_makes_the_bits_of_its_launches(small_engine):
     """With pending features and without, blocks of two sequences."""
     drafter = small_engine().drafter
-    walked = PersistentDraft(drafter)
+    walked = MegakernelDrafter(drafter)
     taps = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     found = []
     for proposer in (drafter, walked):
@@ -129,16 +129,16 @@ def test_an_engine_that_walks_gives_the_tokens_of_one_that_launches(small_engine
     params = SamplingParams(max_tokens=3, ignore_eos=True)
     engine = small_engine(prefix_cache=False)
     expected = engine.generate(small_prompts[:2], params)
-    walking(engine, 1)
+    use_megakernel(engine, 1)
     launched = engine.stats()["steps"]
     assert engine.generate(small_prompts[:2], params) == expected
     assert engine.stats()["steps"] == 2 * launched and engine.stats()["rounds"] > 0
-    assert not engine.backend.walk.scratch["barrier"].any() and not engine.drafter.failed()
+    assert not engine.backend.runner.scratch["barrier"].any() and not engine.drafter.failed()
 
 
 def test_the_table_names_every_weight_in_the_arena(prepared):
     backend = prepared.backend
-    walked = PersistentStep(backend, prepared.program)
+    walked = Megakernel(backend, prepared.program)
     arena, layers = backend.kernel_weights.arena, backend.kernel_weights.layers
     assert walked.table.shape == (len(walked.program), walk.FIELDS) and walked.table.dtype == torch.int32
     for op, row in zip(walked.program, walked.table.tolist(), strict=True):
@@ -148,4 +148,4 @@ def test_the_table_names_every_weight_in_the_arena(prepared):
             piece = arena.data[row[1] * 128:][:w.numel() * 2].view(torch.bfloat16)
             assert torch.equal(piece, w.flatten()) and row[6] == int(layers[op.layer].kind == "window")
     with pytest.raises(ValueError, match="no op 'experts'"):
-        table_of([Op("experts", 1, (), ())], layers, arena, backend.pools)
+        encode_program([Op("experts", 1, (), ())], layers, arena, backend.pools)

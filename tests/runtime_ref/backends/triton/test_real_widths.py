@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
 from modeling.presets import released_config
-from runtime_ref.backends.triton.megakernel import PersistentStep
+from runtime_ref.backends.triton.megakernel import Megakernel
 from runtime_ref.measure.gpu_suite.steps import Prepared, rank_config
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
@@ -28,5 +28,5 @@ def test_rows_alone_launches_and_walks_make_the_same_bits(name):
     assert launched.isfinite().all() and launched.std() > 0.1
     rows = [ready.backend.run(ready.program, ready.step(1, i))["logits"] for i in (0, 7)]
     assert torch.equal(torch.cat(rows), launched[[0, 7]])
-    walk = PersistentStep(ready.backend, ready.program, 3)
+    walk = Megakernel(ready.backend, ready.program, 3)
     assert torch.equal(walk.run(step)["logits"], launched) and not walk.failed()
