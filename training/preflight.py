@@ -20,7 +20,7 @@ JOBS = ("qat", "dflash")
 def problems(recipe: Recipe, job: str) -> list[str]:
     """What keeps `job` ("qat" or "dflash") from running to its end, one line each; empty if nothing is known to."""
     found: list[str] = []
-    for check in (_tracking, _files, _positions, _drafter_target, _space):
+    for check in (_tracking, _base, _files, _positions, _drafter_target, _space):
         try:
             found += check(recipe, job)
         except ValueError as error:
@@ -49,6 +49,14 @@ def print_readiness(recipe: Recipe, job: str) -> None:
 def _tracking(recipe: Recipe, job: str) -> list[str]:
     report.require_wandb(recipe.tracking.wandb)
     return []
+
+
+def _base(recipe: Recipe, job: str) -> list[str]:
+    """A base that is neither a folder nor, by its form, a name on the hub (organisation/model)."""
+    path = recipe.model.path
+    if path is None or Path(path).exists() or (len(Path(path).parts) <= 2 and not path.startswith((".", "/", "~"))):
+        return []
+    return [f"model.path: {path}: no such checkpoint folder (looked from {Path.cwd()})"]
 
 
 def _named(recipe: Recipe, job: str) -> dict[str, list[str]]:

@@ -20,6 +20,8 @@ class SamplingParams:
         min_tokens: no end token, and none of stop_ids, before so many; `held_back` are those tokens (the engine sets it).
         logit_bias: (token, what is added to its logit).
         skip_special: special tokens have no text.
+        prompt_logprobs: None, or how many alternatives to return beside each token of the prompt; then `max_tokens` may be 0.
+        grammar: what the answer must match, as llguidance has it (`engine.grammar`).
         adaptive: choose the number of drafts by what was accepted so far.
         rule: "equality" (emit the target's own sample; drafts are greedy) or "rejection" (drafts are sampled).
     """
@@ -45,15 +47,18 @@ class SamplingParams:
     held_back: tuple[int, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
     skip_special: bool = True
+    prompt_logprobs: int | None = None
+    grammar: str | None = None
 
     def __post_init__(self):
         for name in ("max_tokens", "top_k", "seed", "logprobs", "drafts", "temperature", "top_p", "min_p", "presence_penalty",
-                     "frequency_penalty", "repetition_penalty", "min_tokens"):
-            value, whole = getattr(self, name), name in ("max_tokens", "top_k", "seed", "logprobs", "drafts", "min_tokens")
+                     "frequency_penalty", "repetition_penalty", "min_tokens", "prompt_logprobs"):
+            value = getattr(self, name)
+            whole = name in ("max_tokens", "top_k", "seed", "logprobs", "drafts", "min_tokens", "prompt_logprobs")
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                if value is not None or name not in ("logprobs", "drafts"):
+                if value is not None or name not in ("logprobs", "drafts", "prompt_logprobs"):
                     raise ValueError(f"{name}: {value!r}, expected {'a whole number' if whole else 'a number'}")
-        checks = [("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
+        checks = [("max_tokens", self.max_tokens, self.max_tokens >= (self.prompt_logprobs is None), "1 or more"),
                   ("temperature", self.temperature, 0 <= self.temperature <= 100, "0 to 100"),
                   ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, up to 1"),
                   ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
@@ -74,7 +79,7 @@ class SamplingParams:
     @property
     def plain_greedy(self) -> bool:
         """The arg-max of the logits is the token, whatever came before."""
-        return self.temperature == 0 and not self.penalized
+        return self.temperature == 0 and not self.penalized and self.grammar is None
 
     @property
     def penalized(self) -> bool:

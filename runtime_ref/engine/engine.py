@@ -35,7 +35,8 @@ from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.engine.detokenizer import TextStream
 from runtime_ref.engine.draft_length import Adaptive
-from runtime_ref.engine.sampler import logprob_of
+from runtime_ref.engine.grammar import Grammars
+from runtime_ref.engine.sampler import logprob_of, logprobs_of
 from runtime_ref.engine.scheduler import ScheduledSequence, Scheduler
 from runtime_ref.engine.sequence import Finish, Output, Sequence
 from runtime_ref.engine.speculative import Proposal, VerifyResult, accept, propose
@@ -77,6 +78,7 @@ class Engine:
         self.scheduler = Scheduler(self.cache, max_running=options.max_running, rows=options.rows,
                                    block=drafter.block if drafter is not None else 1)
         self._ids = itertools.count()
+        self._grammars: Grammars | None = None
         self._sequences: dict[int, Sequence] = {}
         self._streams: dict[int, TextStream] = {}
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "cached_tokens", "tokens", "rounds", "drafted", "accepted",
@@ -164,6 +166,11 @@ class Engine:
         if params.min_tokens:
             held = {*params.stop_ids, *(() if params.ignore_eos else self.end_ids)}
             params = replace(params, held_back=tuple(sorted(t for t in held if t < vocabulary)))
+        constraint = None
+        if params.grammar is not None:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer, vocabulary, self.end_ids)
+            constraint = self._grammars.begin(params.grammar)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: strings need a tokenizer, this engine has none (stop_ids work)")
         drafting = self.drafter is not None and params.speculate and params.drafts != 0
@@ -172,6 +179,7 @@ class Engine:
             length, drafting = self.adaptive.begin(params)
         sequence = Sequence(next(self._ids), list(prompt), params, len(self._sequences), self.cache.tables(), drafting, length)
         sequence.arrival = sequence.id
+        sequence.constraint = constraint
         self._sequences[sequence.id] = sequence
         if self.tokenizer is not None:
             self._streams[sequence.id] = TextStream(self.tokenizer, params.stop, params.skip_special)
@@ -215,7 +223,7 @@ class Engine:
             tokens = sequence.tokens[start:start + item.count]
             if item.drafts:
                 tokens = tokens + proposals[sequence.id].tokens
-            logits = "all" if not item.reads_prompt else "last" if item.completes else "none"
+            logits = "all" if not item.reads_prompt or sequence.unscored else "last" if item.completes else "none"
             chunks.append(SequenceChunk(sequence.tables, start, tokens, logits))
         step = self.backend.plan(chunks)
         buffers, verified = self._computed(step, scheduled, chunks, proposals)
@@ -260,6 +268,7 @@ class Engine:
         """Takes over what a step gave a sequence: the rows `own` of the logits, unless they are verified already."""
         sequence, anchor = item.sequence, chunk.start + item.count - 1
         emitted, accepted, logits = [], 0, None
+        completes = item.completes or not item.reads_prompt
         if verified is not None:
             emitted, accepted = verified.tokens, verified.accepted
         elif chunk.logits != "none":
@@ -268,8 +277,13 @@ class Engine:
                 row = int((~logits.isfinite()).any(-1).nonzero()[0])
                 raise FloatingPointError(f"request {sequence.id}: the logits after position {chunk.start + row} are not finite "
                                          f"(token {int((~logits[row].isfinite()).nonzero()[0])} is the first)")
-            verified = accept(logits, proposal, sequence.params, anchor, sequence.prompt, sequence.answer)
-            emitted, accepted = verified.tokens, verified.accepted
+            if item.reads_prompt and sequence.unscored:
+                self._score(sequence, chunk.start, logits)
+                logits = logits[-1:]
+            if completes and sequence.left > 0:
+                verified = accept(logits, proposal, sequence.params, anchor, sequence.prompt, sequence.answer,
+                                  sequence.constraint)
+                emitted, accepted = verified.tokens, verified.accepted
         if sequence.drafting and self.drafter.taps:
             rows = slice(chunk.row, chunk.row + item.count + accepted)
             if self._taps_ascend and "taps" in buffers:
@@ -285,13 +299,28 @@ class Engine:
         elif sequence.length is not None and not item.reads_prompt:
             sequence.length.update(0, 0)
         output = self._emit(sequence, emitted, logits)
+        if completes and sequence.params.max_tokens == 0:
+            output, sequence.finish = Output(sequence.id, [], Finish.LENGTH, ""), Finish.LENGTH
         if output is not None:
+            output.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
             output.drafted, output.accepted = len(proposal.tokens), accepted
         if sequence.finish is None:
             self._housekeep(sequence, item.reads_prompt)
         else:
             self._finish(sequence)
         return output
+
+    def _score(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
+        """Log-probabilities of the prompt's tokens after `start`, from its rows of logits [n, V]; some may
+        be known from before a preemption."""
+        known = sequence.scored + 1  # position of the next token whose log-probability is wanted
+        end = min(start + len(logits) + 1, len(sequence.prompt))
+        if known >= end:
+            return
+        rows = logits[known - 1 - start:end - 1 - start]
+        found = logprobs_of(rows, sequence.prompt[known:end], sequence.params.prompt_logprobs)
+        sequence.prompt_logprobs += found
+        sequence.scored += len(found)
 
     def _count_round(self, sequence: Sequence, drafted: int, accepted: int) -> None:
         sequence.drafted, sequence.accepted = sequence.drafted + drafted, sequence.accepted + accepted
@@ -324,6 +353,8 @@ class Engine:
                 output.finish = Finish.STOP
             elif sequence.left <= 0:
                 output.finish = Finish.LENGTH
+            elif sequence.constraint is not None and sequence.constraint.ended and i == len(emitted) - 1:
+                output.finish = Finish.ERROR if sequence.constraint.error else Finish.STOP
             if output.finish is not None:
                 break
         if output.finish is not None and stream is not None:

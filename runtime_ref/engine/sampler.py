@@ -99,3 +99,17 @@ def logprob_of(logits: torch.Tensor, token: int, top: int) -> Logprob:
     best = values.topk(min(top, values.shape[0])) if top else None
     pairs = [] if best is None else list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return Logprob(token, float(values[token]), pairs)
+
+
+def logprobs_of(logits: torch.Tensor, tokens: list[int], top: int) -> list[Logprob]:
+    """`logprob_of` of each row [n, V] and its token, a few rows at a time: float64 copies of large vocabularies are large."""
+    found = []
+    for begin in range(0, len(tokens), 16):
+        values = logits[begin:begin + 16].double().log_softmax(-1)
+        own = torch.tensor(tokens[begin:begin + 16])
+        chosen = values.gather(1, own[:, None])[:, 0].tolist()
+        best = values.topk(min(top, values.shape[1])) if top else None
+        for i, (token, value) in enumerate(zip(own.tolist(), chosen, strict=True)):
+            pairs = [] if best is None else list(zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True))
+            found.append(Logprob(token, value, pairs))
+    return found

@@ -93,7 +93,8 @@ class Scheduler:
                 return
             self.waiting.popleft()
             full = (len(sequence.tokens) - 1) // PAGE
-            sequence.cached = self.cache.match_prefix(sequence.tables, sequence.hashes[:full], self.kinds(sequence))
+            known = [] if sequence.unscored else sequence.hashes[:full]  # what is to be scored has to be computed
+            sequence.cached = self.cache.match_prefix(sequence.tables, known, self.kinds(sequence))
             sequence.computed = sequence.tapped_from = sequence.cached
             sequence.remembered = sequence.cached // PAGE
             self.running.append(sequence)

@@ -11,14 +11,16 @@ import torch
 from runtime_ref.core.kv_cache import PAGE, Table, extend_hashes
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.draft_length import DraftLength
+from runtime_ref.engine.grammar import Constraint
 from runtime_ref.engine.sampler import Logprob
 
 
 class Finish(StrEnum):
-    """Why an answer ended: an end token or stop string, the token limit, or the client."""
+    """Why an answer ended: an end token or stop string, the token limit, the client, or a grammar beyond its limits."""
 
     STOP = "stop"
     LENGTH = "length"
+    ERROR = "error"
     ABORT = "abort"
 
 
@@ -53,6 +55,9 @@ class Sequence:
     preemptions: int = 0
     cached: int = 0
     born: float = field(default_factory=time.monotonic)
+    constraint: Constraint | None = None
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
+    scored: int = 0  # tokens of the prompt, after the first, whose log-probabilities are known
 
     def __post_init__(self):
         self.tokens = list(self.prompt)
@@ -71,6 +76,11 @@ class Sequence:
     def answered(self) -> bool:
         """Whether the first token of the answer exists (false while the prompt is read for the first time)."""
         return len(self.tokens) > len(self.prompt)
+
+    @property
+    def unscored(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted and not all known."""
+        return self.params.prompt_logprobs is not None and self.scored < len(self.prompt) - 1
 
     @property
     def left(self) -> int:
@@ -117,3 +127,4 @@ class Output:
     logprobs: list[Logprob] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
+    prompt_logprobs: list[Logprob] = field(default_factory=list)  # of the prompt's second token on, with the first output

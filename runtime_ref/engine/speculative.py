@@ -19,6 +19,7 @@ import torch
 
 from runtime_ref.core.markov import MarkovHead
 from runtime_ref.core.sampling_params import SamplingParams
+from runtime_ref.engine.grammar import Constraint
 from runtime_ref.engine.sampler import distribution, draw, penalize, sample, uniform
 
 
@@ -60,13 +61,15 @@ class VerifyResult:
 
 
 def accept(logits: torch.Tensor, proposal: Proposal, params: SamplingParams, position: int, prompt: list[int],
-           answer: list[int]) -> VerifyResult:
+           answer: list[int], constraint: Constraint | None = None) -> VerifyResult:
     """Judges drafts.
 
     Args:
         logits: the target's [1 + drafts, V] float32: row i is its answer after i drafts.
         position: of the anchor; the token of row i stands at position + 1 + i.
         prompt, answer: the request's tokens up to the anchor (for penalties).
+        constraint: of the answer's grammar; moves on by what is emitted. What it forbids has probability 0 in the target's
+            distribution at each position, so that both rules stay exact; the round ends where the grammar does.
     """
     drafts = proposal.tokens
     if params.plain_greedy:
@@ -75,11 +78,17 @@ def accept(logits: torch.Tensor, proposal: Proposal, params: SamplingParams, pos
         return VerifyResult(own[:n + 1], n)
     said = list(answer)
     for i, draft in enumerate(drafts):
-        token = _verified(logits[i], draft, proposal, i, params, position, prompt, said)
+        row = logits[i] if constraint is None else constraint.masked(logits[i])
+        token = _verified(row, draft, proposal, i, params, position, prompt, said)
         said.append(token)
-        if token != draft:
+        if constraint is not None:
+            constraint.take(token)
+        if token != draft or constraint is not None and constraint.ended:
             return VerifyResult(said[len(answer):], i)
-    said.append(sample(logits[len(drafts)], params, position + 1 + len(drafts), prompt, said))
+    row = logits[len(drafts)] if constraint is None else constraint.masked(logits[len(drafts)])
+    said.append(sample(row, params, position + 1 + len(drafts), prompt, said))
+    if constraint is not None:
+        constraint.take(said[-1])
     return VerifyResult(said[len(answer):], len(drafts))
 
 

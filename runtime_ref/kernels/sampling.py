@@ -9,7 +9,7 @@ At temperature 0 the token is the lowest of the best. Above it, it is where the 
 number of its position. That number is counted, not streamed (`sampler.uniform`), so the host knows it before the step and
 hands it over; the cumulative sum runs over chunks, then inside the one that is hit.
 
-Reference twins: `torch.argmax`, `sampler.sample`, and `speculative.accept` with rule "equality". Draws are the reference's
+References: `torch.argmax`, `sampler.sample`, and `speculative.accept` with rule "equality". Draws are the reference's
 unless the uniform number lies within the rounding of a float64 sum of a boundary between two tokens (the order of the sum and
 the last place of the exponential differ).
 
@@ -102,7 +102,8 @@ def verify_kernel(logits, drafts, first, count, heat, uniform, best, place, mass
 def can_verify(params: SamplingParams) -> bool:
     """Whether the token of these parameters is what `verify` says."""
     plain = not (params.penalized or params.top_k or params.min_p) and params.top_p == 1
-    return params.logprobs is None and (params.plain_greedy or plain and (params.rule == "equality" or not params.speculate))
+    alone = params.logprobs is None and params.prompt_logprobs is None and params.grammar is None
+    return alone and (params.plain_greedy or plain and (params.rule == "equality" or not params.speculate))
 
 
 def verify(logits: torch.Tensor, drafts: torch.Tensor, first: torch.Tensor, count: torch.Tensor, *,

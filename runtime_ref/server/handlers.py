@@ -137,7 +137,7 @@ class Api:
             raise BadRequest(f"max_tokens: {tokens} after a prompt of {longest} tokens, expected at most {self.context} "
                              "together", param="max_tokens", code="context_length_exceeded")
         wanted = Wanted(chat, asked.model or self.settings.names[0], asked.logprobs, asked.token_ids, asked.drafts, asked.usage,
-                        asked.usage_always)
+                        asked.usage_always, reading=asked.reading, one_call=asked.one_call)
         if asked.echo is not None:
             wanted.echo = [text for text in asked.echo for _ in range(asked.n)]
         each = [prompt for prompt in asked.prompts for _ in range(asked.n)]

@@ -79,7 +79,7 @@ class Metrics:
         self.labels = f'model_name="{escaped}",engine="0"'
         self.first_token, self.between, self.whole = Histogram(SECONDS), Histogram(SECONDS), Histogram(SECONDS)
         self.prompt, self.answer = Histogram(TOKENS), Histogram(TOKENS)
-        self.finished = dict.fromkeys(("stop", "length", "abort"), 0)
+        self.finished = dict.fromkeys(("stop", "length", "abort", "error"), 0)
         self.refused: dict[int, int] = {}
 
     def token(self, timing: Timing, part: Part) -> None:

@@ -12,11 +12,13 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from runtime_ref.engine.sampler import Logprob
 from runtime_ref.engine.sequence import Output
 from runtime_ref.server.engine_thread import EngineDown, Part, Ticket
 from runtime_ref.server.metrics import Metrics, Timing
+from runtime_ref.server.tool_calls import Said, as_message, reader
 
 # JSON has no -Infinity; clients know this number for "not at all".
 NEVER = -9999.0
@@ -62,16 +64,27 @@ class Vocabulary:
 
         return entry(found.token, found.logprob) | {"top_logprobs": [entry(t, v) for t, v in found.top]}
 
-    def completion_logprobs(self, found: list[Logprob], offset: int, alternatives: bool) -> dict:
+    def name(self, token: int) -> str:
+        """A token as a key: its text, or its bytes where it holds part of a character, for many of those have the same text."""
+        text, data = self.piece(token)
+        return "bytes:" + "".join(f"\\x{b:02x}" for b in data) if "\ufffd" in text else text
+
+    def completion_logprobs(self, found: list[Logprob], offset: int, alternatives: bool, opening: int | None = None) -> dict:
+        """Args:
+            opening: a token before these, of which nothing is known: the first one of a prompt.
+        """
         out: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        if opening is not None:
+            out = {"tokens": [self.name(opening)], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [offset]}
+            offset += len(self.piece(opening)[0])
         for one in found:
-            text = self.piece(one.token)[0]
-            out["tokens"].append(text)
+            name = self.name(one.token)
+            out["tokens"].append(name)
             out["token_logprobs"].append(max(one.logprob, NEVER))
-            top = {self.piece(t)[0]: max(v, NEVER) for t, v in reversed(one.top)}
-            out["top_logprobs"].append(top | {text: max(one.logprob, NEVER)} if alternatives else None)
+            top = {self.name(t): max(v, NEVER) for t, v in reversed(one.top)}
+            out["top_logprobs"].append(top | {name: max(one.logprob, NEVER)} if alternatives else None)
             out["text_offset"].append(offset)
-            offset += len(text)
+            offset += len(self.piece(one.token)[0])
         return out
 
 
@@ -81,7 +94,9 @@ class Choice:
 
     timing: Timing
     prompt: list[int]
-    text: str = ""
+    said: Said = field(default_factory=Said)
+    reader: Any = None  # of calls and thoughts; None: all of it is text
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     finish: str | None = None
@@ -101,6 +116,8 @@ class Wanted:
     usage: bool = False
     usage_always: bool = False
     echo: list[str] | None = None  # text of each choice's prompt
+    reading: dict[str, Any] | None = None
+    one_call: bool = False
 
 
 class Answer:
@@ -109,7 +126,8 @@ class Answer:
     def __init__(self, ticket: Ticket, wanted: Wanted, prompts: list[list[int]], n: int, vocabulary: Vocabulary,
                  metrics: Metrics):
         self.ticket, self.wanted, self.n, self.vocabulary, self.metrics = ticket, wanted, n, vocabulary, metrics
-        self.choices = [Choice(Timing(ticket.born), prompt) for prompt in prompts]
+        self.choices = [Choice(Timing(ticket.born), prompt, reader=reader(**wanted.reading) if wanted.reading else None)
+                        for prompt in prompts]
         self.head = {"id": f"{'chatcmpl' if wanted.chat else 'cmpl'}-{uuid.uuid4().hex}", "object": "",
                      "created": int(time.time()), "model": wanted.model}
 
@@ -121,6 +139,7 @@ class Answer:
         """
         async for parts in self.ticket.parts():
             for part in parts:
+                self._count(part)
                 self._take(part)
         body = self.head | {"object": "chat.completion" if self.wanted.chat else "text_completion",
                             "choices": [self._choice(i) for i in range(len(self.choices))], "usage": self.usage(),
@@ -135,9 +154,9 @@ class Answer:
         try:
             async for parts in self.ticket.parts():
                 for part in parts:
-                    self._take(part)
+                    self._count(part)
                 said = [self._event(body) for part in (parts if self.wanted.drafts else joined(parts))
-                        if self._worth_saying(part) for body in self._chunks(part, self.choices[part.choice])]
+                        for body in self._chunks(part, self._take(part))]
                 if all(choice.finish is not None for choice in self.choices):
                     last = said
                 elif said:
@@ -149,9 +168,9 @@ class Answer:
         yield "".join([*last, END])
 
     def _worth_saying(self, part: Part) -> bool:
-        """Whether a client can see anything of it: a part of a character, or of a stop string, it cannot."""
+        """Whether a client can see anything of it but text: a part of a character, or of a stop string, it cannot."""
         output, wanted = part.output, self.wanted
-        return bool(output.text or output.finish or output.logprobs or wanted.token_ids or wanted.drafts
+        return bool(output.finish or output.logprobs or wanted.token_ids or wanted.drafts
                     or not self.choices[part.choice].begun)
 
     def _event(self, body: dict) -> str:
@@ -172,37 +191,58 @@ class Answer:
             if choice.finish is None:
                 self.metrics.finish(choice.timing, "abort", len(choice.prompt))
 
-    def _take(self, part: Part) -> None:
+    def _count(self, part: Part) -> None:
         choice, output = self.choices[part.choice], part.output
         self.metrics.token(choice.timing, part)
         choice.timing.add(part)
         choice.tokens += output.tokens
-        choice.text += output.text or ""
-        choice.logprobs += output.logprobs
         if output.finish is not None:
             choice.finish = str(output.finish)
             self.metrics.finish(choice.timing, choice.finish, len(choice.prompt))
+
+    def _take(self, part: Part) -> Said:
+        """Takes over what was said, as text, thoughts and calls; returns what is new of it."""
+        choice, output = self.choices[part.choice], part.output
+        said = Said(output.text or "")
+        if choice.reader is not None:
+            said = choice.reader.push(said.text, final=output.finish is not None)
+            if self.wanted.one_call:
+                said.calls = said.calls[:1 - len(choice.said.calls)]
+        choice.said.add(said)
+        choice.logprobs += output.logprobs
+        choice.prompt_logprobs += output.prompt_logprobs
+        if choice.said.calls and output.finish == "stop":
+            choice.finish = "tool_calls"
+        return said
 
     def _choice(self, index: int) -> dict:
         choice, wanted = self.choices[index], self.wanted
         body: dict = {"index": index}
         if wanted.chat:
-            body["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+            said = choice.said
+            body["message"] = {"role": "assistant", "content": said.text if said.text or not said.calls else None,
+                               "refusal": None}
+            if said.calls:
+                body["message"]["tool_calls"] = as_message(said.calls)
+            if said.thought:
+                body["message"]["reasoning_content"] = said.thought
         else:
-            body["text"] = (wanted.echo[index] if wanted.echo else "") + choice.text
-        body |= {"logprobs": self._logprobs(choice.logprobs, 0), "finish_reason": choice.finish}
+            body["text"] = (wanted.echo[index] if wanted.echo else "") + choice.said.text
+        opening = choice.prompt[0] if wanted.echo else None
+        body |= {"logprobs": self._logprobs(choice.prompt_logprobs + choice.logprobs, 0, opening),
+                 "finish_reason": choice.finish}
         if wanted.token_ids:
             body["token_ids"] = choice.tokens
             if not wanted.chat:
                 body["prompt_token_ids"] = choice.prompt
         return body
 
-    def _logprobs(self, found: list[Logprob], offset: int) -> dict | None:
+    def _logprobs(self, found: list[Logprob], offset: int, opening: int | None = None) -> dict | None:
         if self.wanted.logprobs is None:
             return None
         if self.wanted.chat:
             return {"content": [self.vocabulary.chat_logprob(one) for one in found], "refusal": None}
-        return self.vocabulary.completion_logprobs(found, offset, self.wanted.logprobs > 0)
+        return self.vocabulary.completion_logprobs(found, offset, self.wanted.logprobs > 0, opening)
 
     def _chunk(self, choices: list[dict]) -> dict:
         body = self.head | {"object": "chat.completion.chunk" if self.wanted.chat else "text_completion", "choices": choices}
@@ -210,24 +250,32 @@ class Answer:
             body["usage"] = self.usage() if self.wanted.usage_always else None
         return body
 
-    def _chunks(self, part: Part, choice: Choice) -> list[dict]:
-        """One chunk; before a chat's first one the role, as clients expect it."""
+    def _chunks(self, part: Part, said: Said) -> list[dict]:
+        """One chunk, or none where there is nothing to see; before a chat's first one the role, as clients expect it."""
         wanted, output, index, bodies = self.wanted, part.output, part.choice, []
+        choice = self.choices[index]
+        if not (said.text or said.thought or said.calls or self._worth_saying(part)):
+            return []
         first, choice.begun = not choice.begun, True
-        text = output.text or ""
         body: dict = {"index": index}
         if wanted.chat:
-            body["delta"] = {"content": text}
+            body["delta"] = {"content": said.text}
+            if said.calls:
+                body["delta"]["tool_calls"] = as_message(said.calls, len(choice.said.calls) - len(said.calls), stream=True)
+            if said.thought:
+                body["delta"]["reasoning_content"] = said.thought
             if first:
                 opening = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
                            "finish_reason": None}
                 bodies.append(self._chunk([opening]) | ({"prompt_token_ids": choice.prompt} if wanted.token_ids else {}))
         else:
-            body["text"] = (wanted.echo[index] if wanted.echo and first else "") + text
-        body |= {"logprobs": self._logprobs(output.logprobs, choice.offset),
-                 "finish_reason": None if output.finish is None else str(output.finish)}
+            body["text"] = (wanted.echo[index] if wanted.echo and first else "") + said.text
+        opening = choice.prompt[0] if wanted.echo and first else None
+        body |= {"logprobs": self._logprobs(output.prompt_logprobs + output.logprobs, choice.offset, opening),
+                 "finish_reason": None if output.finish is None else choice.finish}
         if wanted.logprobs is not None and not wanted.chat:
-            choice.offset += sum(len(self.vocabulary.piece(t)[0]) for t in output.tokens)
+            spoken = (choice.prompt if wanted.echo and first else []) + output.tokens
+            choice.offset += sum(len(self.vocabulary.piece(t)[0]) for t in spoken)
         if wanted.token_ids:
             body["token_ids"] = output.tokens
             if first and not wanted.chat:
@@ -256,6 +304,7 @@ def _joined(parts: list[Part]) -> Part:
         output = part.output
         one.tokens += output.tokens
         one.logprobs += output.logprobs
+        one.prompt_logprobs += output.prompt_logprobs
         one.pieces += output.pieces
         one.drafted, one.accepted = one.drafted + output.drafted, one.accepted + output.accepted
     return Part(last.choice, one, last.at)

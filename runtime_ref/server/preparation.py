@@ -6,15 +6,21 @@ checked against every limit that does not depend on the moment, so it is small a
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from runtime_ref.engine.grammar import MISSING, installed, json_grammar
 from runtime_ref.server import openai_requests as schema
-from runtime_ref.server.chat_template import render
+from runtime_ref.server.chat_template import render, template_of
 from runtime_ref.server.openai_requests import BadRequest
+from runtime_ref.server.tool_calls import MARKS, form_of
 
 if TYPE_CHECKING:
     from runtime_ref.server.request_workers import Limits
+
+
+MOST_CALLS = 32  # in one answer, where calls are forced
 
 
 @dataclass
@@ -25,6 +31,8 @@ class Prepared:
         prompts: tokens of each prompt. max_tokens: None: as many as the context holds.
         sampling: arguments of SamplingParams but for `max_tokens` and `seed`.
         logprobs: None, or how many alternatives beside each token. echo: each prompt's text, if it is to be repeated.
+        reading: how the answer is read: arguments of `tool_calls.reader`; None: all of it is text.
+        one_call: at most one call of a tool is told.
     """
 
     model: str | None
@@ -40,6 +48,8 @@ class Prepared:
     token_ids: bool = False
     drafts: bool = False
     echo: list[str] | None = None
+    reading: dict[str, Any] | None = None
+    one_call: bool = False
 
 
 class Preparation:
@@ -65,40 +75,99 @@ class Preparation:
         asked = schema.validate(schema.ChatRequest, raw, unknown=limits.unknown)
         if asked.top_logprobs and not asked.logprobs:
             raise BadRequest(f"top_logprobs: {asked.top_logprobs}, expected logprobs true with it", param="top_logprobs")
-        if asked.tools and asked.tool_choice != "none" or asked.tool_choice not in (None, "none"):
-            raise BadRequest("tools: not supported by this server", param="tools", code="unsupported_parameter")
-        self._plain_text(asked)
+        tools, reading, grammar = self._tools(asked)
         variables = dict(asked.chat_template_kwargs or {})
         if asked.reasoning_effort is not None:
             variables["reasoning_effort"] = asked.reasoning_effort
-        text = render(self.tokenizer, asked.messages, variables=variables,
+        text = render(self.tokenizer, asked.messages, tools=tools, variables=variables,
                       add_generation_prompt=asked.add_generation_prompt is not False,
                       continue_final_message=bool(asked.continue_final_message))
         prompt = self._fitting(self._encode(text, bool(asked.add_special_tokens), "messages", limits), "messages", limits)
         return self._prepared(asked, [prompt], limits, logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-                              max_tokens=asked.tokens_asked_for(None))
+                              max_tokens=asked.tokens_asked_for(None), grammar=grammar or self._format(asked.response_format),
+                              reading=reading, one_call=asked.parallel_tool_calls is False)
+
+    def _tools(self, asked: schema.ChatRequest) -> tuple[list[dict] | None, dict[str, Any] | None, str | None]:
+        """Tools as the template shows them, how the answer is read, and the grammar that it must match.
+
+        Raises:
+            BadRequest: a choice that is none, a template whose calls cannot be read, tools together with a response format.
+        """
+        choice = asked.tool_choice or "auto"
+        if not asked.tools and asked.tool_choice not in (None, "none"):
+            raise BadRequest("tool_choice: only together with tools", param="tool_choice")
+        form = form_of(template_of(self.tokenizer, bool(asked.tools)))
+        reading = {"form": form} if form == "channels" else None  # also without tools: its answers have channels
+        if not asked.tools or choice == "none":
+            return None, reading, None
+        if asked.response_format is not None and asked.response_format.type != "text":
+            raise BadRequest("response_format: not together with tools", param="response_format")
+        tools = tools_of(asked.tools)
+        functions = {tool["function"]["name"]: tool["function"].get("parameters") or {"type": "object"} for tool in tools}
+        if choice == "auto":
+            if form is None:
+                raise BadRequest("tools: this checkpoint's chat template shows no form of calls that this server can read "
+                                 f"({', '.join(mark for marks in MARKS.values() for mark in marks)})", param="tools",
+                                 code="unsupported_parameter")
+            return tools, {"form": form, "kinds": kinds_of(functions)}, None
+        if choice == "required":
+            calls = [{"type": "object", "properties": {"name": {"const": name}, "arguments": parameters},
+                      "required": ["name", "arguments"], "additionalProperties": False}
+                     for name, parameters in functions.items()]
+            most = 1 if asked.parallel_tool_calls is False else MOST_CALLS
+            forced = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most}
+            return tools, {"form": "list"}, self._grammar(forced, "tools")
+        name = choice.function.name
+        if name not in functions:
+            raise BadRequest(f"tool_choice: function {schema.short(name)!r}, expected {' or '.join(map(repr, functions))}",
+                             param="tool_choice")
+        return tools, {"form": "object", "name": name}, self._grammar(functions[name], "tools")
+
+    def _format(self, asked: schema.ResponseFormat | None) -> str | None:
+        """The grammar of a response format; None: any text."""
+        if asked is None or asked.type == "text":
+            return None
+        if asked.type == "json_object":
+            return self._grammar({"type": "object"}, "response_format")
+        if asked.json_schema is None or asked.json_schema.schema_ is None:
+            raise BadRequest("response_format.json_schema.schema: missing, expected a JSON schema", param="response_format")
+        return self._grammar(asked.json_schema.schema_, "response_format")
+
+    def _grammar(self, found: dict | bool, param: str) -> str:
+        if not installed():
+            raise BadRequest(f"{param}: {MISSING}", param=param, code="structured_output_unavailable")
+        try:
+            return json_grammar(json.dumps(found))
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"{param}: the JSON schema cannot be followed: {schema.short(error)}", param=param,
+                             code="invalid_json_schema") from None
 
     def _completions(self, raw: dict, limits: Limits) -> dict[str, Any]:
         asked = schema.validate(schema.CompletionRequest, raw, unknown=limits.unknown)
-        self._plain_text(asked)
         prompts = self._prompts(asked, limits)
-        if asked.echo and asked.logprobs is not None:
-            raise BadRequest("echo: not together with logprobs (those of prompts are not computed)", param="echo")
+        if asked.max_tokens == 0 and not asked.echo:
+            raise BadRequest("max_tokens: 0, expected 1 or more, or echo true", param="max_tokens")
         echo = [self._decode(p) for p in prompts] if asked.echo else None
         return self._prepared(asked, prompts, limits, logprobs=asked.logprobs, echo=echo,
-                              max_tokens=asked.tokens_asked_for(schema.COMPLETION_TOKENS))
+                              max_tokens=asked.tokens_asked_for(schema.COMPLETION_TOKENS),
+                              grammar=self._format(asked.response_format))
 
-    def _plain_text(self, asked) -> None:
-        if asked.response_format is not None and asked.response_format.type != "text":
-            raise BadRequest("response_format: not supported by this server", param="response_format",
-                             code="unsupported_parameter")
-
-    def _prepared(self, asked: schema.Answering, prompts: list[list[int]], limits: Limits, **more) -> dict[str, Any]:
+    def _prepared(self, asked: schema.Answering, prompts: list[list[int]], limits: Limits, grammar: str | None = None,
+                  **more) -> dict[str, Any]:
+        sampling = asked.sampling(limits.defaults, limits.adaptive, limits.vocabulary)
+        if grammar is not None:
+            if asked.ignore_eos:
+                raise BadRequest("ignore_eos: not together with an answer that has to match a schema", param="ignore_eos")
+            sampling["grammar"] = grammar
+        if more.get("reading") is not None:
+            sampling["skip_special"] = False  # marks of calls are special tokens in many vocabularies
+        if more.get("echo") is not None and (more["logprobs"] is not None or more["max_tokens"] == 0):
+            sampling["prompt_logprobs"] = more["logprobs"] or 0
         if asked.stream_options is not None and not asked.stream:
             raise BadRequest("stream_options: only together with stream true", param="stream_options")
         options = asked.stream_options or schema.StreamOptions()
         return asdict(Prepared(
-            model=asked.model, prompts=prompts, sampling=asked.sampling(limits.defaults, limits.adaptive, limits.vocabulary),
+            model=asked.model, prompts=prompts, sampling=sampling,
             seed=asked.seed, n=asked.n or 1, stream=bool(asked.stream), usage=bool(options.include_usage),
             usage_always=bool(options.continuous_usage_stats), token_ids=bool(asked.return_token_ids),
             drafts=bool(asked.return_drafts), **more))
@@ -175,3 +244,13 @@ class Preparation:
 def tools_of(tools: list[schema.Tool] | None) -> list[dict[str, Any]] | None:
     """Definitions as templates read them."""
     return [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
+
+
+def kinds_of(functions: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Function -> parameter -> its type, where a schema names one."""
+    found: dict[str, dict[str, str]] = {}
+    for name, parameters in functions.items():
+        properties = parameters.get("properties")
+        found[name] = {key: value["type"] for key, value in (properties if isinstance(properties, dict) else {}).items()
+                       if isinstance(value, dict) and isinstance(value.get("type"), str)}
+    return found

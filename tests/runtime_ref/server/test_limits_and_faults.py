@@ -52,7 +52,7 @@ BROKEN = [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"prompt": "x", "tem
           b'{"prompt": "x", "min_tokens": 17}', b'{"prompt": "x", "temprature": 0}', b'{"prompt": "x", "best_of": 2}',
           b'{"prompt": "x", "max_tokens": 5, "max_completion_tokens": 6}',
           b'{"prompt": "x", "suffix": "y"}',
-          b'{"prompt": "x", "echo": true, "logprobs": 1}', b'{"prompt": "x", "stop_token_ids": [-1]}',
+          b'{"prompt": "x", "echo": 1}', b'{"prompt": "x", "max_tokens": 0}', b'{"prompt": "x", "stop_token_ids": [-1]}',
           b'{"prompt": "x", "acceptance_rule": "always"}',
           b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
           b'{"messages": "hi"}', b'{"messages": [{"content": "x"}]}', b'{"messages": [{"role": "\\ud800", "content": "x"}]}']
