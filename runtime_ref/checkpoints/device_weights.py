@@ -102,9 +102,9 @@ class KernelWeights:
     head: Matrix  # this rank's share of the vocabulary
 
 
-def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, device: str = "cpu", native: bool = False,
+def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, device: str = "cpu", hw_fp4: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> KernelWeights:
-    """One rank's weights from an exported folder. native: experts in native pages (`kernels/native_tiles.py`).
+    """One rank's weights from an exported folder. hw_fp4: experts in hw_fp4 pages (`kernels/blackwell_mxfp4.py`).
 
     Raises:
         ValueError: a damaged or incomplete folder, a geometry that the ranks cannot share, a scale byte that pages cannot hold,
@@ -114,7 +114,7 @@ def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, devic
     if config.model_type not in _READERS:
         raise NotHeld(f"{Path(folder) / 'config.json'}: model_type: {config.model_type!r}, expected {' or '.join(_READERS)}: "
                       "the kernels have no biases and no clamped SwiGLU; run this checkpoint with --backend torch")
-    reader = _READERS[config.model_type](TensorFiles(Path(folder)), config, ranks, native, device)
+    reader = _READERS[config.model_type](TensorFiles(Path(folder)), config, ranks, hw_fp4, device)
     fp8 = [reader.fp8(i) for i in range(config.num_hidden_layers)]
 
     def layer(index: int) -> dict[str, torch.Tensor]:
@@ -122,7 +122,7 @@ def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, devic
             progress(index + 1, config.num_hidden_layers)
         return reader.layer(index)
 
-    return _assembled(config, ranks, device, fp8, reader.outer, layer, native=native)
+    return _assembled(config, ranks, device, fp8, reader.outer, layer, hw_fp4=hw_fp4)
 
 
 def random_weights(config: MiMoV2Config, ranks: Ranks, *, device: str, fp8: frozenset[str] = RELEASED_FP8,
@@ -157,10 +157,10 @@ def _random(name, shape, dtype, tiles, device, generator, config) -> torch.Tenso
 
 
 def _assembled(config, ranks, device, fp8, outer: Callable[[], dict], layer: Callable[[int], dict],
-               shares: int = SHARES, native: bool = False) -> KernelWeights:
+               shares: int = SHARES, hw_fp4: bool = False) -> KernelWeights:
     parts = [layer_parts(config, i, ranks, kinds, shares) for i, kinds in enumerate(fp8)]
     plans = [outer_shapes(config, ranks),
-             *(layer_shapes(config, i, ranks, kinds, shares, native) for i, kinds in enumerate(fp8))]
+             *(layer_shapes(config, i, ranks, kinds, shares, hw_fp4) for i, kinds in enumerate(fp8))]
     arena = Arena(sum(_rounded(_bytes(*of)) for plan in plans for of in plan.values()), device)
 
     def placed(plan: dict[str, tuple], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -168,7 +168,7 @@ def _assembled(config, ranks, device, fp8, outer: Callable[[], dict], layer: Cal
         return {name: arena.put(tensor) for name, tensor in tensors.items()}
 
     top = placed(plans[0], outer())
-    tiles = expert_tiles(config, ranks, shares, native)
+    tiles = expert_tiles(config, ranks, shares, hw_fp4)
     layers = [_layer(config, ranks, i, placed(plan, layer(i)), parts[i], tiles, shares) for i, plan in enumerate(plans[1:])]
     return KernelWeights(config, ranks, arena, top["embed"], layers, top["norm"], Matrix(top["head"]))
 
@@ -195,8 +195,8 @@ class _Reader:
 
     codes = "weight"  # how an expert matrix's codes are called
 
-    def __init__(self, files: TensorFiles, config: MiMoV2Config, ranks: Ranks, native: bool = False, device: str = "cpu"):
-        self.files, self.config, self.ranks, self.names, self.native = files, config, ranks, set(files), native
+    def __init__(self, files: TensorFiles, config: MiMoV2Config, ranks: Ranks, hw_fp4: bool = False, device: str = "cpu"):
+        self.files, self.config, self.ranks, self.names, self.hw_fp4 = files, config, ranks, set(files), hw_fp4
         self.device = device
 
     def outer(self) -> dict[str, torch.Tensor]:
@@ -284,7 +284,7 @@ class _Reader:
         def stacked(kind: str, suffix: str) -> torch.Tensor:
             width, name = (BLOCK_SIZE, f"weight{suffix}") if suffix else (2, self.codes)
             shape, dim = ((H, inner // width), 1) if kind == "down" else ((inner, H // width), 0)
-            most = MAX_SCALE_BYTE if suffix and not self.native else 255
+            most = MAX_SCALE_BYTE if suffix and not self.hw_fp4 else 255
             return torch.stack([self._codes(f"{prefix}.{e}.{kind}_proj.{name}", shape, dim, share, most)
                                 for e in experts]).to(self.device)
 
@@ -292,7 +292,7 @@ class _Reader:
         down = [stacked("down", s) for s in ("", "_scale")]
         if not share.adds:
             down = [torch.zeros_like(t) for t in down]
-        up_tile, down_tile = expert_tiles(self.config, self.ranks, native=self.native)
+        up_tile, down_tile = expert_tiles(self.config, self.ranks, hw_fp4=self.hw_fp4)
         pages = repack_experts(tuple(gate_up), tuple(down), up_tile=up_tile, down_tile=down_tile,
                                parts=parts_of(inner, LEAST_DEPTH) // share.of)
         return pages.up, pages.down
