@@ -403,7 +403,7 @@ class Trainer(TrainingRun):
         with checkpoint.folder_aside(self.folder / "model") as partial:
             self.model.save_pretrained(partial)
             # As it came, if it came from a folder: transformers would write it anew in the words of its own version.
-            if not copy_tokenizer(Path(self.recipe.model.path), partial):
+            if not copy_tokenizer(local_folder(self.recipe.model.path), partial):
                 self.tokenizer.save_pretrained(partial)
 
 
