@@ -291,7 +291,7 @@ def test_an_edit_that_changes_no_value_is_told_from_one_that_does(layouts, tmp_p
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_fault_can_be_tried_and_changes_what_it_says(layouts, family):
-    from runtime_ref.checkpoints.families.registry import read_geometry
+    from runtime_ref.checkpoints.folder import read_geometry
     from runtime_ref.validation.checks.reference import load_hf
     from runtime_ref.validation.diagnosis.fault_table import target_faults
 
