@@ -30,8 +30,12 @@ from qat.attach import describe, find_expert_tensors
 from qat.geometry import meta_model
 from qat.sharded_plan import CODE_BYTES, GIB, Placement
 from recipes.schema import Recipe
+<<<<<<< HEAD
 from training.sharding.layout import layout_of, require_divisible
 from training.sharding.preview import place
+=======
+from training.preflight import print_readiness
+>>>>>>> main
 
 SHARD_BYTES = 5 * 10**9
 # What the allocator, NCCL and fragmentation take of an accelerator before the first tensor.
@@ -86,6 +90,7 @@ def run(recipe: Recipe) -> int:
     """
     plan = make_plan(recipe)
     render(plan)
+    print_readiness(recipe, "qat")
     refuse_if_too_large(plan, recipe)
     return 0
 
