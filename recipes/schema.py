@@ -381,8 +381,11 @@ class Cluster(Section):
 class Tracking(Section):
     """Where metrics go besides runs/<name>/."""
 
-    wandb: Literal["off", "auto", "offline", "online"] = Field("off", description="auto: online if a key is set, else offline")
-    project: str = "fp4-dflash"
+    wandb: Literal["off", "auto", "offline", "online"] = Field(
+        "off",
+        description="auto: online if a key is set, else offline; off without the package")
+    project: str = Field("fp4-dflash", description="project on the tracker's page")
+    tensorboard: bool = Field(False, description="also write TensorBoard events to runs/<name>/<job>/tensorboard")
 
 
 class Recipe(Section):

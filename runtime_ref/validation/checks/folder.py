@@ -12,12 +12,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from checkpoint.families.geometry import Geometry, NotHeld
 from checkpoint.tensor_files import TensorFiles
 from modeling.names import fused_name, published_tensors
 from mxfp4.format import BLOCK_SIZE
-from runtime_ref.checkpoints.families.base import Geometry, NotHeld
-from runtime_ref.checkpoints.families.registry import read_geometry
-from runtime_ref.checkpoints.folder import drafter_folder
+from runtime_ref.checkpoints.folder import drafter_folder, read_geometry
 from runtime_ref.validation.checks.drafter import REFERENCE, check_drafter
 from runtime_ref.validation.checks.layouts import check_layout
 from runtime_ref.validation.checks.tensors import SCALE_CAUSE, Matrix, look_at_blocks, look_at_numbers
