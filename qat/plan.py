@@ -30,12 +30,9 @@ from qat.attach import describe, find_expert_tensors
 from qat.geometry import meta_model
 from qat.sharded_plan import CODE_BYTES, GIB, Placement
 from recipes.schema import Recipe
-<<<<<<< HEAD
+from training.preflight import print_readiness
 from training.sharding.layout import layout_of, require_divisible
 from training.sharding.preview import place
-=======
-from training.preflight import print_readiness
->>>>>>> main
 
 SHARD_BYTES = 5 * 10**9
 # What the allocator, NCCL and fragmentation take of an accelerator before the first tensor.

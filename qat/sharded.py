@@ -30,7 +30,7 @@ from qat.geometry import meta_model
 from qat.methods import needed as methods_needed
 from qat.trainer import Trainer
 from training.sharding import checkpoint as sharded_checkpoint
-from training.sharding.layout import layout_of, require_divisible
+from training.sharding.layout import layout_of, require_divisible, require_experts_everywhere
 from training.sharding.model_folder import folder_of_all_ranks, write_model
 from training.sharding.quantized_gather import QuantizedGather
 from training.sharding.shards import LocalShard, copies, gather_rows, local_shards, reshard, settle, total_norm
@@ -115,8 +115,11 @@ class ShardedTrainer(Trainer):
             raise ValueError("qat.warm_start.layers_together measures a model that is whole on one process; expected 0 with "
                              f"cluster.sharding: {recipe.cluster.sharding}")
         self.compute_dtype = getattr(torch, recipe.model.dtype)
-        tensors = find_expert_tensors(meta_model(recipe)[0])
+        model = meta_model(recipe)[0]
+        tensors = find_expert_tensors(model)
         require_divisible(self.layout, {t.name: t.num_experts for t in tensors})
+        if model.config.model_type != "mimo_v2":  # read by transformers, whose converters cannot make a shard of nothing
+            require_experts_everywhere(self.layout, {t.name: t.num_experts for t in tensors})
         self.expert_modules = tuple(dict.fromkeys(t.module for t in tensors))
         self.say(f"sharding: {self.layout}")
         return self.load_tree(self.compute_dtype, masters=True)
@@ -289,4 +292,4 @@ class ShardedTrainer(Trainer):
         with folder_of_all_ranks(self.folder / "model", self.accelerator) as partial:
             write_model(self.model, partial, rounded.get, self.compute_dtype)
             if self.main:
-                self.tokenizer.save_pretrained(partial)
+                self.save_tokenizer(partial)

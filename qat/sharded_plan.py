@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mxfp4 import BLOCK_SIZE
 from qat.attach import find_expert_tensors
 from recipes.schema import Recipe
 from training.sharding.layout import Layout
@@ -70,12 +71,13 @@ def shape_of(model) -> Shape:
 def state_bytes(recipe: Recipe, held: Placement) -> dict[str, int]:
     """The optimizer's side of one rank."""
     qat = recipe.qat
-    trained = held.experts + (held.others if qat.train == "all" else 0)
-    state = {"masters (float32)": held.experts * 4,
-             f"optimizer ({qat.optimizer.name})": trained * (4 if qat.optimizer.name == "muon" else 8)}
+    trained, moments = held.experts + (held.others if qat.train == "all" else 0), 4 if qat.optimizer.name == "muon" else 8
+    state = {"masters (float32)": held.experts * 4, f"optimizer ({qat.optimizer.name})": trained * moments}
     if qat.oscillation.method != "none":
         state[f"oscillation control ({qat.oscillation.method})"] = held.experts * {"ema": 4, "freeze": 2}.get(
-            qat.oscillation.method, 12)
+            qat.oscillation.method, 12)  # a mean; a flip counter and a mark; three floats
+    if qat.scales.method != "rule":
+        state["shifts of block scales"] = held.experts // BLOCK_SIZE * (4 + (moments if qat.scales.method == "learned" else 0))
     if qat.average_last:
         state["average of the masters"] = held.experts * 4
     return state

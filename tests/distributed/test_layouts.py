@@ -134,9 +134,9 @@ def test_four_ranks_in_every_layout_train_what_one_process_does(recipe_of, tmp_p
             assert torch.equal(found["ep2"]["masters"][name], found[case]["masters"][name])
 
 
-@pytest.mark.parametrize("experts, ranks", [(3, 2), (2, 3)])
-def test_ranks_with_fewer_experts_or_none_train_what_one_process_does(recipe_of, tmp_path, experts, ranks):
-    recipe = recipe_of("qwen3", experts)
+@pytest.mark.parametrize("family, experts, ranks", [("qwen3", 3, 2), ("mimo", 2, 3)])
+def test_ranks_with_fewer_experts_or_none_train_what_one_process_does(recipe_of, tmp_path, family, experts, ranks):
+    recipe = recipe_of(family, experts)
     f32 = "model.dtype=float32"
     one = on_ranks(1, tmp_path / "1", train, recipe, {"one": (*COMMON, f"qat.gradient_accumulation={ranks}", f32)})[0]
     found = on_ranks(ranks, tmp_path / "n", train, recipe, {
