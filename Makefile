@@ -2,7 +2,9 @@
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell $(p) -c "import sys; exit(not (3,11) <= sys.version_info[:2] < (3,13))" 2>/dev/null && echo ok),$(p))))
 VENV := .venv
 BIN := $(VENV)/bin
-ACCELERATE := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
+# One thread for each core, as accelerate would choose and say in three lines.
+ACCELERATE = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(BIN)/python -c "import psutil; print(psutil.cpu_count(logical=False) or 1)")} \
+    $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
 # glibc keeps large blocks instead of mapping and zeroing them anew: up to 30 % of an eager CPU step (ignored elsewhere).
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 2147483648
@@ -10,8 +12,8 @@ export MALLOC_TOP_PAD_ := 134217728
 
 PIP := python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo smoke test test-kernels test-kernels-long test-interpreter test-clients test-load test-newest lint format lock \
-        lock-check clean
+.PHONY: demo smoke test test-kernels test-kernels-long test-interpreter test-clients test-load test-newest test-versions lint \
+        format lock lock-check clean
 
 # requirements/README.md says why torch comes first and the rest without its dependencies.
 $(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)
@@ -94,6 +96,21 @@ test-newest:
 	@touch $(NEWEST)/.ready
 	$(MAKE) test VENV=$(NEWEST)
 
+# Exports in older and newer versions of transformers, each in an environment that borrows all else from .venv (150 MB each).
+# Needs the run of `make demo`, or another: RUN=runs-smoke/tiny.
+VERSIONS := .venv-versions
+TRANSFORMERS := 4.57.6 5.17.0 5.19.0 5.21.1 5.23.0
+RUN := runs/tiny
+$(VERSIONS)/%/.ready: $(VENV)/.ready
+	@test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(@D)/lib/python$$($(BIN)/python -c \
+	    "import sys; print('%d.%d' % sys.version_info[:2])")/site-packages/locked.pth
+	$(@D)/bin/$(PIP) install --upgrade transformers$(if $(filter newest,$*),,==$*)
+	@touch $@
+
+test-versions: $(foreach v,$(TRANSFORMERS) newest,$(VERSIONS)/$(v)/.ready)
+	$(BIN)/python tests/versions.py $(VERSIONS) --run $(RUN) --write docs/results/versions.md
+
 # Rewrites requirements/python*.txt, keeping the pins that fit pyproject.toml (UPGRADE=--upgrade: the newest of everything).
 LOCK := .venv-lock
 UPGRADE :=
@@ -119,4 +136,4 @@ format: $(VENV)/.ready
 
 # Everything that the other targets made, trained weights included.
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(LOAD) $(NEWEST) $(LOCK) runs runs-smoke build *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(LOAD) $(NEWEST) $(LOCK) $(VERSIONS) runs runs-smoke build *.egg-info

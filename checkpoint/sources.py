@@ -95,11 +95,6 @@ class Source:
         shape, dtype = self.infos[name]
         return torch.Size(shape).numel() * DTYPES[dtype].itemsize
 
-    def identity(self) -> list:
-        """What tells these files from others: names, sizes, times of change."""
-        files = sorted(p for p in self.folder.rglob("*") if p.is_file())
-        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-
     def _missing(self, name: str) -> ValueError:
         near = difflib.get_close_matches(name, [n for n in self.infos if n.count(".") == name.count(".")][:NEAR], n=1)
         return ValueError(f"{self.folder}: tensor {name} is missing{f' (nearest: {near[0]})' if near else ''}")

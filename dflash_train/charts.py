@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -25,21 +26,21 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    train = [r for r in read_metrics(metrics) if r["kind"] == "train"]
+    train = [r for r in read_metrics(metrics) if r["kind"] == "train" and "accuracy" in r]
     if not train:
         return
     steps = [r["step"] for r in train]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    axes[0, 0].plot(steps, [r["loss"] for r in train], label="loss per anchor")
-    axes[0, 0].plot(steps, [r["cross_entropy"] for r in train], label="cross entropy, nats per position")
+    axes[0, 0].plot(steps, [r.get("loss", math.nan) for r in train], label="loss per anchor")
+    axes[0, 0].plot(steps, [r.get("cross_entropy", math.nan) for r in train], label="cross entropy, nats per position")
     axes[0, 0].set(title="training loss", xlabel="step", yscale="log")
-    axes[0, 1].plot(steps, [r["greedy_length"] for r in train], label="arg-max is the text")
-    axes[0, 1].plot(steps, [r["sampled_length"] for r in train], label="T = 1, from overlaps")
+    axes[0, 1].plot(steps, [r.get("greedy_length", math.nan) for r in train], label="arg-max is the text")
+    axes[0, 1].plot(steps, [r.get("sampled_length", math.nan) for r in train], label="T = 1, from overlaps")
     axes[0, 1].set(title="expected tokens per round, training anchors", xlabel="step")
     for k in range(len(train[0]["accuracy"])):
         axes[1, 0].plot(steps, [r["accuracy"][k] for r in train], label=f"k = {k + 1}")
     axes[1, 0].set(title="arg-max right, by position in the block", xlabel="step")
-    axes[1, 1].plot(steps, [r["learning_rate"] for r in train])
+    axes[1, 1].plot(steps, [r.get("learning_rate", math.nan) for r in train])
     axes[1, 1].set(title="learning rate (first group)", xlabel="step")
     for axis in (axes[0, 0], axes[0, 1], axes[1, 0]):
         axis.legend(fontsize=7)

@@ -7,9 +7,11 @@ meets when it serves.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from modeling.dialogue_tokens import AUTO, Rendering, answered_turns
@@ -27,6 +29,14 @@ class Dialogue:
     @property
     def tokens(self) -> list[int]:
         return self.prompt + self.response
+
+
+def dialogues_digest(dialogues: list[Dialogue]) -> str:
+    """SHA-256 (hex) of all dialogues' token ids, in order."""
+    found = hashlib.sha256()
+    for one in dialogues:
+        found.update(np.asarray([len(one.prompt), len(one.response), *one.tokens], dtype="<i8").tobytes())
+    return found.hexdigest()
 
 
 def read_jsonl(patterns: list[str], key: str) -> list[dict]:

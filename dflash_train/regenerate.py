@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.command import run_command
+from recipes.own_lines import own_lines_only
 from recipes.schema import Recipe
 
 
@@ -28,13 +29,17 @@ def main(argv: list[str]) -> int:
         from dflash_train import self_distillation as answers
         from dflash_train import trainer
         from dflash_train.target import load_target, target_files
-        from training.accelerator import make_accelerator
+        from storage.locks import Lock
+        from training.accelerator import from_first, make_accelerator
 
         trainer.require_sections(recipe)
         accelerator = make_accelerator()
         served = recipe.dflash.regenerate.endpoint is not None
         target = target_files(recipe) if served else load_target(recipe, accelerator.device)
         folder = trainer.run_folder(recipe)
+        held = Lock(folder)
+        from_first(accelerator, lambda: held.__enter__() and None)
+        target.agree_on_fingerprint(accelerator)
         answers.regenerated(recipe, target, folder, accelerator=accelerator, say=accelerator.print)
         accelerator.print(f"written: {answers.answer_file(recipe, target, folder)}")
         return 0
@@ -43,4 +48,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     sys.exit(main(sys.argv[1:]))

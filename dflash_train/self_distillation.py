@@ -30,8 +30,10 @@ from dflash_train.target import Target, TargetFiles, describe_target, identity
 from modeling.dialogue_tokens import Rendering
 from recipes.schema import Recipe
 from storage.files import write_text
+from storage.reading import json_lines
+from storage.revision import git_revision
 from training.files import expand
-from training.report import ProgressBar, environment, git_revision
+from training.report import ProgressBar, environment
 
 KEY = "dflash.regenerate.prompts"
 
@@ -59,9 +61,21 @@ def regenerated(recipe: Recipe, target: TargetFiles, folder: Path, *, accelerato
     path = answer_file(recipe, target, folder)
     if not path.is_file():
         generate_answers(recipe, target, path, accelerator=accelerator, say=say)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = stored_answers(path, target)
     judge_answers(rows, target.end_ids, say)
     return [Dialogue(r["prompt_ids"], r["response_ids"]) for r in rows]
+
+
+def stored_answers(path: Path, target: TargetFiles) -> list[dict]:
+    """The rows of a file of this module. Raises ValueError, with the line: damaged, or of another vocabulary."""
+    rows, vocabulary = [], target.vocabulary
+    for number, row in json_lines(path):
+        ids = [row.get(key) for key in ("prompt_ids", "response_ids")] if row else [None]
+        if not all(isinstance(part, list) and all(type(i) is int and 0 <= i < vocabulary for i in part) for part in ids):
+            raise ValueError(f"{path}:{number}: expected token ids of 0 to {vocabulary - 1}; remove the file, and the target "
+                             "answers again")
+        rows.append(row)
+    return rows
 
 
 def judge_answers(rows: list[dict], end_ids: list[int], say: Callable[[str], None] = print) -> None:

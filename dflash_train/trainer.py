@@ -11,7 +11,6 @@ Output, in <recipe.output>/<recipe.name>/dflash/:
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import nn
 from dflash_train import acceptance
 from dflash_train import charts as figures
 from dflash_train.anchors import block_labels, sample_anchors, teacher_index
-from dflash_train.dialogues import own_dialogues, pack
+from dflash_train.dialogues import dialogues_digest, own_dialogues, pack
 from dflash_train.features import OnlineFeatures, cached_features
 from dflash_train.losses import draft_loss
 from dflash_train.optimizer import make_optimizer
@@ -32,11 +31,13 @@ from dflash_train.target import describe_target, identity, load_target, new_draf
 from modeling.dialogue_tokens import Rendering
 from modeling.drafter import load_drafter, save_drafter
 from recipes.schema import Recipe
+from storage.digests import combined, json_digest, model_digests
 from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.epoch_order import EpochOrder
-from training.resume import checkpoint_to_resume
+from training.preflight import require_ready
+from training.resume import checkpoint_to_resume, require_same_inputs
 from training.run import TrainingRun
 from training.schedule import make_schedule
 
@@ -85,15 +86,18 @@ class Trainer(TrainingRun):
         self.accelerator = make_accelerator()
         self.main = self.accelerator.is_main_process
         self.folder = run_folder(recipe)
-        report.require_wandb(recipe.tracking.wandb)
+        require_ready(recipe, "dflash")
+        self.lock()
         newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say, self.accelerator) if resume else None
         self.target = load_target(recipe, self.accelerator.device)
+        self.target.agree_on_fingerprint(self.accelerator)
         self.identity = identity(self.target, recipe)
         if newest is not None:
-            self._require_same_target(newest)
+            require_same_inputs(newest, {"target": self.identity})  # before it answers prompts anew
         acceptance.groups(recipe, self.target)  # a mistake in what is measured at the end is told before hours of training
         self.drafter = new_drafter(recipe, self.target).to(self.accelerator.device).train()
         self._load_data()
+        self.compare_inputs(newest, lambda: {"target": self.identity, "training data": dialogues_digest(self.dialogues)})
         if not resume:
             self.set_earlier_aside(keep=("data", "features"))
         optimizer = make_optimizer(self.drafter, self.settings.optimizer)
@@ -107,13 +111,6 @@ class Trainer(TrainingRun):
             self.say(f"resuming {newest} at step {self.state.step} of {self.settings.steps}")
         self._print_header()
         self.open_records(newest is not None, f"{recipe.name}-dflash")
-
-    def _require_same_target(self, newest: Path) -> None:
-        """Raises ValueError if `newest` was trained on another target: a recipe says where it lies, not what it is."""
-        was = json.loads((newest / "complete.json").read_text(encoding="utf-8")).get("target")  # none in earlier versions'
-        if was is not None and was != self.identity:
-            raise ValueError(f"{newest}: trained on another target than {self.target.path} is now (fingerprint {was[0]}, now "
-                             f"{self.identity[0]}); restore it, or start a new run without --resume")
 
     def _load_data(self) -> None:
         settings, target = self.settings, self.target
@@ -148,10 +145,8 @@ class Trainer(TrainingRun):
 
     def _features_key(self) -> str:
         """Digest of what determines the features: target, tapped layers, dialogues and where they are cut."""
-        import hashlib
-
-        facts = [self.identity, self.target.taps, self.settings.sequence_length, [d.tokens for d in self.dialogues]]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+        facts = [self.identity, self.target.taps, self.settings.sequence_length, dialogues_digest(self.dialogues)]
+        return json_digest(facts)[:12]
 
     def _print_header(self) -> None:
         parameters = sum(p.numel() for p in self.drafter.parameters())
@@ -238,9 +233,6 @@ class Trainer(TrainingRun):
         if self.metrics is not None and (step % settings.log_every == 0 or step == settings.steps):
             self.metrics.write("train", step, seconds=seconds, tokens_per_second=tokens / seconds, **values)
 
-    def facts(self) -> dict:
-        return super().facts() | {"target": self.identity}
-
     def draw_curves(self, metrics: Path, picture: Path) -> None:
         figures.draw_curves(metrics, picture, self.recipe.name)
 
@@ -258,6 +250,7 @@ class Trainer(TrainingRun):
         drafter = load_drafter(final, getattr(torch, self.recipe.model.dtype)).to(self.accelerator.device)
         summary = acceptance.measure(self.recipe, self.target, drafter, say=self.say)
         summary |= {
+            "inputs": self.inputs, "weights": combined(model_digests(final)),
             "steps": self.settings.steps, "seed": self.recipe.seed, "target": describe_target(self.target, self.recipe),
             "start_from": self.settings.start_from, "parameters": sum(p.numel() for p in self.drafter.parameters()),
             "response_tokens": sum(len(d.response) for d in self.dialogues),

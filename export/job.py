@@ -5,16 +5,16 @@
              prepares the folder, the others wait for its plan.json, and it waits for all files before it goes on
     finish   index, configuration, code, tokenizer, drafter, card, checksums (process 0)
     verify   the folder is inspected from disk as `export/verify.py` does, against the trained weights
-    rename   only now the folder gets its name; what had it before is set aside as `<out>.1`, `.2`, ...
+    rename   only now the folder gets its name; what had it before, if it differs, is set aside as `<out>.1`, `.2`, ...
 
 A killed export is continued if the fingerprint is the same: complete files stay. Otherwise `<out>.partial` is cleared.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.checksums import internal, write_checksums
+from checkpoint.checksums import CHECKSUMS, internal, write_checksums
 from checkpoint.families.registry import family_of, refuse_layout, resolve_layout
 from checkpoint.inventory import configuration
 from checkpoint.open import local_folder, open_source
@@ -34,12 +34,14 @@ from export import config_files, drafter_files, model_card
 from export.layouts import units_of
 from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
 from modeling.names import fused_name, plain_dtype
-from recipes.load import dump_recipe
+from recipes.load import dump_published, published
 from recipes.schema import Recipe
-from storage.files import write_bytes, write_json
+from storage.digests import combined, json_digest, model_digests, stamps
+from storage.files import begin_folder, finish_folder, next_free, tree_bytes, write_bytes, write_json, write_text
+from storage.locks import Lock
 from storage.reading import read_json
-from storage.terminal import printable_line
-from training.checkpoint import complete_checkpoints, disk_errors
+from storage.terminal import printable, printable_line
+from training.checkpoint import complete_checkpoints, disk_errors, require_newest_result
 
 WAIT_SECONDS = 0.2
 
@@ -64,14 +66,17 @@ class Export:
         self.rounded = request.base is not None
         self._open_weights()
         self.drafter = None
-        if self.layout == "native" and not self.rounded:
-            self.drafter = drafter_files.open_drafter(self.run_folder / "dflash" / "model", self.weights.config)
+        if not self.rounded:
+            require_newest_result(self.run_folder / "dflash")
+            self.drafter = drafter_files.open_drafter(self.run_folder / "dflash" / "model", self.text_config)
         units = units_of(self.layout, self.weights, recipe.export.dense)
         if self.drafter is not None:
-            if self.weights.config.tie_word_embeddings:
-                raise ValueError("tie_word_embeddings: the mask embedding cannot be written into a vocabulary row that is also "
-                                 "the output head's; expected an untied target")
-            units = drafter_files.with_mask_row(units, self.drafter)
+            if recipe.export.speculators:
+                drafter_files.speculators_config(self.drafter.config, "..", None)  # before hours of writing
+            if self.mask_row:
+                units = drafter_files.with_mask_row(units, self.drafter)
+        elif recipe.export.speculators:
+            raise ValueError(f"export.speculators: no trained drafter in {self.run_folder / 'dflash' / 'model'}")
         self.shards: list[Shard] = plan_shards(units, recipe.export.shard_bytes)
         default = ("model" if self.layout == "native" else self.layout) + ("-ptq" if self.rounded else "")
         self.out = Path(os.path.abspath(request.out)) if request.out else self.run_folder / "export" / default
@@ -104,6 +109,17 @@ class Export:
                                scale_rule=recipe.quantization.scale_rule, changed=recipe.qat.train == "all")
 
     @property
+    def text_config(self):
+        """The configuration of the decoder, also where the checkpoint has more than text."""
+        return self.weights.config.get_text_config()
+
+    @property
+    def mask_row(self) -> bool:
+        """Whether the drafter's mask embedding takes its token's place in the vocabulary. Not where the head is the same
+        matrix: engines then have mask_embedding.pt alone."""
+        return self.drafter is not None and not self.text_config.tie_word_embeddings
+
+    @property
     def experts(self) -> str:
         """How experts become codes: "trained" on the grid, "rounded" here, or "copied" from a base that is packed already."""
         if packed_codes_stored(self.weights):
@@ -120,27 +136,31 @@ class Export:
     def fingerprint(self) -> str:
         """Digest of everything that decides the weight files' bytes."""
         facts = {"shards": [[s.name, s.bytes, hashlib.sha256(s.header).hexdigest()] for s in self.shards],
-                 "sources": [self.weights.trained.identity(), self.weights.base.identity()], "rounded": self.rounded,
+                 "sources": [stamps(f) for f in dict.fromkeys((self.weights.trained.folder, self.weights.base.folder))],
+                 "drafter": None if self.drafter is None else stamps(self.drafter.folder), "rounded": self.rounded,
                  "rule": self.weights.scale_rule, "changed": self.weights.changed,
-                 "mask": None if self.drafter is None else self.drafter.embedding.float().tolist()}
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+                 "mask": None if self.drafter is None else self.drafter.embedding.float().tolist(), "row": self.mask_row}
+        return json_digest(facts)
 
-    def prepare(self, alive=lambda: None) -> None:
-        """Process 0 makes or keeps the partial folder; the others wait until it has."""
+    def prepare(self, alive=lambda: None) -> str:
+        """Process 0 makes or keeps the partial folder; the others wait until it has. Returns the fingerprint."""
         plan, mark = self.partial / "plan.json", self.fingerprint()
         if self.request.rank:
             while not (plan.is_file() and read_json(plan).get("fingerprint") == mark):
                 alive()
                 time.sleep(WAIT_SECONDS)
-            return
+            return mark
         kept = plan.is_file() and read_json(plan).get("fingerprint") == mark
         if kept:
             done = sum((self.partial / s.name).is_file() for s in self.shards)
             print(f"continuing {self.partial}: {done} of {len(self.shards)} files are there", flush=True)
-            return
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+            return mark
+        try:
+            begin_folder(self.partial)
+        except FileExistsError as error:
+            raise ValueError(str(error)) from None
         write_json(plan, {"fingerprint": mark, "files": [s.name for s in self.shards]}, sort_keys=True)
+        return mark
 
     def write(self, alive=lambda: None) -> None:
         """Writes this process's files (every `world`-th)."""
@@ -175,15 +195,18 @@ class Export:
         shutil.rmtree(out / "dflash", ignore_errors=True)
         if self.drafter is not None:
             sums |= drafter_files.write_drafter(self.drafter, out / "dflash", self.recipe.export.shard_bytes)
+            if self.recipe.export.speculators:
+                architecture = (config.get("architectures") or [None])[0]
+                sums |= drafter_files.write_speculators(self.drafter, out / "dflash-speculators",
+                                                        self.recipe.export.shard_bytes, architecture)
             fits = drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30
             drafter_files.write_reference(out, real_features=fits)
         # How many processes wrote it is no part of the result.
         settled = self.recipe.export.model_copy(update={"processes": 1})
-        text = dump_recipe(self.recipe.model_copy(update={"export": settled}))
-        write_bytes(out / "resolved.yaml", text.encode())
+        write_text(out / "resolved.yaml", dump_published(self.recipe.model_copy(update={"export": settled})))
         write_json(out / "export.json", self.manifest(), sort_keys=True)
         write_bytes(out / "README.md", model_card.card(self.facts(config)).encode())
-        for leftover in out.glob("*.tmp"):
+        for leftover in out.glob(".*.tmp"):
             leftover.unlink()
         write_checksums(out, sums, skip=internal)
 
@@ -191,6 +214,8 @@ class Export:
         """export.json: what a verifier must know and config.json does not say."""
         facts = {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule, "experts": self.experts,
                  "dense": self.recipe.export.dense, "drafter": self.drafter is not None, "format": 1}
+        if self.drafter is not None and not self.mask_row:
+            facts["mask_row"] = False
         wide = sorted(n for n, dtype in self.dtypes().items() if dtype == "F32" and plain_dtype(n) != "F32")
         if wide and self.layout != "native":
             facts["float32"] = wide
@@ -206,11 +231,11 @@ class Export:
         special = self.drafter.config["dflash_config"] if self.drafter else {}
         return model_card.Facts(
             name=self.recipe.name, layout=self.layout,
-            base=str(self.request.base or self.recipe.export.base_model or self.recipe.model.path),
+            base=published(str(self.request.base or self.recipe.export.base_model or self.recipe.model.path)),
             scale_rule=self.weights.scale_rule, rounded=self.rounded, dense_rounded=self.recipe.export.dense == "fp8",
             expert_matrices=sum(fused_name(n) is not None for n in matrices) or self._fused_matrices(),
             bytes_by_dtype=sizes, block_size=special.get("block_size"),
-            qat=self.measured("qat"), drafter=self.drafter_summary,
+            qat=self.qat_summary, drafter=self.drafter_summary,
             config=config | {"drafter_window": special.get("swa_window_size")})
 
     def measured(self, job: str) -> dict | None:
@@ -220,15 +245,31 @@ class Export:
         return read_json(path) if own and path.is_file() else None
 
     @functools.cached_property
-    def drafter_summary(self) -> dict | None:
-        """What was measured with the drafter, if it was with the weights that are exported; otherwise None, and a line."""
-        summary = self.measured("dflash") if self.drafter is not None else None
-        reason = other_target(summary, self.measured("qat") or {}) if summary is not None else None
-        if reason is None:
+    def qat_summary(self) -> dict | None:
+        """What was measured of the weights that are exported; None, and a line, if it was of others."""
+        summary = self.measured("qat")
+        if summary is None or summary.get("weights") == self.trained_digest:
             return summary
-        print(f"warning: {self.run_folder / 'dflash' / 'summary.json'}: {reason} of {self.trained_folder}; its numbers are "
-              "left out of card and export.json", file=sys.stderr, flush=True)
-        return None
+        return self._left_out("qat", f"measured with weights {summary.get('weights')}, not with those ({self.trained_digest})")
+
+    @functools.cached_property
+    def drafter_summary(self) -> dict | None:
+        """What was measured with this drafter and the weights that are exported; None, and a line, if one was another."""
+        summary = self.measured("dflash") if self.drafter is not None else None
+        reason = None if summary is None else other_pair(summary, self.trained_digest, self.drafter_digest)
+        return summary if reason is None else self._left_out("dflash", reason)
+
+    @functools.cached_property
+    def trained_digest(self) -> str:
+        return combined(model_digests(self.trained_folder))
+
+    @functools.cached_property
+    def drafter_digest(self) -> str:
+        return combined(model_digests(self.drafter.folder))
+
+    def _left_out(self, job: str, reason: str) -> None:
+        print(printable(f"warning: {self.run_folder / job / 'summary.json'}: {reason} of {self.trained_folder}; its numbers "
+                        "are left out of card and export.json"), file=sys.stderr, flush=True)
 
     def _fused_matrices(self) -> int:
         return sum(t.shape[0] for s in self.shards for t in s.tensors if t.name.endswith("_blocks"))
@@ -243,29 +284,35 @@ class Export:
             path.unlink()
 
     def rename(self) -> Path | None:
-        """Gives the folder its name; returns where an earlier one was set aside, if there was one."""
+        """Gives the folder its name; returns where an earlier one was set aside, if there was one that differs.
+
+        An earlier one with the same checksums is replaced: a second copy of the same bytes is of no use.
+        """
         aside = None
-        if self.out.exists():
-            aside = next(p for n in range(1, 10_000) if not (p := self.out.with_name(f"{self.out.name}.{n}")).exists())
+        if self.out.exists() and not _same_file(self.out / CHECKSUMS, self.partial / CHECKSUMS):
+            aside = next_free(self.out)
             self.out.rename(aside)
         self.close()
-        self.partial.rename(self.out)
+        finish_folder(self.partial, self.out)
         return aside
 
 
-def other_target(drafter: dict, qat: dict) -> str | None:
-    """How the weights that a drafter was measured with differ from the result of the run's QAT; None if nothing says so.
+def _same_file(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
 
-    Told by the two summaries: by `dflash.target`, and by their dates (a drafter's numbers are younger than its target), which
-    a copied folder keeps. The drafter's fingerprint of its target is named, but only its own job knows how to make one.
+
+def other_pair(summary: dict, target: str, drafter: str) -> str | None:
+    """How the weights that a drafter's numbers were measured with differ from those that are exported; None if they do not.
+
+    Args:
+        summary: summary.json of the drafter's job. target, drafter: digests of the two folders now.
     """
-    target = drafter.get("target") or {}
-    measured, trained = (summary.get("environment", {}).get("date") for summary in (drafter, qat))
-    name = f"measured with the weights {target.get('weights')} of dflash.target={target.get('kind')}"
-    if target.get("kind") != "qat":
-        return f"{name}, not with those"
-    if measured and trained and measured < trained:
-        return f"{name} before {measured}, not with the later ones ({trained})"
+    was = summary.get("target") or {}
+    if was.get("kind") != "qat" or was.get("weights") != target:
+        return (f"measured with the weights {was.get('weights')} of dflash.target={was.get('kind')}, not with those "
+                f"({target})")
+    if summary.get("weights") != drafter:
+        return f"measured with the drafter {summary.get('weights')}, not with the one there is now ({drafter}), a drafter"
     return None
 
 
@@ -273,9 +320,10 @@ def trained_weights(folder: Path) -> Path:
     """The trained weights of a run: its result, or its newest complete checkpoint.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: neither is there, or the result is older than the newest checkpoint.
     """
     if (folder / "model").is_dir():
+        require_newest_result(folder)
         return folder / "model"
     checkpoints = complete_checkpoints(folder / "checkpoints")
     if not checkpoints:
@@ -298,15 +346,22 @@ def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:
     # wait for each other (on a machine with other jobs, ten times longer than they work).
     torch.set_num_threads(1)
     export = Export(recipe, request)
-    export.prepare(alive)
+    with contextlib.nullcontext() if request.rank else Lock(export.out):
+        return _run(export, alive, began)
+
+
+def _run(export: Export, alive, began: float) -> int:
+    mark = export.prepare(alive)
     export.write(alive)
-    if request.rank:
+    if export.request.rank:
         return 0
     export.await_all(alive)
     written = time.monotonic() - began
     with disk_errors():
         export.finish()
     findings = export.verify()
+    if export.fingerprint() != mark:
+        findings.insert(0, f"{export.trained_folder}, the base or the drafter was written to during the export")
     if findings:
         export.close()  # a file that is damaged on the disk would be taken for written
         for finding in findings[:50]:
@@ -315,10 +370,8 @@ def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:
         return 1
     aside = export.rename()
     if aside is not None:
-        print(f"an earlier export was set aside as {aside}")
+        print(f"an earlier export was set aside as {aside} ({tree_bytes(aside) / 1e9:.3f} GB, which removing it gives back)")
     drafter = "with a drafter" if export.drafter is not None else "no drafter"
-    if export.layout != "native" and (export.run_folder / "dflash" / "model").is_dir():
-        drafter = f"without the drafter, which this layout has no place for: {export.run_folder / 'dflash' / 'model'}"
     print(f"written and verified: {export.out} ({export.layout}, {export.bytes / 1e9:.3f} GB in {len(export.shards)} files, "
           f"{drafter}; {written:.1f} s writing, {time.monotonic() - began:.1f} s in all)")
     return 0

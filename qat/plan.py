@@ -30,6 +30,7 @@ from checkpoint.families.registry import refuse_layout, resolve_layout
 from qat.attach import describe, find_expert_tensors
 from qat.geometry import meta_model
 from recipes.schema import Recipe
+from training.preflight import print_readiness
 
 GIB = 2**30
 SHARD_BYTES = 5 * 10**9
@@ -88,6 +89,7 @@ def run(recipe: Recipe) -> int:
     """
     plan = make_plan(recipe)
     render(plan)
+    print_readiness(recipe, "qat")
     refuse_if_too_large(plan, recipe)
     return 0
 

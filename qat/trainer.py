@@ -25,12 +25,14 @@ from torch import nn
 
 from checkpoint.inventory import require_exportable
 from checkpoint.load import load_model, load_tokenizer
+from checkpoint.open import local_folder
+from checkpoint.tokenizer_files import copy_tokenizer
 from modeling.all_experts import use_all_experts
 from modeling.dialogue_tokens import Rendering
 from modeling.output_head import require_plain_head
 from qat import evaluate
 from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite
-from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset
+from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset, rows_digest
 from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, output_head, run_hidden
 from qat.methods import MethodQuantizer, pull_strength, pull_to_grid
 from qat.methods import needed as methods_needed
@@ -39,9 +41,11 @@ from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
 from qat.warm_start import choose_first_codes
 from recipes.schema import Recipe
+from storage.digests import combined, model_digests
 from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
+from training.preflight import require_ready
 from training.resume import checkpoint_to_resume
 from training.run import TrainingRun
 from training.schedule import make_schedule
@@ -106,7 +110,8 @@ class Trainer(TrainingRun):
         self.main = self.accelerator.is_main_process
         torch.manual_seed(recipe.seed)
         self.folder = Path(recipe.output) / recipe.name / "qat"
-        report.require_wandb(recipe.tracking.wandb)
+        require_ready(recipe, "qat")
+        self.lock()
         newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say, self.accelerator) if resume else None
         if not recipe.model.trust_remote_code:
             require_exportable(recipe.model.path, recipe.export.layout, recipe.export.dense)
@@ -114,6 +119,8 @@ class Trainer(TrainingRun):
         model = self.load_model()
         require_tokenizer_fits(self.tokenizer, model, recipe.model.path)
         self._load_data()
+        self.compare_inputs(newest, lambda: {"base weights": model_digests(local_folder(recipe.model.path)),
+                                             "training data": rows_digest(self.loader.dataset)})
         if settings.train == "all" and recipe.model.dtype != "float32":
             raise ValueError("qat.train: all needs model.dtype: float32 (only experts have float32 masters; small updates of "
                              "other bf16 weights would be rounded away)")
@@ -176,7 +183,7 @@ class Trainer(TrainingRun):
         elif self.recipe.qat.warm_start.method != "none":
             self.say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
             choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
-                               seed=self.recipe.seed, model=self.model)
+                               seed=self.recipe.seed, model=self.model, say=self.say)
             self.agree_on_masters()
             self.state.health.rebase()  # what the start changed is not training's doing
         if not resume:
@@ -379,8 +386,9 @@ class Trainer(TrainingRun):
             * self.accelerator.num_processes,
             "seconds": self.training_seconds(), "evaluation_seconds": evaluated,
             "seed": self.recipe.seed, "steps": settings.steps, "scale_rule": self.quantizer.scale_rule,
-            "environment": report.environment(),
+            "environment": report.environment(), "inputs": self.inputs,
         }
+        summary["weights"] = combined(model_digests(self.folder / "model"))
         write_json(self.folder / "summary.json", summary)
         self.draw()
         Console().print(evaluate.comparison_table(summary))
@@ -395,7 +403,9 @@ class Trainer(TrainingRun):
             return
         with checkpoint.folder_aside(self.folder / "model") as partial:
             self.model.save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
+            # As it came, if it came from a folder: transformers would write it anew in the words of its own version.
+            if not copy_tokenizer(local_folder(self.recipe.model.path), partial):
+                self.tokenizer.save_pretrained(partial)
 
 
 def make_quantizer(model: nn.Module, recipe: Recipe) -> ExpertQuantizer:

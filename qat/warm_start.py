@@ -26,6 +26,7 @@ Shape legend: E experts, O outputs, I inputs of a matrix; N tokens, A experts of
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Moments:
 
 @torch.no_grad()
 def choose_first_codes(teacher: nn.Module, quantizer: ExpertQuantizer, rows: torch.Tensor, settings: WarmStart, *,
-                       seed: int = 0, model: nn.Module | None = None) -> None:
+                       seed: int = 0, model: nn.Module | None = None, say: Callable[[str], None] | None = None) -> None:
     """Replaces the quantizer's masters by error-compensated ones and requantizes the model.
 
     Args:
@@ -61,12 +62,13 @@ def choose_first_codes(teacher: nn.Module, quantizer: ExpertQuantizer, rows: tor
         rows: int64 [sequences, T] calibration text.
         seed: of the sampled answers (`fisher`).
         model: the quantizer's model; with `layers_together` it is measured instead, its first layers rounded by then.
+        say: called with a line of progress after each measurement, and at most every ten seconds between.
 
     Raises:
         ValueError: an experts class whose intermediate activations cannot be computed here.
     """
     by_name = {tensor.name: (tensor, master) for tensor, master in quantizer}
-    left = dict(by_name)
+    left, said = dict(by_name), time.monotonic()
     for tensors in sweeps(quantizer.tensors, settings):
         measured = teacher
         if settings.layers_together:
@@ -77,6 +79,10 @@ def choose_first_codes(teacher: nn.Module, quantizer: ExpertQuantizer, rows: tor
             gathered = (fisher_moments(measured, tensors, rows, seed) if settings.method == "fisher" else
                         input_moments(measured, tensors, rows, to_the_end=not settings.layers_together))
         for name, moments in gathered.items():
+            if say and (tensors[0].name == name or time.monotonic() > said + 10):
+                say(f"first codes: {len(by_name) - len(left)} of {len(by_name)} tensors; {len(tensors)} measured over "
+                    f"{rows.numel():,} tokens")
+                said = time.monotonic()
             tensor, master = by_name[name]
             weight_EOI = master.data if tensor.axis == -1 else master.data.transpose(1, 2)
             if getattr(quantizer, "shifts", None):

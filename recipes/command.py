@@ -13,6 +13,7 @@ from pathlib import Path
 
 from recipes.load import load_recipe
 from recipes.schema import Recipe
+from storage.reading import first_line
 from storage.terminal import printable
 
 # What a disk, its owner or a path refuses: no defect of ours, wherever in a library it is raised.
@@ -55,9 +56,18 @@ def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int])
         code, text = 2, own_message(error, where)
     except (OSError, ArithmeticError) as error:
         code, text = 1, own_message(error, where)
+    except (MemoryError, RuntimeError) as error:
+        if not _no_memory(error):
+            raise
+        code, text = 1, f"not enough memory: {first_line(error)}; --plan says what a job needs"
     rank = os.environ.get("RANK", "0")
     print(printable(f"error: {text}" if rank == "0" else f"rank {rank}: error: {text}"), file=sys.stderr)
     return code
+
+
+def _no_memory(error: BaseException) -> bool:
+    """Python's own error, and those of torch on a CPU and on a GPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def own_message(error: Exception, where: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, get_args
 
 import yaml
@@ -83,6 +83,27 @@ def find_recipe(path: Path) -> Path:
     """`path`, or the shipped recipe that it names where there is no such file (outside a clone)."""
     shipped = Path(__file__).resolve().parent / path.name
     return shipped if not path.exists() and str(path.parent) in (".", "recipes") and shipped.is_file() else path
+
+
+def published(value: str) -> str:
+    """A value of a recipe as others may read it: of a path of this machine its last name, of an address nothing."""
+    if "://" in value:
+        return "(an address)"
+    if value.startswith(("/", "~", "..")) or re.match(r"[A-Za-z]:[\\/]", value):
+        return PurePath(value).name or "(a folder)"
+    return value
+
+
+def dump_published(recipe: Recipe) -> str:
+    """As `dump_recipe`, without paths and addresses of the machine that it was written on (`published`)."""
+    def clean(value):
+        if isinstance(value, dict):
+            return {key: clean(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [clean(inner) for inner in value]
+        return published(value) if isinstance(value, str) else value
+
+    return yaml.safe_dump(clean(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 # Launched by path, Python puts this script's folder first on sys.path, where runtime_ref/'s files would shadow real packages.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipes.own_lines import own_lines_only
 from storage.terminal import printable
 
 NAME = "runtime_ref/serve.py"
@@ -308,6 +309,7 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # while importing or loading; later ones are the server's

@@ -1,7 +1,7 @@
 """Which bytes a folder holds: SHA-256 of whole files, made once for as long as they stay as they are.
 
-A sum is kept in a file of the caller's with what the system knows of the file it belongs to: device, inode, size, times of
-writing and of any change. The last one (`ctime`) moves with every write, rename or `touch`, and no program can set it back; so
+A sum is kept in the user's cache with what the system knows of the file it belongs to: inode, size, times of writing and of
+any change. The last one (`ctime`) moves with every write, rename or `touch`, and no program can set it back; so
 an edit that keeps the size and the date is seen, and a folder that nobody touched costs a `stat` per file.
 
 Cost of making them: every byte is read once, 1 to 2 GB/s for each of up to eight threads, or what the disk gives: a model of
@@ -17,29 +17,38 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from storage.cache import user_cache
 from storage.files import write_json
 from storage.reading import read_json, sha256
 
 THREADS = 8
-CACHE = ".digests.json"
-KEPT = 20_000  # entries of a cache; the oldest go
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.distcp", ".metadata",
+               "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+               "chat_template*", "vocab.json", "merges.txt", "*.py")
+KEPT = 10_000  # sums in the cache; the oldest go
 
 
 def stamp(path: Path) -> list[int]:
     """What the system knows of a file without reading it; equal as long as nobody writes to it."""
     found = path.stat()
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def file_digests(folder: Path, names: list[str], cache: Path | None = None) -> dict[str, str]:
+def stamps(folder: Path) -> list:
+    """Name and `stamp` of every file below `folder`: equal as long as nobody writes there."""
+    return [[p.relative_to(folder).as_posix(), *stamp(p)] for p in sorted(folder.rglob("*")) if p.is_file()]
+
+
+def file_digests(folder: Path, names: list[str], *, anew: bool = True) -> dict[str, str]:
     """SHA-256 (hex) of the files `names` in `folder`.
 
     Args:
-        cache: a JSON file of earlier sums, read and written; None makes all of them anew.
+        anew: read all of them; otherwise sums are taken from the cache where nobody wrote to the file since.
 
     Raises:
         ValueError: a file is missing or no ordinary one.
     """
+    cache = None if anew else _cache()
     known = _known(cache)
     paths = {name: Path(os.path.realpath(folder / name)) for name in names}
     stamps = {name: stamp(path) if path.exists() else [] for name, path in paths.items()}
@@ -66,6 +75,23 @@ def differences(was: dict[str, str], now: dict[str, str]) -> list[str]:
     """What differs between two folders, one entry a file: "a changed", "b is missing", "c is new"."""
     return [f"{name} {'is missing' if name not in now else 'is new' if name not in was else 'changed'}"
             for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+
+
+def model_files(folder: Path) -> list[str]:
+    """Names of the files in a model's or drafter's folder that decide what it says: weights, configuration, tokenizer, code."""
+    return sorted({f.name for pattern in MODEL_FILES for f in folder.glob(pattern) if f.is_file()})
+
+
+def model_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each of `model_files`, from the cache where it is known. Raises ValueError: a file cannot be read."""
+    return file_digests(folder, model_files(folder), anew=False)
+
+
+def _cache() -> Path | None:
+    try:
+        return user_cache() / "digests.json"
+    except OSError:
+        return None
 
 
 def _known(cache: Path | None) -> dict[str, list]:

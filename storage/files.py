@@ -34,11 +34,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written; what was there stays.
     """
-    path = Path(os.path.realpath(path))
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if not stat.S_ISREG(kind := path.stat().st_mode) and not stat.S_ISDIR(kind):
             path.write_bytes(data)
             return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = path.stat().st_mode & 0o777 if path.exists() else None
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -12,6 +12,7 @@ would know what to stop).
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import os
@@ -83,6 +84,7 @@ class Lock:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(_identity()).encode(), 0)
         os.fsync(self._descriptor)
+        atexit.register(self._give_back)  # a mistake found later leaves no file behind
         self._stop = threading.Event()
         threading.Thread(target=self._beat, daemon=True, name=f"lock {self.path.name}").start()
 
@@ -120,6 +122,8 @@ class Lock:
                 return
 
     def _give_back(self) -> None:
+        if self._stop.is_set():
+            return
         self._stop.set()
         try:
             os.unlink(self.path)

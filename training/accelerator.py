@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 LAUNCH_HELP = ("several processes on a CPU: ACCELERATE_USE_CPU=true torchrun --nproc-per-node N {script} RECIPE; "
                "on GPUs: accelerate launch --multi_gpu --num_processes N {script} RECIPE")
@@ -52,6 +56,24 @@ def _refuse_launch() -> None:
     if precision != "no":
         raise ValueError(f"launched with mixed_precision {precision}, but weights carry their dtype: set model.dtype, and "
                          "launch with --mixed_precision no (what is not given comes from Accelerate's own configuration)")
+
+
+def from_first(accelerator, make: Callable[[], T]) -> T:
+    """What `make` returns on the first process, on all of them; its ValueError or OSError is raised on all of them."""
+    if accelerator.num_processes == 1:
+        return make()
+    from accelerate.utils import broadcast_object_list
+
+    box: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            box[0] = make()
+        except (ValueError, OSError) as error:
+            box[1] = error
+    broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 class StopRequest:

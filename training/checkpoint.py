@@ -47,6 +47,21 @@ def step_of(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
+def require_newest_result(folder: Path) -> None:
+    """Raises ValueError if <folder>/model is the result of fewer steps than the folder's newest checkpoint has.
+
+    Args:
+        folder: <output>/<name>/<job>.
+    """
+    found, summary = complete_checkpoints(folder / "checkpoints"), folder / "summary.json"
+    if not found or not summary.is_file() or not (folder / "model").is_dir():
+        return
+    steps = read_json(summary).get("steps")
+    if isinstance(steps, int) and step_of(found[-1]) > steps:
+        raise ValueError(f"{folder}: model/ is the result of step {steps}, and {found[-1].name} is newer: finish that run with "
+                         "--resume, or name the weights that are meant (export/to_hf.py --weights DIR)")
+
+
 def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, facts: dict, keep_last: int,
                     write: Callable[[Path], None]) -> Path:
     """Saves what `write` writes into a folder as the checkpoint of `step`; all processes call it.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from storage.files import write_text
+from storage.reading import json_lines
+from storage.revision import git_revision
 
 # Keys of metrics.jsonl that depend on the clock, not on the computation.
 CLOCK_KEYS = {"tokens_per_second", "seconds"}
@@ -34,22 +36,6 @@ def environment() -> dict:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
     return facts
-
-
-def git_revision() -> str:
-    """Revision of the working tree that this file is in, "-dirty" if changed, or "unknown" (an installed copy)."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        # Without the variable, git locks the index to refresh it: in the way of a commit, and left behind if it is killed.
-        return subprocess.run(["git", *arguments], cwd=here.parent, text=True, capture_output=True, check=True, timeout=10,
-                              env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie inside a repository that is not its own
-        return git("describe", "--always", "--dirty", "--abbrev=12")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def _version() -> str:
@@ -77,11 +63,15 @@ class Metrics:
     uninterrupted one but for the clock.
     """
 
-    def __init__(self, path: Path, *, resumed_step: int | None, wandb_run=None):
-        self.path, self.wandb = path, wandb_run
+    def __init__(self, path: Path, *, resumed_step: int | None, wandb_run=None, tensorboard=None):
+        self.path, self.wandb, self.tensorboard = path, wandb_run, tensorboard
         kept = []
         if resumed_step is not None and path.is_file():
-            kept = [r for r in read_metrics(path) if r["step"] <= resumed_step]
+            found = read_metrics(path)
+            kept = [r for r in found if r["step"] <= resumed_step]
+            lines = sum(1 for _ in json_lines(path))
+            if lines - len(found) > 1:  # the last line may be half of one, left by a kill
+                print(f"{path}: {lines - len(found)} of {lines} lines are damaged and were left out")
         write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = path.open("a", encoding="utf-8")
 
@@ -90,32 +80,35 @@ class Metrics:
         self._file.flush()
         if self.wandb is not None and kind == "train":
             self.wandb.log(values, step=step)
+        if self.tensorboard is not None and kind == "train":
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
         if self.wandb is not None:
             self.wandb.finish()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Complete lines of a metrics.jsonl (a line cut off by a kill is dropped)."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """The records of a metrics.jsonl; lines that are none (cut off by a kill, damaged) are left out."""
+    return [record for _, record in json_lines(path)
+            if record is not None and type(record.get("step")) is int and isinstance(record.get("kind"), str)]
 
 
 def require_wandb(mode: str) -> None:
-    """Raises ValueError if wandb is asked for but not installed: to be known before a model is loaded."""
-    if mode != "off" and importlib.util.find_spec("wandb") is None:
+    """Raises ValueError if wandb is asked for by name but not installed: to be known before a model is loaded."""
+    if mode in ("online", "offline") and importlib.util.find_spec("wandb") is None:
         raise ValueError("tracking.wandb: the wandb package is not installed (pip install -e '.[wandb]')")
 
 
-def start_wandb(mode: str, project: str, name: str, folder: Path, config: dict):
-    """A wandb run, or None. "auto" is online only if a key is set; offline runs need neither network nor account.
+def start_wandb(mode: str, project: str, name: str, folder: Path, config: dict, say=print):
+    """A wandb run, or None. A resumed run goes on as the same run: its id is kept in the run's folder.
+
+    "auto" is online if wandb has a key (WANDB_API_KEY or ~/.netrc), else offline; without the package it is off, with a line.
 
     Raises:
         ValueError: wandb is asked for but not installed.
@@ -123,11 +116,33 @@ def start_wandb(mode: str, project: str, name: str, folder: Path, config: dict):
     if mode == "off":
         return None
     require_wandb(mode)
+    if importlib.util.find_spec("wandb") is None:
+        say("tracking.wandb: auto: off, because the wandb package is not installed (pip install -e '.[wandb]')")
+        return None
     import wandb
 
     if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    return wandb.init(project=project, name=name, dir=str(folder), mode=mode, config=config)
+        mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+    kept = folder / "wandb-id.txt"
+    run = wandb.init(project=project, name=name, dir=str(folder), mode=mode, config=config, resume="allow",
+                     id=kept.read_text(encoding="utf-8").strip() if kept.is_file() else None)
+    write_text(kept, f"{run.id}\n")
+    return run
+
+
+def start_tensorboard(wanted: bool, folder: Path):
+    """A writer of TensorBoard events in `folder`/tensorboard, or None.
+
+    Raises:
+        ValueError: it is asked for but the package is not installed.
+    """
+    if not wanted:
+        return None
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tracking.tensorboard: the tensorboard package is not installed (pip install tensorboard)")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 # Curves are drawn again at a checkpoint if the last ones are older than this: a picture costs a second.
@@ -150,17 +165,17 @@ def draw_curves(metrics_path: Path, png_path: Path, title: str) -> None:
     steps = [r["step"] for r in train]
     for key, label in (("kl", "KL to teacher"), ("hidden", "hidden error")):
         if any(r.get(key) for r in train):
-            axes[0, 0].plot(steps, [r[key] for r in train], label=label)
+            axes[0, 0].plot(steps, [r.get(key, math.nan) for r in train], label=label)
     axes[0, 0].set(title="training loss", xlabel="step", ylabel="nats per token", yscale="log")
     axes[0, 0].legend()
-    axes[0, 1].plot(steps, [r["learning_rate"] for r in train])
+    axes[0, 1].plot(steps, [r.get("learning_rate", math.nan) for r in train])
     axes[0, 1].set(title="learning rate", xlabel="step")
-    layers = sorted({r["tensor"] for r in health})
+    layers = sorted({str(r.get("tensor")) for r in health})
     for layer in layers:
-        rows = [r for r in health if r["tensor"] == layer]
+        rows = [r for r in health if r.get("tensor") == layer]
         x = [r["step"] for r in rows]
-        axes[1, 0].plot(x, [100 * mean(r["flipped"]) for r in rows], label=layer)
-        axes[1, 1].plot(x, [mean(v for v in r["sqnr_db"] if v is not None) for r in rows], label=layer)
+        axes[1, 0].plot(x, [100 * mean(r.get("flipped", ())) for r in rows], label=layer)
+        axes[1, 1].plot(x, [mean(v for v in r.get("sqnr_db", ()) if v is not None) for r in rows], label=layer)
     axes[1, 0].set(title="codes changed since the last report", xlabel="step", ylabel="%")
     axes[1, 1].set(title="signal to quantization noise (master)", xlabel="step", ylabel="dB")
     if 0 < len(layers) <= 10:

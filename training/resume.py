@@ -18,8 +18,9 @@ from pathlib import Path
 import yaml
 
 from recipes.schema import Recipe
-from storage.reading import read_text
-from training.checkpoint import RECIPE, newest_whole, step_of
+from storage.digests import differences
+from storage.reading import read_json, read_text
+from training.checkpoint import COMPLETE, RECIPE, newest_whole, step_of
 
 _SAID = {"model.path", "data.train", "qat.steps", "dflash.steps", "dflash.data", "dflash.regenerate.prompts"}
 _FREE = {
@@ -60,6 +61,25 @@ def checkpoint_to_resume(folder: Path, recipe: Recipe, job: str, say: Callable[[
     for key, was, now in changes:
         say(f"--resume: {key} was {was!r} until step {step}, now {now!r}")
     return newest
+
+
+def require_same_inputs(newest: Path, now: dict) -> None:
+    """Raises ValueError if the run of checkpoint `newest` was trained on other inputs: a recipe says where they lie, not what
+    they are.
+
+    Args:
+        now: by name ("base weights", "training data") a digest, or a dictionary of digests by file.
+    """
+    was = read_json(newest / COMPLETE).get("inputs", {})  # none in checkpoints of earlier versions
+    for name in now.keys() & was.keys():
+        if was[name] == now[name]:
+            continue
+        what = "changed"
+        if isinstance(was[name], dict) and isinstance(now[name], dict):
+            found = differences(was[name], now[name])
+            what = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise ValueError(f"{newest}: trained with another {name} than is there now ({what}); restore it, or start a new run "
+                         "without --resume")
 
 
 def _saved_recipe(path: Path) -> dict:

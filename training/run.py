@@ -4,13 +4,17 @@ checkpoints, signals, the end."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from recipes.load import dump_recipe
-from storage.files import next_free, write_json, write_text
+from storage.files import next_free, tree_bytes, write_json, write_text
+from storage.locks import Lock
+from storage.revision import git_revision
 from training import checkpoint, report
-from training.accelerator import StopRequest
+from training.accelerator import StopRequest, from_first
+from training.resume import require_same_inputs
 
 
 class NonFinite(ArithmeticError):
@@ -31,6 +35,8 @@ class TrainingRun:
     label = ""  # of the progress bar
     metrics = None
     drawn = 0.0
+    inputs: dict = {}
+    held: AbstractContextManager = nullcontext()
 
     def batches(self) -> Iterator:
         """What `update` takes, step by step, from the state's position on."""
@@ -53,7 +59,7 @@ class TrainingRun:
 
     def facts(self) -> dict:
         """What a checkpoint's complete.json tells beside the recipe."""
-        return {"git_revision": report.git_revision()}
+        return {"git_revision": git_revision(), "inputs": self.inputs}
 
     def run(self, max_steps: int | None) -> int:
         """Trains, and finishes if that was all; returns the exit code."""
@@ -92,6 +98,21 @@ class TrainingRun:
             self.say(f"stopped at --max-steps {last}; --resume continues to step {settings.steps}")
         return None
 
+    def lock(self) -> None:
+        """Keeps other runs out of the folder until `close`. Raises ValueError: another process trains there."""
+        self.held = Lock(self.folder)
+        from_first(self.accelerator, lambda: self.held.__enter__() and None)
+
+    def compare_inputs(self, newest: Path | None, make: Callable[[], dict]) -> None:
+        """Sets `inputs`, what is trained on: digests by name, as `make` gives them on the first process.
+
+        Raises:
+            ValueError: the checkpoint `newest`, which is to be continued, was trained on something else; it says on what.
+        """
+        self.inputs = from_first(self.accelerator, make)
+        if newest is not None:
+            require_same_inputs(newest, self.inputs)
+
     def set_earlier_aside(self, keep: tuple[str, ...] = ()) -> None:
         """Gives an earlier run's folder another name, once this run is known to start; the folders `keep` stay in use."""
         self.accelerator.wait_for_everyone()
@@ -102,7 +123,8 @@ class TrainingRun:
             for kept in keep:
                 if (aside / kept).exists():
                     (aside / kept).rename(self.folder / kept)
-            print(f"an earlier run was set aside as {aside} (--resume would have continued it)")
+            print(f"an earlier run was set aside as {aside} (--resume would have continued it); it holds "
+                  f"{tree_bytes(aside) / 1e9:.3f} GB, which removing it gives back")
         self.accelerator.wait_for_everyone()
 
     def open_records(self, resumed: bool, name: str) -> None:
@@ -116,6 +138,7 @@ class TrainingRun:
         tracking = self.recipe.tracking
         wandb = report.start_wandb(tracking.wandb, tracking.project, name, self.folder, self.recipe.model_dump(mode="json"))
         self.metrics = report.Metrics(self.folder / "metrics.jsonl", wandb_run=wandb,
+                                      tensorboard=report.start_tensorboard(tracking.tensorboard, self.folder),
                                       resumed_step=self.state.step if resumed else None)
 
     def write_state(self, folder: Path) -> None:
@@ -150,7 +173,7 @@ class TrainingRun:
     def training_seconds(self) -> float:
         """Time in updates, from the logged steps: survives resumes, which the process's own clock does not."""
         records = [r for r in report.read_metrics(self.folder / "metrics.jsonl") if r["kind"] == "train"]
-        return report.mean(r["seconds"] for r in records) * self.settings.steps
+        return report.mean(r.get("seconds", 0.0) for r in records) * self.settings.steps
 
     def say(self, text: str) -> None:
         if self.main:
@@ -159,4 +182,6 @@ class TrainingRun:
     def close(self) -> None:
         if self.metrics is not None:
             self.metrics.close()
+        if self.main:
+            self.held.__exit__(None, None, None)
         self.accelerator.end_training()

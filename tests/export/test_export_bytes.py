@@ -195,8 +195,11 @@ def test_a_change_of_the_sources_starts_over(tmp_path):
 
 def test_an_earlier_export_is_set_aside(toy_run, tmp_path):
     first = export(toy_run, out=tmp_path / "out")
-    export(toy_run, out=tmp_path / "out")
-    assert same_folder(first, tmp_path / "out.1")
+    shutil.copytree(first, tmp_path / "first")
+    export(toy_run, out=tmp_path / "out")  # the same bytes: a second copy would be of no use
+    assert same_folder(tmp_path / "first", tmp_path / "out") and not (tmp_path / "out.1").exists()
+    export(toy_run, "export.shard_bytes=100000", out=tmp_path / "out")
+    assert same_folder(tmp_path / "first", tmp_path / "out.1")
 
 
 def test_a_second_writers_mistake_is_named_and_ends_the_export(tmp_path):

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from toy_export import export, make_run, qwen3_run
 
 from export.drafter_files import MASK, REFERENCE
+from recipes.load import load_recipe
+from storage.digests import combined, model_digests
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "export" / "to_hf.py")]
@@ -113,18 +115,27 @@ def front_matter(folder: Path) -> dict:
 
 def test_the_card_names_a_base_that_a_hub_can_have_and_no_folder_of_this_machine(toy_run, tmp_path):
     assert "base_model" not in front_matter(export(toy_run, out=tmp_path / "a"))
-    assert str(toy_run.parent / "base") in (tmp_path / "a/README.md").read_text()
+    for file in ("README.md", "resolved.yaml", "export.json", "config.json"):
+        assert str(toy_run.parent) not in (tmp_path / "a" / file).read_text()
+    assert "Made from `base`" in (tmp_path / "a/README.md").read_text()
     fields = front_matter(export(toy_run, "export.base_model=Some-Org/Some-Model-1.5", out=tmp_path / "b"))
     assert fields["base_model"] == "Some-Org/Some-Model-1.5" and fields["base_model_relation"] == "quantized"
 
 
+def write_summaries(root: Path, **target) -> None:
+    """As the two jobs leave them, of the weights that are there."""
+    numbers = {"loss": 1.0, "kl": 0.5, "top1_agreement": 0.75, "eval_tokens": 10}
+    trained, drafter = (combined(model_digests(root / "runs/toy" / job / "model")) for job in ("qat", "dflash"))
+    summaries = {"qat": {"bf16": numbers, "ptq": numbers, "qat": numbers, "kl_gap_closed": 0.123, "weights": trained},
+                 "dflash": {"acceptance": {"a": {"task_t0": 4.25, "lookup_task_t0": 1.5}}, "weights": drafter,
+                            "target": {"kind": "qat", "weights": trained} | target}}
+    for job, summary in summaries.items():
+        (root / "runs/toy" / job / "summary.json").write_text(json.dumps(summary))
+
+
 def test_figures_of_a_run_are_told_of_its_own_result_only(tmp_path):
     recipe = make_run(tmp_path)
-    numbers = {"loss": 1.0, "kl": 0.5, "top1_agreement": 0.75, "eval_tokens": 10}
-    summary = {"bf16": numbers, "ptq": numbers, "qat": numbers, "kl_gap_closed": 0.123}
-    (tmp_path / "runs/toy/qat/summary.json").write_text(json.dumps(summary))
-    measured = {"acceptance": {"a": {"task_t0": 4.25, "lookup_task_t0": 1.5}}, "target": {"kind": "qat"}}
-    (tmp_path / "runs/toy/dflash/summary.json").write_text(json.dumps(measured))
+    write_summaries(tmp_path)
     own = export(recipe, out=tmp_path / "own")
     assert "0.123" in (own / "README.md").read_text() and "4.25" in (own / "README.md").read_text()
     assert json.loads((own / "export.json").read_text())["acceptance"]["a"]["task_t0"] == 4.25
@@ -134,29 +145,77 @@ def test_figures_of_a_run_are_told_of_its_own_result_only(tmp_path):
     assert "acceptance" not in json.loads((other / "export.json").read_text())
 
 
-@pytest.mark.parametrize("kind, measured, reason", [
-    ("qat", "2026-02-01T00:00:00+00:00", None),
-    ("qat", "2026-01-01T00:00:00+00:00", "of dflash.target=qat before 2026-01-01T00:00:00+00:00, not with the later ones"),
-    ("ptq", "2026-02-01T00:00:00+00:00", "measured with the weights 0abc of dflash.target=ptq, not with those of "),
-    ("base", "2026-02-01T00:00:00+00:00", "measured with the weights 0abc of dflash.target=base, not with those of "),
-])
-def test_a_drafters_figures_are_told_with_the_target_they_were_measured_with_only(kind, measured, reason, tmp_path, capsys):
-    """A drafter of the base, or one that is older than the weights: QAT was run again."""
+def nudge(path: Path) -> None:
+    """Another value in one tensor, with the size and the date that the file had."""
+    before = path.stat()
+    tensors = load_file(path)
+    name = next(n for n, t in tensors.items() if t.ndim == 1 and "norm" in n)
+    tensors[name][0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("what", ["nothing", "target", "drafter", "kind"])
+def test_a_drafters_figures_are_told_with_the_weights_they_were_measured_with_only(what, tmp_path, capsys):
     recipe = make_run(tmp_path)
-    numbers = {"loss": 1.0, "kl": 0.5, "top1_agreement": 0.75, "eval_tokens": 10}
-    summaries = {"qat": {"bf16": numbers, "ptq": numbers, "qat": numbers, "kl_gap_closed": 0.123,
-                         "environment": {"date": "2026-01-15T00:00:00+00:00"}},
-                 "dflash": {"acceptance": {"a": {"task_t0": 4.25, "lookup_task_t0": 1.5}},
-                            "target": {"kind": kind, "weights": "0abc"}, "environment": {"date": measured}}}
-    for job, summary in summaries.items():
-        (tmp_path / "runs/toy" / job / "summary.json").write_text(json.dumps(summary))
+    write_summaries(tmp_path, **({"kind": "ptq"} if what == "kind" else {}))
+    if what in ("target", "drafter"):
+        nudge(tmp_path / "runs/toy" / {"target": "qat", "drafter": "dflash"}[what] / "model/model.safetensors")
     out = export(recipe)
     card, manifest = (out / "README.md").read_text(), json.loads((out / "export.json").read_text())
-    assert "0.123" in card and ("4.25" in card) == ("acceptance" in manifest) == (reason is None)
+    assert ("0.123" in card) == (what != "target")
+    assert ("4.25" in card) == ("acceptance" in manifest) == (what == "nothing")
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == (reason is not None)
-    if reason is not None:
-        assert reason in warnings[0] and str(tmp_path / "runs/toy/qat/model") in warnings[0]
+    assert len(warnings) == {"nothing": 0, "target": 2, "drafter": 1, "kind": 1}[what]
+    assert all("its numbers are left out" in line and str(tmp_path / "runs/toy/qat/model") in line for line in warnings)
+
+
+@pytest.mark.parametrize("job", ["qat", "dflash"])
+def test_a_result_that_is_older_than_a_checkpoint_is_not_exported(job, tmp_path):
+    recipe = make_run(tmp_path)
+    newest = tmp_path / "runs/toy" / job / "checkpoints/step-00000008"
+    newest.mkdir(parents=True)
+    (newest / "complete.json").write_text("{}")
+    (tmp_path / "runs/toy" / job / "summary.json").write_text('{"steps": 4}')
+    with pytest.raises(ValueError, match=f"{job}: model/ is the result of step 4, and step-00000008 is newer"):
+        export(recipe)
+
+
+def test_a_source_that_is_written_to_during_the_export_is_found(tmp_path, monkeypatch, capsys):
+    from export import job
+
+    recipe = make_run(tmp_path)
+    finish = job.Export.finish
+    monkeypatch.setattr(job.Export, "finish", lambda self: (finish(self), nudge(
+        tmp_path / "runs/toy/dflash/model/model.safetensors")))
+    assert job.run(load_recipe(recipe), job.Request(out=tmp_path / "out")) == 1
+    assert "was written to during the export" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_a_partial_folder_of_somebody_else_is_refused(tmp_path):
+    recipe = make_run(tmp_path, drafter=False)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="out.partial: exists and is not the unfinished result"):
+        export(recipe, out=tmp_path / "out")
+    assert (tmp_path / "out.partial/thesis.txt").read_text() == "years of work"
+
+
+def test_two_exports_into_one_folder_are_refused(tmp_path):
+    recipe = make_run(tmp_path, drafter=False)
+    holder = subprocess.Popen([sys.executable, "-c", "import sys, time; from pathlib import Path; "
+                               "from storage.locks import Lock\n"
+                               "with Lock(Path(sys.argv[1])): print(1, flush=True); time.sleep(100)", tmp_path / "out"],
+                              stdout=subprocess.PIPE, cwd=ROOT)
+    holder.stdout.readline()
+    try:
+        with pytest.raises(ValueError, match=f"out: process {holder.pid} on .* is writing it"):
+            export(recipe, out=tmp_path / "out")
+    finally:
+        holder.kill()
+        holder.wait()
+    export(recipe, out=tmp_path / "out")  # a killed holder holds nothing
+    assert not list(tmp_path.glob(".*.lock"))
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 1234567890\n"

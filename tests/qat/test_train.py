@@ -1,7 +1,9 @@
 """The job as a user runs it: `python qat/train.py recipe …` in processes that are killed, stopped, starved and misled."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -351,3 +353,46 @@ def test_help_and_recipe_errors_import_no_torch(tiny_recipe):
             f"code = main([{str(tiny_recipe)!r}, 'qat.stepz=1'])\n"
             "assert code == 2 and 'torch' not in sys.modules and 'transformers' not in sys.modules\n")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=60)
+
+
+def overwrite(path, content):
+    """Other content under the same name, size and date where they can be kept."""
+    before = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_other_weights_or_text_under_the_same_path_are_named_and_refused(tiny_recipe, tiny_checkpoint, text_files, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    shutil.copy(text_files["train"], tmp_path / "mine.jsonl")
+    own = f"model.path={tmp_path / 'base'}", f"data.train=[{tmp_path / 'mine.jsonl'}]"
+    run_job(SCRIPT, tiny_recipe, *own, "--max-steps", 1)
+    lines = (tmp_path / "mine.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "mine.jsonl").write_bytes(b"".join(reversed(lines)))
+    said = run_job(SCRIPT, tiny_recipe, *own, "--resume", expect=2)
+    assert "trained with another training data than is there now" in said and said.count("error:") == 1
+    (tmp_path / "mine.jsonl").write_bytes(b"".join(lines))
+    file = next((tmp_path / "base").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    overwrite(file, content)
+    said = run_job(SCRIPT, tiny_recipe, *own, "--resume", expect=2)
+    assert f"another base weights than is there now ({file.name} changed)" in said and said.count("error:") == 1
+    content[-1] ^= 1
+    overwrite(file, content)
+    assert "resuming" in run_job(SCRIPT, tiny_recipe, *own, "--resume", "--max-steps", 2)
+
+
+def test_a_second_run_of_a_recipe_is_refused_while_the_first_one_trains(tiny_recipe):
+    first = Job(SCRIPT, tiny_recipe, "qat.steps=1000")
+    for line in first.stdout:
+        if line.startswith("step 2/"):
+            break
+    for arguments in ((), ("--resume",)):
+        said = run_job(SCRIPT, tiny_recipe, "qat.steps=1000", *arguments, expect=2)
+        assert f"process {first.pid} on" in said and "is writing it; stop it first" in said and said.count("error:") == 1
+    assert sorted(p.name for p in folder(tiny_recipe).parent.iterdir()) == [".qat.lock", "qat"]
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    run_job(SCRIPT, tiny_recipe, "qat.steps=1000", "--max-steps", 1)
+    assert not list(folder(tiny_recipe).parent.glob(".*.lock"))

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from training.report import Metrics, draw_curves, environment, git_revision, read_metrics, start_wandb
+from storage.revision import git_revision
+from training.report import Metrics, draw_curves, environment, read_metrics, start_wandb
 
 
 def test_a_resumed_file_drops_what_came_after_the_checkpoint_and_a_cut_off_line(tmp_path):
@@ -70,4 +71,26 @@ def test_asking_for_the_revision_never_locks_the_repository(monkeypatch):
         return subprocess.CompletedProcess(command, 0, stdout="abc\n")
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert git_revision() == "abc" and seen == ["0", "0"]
+    git_revision.cache_clear()
+    try:
+        assert git_revision() == "abc" and seen == ["0", "0"]
+    finally:
+        git_revision.cache_clear()
+
+
+def test_damaged_lines_of_the_metrics_are_left_out_and_said(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, resumed_step=None)
+    for step in range(1, 7):
+        metrics.write("train", step, kl=0.5, learning_rate=0.1)
+    metrics.close()
+    lines = path.read_bytes().splitlines()
+    lines[1] = lines[1].replace(b'"step"', b'"stee"')
+    lines[2] = b"\xff" + lines[2]
+    lines[3] = lines[3].replace(b'"kl"', b'"lk"')  # still a record: the picture goes on without the point
+    path.write_bytes(b"\n".join(lines) + b"\n{\"kind\"")
+    assert [r["step"] for r in read_metrics(path)] == [1, 4, 5, 6]
+    draw_curves(path, tmp_path / "curves.png", "t")
+    Metrics(path, resumed_step=5).close()
+    assert [r["step"] for r in read_metrics(path)] == [1, 4, 5]
+    assert "metrics.jsonl: 3 of 7 lines are damaged and were left out" in capsys.readouterr().out

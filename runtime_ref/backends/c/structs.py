@@ -21,6 +21,10 @@ from pathlib import Path
 
 import torch
 
+from storage.cache import is_own_file, user_cache
+from storage.files import write_text
+from storage.reading import first_line, sha256
+
 SOURCE = Path(__file__).with_name("ops.c")
 SOURCES = (SOURCE, SOURCE.with_name("experts.h"), SOURCE.with_name("bf16_dots.h"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
@@ -81,22 +85,42 @@ def compiled_ops(flags: tuple[str, ...] = FLAGS) -> tuple[ctypes.CDLL | None, st
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     made_of = "\n".join((*(file.read_text(encoding="utf-8") for file in SOURCES), " ".join(flags), version, _processor()))
     name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
-    homes = (lambda: Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fp4-dflash",
-             lambda: Path(tempfile.mkdtemp(prefix="fp4-dflash-")))  # where nothing can be written beside the user's files
-    for home in homes:
-        file = home() / name
-        if file.is_file() or (reason := _compile(compiler, flags, file)) is None:
-            found = ctypes.CDLL(str(file))
-            found.run.argtypes = [ctypes.POINTER(Step), ctypes.c_void_p, ctypes.c_int64]
-            found.run.restype = None
-            found.decode_rows.argtypes = [ctypes.POINTER(PackedMatrix), _integer, _integer, _pointer]
-            found.decode_rows.restype = None
-            found.prepare()
-            found.has_dots.restype = ctypes.c_int
-            if found.has_dots():
-                found.decode_panels.argtypes, found.decode_panels.restype = found.decode_rows.argtypes, None
-            return found, ""
-    return None, reason
+    try:
+        home, temporary = user_cache(), False
+    except OSError:  # nothing can be kept, or what is kept could be another user's
+        home, temporary = Path(tempfile.mkdtemp(prefix="fp4-dflash-")), True
+    try:
+        file = home / name
+        reason = None if _is_whole(file) else _compile(compiler, flags, file)
+        return (_declared(ctypes.CDLL(str(file))), "") if reason is None else (None, reason)
+    except (OSError, AttributeError) as error:  # for example a folder that programs may not be loaded from
+        return None, f"{file}: cannot be loaded: {first_line(error)}"
+    finally:
+        if temporary:  # what is loaded stays loaded
+            shutil.rmtree(home, ignore_errors=True)
+
+
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with its functions' types, prepared."""
+    found.run.argtypes = [ctypes.POINTER(Step), ctypes.c_void_p, ctypes.c_int64]
+    found.run.restype = None
+    found.decode_rows.argtypes = [ctypes.POINTER(PackedMatrix), _integer, _integer, _pointer]
+    found.decode_rows.restype = None
+    found.prepare()
+    found.has_dots.restype = ctypes.c_int
+    if found.has_dots():
+        found.decode_panels.argtypes, found.decode_panels.restype = found.decode_rows.argtypes, None
+    return found
+
+
+def _sum_file(file: Path) -> Path:
+    return file.with_suffix(".sha256")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether `file` is what was compiled, by this user: to load half a library ends the process (SIGBUS)."""
+    known = _sum_file(file)
+    return is_own_file(file) and is_own_file(known) and known.read_bytes().decode("ascii", "replace") == sha256(file)
 
 
 def has_bf16_dot(dtype: torch.dtype) -> bool:
@@ -117,11 +141,13 @@ def _compile(compiler: str, flags: tuple[str, ...], file: Path) -> str | None:
     """Builds `file`; what went wrong, or None. Several processes may do so at once: each renames its own."""
     aside = file.with_name(f"{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run([compiler, *flags, "-o", str(aside), str(SOURCE), "-lm"], capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
             return f"{compiler} cannot compile {SOURCE.name}: {lines[0].strip()}"
+        aside.chmod(0o700)
+        write_text(_sum_file(file), sha256(aside))
+        _sum_file(file).chmod(0o600)
         aside.replace(file)
     except OSError as error:
         return f"{file.parent}: {error.strerror}"

@@ -46,7 +46,7 @@ def test_decoding_in_panels_equals_the_codec_for_every_code_and_scale_byte():
 
 
 def op_errors(backend, ids) -> dict[str, float]:
-    """Worst relative error by op of a step over `ids`, against the float64 twin on the inputs that the op had."""
+    """Worst relative error by op of a step over `ids`, against the float64 reference on the inputs that the op had."""
     shown = SimpleNamespace(weights=backend.weights, config=backend.config, rotary=backend.rotary, pools=backend.pools,
                             mxfp8=False)
     span, kept, worst, chosen = SequenceChunk(opened(backend), 0, ids), {}, {}, []
@@ -84,7 +84,7 @@ def in_rows(pool) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 13, 100])
-def test_every_op_is_its_float64_twin_but_for_rounded_activations(weights, ids, rows):
+def test_every_op_is_its_float64_reference_but_for_rounded_activations(weights, ids, rows):
     worst = op_errors(CBackend(weights, dtype=BF16, pages=PAGES), ids[:rows])
     assert {"project_full", "attend_window", "merge_heads", "experts", "route", "dense_mlp", "head"} <= worst.keys()
     assert max(worst.values()) < NATIVE_DOTS, worst

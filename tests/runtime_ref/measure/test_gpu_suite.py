@@ -437,7 +437,7 @@ def test_launches_are_counted_and_a_profiler_that_sees_none_counts_nothing(monke
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(trace))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert gpu_steps.count_launches(lambda: None) is None
-    names += ["step_kernel", "Memcpy HtoD (Pageable -> Device)", "void at::native::vectorized_elementwise_kernel<4>"]
+    names += ["step_kernel", "Memcpy HtoD (Pageable -> Device)", "void at::hw_fp4::vectorized_elementwise_kernel<4>"]
     assert gpu_steps.count_launches(lambda: None) == 2
     monkeypatch.setattr(torch.profiler, "profile", raising(RuntimeError("not permitted")))
     assert gpu_steps.count_launches(lambda: None) is None
