@@ -98,7 +98,7 @@ SILENT = {
     "qwen3: experts per token": ("qwen3", config(num_experts_per_tok=3), "number of experts per token"),
     "qwen3: epsilon": ("qwen3", config(rms_norm_eps=1e-4), "epsilon"),
     "mixtral: nibbles": ("mixtral", each("weight_packed", nibbles), "nibbles are swapped"),
-    "mixtral: rotary base": ("mixtral", rope(rope_theta=1e6), "rotary base"),
+    "mixtral: rotary base": ("mixtral", rope(rope_theta=1e4), "rotary base"),
     "gpt-oss: nibbles": ("gpt-oss", each("_blocks", nibbles), "nibbles are swapped"),
     "gpt-oss: scales off by one power": ("gpt-oss", each("_scales", lambda t: t - 1), "a scale byte b means"),
     "gpt-oss: gate and up as halves": ("gpt-oss", lambda f: [each(f"gate_up_proj_{n}", lambda t: torch.cat(
