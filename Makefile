@@ -2,7 +2,9 @@
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell $(p) -c "import sys; exit(not (3,11) <= sys.version_info[:2] < (3,13))" 2>/dev/null && echo ok),$(p))))
 VENV := .venv
 BIN := $(VENV)/bin
-ACCELERATE := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
+# One thread for each core, as accelerate would choose and say in three lines.
+ACCELERATE = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(BIN)/python -c "import psutil; print(psutil.cpu_count(logical=False) or 1)")} \
+    $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
 # glibc keeps large blocks instead of mapping and zeroing them anew: up to 30 % of an eager CPU step (ignored elsewhere).
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 2147483648

@@ -66,15 +66,17 @@ class Export:
         self.rounded = request.base is not None
         self._open_weights()
         self.drafter = None
-        if self.layout == "native" and not self.rounded:
+        if not self.rounded:
             require_newest_result(self.run_folder / "dflash")
-            self.drafter = drafter_files.open_drafter(self.run_folder / "dflash" / "model", self.weights.config)
+            self.drafter = drafter_files.open_drafter(self.run_folder / "dflash" / "model", self.text_config)
         units = units_of(self.layout, self.weights, recipe.export.dense)
         if self.drafter is not None:
-            if self.weights.config.tie_word_embeddings:
-                raise ValueError("tie_word_embeddings: the mask embedding cannot be written into a vocabulary row that is also "
-                                 "the output head's; expected an untied target")
-            units = drafter_files.with_mask_row(units, self.drafter)
+            if recipe.export.speculators:
+                drafter_files.speculators_config(self.drafter.config, "..", None)  # before hours of writing
+            if self.mask_row:
+                units = drafter_files.with_mask_row(units, self.drafter)
+        elif recipe.export.speculators:
+            raise ValueError(f"export.speculators: no trained drafter in {self.run_folder / 'dflash' / 'model'}")
         self.shards: list[Shard] = plan_shards(units, recipe.export.shard_bytes)
         default = ("model" if self.layout == "native" else self.layout) + ("-ptq" if self.rounded else "")
         self.out = Path(os.path.abspath(request.out)) if request.out else self.run_folder / "export" / default
@@ -107,6 +109,17 @@ class Export:
                                scale_rule=recipe.quantization.scale_rule, changed=recipe.qat.train == "all")
 
     @property
+    def text_config(self):
+        """The configuration of the decoder, also where the checkpoint has more than text."""
+        return self.weights.config.get_text_config()
+
+    @property
+    def mask_row(self) -> bool:
+        """Whether the drafter's mask embedding takes its token's place in the vocabulary. Not where the head is the same
+        matrix: engines then have mask_embedding.pt alone."""
+        return self.drafter is not None and not self.text_config.tie_word_embeddings
+
+    @property
     def experts(self) -> str:
         """How experts become codes: "trained" on the grid, "rounded" here, or "copied" from a base that is packed already."""
         if packed_codes_stored(self.weights):
@@ -126,7 +139,7 @@ class Export:
                  "sources": [stamps(f) for f in dict.fromkeys((self.weights.trained.folder, self.weights.base.folder))],
                  "drafter": None if self.drafter is None else stamps(self.drafter.folder), "rounded": self.rounded,
                  "rule": self.weights.scale_rule, "changed": self.weights.changed,
-                 "mask": None if self.drafter is None else self.drafter.embedding.float().tolist()}
+                 "mask": None if self.drafter is None else self.drafter.embedding.float().tolist(), "row": self.mask_row}
         return json_digest(facts)
 
     def prepare(self, alive=lambda: None) -> str:
@@ -182,6 +195,10 @@ class Export:
         shutil.rmtree(out / "dflash", ignore_errors=True)
         if self.drafter is not None:
             sums |= drafter_files.write_drafter(self.drafter, out / "dflash", self.recipe.export.shard_bytes)
+            if self.recipe.export.speculators:
+                architecture = (config.get("architectures") or [None])[0]
+                sums |= drafter_files.write_speculators(self.drafter, out / "dflash-speculators",
+                                                        self.recipe.export.shard_bytes, architecture)
             fits = drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30
             drafter_files.write_reference(out, real_features=fits)
         # How many processes wrote it is no part of the result.
@@ -197,6 +214,8 @@ class Export:
         """export.json: what a verifier must know and config.json does not say."""
         facts = {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule, "experts": self.experts,
                  "dense": self.recipe.export.dense, "drafter": self.drafter is not None, "format": 1}
+        if self.drafter is not None and not self.mask_row:
+            facts["mask_row"] = False
         wide = sorted(n for n, dtype in self.dtypes().items() if dtype == "F32" and plain_dtype(n) != "F32")
         if wide and self.layout != "native":
             facts["float32"] = wide
@@ -353,8 +372,6 @@ def _run(export: Export, alive, began: float) -> int:
     if aside is not None:
         print(f"an earlier export was set aside as {aside} ({tree_bytes(aside) / 1e9:.3f} GB, which removing it gives back)")
     drafter = "with a drafter" if export.drafter is not None else "no drafter"
-    if export.layout != "native" and (export.run_folder / "dflash" / "model").is_dir():
-        drafter = f"without the drafter, which this layout has no place for: {export.run_folder / 'dflash' / 'model'}"
     print(f"written and verified: {export.out} ({export.layout}, {export.bytes / 1e9:.3f} GB in {len(export.shards)} files, "
           f"{drafter}; {written:.1f} s writing, {time.monotonic() - began:.1f} s in all)")
     return 0

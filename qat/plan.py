@@ -27,9 +27,11 @@ import re
 from dataclasses import dataclass, field
 
 from checkpoint.families.registry import refuse_layout, resolve_layout
+from mxfp4.format import BLOCK_SIZE
 from qat.attach import describe, find_expert_tensors
 from qat.geometry import meta_model
 from recipes.schema import Recipe
+from training.preflight import print_readiness
 
 GIB = 2**30
 SHARD_BYTES = 5 * 10**9
@@ -88,6 +90,7 @@ def run(recipe: Recipe) -> int:
     """
     plan = make_plan(recipe)
     render(plan)
+    print_readiness(recipe, "qat")
     refuse_if_too_large(plan, recipe)
     return 0
 
@@ -181,7 +184,9 @@ def _state_bytes(recipe: Recipe, sizes: _Sizes, shards: int | None = None) -> di
     state = {"masters (float32)": sizes.experts * 4, f"optimizer ({qat.optimizer.name})": sizes.trained * moments}
     if qat.oscillation.method != "none":
         state[f"oscillation control ({qat.oscillation.method})"] = sizes.experts * (
-            4 if qat.oscillation.method == "ema" else 2)  # a mean; or a flip counter and a mark
+            {"ema": 4, "freeze": 2, "reset": 12}[qat.oscillation.method])  # a mean; a flip counter and a mark; three floats
+    if qat.scales.method != "rule":
+        state["shifts of block scales"] = sizes.experts // BLOCK_SIZE * (4 + (moments if qat.scales.method == "learned" else 0))
     if qat.average_last:
         state["average of the masters"] = sizes.experts * 4
     return {name: size // shards for name, size in state.items()}

@@ -346,6 +346,8 @@ class Export(Section):
     base_model: str | None = Field(None, description="hub name of the base checkpoint, for the model card; none: model.path")
     shard_bytes: PositiveInt = Field(5_000_000_000, description="a file is closed before it would exceed this")
     processes: PositiveInt = Field(1, description="processes that write different files side by side")
+    speculators: bool = Field(False, description="also write the drafter in the format of `speculators` "
+                              "(dflash-speculators/); needs one without sinks, value scale and partial rotation")
     reference_gib: NonNegativeFloat = Field(8.0, description="checkpoints up to this size are loaded once to record the "
                                             "drafter's reference from real features")
 
@@ -379,8 +381,11 @@ class Cluster(Section):
 class Tracking(Section):
     """Where metrics go besides runs/<name>/."""
 
-    wandb: Literal["off", "auto", "offline", "online"] = Field("off", description="auto: online if a key is set, else offline")
-    project: str = "fp4-dflash"
+    wandb: Literal["off", "auto", "offline", "online"] = Field(
+        "off",
+        description="auto: online if a key is set, else offline; off without the package")
+    project: str = Field("fp4-dflash", description="project on the tracker's page")
+    tensorboard: bool = Field(False, description="also write TensorBoard events to runs/<name>/<job>/tensorboard")
 
 
 class Recipe(Section):

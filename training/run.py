@@ -138,6 +138,7 @@ class TrainingRun:
         tracking = self.recipe.tracking
         wandb = report.start_wandb(tracking.wandb, tracking.project, name, self.folder, self.recipe.model_dump(mode="json"))
         self.metrics = report.Metrics(self.folder / "metrics.jsonl", wandb_run=wandb,
+                                      tensorboard=report.start_tensorboard(tracking.tensorboard, self.folder),
                                       resumed_step=self.state.step if resumed else None)
 
     def write_state(self, folder: Path) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from checkpoint.families.geometry import NotHeld
 from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.checkpoints.families.base import NotHeld
 from runtime_ref.core.kv_cache import PAGE
 from runtime_ref.core.tensor_parallel import Ranks
 from runtime_ref.engine.engine import Engine, EngineOptions

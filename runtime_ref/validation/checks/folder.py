@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from checkpoint.families.geometry import NotHeld
 from checkpoint.inventory import layout_of, scale_name
 from checkpoint.tensor_files import TensorFiles
 from checkpoint.verify import Finding, Verification, verify
 from modeling.drafter import read_mask
 from modeling.names import fused_name
-from runtime_ref.checkpoints.families.base import NotHeld
-from runtime_ref.checkpoints.families.registry import read_geometry
-from runtime_ref.checkpoints.folder import drafter_folder
+from runtime_ref.checkpoints.folder import drafter_folder, read_geometry
 from runtime_ref.validation.checks import folder_causes as causes
 from runtime_ref.validation.checks.tensors import Matrix, look_at_experts
 from runtime_ref.validation.context import (
