@@ -59,7 +59,7 @@ _FOLDER = (
     ("file", r"shard .* is missing", "the folder is incomplete: a shard is missing"), ("file", r"cannot be opened", TRUNCATED),
     ("file", r"no \*\.safetensors", INCOMPLETE), ("values", r"", FINITE),
     ("scales", r"255", "a block of an expert was not finite when it was exported"), ("scales", r"", "scales"),
-    ("config", r"tie_word", TIED), ("config", r"block_size|group_size", BLOCKS),
+    ("config", r"rope_theta", "wrong rotary base (rope_theta): keys contradict each other"), ("config", r"tie_word", TIED), ("config", r"block_size|group_size", BLOCKS),
     ("config", r"quant_method|store_dtype", FORMAT.format(mark="quant_method fp8 with store_dtype mxfp4 marks them")),
     ("config", r"quantization_config", FORMAT.format(mark="MXFP4 is 4-bit floats in groups of 32")),
     ("config", r"ignored_layers", "engines read a matrix as FP8 that is not, or the other way round (ignored_layers)"),
