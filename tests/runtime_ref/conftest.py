@@ -192,7 +192,7 @@ def prompts():
 class OracleProposer(Drafter):
     """Drafts that are often right: the known answer, wrong at a share of the positions (no network, no features)."""
 
-    block, taps = 8, []
+    block, target_layers = 8, []
 
     def __init__(self, answers: dict[tuple, list[int]], vocabulary: int, wrong: float = 0.25, seed: int = 0):
         self.answers, self.vocabulary, self.wrong = answers, vocabulary, wrong
