@@ -12,8 +12,8 @@ export MALLOC_TOP_PAD_ := 134217728
 
 PIP := python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo smoke test test-distributed test-kernels test-kernels-long test-interpreter test-clients test-load test-newest \
-        test-versions lint format lock lock-check clean
+.PHONY: demo smoke test test-distributed test-kernels test-kernels-long test-interpreter test-clients test-load test-families \
+        test-newest test-versions lint format lock lock-check clean
 
 # requirements/README.md says why torch comes first and the rest without its dependencies.
 $(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)
@@ -83,6 +83,10 @@ $(CLIENTS)/.ready:
 
 test-clients: $(VENV)/.ready $(CLIENTS)/.ready
 	FP4_CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest -q -m clients
+
+# Every fused-experts model type of the installed transformers: trained a step, exported, loaded by stock clients (two minutes).
+test-families: $(VENV)/.ready
+	FP4_TEST_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/checkpoint/test_families.py tests/checkpoint/test_bases.py
 
 # Minutes of load on the server: thousands of generated requests, a crowd of clients, killed ranks, a benchmark tool.
 LOAD := .venv-load
