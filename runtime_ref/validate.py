@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Launched by path, Python would look for modules beside this script first.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from storage.reading import first_line, strange_files
 from storage.terminal import printable, printable_line
 
 CHECKSUM_GIB = 4.0
@@ -118,20 +120,43 @@ def run(options: argparse.Namespace, ranks, trained: dict | None):
 
     from runtime_ref.validation.checks.files import check_files
     from runtime_ref.validation.checks.folder import check_folder
+    from runtime_ref.validation.context import Facts
     from runtime_ref.validation.result import Check, Verdict
 
     began = time.monotonic()
-    folder_check, facts = check_folder(options.folder)
+    if strange := strange_files(options.folder):  # to open a pipe is to wait for ever
+        check = Check("files", "files beside the weights")
+        for path in strange:
+            check.fail(f"{path.relative_to(options.folder)}: neither a file nor a folder", "the folder is not a plain one")
+        return Verdict(str(options.folder), [check], environment(options, ranks))
+    folder_check, facts = guarded(lambda: check_folder(options.folder), lambda broken: (broken, Facts(
+        options.folder, loadable=False)), "folder", "the folder is whole")
     checksums = options.checksums if options.checksums is not None else folder_gib(options.folder) <= CHECKSUM_GIB
     special = facts.drafter_config.get("dflash_config")
-    files_check = check_files(options.folder, facts.raw, special if isinstance(special, dict) else {},
-                              checksums=checksums and ranks.rank == 0)
+    files_check = guarded(lambda: check_files(options.folder, facts.raw, special if isinstance(special, dict) else {},
+                                              checksums=checksums and ranks.rank == 0), lambda broken: broken, "files",
+                          "files beside the weights")
     checks = [files_check, folder_check]
-    if facts.loadable:
+    if facts.loadable and ranks.count > 1:  # a rank that stops early would leave the others waiting for it
         checks += model_checks(options, ranks, facts, trained, checks)
+    elif facts.loadable:
+        checks += guarded(lambda: model_checks(options, ranks, facts, trained, checks), lambda broken: [broken], "model",
+                          "the model can be run")
     else:
         checks += [Check(name, title).skip("the folder cannot be loaded") for name, title in (*MODEL, *LATER)]
     return Verdict(str(options.folder), checks, environment(options, ranks) | {"seconds": round(time.monotonic() - began, 1)})
+
+
+def guarded(check: Callable, instead: Callable, name: str, title: str):
+    """What `check` returns; or, whatever it raised about a folder by anybody, `instead` of a check that failed with it."""
+    from runtime_ref.validation.result import Check
+
+    try:
+        return check()
+    except Exception as error:
+        broken = Check(name, title)
+        broken.fail(f"{type(error).__name__}: {first_line(error)[:500]}", "the folder holds what cannot be read or run")
+        return instead(broken)
 
 
 def folder_gib(folder: Path) -> float:

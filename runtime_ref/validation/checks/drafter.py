@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from checkpoint.drafter_folder import MOST_LAYERS
 from checkpoint.tensor_files import TensorFiles
 from modeling.drafter import read_mask
 from runtime_ref.validation.context import DTYPE_CAUSE, FINITE_CAUSE, Facts, Wrong, condensed, first_line, read_object
@@ -59,6 +60,9 @@ def _special(raw: dict) -> dict:
     cause = "the drafter's configuration is incomplete"
     if not isinstance(special, dict):
         raise Wrong(f"dflash/config.json: dflash_config: {type(special).__name__}, expected an object", cause)
+    depth = raw.get("num_hidden_layers")
+    if type(depth) is not int or not 0 < depth <= MOST_LAYERS:
+        raise Wrong(f"dflash/config.json: num_hidden_layers {str(depth)[:40]}, expected 1 to {MOST_LAYERS}", cause)
     layers = special.get("target_layer_ids")
     if not isinstance(layers, list) or not layers or not all(type(i) is int for i in layers):
         raise Wrong(f"dflash_config.target_layer_ids: {layers!r}, expected layer numbers", cause)
