@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from runtime_ref.core.records import write
 from runtime_ref.validation.result import Verdict
+from storage.files import write_text
 
 
 def write_json(verdict: Verdict, path: Path) -> None:
-    write(path, json.dumps(verdict.as_dict(), indent=2, default=str) + "\n")
+    write_text(path, json.dumps(verdict.as_dict(), indent=2, default=str) + "\n")
 
 
 def write_html(verdict: Verdict, path: Path) -> None:
     from runtime_ref.validation.html_report import page
 
-    write(path, page(verdict))
+    write_text(path, page(verdict))
