@@ -2,7 +2,9 @@
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell $(p) -c "import sys; exit(not (3,11) <= sys.version_info[:2] < (3,13))" 2>/dev/null && echo ok),$(p))))
 VENV := .venv
 BIN := $(VENV)/bin
-ACCELERATE := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
+# One thread for each core, as accelerate would choose and say in three lines.
+ACCELERATE = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(BIN)/python -c "import psutil; print(psutil.cpu_count(logical=False) or 1)")} \
+    $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml
 # glibc keeps large blocks instead of mapping and zeroing them anew: up to 30 % of an eager CPU step (ignored elsewhere).
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 export MALLOC_TRIM_THRESHOLD_ := 2147483648
@@ -10,8 +12,8 @@ export MALLOC_TOP_PAD_ := 134217728
 
 PIP := python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo smoke test test-kernels test-kernels-long test-interpreter test-clients test-load test-newest lint format lock \
-        lock-check clean
+.PHONY: demo smoke test test-distributed test-kernels test-kernels-long test-interpreter test-clients test-load test-families \
+        test-newest test-versions lint format lock lock-check clean
 
 # requirements/README.md says why torch comes first and the rest without its dependencies.
 $(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)
@@ -42,8 +44,14 @@ smoke: $(VENV)/.ready
 
 # Whole engines on the kernels are minutes in Triton's interpreter: they run in the second part, compiled for the CPU.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/runtime_ref/backends/triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/runtime_ref/backends/triton \
+	    --ignore tests/distributed
 	$(MAKE) test-kernels
+
+# Training on several gloo ranks: every family and layout, signals and hangs through real launchers, killed ranks (FP4_TEST_KILLS
+# of them, 6 unless set). About 15 minutes on two quiet cores; what `make test` has of it takes half a minute.
+test-distributed: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/distributed
 
 # The kernels' tests and the runtime's own, on the embedded model, with the Triton kernels compiled for the CPU: a choice of them
 # that is part of `make test`, and all of them.
@@ -76,6 +84,10 @@ $(CLIENTS)/.ready:
 test-clients: $(VENV)/.ready $(CLIENTS)/.ready
 	FP4_CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest -q -m clients
 
+# Every fused-experts model type of the installed transformers: trained a step, exported, loaded by stock clients (two minutes).
+test-families: $(VENV)/.ready
+	FP4_TEST_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/checkpoint/test_families.py tests/checkpoint/test_bases.py
+
 # Minutes of load on the server: thousands of generated requests, a crowd of clients, killed ranks, a benchmark tool.
 LOAD := .venv-load
 $(LOAD)/.ready:
@@ -93,6 +105,21 @@ test-newest:
 	$(NEWEST)/bin/$(PIP) install --upgrade --upgrade-strategy eager -e ".[dev,serve]"
 	@touch $(NEWEST)/.ready
 	$(MAKE) test VENV=$(NEWEST)
+
+# Exports in older and newer versions of transformers, each in an environment that borrows all else from .venv (150 MB each).
+# Needs the run of `make demo`, or another: RUN=runs-smoke/tiny.
+VERSIONS := .venv-versions
+TRANSFORMERS := 4.57.6 5.17.0 5.19.0 5.21.1 5.23.0
+RUN := runs/tiny
+$(VERSIONS)/%/.ready: $(VENV)/.ready
+	@test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(@D)/lib/python$$($(BIN)/python -c \
+	    "import sys; print('%d.%d' % sys.version_info[:2])")/site-packages/locked.pth
+	$(@D)/bin/$(PIP) install --upgrade transformers$(if $(filter newest,$*),,==$*)
+	@touch $@
+
+test-versions: $(foreach v,$(TRANSFORMERS) newest,$(VERSIONS)/$(v)/.ready)
+	$(BIN)/python tests/versions.py $(VERSIONS) --run $(RUN) --write docs/results/versions.md
 
 # Rewrites requirements/python*.txt, keeping the pins that fit pyproject.toml (UPGRADE=--upgrade: the newest of everything).
 LOCK := .venv-lock
@@ -119,4 +146,4 @@ format: $(VENV)/.ready
 
 # Everything that the other targets made, trained weights included.
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(LOAD) $(NEWEST) $(LOCK) runs runs-smoke build *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(LOAD) $(NEWEST) $(LOCK) $(VERSIONS) runs runs-smoke build *.egg-info

@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report = {"date": time.strftime("%Y-%m-%d"), "revision": git_revision(), "machine": platform.processor() or platform.machine(),
+    report = {"date": time.strftime("%Y-%m-%d"), "revision": git_revision(),
+              "machine": platform.processor() or platform.machine(),
               "cores": os.cpu_count(), "load_average": os.getloadavg()[0], "threads": torch.get_num_threads(),
               "torch": torch.__version__, "rounds": options.rounds, "results": found}
     print(json.dumps(report, indent=1))

@@ -18,6 +18,7 @@ import yaml
 from checkpoint.families.registry import FAMILIES
 from checkpoint.fp8 import dequantize_fp8
 from checkpoint.sources import DTYPES, Source
+from checkpoint.tokenizer_files import TOKENIZER, shipped_bytes
 from checkpoint.trained import Weights, plain
 from modeling.names import fused_name, split_qkv
 from mxfp4.exact_pack import same_bytes
@@ -30,8 +31,6 @@ MEANING = (  # of the keys that a client's own class shares with training's
            "partial_rotary_factor", "rms_norm_eps", "rope_theta", "routed_scaling_factor", "scoring_func", "sliding_window",
            "swa_rope_theta", "tie_word_embeddings", "topk_group", "topk_method")
 HEAD, EMBEDDING, SPLIT = "lm_head.weight", "model.embed_tokens.weight", ("q", "k", "v")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-             "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 AUTO_MAP = {"AutoConfig": "configuration_mimo_v2.MiMoV2Config", "AutoModel": "modeling_mimo_v2.MiMoV2Model",
             "AutoModelForCausalLM": "modeling_mimo_v2.MiMoV2ForCausalLM"}
 
@@ -40,6 +39,8 @@ AUTO_MAP = {"AutoConfig": "configuration_mimo_v2.MiMoV2Config", "AutoModel": "mo
 WRITTEN_ANEW = {"architectures", "auto_map", "model_type", "dtype", "torch_dtype", "quantization_config", "use_cache",
                 "transformers_version", "_name_or_path", "attention_projection_layout", "sliding_window_size",
                 "attention_chunk_size"}
+# Keys that have two names, from before transformers 5 and since.
+SPELLINGS = (("torch_dtype", "dtype"), ("num_experts", "num_local_experts"))
 
 
 def refuse_oversize(config, tensors: int) -> None:
@@ -75,6 +76,11 @@ def config_contradictions(config: dict, source: Source | None) -> Iterator[str]:
     classes, wanted = config.get("architectures"), [_architecture(config)]
     if classes is not None and wanted != [None] and classes != wanted:
         yield f"config.json: architectures={classes!r}, expected {wanted!r}: engines choose the model's class by it"
+    rope = {f"rope_parameters.{key}": value for key, value in (config.get("rope_parameters") or {}).items()}
+    for old, new in (*SPELLINGS, ("rope_theta", "rope_parameters.rope_theta")):
+        ours, theirs = config.get(old), (config | rope).get(new)
+        if None not in (ours, theirs) and ours != theirs:
+            yield f"config.json: {old}={ours!r}, but {new}={theirs!r}: clients of different age read one or the other"
     if config.get("dtype", config.get("torch_dtype", "bfloat16")) != "bfloat16":
         yield f"config.json: dtype={config.get('dtype', config.get('torch_dtype'))!r}, the weights are bfloat16"
     if config.get("tie_word_embeddings") and source is not None and {HEAD, EMBEDDING} <= source.infos.keys():
@@ -115,7 +121,7 @@ def companion_differences(folder: Path, trained: Path) -> Iterator[str]:
             continue
         if not (folder / name).is_file():
             yield f"{name}: missing, the trained checkpoint has it"
-        elif (folder / name).read_bytes() != (trained / name).read_bytes():
+        elif (folder / name).read_bytes() != shipped_bytes(trained / name):
             yield f"{name}: differs from the trained checkpoint's"
 
 

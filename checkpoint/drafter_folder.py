@@ -193,6 +193,50 @@ def read_mask(folder: Path) -> dict:
     return {"mask_token_id": token, "embedding": embedding}
 
 
+def speculators_config(config: dict, verifier: str, architecture: str | None) -> dict:
+    """config.json of the same drafter in the format of `speculators` (vLLM reads it too).
+
+    Its layers are counted as `hidden_states` are, one more than here; the mask token's vector is the verifier's vocabulary row.
+
+    Args:
+        verifier, architecture: name or path and class of the target.
+
+    Raises:
+        ValueError: what that format cannot say.
+    """
+    special, window = special_of(config), window_of(config, special_of(config))
+    rope = config.get("rope_parameters") or {}
+    causal = bool(special.get("causal", config.get("is_causal", False)))
+    for name, value in (("attention_sink_bias", special.get("attention_sink_bias")),
+                        ("attention_value_scale", special.get("attention_value_scale")),
+                        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0) != 1.0),
+                        ("v_head_dim", config.get("v_head_dim", config["head_dim"]) != config["head_dim"]),
+                        ("causal (without a window)", causal and window is None), ("markov_rank", special.get("markov_rank")),
+                        ("convolution_rank", special.get("convolution_rank"))):
+        if value:
+            raise ValueError(f"export.speculators: the drafter has {name}, which the format of speculators cannot say; train "
+                             "one with drafter.attention_sink_bias: false, partial_rotary_factor: 1.0, no "
+                             "attention_value_scale")
+    base = special.get("backbone_rotary_base") or rope.get("rope_theta") or config.get("rope_theta")
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "vocab_size", "max_position_embeddings", "rms_norm_eps", "hidden_act", "attention_bias", "tie_word_embeddings")
+    layer = {key: config[key] for key in keys if key in config} | {
+        "model_type": "qwen3", "rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base},
+        "use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0,
+        "layer_types": ["full_attention" if window is None else "sliding_attention"] * config["num_hidden_layers"]}
+    return {"architectures": ["DFlashSpeculator"], "speculators_model_type": "dflash", "speculators_version": "0.9.0",
+            "transformer_layer_config": layer, "draft_vocab_size": config["vocab_size"], "block_size": special["block_size"],
+            "target_hidden_size": config["hidden_size"], "mask_token_id": special["mask_token_id"],
+            "aux_hidden_state_layer_ids": [layer_id + 1 for layer_id in special["target_layer_ids"]],
+            "sliding_window_non_causal": not causal, "sample_from_anchor": False, "dtype": "bfloat16",
+            "tie_word_embeddings": False,
+            "speculators_config": {
+                "algorithm": "dflash", "default_proposal_method": "greedy",
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": special["block_size"] - 1,
+                                      "verifier_accept_k": 1, "accept_tolerance": 0.0}],
+                "verifier": {"name_or_path": verifier, "architectures": [architecture] if architecture else []}}}
+
+
 def draft_round(drafter, taps: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Hidden states [1, T, H] of one block at the last of `ids` [1, S + 1], given taps [1, S, n, H]."""
     S = taps.shape[1]

@@ -358,7 +358,7 @@ class _Verifier:
     def _check_tensors(self) -> None:
         """Every tensor by itself, and its file's SHA-256 meanwhile."""
         sums = self.tensor_sums
-        for name in sorted(n for n in sums.keys() - self.source.infos.keys() if not n.startswith("dflash/")):
+        for name in sorted(n for n in sums.keys() - self.source.infos.keys() if not n.startswith("dflash")):
             self.wrong("checksum", f"{TENSOR_SUMS}: lists {name}, which is in no file")
         rule = self.manifest.get("scale_rule", "even") if self.manifest.get("rounded") else "even"
         if not self.ours or self.manifest.get("experts") == "copied":
@@ -392,7 +392,8 @@ class _Verifier:
             config = configuration(read_json(self.against / "config.json"))
         checks.weights = Weights(trained, trained, config, family_of(config).published(config),
                                  on_grid=not self.manifest.get("rounded"), scale_rule=self.manifest.get("scale_rule", "even"))
-        checks.mask_row = self.mask_row() if (self.folder / "dflash").is_dir() else None
+        placed = (self.folder / "dflash").is_dir() and self.manifest.get("mask_row", True)
+        checks.mask_row = self.mask_row() if placed else None
         for finding in (*companion_differences(self.folder, self.against),
                         *config_differences(self.config, self.against, self.found.layout)):
             self.wrong("training", finding)
@@ -494,6 +495,10 @@ class _Verifier:
 
     def _check_mask_row(self, mask: dict) -> None:
         if self.source is None or EMBEDDING not in self.source.infos:
+            return
+        if self.manifest.get("mask_row") is False:
+            self.note("mask", f"{EMBEDDING}: the head is tied to it, so the mask embedding is in dflash/{MASK} alone: vLLM and "
+                      "SGLang read that file")
             return
         row = self.source.read(EMBEDDING)[mask["mask_token_id"]]
         if not torch.equal(row, mask["embedding"].to(row.dtype)):

@@ -15,6 +15,7 @@ from dflash_train.trainer import require_sections
 from qat.attach import find_expert_tensors
 from qat.geometry import meta_model
 from recipes.schema import Recipe
+from training.preflight import print_readiness
 
 GIB = 2**30
 RESERVED_SHARE = 0.08  # what the allocator and communication buffers take of an accelerator
@@ -48,6 +49,7 @@ def run(recipe: Recipe) -> int:
     require_sections(recipe)
     plan = make_plan(recipe)
     render(plan, recipe)
+    print_readiness(recipe, "dflash")
     total = sum(plan.memory.values())
     if plan.available is not None and total > plan.available:
         largest = max(plan.memory, key=plan.memory.get)

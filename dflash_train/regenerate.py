@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.command import run_command
+from recipes.own_lines import own_lines_only
 from recipes.schema import Recipe
 
 
@@ -47,4 +48,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     sys.exit(main(sys.argv[1:]))

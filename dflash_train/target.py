@@ -9,6 +9,7 @@ Shape legend: B sequences, T tokens, H hidden size, n tapped layers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 from torch import nn
 
 from checkpoint.load import load_model, load_tokenizer
-from modeling.drafter import DFlashDraftModel, config_json, drafter_config, load_drafter
+from modeling.drafter import DFlashDraftModel, drafter_config, load_drafter
 from modeling.modeling_mimo_v2 import CACHE_NAME
 from modeling.output_head import require_plain_head
 from mxfp4.fake_quant import fake_quantize_
 from qat.attach import find_expert_tensors
 from recipes.schema import Drafter, Recipe
 from storage.digests import combined, model_digests
+from storage.reading import read_json
 from training.accelerator import from_first
 from training.checkpoint import require_newest_result
 
@@ -266,7 +268,7 @@ def new_drafter(recipe: Recipe, target: Target) -> DFlashDraftModel:
     except ValueError as error:
         raise ValueError(f"drafter: {error}") from None
     if recipe.dflash is not None and recipe.dflash.start_from is not None:
-        return _earlier_drafter(Path(recipe.dflash.start_from), config)
+        return _earlier_drafter(Path(recipe.dflash.start_from), config, target.embed_tokens.weight)
     torch.manual_seed(recipe.seed)
     model = DFlashDraftModel(config).float()
     with torch.no_grad():
@@ -288,19 +290,52 @@ def norm_scale(norm: nn.Module | None) -> torch.Tensor | None:
     return next((scale for scale in (weight, 1 + weight) if torch.allclose(does, scale.float(), rtol=0.02, atol=1e-3)), None)
 
 
-def _earlier_drafter(folder: Path, wanted) -> DFlashDraftModel:
-    """The drafter in `folder`, float32, if everything that its weights depend on is as in the configuration `wanted`."""
+# What dflash_config may say that is known here; anything else changes what a drafter computes in a way that is not.
+KNOWN_FLAGS = {"target_layer_ids", "mask_token_id", "num_anchors", "block_size", "loss_decay_gamma", "use_swa",
+               "swa_window_size", "backbone_rotary_base", "attention_value_scale", "attention_sink_bias", "causal",
+               "num_target_layers", "convolution_rank", "markov_rank", "selector_top_k"}
+
+
+def _earlier_drafter(folder: Path, wanted, vocabulary: torch.Tensor) -> DFlashDraftModel:
+    """The drafter in `folder`, float32, if everything that its weights depend on is as in the configuration `wanted`.
+
+    It may be anybody's: what counts is what its configuration means, whichever keys say it; without a mask_embedding.pt the
+    mask token's row of the target's `vocabulary` is taken.
+    """
     try:
-        model = load_drafter(folder, torch.float32)
+        raw = {}
+        with contextlib.suppress(ValueError):  # said below
+            raw = read_json(folder / "config.json")
+        unknown = sorted((raw.get("dflash_config") or {}).keys() - KNOWN_FLAGS)
+        if unknown:
+            raise ValueError(f"{folder}: dflash_config.{unknown[0]}: a flag that is not known here")
+        if len(set(raw.get("layer_types") or ())) > 1:
+            raise ValueError(f"{folder}: layer_types: {', '.join(sorted(set(raw['layer_types'])))} in one drafter; expected "
+                             "one kind in all layers")
+        model = load_drafter(folder, torch.float32, vocabulary=vocabulary)
     except ValueError as error:
         raise ValueError(f"dflash.start_from: {error}") from None
-    trained_for = {"num_anchors", "loss_decay_gamma"}
-    mine, theirs = ({k: v for k, v in config_json(c).items() if k not in ("dflash_config", "torch_dtype", "dtype")}
-                    | {k: v for k, v in c.dflash_config.items() if k not in trained_for} for c in (wanted, model.config))
+    with torch.device("meta"):
+        mine, theirs = _meaning(DFlashDraftModel(wanted)), _meaning(model)
     for key in mine:
-        if mine[key] != theirs.get(key):
-            raise ValueError(f"dflash.start_from: {folder}: {key} is {theirs.get(key)}, the recipe's drafter has {mine[key]}")
+        if mine[key] != theirs[key]:
+            raise ValueError(f"dflash.start_from: {folder}: {key} is {theirs[key]}, the recipe's drafter has {mine[key]}")
+    model.config = wanted  # every key in every spelling
     return model
+
+
+def _meaning(model: DFlashDraftModel) -> dict:
+    """What a drafter's configuration means, whichever keys say it."""
+    config, special = model.config, model.config.dflash_config
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+             "rms_norm_eps")
+    options = ("convolution_rank", "markov_rank", "selector_top_k")
+    return {key: getattr(config, key) for key in sizes} | {key: special.get(key, 0) for key in options} | {
+        "v_head_dim": getattr(config, "v_head_dim", None) or config.head_dim, "block_size": model.block_size,
+        "target_layer_ids": model.target_layer_ids, "mask_token_id": model.mask_token_id, "sliding_window": model.window,
+        "causal": model.causal, "rotary base": float(model.rotary_base), "rotated entries": model.rotary_dim,
+        "attention_value_scale": special.get("attention_value_scale"),
+        "attention_sink_bias": bool(special.get("attention_sink_bias"))}
 
 
 def identity(target: TargetFiles, recipe: Recipe) -> list:

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.command import job_parser, parse_job, run_command
+from recipes.own_lines import own_lines_only
 from recipes.schema import Recipe
 
 
@@ -32,4 +33,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     sys.exit(main(sys.argv[1:]))

@@ -36,6 +36,7 @@ from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.epoch_order import EpochOrder
+from training.preflight import require_ready
 from training.resume import checkpoint_to_resume, require_same_inputs
 from training.run import TrainingRun
 from training.schedule import make_schedule
@@ -85,8 +86,8 @@ class Trainer(TrainingRun):
         self.accelerator = make_accelerator()
         self.main = self.accelerator.is_main_process
         self.folder = run_folder(recipe)
+        require_ready(recipe, "dflash")
         self.lock()
-        report.require_wandb(recipe.tracking.wandb)
         newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say, self.accelerator) if resume else None
         self.target = load_target(recipe, self.accelerator.device)
         self.target.agree_on_fingerprint(self.accelerator)

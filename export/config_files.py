@@ -6,9 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
-from checkpoint.contradictions import AUTO_MAP, TOKENIZER
+from checkpoint.contradictions import AUTO_MAP, SPELLINGS
 from checkpoint.inventory import is_mimo
 from checkpoint.quantization import quantization_config
+from checkpoint.tokenizer_files import TOKENIZER, shipped_bytes
+from storage.files import write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 REMOTE_CODE = ("configuration_mimo_v2.py", "modeling_mimo_v2.py", "native_loading.py")
@@ -27,13 +29,39 @@ def model_config(base: dict, layout: str, dtypes: dict[str, str]) -> dict:
     if layout != "native" and not (layout == "bf16" and is_mimo(base)):
         if is_mimo(base):
             config = flash_config(config)
+        config = both_spellings(config)
         return config if layout == "bf16" else config | {"quantization_config": quantization_config(layout, config, dtypes)}
     split = not any(re.fullmatch(r"model\.layers\.\d+\.self_attn\.qkv_proj\.weight", name) for name in dtypes)  # not MTP's
     config |= {"model_type": "mimo_v2", "architectures": ["MiMoV2ForCausalLM"], "auto_map": AUTO_MAP,
                "attention_projection_layout": "split" if split else "fused_qkv"}
     for key in ("sliding_window_size", "attention_chunk_size"):
         config.setdefault(key, config.get("sliding_window", 128))
+    config = both_spellings(config)
     return config if layout == "bf16" else config | {"quantization_config": quantization_config(layout, config, dtypes)}
+
+
+def both_spellings(config: dict) -> dict:
+    """With every key that transformers 5 renamed under its old and its new name.
+
+    A client of either age takes its default, without a word, where it misses its own: 128 experts, a rotary base of 10000.
+    """
+    config = dict(config)
+    for pair in SPELLINGS:
+        for name, other in (pair, pair[::-1]):
+            if name in config:
+                config.setdefault(other, config[name])
+    rope = config.get("rope_parameters")
+    if rope and "rope_theta" in rope:  # else one for each kind of layer, which no client of before 5 has
+        old = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", old)
+        if "partial_rotary_factor" in rope:
+            config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+    elif rope is None and "rope_theta" in config and config.get("model_type") != "mimo_v2":
+        scaling = config.get("rope_scaling") or {"rope_type": "default"}
+        config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"]}
+    return config
 
 
 def flash_config(config: dict) -> dict:
@@ -76,6 +104,6 @@ def copy_companions(sources: list[Path], out: Path, *, code: bool) -> list[str]:
         home = next((s for s in sources if any((s / n).is_file() for n in names)), None)
         for name in names:
             if home is not None and (home / name).is_file():
-                shutil.copyfile(home / name, out / name)
+                write_bytes(out / name, shipped_bytes(home / name))
                 copied.append(name)
     return copied

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from checkpoint.drafter_folder import (
     EMBEDDING,
+    HEAD,
     MASK,
     dialect_faults,
     draft_round,
@@ -30,6 +31,7 @@ from checkpoint.drafter_folder import (
     mask_faults,
     read_mask,
     special_of,
+    speculators_config,
 )
 from checkpoint.open import open_source
 from checkpoint.sources import Source
@@ -116,18 +118,7 @@ def write_drafter(drafter: TrainedDrafter, out: Path, shard_bytes: int) -> dict[
     Raises:
         ValueError: a tensor that is missing, unknown or of another shape.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    source, expected = _weights(drafter)
-    units = [Unit((PublishedTensor(n, shape, dtype),), lambda n=n: [source.read(n).to(torch.bfloat16)])
-             for n, (shape, dtype) in expected.items()]
-    shards = plan_shards(units, shard_bytes, STEM)
-    if len(shards) == 1:
-        shards = [dataclasses.replace(shards[0], name=f"{STEM}.safetensors")]
-    sums = {}
-    for shard in shards:
-        sums |= {f"dflash/{name}": crc for name, crc in write_shard(shard, out).items()}
-        (out / f"{shard.name}.sums").unlink()
-    (out / "model.safetensors.index.json").write_text(index_json(shards), encoding="utf-8")
+    sums = _write_weights(drafter, out, STEM, shard_bytes)
     text = json.dumps(drafter.config | {"auto_map": {"AutoModel": "dflash.DFlashDraftModel"}}, indent=2, sort_keys=True)
     (out / "config.json").write_text(text + "\n", encoding="utf-8")
     shutil.copyfile(drafter.folder / MASK, out / MASK)
@@ -136,11 +127,50 @@ def write_drafter(drafter: TrainedDrafter, out: Path, shard_bytes: int) -> dict[
     return sums
 
 
+def write_speculators(drafter: TrainedDrafter, out: Path, shard_bytes: int, architecture: str | None) -> dict[str, str]:
+    """Writes the same drafter in the format of `speculators`, for the target in the folder above; returns CRC-32 sums."""
+    config = speculators_config(drafter.config, "..", architecture)
+    sums = _write_weights(drafter, out, "model", shard_bytes)
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return sums
+
+
+def _write_weights(drafter: TrainedDrafter, out: Path, stem: str, shard_bytes: int) -> dict[str, str]:
+    """Weight files and index; CRC-32 by "<folder>/<tensor>"."""
+    out.mkdir(parents=True, exist_ok=True)
+    source, expected = _weights(drafter)
+    units = [Unit((PublishedTensor(n, shape, dtype),), lambda n=n: [source.read(n).to(torch.bfloat16)])
+             for n, (shape, dtype) in expected.items()]
+    shards = plan_shards(units, shard_bytes, stem)
+    if len(shards) == 1:
+        shards = [dataclasses.replace(shards[0], name=f"{stem}.safetensors")]
+    sums = {}
+    for shard in shards:
+        sums |= {f"{out.name}/{name}": crc for name, crc in write_shard(shard, out).items()}
+        (out / f"{shard.name}.sums").unlink()
+    (out / "model.safetensors.index.json").write_text(index_json(shards), encoding="utf-8")
+    return sums
+
+
 def target_bytes(folder: Path) -> int:
     """Bytes of a target when decoded to bf16, at most (packed codes hold four values in two bytes)."""
     infos = open_source(folder).infos
     return sum(tensor_bytes(PublishedTensor(n, s, d)) * (4 if d == "U8" else 2 if d.startswith("F8") else 1)
                for n, (s, d) in infos.items())
+
+
+def _features(model, ids: torch.Tensor, layers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Outputs of the tapped layers [1, S, n, H], the last hidden state after the norm [1, S, H]) of any causal model."""
+    caught: dict[int, torch.Tensor] = {}
+
+    def catch(layer: int):
+        return lambda module, inputs, output: caught.update({layer: output[0] if isinstance(output, tuple) else output})
+
+    hooks = [model.base_model.layers[layer].register_forward_hook(catch(layer)) for layer in layers]
+    last = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([caught[layer] for layer in layers], dim=2), last
 
 
 def reference_length(windows: list[int], features: int, longest: int) -> int:
@@ -175,17 +205,18 @@ def write_reference(folder: Path, *, real_features: bool) -> None:
     drafter = load_drafter(folder / "dflash", torch.float32)
     generator = torch.Generator().manual_seed(0)
     source = open_source(folder)
-    table, head = source.read(EMBEDDING).float(), source.read("lm_head.weight").float()
+    table = source.read(EMBEDDING).float()
+    head = source.read(HEAD).float() if HEAD in source.infos else table  # a tied head is the embedding
     layers, target = drafter.target_layer_ids, read_json(folder / "config.json")
-    windows = [target["sliding_window"]] if any(target.get("hybrid_layer_pattern") or ()) else []
+    sliding = any(target.get("hybrid_layer_pattern") or ()) or "sliding_attention" in (target.get("layer_types") or ())
+    windows = [target["sliding_window"]] if sliding and target.get("sliding_window") else []
     S = reference_length([*windows, drafter.window or 0], len(layers) * table.shape[1],
                          target.get("max_position_embeddings", 1 << 18) - drafter.block_size)
     ids = torch.randint(0, table.shape[0], (1, S + 1), generator=generator)
     more = {}
     if real_features:
-        out = load_model(folder, dtype=torch.float32).model(ids[:, :-1], tap_layers=layers, use_cache=False)
-        taps = torch.stack(out.taps, dim=2)
-        more["target_logits"] = (out.last_hidden_state[:, -drafter.block_size:] @ head.T).contiguous()
+        taps, last = _features(load_model(folder, dtype=torch.float32), ids[:, :-1], layers)
+        more["target_logits"] = (last[:, -drafter.block_size:] @ head.T).contiguous()
     else:
         taps = torch.randn((1, S, len(layers), table.shape[1]), generator=generator)
     hidden = draft_round(drafter, taps, ids, table)

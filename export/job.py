@@ -33,7 +33,7 @@ from checkpoint.verify import verify
 from export import config_files, drafter_files, model_card
 from export.layouts import units_of
 from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
-from modeling.names import fused_name, plain_dtype
+from modeling.names import plain_dtype
 from recipes.load import dump_published, published
 from recipes.schema import Recipe
 from storage.digests import combined, json_digest, model_digests, stamps
@@ -66,15 +66,17 @@ class Export:
         self.rounded = request.base is not None
         self._open_weights()
         self.drafter = None
-        if self.layout == "native" and not self.rounded:
+        if not self.rounded:
             require_newest_result(self.run_folder / "dflash")
-            self.drafter = drafter_files.open_drafter(self.run_folder / "dflash" / "model", self.weights.config)
+            self.drafter = drafter_files.open_drafter(self.run_folder / "dflash" / "model", self.text_config)
         units = units_of(self.layout, self.weights, recipe.export.dense)
         if self.drafter is not None:
-            if self.weights.config.tie_word_embeddings:
-                raise ValueError("tie_word_embeddings: the mask embedding cannot be written into a vocabulary row that is also "
-                                 "the output head's; expected an untied target")
-            units = drafter_files.with_mask_row(units, self.drafter)
+            if recipe.export.speculators:
+                drafter_files.speculators_config(self.drafter.config, "..", None)  # before hours of writing
+            if self.mask_row:
+                units = drafter_files.with_mask_row(units, self.drafter)
+        elif recipe.export.speculators:
+            raise ValueError(f"export.speculators: no trained drafter in {self.run_folder / 'dflash' / 'model'}")
         self.shards: list[Shard] = plan_shards(units, recipe.export.shard_bytes)
         default = ("model" if self.layout == "native" else self.layout) + ("-ptq" if self.rounded else "")
         self.out = Path(os.path.abspath(request.out)) if request.out else self.run_folder / "export" / default
@@ -91,9 +93,10 @@ class Export:
 
     def _open_weights(self) -> None:
         recipe, request = self.recipe, self.request
-        self.trained_folder = request.base or request.weights or trained_weights(self.run_folder / "qat")
+        rounded = local_folder(str(request.base)) if request.base else None
+        self.trained_folder = rounded or request.weights or trained_weights(self.run_folder / "qat")
         trained = open_source(self.trained_folder)
-        base_folder = request.base or (local_folder(recipe.model.path) if recipe.model.path else self.trained_folder)
+        base_folder = rounded or (local_folder(recipe.model.path) if recipe.model.path else self.trained_folder)
         base = trained if base_folder == self.trained_folder else open_source(base_folder)
         self.homes = [f for f in dict.fromkeys((self.trained_folder, base_folder)) if f.is_dir()]
         described = next((f for f in self.homes if (f / "config.json").is_file()), None)
@@ -105,6 +108,17 @@ class Export:
         refuse_layout(self.layout, config, recipe.export.dense)  # before a model is laid out for its names
         self.weights = Weights(trained, base, config, family_of(config).published(config), on_grid=not self.rounded,
                                scale_rule=recipe.quantization.scale_rule, changed=recipe.qat.train == "all")
+
+    @property
+    def text_config(self):
+        """The configuration of the decoder, also where the checkpoint has more than text."""
+        return self.weights.config.get_text_config()
+
+    @property
+    def mask_row(self) -> bool:
+        """Whether the drafter's mask embedding takes its token's place in the vocabulary. Not where the head is the same
+        matrix: engines then have mask_embedding.pt alone."""
+        return self.drafter is not None and not self.text_config.tie_word_embeddings
 
     @property
     def experts(self) -> str:
@@ -126,7 +140,7 @@ class Export:
                  "sources": [stamps(f) for f in dict.fromkeys((self.weights.trained.folder, self.weights.base.folder))],
                  "drafter": None if self.drafter is None else stamps(self.drafter.folder), "rounded": self.rounded,
                  "rule": self.weights.scale_rule, "changed": self.weights.changed,
-                 "mask": None if self.drafter is None else self.drafter.embedding.float().tolist()}
+                 "mask": None if self.drafter is None else self.drafter.embedding.float().tolist(), "row": self.mask_row}
         return json_digest(facts)
 
     def prepare(self, alive=lambda: None) -> str:
@@ -182,6 +196,10 @@ class Export:
         shutil.rmtree(out / "dflash", ignore_errors=True)
         if self.drafter is not None:
             sums |= drafter_files.write_drafter(self.drafter, out / "dflash", self.recipe.export.shard_bytes)
+            if self.recipe.export.speculators:
+                architecture = (config.get("architectures") or [None])[0]
+                sums |= drafter_files.write_speculators(self.drafter, out / "dflash-speculators",
+                                                        self.recipe.export.shard_bytes, architecture)
             fits = drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30
             drafter_files.write_reference(out, real_features=fits)
         # How many processes wrote it is no part of the result.
@@ -197,6 +215,8 @@ class Export:
         """export.json: what a verifier must know and config.json does not say."""
         facts = {"layout": self.layout, "rounded": self.rounded, "scale_rule": self.weights.scale_rule, "experts": self.experts,
                  "dense": self.recipe.export.dense, "drafter": self.drafter is not None, "format": 1}
+        if self.drafter is not None and not self.mask_row:
+            facts["mask_row"] = False
         wide = sorted(n for n, dtype in self.dtypes().items() if dtype == "F32" and plain_dtype(n) != "F32")
         if wide and self.layout != "native":
             facts["float32"] = wide
@@ -208,13 +228,12 @@ class Export:
         sizes: dict[str, int] = {}
         for tensor in (t for s in self.shards for t in s.tensors):
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor_bytes(tensor)
-        matrices = {n.removesuffix("_packed").removesuffix("_scale") for n in self.dtypes()}
         special = self.drafter.config["dflash_config"] if self.drafter else {}
         return model_card.Facts(
             name=self.recipe.name, layout=self.layout,
             base=published(str(self.request.base or self.recipe.export.base_model or self.recipe.model.path)),
             scale_rule=self.weights.scale_rule, rounded=self.rounded, dense_rounded=self.recipe.export.dense == "fp8",
-            expert_matrices=sum(fused_name(n) is not None for n in matrices) or self._fused_matrices(),
+            copied=self.experts == "copied", expert_matrices=self._expert_matrices(),
             bytes_by_dtype=sizes, block_size=special.get("block_size"),
             qat=self.qat_summary, drafter=self.drafter_summary,
             config=config | {"drafter_window": special.get("swa_window_size")})
@@ -252,8 +271,9 @@ class Export:
         print(printable(f"warning: {self.run_folder / job / 'summary.json'}: {reason} of {self.trained_folder}; its numbers "
                         "are left out of card and export.json"), file=sys.stderr, flush=True)
 
-    def _fused_matrices(self) -> int:
-        return sum(t.shape[0] for s in self.shards for t in s.tensors if t.name.endswith("_blocks"))
+    def _expert_matrices(self) -> int:
+        names = self.weights.names
+        return len(names.experts) + sum(names.shapes[name][0] for name in names.fused)
 
     def verify(self) -> list[str]:
         """What is wrong with the partial folder, compared with the weights it was made from."""
@@ -353,8 +373,6 @@ def _run(export: Export, alive, began: float) -> int:
     if aside is not None:
         print(f"an earlier export was set aside as {aside} ({tree_bytes(aside) / 1e9:.3f} GB, which removing it gives back)")
     drafter = "with a drafter" if export.drafter is not None else "no drafter"
-    if export.layout != "native" and (export.run_folder / "dflash" / "model").is_dir():
-        drafter = f"without the drafter, which this layout has no place for: {export.run_folder / 'dflash' / 'model'}"
     print(f"written and verified: {export.out} ({export.layout}, {export.bytes / 1e9:.3f} GB in {len(export.shards)} files, "
           f"{drafter}; {written:.1f} s writing, {time.monotonic() - began:.1f} s in all)")
     return 0

@@ -24,6 +24,7 @@ from typing import get_args
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.command import run_command
+from recipes.own_lines import own_lines_only
 from recipes.schema import Export as ExportSection
 from recipes.schema import Recipe
 
@@ -61,9 +62,10 @@ def main(argv: list[str]) -> int:
 
     def job(recipe: Recipe) -> int:
         if args.plan:
+            from checkpoint.open import local_folder
             from export import plan
 
-            return plan.run(recipe, args.base or args.weights)
+            return plan.run(recipe, local_folder(str(args.base)) if args.base else args.weights)
         return _export(recipe, args, argv)
 
     try:
@@ -113,4 +115,5 @@ def _export(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     sys.exit(main(sys.argv[1:]))

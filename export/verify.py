@@ -14,6 +14,7 @@ from pathlib import Path
 # Launched by path, Python puts this script's folder first on sys.path, where export/'s files would shadow real packages.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipes.own_lines import own_lines_only
 from storage.terminal import printable, printable_line
 
 
@@ -56,4 +57,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     sys.exit(main(sys.argv[1:]))

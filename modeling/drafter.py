@@ -548,8 +548,12 @@ def require_layers(config: dict, tensors: int) -> None:
         raise ValueError(f"config.json: num_hidden_layers {str(layers)[:40]}, the files hold {tensors:,} tensors")
 
 
-def load_drafter(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> DFlashDraftModel:
-    """A drafter folder as `save_drafter` (or the exporter) wrote it, in evaluation mode.
+def load_drafter(folder: str | Path, dtype: torch.dtype = torch.bfloat16, *,
+                 vocabulary: torch.Tensor | None = None) -> DFlashDraftModel:
+    """A drafter folder as `save_drafter`, the exporter or somebody else wrote it, in evaluation mode.
+
+    Args:
+        vocabulary: the target's embedding [rows, H]; the mask token's row of it stands in for a missing mask_embedding.pt.
 
     Raises:
         ValueError: a missing or unreadable file, a missing tensor or mask embedding, or a tensor of another shape.
@@ -557,7 +561,7 @@ def load_drafter(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> DFl
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    for needed in ("config.json", MASK_FILE):
+    for needed in ("config.json", *([MASK_FILE] if vocabulary is None else [])):
         if not (folder / needed).is_file():
             raise ValueError(f"{folder}: no {needed}, expected the folder of a trained drafter")
     tensors = {}
@@ -579,7 +583,10 @@ def load_drafter(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> DFl
         return DFlashDraftModel(config)
 
     model = _read(folder / "config.json", build)
-    token, embedding = read_mask(folder / MASK_FILE)
+    if vocabulary is not None and not (folder / MASK_FILE).is_file():
+        token, embedding = model.mask_token_id, vocabulary[model.mask_token_id].detach()
+    else:
+        token, embedding = read_mask(folder / MASK_FILE)
     if token != model.mask_token_id:
         raise ValueError(f"{folder / MASK_FILE}: mask_token_id {token}, config.json says {model.mask_token_id}")
     tensors["mask_embedding"] = embedding

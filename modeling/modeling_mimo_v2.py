@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, __version__
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PretrainedConfig
@@ -38,6 +38,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from .configuration_mimo_v2 import MiMoV2Config
+
+try:
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+except ImportError:
+    raise ImportError(f"MiMo-V2's experts are fused while they are loaded, which transformers {__version__} cannot do: 5.17 or "
+                      "newer is needed for the model (its configuration and tokenizer load with 4.57 too)") from None
 
 # Queries per block of a full-attention layer on a CPU, and the length from which SDPA's constant memory wins over speed.
 QUERY_BLOCK = 128
@@ -540,9 +547,6 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
 
 def _register_expert_names() -> None:
     """On disk experts are per-expert matrices, as published; transformers fuses and splits them by this table."""
-    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
-
     table = [
         WeightConverter(["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"], "mlp.experts.gate_up_proj",
                         operations=[MergeModulelist(dim=0), Concatenate(dim=1)]),

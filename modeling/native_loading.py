@@ -28,8 +28,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 METHOD = "mimo_v2_native"
 FP8_BLOCK = 128
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-# A weight is stored as itself, or with one of these beside it.
-SUFFIXES = ("", "_scale_inv", "_scale")
+# A weight is stored as itself, or with one of these beside it. Older transformers take the first of a conversion's names that a
+# stored name begins with: the longest come first.
+SCALES = ("_scale_inv", "_scale")
+SUFFIXES = (*SCALES, "")
 
 
 def decode_mxfp4(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -93,10 +95,10 @@ class Decode(ConversionOps):
         dtype = model.get_parameter(full_layer_name).dtype if model is not None else torch.bfloat16
         decoded = {}
         for pattern, tensors in input_dict.items():
-            if pattern.endswith(SUFFIXES[1:]):
+            if pattern.endswith(SCALES):
                 continue
             tensors = tensors if isinstance(tensors, list) else [tensors]
-            scales, kind = next(((input_dict[pattern + s], s) for s in SUFFIXES[1:] if pattern + s in input_dict), (None, ""))
+            scales, kind = next(((input_dict[pattern + s], s) for s in SCALES if pattern + s in input_dict), (None, ""))
             scales = scales if isinstance(scales, list) else [scales] * len(tensors)
             if len(scales) != len(tensors):
                 raise ValueError(f"{full_layer_name}: {len(tensors)} tensors, {len(scales)} scales for {pattern}")

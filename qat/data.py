@@ -62,7 +62,7 @@ def packed_dataset(sources: list[str | Source], tokenizer, data: Data, *, key: s
     # In this process, batch after batch: a batch's rest begins the next one's first row.
     try:
         packed = raw.map(Packer(tokenizer, data.sequence_length, rendering), batched=True, batch_size=1000,
-                         remove_columns=raw.column_names)
+                         remove_columns=raw.column_names, desc=f"tokenizing {key}")
     except ValueError as error:
         raise ValueError(f"{key}: {first_line(error)}") from None
     if len(packed) == 0:
@@ -229,7 +229,8 @@ class Packer:
     def __call__(self, batch: dict[str, list[str | None]]) -> dict[str, list[list[int]]]:
         ids, length = self.rest, self.length
         texts = [text for text in batch["text"] if text is not None]
-        tokenized = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        # verbose=False: rows are cut below, so a text may be longer than what the model takes.
+        tokenized = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
         for text, dialogue in zip(batch["text"], batch.get("dialogue", [None] * len(batch["text"])), strict=True):
             if text is not None:
                 ids += [*self.begin, *next(tokenized), self.end]

@@ -26,6 +26,7 @@ from torch import nn
 from checkpoint.inventory import require_exportable
 from checkpoint.load import load_model, load_tokenizer
 from checkpoint.open import local_folder
+from checkpoint.tokenizer_files import copy_tokenizer
 from modeling.all_experts import use_all_experts
 from modeling.dialogue_tokens import Rendering
 from modeling.output_head import require_plain_head
@@ -44,6 +45,7 @@ from storage.digests import combined, model_digests
 from storage.files import write_json
 from training import checkpoint, report
 from training.accelerator import make_accelerator
+from training.preflight import require_ready
 from training.resume import checkpoint_to_resume
 from training.run import TrainingRun
 from training.schedule import make_schedule
@@ -108,8 +110,8 @@ class Trainer(TrainingRun):
         self.main = self.accelerator.is_main_process
         torch.manual_seed(recipe.seed)
         self.folder = Path(recipe.output) / recipe.name / "qat"
+        require_ready(recipe, "qat")
         self.lock()
-        report.require_wandb(recipe.tracking.wandb)
         newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say, self.accelerator) if resume else None
         if not recipe.model.trust_remote_code:
             require_exportable(recipe.model.path, recipe.export.layout, recipe.export.dense)
@@ -401,7 +403,12 @@ class Trainer(TrainingRun):
             return
         with checkpoint.folder_aside(self.folder / "model") as partial:
             self.model.save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
+            self.save_tokenizer(partial)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """As it came, if it came from a folder: transformers would write it anew in the words of its own version."""
+        if not copy_tokenizer(local_folder(self.recipe.model.path), folder):
+            self.tokenizer.save_pretrained(folder)
 
 
 def make_quantizer(model: nn.Module, recipe: Recipe) -> ExpertQuantizer:

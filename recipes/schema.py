@@ -346,19 +346,27 @@ class Export(Section):
     base_model: str | None = Field(None, description="hub name of the base checkpoint, for the model card; none: model.path")
     shard_bytes: PositiveInt = Field(5_000_000_000, description="a file is closed before it would exceed this")
     processes: PositiveInt = Field(1, description="processes that write different files side by side")
+    speculators: bool = Field(False, description="also write the drafter in the format of `speculators` "
+                              "(dflash-speculators/); needs one without sinks, value scale and partial rotation")
     reference_gib: NonNegativeFloat = Field(8.0, description="checkpoints up to this size are loaded once to record the "
                                             "drafter's reference from real features")
 
 
 class Cluster(Section):
-    """The machines the recipe is written for; read by --plan only (Accelerate's own file launches the run)."""
+    """The machines the recipe is written for, and how the model is divided among the processes of a launch.
+
+    nodes, accelerators_per_node, memory and bandwidths are read by --plan alone; a launch may have another number of processes.
+    """
 
     nodes: PositiveInt = 1
     accelerators_per_node: PositiveInt = 1
     memory_gib: PositiveFloat = Field(description="memory of one accelerator")
-    sharding: Literal["ddp", "zero3", "fsdp2"] = Field("ddp", description="how weights and optimizer state are divided")
+    sharding: Literal["ddp", "zero3", "fsdp2"] = Field("ddp", description="fsdp2: weights and optimizer state are divided; "
+                                                       "ddp: every process holds all; zero3: refused, with the reason")
     expert_parallel: PositiveInt = Field(1, description="ranks that divide the experts of a layer among them")
     replicas: PositiveInt = Field(1, description="copies of the sharded model; gradients are averaged over them")
+    hang_minutes: PositiveFloat = Field(10.0, description="a job of several processes that makes no progress for this long "
+                                        "after its first step is stopped and says which rank is behind")
     offload_optimizer: bool = Field(False, description="keep master weights and optimizer state in host memory")
     host_memory_gib: PositiveFloat | None = Field(None, description="host memory of one node, for offload_optimizer")
     network_gb_per_s: PositiveFloat | None = Field(None, description="GB/s that one accelerator receives from other nodes")
@@ -379,8 +387,11 @@ class Cluster(Section):
 class Tracking(Section):
     """Where metrics go besides runs/<name>/."""
 
-    wandb: Literal["off", "auto", "offline", "online"] = Field("off", description="auto: online if a key is set, else offline")
-    project: str = "fp4-dflash"
+    wandb: Literal["off", "auto", "offline", "online"] = Field(
+        "off",
+        description="auto: online if a key is set, else offline; off without the package")
+    project: str = Field("fp4-dflash", description="project on the tracker's page")
+    tensorboard: bool = Field(False, description="also write TensorBoard events to runs/<name>/<job>/tensorboard")
 
 
 class Recipe(Section):

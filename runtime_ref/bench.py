@@ -18,6 +18,8 @@ from pathlib import Path
 # Launched by path, Python puts this script's folder first on sys.path, where runtime_ref/'s files would shadow real packages.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipes.own_lines import own_lines_only
+
 MODELS = ("MiMo-V2.5-Pro", "MiMo-V2.5", "MiMo-V2-Flash")
 
 
@@ -83,4 +85,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     sys.exit(main(sys.argv[1:]))

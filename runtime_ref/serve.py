@@ -22,6 +22,7 @@ from pathlib import Path
 # Launched by path, Python puts this script's folder first on sys.path, where runtime_ref/'s files would shadow real packages.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from recipes.own_lines import own_lines_only
 from storage.terminal import printable
 
 NAME = "runtime_ref/serve.py"
@@ -270,11 +271,11 @@ def assist(options: argparse.Namespace, ranks) -> int:
     import signal
 
     from checkpoint.load import load_tokenizer
-    from runtime_ref.server.engine_thread import follow
+    from runtime_ref.server.engine_thread import follower_loop
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    follow(load(options, ranks, load_tokenizer(options.folder)), ranks)
+    follower_loop(load(options, ranks, load_tokenizer(options.folder)), ranks)
     return 0
 
 
@@ -308,6 +309,7 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    own_lines_only()
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # while importing or loading; later ones are the server's

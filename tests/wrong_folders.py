@@ -38,10 +38,10 @@ def write_reference(folder: Path) -> None:
         hidden = drafter.block_hidden(drafter.embed_block(ids[:, -1], target.model.embed_tokens),
                                       text - 1 + torch.arange(8)[None], context, positions)
         logits = target.lm_head(hidden[:, 1:])
-    facts = json.dumps({"target_layer_ids": layers, "features": "target"})
+    context = json.dumps({"target_layer_ids": layers, "features": "target"})
     save_file({"input_ids": ids, "taps": taps.contiguous(), "draft_hidden": hidden.contiguous(),
                "draft_logits": logits.contiguous(), "target_logits": out.logits.contiguous()},
-              folder / "dflash" / "dflash_reference.safetensors", metadata={"reference": facts})
+              folder / "dflash" / "dflash_reference.safetensors", metadata={"reference": context})
 
 
 def edit(file: Path, change) -> None:
@@ -104,3 +104,23 @@ def mask_of(change):
         torch.save(change(sidecar), file)
 
     return apply
+
+
+def without_effect(model, faults, *bases) -> list[str]:
+    """Names of the faults (of searched numbers: each start but the model's own) that leave a model's logits as they are."""
+    import copy
+
+    from runtime_ref.validation.diagnosis.faults import SAME, difference
+    from runtime_ref.validation.diagnosis.model_view import view_of
+
+    ids = torch.randint(1, 90, (1, 41), generator=torch.Generator().manual_seed(1))
+    silent = []
+    with torch.no_grad():
+        right = model(input_ids=ids).logits
+        for fault in faults:
+            for one in [fault.at(v) for v in fault.starts if v not in bases] or [fault]:
+                changed = copy.deepcopy(model)
+                if one.change(view_of(changed)) is not False and difference(changed(input_ids=ids).logits, right) < SAME:
+                    silent.append(one.name)
+        assert difference(model(input_ids=ids).logits, right) == 0  # only copies were changed
+    return silent

@@ -63,8 +63,8 @@ class Metrics:
     uninterrupted one but for the clock.
     """
 
-    def __init__(self, path: Path, *, resumed_step: int | None, wandb_run=None):
-        self.path, self.wandb = path, wandb_run
+    def __init__(self, path: Path, *, resumed_step: int | None, wandb_run=None, tensorboard=None):
+        self.path, self.wandb, self.tensorboard = path, wandb_run, tensorboard
         kept = []
         if resumed_step is not None and path.is_file():
             found = read_metrics(path)
@@ -80,11 +80,17 @@ class Metrics:
         self._file.flush()
         if self.wandb is not None and kind == "train":
             self.wandb.log(values, step=step)
+        if self.tensorboard is not None and kind == "train":
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
         if self.wandb is not None:
             self.wandb.finish()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -94,13 +100,15 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def require_wandb(mode: str) -> None:
-    """Raises ValueError if wandb is asked for but not installed: to be known before a model is loaded."""
-    if mode != "off" and importlib.util.find_spec("wandb") is None:
+    """Raises ValueError if wandb is asked for by name but not installed: to be known before a model is loaded."""
+    if mode in ("online", "offline") and importlib.util.find_spec("wandb") is None:
         raise ValueError("tracking.wandb: the wandb package is not installed (pip install -e '.[wandb]')")
 
 
-def start_wandb(mode: str, project: str, name: str, folder: Path, config: dict):
-    """A wandb run, or None. "auto" is online only if a key is set; offline runs need neither network nor account.
+def start_wandb(mode: str, project: str, name: str, folder: Path, config: dict, say=print):
+    """A wandb run, or None. A resumed run goes on as the same run: its id is kept in the run's folder.
+
+    "auto" is online if wandb has a key (WANDB_API_KEY or ~/.netrc), else offline; without the package it is off, with a line.
 
     Raises:
         ValueError: wandb is asked for but not installed.
@@ -108,11 +116,33 @@ def start_wandb(mode: str, project: str, name: str, folder: Path, config: dict):
     if mode == "off":
         return None
     require_wandb(mode)
+    if importlib.util.find_spec("wandb") is None:
+        say("tracking.wandb: auto: off, because the wandb package is not installed (pip install -e '.[wandb]')")
+        return None
     import wandb
 
     if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    return wandb.init(project=project, name=name, dir=str(folder), mode=mode, config=config)
+        mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+    kept = folder / "wandb-id.txt"
+    run = wandb.init(project=project, name=name, dir=str(folder), mode=mode, config=config, resume="allow",
+                     id=kept.read_text(encoding="utf-8").strip() if kept.is_file() else None)
+    write_text(kept, f"{run.id}\n")
+    return run
+
+
+def start_tensorboard(wanted: bool, folder: Path):
+    """A writer of TensorBoard events in `folder`/tensorboard, or None.
+
+    Raises:
+        ValueError: it is asked for but the package is not installed.
+    """
+    if not wanted:
+        return None
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tracking.tensorboard: the tensorboard package is not installed (pip install tensorboard)")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 # Curves are drawn again at a checkpoint if the last ones are older than this: a picture costs a second.
@@ -136,6 +166,9 @@ def draw_curves(metrics_path: Path, png_path: Path, title: str) -> None:
     for key, label in (("kl", "KL to teacher"), ("hidden", "hidden error")):
         if any(r.get(key) for r in train):
             axes[0, 0].plot(steps, [r.get(key, math.nan) for r in train], label=label)
+    held_out = [r for r in records if r["kind"] == "heldout"]
+    if held_out:
+        axes[0, 0].plot([r["step"] for r in held_out], [r["kl"] for r in held_out], marker="o", label="KL, held-out text")
     axes[0, 0].set(title="training loss", xlabel="step", ylabel="nats per token", yscale="log")
     axes[0, 0].legend()
     axes[0, 1].plot(steps, [r.get("learning_rate", math.nan) for r in train])

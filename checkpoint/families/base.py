@@ -22,7 +22,7 @@ class Family:
     Attributes:
         model_type: of config.json. architecture: the class that engines choose by `architectures`; None: whatever stands there.
         layouts: that an export can have, the usual one first.
-        runtime_layout: the one that the runtime runs; None: it does not run this family.
+        runtime_layout: the one that the runtime runs; None: it does not run this family. kernels: also on its GPU kernels.
         router: how the runtime weighs the chosen experts: "sigmoid", "softmax" or "softmax of the chosen".
         head_norms: norms of each query and key head. biases: of the attention, the router and the experts.
         sinks: the name of the attention's sink logits within self_attn, or None.
@@ -34,6 +34,7 @@ class Family:
     architecture: str | None = None
     layouts: tuple[str, ...] = ("compressed-tensors", "bf16")
     runtime_layout: str | None = None
+    kernels: bool = False
     router: str = "softmax"
     head_norms: bool = False
     biases: bool = False

@@ -16,6 +16,7 @@ class MiMoV2(Family):
     architecture: str | None = "MiMoV2ForCausalLM"
     layouts: tuple[str, ...] = ("native", "hf-fp8", "compressed-tensors", "bf16")
     runtime_layout: str | None = "native"
+    kernels: bool = True
     router: str = "sigmoid"
     sinks: str | None = "attention_sink_bias"
 

@@ -52,7 +52,7 @@ class Backend(ABC):
     """One rank's weights and caches, and the ops of a step.
 
     Attributes:
-        config: sizes of the model (`MiMoV2Config`, or `checkpoints.families` `Geometry`).
+        config: sizes of the model (`MiMoV2Config`, or `checkpoint.families.geometry.Geometry`).
         dtype: of the residual stream and the caches.
         ranks: which share of the model this is.
         weights: the same share in the reference backend's form (`checkpoints.host_weights.TargetWeights`).

@@ -74,4 +74,4 @@ def _load_triton(folder, ranks, dtype, pages, context, checksum, progress, *, mx
 
     if checksum:
         verify_checksums(folder)
-    return load_triton_backend(folder, ranks, dtype=dtype, pages=pages, positions=context, native=mxfp8, progress=progress)
+    return load_triton_backend(folder, ranks, dtype=dtype, pages=pages, positions=context, hw_fp4=mxfp8, progress=progress)

@@ -10,6 +10,7 @@ import os
 
 import torch
 
+from checkpoint.families.registry import FAMILIES
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from runtime_ref.core.tensor_parallel import SHARES, Ranks
 from runtime_ref.kernels.repack import Tile
@@ -37,15 +38,15 @@ def layer_heads(config: MiMoV2Config, index: int, ranks: Ranks) -> Heads:
     return Heads(queries // ranks.count, max(1, keys // ranks.count), d, v, int(d * config.partial_rotary_factor))
 
 
-def expert_tiles(config: MiMoV2Config, ranks: Ranks, shares: int = SHARES, native: bool = False) -> tuple[Tile, Tile]:
+def expert_tiles(config: MiMoV2Config, ranks: Ranks, shares: int = SHARES, hw_fp4: bool = False) -> tuple[Tile, Tile]:
     """Tiles of gate-up and down pages: the standard ones, or smaller for small matrices, or wider in the interpreter; several
     parts are whole down pages.
 
-    native: for tensor cores that read E2M1 themselves, whose wide side are 128 rows."""
-    least, most = (64, 128) if native else (16, 256 if interpreted() else Tile().rows)
+    hw_fp4: for tensor cores that read E2M1 themselves, whose wide side are 128 rows."""
+    least, most = (64, 128) if hw_fp4 else (16, 256 if interpreted() else Tile().rows)
 
     def fitting(rows: int, depth: int) -> Tile:
-        return Tile(max(least, min(most, _power(rows))), max(LEAST_DEPTH, min(Tile().depth, depth)), native)
+        return Tile(max(least, min(most, _power(rows))), max(LEAST_DEPTH, min(Tile().depth, depth)), hw_fp4)
 
     inner = config.moe_intermediate_size
     parts = parts_of(inner, LEAST_DEPTH, shares)
@@ -56,11 +57,11 @@ def expert_tiles(config: MiMoV2Config, ranks: Ranks, shares: int = SHARES, nativ
 
 def has_head_norms(config) -> bool:
     """Whether queries and keys are normed head by head."""
-    return config.model_type == "qwen3_moe"
+    return FAMILIES[config.model_type].head_norms
 
 
 def layer_shapes(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[str], shares: int = SHARES,
-                 native: bool = False) -> dict[str, tuple]:
+                 hw_fp4: bool = False) -> dict[str, tuple]:
     """(shape, dtype) of the tensors of a layer on one rank; `fp8`: those of "qkv", "o", "gate_up", "down" that are FP8."""
     H, heads, count = config.hidden_size, layer_heads(config, index, ranks), ranks.count
     swa = config.hybrid_layer_pattern[index]
@@ -71,7 +72,7 @@ def layer_shapes(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[
     if has_head_norms(config):
         shapes["head_norm"] = (((heads.queries + heads.keys) * heads.d,), torch.float32)
     if config.moe_layer_freq[index]:
-        up_tile, down_tile = expert_tiles(config, ranks, shares, native)
+        up_tile, down_tile = expert_tiles(config, ranks, shares, hw_fp4)
         E, inner = config.n_routed_experts, config.moe_intermediate_size
         inner //= expert_share(inner, ranks, shares).of
         shapes["router"], shapes["correction"] = ((E, H), torch.float32), ((E,), torch.float32)

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.families.geometry import NotHeld
+from checkpoint.families.registry import FAMILIES
 from checkpoint.fp8 import require_grid, spread_rows
 from checkpoint.tensor_files import TensorFiles
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.names import qkv_rows, qkv_scale_rows
 from mxfp4.format import BLOCK_SIZE
 from runtime_ref.checkpoints.device_shapes import expert_tiles, layer_heads, layer_shapes, outer_shapes
-from runtime_ref.checkpoints.families.base import NotHeld
-from runtime_ref.checkpoints.families.registry import read_geometry
+from runtime_ref.checkpoints.folder import read_geometry
 from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK, Ranks
 from runtime_ref.kernels.repack import MAX_SCALE_BYTE, SCALE_OFFSET, ExpertPages, Tile, repack_experts
 from runtime_ref.kernels.row_launches import Heads, Matrix, Router, paired
@@ -102,19 +103,20 @@ class KernelWeights:
     head: Matrix  # this rank's share of the vocabulary
 
 
-def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, device: str = "cpu", native: bool = False,
+def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, device: str = "cpu", hw_fp4: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> KernelWeights:
-    """One rank's weights from an exported folder. native: experts in native pages (`kernels/native_tiles.py`).
+    """One rank's weights from an exported folder. hw_fp4: experts in hw_fp4 pages (`kernels/blackwell_mxfp4.py`).
 
     Raises:
         ValueError: a damaged or incomplete folder, a geometry that the ranks cannot share, a scale byte that pages cannot hold,
             a family that the kernels do not run.
     """
     config, _ = read_geometry(folder)
-    if config.model_type not in _READERS:
-        raise NotHeld(f"{Path(folder) / 'config.json'}: model_type: {config.model_type!r}, expected {' or '.join(_READERS)}: "
+    run = [family.model_type for family in FAMILIES.values() if family.kernels]
+    if config.model_type not in run:
+        raise NotHeld(f"{Path(folder) / 'config.json'}: model_type: {config.model_type!r}, expected {' or '.join(run)}: "
                       "the kernels have no biases and no clamped SwiGLU; run this checkpoint with --backend torch")
-    reader = _READERS[config.model_type](TensorFiles(Path(folder)), config, ranks, native, device)
+    reader = _Reader(TensorFiles(Path(folder)), config, ranks, hw_fp4, device)
     fp8 = [reader.fp8(i) for i in range(config.num_hidden_layers)]
 
     def layer(index: int) -> dict[str, torch.Tensor]:
@@ -122,7 +124,7 @@ def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, devic
             progress(index + 1, config.num_hidden_layers)
         return reader.layer(index)
 
-    return _assembled(config, ranks, device, fp8, reader.outer, layer, native=native)
+    return _assembled(config, ranks, device, fp8, reader.outer, layer, hw_fp4=hw_fp4)
 
 
 def random_weights(config: MiMoV2Config, ranks: Ranks, *, device: str, fp8: frozenset[str] = RELEASED_FP8,
@@ -157,10 +159,10 @@ def _random(name, shape, dtype, tiles, device, generator, config) -> torch.Tenso
 
 
 def _assembled(config, ranks, device, fp8, outer: Callable[[], dict], layer: Callable[[int], dict],
-               shares: int = SHARES, native: bool = False) -> KernelWeights:
+               shares: int = SHARES, hw_fp4: bool = False) -> KernelWeights:
     parts = [layer_parts(config, i, ranks, kinds, shares) for i, kinds in enumerate(fp8)]
     plans = [outer_shapes(config, ranks),
-             *(layer_shapes(config, i, ranks, kinds, shares, native) for i, kinds in enumerate(fp8))]
+             *(layer_shapes(config, i, ranks, kinds, shares, hw_fp4) for i, kinds in enumerate(fp8))]
     arena = Arena(sum(_rounded(_bytes(*of)) for plan in plans for of in plan.values()), device)
 
     def placed(plan: dict[str, tuple], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -168,7 +170,7 @@ def _assembled(config, ranks, device, fp8, outer: Callable[[], dict], layer: Cal
         return {name: arena.put(tensor) for name, tensor in tensors.items()}
 
     top = placed(plans[0], outer())
-    tiles = expert_tiles(config, ranks, shares, native)
+    tiles = expert_tiles(config, ranks, shares, hw_fp4)
     layers = [_layer(config, ranks, i, placed(plan, layer(i)), parts[i], tiles, shares) for i, plan in enumerate(plans[1:])]
     return KernelWeights(config, ranks, arena, top["embed"], layers, top["norm"], Matrix(top["head"]))
 
@@ -178,9 +180,9 @@ def _layer(config, ranks, index: int, t: dict[str, torch.Tensor], parts: Parts, 
     matrices = {n: Matrix(t[n], t.get(f"{n}_scales")) for n in ("qkv", "o", "gate_up", "down") if n in t}
     router = pages = None
     if "router" in t:
-        factor = config.routed_scaling_factor
+        factor, softmax = config.routed_scaling_factor, FAMILIES[config.model_type].router == "softmax"
         router = Router(t["router"], t["correction"], config.num_experts_per_tok, config.n_group, config.topk_group,
-                        config.norm_topk_prob, 1.0 if factor is None else factor, config.model_type == "qwen3_moe")
+                        config.norm_topk_prob, 1.0 if factor is None else factor, softmax)
         inner = config.moe_intermediate_size
         pages = ExpertPages(t["up_pages"], t["down_pages"], *tiles, config.hidden_size,
                             inner // expert_share(inner, ranks, shares).of, parts.experts)
@@ -190,14 +192,13 @@ def _layer(config, ranks, index: int, t: dict[str, torch.Tensor], parts: Parts, 
 
 
 class _Reader:
-    """Reads the tensors of one rank, as `layer_shapes` names them, of the native layout: of the experts, o_proj, dense layers
-    and the head its own share only. Pages are made where they are used, which on a GPU takes seconds, on a CPU hours."""
+    """Reads the tensors of one rank, as `layer_shapes` names them: of the experts, o_proj, dense layers and the head its own
+    share only. Pages are made where they are used, which on a GPU takes seconds, on a CPU hours."""
 
-    codes = "weight"  # how an expert matrix's codes are called
-
-    def __init__(self, files: TensorFiles, config: MiMoV2Config, ranks: Ranks, native: bool = False, device: str = "cpu"):
-        self.files, self.config, self.ranks, self.names, self.native = files, config, ranks, set(files), native
-        self.device = device
+    def __init__(self, files: TensorFiles, config: MiMoV2Config, ranks: Ranks, hw_fp4: bool = False, device: str = "cpu"):
+        self.files, self.config, self.ranks, self.names, self.hw_fp4 = files, config, ranks, set(files), hw_fp4
+        self.device, self.family = device, FAMILIES[config.model_type]
+        self.codes = "_packed" if self.family.runtime_layout == "compressed-tensors" else ""  # what their names end with
 
     def outer(self) -> dict[str, torch.Tensor]:
         config = self.config
@@ -227,8 +228,12 @@ class _Reader:
             shared = torch.cat([own_share(queries, 0, self.ranks), *(own_keys(t, keys, self.ranks) for t in others)])
             out[f"qkv{suffix}"] = paired(shared, heads)
         self._put_matrix(out, "o", [f"{prefix}.self_attn.o_proj"], columns=True)
+        if self.family.head_norms:
+            norms = [self._f32(f"{prefix}.self_attn.{n}_norm.weight").repeat(count)
+                     for n, count in (("q", heads.queries), ("k", heads.keys))]
+            out["head_norm"] = paired(torch.cat(norms), heads)
         if self.config.moe_layer_freq[index]:
-            return out | self._moe(f"{prefix}.mlp")
+            return out | self._moe(f"{prefix}.{self.family.moe}")
         self._put_matrix(out, "gate_up", [f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"], columns=False)
         self._put_matrix(out, "down", [f"{prefix}.mlp.down_proj"], columns=True)
         return out
@@ -270,11 +275,11 @@ class _Reader:
         count = max(1, GROUP_BYTES * share.of * 2 // (3 * inner * self.config.hidden_size))
         whole = []
         for first in range(0, E, count):
-            pages = self._pages(f"{prefix}.experts", range(first, min(E, first + count)), share)
+            pages = self._pages(prefix, range(first, min(E, first + count)), share)
             whole = whole or [t.new_empty(E, *t.shape[1:]) for t in pages]
             for all_experts, t in zip(whole, pages, strict=True):
                 all_experts[first:first + count] = t
-        return {"router": self._f32(f"{prefix}.gate.weight"), "correction": self._correction(prefix),
+        return {"router": self._f32(f"{prefix}.{self.family.gate}.weight"), "correction": self._correction(prefix),
                 "up_pages": whole[0], "down_pages": whole[1]}
 
     def _pages(self, prefix: str, experts: range, share: ExpertShare) -> tuple[torch.Tensor, torch.Tensor]:
@@ -282,22 +287,25 @@ class _Reader:
         H, inner = self.config.hidden_size, self.config.moe_intermediate_size
 
         def stacked(kind: str, suffix: str) -> torch.Tensor:
-            width, name = (BLOCK_SIZE, f"weight{suffix}") if suffix else (2, self.codes)
+            width = BLOCK_SIZE if suffix else 2
             shape, dim = ((H, inner // width), 1) if kind == "down" else ((inner, H // width), 0)
-            most = MAX_SCALE_BYTE if suffix and not self.native else 255
-            return torch.stack([self._codes(f"{prefix}.{e}.{kind}_proj.{name}", shape, dim, share, most)
+            most = MAX_SCALE_BYTE if suffix and not self.hw_fp4 else 255
+            end = suffix or self.codes
+            return torch.stack([self._codes(self.family.expert_name(prefix, e, kind) + end, shape, dim, share, most)
                                 for e in experts]).to(self.device)
 
         gate_up = [torch.cat((stacked("gate", s), stacked("up", s)), 1) for s in ("", "_scale")]
         down = [stacked("down", s) for s in ("", "_scale")]
         if not share.adds:
             down = [torch.zeros_like(t) for t in down]
-        up_tile, down_tile = expert_tiles(self.config, self.ranks, native=self.native)
+        up_tile, down_tile = expert_tiles(self.config, self.ranks, hw_fp4=self.hw_fp4)
         pages = repack_experts(tuple(gate_up), tuple(down), up_tile=up_tile, down_tile=down_tile,
                                parts=parts_of(inner, LEAST_DEPTH) // share.of)
         return pages.up, pages.down
 
     def _correction(self, prefix: str) -> torch.Tensor:
+        if self.family.router != "sigmoid":
+            return torch.zeros(self.config.n_routed_experts)
         return self._f32(f"{prefix}.gate.e_score_correction_bias")
 
     def _codes(self, name: str, shape: tuple[int, int], dim: int, share: ExpertShare, most: int) -> torch.Tensor:
@@ -329,24 +337,6 @@ class _Reader:
 
     def _f32(self, name: str) -> torch.Tensor:
         return self.files.read(name).float()
-
-
-class _Qwen3Reader(_Reader):
-    """Qwen3-MoE in the compressed-tensors layout."""
-
-    codes = "weight_packed"
-
-    def layer(self, index: int) -> dict[str, torch.Tensor]:
-        heads = layer_heads(self.config, index, self.ranks)
-        norms = [self._f32(f"model.layers.{index}.self_attn.{n}_norm.weight").repeat(count)
-                 for n, count in (("q", heads.queries), ("k", heads.keys))]
-        return super().layer(index) | {"head_norm": paired(torch.cat(norms), heads)}
-
-    def _correction(self, prefix: str) -> torch.Tensor:
-        return torch.zeros(self.config.n_routed_experts)
-
-
-_READERS = {"mimo_v2": _Reader, "qwen3_moe": _Qwen3Reader}
 
 
 def piece_bytes(tensor: torch.Tensor) -> int:

@@ -23,7 +23,7 @@ def load_target(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, decoded_bytes
     Raises:
         ValueError: a damaged or incomplete folder; more ranks than the geometry can be cut into.
     """
-    from runtime_ref.checkpoints.families.registry import open_folder  # it builds on this module
+    from runtime_ref.checkpoints.readers import open_folder  # it builds on this module
 
     if checksum:
         verify_checksums(folder)

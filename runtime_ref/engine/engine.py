@@ -24,8 +24,7 @@ import torch
 
 from runtime_ref.backends.base import DRAFTER_PRECISIONS, Backend, Drafter
 from runtime_ref.backends.load import known_backend, load_backend
-from runtime_ref.checkpoints.families.registry import read_geometry
-from runtime_ref.checkpoints.folder import drafter_folder, end_ids
+from runtime_ref.checkpoints.folder import drafter_folder, end_ids, read_geometry
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES
 from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk, logit_rows
 from runtime_ref.core.kv_cache import PAGE, KvCache

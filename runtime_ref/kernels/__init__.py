@@ -1,1 +1,1 @@
-"""Triton kernels of the runtime. Each names its reference twin; `bench.py` proves and measures them."""
+"""Triton kernels of the runtime. Each names its reference; `bench.py` proves and measures them."""

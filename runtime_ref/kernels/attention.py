@@ -1,6 +1,6 @@
 """Attention of verification and draft blocks over paged keys and values: full and window layers, sinks, one launch per layer.
 
-Reference twin: `runtime_ref.backends.torch.ops.attend_pages` on the same pages.
+Reference: `runtime_ref.backends.torch.ops.attend_pages` on the same pages.
 
 The drafter's rows (`draft`) see the context before their block, within the window, and the whole block: it is drafted at once.
 

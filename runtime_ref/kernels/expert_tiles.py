@@ -1,8 +1,8 @@
 """Tiles of the expert kernel's two products, for pages that are decoded with integer arithmetic (`repack`).
 
-Tokens lie on the narrow side (8 columns) of a tensor-core instruction whose wide side are 16 rows of weights. Reference
-twins: the two products of `modeling.modeling_mimo_v2.Experts`. `native_tiles` has the same for tensor cores that read E2M1
-themselves.
+Tokens lie on the narrow side (8 columns) of a tensor-core instruction whose wide side are 16 rows of weights.
+Reference: the two products of `modeling.modeling_mimo_v2.Experts`. `blackwell_mxfp4` has the same for tensor cores that read
+E2M1 themselves.
 """
 
 import triton

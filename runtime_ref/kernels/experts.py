@@ -1,7 +1,7 @@
 """MXFP4 experts in one launch: router result -> gate and up -> SwiGLU -> down -> weighted sum.
 
-Reference twin: `modeling.modeling_mimo_v2.Experts` with the weights `mxfp4.dequantize` returns. The kernel rounds less (once,
-to bf16, between SwiGLU and down; the twin rounds after every operation), so they agree within a tolerance, not in bits.
+Reference: `modeling.modeling_mimo_v2.Experts` with the weights `mxfp4.dequantize` returns. The kernel rounds less (once,
+to bf16, between SwiGLU and down; the reference rounds after every operation), so they agree within a tolerance, not in bits.
 
 *Slots.* A slot is an expert together with up to eight of its tokens; an expert with nine tokens has two slots. Slots are the
 unit of work because tokens lie on the narrow side (8 columns) of a tensor-core instruction whose wide side are 16 rows of
@@ -138,7 +138,7 @@ def experts_work(x, up, down, index, weight, order, plan, inner, partial, residu
                  DOWN_ROWS: tl.constexpr, DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
                  PREFETCH: tl.constexpr, TICKETS: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr,
                  FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr, RESIDUAL: tl.constexpr, RANKS: tl.constexpr,
-                 NATIVE: tl.constexpr):
+                 HW_FP4: tl.constexpr):
     """What one program does for one call of the experts; see `experts_kernel`.
 
     With RANKS > 1, whoever has stored a chunk of `out` tells all ranks so: flag `place` + chunk becomes `epoch`.
@@ -155,7 +155,7 @@ def experts_work(x, up, down, index, weight, order, plan, inner, partial, residu
         entry = tl.load(order + position)
         slot = entry // UP
         if slot < slots:
-            if NATIVE:
+            if HW_FP4:
                 native_gate_up_tile(x, up, plan, inner, slot, entry % UP, N, H, K_UP, up_entries // UP, A, M, UP, UP_ROWS,
                                     UP_DEPTH, EVEN, STAGES, FLOAT_DOT)
             else:
@@ -171,7 +171,7 @@ def experts_work(x, up, down, index, weight, order, plan, inner, partial, residu
             slot = entry // DOWN
             chunk = entry % DOWN
             if slot < slots:
-                if NATIVE:
+                if HW_FP4:
                     native_down_chunk(down, plan, inner, partial, ready, control + 2, slot, chunk, N * A, H, up_entries // UP,
                                       M, UP, UP * UP_ROWS // 2, TILES, DOWN, K_DOWN, PARTS, DOWN_ROWS, DOWN_DEPTH, STAGES,
                                       PREFETCH, WAIT, POLL_LIMIT, PTX, FLOAT_DOT)
@@ -212,7 +212,7 @@ def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, resi
                    DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
                    TICKETS: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr,
                    FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr = 0, RESIDUAL: tl.constexpr = False,
-                   NATIVE: tl.constexpr = False):
+                   HW_FP4: tl.constexpr = False):
     """One call of the experts. `run_experts` documents and fills the arguments.
 
     control: int32 [3]: tickets drawn, programs that left, failed. PHASE 1 or 2 runs only gate-up or only down (with WAIT
@@ -221,7 +221,7 @@ def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, resi
     experts_work(x, up, down, index, weight, order, plan, inner, partial, residual, out, ready, arrived, control, N, H, E,
                  up_entries, down_entries, K_UP, part_stride, None, 0, 0, 0, A, M, UP, DOWN, TILES, K_DOWN, PARTS, KEEP,
                  UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, TICKETS, WAIT, POLL_LIMIT, PTX, FLOAT_DOT,
-                 PHASE, RESIDUAL, 1, NATIVE)
+                 PHASE, RESIDUAL, 1, HW_FP4)
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class Workspace:
         if not 1 <= tokens <= MAX_TOKENS:
             raise ValueError(f"{tokens} tokens in one call of the experts; expected 1 to {MAX_TOKENS}")
         device = pages.up.device
-        self.tokens, self.choices, self.launch, self.native = tokens, choices, launch, pages.native
+        self.tokens, self.choices, self.launch, self.hw_fp4 = tokens, choices, launch, pages.hw_fp4
         self.stride = triton.next_power_of_2(max(tokens * choices, 16))
         self.slots = min(tokens * choices, pages.experts * -(-tokens // TOKENS_PER_SLOT))
         row_tiles = pages.down.shape[1]
@@ -272,7 +272,7 @@ class Workspace:
         width = pages.up.shape[1] * pages.up_tile.rows // 2
         self.order = listed_order(self.slots, pages.up.shape[1], self.chunks).to(device)
         self.plan = torch.zeros((4 + TOKENS_PER_SLOT) * self.stride, dtype=torch.int32, device=device)
-        if self.native:  # codes of all rows, then their scales, of what enters and of what lies between the products
+        if self.hw_fp4:  # codes of all rows, then their scales, of what enters and of what lies between the products
             self.rounded = torch.empty(rounded_bytes(tokens * pages.hidden), dtype=torch.uint8, device=device)
             self.inner = torch.empty(rounded_bytes(self.slots * TOKENS_PER_SLOT * width), dtype=torch.uint8, device=device)
         else:
@@ -289,7 +289,7 @@ class Workspace:
 
 def kernel_arguments(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, pages: ExpertPages, space: Workspace,
                      out: torch.Tensor | None, residual: torch.Tensor | None = None) -> tuple[tuple, dict]:
-    """Positional and compile-time arguments of `experts_kernel`; x as `round_rows` returns it where pages are native."""
+    """Positional and compile-time arguments of `experts_kernel`; x as `round_rows` returns it where pages are hw_fp4."""
     keep = out is not None and out.ndim == 3
     launch, up, down = space.launch, pages.up, pages.down
     entries = space.slots * up.shape[1], space.slots * space.chunks
@@ -303,7 +303,7 @@ def kernel_arguments(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor,
         "DOWN_ROWS": pages.down_tile.rows, "DOWN_DEPTH": pages.down_tile.depth,
         "EVEN": pages.hidden % pages.up_tile.depth == 0, "STAGES": launch.stages, "PREFETCH": launch.prefetch,
         "TICKETS": launch.tickets, "WAIT": True, "POLL_LIMIT": launch.polls, "PTX": launch.ptx, "FLOAT_DOT": launch.float_dot,
-        "RESIDUAL": residual is not None, "NATIVE": pages.native}
+        "RESIDUAL": residual is not None, "HW_FP4": pages.hw_fp4}
 
 
 def rounded_bytes(values: int) -> int:
@@ -322,7 +322,7 @@ def round_rows(x: torch.Tensor, space: Workspace) -> torch.Tensor:
 
 def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, pages: ExpertPages, space: Workspace,
                 out: torch.Tensor | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """The experts' weighted sum for a block of tokens: one launch, and one before it that rounds x where pages are native.
+    """The experts' weighted sum for a block of tokens: one launch, and one before it that rounds x where pages are hw_fp4.
 
     Args:
         x: bfloat16 [N, H], contiguous.
@@ -349,7 +349,7 @@ def run_experts(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, page
     if N > space.tokens or A != space.choices:
         raise ValueError(f"{N} tokens with {A} choices; this scratch holds {space.tokens} tokens with {space.choices}")
     out = torch.empty_like(x) if out is None else out
-    x = round_rows(x, space) if space.native else x
+    x = round_rows(x, space) if space.hw_fp4 else x
     positional, options = kernel_arguments(x, index.contiguous(), weight.contiguous(), pages, space, out, residual)
     if space.launch.float_dot:
         experts_kernel[(space.launch.programs,)](*positional, **options)

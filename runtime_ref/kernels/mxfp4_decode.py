@@ -1,4 +1,4 @@
-"""Packed words and scales -> weights, inside a kernel. Reference twin: `mxfp4.dequantize` on the codes before `repack`.
+"""Packed words and scales -> weights, inside a kernel. Reference: `mxfp4.dequantize` on the codes before `repack`.
 
 `decode_tile` exists twice, chosen at compile time. With PTX, a word of eight codes takes four masks, five shifts, two
 merges and four products of two bf16 each: 1.9 instructions per weight. Without, the same bits are moved with integer operations

@@ -24,8 +24,8 @@ weight, exactly. That ends at b = 128 (a scale of 2), which trained weights neve
 
 Odd sizes are filled with code 0 under scale byte 0, which add exact zeros.
 
-Tensor cores that read E2M1 themselves (`native_tiles`) get native pages: codes [rows, depth / 2] and scales [rows, depth / 32],
-both as in the checkpoint, of any scale.
+Tensor cores that read E2M1 themselves (`blackwell_mxfp4`) get hw_fp4 pages: codes [rows, depth / 2] and scales
+[rows, depth / 32], both as in the checkpoint, of any scale.
 
 Rejected: the checkpoint's nibble order (8 to 10
 instructions per weight), scales in a tensor of their own (a second, short read per tile).
@@ -45,14 +45,14 @@ MAX_SCALE_BYTE = 254 - SCALE_OFFSET
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of a page: output rows and values of K. Both powers of two, rows >= 16 (native: 64), depth >= 64."""
+    """Shape of a page: output rows and values of K. Both powers of two, rows >= 16 (hw_fp4: 64), depth >= 64."""
 
     rows: int = 64
     depth: int = 256
-    native: bool = False
+    hw_fp4: bool = False
 
     def __post_init__(self):
-        for name, value, least in (("rows", self.rows, 64 if self.native else 16), ("depth", self.depth, 2 * BLOCK_SIZE)):
+        for name, value, least in (("rows", self.rows, 64 if self.hw_fp4 else 16), ("depth", self.depth, 2 * BLOCK_SIZE)):
             if value < least or value & (value - 1):
                 raise ValueError(f"tile {name} {value}: expected a power of two of at least {least}")
 
@@ -79,15 +79,15 @@ class ExpertPages:
     parts: int = 1
 
     def __post_init__(self):
-        assert self.up_tile.native == self.down_tile.native, "one kernel reads both"
+        assert self.up_tile.hw_fp4 == self.down_tile.hw_fp4, "one kernel reads both"
 
     @property
     def experts(self) -> int:
         return self.up.shape[0]
 
     @property
-    def native(self) -> bool:
-        return self.up_tile.native
+    def hw_fp4(self) -> bool:
+        return self.up_tile.hw_fp4
 
     def to(self, device) -> ExpertPages:
         return ExpertPages(self.up.to(device), self.down.to(device), self.up_tile, self.down_tile, self.hidden, self.inner,
@@ -111,7 +111,7 @@ def pack_pages(codes: torch.Tensor, scales: torch.Tensor, tile: Tile) -> torch.T
         raise ValueError(f"codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together; expected "
                          f"[..., n, K / 2] and [..., n, K / 32]")
     scales = scales.view(torch.uint8)
-    if not tile.native and scales.numel() and int(scales.max()) > MAX_SCALE_BYTE:
+    if not tile.hw_fp4 and scales.numel() and int(scales.max()) > MAX_SCALE_BYTE:
         where = (scales > MAX_SCALE_BYTE).nonzero()[0].tolist()
         raise ValueError(f"scale byte {int(scales[tuple(where)])} at index {where}: the packed decoding holds scales up to 2 "
                          f"(byte {MAX_SCALE_BYTE}); run this checkpoint with the torch backend")
@@ -119,7 +119,7 @@ def pack_pages(codes: torch.Tensor, scales: torch.Tensor, tile: Tile) -> torch.T
     rows, depth = -(-n // tile.rows) * tile.rows, -(-2 * half // tile.depth) * tile.depth
     codes = torch.nn.functional.pad(codes, (0, depth // 2 - half, 0, rows - n))
     scales = torch.nn.functional.pad(scales, (0, depth // BLOCK_SIZE - scales.shape[-1], 0, rows - n))
-    if tile.native:
+    if tile.hw_fp4:
         return torch.cat([t.reshape(*lead, rows // tile.rows, tile.rows, depth // tile.depth, -1).movedim(-2, -3).flatten(-2)
                           for t in (codes, scales)], -1).contiguous()
     elements = torch.stack((codes & 15, codes >> 4), -1)
@@ -138,7 +138,7 @@ def unpack_pages(pages: torch.Tensor, tile: Tile, n: int, k: int) -> tuple[torch
     *lead, row_tiles, k_tiles, size = pages.shape
     assert size == tile.page_bytes and row_tiles * tile.rows >= n and k_tiles * tile.depth >= k
     body, tail = pages.split((tile.rows * tile.depth // 2, tile.rows * tile.depth // BLOCK_SIZE), -1)
-    if tile.native:
+    if tile.hw_fp4:
         codes, scales = (t.unflatten(-1, (tile.rows, -1)).movedim(-2, -3).reshape(*lead, row_tiles * tile.rows, -1)
                          for t in (body, tail))
         return codes[..., :n, :k // 2].contiguous(), scales[..., :n, :k // BLOCK_SIZE].contiguous()

@@ -1,6 +1,6 @@
 """The router: scores of all experts for a few tokens, then the best of them.
 
-Reference twin: `backends.torch.ops.route`. Scores are float32 products of float32 operands (`ieee`, no tensor core): a router
+Reference: `backends.torch.ops.route`. Scores are float32 products of float32 operands (`ieee`, no tensor core): a router
 that rounds its input to bf16 would choose other experts wherever two scores are close, and the choice is not continuous. At
 eight tokens this costs a thousandth of the layer's bytes.
 
@@ -130,7 +130,7 @@ def route_tile(tile, group, x, w, gamma, correction, scores, rounded, arrived, i
 def route_kernel(x, w, gamma, correction, scores, rounded, arrived, index, weight, R, E, H, epsilon, factor, A: tl.constexpr,
                  WIDE: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMED: tl.constexpr, BN: tl.constexpr,
                  BK: tl.constexpr, NORM: tl.constexpr, FLOAT_DOT: tl.constexpr, SOFTMAX: tl.constexpr = False):
-    """Twin: `model.route`. Program (tile of experts, group of rows)."""
+    """Reference: `model.route`. Program (tile of experts, group of rows)."""
     route_tile(tl.program_id(0), tl.program_id(1), x, w, gamma, correction, scores, rounded, arrived, index, weight, R, E, H,
                epsilon, factor, tl.num_programs(0), A, WIDE, GROUPS, TOP_GROUPS, NORMED, BN, BK, NORM, FLOAT_DOT,
                SOFTMAX)

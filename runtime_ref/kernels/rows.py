@@ -15,7 +15,7 @@ that the decoded float32 weight would not round.
 Weights: bf16 [N, K] or FP8 E4M3 [N, K] with float32 scales [N, K / 128 rounded up]: one row of scales per row of the
 weight, because the 128 x 128 grid of a fused qkv restarts inside a rank's share.
 
-Reference twins are functions of `runtime_ref.backends.torch.ops`, named in each kernel's docstring.
+References are functions of `runtime_ref.backends.torch.ops`, named in each kernel's docstring.
 
 *Parts.* What ranks add up is cut along K into parts whose number the model fixes, not the ranks (C5): a rank computes its own
 parts one by one, from zero, and parts are added to zero in order, in a register where one rank has them all.
@@ -154,7 +154,7 @@ def project_kernel(x, w, scales, gamma, head_gamma, cos, sin, positions, slots, 
                    k_stride, head_epsilon, QUERIES: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
                    HALF: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, HEAD_NORM: tl.constexpr,
                    FLOAT_DOT: tl.constexpr):
-    """Twin: `model.norm`, `model.project_qkv` and `model.write_cache`. Program (tile, group)."""
+    """Reference: `model.norm`, `model.project_qkv` and `model.write_cache`. Program (tile, group)."""
     project_tile(tl.program_id(0), tl.program_id(1), x, w, scales, gamma, head_gamma, cos, sin, positions, slots, q, k, v, R, H,
                  epsilon, q_scale, v_scale, k_stride, head_epsilon, QUERIES, KEYS, D, V, HALF, BN, BK, NORM, HEAD_NORM,
                  FLOAT_DOT)
@@ -203,7 +203,7 @@ def product_tile(tile, group, x, w, scales, gamma, rows, residual, out, R, N, K,
 def product_kernel(x, w, scales, gamma, rows, residual, out, R, N, K, epsilon, heads_stride, BN: tl.constexpr,
                    BK: tl.constexpr, V: tl.constexpr, NORM: tl.constexpr, PICK: tl.constexpr, RESIDUAL: tl.constexpr,
                    PARTS: tl.constexpr, KEEP: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """Twin: `model.merge_heads` (V > 0), `model.head_logits`, the down product of `model.dense_mlp`; with RESIDUAL
+    """Reference: `model.merge_heads` (V > 0), `model.head_logits`, the down product of `model.dense_mlp`; with RESIDUAL
     `model.add_parts` after it. Program (tile, group)."""
     product_tile(tl.program_id(0), tl.program_id(1), x, w, scales, gamma, rows, residual, out, R, N, K, epsilon, heads_stride,
                  BN, BK, V, NORM, PICK, RESIDUAL, PARTS, KEEP, FLOAT_DOT)
@@ -229,13 +229,13 @@ def swiglu_tile(tile, group, x, w, scales, gamma, out, R, I, H, epsilon, BN: tl.
 @triton.jit(do_not_specialize=["R"])
 def swiglu_kernel(x, w, scales, gamma, out, R, I, H, epsilon, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
                   FLOAT_DOT: tl.constexpr):
-    """Twin: `model.gated(model.spread(x, gate_up))`. Program (tile, group)."""
+    """Reference: `model.gated(model.spread(x, gate_up))`. Program (tile, group)."""
     swiglu_tile(tl.program_id(0), tl.program_id(1), x, w, scales, gamma, out, R, I, H, epsilon, BN, BK, NORM, FLOAT_DOT)
 
 
 @triton.jit(do_not_specialize=["R"])
 def norm_kernel(x, gamma, out, rounded, R, H, epsilon, BK: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """float32 out and bf16 `rounded` [R, H] of bf16 or float32 x. Twin: `model.norm`. Program: a group of eight rows."""
+    """float32 out and bf16 `rounded` [R, H] of bf16 or float32 x. Reference: `model.norm`. Program: a group of eight rows."""
     row = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     real = row < R
     inverse = row_scales(x, row, real, H, epsilon)
@@ -263,13 +263,13 @@ def gather_tile(row, table, ids, spare, out, H, BK: tl.constexpr):
 
 @triton.jit
 def gather_kernel(table, ids, spare, out, H, BK: tl.constexpr):
-    """Twin: `model.embed`, the first rows of `drafter.Drafter.logits`, the choice of rows before the head. Program: a row."""
+    """Reference: `ops.embed`, the first rows of `TorchDrafter.logits`, the choice of rows before the head. Program: a row."""
     gather_tile(tl.program_id(0), table, ids, spare, out, H, BK)
 
 
 @triton.jit
 def round_kernel(x, out, N, BLOCK: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """bf16 of float32 [N]. Twin: `model.rounded`."""
+    """bf16 of float32 [N]. Reference: `model.rounded`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + at, narrow(tl.load(x + at, mask=at < N, other=0.0), tl.bfloat16, FLOAT_DOT), mask=at < N)
 
@@ -278,7 +278,7 @@ def round_kernel(x, out, N, BLOCK: tl.constexpr, FLOAT_DOT: tl.constexpr):
 def write_kernel(source, store, slots, R, stride, WIDTH: tl.constexpr, WIDE: tl.constexpr):
     """Rows of source [heads, R, WIDTH] to slots of store [heads, stride, WIDTH]; a negative slot is no slot.
 
-    Twin: `model.write_cache`. Program (row, head)."""
+    Reference: `model.write_cache`. Program (row, head)."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     slot = tl.load(slots + row)
@@ -289,7 +289,7 @@ def write_kernel(source, store, slots, R, stride, WIDTH: tl.constexpr, WIDE: tl.
 
 @triton.jit
 def add_kernel(x, partial, out, N, PARTS: tl.constexpr, BLOCK: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """bf16 out = x + (0 + partial[0] + partial[1] + ...), float32 [PARTS, N], in this order. Twin: `model.add_parts`."""
+    """bf16 out = x + (0 + partial[0] + partial[1] + ...), float32 [PARTS, N], in this order. Reference: `model.add_parts`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(PARTS):

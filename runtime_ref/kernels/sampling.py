@@ -9,7 +9,7 @@ At temperature 0 the token is the lowest of the best. Above it, it is where the 
 number of its position. That number is counted, not streamed (`sampler.uniform`), so the host knows it before the step and
 hands it over; the cumulative sum runs over chunks, then inside the one that is hit.
 
-Reference twins: `torch.argmax`, `sampler.sample`, and `speculative.accept` with rule "equality". Draws are the reference's
+References: `torch.argmax`, `sampler.sample`, and `speculative.accept` with rule "equality". Draws are the reference's
 unless the uniform number lies within the rounding of a float64 sum of a boundary between two tokens (the order of the sum and
 the last place of the exponential differ).
 

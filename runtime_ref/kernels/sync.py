@@ -42,7 +42,7 @@ def all_reduce_rows(buffers, signals, out, rank, epoch, n, failed, RANKS: tl.con
     """One-shot sum of float32 partials over ranks, in rank order: the same bits on every rank.
 
     Program p of every rank reduces block p of BLOCK values. The rank has already written its partial into its own buffer.
-    Reference twin: the sum over ranks in ascending order (`runtime_ref.core.tensor_parallel`).
+    Reference: the sum over ranks in ascending order (`runtime_ref.core.tensor_parallel`).
 
     Args:
         buffers: int64 [RANKS], addresses of each rank's float32 [2, n]; half epoch % 2 is summed. Two halves, because a rank

@@ -28,14 +28,16 @@ class Wrong(ValueError):
 
 
 @dataclass
-class Facts:
+class ValidationContext:
     """What later checks need of the folder.
 
     Attributes:
         family: model_type of config.json. config: MiMoV2Config, or the geometry of another family.
-        suspicions: (finding, cause, grave) that count if nothing clears them.
+        ours: written by this project's exporter, which promises more than the format asks (checksums, export.json, a stored
+            reference, every alias of the drafter's keys): promised things are demanded of such folders alone.
+        suspicions: (finding, cause): odd values that are wrong if outputs disagree with a reference, and notes otherwise.
         explained: a cause, known already, for which outputs will differ from the reference.
-        reference: tensors and facts of the stored worked example, if there is one.
+        reference: tensors and context of the stored worked example, if there is one.
     """
 
     folder: Path
@@ -43,9 +45,10 @@ class Facts:
     config: object = None
     raw: dict = field(default_factory=dict)
     drafter_config: dict = field(default_factory=dict)
-    suspicions: list[tuple[str, str, bool]] = field(default_factory=list)
+    ours: bool = False
+    suspicions: list[tuple[str, str]] = field(default_factory=list)
     reference: dict[str, torch.Tensor] | None = None
-    reference_facts: dict = field(default_factory=dict)
+    reference_info: dict = field(default_factory=dict)
     loadable: bool = True
     drafter_loadable: bool = False
     explained: str | None = None

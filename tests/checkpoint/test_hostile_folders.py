@@ -138,10 +138,11 @@ VALIDATED = ["dflash/config.json:num_hidden_layers=7", "dflash/config.json:num_h
 @pytest.mark.parametrize("name", VALIDATED)
 def test_a_hostile_folder_ends_in_a_verdict_of_validate(name, exported, tmp_path):
     from runtime_ref.core.tensor_parallel import ranks_from_environment
-    from runtime_ref.validate import arguments, run
+    from runtime_ref.validate import arguments
+    from runtime_ref.validation.folder_run import validate_folder
 
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)
     HOSTILE[name](folder)
-    verdict = bounded(lambda: run(arguments([str(folder), "--tokens", "8"]), ranks_from_environment(), None), seconds=120)
+    verdict = bounded(lambda: validate_folder(arguments([str(folder), "--tokens", "8"]), ranks_from_environment(), None), 120)
     assert not verdict.passed and verdict.lines()

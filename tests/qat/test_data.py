@@ -18,7 +18,7 @@ from training.files import expand
 class CharTokenizer:
     eos_token_id = 0
 
-    def __call__(self, texts, add_special_tokens):
+    def __call__(self, texts, add_special_tokens, verbose=True):
         return {"input_ids": [[ord(c) % 200 + 1 for c in t] for t in texts]}
 
 
@@ -243,7 +243,7 @@ def test_texts_begin_as_the_tokenizer_begins_texts():
     class Begins(CharTokenizer):
         bos_token_id = 250
 
-        def __call__(self, texts, add_special_tokens):
+        def __call__(self, texts, add_special_tokens, verbose=True):
             return {"input_ids": [[250] * add_special_tokens + ids for ids in super().__call__(texts, False)["input_ids"]]}
 
     assert Packer(Begins(), 3)({"text": ["a", "b"]})["input_ids"] == [[250, 98, 0], [250, 99, 0]]

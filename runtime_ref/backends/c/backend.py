@@ -4,8 +4,9 @@ The same ops in the same order as the torch backend; what it saves is the calls 
 ops of microseconds) and the bytes (weights in bf16 where that is exact, experts packed). With several ranks the list is
 cut where a collective is needed. With `watch`, one call per op, and the buffers in the shapes of `model.py`.
 
-An engine in bf16 multiplies by bf16 dot products where the processor has them (`bf16_dots.h`): activations are rounded where
-they enter a product, which halves the arithmetic of a step of eight rows. Elsewhere, and in float32, nothing is rounded there.
+Numbers: there is one path for each dtype, on every processor. In bf16 the operands of products are rounded to bf16 (weights as
+the file has them, activations where they enter a product), sums are float32. Processors with bf16 dot products do that in one
+instruction (`bf16_dots.h`), twice as fast; others round and multiply, and add in another order. In float32 nothing is rounded.
 
 Bits differ from the torch backend's (sums have another order), and are the same for any rows, batch, cut and number of ranks.
 The float32 weights of `TargetWeights` stay in memory beside it: the torch backend, the checks and the drafter share them.

@@ -297,7 +297,7 @@ class Workspace:
                  "partial": self.parts * self.rows * self.H, "inner": self.inner, "weight": self.rows * self.top,
                  "scratch": max(max(self.group, 8) * (up(self.context) + 2 * LANES), 4 * up(self.H) + 1024),
                  "index": self.rows * self.top, "list": self.rows * self.top,
-                 "halves": self.rows * self.H + 8 * max(self.width, step.fc.k, self.group * self.head)}
+                 "halves": self.rows * self.H + 16 * max(self.width, step.fc.k, self.group * self.head)}
         kinds = {"index": torch.int32, "list": torch.int32, "halves": torch.int16}
         for name in self.NAMES:
             self.tensors[name] = torch.zeros(sizes[name], dtype=kinds.get(name, torch.float32))

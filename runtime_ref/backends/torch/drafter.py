@@ -174,7 +174,7 @@ class TorchDrafter(Drafter):
         own = (keys >= anchors[:, 0]) & (keys < anchors[:, 1])
         if self.causal:
             own = own & (keys <= queries)
-        seen = context | own
+        seen = (context | own).expand(-1, -1, T, -1)
         hidden = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
         attention = AttentionMetadata(len(requests), torch.tensor(tables), hidden, torch.tensor(slots))
         return _DraftMetadata(attention, torch.tensor(rows))

@@ -5,7 +5,7 @@ buffers gets the list as it is, op by op. On a machine without a GPU the kernels
 run in Triton's interpreter if TRITON_INTERPRET=1 is set: for tests and checks.
 
 Numbers: bf16 only. Operands of products are rounded to bf16, which the torch backend does not do, so logits of the two agree
-within a tolerance. Where experts lie in native pages (backend "triton-mxfp8") their activations are rounded to MXFP8. What they
+within a tolerance. Where experts lie in hw_fp4 pages (backend "triton-mxfp8") their activations are rounded to MXFP8. What they
 share is C4: no kernel lets a row see its company.
 
 With several ranks, the parts of a sum leave the kernels, are gathered (NCCL or gloo) and added in order; a rank that has all
@@ -162,7 +162,7 @@ class TritonBackend(Backend):
         self.ops: dict[str, Callable] = {name.removeprefix("op_"): getattr(self, name)
                                          for name in dir(type(self)) if name.startswith("op_")}
         self._spaces: dict[int, Workspace] = {}
-        self._mxfp8 = any(layer.pages is not None and layer.pages.native for layer in weights.layers)
+        self._mxfp8 = any(layer.pages is not None and layer.pages.hw_fp4 for layer in weights.layers)
         self.runner: StepRunner | None = None  # takes over the steps that it serves (`launch.choose_launch`)
 
     @cached_property
@@ -430,9 +430,9 @@ def default_launch() -> Launch:
 
 
 def load_triton_backend(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, dtype: torch.dtype = torch.bfloat16,
-                        pages: dict[str, int], positions: int, native: bool = False,
+                        pages: dict[str, int], positions: int, hw_fp4: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> TritonBackend:
-    """A backend on an exported folder. native: experts for tensor cores that read E2M1 (`kernels/native_tiles.py`).
+    """A backend on an exported folder. hw_fp4: experts for tensor cores that read E2M1 (`kernels/blackwell_mxfp4.py`).
 
     Raises:
         ValueError: no GPU and no interpreter, a dtype other than bfloat16, a folder that the kernels cannot run.
@@ -442,5 +442,5 @@ def load_triton_backend(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, dtype
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", ranks.rank)) % torch.cuda.device_count())
     if dtype is not torch.bfloat16:
         raise ValueError(f"backend 'triton': dtype {str(dtype).removeprefix('torch.')}, expected bfloat16")
-    weights = load_kernel_weights(folder, ranks, device=device, native=native, progress=progress)
+    weights = load_kernel_weights(folder, ranks, device=device, hw_fp4=hw_fp4, progress=progress)
     return TritonBackend(weights, pages=pages, positions=positions, folder=folder)

@@ -1,6 +1,6 @@
 """The DFlash drafter on the Triton kernels: the passes of `drafter.Drafter`, which documents the idea, launch by launch.
 
-Reference twin: `drafter.Drafter`. Differences: everything is bf16 where a product reads it; a block has exactly the rows that
+Reference: `drafter.Drafter`. Differences: everything is bf16 where a product reads it; a block has exactly the rows that
 are wanted (the anchor and its drafts), and only the drafts' rows meet the head.
 
 Ranks share its heads and inner dimensions as those of the target, and sum o_proj and down in parts that the model fixes

@@ -5,10 +5,10 @@ Such a tensor core takes codes and scale bytes as they are, so nothing is decode
 MXFP8, so activations are rounded to four significant bits, twice: what enters the experts, and what lies between SwiGLU and
 down (`mxfp4.mxfp8`). So this path has other numbers than the rest of the project and is never taken unasked.
 
-Pages are of `Tile(native=True)`. Rounded rows lie in one buffer of bytes: the codes of all rows, then their scales. 16 columns
-of tokens, because the native instruction takes no eight; the upper eight stay empty.
+Pages are of `Tile(hw_fp4=True)`. Rounded rows lie in one buffer of bytes: the codes of all rows, then their scales. 16 columns
+of tokens, because the hardware's instruction takes no eight; the upper eight stay empty.
 
-Reference twins: `mxfp4.mxfp8.quantize_mxfp8` for rounding, bit for bit; for products `modeling.modeling_mimo_v2.Experts`
+References: `mxfp4.mxfp8.quantize_mxfp8` for rounding, bit for bit; for products `modeling.modeling_mimo_v2.Experts`
 between rounded activations. Triton's interpreter knows no scaled product: with FLOAT_DOT both operands are decoded and
 multiplied in float32.
 

@@ -25,14 +25,14 @@ VARIANT_SECONDS = 10  # of a launch variant's check, which is mostly its compila
 
 
 def up_tiles() -> list[Tile]:
-    """Pages to compare: decoded ones, and native ones where tensor cores read E2M1 (they round activations to MXFP8)."""
-    native = torch.cuda.get_device_capability()[0] == 10
-    return [Tile(), Tile(128, 256), *([Tile(128, 256, native=True)] if native else [])]
+    """Pages to compare: decoded ones, and hw_fp4 ones where tensor cores read E2M1 (they round activations to MXFP8)."""
+    hw_fp4 = torch.cuda.get_device_capability()[0] == 10
+    return [Tile(), Tile(128, 256), *([Tile(128, 256, hw_fp4=True)] if hw_fp4 else [])]
 
 
 def down_tile(up: Tile) -> Tile:
     """Of the down projection, beside `up`."""
-    return up if up.native else Tile()
+    return up if up.hw_fp4 else Tile()
 
 
 def launches(count: int, page_rows: int) -> list[Launch]:
@@ -53,7 +53,7 @@ def variants(count: int) -> list[tuple[Tile, Launch]]:
 def words(tile: Tile, launch: Launch) -> str:
     """What a variant is called."""
     sizes = ", ".join(f"{key} {value}" for key, value in asdict(launch).items() if key not in ("ptx", "float_dot", "polls"))
-    return f"{tile.rows} rows{', native' if tile.native else ''}, {sizes}"
+    return f"{tile.rows} rows{', hw_fp4' if tile.hw_fp4 else ''}, {sizes}"
 
 
 def random_weights(experts: int, hidden: int, inner: int):
@@ -87,7 +87,7 @@ def check_kernels(plan: Plan, refused: dict[str, str]) -> Iterator[dict]:
         return repack_experts(*weights, up_tile=tile, down_tile=down_tile(tile)).to("cuda")
 
     def needed(tile: Tile, launch: Launch) -> bool:
-        return launch == Launch(programs=4 * count) and (tile == Tile() or tile.native)
+        return launch == Launch(programs=4 * count) and (tile == Tile() or tile.hw_fp4)
 
     yield from checked("decoding equals the codec", _check_decoding)
     for tile, launch in variants(count):
@@ -129,10 +129,10 @@ def _check_decoding() -> dict:
 
 
 def reference(x, index, weight, pages: ExpertPages) -> torch.Tensor:
-    """Float32 experts on a shard's pages, expert by expert, between rounded activations where pages are native; the kernel's
+    """Float32 experts on a shard's pages, expert by expert, between rounded activations where pages are hw_fp4; the kernel's
     oracle here, where shards are too big to copy."""
     def entering(rows: torch.Tensor) -> torch.Tensor:
-        return dequantize_mxfp8(*quantize_mxfp8(rows)) if pages.native else rows
+        return dequantize_mxfp8(*quantize_mxfp8(rows)) if pages.hw_fp4 else rows
 
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in index.unique().tolist():
@@ -154,7 +154,7 @@ def check_experts(name: str, pages: ExpertPages, launch: Launch, token_counts) -
     for tokens in token_counts:
         x, index, weight = random_tokens(tokens, pages.hidden, pages.experts - 1, 3, tokens, device)
         space = Workspace(pages, tokens, 3, launch)
-        space.inner.fill_(0x7F if pages.native else float("nan"))
+        space.inner.fill_(0x7F if pages.hw_fp4 else float("nan"))
         space.partial.fill_(float("nan"))
         first, again = (run_experts(x, index, weight, pages, space, torch.full_like(x, float("nan"), dtype=torch.float32))
                         for _ in range(2))

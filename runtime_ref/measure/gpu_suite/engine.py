@@ -13,7 +13,7 @@ import torch
 from checkpoint.tensor_files import TensorFiles
 from runtime_ref.backends.triton.megakernel_drafter import MegakernelDrafter
 from runtime_ref.checkpoints import device_weights as kernel_weights
-from runtime_ref.checkpoints.families.registry import read_geometry
+from runtime_ref.checkpoints.folder import read_geometry
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine, EngineOptions
 from runtime_ref.measure.gpu_suite.plan import kept

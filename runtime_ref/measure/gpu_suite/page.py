@@ -110,7 +110,7 @@ def _experts(report: dict) -> list[str]:
              "| us | TB/s | of pure read | pages | launch |", "|---|---|---|---|---|"]
     for row in rows:
         launch = ", ".join(f"{k} {v}" for k, v in row["launch"].items() if k not in ("ptx", "float_dot", "polls"))
-        pages = f"{row['page_rows']} rows{', native' if row['native'] else ''}{', FAILED' if row['failed'] else ''}"
+        pages = f"{row['page_rows']} rows{', hw_fp4' if row['hw_fp4'] else ''}{', FAILED' if row['failed'] else ''}"
         lines.append(f"| {1e6 * row['seconds']:.1f} | {row['bytes_per_second'] / 1e12:.2f} | "
                      f"{percent(row['share_of_read'])} | {pages} | {launch} |")
     return [*lines, ""]

@@ -224,7 +224,7 @@ def _random_pages(experts: int, hidden: int, inner: int, tile: Tile) -> ExpertPa
     def fill(row_tiles: int, depth_tiles: int, of: Tile) -> torch.Tensor:
         pages = torch.randint(0, 256, (experts, row_tiles, depth_tiles, of.page_bytes), dtype=torch.uint8, device="cuda")
         tail = pages[..., of.rows * of.depth // 2:]
-        least = 119 if of.native else SCALE_OFFSET + 119
+        least = 119 if of.hw_fp4 else SCALE_OFFSET + 119
         tail.copy_(torch.randint(least, least + 4, tail.shape, dtype=torch.uint8, device="cuda"))
         return pages
 
@@ -277,7 +277,7 @@ def _measure_experts(pages: ExpertPages, launch: Launch, tokens: int, read: floa
     timed = _time_graph([lambda i=i: run_experts(*i, pages, space, out) for i in inputs])
     distinct = sum(i[1].unique().numel() for i in inputs) / CALLS
     size = distinct * (pages.up[0].numel() + pages.down[0].numel())
-    row = {"tokens": tokens, "page_rows": pages.up_tile.rows, "native": pages.native, "launch": asdict(launch),
+    row = {"tokens": tokens, "page_rows": pages.up_tile.rows, "hw_fp4": pages.hw_fp4, "launch": asdict(launch),
            "distinct": distinct, "bytes": size, "share_of_read": size / timed["seconds"] / read if read else None,
            "bytes_per_second": size / timed["seconds"], "failed": space.failed(), **timed}
     peak = {name: size / timed["seconds"] / bandwidth for name, bandwidth in roofline.BANDWIDTH.items()

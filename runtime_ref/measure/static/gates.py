@@ -3,10 +3,10 @@
 The gates of the expert kernel at the geometry of one of eight ranks of MiMo-V2.5-Pro: nothing spilled to local
 memory, weights loaded 128 bits at a time, tensor-core instructions present, at most 128 registers (four programs of 128
 threads per multiprocessor, so that one's waiting is another's work) and at most 3.5 lane-instructions per weight in
-both hot loops; at most 1 where the tensor cores read E2M1 themselves (`native_tiles`, sm_100a). Other kernels must not spill,
-the walks of a whole step included. Wherever packed words are decoded, four neighbouring bytes must lie in one thread: the
-assembly takes them as one word, and which bytes meet in a word is the compiler's choice of layout. AMD targets take the path
-without inline PTX and only have to compile.
+both hot loops; at most 1 where the tensor cores read E2M1 themselves (`blackwell_mxfp4`, sm_100a). Other kernels must not
+spill, the megakernels of a whole step included. Wherever packed words are decoded, four neighbouring bytes must lie in one
+thread: the assembly takes them as one word, and which bytes meet in a word is the compiler's choice of layout. AMD
+targets take the path without inline PTX and only have to compile.
 
 Compilation says nothing about speed; the page it writes does not either.
 """
@@ -27,12 +27,12 @@ from runtime_ref.kernels.repack import Tile
 from storage.files import write_text
 from storage.revision import git_revision
 
-LANE_INSTRUCTIONS, NATIVE_LANE_INSTRUCTIONS = 3.5, 1.0
+LANE_INSTRUCTIONS, HW_FP4_LANE_INSTRUCTIONS = 3.5, 1.0
 REGISTERS = 128
 NVIDIA = {"sm_90a": 90, "sm_100a": 100}
-AMD, AMD_NATIVE = ("gfx942", "gfx950"), "gfx950, native"
+AMD, AMD_HW_FP4 = ("gfx942", "gfx950"), "gfx950, hw_fp4"
 WARPS = 4
-NATIVE_TILE = Tile(128, 256, native=True)
+HW_FP4_TILE = Tile(128, 256, hw_fp4=True)
 # Rounded rows are bytes.
 BYTES = {"x": "u8", "inner": "u8"}
 
@@ -87,7 +87,7 @@ def experts_constants(tokens: int, tile: Tile, *, tickets: bool, ptx: bool, conf
             "UP_DEPTH": tile.depth, "DOWN_ROWS": tile.rows,
             "DOWN_DEPTH": tile.depth, "EVEN": config["hidden_size"] % tile.depth == 0, "STAGES": 3, "PREFETCH": 16384,
             "TICKETS": tickets, "WAIT": True, "POLL_LIMIT": 1 << 22, "PTX": ptx, "FLOAT_DOT": False, "PHASE": 0,
-            "RESIDUAL": False, "NATIVE": tile.native}
+            "RESIDUAL": False, "HW_FP4": tile.hw_fp4}
 
 
 def compile_kernel(kernel, constants: dict, target, changed: dict[str, str] | None = None, **options):
@@ -121,7 +121,7 @@ def _nvidia_row(name: str, target: str, kernel, constants: dict, tile: Tile | No
     compiled = compile_kernel(kernel, constants, GPUTarget("cuda", NVIDIA[target], 32), changed, **options).asm
     binary = read_binary(compiled["cubin"])
     lanes = tuple(round(loop.length * WARPS * 32 / (tile.rows * tile.depth), 2) for loop in binary.hot_loops()) if tile else ()
-    budget = None if tile is None else NATIVE_LANE_INSTRUCTIONS if tile.native else LANE_INSTRUCTIONS
+    budget = None if tile is None else HW_FP4_LANE_INSTRUCTIONS if tile.hw_fp4 else LANE_INSTRUCTIONS
     return Row(name, target, binary.registers, binary.stack, binary.local_accesses, binary.wide_loads,
                binary.matrix_instructions, lanes, quads_together(compiled["ttgir"]), budget)
 
@@ -150,17 +150,17 @@ def rows() -> list[Row]:
     """Compiles everything for every NVIDIA target."""
     from runtime_ref.kernels import attention, experts, sync
     from runtime_ref.kernels import mxfp4_decode as decode
-    from runtime_ref.kernels.experimental import blackwell_mxfp4 as native_tiles
+    from runtime_ref.kernels.experimental import blackwell_mxfp4 as blackwell_mxfp4
     from runtime_ref.kernels.experimental import megakernel as step
     from runtime_ref.measure.gpu_suite import suite as gpu_suite
     from runtime_ref.measure.static.launches import draft_constants, small_kernels, step_constants
 
     found, tile = [], Tile()
     for tokens in (8, 64):
-        constants = experts_constants(tokens, NATIVE_TILE, tickets=True, ptx=True)
-        found.append(_nvidia_row(f"experts_kernel, {tokens} tokens, native", "sm_100a", experts.experts_kernel, constants,
-                                 NATIVE_TILE, BYTES))
-    found.append(_nvidia_row("round_rows_kernel", "sm_100a", native_tiles.round_rows_kernel, {"BLOCKS": 32}, None,
+        constants = experts_constants(tokens, HW_FP4_TILE, tickets=True, ptx=True)
+        found.append(_nvidia_row(f"experts_kernel, {tokens} tokens, hw_fp4", "sm_100a", experts.experts_kernel, constants,
+                                 HW_FP4_TILE, BYTES))
+    found.append(_nvidia_row("round_rows_kernel", "sm_100a", blackwell_mxfp4.round_rows_kernel, {"BLOCKS": 32}, None,
                              {"out": "u8"}))
     for target in NVIDIA:
         for tokens in (8, 64):
@@ -195,7 +195,7 @@ def rows() -> list[Row]:
 
 
 def compile_amd() -> dict[str, int]:
-    """Bytes of the expert kernel's binary for each AMD target: integer decoding, and native pages where it has the product."""
+    """Bytes of the expert kernel's binary for each AMD target: integer decoding, and hw_fp4 pages where it has the product."""
     from triton.backends.compiler import GPUTarget
 
     from runtime_ref.kernels.experts import experts_kernel
@@ -204,7 +204,7 @@ def compile_amd() -> dict[str, int]:
         constants = experts_constants(8, tile, tickets=True, ptx=False)
         return len(compile_kernel(experts_kernel, constants, GPUTarget("hip", arch, 64), changed, num_warps=WARPS).asm["hsaco"])
 
-    return {arch: size(arch, Tile()) for arch in AMD} | {AMD_NATIVE: size("gfx950", NATIVE_TILE, BYTES)}
+    return {arch: size(arch, Tile()) for arch in AMD} | {AMD_HW_FP4: size("gfx950", HW_FP4_TILE, BYTES)}
 
 
 def run(*, json_path: Path | None, page_path: Path | None) -> int:
@@ -258,8 +258,8 @@ Written, with [kernels-static.json](kernels-static.json), by
 The expert kernel has the shape of one of eight ranks of MiMo-V2.5-Pro (384 experts, 6144 -> 256 -> 6144), 64 x 256 pages, four
 warps. Its gates: no spills, 128-bit weight loads, tensor-core instructions, at most {REGISTERS} registers (four programs per
 multiprocessor), at most {LANE_INSTRUCTIONS} lane-instructions per weight in both hot loops. No other kernel may spill either.
-"native" is the path for tensor cores that read E2M1 themselves (`tl.dot_scaled`, activations in MXFP8): 128 x 256 pages, at
-most {NATIVE_LANE_INSTRUCTIONS:g} lane-instruction per weight. Its weights are copied 64 bits at a time, 16 values, which those
+"hw_fp4" is the path for tensor cores that read E2M1 themselves (`tl.dot_scaled`, activations in MXFP8): 128 x 256 pages, at
+most {HW_FP4_LANE_INSTRUCTIONS:g} lane-instruction per weight. Its weights are copied 64 bits at a time, 16 values, which those
 tensor cores want padded to 16 bytes; the 128-bit loads are of activations. It changes numbers, so it is taken only where it is
 asked for.
 {verdict}

@@ -15,15 +15,12 @@ from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.program import Op
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine
-from runtime_ref.engine.sampler import distribution
-from runtime_ref.engine.speculative import accept, propose
+from runtime_ref.validation.quantities import Number, Table
 from runtime_ref.validation.result import Check
 
 RANDOM = "random tokens"
-SAMPLES = 2000
-LEAST_ENTROPY = 1.5  # nats
-# Standard normal quantile of one false alarm in 100,000 for the chi-square statistic (Wilson-Hilferty).
-CHI_SQUARE_Z = 4.3
+# Fewer tokens of text than this decide nothing about a tokenizer.
+LEAST_TEXT = 64
 # Acceptance under this share of what training measured fails; contract C7 asks for more of equal prompts.
 ACCEPTANCE_SHARE = 0.8
 # An acceptance length that drafts of another model's drafter reach by chance.
@@ -69,51 +66,59 @@ def read_prompts(path: Path | None, tokenizer, vocabulary: int, *, per_domain: i
     return Prompts({domain: prompts for domain, prompts in found.items() if prompts}, shortened)
 
 
-def check_text(engine: Engine, prompts: Prompts, trained: dict | None) -> Check:
+def check_text(check: Check, engine: Engine, prompts: Prompts, trained: dict | None) -> None:
     """Does the model know the text of its own tokenizer? One that was trained beats a uniform guess on any text.
 
-    Only for prompts of a file: random tokens are no text. Without values of a trainer it may be a model of random weights, and
-    the finding is a note.
+    Only for prompts of a file: random tokens are no text. A few tokens decide nothing, and without values of a trainer it may
+    be a model of random weights: then the finding is a note.
     """
-    check = Check("text", "the model expects the text that its tokenizer makes")
     if list(prompts.by_domain) == [RANDOM]:
-        return check.skip("no prompts were given (--prompts FILE)")
-    uniform, rows = math.log(engine.backend.config.vocab_size), [["domain", "nats per token", "uniform guess"]]
+        check.leave_out("no prompts were given (--prompts FILE)")
+        return
+    uniform, rows = math.log(engine.backend.config.vocab_size), [["domain", "nats per token", "uniform guess", "tokens"]]
     for domain, group in prompts.by_domain.items():
-        losses = [_nats(engine, prompt) for prompt in group[:4] if len(prompt) > 1]
+        losses = [loss for prompt in group[:4] if len(prompt) > 1 for loss in _nats(engine, prompt).tolist()]
         if losses:
-            rows.append([domain, sum(losses) / len(losses), uniform])
-    check.tables["negative log-likelihood of the prompts"] = rows
-    worse = [row[0] for row in rows[1:] if row[1] > uniform]
-    if len(rows) > 1 and len(worse) == len(rows) - 1:
-        finding = f"the model finds the prompts less likely than a uniform guess ({rows[1][1]:.2f} nats, {uniform:.2f})"
-        if trained is None:
-            check.notes.append(f"{finding}: a model of random weights, or another tokenizer's")
-        else:
-            check.fail(finding, "the tokenizer is not this model's: its tokens have other ids")
-    return check
+            rows.append([domain, sum(losses) / len(losses), uniform, len(losses)])
+    check.tables[Table.LIKELIHOOD] = rows
+    count = sum(row[3] for row in rows[1:])
+    if not count or not all(row[1] > uniform for row in rows[1:]):
+        return
+    finding = f"the model finds the prompts less likely than a uniform guess ({rows[1][1]:.2f} nats, {uniform:.2f})"
+    if count < LEAST_TEXT:
+        check.unchecked.append(f"{finding}, but {count} tokens decide nothing: give at least {LEAST_TEXT}")
+    elif trained is None:
+        check.notes.append(f"{finding}: a model of random weights, or another tokenizer's")
+    else:
+        check.fail(finding, "the tokenizer is not this model's: its tokens have other ids")
 
 
-def _nats(engine: Engine, prompt: list[int]) -> float:
-    """Mean negative log-likelihood of a prompt's tokens after the first."""
+def _nats(engine: Engine, prompt: list[int]) -> torch.Tensor:
+    """Negative log-likelihoods [n - 1] of a prompt's tokens after the first."""
+    logits = prompt_logits(engine, prompt)[:-1]
+    return torch.nn.functional.cross_entropy(logits.float(), torch.tensor(prompt[1:]), reduction="none")
+
+
+def prompt_logits(engine: Engine, prompt: list[int]) -> torch.Tensor:
+    """The target's logits [n, vocabulary] over a prompt, in one step on fresh pages."""
     cache = engine.cache
     tables, kinds = cache.tables(), [k for k in cache.pools if k != "draft"]
     cache.extend(tables, kinds, len(prompt))
-    logits = engine.backend.run(engine.program, engine.backend.plan([SequenceChunk(tables, 0, prompt, "all")]))["logits"]
+    buffers = engine.backend.run(engine.program, engine.backend.plan([SequenceChunk(tables, 0, prompt, "all")]))
     cache.release(tables)
-    return float(torch.nn.functional.cross_entropy(logits[:len(prompt) - 1].float(), torch.tensor(prompt[1:])))
+    return buffers["logits"][:len(prompt)]
 
 
-def check_lossless(engine: Engine, prompts: Prompts, tokens: int) -> tuple[Check, list[list[int]]]:
-    """Check 4; also the greedy answers."""
-    check = Check("lossless", "greedy with the drafter = without, alone = batched, token for token")
+def check_lossless(check: Check, engine: Engine, prompts: Prompts, tokens: int) -> list[list[int]]:
+    """Check 4; returns the greedy answers."""
     greedy = SamplingParams(max_tokens=tokens)
     plain = SamplingParams(max_tokens=tokens, speculate=False)
-    alone = [engine.generate([p], plain)[0] for p in prompts.all]
+    alone, seconds = _timed(engine, prompts, plain)
     ways = {"batched": engine.generate(prompts.all, plain)}
     if engine.drafter is not None:
-        ways |= {"with drafts": [engine.generate([p], greedy)[0] for p in prompts.all],
-                 "with drafts, batched": engine.generate(prompts.all, greedy)}
+        drafted, drafted_seconds = _timed(engine, prompts, greedy)
+        ways |= {"with drafts": drafted, "with drafts, batched": engine.generate(prompts.all, greedy)}
+        check.measure(Number.SPEED_DRAFTS, sum(map(len, drafted)) / drafted_seconds)
     rows = [["way", "equal answers", "of"]]
     for way, answers in ways.items():
         same = sum(a == b for a, b in zip(answers, alone, strict=True))
@@ -122,79 +127,31 @@ def check_lossless(engine: Engine, prompts: Prompts, tokens: int) -> tuple[Check
             first = next(i for i, (a, b) in enumerate(zip(answers, alone, strict=True)) if a != b)
             check.fail(f"{way}: {same} of {len(alone)} answers equal, the first that is not is prompt {first}",
                        "an op of the backend is not row-invariant, or rejected tokens are not rolled back")
-    check.tables["greedy answers"] = rows
-    check.numbers = {"prompts": len(alone), "tokens": sum(map(len, alone))}
+    check.tables[Table.GREEDY] = rows
+    check.measure(Number.PROMPTS, len(alone))
+    check.measure(Number.TOKENS, sum(map(len, alone)))
+    check.measure(Number.SPEED_PLAIN, sum(map(len, alone)) / seconds)
     if prompts.shortened:
         check.notes.append(f"{prompts.shortened} prompts were cut to what the engine's context holds here")
-    return check, alone
+    return alone
 
 
-def check_sampler(engine: Engine, prompts: Prompts) -> Check:
-    """Check 5: chi-square of one emitted token against the target's distribution, both rules, on real logits."""
-    check = Check("sampling", "sampled tokens with the drafter have the target's distribution (chi-square)")
-    # The widest distribution of some prompts, flattened if need be: one that is certain of its token would pass any sampler.
-    candidates = [_last_logits(engine, prompt).float() for prompt in prompts.all[:16]]
-    logits, flattened = max(candidates, key=_entropy), 1.0
-    while _entropy(logits) < LEAST_ENTROPY and flattened < 1e6:
-        logits, flattened = logits / 1.25, flattened * 1.25
-    check.numbers |= {"entropy of the distribution (nats)": _entropy(logits), "logits divided by": flattened}
-    generator = torch.Generator().manual_seed(5)
-    drafts = logits + torch.randn(logits.shape, generator=generator)  # a drafter that is near, but not equal
-    rows = [["rule", "temperature", "chi-square z", "accepted"]]
-    for rule in ("equality", "rejection"):
-        for temperature in (1.0, 0.7):
-            counts, accepted = torch.zeros(logits.shape[-1], dtype=torch.float64), 0
-            for seed in range(SAMPLES):
-                params = SamplingParams(temperature=temperature, rule=rule, seed=seed)
-                verdict = accept(torch.stack((logits, logits)), propose(drafts[None], params, 10), params, 10, [], [])
-                counts[verdict.tokens[0]] += 1
-                accepted += verdict.accepted
-            z = chi_square_z(counts, distribution(logits, SamplingParams(temperature=temperature)))
-            rows.append([rule, temperature, z, accepted / SAMPLES])
-            if z > CHI_SQUARE_Z:
-                check.fail(f"{rule} at temperature {temperature}: chi-square z {z:.1f}, expected at most {CHI_SQUARE_Z}",
-                           f"the acceptance rule {rule} changes the distribution")
-    check.tables[f"{SAMPLES} samples each"] = rows
-    return check
+def _timed(engine: Engine, prompts: Prompts, params: SamplingParams) -> tuple[list[list[int]], float]:
+    """Answers to the prompts one by one, and the seconds of all of them."""
+    began = time.perf_counter()
+    answers = [engine.generate([p], params)[0] for p in prompts.all]
+    return answers, time.perf_counter() - began
 
 
-def _entropy(logits: torch.Tensor) -> float:
-    return float(torch.distributions.Categorical(logits=logits).entropy())
-
-
-def chi_square_z(counts: torch.Tensor, p: torch.Tensor) -> float:
-    """Chi-square of counts against p as a standard normal deviate; tokens expected less than five times form one class."""
-    n = float(counts.sum())
-    order = p.argsort(descending=True)
-    expected, observed = p[order] * n, counts[order]
-    common = int((expected >= 5).sum())
-    expected = torch.cat((expected[:common], expected[common:].sum()[None]))
-    observed = torch.cat((observed[:common], observed[common:].sum()[None]))
-    if float(expected[-1]) < 1:  # too thin a class: join it to the last common one
-        expected, observed = (torch.cat((t[:-2], t[-2:].sum()[None])) for t in (expected, observed))
-    freedom = max(1, expected.shape[0] - 1)
-    statistic = float(((observed - expected) ** 2 / expected.clamp_min(1e-12)).sum())
-    return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
-
-
-def _last_logits(engine: Engine, prompt: list[int]) -> torch.Tensor:
-    cache = engine.cache
-    tables, kinds = cache.tables(), [k for k in cache.pools if k != "draft"]
-    cache.extend(tables, kinds, len(prompt))
-    buffers = engine.backend.run(engine.program, engine.backend.plan([SequenceChunk(tables, 0, prompt, "last")]))
-    cache.release(tables)
-    return buffers["logits"][0]
-
-
-def check_acceptance(engine: Engine, prompts: Prompts, tokens: int, trained: dict | None) -> Check:
-    """Check 6: acceptance length and by position, by domain, against what training measured.
+def check_acceptance(check: Check, engine: Engine, prompts: Prompts, tokens: int, trained: dict | None) -> float | None:
+    """Check 6: acceptance length and by position, by domain, against what training measured; returns the mean of the domains.
 
     Counted as in training: tokens after the first of each answer, by rounds of drafting. With the prompts and the answer
     length of training (dflash.acceptance in the recipe) the two agree within one percent (contract C7).
     """
-    check = Check("acceptance", "acceptance length by domain")
     if engine.drafter is None:
-        return check.not_applicable("the folder has no drafter")
+        check.not_applicable("the folder has no drafter")
+        return None
     tokens = min(tokens, engine.options.max_context // 2)
     rows, positions = [["domain", "acceptance length", "standard error", "trained", "share", "rounds"]], []
     for domain, group in prompts.by_domain.items():
@@ -215,15 +172,18 @@ def check_acceptance(engine: Engine, prompts: Prompts, tokens: int, trained: dic
             check.fail(f"{domain}: acceptance length {length:.2f} (standard error {error:.2f}), training measured {stored:.2f}",
                        OTHER_TARGET_CAUSE if length < CHANCE else
                        "the drafter is fed something else than in training (taps, positions, mask embedding, causality)")
-    check.tables["acceptance length (1 to block size, bonus token included)"] = rows
+    check.tables[Table.ACCEPTANCE] = rows
     if positions:
-        check.tables["% of rounds that accept the draft at position 1, 2, ..."] = [
-            ["domain", *range(1, len(positions[0]))], *positions]
+        check.tables[Table.POSITIONS] = [["domain", *range(1, len(positions[0]))], *positions]
     if len(rows) > 1 and all(row[1] < CHANCE for row in rows[1:]) and check.status == "passed":
         check.notes.append(f"drafts are hardly ever right (acceptance below {CHANCE}): {OTHER_TARGET_CAUSE}, or is not trained")
     if trained is None:
-        check.reason = "no values of the trainer to compare with (--trained SUMMARY.json)"
-    return check
+        check.unchecked.append("whether it is the acceptance of training: the folder does not say (--trained SUMMARY.json)")
+    if len(rows) == 1:
+        return None
+    mean = sum(row[1] for row in rows[1:]) / (len(rows) - 1)
+    check.measure(Number.ACCEPTANCE, mean)
+    return mean
 
 
 def standard_error(reached: list[float], rounds: int) -> float:
@@ -234,34 +194,48 @@ def standard_error(reached: list[float], rounds: int) -> float:
     return max(0.0, square - mean * mean) ** 0.5 / rounds**0.5
 
 
-def check_cost(engine: Engine, answers: list[list[int]], prompts: Prompts, acceptance: float | None) -> Check:
-    """Check 7: experts that eight neighbouring tokens touch, bytes and time of a step, and what that means elsewhere."""
-    check = Check("cost", "experts touched, bytes and time of a step, against the memory bound")
+def check_cost(check: Check, engine: Engine, answers: list[list[int]], prompts: Prompts, acceptance: float | None,
+               speeds: dict[Number, float], node_hour: float | None) -> None:
+    """Check 7: experts that eight neighbouring tokens touch, bytes and time of a step, and what that means elsewhere.
+
+    Args:
+        speeds: tokens/s measured with and without drafts. node_hour: price of an hour of the node, for prices of tokens.
+    """
     text = max((p + a for p, a in zip(prompts.all, answers, strict=True)), key=len)
     text = (text * (1 + 64 // len(text)))[:min(200, engine.options.max_context - 16)]
     touched, seconds, plain_seconds = _measure_steps(engine, text)
     layers = [i for i, layer in enumerate(engine.backend.weights.layers) if isinstance(layer.mlp, Moe)]
     if layers:
-        check.tables["distinct experts per layer for 8 tokens"] = [
+        check.tables[Table.EXPERTS] = [
             ["layer", "mean", "of"], *([i, sum(touched[i]) / len(touched[i]), engine.backend.config.n_routed_experts]
                                       for i in layers)]
     moved = _step_bytes(engine, touched, layers)
     rate = _read_bandwidth()
     bound = moved["held"] / rate
-    check.numbers |= {"bytes of a step, as stored": moved["stored"],
-                      "bytes of a step, as this backend holds them": moved["held"],
-                      "memory bandwidth of this machine (bytes/s)": rate, "memory bound of a step (ms)": bound * 1e3,
-                      "measured step of 8 tokens (ms)": seconds * 1e3, "measured step of 1 token (ms)": plain_seconds * 1e3,
-                      "share of the bound": bound / seconds}
     reads = 2 * engine.backend.config.num_hidden_layers
     step = (moved["stored"] / NODE["GPUs"] / NODE["bytes per second of one GPU"] /
             NODE["share of it that a good kernel reaches"] + reads * NODE["all-reduce seconds"])
     length = acceptance or 1.0
-    check.numbers |= {"projected step (ms)": step * 1e3,
-                      "bytes/s of 8 x H200": NODE["GPUs"] * NODE["bytes per second of one GPU"],
-                      "projected tokens/s of 8 x H200": length / step, "formula": "acceptance length / (stored bytes / 8 / "
-                      "(4.8e12 x 0.7) + 2 x layers x 5e-6 s); modelled, not measured", "acceptance length used": length}
-    return check
+    check.numbers |= {
+        Number.STEP_STORED: moved["stored"], Number.STEP_HELD: moved["held"], Number.BANDWIDTH: rate,
+        Number.STEP_BOUND: bound * 1e3, Number.STEP_8: seconds * 1e3, Number.STEP_1: plain_seconds * 1e3,
+        Number.BOUND_SHARE: bound / seconds, **speeds, Number.PROJECTED_STEP: step * 1e3,
+        Number.NODE_BANDWIDTH: NODE["GPUs"] * NODE["bytes per second of one GPU"], Number.PROJECTED_SPEED: length / step,
+        Number.FORMULA: "acceptance length / (stored bytes / 8 / (4.8e12 x 0.7) + 2 x layers x 5e-6 s); modelled, not measured",
+        Number.LENGTH_USED: length}
+    if node_hour is not None:
+        check.numbers |= prices(speeds, node_hour) | {Number.PROJECTED_PRICE: price(length / step, node_hour)}
+
+
+def price(tokens_per_second: float, node_hour: float) -> float:
+    """Price of a million tokens on a node of this price per hour that gives so many tokens per second."""
+    return node_hour / 3600 / tokens_per_second * 1e6
+
+
+def prices(speeds: dict[Number, float], node_hour: float) -> dict[Number, float]:
+    pairs = {Number.SPEED_DRAFTS: Number.PRICE_DRAFTS, Number.SPEED_PLAIN: Number.PRICE_PLAIN,
+             Number.SPEED_SERVED: Number.PRICE_SERVED, Number.SPEED_EIGHT: Number.PRICE_EIGHT}
+    return {pairs[key]: price(value, node_hour) for key, value in speeds.items() if value}
 
 
 def _measure_steps(engine: Engine, text: list[int]) -> tuple[dict[int, list[int]], float, float]:

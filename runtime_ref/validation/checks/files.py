@@ -20,34 +20,31 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from runtime_ref.checkpoints.folder import CHECKSUM_FILE
-from runtime_ref.validation.context import INCOMPLETE_CAUSE, Wrong, first_line, read_object
+from runtime_ref.validation.checks.chat_template import check_template
+from runtime_ref.validation.context import INCOMPLETE_CAUSE, ValidationContext, Wrong, first_line, read_object
 from runtime_ref.validation.diagnosis.file_changes import TRIED, causes_of_tensors, crc, edited_keys, meaning_of
+from runtime_ref.validation.quantities import Number
 from runtime_ref.validation.result import Check
 
 TENSOR_SUMS = "checksums.json"
 DAMAGED_CAUSE = "a file is not the one that was exported: a damaged or partial download, or edited afterwards"
 TOKENIZER_CAUSE = "the tokenizer is not this model's: its ids must be those of the vocabulary, special tokens included"
-TEMPLATE_CAUSE = "the chat template is not this model's: its marks must be single tokens of the tokenizer"
 STOP_CAUSE = "answers end at the wrong token: generation_config.json, config.json and the tokenizer must agree on eos_token_id"
 GENERATION_CAUSE = "generation_config.json cannot be used: clients take sampling defaults and end tokens from it"
-# A short conversation with what templates usually distinguish.
-DIALOGUE = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"},
-            {"role": "assistant", "content": "2"}, {"role": "user", "content": "And 2 + 2?"}]
-MARK = re.compile(r"<\|[^<>|\s]{1,40}\|>")
 
-
-def check_files(folder: Path, raw: dict, special: dict, *, checksums: bool) -> Check:
-    """The check; never raises for a bad folder.
+def check_files(check: Check, context: ValidationContext, *, checksums: bool) -> None:
+    """Adds what is wrong with the files beside the weights.
 
     Args:
-        raw: config.json. special: dflash_config of the drafter, or {}.
         checksums: read every file and compare.
     """
-    check = Check("files", "checksums, tokenizer, chat template, generation settings, code")
+    folder, raw = context.folder, context.raw
+    special = context.drafter_config.get("dflash_config")
+    special = special if isinstance(special, dict) else {}
     if checksums:
-        _checksums(check, folder)
+        _checksums(check, context)
     else:
-        check.notes.append("checksums were not compared (--checksums)")
+        check.unchecked.append("the files' checksums: a folder of this size is compared with --checksums only")
     generation = _generation_config(check, folder)
     if not raw:
         check.notes.append("the tokenizer was not looked at: config.json cannot be read")
@@ -62,12 +59,15 @@ def check_files(folder: Path, raw: dict, special: dict, *, checksums: bool) -> C
             check.fail(str(error), error.cause)
     for where in (".", "dflash"):
         _code(check, folder, where)
-    return check
 
 
-def _checksums(check: Check, folder: Path) -> None:
+def _checksums(check: Check, context: ValidationContext) -> None:
+    folder = context.folder
     if not (folder / CHECKSUM_FILE).is_file():
-        check.notes.append(f"no {CHECKSUM_FILE}: nothing to compare the files with")
+        if (folder / "export.json").is_file():
+            check.fail(f"{CHECKSUM_FILE} is missing, every export has it", INCOMPLETE_CAUSE)
+        else:
+            check.unchecked.append(f"whether files changed since they were published: the folder has no {CHECKSUM_FILE}")
         return
     lines = (folder / CHECKSUM_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     compared, damaged = 0, []
@@ -89,7 +89,8 @@ def _checksums(check: Check, folder: Path) -> None:
                            None if causes else DAMAGED_CAUSE)
                 for cause in causes:
                     check.fail(f"{name}: undoing this gives the exported bytes: {cause}", cause)
-    check.numbers |= {"files compared with their checksums": compared, "files that differ": len(damaged)}
+    check.measure(Number.FILES_COMPARED, compared)
+    check.measure(Number.FILES_DIFFERENT, len(damaged), 0)
 
 
 def _damage(folder: Path, name: str, wanted: str) -> tuple[str, list[str]]:
@@ -158,7 +159,8 @@ def _tokenizer(check: Check, folder: Path, raw: dict, special: dict, generation:
     size = raw.get("vocab_size") if isinstance(raw.get("vocab_size"), int) else 0
     vocabulary = tokenizer.get_vocab()
     beyond = sorted((i, t) for t, i in vocabulary.items() if i >= size)
-    check.numbers |= {"tokens of the tokenizer": len(vocabulary), "rows of the vocabulary": size}
+    check.measure(Number.TOKENIZER_SIZE, len(vocabulary), size)
+    check.measure(Number.VOCABULARY_ROWS, size)
     if beyond:
         check.fail(f"tokenizer: {beyond[0][1]!r} is token {beyond[0][0]}, the vocabulary has {size} rows", TOKENIZER_CAUSE)
     _round_trip(check, tokenizer)
@@ -168,7 +170,7 @@ def _tokenizer(check: Check, folder: Path, raw: dict, special: dict, generation:
                    f"token {tokenizer.mask_token!r} is {tokenizer.mask_token_id}",
                    "the mask token has another id in the drafter's configuration than in the tokenizer")
     _end_tokens(check, tokenizer, raw, generation, size)
-    _template(check, tokenizer)
+    check_template(check, tokenizer, folder)
 
 
 def _round_trip(check: Check, tokenizer) -> None:
@@ -182,6 +184,11 @@ def _end_tokens(check: Check, tokenizer, raw: dict, generation: dict, size: int)
     """The end tokens that the runtime uses against those that the other files name."""
     ends, config = _ids(generation.get("eos_token_id")), _ids(raw.get("eos_token_id"))
     own = _ids(tokenizer.eos_token_id)
+    for where, held in (("generation_config.json", generation), ("config.json", raw)):
+        value = held.get("eos_token_id")
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None and (not isinstance(item, int) or isinstance(item, bool)):
+                check.fail(f"{where}: eos_token_id {item!r}, expected a token's number", STOP_CAUSE)
     for where, ids in (("generation_config.json", ends), ("config.json", config)):
         for wrong in (i for i in ids if not 0 <= i < size):
             check.fail(f"{where}: eos_token_id {wrong}, expected 0 to {size - 1}", STOP_CAUSE)
@@ -199,29 +206,6 @@ def _end_tokens(check: Check, tokenizer, raw: dict, generation: dict, size: int)
 def _turn_end(tokenizer, ids: list[int]) -> bool:
     """Whether all of these are special tokens: families end turns with another one than texts."""
     return set(ids) <= set(tokenizer.all_special_ids)
-
-
-def _template(check: Check, tokenizer) -> None:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        check.notes.append("no chat template: chat requests are refused, completions work")
-        return
-    for dialogue in (DIALOGUE, DIALOGUE[1:], DIALOGUE[1:2]):
-        try:
-            text = tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-            check.fail(f"chat template: {(str(error).splitlines() or [type(error).__name__])[0][:160]}",
-                       "the chat template cannot be rendered")
-            return
-        lost = [m["content"] for m in dialogue if m["role"] == "user" and m["content"] not in text]
-        if lost:
-            check.fail(f"chat template: the message {lost[0]!r} does not appear in the prompt", TEMPLATE_CAUSE)
-            return
-    spelled = [m for m in dict.fromkeys(MARK.findall(text)) if len(tokenizer.encode(m, add_special_tokens=False)) != 1]
-    if spelled:
-        check.fail(f"chat template: {spelled[0]} is {len(tokenizer.encode(spelled[0], add_special_tokens=False))} tokens, "
-                   "expected one", TEMPLATE_CAUSE)
 
 
 def _code(check: Check, folder: Path, where: str) -> None:

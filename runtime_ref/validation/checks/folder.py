@@ -1,8 +1,8 @@
 """Check 1: is the folder what the format says? Names, shapes, dtypes, scale bytes, sidecar, dialects of the drafter.
 
 What is certainly wrong fails here, with the port bug that it looks like. What is merely odd (sinks that are all zero, a
-vocabulary row that is not the mask embedding) is a suspicion: it counts if the stored reference outputs disagree, and a
-grave one also if there are none.
+vocabulary row that is not the mask embedding) is a suspicion: it is wrong if outputs disagree with a reference, and a note
+otherwise. What only this project's exporter promises is demanded of its folders alone.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from checkpoint.families.geometry import Geometry, NotHeld
 from checkpoint.tensor_files import TensorFiles
 from modeling.names import fused_name, published_tensors
 from mxfp4.format import BLOCK_SIZE
-from runtime_ref.checkpoints.families.base import Geometry, NotHeld
-from runtime_ref.checkpoints.families.registry import read_geometry
-from runtime_ref.checkpoints.folder import drafter_folder
-from runtime_ref.validation.checks.drafter import check_drafter
+from runtime_ref.checkpoints.folder import drafter_folder, read_geometry
+from runtime_ref.validation.checks.drafter import REFERENCE, check_drafter
 from runtime_ref.validation.checks.layouts import check_layout
 from runtime_ref.validation.checks.tensors import SCALE_CAUSE, Matrix, look_at_blocks, look_at_numbers
 from runtime_ref.validation.context import (
     DTYPE_CAUSE,
     INCOMPLETE_CAUSE,
-    Facts,
+    ValidationContext,
     Wrong,
     condensed,
     first_line,
     own_object,
     read_object,
 )
+from runtime_ref.validation.quantities import Number
 from runtime_ref.validation.result import Check
 
 # Keys of other families that change what runs, and what a client that honours them would do wrong.
@@ -50,38 +50,40 @@ INDEX_CAUSE = "index and shards do not fit each other: one of them is of another
 TRUNCATED_CAUSE = "a weight file is damaged or truncated: the download or the copy broke off"
 
 
-def check_folder(folder: Path) -> tuple[Check, Facts]:
-    """The check and what it learned; a bad folder is a failed check.
+def check_folder(check: Check, context: ValidationContext) -> None:
+    """Adds what is wrong with the folder to `check`, and what later checks need to `context`.
 
     Raises:
         NotHeld: a folder of a model or layout that the engine does not run.
     """
-    check, facts = Check("folder", "schema, inventory, dtypes, scale range, sidecar, sinks, taps"), Facts(folder)
+    folder = context.folder
+    context.loadable = False
     try:
-        facts.raw = read_object(folder / "config.json")
-        facts.config = _geometry(folder, facts.raw)
-        facts.family = facts.raw["model_type"]
-        if not isinstance(facts.config, Geometry):
-            _config(check, facts)
+        context.raw = read_object(folder / "config.json")
         infos = _infos(folder)
+        _refuse_oversize(context.raw, infos)
+        context.config = _geometry(folder, context.raw)
+        context.family = context.raw["model_type"]
+        context.ours = any((folder / name).is_file() for name in ("export.json", f"dflash/{REFERENCE}"))
+        if not isinstance(context.config, Geometry):
+            _config(check, context)
         files = TensorFiles(folder)
     except Wrong as error:
-        facts.loadable = False
         check.fail(str(error), error.cause)
-        return check, facts
+        return
     except NotHeld:
         raise
     except (ValueError, OSError, SafetensorError) as error:
-        facts.loadable = False
         check.fail(first_line(error, folder), INCOMPLETE_CAUSE)
-        return check, facts
-    if isinstance(facts.config, Geometry):
-        check_layout(check, facts, files, infos)
+        return
+    context.loadable = True
+    if isinstance(context.config, Geometry):
+        check_layout(check, context, files, infos)
     else:
-        _native(check, facts, files, infos)
+        _native(check, context, files, infos)
     dflash = drafter_folder(folder)
     if dflash is not None:
-        facts.drafter_loadable = check_drafter(check, facts, files, dflash)
+        context.drafter_loadable = check_drafter(check, context, files, dflash)
     elif (folder / "dflash").is_dir():
         check.fail("dflash/config.json is missing", "the drafter's folder is incomplete")
     elif own_object(folder / "export.json").get("drafter") is True:
@@ -89,17 +91,32 @@ def check_folder(folder: Path) -> tuple[Check, Facts]:
     else:
         check.notes.append("no drafter (dflash/): decoding is plain")
     check.findings = condensed(check.findings)
-    check.numbers |= {"tensors": len(infos), "drafter": dflash is not None, "stored reference": facts.reference is not None}
-    return check, facts
+    check.measure(Number.TENSORS, len(infos))
+    check.measure(Number.DRAFTER, dflash is not None)
+    check.measure(Number.STORED_REFERENCE, context.reference is not None)
 
 
-def _native(check: Check, facts: Facts, files: TensorFiles, infos: dict) -> None:
-    _inventory(check, facts, infos)
-    if facts.loadable:
+def _refuse_oversize(raw: dict, infos: dict) -> None:
+    """Refuses sizes beyond what the files hold, before anything of that size is made.
+
+    Raises:
+        Wrong.
+    """
+    experts = () if raw.get("model_type") == "gpt_oss" else ("n_routed_experts", "num_experts")
+    for key in ("num_hidden_layers", *experts):
+        value = raw.get(key)
+        if isinstance(value, int) and value > len(infos):
+            raise Wrong(f"config.json: {key}: {value}, but the files hold {len(infos)} tensors",
+                        "config.json describes a model that cannot be")
+
+
+def _native(check: Check, context: ValidationContext, files: TensorFiles, infos: dict) -> None:
+    _inventory(check, context, infos)
+    if context.loadable:
         plain = [n for n in files if not n.startswith("model.mtp.") and fused_name(n) is None]
-        look_at_numbers(check, facts, files, infos, plain)
-        look_at_blocks(check, facts, _matrices(files))
-        _sinks(facts, files, infos)
+        look_at_numbers(check, context, files, infos, plain)
+        look_at_blocks(check, context, _matrices(files))
+        _sinks(context, files, infos)
 
 
 def _geometry(folder: Path, raw: dict):
@@ -120,8 +137,8 @@ def _geometry(folder: Path, raw: dict):
         raise Wrong(first_line(error, folder), "config.json describes a model that cannot be") from None
 
 
-def _config(check: Check, facts: Facts) -> None:
-    stored = facts.raw.get("quantization_config") or {}
+def _config(check: Check, context: ValidationContext) -> None:
+    stored = context.raw.get("quantization_config") or {}
     if stored.get("mxfp4_block_size", BLOCK_SIZE) != BLOCK_SIZE:
         check.fail(f"config.json: quantization_config.mxfp4_block_size: {stored['mxfp4_block_size']}, expected {BLOCK_SIZE}",
                    BLOCK_CAUSE)
@@ -130,8 +147,8 @@ def _config(check: Check, facts: Facts) -> None:
             check.fail(f"config.json: quantization_config.{key}: {stored.get(key)!r}, expected {expected!r}",
                        "engines take the experts for another format: quant_method fp8 with store_dtype mxfp4 marks them")
     for key, cause in FOREIGN_KEYS.items():
-        if facts.raw.get(key) not in (None, 0, 0.0):
-            check.fail(f"config.json: {key}: {facts.raw[key]}, expected no such key", cause)
+        if context.raw.get(key) not in (None, 0, 0.0):
+            check.fail(f"config.json: {key}: {context.raw[key]}, expected no such key", cause)
 
 
 def _infos(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -168,53 +185,53 @@ def _infos(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     return found
 
 
-def _inventory(check: Check, facts: Facts, infos: dict) -> None:
-    expected = {t.name: t for t in published_tensors(facts.config, experts="mxfp4", dense="bf16")}
+def _inventory(check: Check, context: ValidationContext, infos: dict) -> None:
+    expected = {t.name: t for t in published_tensors(context.config, experts="mxfp4", dense="bf16")}
     if not any("qkv_proj" in n for n in infos):
-        expected = _split(expected, facts.config)
-    if facts.config.tie_word_embeddings:
+        expected = _split(expected, context.config)
+    if context.config.tie_word_embeddings:
         if "lm_head.weight" in infos:
-            facts.loadable = False
+            context.loadable = False
             check.fail("config.json: tie_word_embeddings: true, but lm_head.weight is there", TIED_CAUSE)
         expected.pop("lm_head.weight", None)
     for name, tensor in expected.items():
         if name not in infos:
-            facts.loadable = False
+            context.loadable = False
             check.fail(f"{name} is missing", _missing_cause(name, infos, expected))
         else:
-            _dtype_and_shape(check, facts, tensor, infos)
+            _dtype_and_shape(check, context, tensor, infos)
     extra = [n for n in infos if n not in expected and not n.startswith("model.mtp.") and n != "lm_head.weight"
              and not (n.endswith("_scale_inv") and infos.get(n.removesuffix("_scale_inv"), (0, ""))[1] == "F8_E4M3")]
     for name in sorted(extra)[:5]:
-        facts.loadable = False
+        context.loadable = False
         check.fail(f"{name}: unknown tensor", SCALE_CAUSE if name.endswith("weight_scale_inv") else
                    SINK_LAYER_CAUSE if name.endswith("attention_sink_bias") else
                    "the folder holds tensors that this model does not have")
     check.findings = condensed(check.findings)
 
 
-def _dtype_and_shape(check: Check, facts: Facts, tensor, infos: dict) -> None:
+def _dtype_and_shape(check: Check, context: ValidationContext, tensor, infos: dict) -> None:
     name, (shape, dtype) = tensor.name, infos[tensor.name]
     if shape != tensor.shape:
-        facts.loadable = False
+        context.loadable = False
         finer = name.endswith("_scale") and shape[:1] == tensor.shape[:1] and shape[1:] != tensor.shape[1:]
         check.fail(f"{name}: shape {list(shape)}, expected {list(tensor.shape)}",
                    BLOCK_CAUSE if finer else "the geometry of config.json is not that of the weights")
     if tensor.dtype == "U8" and dtype != "U8":
-        facts.loadable = False
+        context.loadable = False
         check.fail(f"{name}: dtype {dtype}, expected U8", SCALE_CAUSE if name.endswith("_scale") else
                    "expert codes must be uint8 (two E2M1 codes a byte)")
     elif dtype == "F8_E4M3" and tensor.dtype == "BF16" and len(shape) == 2:
         if name + "_scale_inv" not in infos:
-            facts.loadable = False
+            context.loadable = False
             check.fail(f"{name}_scale_inv is missing, {name} is F8_E4M3",
                        "FP8 weights without their scales: weight_scale_inv, one F32 for 128 x 128, must be there")
     elif name.endswith("e_score_correction_bias") and dtype != "F32":
-        facts.explained = BIAS_CAUSE
+        context.explained = BIAS_CAUSE
         check.fail(f"{name}: dtype {dtype}, expected F32", BIAS_CAUSE)
     elif tensor.dtype in ("BF16", "F32") and dtype not in ("BF16", "F32"):
-        facts.loadable &= dtype == "F16"
-        facts.explained = DTYPE_CAUSE
+        context.loadable &= dtype == "F16"
+        context.explained = DTYPE_CAUSE
         check.fail(f"{name}: dtype {dtype}, expected {tensor.dtype}", DTYPE_CAUSE)
 
 
@@ -244,7 +261,7 @@ def _matrices(files: TensorFiles) -> Iterator[Matrix]:
             yield Matrix(name, name + "_scale", (fused[0], fused[2]), files.read(name), files.read(name + "_scale"))
 
 
-def _sinks(facts: Facts, files: TensorFiles, infos: dict) -> None:
+def _sinks(context: ValidationContext, files: TensorFiles, infos: dict) -> None:
     sinks = [n for n in infos if n.endswith("attention_sink_bias") and not n.startswith("model.mtp.")]
     if sinks and not any(bool(files.read(n).any()) for n in sinks):
-        facts.suspicions.append(("all attention sinks of the target are zero", SINK_CAUSE, True))
+        context.suspicions.append(("all attention sinks of the target are zero", SINK_CAUSE))

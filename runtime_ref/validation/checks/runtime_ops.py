@@ -1,11 +1,11 @@
 """Checks 2b and 3: the runtime against references that share no code with it.
 
 2b  The runtime in float32 against the folder's model (modeling/), layer by layer. A difference means that the runtime is wrong:
-    the first layer, the first op of it whose result is not its twin's, and the suspect that explains it are named.
-3   Every op of the backend against its float64 twin (`naive.py`), on the inputs that it really had. With several ranks each
-    checks its own shares, and what is gathered is checked against gathered twins. The kernels, which have no float32, are
-    checked as they serve: their ops within the rounding of bf16, and their drafts. What they compute wrong is named by the
-    suspect that comes nearest to it.
+    the first layer, the first op of it whose result is not its reference's, and the fault that explains it are named.
+3   Every op of the backend against its float64 reference (`reference_ops.py`), on the inputs that it really had. With several
+    ranks each checks its own shares, and what is gathered is checked against gathered references. The kernels, which have no
+    float32, are checked as they serve: their ops within the rounding of bf16, and their drafts. What they compute wrong is
+    named by the fault that comes nearest to it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,21 @@ from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import Op, target_program
 from runtime_ref.core.tensor_parallel import Ranks
-from runtime_ref.validation import reference_ops as naive
-from runtime_ref.validation.checks.reference import Probe, draft_round, features, name_causes, suspects_of, target_bases
-from runtime_ref.validation.context import Facts
-from runtime_ref.validation.diagnosis.faults import CLAMP_CAUSE, SAME, Suspect, culprits, difference, drafter_suspects, nearest
+from runtime_ref.validation import reference_ops
+from runtime_ref.validation.checks.draft_rounds import check_rounds, engine_rounds
+from runtime_ref.validation.checks.reference import (
+    ENGINE_CAUSE,
+    Probe,
+    draft_round,
+    faults_of,
+    features,
+    name_causes,
+    target_bases,
+)
+from runtime_ref.validation.context import ValidationContext
+from runtime_ref.validation.diagnosis.fault_table import clamp_cause, drafter_faults
+from runtime_ref.validation.diagnosis.faults import SAME, difference, matching_faults, nearest_faults
+from runtime_ref.validation.quantities import Number, Table
 from runtime_ref.validation.result import Check
 
 # Relative error of one float32 op against float64: sums of a few thousand terms.
@@ -35,7 +46,6 @@ KERNEL_OP_ERROR = 2.0**-6
 # Of the kernels' draft logits: a dozen such products lie between features and logits.
 KERNEL_DRAFT_ERROR = 8 * 2.0**-8
 MISSING_CLAMP_CAUSE = "the clamp of gpt-oss's SwiGLU is missing, or has another limit or alpha (swiglu_limit)"
-ENGINE_CAUSE = "the runtime computes it otherwise"
 
 
 def run_watched(backend: Backend, ids: list[int], *, taps=(), watch=None) -> tuple[dict, SequenceChunk, KvCache]:
@@ -69,7 +79,7 @@ class OpErrors:
     Attributes:
         found: (op, error), the worst of all ranks; ops whose inputs were not finite are left out.
         bound: what an error may be.
-        twin: the backend whose float32 weights the twins take.
+        reference: the backend whose float32 weights the references take.
     """
 
     def __init__(self, backend: Backend, ids: list[int], exact: Backend | None = None):
@@ -80,10 +90,10 @@ class OpErrors:
                 wrong rows are not lost among many rounded ones.
         """
         self.backend, self.found = backend, []
-        self.kernels, self.bound, self.twin = exact is not None, OP_ERROR, backend
+        self.kernels, self.bound, self.reference = exact is not None, OP_ERROR, backend
         if self.kernels:
-            self.bound, self.twin = KERNEL_OP_ERROR, copy.copy(exact)
-            self.twin.pools = backend.pools
+            self.bound, self.reference = KERNEL_OP_ERROR, copy.copy(exact)
+            self.reference.pools = backend.pools
         self._kept: dict[str, torch.Tensor] = {}
         cache = KvCache(backend.pools, prefix=False)
         tables = cache.tables()
@@ -100,16 +110,17 @@ class OpErrors:
         if len(inputs) == len(op.reads) and all(bool(torch.isfinite(x).all()) for x in inputs.values()):
             wanted = self.expected(op, inputs, self._chunk, rows)
             if wanted is not None:
-                got = naive.found(op, buffers, self.backend)
+                got = reference_ops.found(op, buffers, self.backend)
                 if op.name.startswith("attend"):
                     got = got[:, :rows]
                 self.found.append((op, self.error(op, got.cpu().double(), wanted)))
-        # Some backends show only what an op touches: what it left alone is as it was.
+        # Some backends show only what a op touches: what it left alone is as it was.
         self._kept |= {name: value.to("cpu", copy=True) for name, value in buffers.items()}
 
     def expected(self, op: Op, inputs: dict[str, torch.Tensor], chunk: SequenceChunk, rows: int) -> torch.Tensor | None:
         """See `reference_ops.expected`."""
-        return naive.expected(self.twin, op, inputs, chunk, rows, mxfp8=self.backend.capabilities.mxfp8_activations)
+        return reference_ops.expected(self.reference, op, inputs, chunk, rows,
+                                      mxfp8=self.backend.capabilities.mxfp8_activations)
 
     def error(self, op: Op, found: torch.Tensor, expected: torch.Tensor) -> float:
         if not self.kernels:
@@ -148,19 +159,19 @@ def place_of(op: Op) -> str:
     return f"op {op.name}" + (f" of layer {op.layer}" if op.layer >= 0 else "")
 
 
-def check_runtime(facts: Facts, probe: Probe, exact: Backend, served: Outputs | None,
-                  drafter: Drafter | None, ops: OpErrors) -> Check:
+def check_runtime(check: Check, context: ValidationContext, probe: Probe, exact: Backend, served: Outputs | None,
+                  drafter: Drafter | None, ops: OpErrors) -> None:
     """Check 2b: the runtime in float32 (`exact`) layer by layer, and how far the dtype that is served rounds.
 
     Args:
-        served: of the backend that serves, if that is another one. ops: of `exact`.
+        served: of the backend that serves, if that is another one. ops: of `exact`. To be called on all ranks alike.
     """
-    check = Check("logits", "logits and layers against the independent model (float32)")
-    layers, n = facts.config.num_hidden_layers, len(probe.ids)
+    layers, n = context.config.num_hidden_layers, len(probe.ids)
     runs = [(run.taps.float().cpu(), run.logits) for run in (outputs_of(exact, probe), served) if run is not None]
-    drafts = _runtime_drafts(probe, exact, drafter, runs[0][0]) if drafter is not None else None
+    rounds = engine_rounds(exact, drafter, probe) if drafter is not None else None
     if probe.target is None:
-        return check.skip(probe.absent)
+        check.leave_out(probe.absent)
+        return
     ids = torch.tensor([probe.ids])
     with torch.no_grad():
         expected = features(probe.target, ids, list(range(layers)))
@@ -169,20 +180,20 @@ def check_runtime(facts: Facts, probe: Probe, exact: Backend, served: Outputs | 
     for i in range(layers):
         rows.append([i, *(difference(taps[:, i], expected[:, i]) for taps, _ in runs)])
     rows.append(["logits", *(difference(found, logits) for _, found in runs)])
-    check.tables["relative error by layer"] = rows
-    check.numbers |= {"logits error": rows[-1][1], "tokens": n}
+    check.tables[Table.LAYERS] = rows
+    check.measure(Number.LOGITS_ERROR, rows[-1][1], SAME)
+    check.measure(Number.TOKENS, n)
     if len(runs) > 1:
         _rounding(check, runs[1][1], logits)
     if not all(row[1] < SAME for row in rows[1:]):
         first = next(row[0] for row in rows[1:] if not row[1] < SAME)
-        _blame_runtime(check, facts, probe, ids, runs[0][1], f"layer {first}" if first != "logits" else "the logits", ops)
+        _blame_runtime(check, context, probe, ids, runs[0][1], f"layer {first}" if first != "logits" else "the logits", ops)
         check.findings[0] += f" (relative error of the logits {rows[-1][1]:.2g})"
-    elif drafts is not None and probe.drafter is not None:
-        _compare_drafts(check, facts, probe, drafts, expected, SAME, culprits)
-    return check
+    elif rounds is not None and probe.drafter is not None:
+        check_rounds(check, context, probe, rounds)
 
 
-def check_kernels(check: Check, facts: Facts, probe: Probe, ops: OpErrors, served: Outputs, drafter) -> None:
+def check_kernels(check: Check, context: ValidationContext, probe: Probe, ops: OpErrors, served: Outputs, drafter) -> None:
     """What only kernels need, added to check 3: what their wrong ops make of the model, and the drafts that they serve.
 
     Args:
@@ -193,31 +204,32 @@ def check_kernels(check: Check, facts: Facts, probe: Probe, ops: OpErrors, serve
         return
     if ops.first_wrong is not None:
         ids = torch.tensor([probe.ids])
-        found = nearest(probe.target, suspects_of(facts), lambda m: m(input_ids=ids).logits[0], served.logits)
-        for suspect in found:
-            check.fail(f"explained by: {suspect.name}", f"{ENGINE_CAUSE}: {suspect.cause}")
+        found = nearest_faults(probe.target, faults_of(context), lambda m: m(input_ids=ids).logits[0], served.logits)
+        for hypothesis in found:
+            check.fail(f"explained by: {hypothesis.name}", f"{ENGINE_CAUSE}: {hypothesis.cause}")
     elif drafts is not None and probe.drafter is not None:
-        _compare_drafts(check, facts, probe, drafts, served.taps.cpu().float(), KERNEL_DRAFT_ERROR, nearest)
+        _compare_drafts(check, context, probe, drafts, served.taps.cpu().float(), KERNEL_DRAFT_ERROR)
 
 
 def _rounding(check: Check, served: torch.Tensor, logits: torch.Tensor) -> None:
     """How far the dtype that is served is from float32; a measurement, not a judgement."""
     kl = torch.nn.functional.kl_div(served.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="batchmean")
     same = (served.argmax(-1) == logits.argmax(-1)).float().mean()
-    check.numbers |= {"KL of the served dtype": float(kl), "same arg-max": float(same)}
+    check.measure(Number.SERVED_KL, float(kl))
+    check.measure(Number.SERVED_SAME, float(same))
 
 
 @torch.no_grad()
-def _blame_runtime(check: Check, facts: Facts, probe: Probe, ids, found, where: str, ops: OpErrors) -> None:
+def _blame_runtime(check: Check, context: ValidationContext, probe: Probe, ids, found, where: str, ops: OpErrors) -> None:
     """First the op (its own inputs were right), then the bug that explains the logits."""
     wrong = ops.first_wrong
     at = (f"{place_of(wrong[0])}, relative error {wrong[1]:.2g} on its own inputs" if wrong
           else "every op is right on its own inputs")
     check.fail(f"the runtime parts from the model at {where}: {at}")
-    suspects = culprits(probe.target, suspects_of(facts), lambda m: m(input_ids=ids).logits[0], found)
+    hypotheses = matching_faults(probe.target, faults_of(context), lambda m: m(input_ids=ids).logits[0], found)
     otherwise = (f"no known bug explains it; {place_of(wrong[0])} is the first that is wrong" if wrong else
                  f"the ops are right, but not their order, weights or what is handed on; it begins at {where}")
-    name_causes(check, suspects, otherwise, f"{ENGINE_CAUSE}: ")
+    name_causes(check, hypotheses, otherwise, f"{ENGINE_CAUSE}: ")
 
 
 def _runtime_drafts(probe: Probe, exact: Backend, drafter: Drafter, taps: torch.Tensor) -> torch.Tensor:
@@ -234,9 +246,9 @@ def _runtime_drafts(probe: Probe, exact: Backend, drafter: Drafter, taps: torch.
 
 
 @torch.no_grad()
-def _compare_drafts(check: Check, facts: Facts, probe: Probe, found: torch.Tensor, layers: torch.Tensor, bound: float,
-                    explain) -> None:
-    """The runtime's draft logits against the drafter model's on the outputs of `layers`; `explain` finds the suspects."""
+def _compare_drafts(check: Check, context: ValidationContext, probe: Probe, found: torch.Tensor, layers: torch.Tensor,
+                    bound: float) -> None:
+    """The runtime's draft logits, rounded as kernels round them, against the drafter model's on the outputs of `layers`."""
     n, embed = len(probe.ids) - 1, probe.target.model.embed_tokens
     taps, anchor = layers[None, :n][:, :, probe.drafter.target_layer_ids], torch.tensor(probe.ids[n])
 
@@ -244,36 +256,22 @@ def _compare_drafts(check: Check, facts: Facts, probe: Probe, found: torch.Tenso
         return probe.target.lm_head(draft_round(drafter, taps, anchor, n, embed)[1:])
 
     error = difference(found, run(probe.drafter))
-    check.numbers["draft logits error"] = error
+    check.measure(Number.DRAFT_LOGITS_ERROR, error, bound)
     if error < bound:
         return
     check.fail(f"the runtime's drafts differ from the drafter model (relative error {error:.2g})")
     row = embed.weight[probe.drafter.mask_token_id]
-    suspects = [*drafter_suspects(probe.drafter, row, target_bases(facts)), *_fed_otherwise(probe, taps)]
-    name_causes(check, explain(probe.drafter, suspects, run, found), "the drafter; no known bug explains it",
+    hypotheses = drafter_faults(probe.drafter, row, target_bases(context))
+    name_causes(check, nearest_faults(probe.drafter, hypotheses, run, found), "the drafter; no known bug explains it",
                 f"{ENGINE_CAUSE}: ")
 
 
-def _fed_otherwise(probe: Probe, taps: torch.Tensor) -> list[Suspect]:
-    """What only a running engine can get wrong: positions of the block."""
-    def moved(by: int):
-        def change(model) -> None:
-            right = model.block_hidden
-            model.block_hidden = lambda embeds, positions, *rest: right(embeds, positions + by, *rest)
-
-        return change
-
-    return [Suspect(f"block positions {by:+d}", "positions of the drafter's block are off by one: the anchor's is the number "
-                    "of tokens before it", moved(by)) for by in (1, -1)]
-
-
-def check_ops(all_ops: list[OpErrors]) -> Check:
+def check_ops(check: Check, all_ops: list[OpErrors]) -> None:
     """Check 3: every op of each backend, in float32."""
-    check = Check("ops", "every op of each backend against its float64 twin")
     rows = [["backend", "op", "worst relative error", "calls"]]
     for ops in all_ops:
         name, calls = ops.backend.capabilities.name, [op.name for op, _ in ops.found]
-        rows += [[name, op, error, calls.count(op)] for op, error in sorted(ops.by_op().items())]
+        rows += [[name, kind, error, calls.count(kind)] for kind, error in sorted(ops.by_op().items())]
         wrong = [(op, error) for op, error in ops.found if not error <= ops.bound]
         for op, error in wrong[:3]:
             check.fail(f"{name}: {place_of(op)}: relative error {error:.2g}, expected at most {ops.bound:.2g}",
@@ -284,12 +282,16 @@ def check_ops(all_ops: list[OpErrors]) -> Check:
             if not error <= ops.bound:
                 clamped = getattr(ops.backend.config, "clamp", None) is not None
                 check.fail(f"{name}: experts at large activations: relative error {error:.2g}",
-                           f"{ENGINE_CAUSE}: {MISSING_CLAMP_CAUSE if clamped else CLAMP_CAUSE}")
-    check.tables["ops"] = rows
-    rows = max(ops.backend.capabilities.row_multiple for ops in all_ops)
-    check.numbers = {"backends": ", ".join(ops.backend.capabilities.name for ops in all_ops),
-                     "ranks": all_ops[0].backend.ranks.count, "row blocks": f"multiples of {rows}"}
-    return check
+                           f"{ENGINE_CAUSE}: {MISSING_CLAMP_CAUSE if clamped else clamp_cause(_family(ops))}")
+    check.tables[Table.OPS] = rows
+    check.measure(Number.WORST_OP, max(row[2] for row in rows[1:]), max(ops.bound for ops in all_ops))
+    check.measure(Number.BACKENDS, ", ".join(ops.backend.capabilities.name for ops in all_ops))
+    check.measure(Number.RANKS, all_ops[0].backend.ranks.count)
+    check.measure(Number.ROW_BLOCKS, f"multiples of {max(ops.backend.capabilities.row_multiple for ops in all_ops)}")
+
+
+def _family(ops: OpErrors) -> str:
+    return getattr(ops.backend.config, "model_type", "mimo_v2")
 
 
 def _large_activations(ops: OpErrors) -> float:
@@ -308,4 +310,3 @@ def _large_activations(ops: OpErrors) -> float:
         got = backend.ops[op.name](step, i, *inputs.values()).cpu().double().sum(0)
         worst = max(worst, ops.error(op, got, wanted))
     return worst
-

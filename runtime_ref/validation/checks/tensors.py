@@ -15,7 +15,8 @@ import torch
 
 from checkpoint.tensor_files import TensorFiles
 from mxfp4.format import BLOCK_SIZE, E8M0_NAN
-from runtime_ref.validation.context import FINITE_CAUSE, Facts
+from runtime_ref.validation.context import FINITE_CAUSE, ValidationContext
+from runtime_ref.validation.quantities import Number
 from runtime_ref.validation.result import Check
 
 SCALE_CAUSE = "scale bytes are read as numbers: scales must be uint8 (E8M0), called weight_scale; a byte b means 2^(b - 127)"
@@ -36,15 +37,16 @@ class Matrix:
     scales: torch.Tensor
 
 
-def look_at_numbers(check: Check, facts: Facts, files: TensorFiles, infos: dict, names: Iterable[str]) -> None:
+def look_at_numbers(check: Check, context: ValidationContext, files: TensorFiles, infos: dict, names: Iterable[str]) -> None:
     """Tensors that are not packed: all finite?"""
     for name in names:
         if infos[name][1] not in ("U8", "F8_E4M3") and not bool(torch.isfinite(files.read(name)).all()):
-            facts.loadable = False  # whatever is computed with it is not finite either
+            context.loadable = False  # whatever is computed with it is not finite either
             check.fail(f"{name}: not finite at index {_first_odd(files.read(name))}", FINITE_CAUSE)
 
 
-def look_at_blocks(check: Check, facts: Facts, matrices: Iterable[Matrix], scale_cause: str = SCALE_CAUSE) -> None:
+def look_at_blocks(check: Check, context: ValidationContext, matrices: Iterable[Matrix],
+                   scale_cause: str = SCALE_CAUSE) -> None:
     """One pass over all expert matrices."""
     low, high, blocks, odd = 255, 0, 0, 0
     seen: dict[tuple, str] = {}
@@ -59,14 +61,15 @@ def look_at_blocks(check: Check, facts: Facts, matrices: Iterable[Matrix], scale
         used = magnitudes > 0
         blocks += int(used.sum())
         odd += int((used & (magnitudes < 6)).sum())
-        _note_copy(check, facts, seen, m)
-    check.numbers |= {"lowest scale byte": low, "highest scale byte": high}
+        _note_copy(check, context, seen, m)
+    check.measure(Number.SCALE_BYTES, f"{low} to {high}")
+    check.measure(Number.BLOCKS, blocks)
     if blocks and odd / blocks > 0.2:
-        facts.suspicions.append((f"{odd} of {blocks} blocks have a largest value below 4 units",
-                                 "scales and codes do not belong together, or the scale rule is not floor or even", False))
+        context.suspicions.append((f"{odd} of {blocks} blocks have a largest value below 4 units",
+                                   "scales and codes do not belong together, or the scale rule is not floor or even"))
 
 
-def _note_copy(check: Check, facts: Facts, seen: dict[tuple, str], m: Matrix) -> None:
+def _note_copy(check: Check, context: ValidationContext, seen: dict[tuple, str], m: Matrix) -> None:
     """Two experts with the same codes, or one without any: nothing that was trained has that."""
     if not bool(m.codes.any()):
         check.notes.append(f"{m.name}: all codes are zero")
@@ -74,7 +77,7 @@ def _note_copy(check: Check, facts: Facts, seen: dict[tuple, str], m: Matrix) ->
     key = *m.group, hashlib.blake2b(m.codes.contiguous().numpy().tobytes(), digest_size=16).digest()
     if key in seen:
         check.fail(f"{m.name} has the codes of {seen[key]}", COPIES_CAUSE)
-        facts.explained = COPIES_CAUSE
+        context.explained = COPIES_CAUSE
     seen.setdefault(key, m.name)
 
 

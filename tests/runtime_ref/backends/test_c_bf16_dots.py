@@ -46,7 +46,7 @@ def test_decoding_in_panels_equals_the_codec_for_every_code_and_scale_byte():
 
 
 def op_errors(backend, ids) -> dict[str, float]:
-    """Worst relative error by op of a step over `ids`, against the float64 twin on the inputs that the op had."""
+    """Worst relative error by op of a step over `ids`, against the float64 reference on the inputs that the op had."""
     shown = SimpleNamespace(weights=backend.weights, config=backend.config, rotary=backend.rotary, pools=backend.pools,
                             mxfp8=False)
     span, kept, worst, chosen = SequenceChunk(opened(backend), 0, ids), {}, {}, []
@@ -84,7 +84,7 @@ def in_rows(pool) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 13, 100])
-def test_every_op_is_its_float64_twin_but_for_rounded_activations(weights, ids, rows):
+def test_every_op_is_its_float64_reference_but_for_rounded_activations(weights, ids, rows):
     worst = op_errors(CBackend(weights, dtype=BF16, pages=PAGES), ids[:rows])
     assert {"project_full", "attend_window", "merge_heads", "experts", "route", "dense_mlp", "head"} <= worst.keys()
     assert max(worst.values()) < NATIVE_DOTS, worst
@@ -118,7 +118,17 @@ def test_what_lies_in_unused_pages_does_not_matter(weights, ids):
     assert torch.equal(*found)
 
 
-def test_without_the_instruction_the_same_source_gives_float32_products(weights, ids, monkeypatch):
+def test_without_the_instruction_the_numbers_are_the_same_but_for_the_order_of_sums(weights, ids, monkeypatch):
+    """So acceptance does not depend on the processor: two builds are nearer to each other than bf16 is to float32."""
+    def logits(backend, pieces=(100,)):
+        tables, at, found = opened(backend), 0, []
+        for n in pieces:
+            step = backend.plan([SequenceChunk(tables, at, ids[at:at + n])])
+            found.append(backend.run(target_program(weights.config), step)["logits"].clone())
+            at += n
+        return torch.cat(found)
+
+    exact, dots = (logits(CBackend(weights, dtype=dtype, pages=PAGES)) for dtype in (torch.float32, BF16))
     plainly = structs.compiled_ops((*(flag for flag in structs.FLAGS if flag != "-O3"), "-O1", "-mno-avx512bf16"))
     assert plainly[0] is not None and not plainly[0].has_dots()
     monkeypatch.setattr(structs, "compiled_ops", lambda: plainly)
@@ -126,8 +136,11 @@ def test_without_the_instruction_the_same_source_gives_float32_products(weights,
     backend = CBackend(weights, dtype=BF16, pages=PAGES)
     assert not backend.bf16_dot
     worst = op_errors(backend, ids[:13])
-    assert max(worst.pop("add_parts"), worst.pop("embed", 0.0)) < 2.0**-8  # the stream is rounded to bf16 in any case
-    assert max(worst.values()) < OP_ERROR, worst
+    assert max(worst.values()) < NATIVE_DOTS, worst
+    assert worst["experts"] > OP_ERROR < worst["project_full"]  # what enters them is rounded
+    whole = logits(backend)
+    assert error(whole, dots) < error(exact, dots) / 20  # 0.0011 and 0.16 of this random model
+    assert torch.equal(logits(backend, (61, 1, 8, 30)), whole), "a row's bits depend on the rows beside it"
 
 
 def test_dot_products_are_refused_where_there_are_none(weights, monkeypatch):

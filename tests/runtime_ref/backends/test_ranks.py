@@ -35,7 +35,7 @@ def test_tokens_and_logits_of_many_ranks_are_those_of_one(folder, job, counts):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     found = [line for line in lines if "tokens" in line]
-    assert [line["ranks"] for line in found] == counts
+    assert [line["ranks"] for line in found] == counts, done.stderr[-2000:]
     assert all(code == 0 for line in lines if "codes" in line for code in line["codes"])
     if job == "persistent":
         assert all(line["launch"] == {"target": "persistent", "drafter": "persistent"} for line in found)

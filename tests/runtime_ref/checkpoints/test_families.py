@@ -10,7 +10,7 @@ from toy_layouts import exported, gpt_oss, mixtral, qwen3
 
 from runtime_ref.backends.c import structs
 from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.checkpoints.families.registry import read_geometry
+from runtime_ref.checkpoints.folder import read_geometry
 from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import KvCache

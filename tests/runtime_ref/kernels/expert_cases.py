@@ -11,7 +11,7 @@ from runtime_ref.kernels.repack import Tile, repack_experts
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 E, H, I, A = 4, 160, 96, 2  # no multiples of the tile: 1.25 pages of hidden, 0.75 of inner, 5 tiles of 32 rows
-SMALL, NATIVE = Tile(32, 128), Tile(64, 128, native=True)
+SMALL, HW_FP4 = Tile(32, 128), Tile(64, 128, hw_fp4=True)
 
 
 def make_weights(seed=0, experts=E, hidden=H, inner=I):
@@ -24,8 +24,8 @@ def make_pages(weights, rank=0, ranks=1, tile=SMALL):
     return repack_experts(*weights, rank=rank, ranks=ranks, up_tile=tile, down_tile=tile)
 
 
-def oracle(weights, native: bool = False):
-    """The model's experts on the decoded weights, in float32; native: between activations rounded to MXFP8."""
+def oracle(weights, hw_fp4: bool = False):
+    """The model's experts on the decoded weights, in float32; hw_fp4: between activations rounded to MXFP8."""
     gate_up, down = (dequantize(*w, dtype=torch.float32) for w in weights)
     config = MiMoV2Config(n_routed_experts=down.shape[0], num_experts_per_tok=1, hidden_size=down.shape[1],
                           moe_intermediate_size=down.shape[2], num_hidden_layers=1,
@@ -33,7 +33,7 @@ def oracle(weights, native: bool = False):
     experts = Experts(config)
     experts.gate_up_proj.data, experts.down_proj.data = gate_up, down
     experts.requires_grad_(False)
-    if not native:
+    if not hw_fp4:
         return experts
 
     def rounded(x):
@@ -61,8 +61,8 @@ def launched(**options) -> Launch:
 def poisoned(pages, tokens, choices=A, **options) -> Workspace:
     """Scratch full of NaN: whatever is read without having been written shows in the result."""
     space = Workspace(pages, tokens, choices, launched(**options))
-    space.inner.fill_(0x7F if pages.native else float("nan"))
-    if pages.native:
+    space.inner.fill_(0x7F if pages.hw_fp4 else float("nan"))
+    if pages.hw_fp4:
         space.rounded.fill_(0x7F)
     space.partial.fill_(float("nan"))
     space.plan.fill_(2**30)

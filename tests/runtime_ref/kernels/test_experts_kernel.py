@@ -1,6 +1,6 @@
 """The expert kernel against the model's experts, and the properties that timing and batch must not change.
 
-All of it for pages that are decoded and for native ones, whose activations are rounded to MXFP8.
+All of it for pages that are decoded and for hw_fp4 ones, whose activations are rounded to MXFP8.
 """
 
 from dataclasses import replace
@@ -23,7 +23,7 @@ def weights():
     return cases.make_weights()
 
 
-@pytest.fixture(scope="module", params=[cases.SMALL, cases.NATIVE], ids=["decoded", "native"])
+@pytest.fixture(scope="module", params=[cases.SMALL, cases.HW_FP4], ids=["decoded", "hw_fp4"])
 def pages(weights, request):
     return cases.make_pages(weights, tile=request.param)
 
@@ -37,7 +37,7 @@ def call(x, index, weight, pages, **options):
 
 def entering(x, space):
     """x as the kernel reads it."""
-    return round_rows(x, space) if space.native else x
+    return round_rows(x, space) if space.hw_fp4 else x
 
 
 def error(out, expected):
@@ -52,21 +52,21 @@ def same_bits(a, b):
 def test_equals_the_models_experts(weights, pages, tokens):
     x, index, weight = cases.make_tokens(tokens, seed=tokens)
     assert int(index.max()) < E - 1, "one expert stays without tokens"
-    expected = cases.oracle(weights, pages.native)(x.float(), index.long(), weight)
+    expected = cases.oracle(weights, pages.hw_fp4)(x.float(), index.long(), weight)
     assert error(call(x, index, weight, pages), expected) < EXPERTS_KERNEL
 
 
-@pytest.mark.parametrize("tile", [Tile(16, 64), Tile(64, 256), Tile(64, 64, native=True), Tile(128, 256, native=True)], ids=str)
+@pytest.mark.parametrize("tile", [Tile(16, 64), Tile(64, 256), Tile(64, 64, hw_fp4=True), Tile(128, 256, hw_fp4=True)], ids=str)
 def test_page_shape_does_not_matter(weights, tile):
     x, index, weight = cases.make_tokens(3)
-    expected = cases.oracle(weights, tile.native)(x.float(), index.long(), weight)
+    expected = cases.oracle(weights, tile.hw_fp4)(x.float(), index.long(), weight)
     assert error(call(x, index, weight, cases.make_pages(weights, tile=tile)), expected) < EXPERTS_KERNEL
 
 
 def test_all_tokens_on_one_expert(weights, pages):
     x, _, weight = cases.make_tokens(9)
     index = torch.full((9, 1), 2, dtype=torch.int32)
-    expected = cases.oracle(weights, pages.native)(x.float(), index.long(), weight[:, :1])
+    expected = cases.oracle(weights, pages.hw_fp4)(x.float(), index.long(), weight[:, :1])
     assert error(call(x, index, weight[:, :1].contiguous(), pages), expected) < EXPERTS_KERNEL
 
 
@@ -74,7 +74,7 @@ def test_choices_outside_the_experts_count_as_none(weights, pages):
     x, index, weight = cases.make_tokens(3)
     index[1, 0], index[2] = -1, E
     valid = (index >= 0) & (index < E)
-    expected = cases.oracle(weights, pages.native)(x.float(), index.long().clamp(0, E - 1), weight * valid)
+    expected = cases.oracle(weights, pages.hw_fp4)(x.float(), index.long().clamp(0, E - 1), weight * valid)
     out = call(x, index, weight, pages)
     assert error(out, expected) < EXPERTS_KERNEL
     assert not out[2].any()
@@ -129,8 +129,8 @@ def test_scratch_is_ready_for_the_next_call(pages):
     assert same_bits(run_experts(x, index, weight, pages, space, torch.empty(x.shape)), first)
 
 
-@pytest.mark.parametrize("tiles", [(cases.SMALL, Tile(32, 64)), (cases.NATIVE, Tile(64, 64, native=True))],
-                         ids=["decoded", "native"])
+@pytest.mark.parametrize("tiles", [(cases.SMALL, Tile(32, 64)), (cases.HW_FP4, Tile(64, 64, hw_fp4=True))],
+                         ids=["decoded", "hw_fp4"])
 def test_parts_kept_apart_are_those_of_ranks_and_add_up_to_the_bits_of_one(tiles):
     weights, tile = cases.make_weights(inner=128), dict(zip(("up_tile", "down_tile"), tiles, strict=True))
     whole = repack_experts(*weights, **tile, parts=2)
@@ -141,7 +141,7 @@ def test_parts_kept_apart_are_those_of_ranks_and_add_up_to_the_bits_of_one(tiles
         pages, own = repack_experts(*weights, rank=rank, ranks=2, **tile), torch.full((1, *x.shape), float("nan"))
         assert same_bits(run_experts(x, index, weight, pages, cases.poisoned(pages, 9), own)[0], kept[rank])
     assert same_bits(call(x, index, weight, whole), kept[0] + kept[1])
-    assert error(kept.sum(0), cases.oracle(weights, tiles[0].native)(x.float(), index.long(), weight)) < EXPERTS_KERNEL
+    assert error(kept.sum(0), cases.oracle(weights, tiles[0].hw_fp4)(x.float(), index.long(), weight)) < EXPERTS_KERNEL
 
 
 def test_shards_sum_to_the_whole(weights, pages):

@@ -105,10 +105,10 @@ class Event:
         return 1.0
 
 
-class Twin(gpu_suite.peers.Peer):
+class ReferencePeer(gpu_suite.peers.Peer):
     """A peer that computes what is wanted."""
 
-    name, package, routed, timed = "twin", "no_such_package", "", "everything"
+    name, package, routed, timed = "reference", "no_such_package", "", "everything"
 
     def prepare(self, gate_up, down, device):
         self.layer = repack_experts(gate_up, down).to(device)
@@ -199,7 +199,8 @@ def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch)
     engine, steps = gpu_engine.measure_engine, gpu_steps.measure_steps
     monkeypatch.setattr(gpu_engine, "measure_engine", lambda *args: engine(*args, tokens=8))
     monkeypatch.setattr(gpu_steps, "measure_steps", lambda *args: steps(*args, position=200))
-    monkeypatch.setattr(gpu_suite.peers, "available", lambda: [("twin", Twin()), ("absent", "not importable: no such module")])
+    monkeypatch.setattr(gpu_suite.peers, "available", lambda: [("reference", ReferencePeer()),
+                                                             ("absent", "not importable: no such module")])
     monkeypatch.setattr(gpu_suite, "measure_training", lambda *_: {"ratio": {"ours": 1.2}})
     page = tmp_path / "gpu.md"
     assert gpu_suite.run(tmp_path / "gpu.json", folder, page) == 0
@@ -222,8 +223,8 @@ def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch)
     assert "# The kernels on NVIDIA H200 (played)" in words and "DIFFER" not in words and "given up" not in words
     goals = [line for line in words.splitlines() if line.startswith("| G")]
     assert len(goals) == 13 and sum("not measured" in line for line in goals) == 1  # no peer at 8 tokens in this sweep
-    assert report["peers"]["twin"]["refused"] is None and [row["ratio"] for row in report["against"]] == [1.0, 1.0]
-    assert "- absent: not importable: no such module" in words and "| twin, us" in words
+    assert report["peers"]["reference"]["refused"] is None and [row["ratio"] for row in report["against"]] == [1.0, 1.0]
+    assert "- absent: not importable: no such module" in words and "| reference, us" in words
     picture = page.with_name("gpu-timeline.svg").read_text()
     assert picture.count("<title>") > 20 and "product_kernel" in picture and "step_kernel" in picture
 

@@ -60,7 +60,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=2))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(gpu_suite, "revision", lambda: "unknown")
+    monkeypatch.setattr(gpu_suite, "git_revision", lambda: "unknown")
     for module, name, found in (
             (gpu_checks, "check_kernels", [{"name": "decoding", "passed": True, "detail": "fine"}]),
             (gpu_suite, "_bandwidths", {"read": 4e12, "copy": 3e12}), (gpu_suite, "measure", {"experts": [], "sweep": []}),
@@ -437,7 +437,7 @@ def test_launches_are_counted_and_a_profiler_that_sees_none_counts_nothing(monke
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(trace))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert gpu_steps.count_launches(lambda: None) is None
-    names += ["step_kernel", "Memcpy HtoD (Pageable -> Device)", "void at::native::vectorized_elementwise_kernel<4>"]
+    names += ["step_kernel", "Memcpy HtoD (Pageable -> Device)", "void at::hw_fp4::vectorized_elementwise_kernel<4>"]
     assert gpu_steps.count_launches(lambda: None) == 2
     monkeypatch.setattr(torch.profiler, "profile", raising(RuntimeError("not permitted")))
     assert gpu_steps.count_launches(lambda: None) is None

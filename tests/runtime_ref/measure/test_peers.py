@@ -170,7 +170,7 @@ def test_against_names_the_fastest_peer_of_each_number_of_tokens():
         {"tokens": 8, "seconds": 4.0, "peer": "a", "peer_seconds": 5.0, "ratio": 1.25}]
 
 
-@pytest.mark.parametrize("tile", [Tile(32, 128), Tile(128, 64), Tile(64, 128, native=True)])
+@pytest.mark.parametrize("tile", [Tile(32, 128), Tile(128, 64), Tile(64, 128, hw_fp4=True)])
 def test_a_checkpoints_layer_comes_back_from_its_pages(tile):
     weights = cases.make_weights(3, 3, 160, 96)
     found = peers.checkpoint_layer(cases.make_pages(weights, tile=tile))

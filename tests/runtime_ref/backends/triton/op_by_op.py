@@ -1,4 +1,4 @@
-"""Every op of a task list on the kernels against its torch twin."""
+"""Every op of a program on the kernels against its torch reference."""
 
 import torch
 from tolerance import ROW_KERNEL

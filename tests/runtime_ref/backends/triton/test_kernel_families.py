@@ -8,13 +8,13 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 from tolerance import TRITON_LOGITS
 from toy_layouts import exported, gpt_oss, qwen3
 
+from checkpoint.families.geometry import NotHeld
 from modeling.drafter import DFlashDraftModel, drafter_config, save_drafter
 from mxfp4 import dequantize
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.backends.triton.backend import load_triton_backend
 from runtime_ref.backends.triton.megakernel import Megakernel
 from runtime_ref.checkpoints.device_weights import load_kernel_weights
-from runtime_ref.checkpoints.families.base import NotHeld
 from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.program import target_program
 from runtime_ref.core.sampling_params import SamplingParams

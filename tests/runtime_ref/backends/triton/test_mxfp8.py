@@ -1,4 +1,4 @@
-"""Backend "triton-mxfp8": experts in native pages, their activations rounded to MXFP8. Other numbers, the same contracts."""
+"""Backend "triton-mxfp8": experts in hw_fp4 pages, their activations rounded to MXFP8. Other numbers, the same contracts."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_a_walk_refuses_it_in_one_line(engines):
 
 
 @pytest.mark.long
-def test_validate_judges_it_by_twins_that_round_alike(exported, tmp_path, capsys):
+def test_validate_judges_it_by_references_that_round_alike(exported, tmp_path, capsys):
     code, verdict = judged(exported, tmp_path, capsys, "--backend", "triton-mxfp8")
     ops = next(check for check in verdict["checks"] if check["name"] == "ops")
     assert code == 0 and ops["status"] == "passed", json.dumps(verdict["causes"])

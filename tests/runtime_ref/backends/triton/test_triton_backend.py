@@ -1,4 +1,4 @@
-"""The Triton backend on a small model: every op against its torch twin, and contract C4 in Triton's interpreter."""
+"""The Triton backend on a small model: every op against its torch reference, and contract C4 in Triton's interpreter."""
 
 import os
 import subprocess

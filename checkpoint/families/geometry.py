@@ -1,25 +1,13 @@
-"""Folders of other models than MiMo-V2: what their geometry and tensors are, in the words of `weights.py`.
+"""The geometry of a model that the runtime runs, in the words of MiMo-V2's configuration, and how it is read from config.json.
 
-    model_type   layout               what differs from MiMo-V2
-    qwen3_moe    compressed-tensors   experts as weight_packed / weight_scale; norms of query and key heads; softmax router
-    mixtral      compressed-tensors   the same experts as w1, w3, w2 in block_sparse_moe; softmax router; no norms of heads
-    gpt_oss      gpt-oss              experts as fused blocks / scales, gate and up rows alternating; biases everywhere; SwiGLU
-                                      clamped, with alpha; softmax of the chosen; sinks on every layer; rotary extension (yarn)
-
-Each is a geometry (the keys of MiMo-V2's configuration that the engine reads) and a reader of the folder's tensors. Codes and
-scales go from the file to the packed experts as they are, whatever their container is called. What a folder may contain and
-this runtime does not run is refused by name. Rejected: converting such folders to the native layout first (a second
-checkpoint on disk, and one more place where bytes could change).
+What a folder may say and the runtime does not run is refused by name (`NotHeld`). Rejected: converting such folders to the
+native layout first (a second checkpoint on disk, and one more place where bytes could change).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-
-from runtime_ref.checkpoints.host_weights import Attention, Reader
 
 CLAMP_ALPHA = 1.702  # of gpt-oss's SwiGLU where the configuration does not say
 # Rotary extensions whose frequencies do not depend on the length of the text.
@@ -70,7 +58,7 @@ class Geometry:
         return self.head_dim
 
 
-def _known_config(file: Path):
+def known_config(file: Path):
     """The folder's configuration as transformers reads it (defaults filled in), without its quantization section."""
     from transformers import AutoConfig
 
@@ -80,7 +68,7 @@ def _known_config(file: Path):
         raise ValueError(f"{file}: {str(error).splitlines()[0]}") from None
 
 
-def _rotary(file: Path, config) -> tuple[tuple[float, ...] | None, float]:
+def rotary_of(file: Path, config) -> tuple[tuple[float, ...] | None, float]:
     """Inverse frequencies and factor; extensions by transformers' own formulas, which the models were trained with."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -93,14 +81,14 @@ def _rotary(file: Path, config) -> tuple[tuple[float, ...] | None, float]:
     return tuple(frequencies.tolist()), float(scaling)
 
 
-def _refuse(file: Path, options: list[tuple[str, object, object]]) -> None:
+def refuse_options(file: Path, options: list[tuple[str, object, object]]) -> None:
     """NotHeld for the first (name, value, expected) that differs."""
     for name, value, expected in options:
         if value != expected:
             raise NotHeld(f"{file}: {name}: {value!r}, expected {expected!r} (this runtime runs nothing else)")
 
 
-def _section(file: Path, raw: dict, key: str, expected: str, layout: str) -> None:
+def require_packed(file: Path, raw: dict, key: str, expected: str, layout: str) -> None:
     """Refuses a folder whose experts are not packed, or otherwise.
 
     Raises:
@@ -110,32 +98,12 @@ def _section(file: Path, raw: dict, key: str, expected: str, layout: str) -> Non
     if not isinstance(section, dict) or key not in section:
         raise NotHeld(f"{file}: no quantization_config.{key}, expected {expected!r}: the experts are not packed as MXFP4; "
                       f"export/to_hf.py RECIPE --layout {layout} writes a folder that this runtime runs")
-    _refuse(file, [(f"quantization_config.{key}", section[key], expected)])
+    refuse_options(file, [(f"quantization_config.{key}", section[key], expected)])
 
 
-def _shared(config) -> dict:
+def shared_keys(config) -> dict:
     return {key: getattr(config, key) for key in (
         "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
         "num_experts_per_tok", "max_position_embeddings", "tie_word_embeddings", "sliding_window")} | {
         "layernorm_epsilon": config.rms_norm_eps, "rope_theta": config.rope_parameters["rope_theta"],
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}
-
-
-class _SplitAttention(Reader):
-    """Separate q, k, v projections of one geometry on all layers."""
-
-    def _sizes(self) -> tuple[int, int, int, int]:
-        config = self.config
-        return config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.head_dim
-
-    def _attention(self, prefix: str, index: int) -> Attention:
-        heads, keys, D, V = self._sizes()
-        qkv = [self.matrix(f"{prefix}.{n}_proj.weight", (size, self.config.hidden_size))
-               for n, size in zip("qkv", (heads * D, keys * D, keys * V), strict=True)]
-        window = self.config.sliding_window if self.config.hybrid_layer_pattern[index] else None
-        return self.cut_attention(prefix, qkv, self._sizes(), self._sink(prefix, heads), window, None)
-
-    def _sink(self, prefix: str, heads: int) -> torch.Tensor | None:
-        return None
-
-

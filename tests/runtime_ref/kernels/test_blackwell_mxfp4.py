@@ -1,4 +1,4 @@
-"""Rounding to MXFP8 in a kernel equals its twin, and products of native pages the codec (C3)."""
+"""Rounding to MXFP8 in a kernel equals its reference, and products of hw_fp4 pages the codec (C3)."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 def rounded(x):
     """Codes and scales of x as the launch writes them."""
-    pages = cases.make_pages(cases.make_weights(hidden=x.shape[1]), tile=cases.NATIVE)
+    pages = cases.make_pages(cases.make_weights(hidden=x.shape[1]), tile=cases.HW_FP4)
     space = Workspace(pages, x.shape[0], cases.A, cases.launched())
     out = round_rows(x, space).flatten()
     return out[:x.numel()].view(x.shape), out[x.numel():].view(x.shape[0], -1)
@@ -64,7 +64,7 @@ def times(codes, scales, tile, x, x_scales):
 def test_every_code_under_every_scale_means_what_the_codec_says():
     # 128 rows' blocks of a page have 128 of the bytes, all 16 codes in each. Under 253 and 254 large codes are infinite, and
     # infinity times zero is NaN.
-    tile, pages, bytes_ = Tile(64, 64, native=True), 4, 253
+    tile, pages, bytes_ = Tile(64, 64, hw_fp4=True), 4, 253
     element = (torch.arange(tile.depth)[None] + torch.arange(tile.rows)[:, None]) % 16
     codes = (element[:, 0::2] | element[:, 1::2] << 4).to(torch.uint8).expand(pages, -1, -1).contiguous()
     shift = torch.arange(tile.rows)[:, None] * 2 + torch.arange(2)[None]
@@ -77,7 +77,7 @@ def test_every_code_under_every_scale_means_what_the_codec_says():
 
 
 def test_every_e4m3_code_and_scale_of_the_other_operand_counts():
-    tile = Tile(64, 64, native=True)
+    tile = Tile(64, 64, hw_fp4=True)
     weight = torch.zeros(4, tile.rows, tile.depth // 2, dtype=torch.uint8)
     for row in range(tile.rows):  # row r is 1.0 at k = r
         weight[:, row, row // 2] = 2 << 4 * (row % 2)
@@ -94,7 +94,7 @@ def test_every_e4m3_code_and_scale_of_the_other_operand_counts():
 
 
 def test_the_nan_byte_makes_its_rows_nan_and_no_others():
-    tile = Tile(64, 64, native=True)
+    tile = Tile(64, 64, hw_fp4=True)
     codes, scales = torch.full((1, 64, 32), 0x22, dtype=torch.uint8), torch.full((1, 64, 2), 127, dtype=torch.uint8)
     scales[0, 5, 1] = 255
     ones = torch.full((64, 64), 0x38, dtype=torch.uint8)
@@ -107,7 +107,7 @@ def test_native_pages_hold_every_scale_and_can_be_taken_apart(n, k):
     generator = torch.Generator().manual_seed(n)
     codes = torch.randint(0, 256, (3, n, k // 2), dtype=torch.uint8, generator=generator)
     scales = torch.randint(0, 256, (3, n, k // 32), dtype=torch.uint8, generator=generator)
-    tile = Tile(64, 128, native=True)
+    tile = Tile(64, 128, hw_fp4=True)
     pages = pack_pages(codes, scales, tile)
     assert pages.shape == (3, -(-n // 64), -(-k // 128), tile.page_bytes)
     assert all(torch.equal(a, b) for a, b in zip(unpack_pages(pages, tile, n, k), (codes, scales), strict=True))
@@ -115,4 +115,4 @@ def test_native_pages_hold_every_scale_and_can_be_taken_apart(n, k):
 
 def test_tiles_too_low_for_whole_blocks_are_refused():
     with pytest.raises(ValueError, match="tile rows 32: expected a power of two of at least 64"):
-        Tile(32, 128, native=True)
+        Tile(32, 128, hw_fp4=True)

@@ -1,1 +1,0 @@
-"""Model families whose folders the runtime reads."""

@@ -1,0 +1,137 @@
+"""Drafters beside any layout: z-lab's form that vLLM and SGLang load, the format of speculators, and drafters of others in."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy_export import export, gpt_oss_run, make_run, qwen3_run, toy_config
+
+from checkpoint.drafter_folder import speculators_config
+from checkpoint.verify import verify
+from modeling.drafter import DFlashDraftModel, drafter_config, load_drafter, save_drafter
+
+
+def plain_drafter(hidden: int, layers: int, **changes) -> DFlashDraftModel:
+    """A drafter in z-lab's form: no sinks, no value scale, whole heads rotated."""
+    torch.manual_seed(1)
+    model = DFlashDraftModel(drafter_config(**{
+        "hidden_size": hidden, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 90, "target_layer_ids": [0, layers - 1],
+        "num_target_layers": layers, "mask_token_id": 89, "rotary_base": 1e4, "window": 16, "attention_sink_bias": False,
+        **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * 0.2)
+    return model
+
+
+def run_of(family, root):
+    """(recipe, target's layers) of a run with a drafter."""
+    if family == "mimo":
+        recipe, layers = make_run(root, drafter=False), 4
+    else:
+        recipe, layers = (qwen3_run if family == "qwen3" else gpt_oss_run)(root)[0], 2
+    save_drafter(plain_drafter(96, layers), root / "runs/toy/dflash/model")
+    return recipe
+
+
+@pytest.mark.parametrize("family, layout", [("mimo", "native"), ("mimo", "hf-fp8"), ("mimo", "compressed-tensors"),
+                                            ("mimo", "bf16"), ("qwen3", "compressed-tensors"), ("qwen3", "bf16"),
+                                            ("gpt-oss", "gpt-oss"), ("gpt-oss", "bf16")])
+def test_a_drafter_is_written_beside_every_layout_with_a_reference_of_its_target(family, layout, tmp_path):
+    out = export(run_of(family, tmp_path), f"export.layout={layout}", "export.speculators=true")
+    found = verify(out, tmp_path / "runs/toy/qat/model")
+    assert found.findings == [] and found.notes == [] and found.unchecked == []
+    drafter = load_drafter(out / "dflash")
+    trained = load_drafter(tmp_path / "runs/toy/dflash/model")
+    assert all(torch.equal(a, b) for a, b in zip(drafter.parameters(), trained.parameters(), strict=True))
+    reference = load_file(out / "dflash/dflash_reference.safetensors")
+    assert reference["target_logits"].shape[-1] == 90 and torch.isfinite(reference["taps"]).all()
+    config = json.loads((out / "dflash/config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"] and config["dflash_config"]["mask_token_id"] == 89
+    ours = json.loads((out / "dflash-speculators/config.json").read_text())
+    taps = config["dflash_config"]["target_layer_ids"]
+    assert ours["aux_hidden_state_layer_ids"] == [i + 1 for i in taps] and ours["sliding_window_non_causal"]
+    assert load_file(out / "dflash-speculators/model.safetensors").keys() == load_file(
+        out / "dflash/dflash_draft_model.safetensors").keys()
+
+
+def test_a_tied_target_keeps_its_row_and_the_mask_has_its_file(tmp_path):
+    recipe = make_run(tmp_path, config=toy_config(tie_word_embeddings=True))
+    out = export(recipe)
+    found = verify(out, tmp_path / "runs/toy/qat/model")
+    assert found.findings == [] and any("tied" in f.text and f.kind == "mask" for f in found.notes)
+
+
+@pytest.mark.parametrize("change, name", [({"attention_sink_bias": True}, "attention_sink_bias"),
+                                          ({"attention_value_scale": 0.5}, "attention_value_scale"),
+                                          ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+                                          ({"markov_rank": 4}, "markov_rank"),
+                                          ({"causal": True, "window": None}, "causal")])
+def test_what_the_format_of_speculators_cannot_say_is_refused_by_name(change, name):
+    from modeling.drafter import config_json
+
+    with pytest.raises(ValueError, match=f"export.speculators: the drafter has {name}"):
+        speculators_config(config_json(plain_drafter(96, 4, **change).config), "..", None)
+
+
+def test_speculators_reads_what_we_write(tmp_path):
+    speculators = pytest.importorskip("speculators", reason="speculators is not installed")
+    out = export(run_of("qwen3", tmp_path), "export.speculators=true")
+    config = speculators.SpeculatorModelConfig.from_pretrained(str(out / "dflash-speculators"))
+    assert config.block_size == 8 and config.aux_hidden_state_layer_ids == [1, 2]
+    layer = config.transformer_layer_config
+    assert layer.sliding_window == 16 and set(layer.layer_types) == {"sliding_attention"}
+
+
+def published(folder, **special):
+    """A drafter as others publish it: z-lab's keys, no mask_embedding.pt, one file of its own name."""
+    model = plain_drafter(96, 4, window=None)
+    folder.mkdir()
+    tensors = {n: p.detach().bfloat16() for n, p in model.named_parameters() if n != "mask_embedding"}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "block_size": 8, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 90, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
+        "num_target_layers": 4, "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False,
+        "layer_types": ["full_attention"] * 2, "max_position_embeddings": 256, "use_sliding_window": False,
+        "dflash_config": {"mask_token_id": 89, "target_layer_ids": [0, 3]} | special}))
+    return folder, model
+
+
+
+@pytest.fixture
+def other(tmp_path):
+    from dflash_train.target import _earlier_drafter
+
+    table = torch.randn(90, 96)
+    wanted = drafter_config(hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                            num_key_value_heads=2, head_dim=24, vocab_size=90, target_layer_ids=[0, 3], num_target_layers=4,
+                            mask_token_id=89, rotary_base=1e5, window=None, attention_sink_bias=False)
+    return lambda folder: (_earlier_drafter(folder, wanted, table), table)
+
+
+def test_a_published_drafter_without_a_sidecar_is_started_from_with_the_targets_row(other, tmp_path):
+    folder, model = published(tmp_path / "z-lab")
+    found, table = other(folder)
+    assert torch.equal(found.mask_embedding, table[89])
+    assert torch.equal(found.fc.weight, model.fc.weight.bfloat16().float())
+    assert found.config.dflash_config["causal"] is False  # saved again, it says everything in every spelling
+    assert verify(folder).verdict == "right"
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda c: c["dflash_config"].__setitem__("new_trick", True), "dflash_config.new_trick: a flag that is not known here"),
+    (lambda c: c.__setitem__("layer_types", ["sliding_attention", "full_attention"]), "expected one kind in all layers"),
+    (lambda c: c["dflash_config"].__setitem__("mask_token_id", 5), "mask_token_id is 5, the recipe's drafter has 89"),
+    (lambda c: c.__setitem__("rope_theta", 1e4), "rotary base is 10000.0, the recipe's drafter has 100000.0"),
+])
+def test_what_differs_or_is_not_known_of_a_published_drafter_is_named(edit, words, other, tmp_path):
+    folder, _ = published(tmp_path / "z-lab")
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"dflash.start_from: .*{words}"):
+        other(folder)
