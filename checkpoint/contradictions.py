@@ -81,8 +81,9 @@ def config_contradictions(config: dict, source: Source | None) -> Iterator[str]:
         ours, theirs = config.get(old), (config | rope).get(new)
         if None not in (ours, theirs) and ours != theirs:
             yield f"config.json: {old}={ours!r}, but {new}={theirs!r}: clients of different age read one or the other"
-    if config.get("dtype", config.get("torch_dtype", "bfloat16")) != "bfloat16":
-        yield f"config.json: dtype={config.get('dtype', config.get('torch_dtype'))!r}, the weights are bfloat16"
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if dtype != "bfloat16":
+        yield f"config.json: dtype={dtype!r}, the weights are bfloat16"
     if config.get("tie_word_embeddings") and source is not None and {HEAD, EMBEDDING} <= source.infos.keys():
         if not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
             yield f"config.json: tie_word_embeddings=true, but {HEAD} has values of its own"

@@ -55,9 +55,9 @@ def special_of(config: dict) -> dict:
     for key in ("target_layer_ids", "mask_token_id", "block_size"):
         if key not in special and key in config:
             special = special | {key: config[key]}
-    depth = config.get("num_hidden_layers")
-    if type(depth) is not int or not 0 < depth <= MOST_LAYERS:  # lists are made of that length
-        raise ValueError(f"num_hidden_layers={str(depth)[:40]}: expected 1 to {MOST_LAYERS}")
+    depth = config.get("num_hidden_layers", 1)
+    if type(depth) is not int or not 0 < depth <= MOST_LAYERS:  # lists of that length are made of it
+        raise ValueError(f"num_hidden_layers={depth!r}: expected 1 to {MOST_LAYERS}")
     layers = special.get("target_layer_ids")
     if not isinstance(layers, list) or not layers or not all(type(i) is int for i in layers):
         raise ValueError(f"dflash_config.target_layer_ids={layers!r}: expected layer numbers")

@@ -108,14 +108,15 @@ class Verification:
         return [finding.text for finding in self.wrong]
 
 
-def verify(folder: str | Path, against: Path | None = None, *,
-           skip: Callable[[Path], bool] = lambda path: False) -> Verification:
+def verify(folder: str | Path, against: Path | None = None, *, skip: Callable[[Path], bool] = lambda path: False,
+           sums: bool = True) -> Verification:
     """Looks at everything in a folder; never raises for a bad one.
 
     Args:
         against: trained weights that it must equal. skip: files that may be there without being part of it.
+        sums: compare checksums (reads every file once more); False for callers that do it themselves.
     """
-    verifier = _Verifier(Path(folder), against, skip)
+    verifier = _Verifier(Path(folder), against, skip, sums)
     verifier.run()
     return verifier.found
 
@@ -123,8 +124,9 @@ def verify(folder: str | Path, against: Path | None = None, *,
 class _Verifier:
     """A folder under inspection; `found` grows as checks run."""
 
-    def __init__(self, folder: Path, against: Path | None, skip: Callable[[Path], bool]):
+    def __init__(self, folder: Path, against: Path | None, skip: Callable[[Path], bool], sums: bool = True):
         self.folder, self.against, self.skip, self.threads = folder, against, skip, usable_cores()
+        self.sums = sums
         self.found = Verification(folder)
         self.hashed: set[str] = set()
         self.hashes: dict[str, Future] = {}
@@ -232,6 +234,8 @@ class _Verifier:
 
     def _check_files(self) -> None:
         """Names now; the SHA-256 sums are made by other threads, those of weights while their tensors are read."""
+        if not self.sums:
+            return
         self.file_sums, self.tensor_sums = read_checksums(self.folder)
         if not self.file_sums:
             if self.ours:
@@ -363,7 +367,7 @@ class _Verifier:
         rule = self.manifest.get("scale_rule", "even") if self.manifest.get("rounded") else "even"
         if not self.ours or self.manifest.get("experts") == "copied":
             rule = None  # nobody here knows by which they were rounded
-        checks = TensorChecks(self.source, self.found.layout, sums, rule, promised=self.ours,
+        checks = TensorChecks(self.source, self.found.layout, sums, rule, promised=self.ours and self.sums,
                               zero_norms=self.config.get("model_type") not in FAMILIES)
         if self.against is not None:
             self._guard("training", "contract C2", lambda: self._compare_with_training(checks))
@@ -488,7 +492,8 @@ class _Verifier:
                 self.promised("dtype", f"{label}: {name}: {own_dtype} {list(own_shape)}, expected {dtype} {list(shape)}")
             tensor = source.read(name)
             data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            if (self.ours or self.tensor_sums) and f"{zlib.crc32(data):08x}" != self.tensor_sums.get(f"dflash/{name}"):
+            owed = self.ours and self.sums or self.tensor_sums
+            if owed and f"{zlib.crc32(data):08x}" != self.tensor_sums.get(f"dflash/{name}"):
                 self.wrong("checksum", f"{label}: {name}: bytes changed since the export (CRC-32 differs)")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 self.wrong("values", f"{label}: {name}: not finite")

@@ -27,7 +27,7 @@ from runtime_ref.validation.quantities import Number
 from runtime_ref.validation.result import Check, ValidationReport
 
 TITLES = {
-    "files": "files beside the weights: checksums, tokenizer, chat template, generation settings, code",
+    "files": "files beside the weights: checksums, tokenizer, chat template, generation settings",
     "folder": "schema, inventory, dtypes, scale range, sidecar, sinks, taps",
     "reference": "reference outputs against the folder's model",
     "logits": "logits, layers and drafts against the independent model (float32)",
