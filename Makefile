@@ -12,8 +12,8 @@ export MALLOC_TOP_PAD_ := 134217728
 
 PIP := python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo smoke test test-kernels test-kernels-long test-interpreter test-clients test-load test-newest test-versions lint \
-        format lock lock-check clean
+.PHONY: demo smoke test test-distributed test-kernels test-kernels-long test-interpreter test-clients test-load test-families \
+        test-newest test-versions lint format lock lock-check clean
 
 # requirements/README.md says why torch comes first and the rest without its dependencies.
 $(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)
@@ -44,8 +44,14 @@ smoke: $(VENV)/.ready
 
 # Whole engines on the kernels are minutes in Triton's interpreter: they run in the second part, compiled for the CPU.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/runtime_ref/backends/triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/runtime_ref/backends/triton \
+	    --ignore tests/distributed
 	$(MAKE) test-kernels
+
+# Training on several gloo ranks: every family and layout, signals and hangs through real launchers, killed ranks (FP4_TEST_KILLS
+# of them, 6 unless set). About 15 minutes on two quiet cores; what `make test` has of it takes half a minute.
+test-distributed: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/distributed
 
 # The kernels' tests and the runtime's own, on the embedded model, with the Triton kernels compiled for the CPU: a choice of them
 # that is part of `make test`, and all of them.
@@ -77,6 +83,10 @@ $(CLIENTS)/.ready:
 
 test-clients: $(VENV)/.ready $(CLIENTS)/.ready
 	FP4_CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest -q -m clients
+
+# Every fused-experts model type of the installed transformers: trained a step, exported, loaded by stock clients (two minutes).
+test-families: $(VENV)/.ready
+	FP4_TEST_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/checkpoint/test_families.py tests/checkpoint/test_bases.py
 
 # Minutes of load on the server: thousands of generated requests, a crowd of clients, killed ranks, a benchmark tool.
 LOAD := .venv-load

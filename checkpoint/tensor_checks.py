@@ -17,8 +17,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
-import pickle
-import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +24,6 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError
 
 from checkpoint.contradictions import difference
 from checkpoint.inventory import block_faults, scale_name, tensor_faults
@@ -36,9 +33,8 @@ from mxfp4.exact_pack import decodes_to, unpack
 from mxfp4.format import BLOCK_SIZE
 from storage.reading import first_line
 
-# What reading damaged files and configurations may raise, and no more: anything else is a defect of the inspection.
-DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RuntimeError, SafetensorError, EOFError,
-          pickle.UnpicklingError, struct.error, UnicodeDecodeError)
+# Whatever a check of a folder by anybody raises is a finding about the folder, not the end of the inspection.
+DAMAGE = Exception
 LARGE = 256 << 20
 # Threads beyond these wait for memory and disk, and each may hold two matrices.
 MOST_THREADS = 8

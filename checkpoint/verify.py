@@ -56,10 +56,12 @@ from checkpoint.tensor_checks import DAMAGE, TensorChecks, side_by_side, usable_
 from checkpoint.tensor_files import INDEX, REFERENCE, SINGLE, TensorFiles
 from checkpoint.trained import Weights
 from mxfp4.format import BLOCK_SIZE
-from storage.reading import first_line, read_json
+from storage.reading import first_line, read_json, strange_files
 
 # Tables, norms and matrices of a reference drafted again on another machine: float32 sums in another order.
 REFERENCE_ERROR = 1e-3
+MANY = 10_000  # tensors too many that are still named one by one
+LONGEST = 2000  # letters of a finding: names of a hostile folder may have millions
 ENGINES = ("vLLM", "SGLang", "transformers")
 
 
@@ -106,14 +108,15 @@ class Verification:
         return [finding.text for finding in self.wrong]
 
 
-def verify(folder: str | Path, against: Path | None = None, *,
-           skip: Callable[[Path], bool] = lambda path: False) -> Verification:
+def verify(folder: str | Path, against: Path | None = None, *, skip: Callable[[Path], bool] = lambda path: False,
+           sums: bool = True) -> Verification:
     """Looks at everything in a folder; never raises for a bad one.
 
     Args:
         against: trained weights that it must equal. skip: files that may be there without being part of it.
+        sums: compare checksums (reads every file once more); False for callers that do it themselves.
     """
-    verifier = _Verifier(Path(folder), against, skip)
+    verifier = _Verifier(Path(folder), against, skip, sums)
     verifier.run()
     return verifier.found
 
@@ -121,8 +124,9 @@ def verify(folder: str | Path, against: Path | None = None, *,
 class _Verifier:
     """A folder under inspection; `found` grows as checks run."""
 
-    def __init__(self, folder: Path, against: Path | None, skip: Callable[[Path], bool]):
+    def __init__(self, folder: Path, against: Path | None, skip: Callable[[Path], bool], sums: bool = True):
         self.folder, self.against, self.skip, self.threads = folder, against, skip, usable_cores()
+        self.sums = sums
         self.found = Verification(folder)
         self.hashed: set[str] = set()
         self.hashes: dict[str, Future] = {}
@@ -138,10 +142,10 @@ class _Verifier:
         return self.found.ours
 
     def wrong(self, kind: str, text: str) -> None:
-        self.found.wrong.append(Finding(kind, text))
+        self.found.wrong.append(Finding(kind, text[:LONGEST]))
 
     def note(self, kind: str, text: str) -> None:
-        self.found.notes.append(Finding(kind, text))
+        self.found.notes.append(Finding(kind, text[:LONGEST]))
 
     def unchecked(self, kind: str, what: str, reason: str) -> None:
         self.found.unchecked.append(Finding(kind, f"{what}: could not be checked here, because {reason}"))
@@ -161,6 +165,8 @@ class _Verifier:
             self.pool.shutdown(cancel_futures=True)
 
     def _run_checks(self) -> None:
+        for path in strange_files(self.folder):  # nothing below opens them: a pipe would be waited on for ever
+            self.wrong("file", f"{path.relative_to(self.folder)}: neither a file nor a folder")
         self._guard("config", "config.json", self._read_config)
         self._guard("checksum", CHECKSUMS, self._check_files)
         if self.found.layout != "drafter":
@@ -183,7 +189,7 @@ class _Verifier:
         try:
             check()
         except DAMAGE as error:
-            self.wrong(kind, f"{what}: cannot be checked: {first_line(error)}")
+            self.wrong(kind, f"{what}: cannot be checked: {first_line(error)[:500]}")
 
     def _read_config(self) -> None:
         own = self.folder / "export.json"
@@ -228,6 +234,8 @@ class _Verifier:
 
     def _check_files(self) -> None:
         """Names now; the SHA-256 sums are made by other threads, those of weights while their tensors are read."""
+        if not self.sums:
+            return
         self.file_sums, self.tensor_sums = read_checksums(self.folder)
         if not self.file_sums:
             if self.ours:
@@ -252,7 +260,7 @@ class _Verifier:
                 self.wrong("checksum", f"{name}: bytes changed since the export (SHA-256 differs)")
 
     def _open_weights(self) -> None:
-        files = sorted(p.name for p in self.folder.glob("*.safetensors"))
+        files = sorted(p.name for p in self.folder.glob("*.safetensors") if p.is_file())
         if not files:
             raise ValueError("no *.safetensors file")
         listed: dict[str, str] = {}
@@ -285,9 +293,13 @@ class _Verifier:
                         for n, (shape, dtypes) in expected.items()}
         for name in sorted(expected.keys() - infos.keys()):
             self.wrong("missing", f"{name}: tensor is missing")
-        for name in sorted(infos.keys() - expected.keys()):
-            if not re.match(r"model\.mtp\.|mtp\.", name):
-                self.wrong("unexpected", f"{name}: unexpected tensor")
+        extra = sorted(name for name in infos.keys() - expected.keys() if not re.match(r"model\.mtp\.|mtp\.", name))
+        if len(extra) > len(expected) + MANY:
+            self.wrong("unexpected", f"{len(extra):,} unexpected tensors, the first {extra[0]}: not looked at one by one")
+            self.source = None
+            return
+        for name in extra:
+            self.wrong("unexpected", f"{name}: unexpected tensor")
         for name in sorted(expected.keys() & infos.keys()):
             self._check_form(name, *expected[name], *infos[name])
         if layout in ("native", "fp8"):
@@ -355,7 +367,7 @@ class _Verifier:
         rule = self.manifest.get("scale_rule", "even") if self.manifest.get("rounded") else "even"
         if not self.ours or self.manifest.get("experts") == "copied":
             rule = None  # nobody here knows by which they were rounded
-        checks = TensorChecks(self.source, self.found.layout, sums, rule, promised=self.ours,
+        checks = TensorChecks(self.source, self.found.layout, sums, rule, promised=self.ours and self.sums,
                               zero_norms=self.config.get("model_type") not in FAMILIES)
         if self.against is not None:
             self._guard("training", "contract C2", lambda: self._compare_with_training(checks))
@@ -453,10 +465,13 @@ class _Verifier:
     def _check_drafter_tensors(self, folder: Path, where: str, config: dict) -> None:
         """Engines ignore missing and unknown drafter tensors without a word: here they are named."""
         label = where.rstrip("/") or "drafter"
-        files = sorted(p.name for p in folder.glob("*.safetensors") if p.name != REFERENCE)
+        files = sorted(p.name for p in folder.glob("*.safetensors") if p.name != REFERENCE and p.is_file())
         if not files:
             raise ValueError("no *.safetensors file with the drafter's weights")
-        source, expected = TensorFiles(folder, files), drafter_folder.expected_tensors(config)
+        source = TensorFiles(folder, files)
+        expected = drafter_folder.expected_tensors(config, len(source.infos))
+        if len(source.infos) > len(expected) + MANY:
+            raise ValueError(f"{len(source.infos):,} tensors, expected {len(expected)}")
         if (folder / INDEX).is_file() or self.ours:
             listed = read_json(folder / INDEX).get("weight_map", {})
             for name in sorted(source.infos.keys() - listed.keys()):
@@ -477,7 +492,8 @@ class _Verifier:
                 self.promised("dtype", f"{label}: {name}: {own_dtype} {list(own_shape)}, expected {dtype} {list(shape)}")
             tensor = source.read(name)
             data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            if (self.ours or self.tensor_sums) and f"{zlib.crc32(data):08x}" != self.tensor_sums.get(f"dflash/{name}"):
+            owed = self.ours and self.sums or self.tensor_sums
+            if owed and f"{zlib.crc32(data):08x}" != self.tensor_sums.get(f"dflash/{name}"):
                 self.wrong("checksum", f"{label}: {name}: bytes changed since the export (CRC-32 differs)")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 self.wrong("values", f"{label}: {name}: not finite")

@@ -33,7 +33,7 @@ from checkpoint.verify import verify
 from export import config_files, drafter_files, model_card
 from export.layouts import units_of
 from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
-from modeling.names import fused_name, plain_dtype
+from modeling.names import plain_dtype
 from recipes.load import dump_published, published
 from recipes.schema import Recipe
 from storage.digests import combined, json_digest, model_digests, stamps
@@ -93,9 +93,10 @@ class Export:
 
     def _open_weights(self) -> None:
         recipe, request = self.recipe, self.request
-        self.trained_folder = request.base or request.weights or trained_weights(self.run_folder / "qat")
+        rounded = local_folder(str(request.base)) if request.base else None
+        self.trained_folder = rounded or request.weights or trained_weights(self.run_folder / "qat")
         trained = open_source(self.trained_folder)
-        base_folder = request.base or (local_folder(recipe.model.path) if recipe.model.path else self.trained_folder)
+        base_folder = rounded or (local_folder(recipe.model.path) if recipe.model.path else self.trained_folder)
         base = trained if base_folder == self.trained_folder else open_source(base_folder)
         self.homes = [f for f in dict.fromkeys((self.trained_folder, base_folder)) if f.is_dir()]
         described = next((f for f in self.homes if (f / "config.json").is_file()), None)
@@ -227,13 +228,12 @@ class Export:
         sizes: dict[str, int] = {}
         for tensor in (t for s in self.shards for t in s.tensors):
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor_bytes(tensor)
-        matrices = {n.removesuffix("_packed").removesuffix("_scale") for n in self.dtypes()}
         special = self.drafter.config["dflash_config"] if self.drafter else {}
         return model_card.Facts(
             name=self.recipe.name, layout=self.layout,
             base=published(str(self.request.base or self.recipe.export.base_model or self.recipe.model.path)),
             scale_rule=self.weights.scale_rule, rounded=self.rounded, dense_rounded=self.recipe.export.dense == "fp8",
-            expert_matrices=sum(fused_name(n) is not None for n in matrices) or self._fused_matrices(),
+            copied=self.experts == "copied", expert_matrices=self._expert_matrices(),
             bytes_by_dtype=sizes, block_size=special.get("block_size"),
             qat=self.qat_summary, drafter=self.drafter_summary,
             config=config | {"drafter_window": special.get("swa_window_size")})
@@ -271,8 +271,9 @@ class Export:
         print(printable(f"warning: {self.run_folder / job / 'summary.json'}: {reason} of {self.trained_folder}; its numbers "
                         "are left out of card and export.json"), file=sys.stderr, flush=True)
 
-    def _fused_matrices(self) -> int:
-        return sum(t.shape[0] for s in self.shards for t in s.tensors if t.name.endswith("_blocks"))
+    def _expert_matrices(self) -> int:
+        names = self.weights.names
+        return len(names.experts) + sum(names.shapes[name][0] for name in names.fused)
 
     def verify(self) -> list[str]:
         """What is wrong with the partial folder, compared with the weights it was made from."""

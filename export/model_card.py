@@ -12,6 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from checkpoint.families.registry import FAMILIES
+
 GB = 1e9
 
 
@@ -24,6 +26,7 @@ class Facts:
     base: str
     scale_rule: str
     rounded: bool
+    copied: bool  # experts were in MXFP4 already
     dense_rounded: bool
     expert_matrices: int
     bytes_by_dtype: dict[str, int]
@@ -45,7 +48,7 @@ def card(facts: Facts) -> str:
 def _front_matter(facts: Facts) -> str:
     tags = ["mxfp4", "fp4-quantization", "moe", facts.config.get("model_type", "moe"),
             "quantization-aware-training" if not facts.rounded else "post-training-quantization"]
-    tags += ["custom_code"] if facts.layout == "native" else []
+    tags += ["custom_code"] if "auto_map" in facts.config else []
     tags += ["dflash", "speculative-decoding"] if facts.block_size else []
     fields = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if _hub_name(facts.base):  # a hub refuses a card whose base is a folder of this machine
@@ -60,18 +63,23 @@ def _hub_name(base: str) -> bool:
 
 def _what(facts: Facts) -> str:
     sizes = ", ".join(f"{dtype} {size / GB:.3f} GB" for dtype, size in sorted(facts.bytes_by_dtype.items()))
-    how = (f"They were rounded after training (scale rule `{facts.scale_rule}`), without further training."
-           if facts.rounded else "They were trained on that grid (quantization-aware distillation); nothing was rounded when "
-           "this checkpoint was written: the stored codes decode to the trained weights bit for bit.")
+    if facts.copied:
+        how = "They are the base's own codes; nothing was rounded."
+    elif facts.rounded:
+        how = f"They were rounded after training (scale rule `{facts.scale_rule}`), without further training."
+    else:
+        how = ("They were trained on that grid (quantization-aware distillation); nothing was rounded when this checkpoint was "
+               "written: the stored codes decode to the trained weights bit for bit.")
     rest = ("Everything else is in the precision of the base checkpoint." if facts.layout == "native"
             else "Everything else is in bfloat16 (router biases in float32).")
     if facts.dense_rounded:
         rest = ("The attention projections and the dense MLP were also rounded, to FP8 E4M3 with one scale per 128 x 128 "
                 "block; this was not part of training, and no table below includes its effect.")
-    text = (f"Made from `{facts.base}`. The {facts.expert_matrices:,} matrices of the routed experts are stored in MXFP4: "
+    stored = ("have MXFP4 values and are stored decoded, in bfloat16" if facts.layout == "bf16" else "are stored in MXFP4")
+    text = (f"Made from `{facts.base}`. The {facts.expert_matrices:,} matrices of the routed experts {stored}: "
             f"4-bit E2M1 codes and one power-of-two scale per 32 inputs. {how} {rest}\n\n"
             f"Layout `{facts.layout}`. Bytes: {sizes}.")
-    if facts.layout != "native":
+    if facts.layout != "native" and not facts.block_size:
         return text
     return text + (f"\n\n`dflash/` holds a DFlash drafter (block of {facts.block_size})." if facts.block_size
                    else "\n\nThis checkpoint has no drafter.")
@@ -107,11 +115,12 @@ def _serving(facts: Facts) -> str:
     lines = ["## Use", "", "Transformers:", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
              f'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="bfloat16"{_trust(facts)})',
              f'tokenizer = AutoTokenizer.from_pretrained("PATH"{_trust(facts)})', "```"]  # it reads config.json: asks otherwise
-    if facts.layout != "native":
+    if facts.layout == "hf-fp8":
         return "\n".join(lines)
-    block = facts.block_size
-    sglang = "python3 -m sglang.launch_server --model PATH --quantization fp8 --trust-remote-code --dtype bfloat16"
-    vllm = "vllm serve PATH --trust-remote-code"
+    block, trust = facts.block_size, " --trust-remote-code" if "auto_map" in facts.config else ""
+    fp8 = " --quantization fp8" if facts.layout == "native" else ""
+    sglang = f"python3 -m sglang.launch_server --model PATH{fp8}{trust} --dtype bfloat16"
+    vllm = f"vllm serve PATH{trust}"
     if block:
         window = (facts.config.get("drafter_window") or 0)
         sglang += (" \\\n  --speculative-algorithm DFLASH --speculative-draft-model-path PATH/dflash "
@@ -119,9 +128,11 @@ def _serving(facts: Facts) -> str:
         sglang += f" --speculative-draft-window-size {window}" if window else ""
         vllm += (' \\\n  --speculative-config \'{"method": "dflash", "model": "PATH/dflash", "num_speculative_tokens": '
                  f"{block - 1}}}'")
+    family = FAMILIES.get(facts.config.get("model_type"))
+    ours = ["python runtime_ref/serve.py PATH --port 8000"] if family and family.runtime_layout == facts.layout else []
     return "\n".join([*lines, "", "Engines (commands for these files' format; not run for this card):", "", "```bash", sglang,
-                      vllm, "python runtime_ref/serve.py PATH --port 8000", "```"])
+                      vllm, *ours, "```"])
 
 
 def _trust(facts: Facts) -> str:
-    return ", trust_remote_code=True" if facts.layout == "native" else ""
+    return ", trust_remote_code=True" if "auto_map" in facts.config else ""

@@ -62,9 +62,10 @@ def main(argv: list[str]) -> int:
 
     def job(recipe: Recipe) -> int:
         if args.plan:
+            from checkpoint.open import local_folder
             from export import plan
 
-            return plan.run(recipe, args.base or args.weights)
+            return plan.run(recipe, local_folder(str(args.base)) if args.base else args.weights)
         return _export(recipe, args, argv)
 
     try:

@@ -46,6 +46,11 @@ _RELEASED = {
 OTHER_RELEASES = {
     "Qwen3-30B-A3B": ("qwen3_moe", {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True,
                                     "max_position_embeddings": 40960}),
+    "Qwen3-235B-A22B": ("qwen3_moe", {"num_hidden_layers": 94, "hidden_size": 4096, "intermediate_size": 12288,
+                                      "moe_intermediate_size": 1536, "num_attention_heads": 64, "num_key_value_heads": 4,
+                                      "head_dim": 128, "norm_topk_prob": True, "max_position_embeddings": 40960}),
+    "GLM-4.5-Air": ("glm4_moe", {}),
+    "DeepSeek-V3": ("deepseek_v3", {}),
     "gpt-oss-20b": ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}),
     "gpt-oss-120b": ("gpt_oss", {}),
 }

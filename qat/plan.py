@@ -5,18 +5,16 @@ up memory per rank, bytes on disk and communication for the cluster that the rec
 activations and communication are estimates (stated where they are computed), everything else is exact for the layout
 described in `qat.attach`. Rejected: measuring a small model and extrapolating (hides what grows with what).
 
-Memory of one rank, in bytes, for P_e expert weights and P_o other weights of w bytes each (`model.dtype`), R ranks, shards
-of S ranks (S = R when sharded, 1 under plain data parallelism), T trained weights (P_e, or all):
+Memory of one rank under plain data parallelism, in bytes, for P_e expert weights and P_o other weights of w bytes each
+(`model.dtype`), T trained weights (P_e, or all); a sharded run's is in `qat.sharded_plan`:
 
-    compute weights     (P_e + P_o) x w / S        experts on the MXFP4 grid
-    teacher's weights   T x w / S                  frozen tensors are shared with the student
-    masters             P_e x 4 / S                float32 (host memory if offloaded)
-    optimizer           T x 8 / S  (muon: x 4)     float32 moments (host memory if offloaded)
-    control             P_e x 4 / S                float32 running means of the masters, for each that the recipe asks for
-    gradients           T x 4 / S                  float32
-    last codes          P_e x 17/32 / S            what health reports compare with
-    gathered layers     largest layer x 2 x w      sharded: one layer's weights, the next prefetched; with expert
-    one layer's grads   its trained weights x 4    parallelism only the rank's share of the experts
+    compute weights     (P_e + P_o) x w            experts on the MXFP4 grid
+    teacher's weights   T x w                      frozen tensors are shared with the student
+    masters             P_e x 4                    float32
+    optimizer           T x 8  (muon: x 4)         float32 moments
+    control             P_e x 4                    float32 running means of the masters, for each that the recipe asks for
+    gradients           T x 4                      float32
+    last codes          P_e x 17/32                what health reports compare with
     activations         `activation_bytes`
     logits              chunk_tokens x vocabulary x 4 x 4    student and teacher, forward and backward
 """
@@ -27,17 +25,19 @@ import re
 from dataclasses import dataclass, field
 
 from checkpoint.families.registry import refuse_layout, resolve_layout
+from qat import sharded_plan
 from qat.attach import describe, find_expert_tensors
 from qat.geometry import meta_model
+from qat.sharded_plan import CODE_BYTES, GIB, Placement
 from recipes.schema import Recipe
 from training.preflight import print_readiness
+from training.sharding.layout import layout_of, require_divisible
+from training.sharding.preview import place
 
-GIB = 2**30
 SHARD_BYTES = 5 * 10**9
 # What the allocator, NCCL and fragmentation take of an accelerator before the first tensor.
 RESERVED_SHARE = 0.08
 EXPERTS, MTP = "experts", "MTP layers (copied, not in the decoder)"
-CODE_BYTES = 17 / 32  # half a byte a code, one scale byte per 32
 
 
 @dataclass
@@ -73,8 +73,6 @@ class _Sizes:
     trained: int
     width: int
     ranks: int
-    shards: int
-    expert_parallel: int
 
     @property
     def total(self) -> int:
@@ -105,17 +103,23 @@ def make_plan(recipe: Recipe) -> Plan:
     tensors = find_expert_tensors(model)
     groups = _groups(model, {t.name for t in tensors})
     sizes = _sizes(recipe, groups)
-    uneven = [t for t in tensors if t.num_experts % sizes.expert_parallel]
-    if uneven:
-        raise ValueError(f"cluster.expert_parallel: {sizes.expert_parallel} does not divide the {uneven[0].num_experts} "
-                         f"experts of {uneven[0].name}")
     cluster, qat = recipe.cluster, recipe.qat
     offload = bool(cluster and cluster.offload_optimizer)
-    state = _state_bytes(recipe, sizes)
-    working = _working_bytes(recipe, sizes, model)
-    communication, over_link = _communication(recipe, sizes, model.config, len({t.module for t in tensors}))
-    whole = sum(_state_bytes(recipe, sizes, shards=1).values())
-    checkpoint = sizes.total * sizes.width + int(sizes.experts * CODE_BYTES) + whole
+    notes = _notes(recipe)
+    if cluster is not None and cluster.sharding != "ddp" and sizes.ranks > 1:
+        layout, shape = layout_of(cluster, sizes.ranks), sharded_plan.shape_of(model)
+        require_divisible(layout, {t.name: t.num_experts for t in tensors})
+        held = place(lambda: meta_model(recipe)[0], {t.name for t in tensors}, layout)
+        state = sharded_plan.state_bytes(recipe, held)
+        working = sharded_plan.working_bytes(recipe, held, layout, shape) | _passing_bytes(recipe, model, sizes.width)
+        communication, over_link = sharded_plan.communication(recipe, held, layout, shape)
+        checkpoint = sharded_plan.checkpoint_bytes(recipe, shape)
+        notes = sharded_plan.notes(held, layout, shape) + notes
+    else:
+        state = _state_bytes(recipe, sizes)
+        working = _working_bytes(recipe, sizes) | _passing_bytes(recipe, model, sizes.width)
+        communication, over_link = _communication(recipe, sizes), set()
+        checkpoint = sizes.total * sizes.width + int(sizes.experts * CODE_BYTES) + sum(state.values())
     return Plan(
         model=name, ranks=sizes.ranks, steps=qat.steps,
         tokens_per_step=qat.batch_size * recipe.data.sequence_length * qat.gradient_accumulation * sizes.ranks,
@@ -128,7 +132,50 @@ def make_plan(recipe: Recipe) -> Plan:
         communication=communication, seconds=_seconds(recipe, communication, over_link),
         available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None,
         host_available=int(cluster.host_memory_gib * GIB / cluster.accelerators_per_node) if offload else None,
-        notes=_notes(recipe))
+        notes=notes)
+
+
+def propose(recipe: Recipe, *, gpus: int, gpu_memory: float, price: float, mfu: float, peak_tflops: float) -> int:
+    """Prints the layouts of at most `gpus` accelerators of `gpu_memory` GiB that fit, with hours and price; exit code.
+
+    Raises:
+        ValueError: none fits: what the largest of them would need.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    model, name, _ = meta_model(recipe)
+    width = 4 if recipe.model.dtype == "float32" else 2
+    passing = sum(_passing_bytes(recipe, model, width).values())
+    available = int(gpu_memory * GIB * (1 - RESERVED_SHARE))
+    found = sharded_plan.proposals(recipe, model, gpus=gpus, available=available, activations=passing)
+    if not found:
+        any_size = sharded_plan.proposals(recipe, model, gpus=gpus, available=2**62, activations=passing)
+        least = min(any_size, key=lambda p: p.memory)
+        raise ValueError(f"--gpus {gpus} --gpu-memory {gpu_memory:g}: no layout fits: {least.layout} needs "
+                         f"{least.memory / GIB:,.1f} GiB of {available / GIB:,.1f} usable; try more GPUs, "
+                         "qat.optimizer.name=muon or qat.gradient_checkpointing=true")
+    shape = sharded_plan.shape_of(model)
+    rate = sharded_plan.tokens_per_second(recipe, shape, mfu=mfu, peak_tflops=peak_tflops)
+    per_rank = recipe.qat.steps * recipe.qat.batch_size * recipe.data.sequence_length * recipe.qat.gradient_accumulation
+    ranks_of_recipe = recipe.cluster.nodes * recipe.cluster.accelerators_per_node if recipe.cluster else 1
+    tokens = per_rank * ranks_of_recipe
+    hours = tokens / rate / 3600
+    console = Console(width=110)
+    table = Table("ranks", "cluster.expert_parallel", "memory per rank (GiB)", "received per step (GB)", "hours",
+                  title=f"{name}: layouts that fit {gpu_memory:g} GiB, the cheapest first")
+    for proposal in found[:6]:
+        table.add_row(str(proposal.layout.ranks), str(proposal.layout.expert_parallel), f"{proposal.memory / GIB:,.1f}",
+                      f"{proposal.received / 1e9:,.1f}", f"{hours / proposal.layout.ranks:,.1f}")
+    console.print(table)
+    best = found[0].layout
+    console.print(f"proposed: torchrun over {best.ranks} GPUs, cluster.sharding=fsdp2 "
+                  f"cluster.expert_parallel={best.expert_parallel}", highlight=False)
+    console.print(f"{tokens / 1e9:,.2f} B tokens (those of the recipe on its own cluster): {hours:,.0f} GPU-hours, "
+                  f"{hours * price:,.0f} at {price:g} per GPU-hour", highlight=False)
+    console.print(f"assumed, not measured: {mfu:.0%} of {peak_tflops:g} TFLOP/s, so {rate:,.0f} tokens/s per GPU",
+                  highlight=False)
+    return 0
 
 
 def _kind(name: str) -> str:
@@ -166,9 +213,7 @@ def _sizes(recipe: Recipe, groups: dict[str, int]) -> _Sizes:
     cluster, experts, total = recipe.cluster, groups[EXPERTS], sum(groups.values())
     ranks = cluster.nodes * cluster.accelerators_per_node if cluster else 1
     return _Sizes(experts=experts, others=total - experts, trained=total if recipe.qat.train == "all" else experts,
-                  width=4 if recipe.model.dtype == "float32" else 2, ranks=ranks,
-                  shards=ranks if cluster and cluster.sharding != "ddp" else 1,
-                  expert_parallel=cluster.expert_parallel if cluster else 1)
+                  width=4 if recipe.model.dtype == "float32" else 2, ranks=ranks)
 
 
 def _matrices(tensors) -> int:
@@ -176,47 +221,30 @@ def _matrices(tensors) -> int:
     return sum(t.num_experts * (2 if "gate_up" in t.name else 1) for t in tensors)
 
 
-def _state_bytes(recipe: Recipe, sizes: _Sizes, shards: int | None = None) -> dict[str, int]:
-    """What the optimizer's side holds on one of `shards` ranks (default: the plan's)."""
-    qat, shards = recipe.qat, shards or sizes.shards
-    moments = 4 if qat.optimizer.name == "muon" else 8
-    state = {"masters (float32)": sizes.experts * 4, f"optimizer ({qat.optimizer.name})": sizes.trained * moments}
-    if qat.oscillation.method != "none":
-        state[f"oscillation control ({qat.oscillation.method})"] = sizes.experts * (
-            4 if qat.oscillation.method == "ema" else 2)  # a mean; or a flip counter and a mark
-    if qat.average_last:
-        state["average of the masters"] = sizes.experts * 4
-    return {name: size // shards for name, size in state.items()}
+def _state_bytes(recipe: Recipe, sizes: _Sizes) -> dict[str, int]:
+    """What the optimizer's side of one process holds."""
+    return sharded_plan.state_bytes(recipe, Placement(sizes.experts, sizes.others, 0, 0, True))
 
 
-def _working_bytes(recipe: Recipe, sizes: _Sizes, model) -> dict[str, int]:
-    """What always lies on the accelerator of one rank."""
-    qat, S, w = recipe.qat, sizes.shards, sizes.width
-    tokens = qat.batch_size * recipe.data.sequence_length
-    config = model.config.get_text_config()
-    memory = {
-        f"compute weights ({recipe.model.dtype})": sizes.total * w // S,
-        "teacher's own weights": sizes.trained * w // S,
-        "gradients (float32)": sizes.trained * 4 // S,
-        "last codes (health)": int(sizes.experts * CODE_BYTES) // S,
+def _working_bytes(recipe: Recipe, sizes: _Sizes) -> dict[str, int]:
+    """What lies on the accelerator of one process beside the optimizer's side and what passes through."""
+    return {
+        f"compute weights ({recipe.model.dtype})": sizes.total * sizes.width,
+        "teacher's own weights": sizes.trained * sizes.width,
+        "gradients (float32)": sizes.trained * 4,
+        "last codes (health)": int(sizes.experts * CODE_BYTES),
     }
-    if S > 1:
-        layer_experts, layer_others = _largest_layer(model, sizes.expert_parallel)
-        memory["gathered layers (two)"] = 2 * w * (layer_experts + layer_others)
-        memory["one layer's gradients (float32)"] = 4 * (layer_experts + (layer_others if qat.train == "all" else 0))
-    memory[f"activations ({tokens:,} tokens{', recomputed' if qat.gradient_checkpointing else ''})"] = activation_bytes(
-        config, tokens, w, recomputed=qat.gradient_checkpointing, hidden_loss=qat.loss.hidden > 0)
-    memory["logits (one chunk)"] = min(qat.loss.chunk_tokens, tokens) * config.vocab_size * 4 * 4
-    return memory
 
 
-def _largest_layer(model, expert_parallel: int) -> tuple[int, int]:
-    """(expert weights of one rank's share, other weights) of the largest decoder layer."""
-    layers = []
-    for layer in model.base_model.layers:
-        experts = sum(p.numel() for p in layer.parameters() if p.ndim == 3) // expert_parallel
-        layers.append((experts, sum(p.numel() for p in layer.parameters() if p.ndim != 3)))
-    return max(layers, key=sum)
+def _passing_bytes(recipe: Recipe, model, width: int) -> dict[str, int]:
+    """Activations and logits of one micro-step."""
+    qat, config = recipe.qat, model.config.get_text_config()
+    tokens = qat.batch_size * recipe.data.sequence_length
+    return {
+        f"activations ({tokens:,} tokens{', recomputed' if qat.gradient_checkpointing else ''})": activation_bytes(
+            config, tokens, width, recomputed=qat.gradient_checkpointing, hidden_loss=qat.loss.hidden > 0),
+        "logits (one chunk)": min(qat.loss.chunk_tokens, tokens) * config.vocab_size * 4 * 4,
+    }
 
 
 def activation_bytes(config, tokens: int, width: int, *, recomputed: bool, hidden_loss: bool = False) -> int:
@@ -250,34 +278,10 @@ def _export_bytes(inventory, sizes: _Sizes) -> dict[str, int]:
     return by_dtype
 
 
-def _communication(recipe: Recipe, sizes: _Sizes, config, moe_layers: int) -> tuple[dict[str, int], set[str]]:
-    """Bytes that one rank receives per step, and which rows stay within a node when expert parallelism does.
-
-    Sharded weights pass through every rank three times per micro-step: teacher's forward, student's forward, backward.
-    With expert parallelism each rank gathers its share of the experts only, from the ranks that hold the same share, and
-    tokens travel instead: out and back in each forward (teacher, student, recomputation) and in the backward pass.
-    """
-    qat, R, w, E = recipe.qat, sizes.ranks, sizes.width, sizes.expert_parallel
-    if R == 1:
-        return {}, set()
-    twins = R // E  # ranks that hold the same share of the experts
-    trained_others = sizes.trained - sizes.experts
-    if sizes.shards == 1:
-        return {"all-reduce of gradients (float32)": 2 * (sizes.experts // E * 4 * (twins - 1) // twins
-                                                          + trained_others * 4 * (R - 1) // R)}, set()
-    micro, config = qat.gradient_accumulation, config.get_text_config()
-    rows = {
-        f"all-gather of experts ({recipe.model.dtype})": 3 * micro * (sizes.experts // E) * w * (twins - 1) // twins,
-        f"all-gather of everything else ({recipe.model.dtype})": 3 * micro * sizes.others * w * (R - 1) // R,
-        "reduce-scatter of gradients (float32)": micro * 4 * (sizes.experts // E * (twins - 1) // twins
-                                                              + trained_others * (R - 1) // R),
-    }
-    if E == 1:
-        return rows, set()
-    passes = 3 + qat.gradient_checkpointing
-    sent = qat.batch_size * recipe.data.sequence_length * config.num_experts_per_tok * config.hidden_size * w
-    rows["all-to-all of tokens (experts)"] = 2 * passes * micro * moe_layers * sent * (E - 1) // E
-    return rows, {"all-to-all of tokens (experts)"} if E <= recipe.cluster.accelerators_per_node else set()
+def _communication(recipe: Recipe, sizes: _Sizes) -> dict[str, int]:
+    """Bytes that one process receives per step under data parallelism."""
+    R = sizes.ranks
+    return {} if R == 1 else {"all-reduce of gradients (float32)": 2 * sizes.trained * 4 * (R - 1) // R}
 
 
 def _seconds(recipe: Recipe, communication: dict[str, int], over_link: set[str]) -> dict[str, float]:
@@ -294,8 +298,8 @@ def _notes(recipe: Recipe) -> list[str]:
     notes = []
     if recipe.cluster is None:
         notes.append("the recipe names no cluster: figures are for one process and are not checked against memory")
-    elif recipe.cluster.sharding != "ddp":
-        notes.append(f"sharding {recipe.cluster.sharding} is planned here; qat/train.py itself runs data parallelism so far")
+    elif recipe.cluster.offload_optimizer:
+        notes.append("cluster.offload_optimizer is planned here; qat/train.py does not offload")
     if recipe.qat.warm_start.method != "none":
         notes.append("second moments of the first codes (before training; qat.warm_start.moments_gib) are not counted")
     return notes

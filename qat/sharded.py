@@ -30,7 +30,7 @@ from qat.geometry import meta_model
 from qat.methods import needed as methods_needed
 from qat.trainer import Trainer
 from training.sharding import checkpoint as sharded_checkpoint
-from training.sharding.layout import layout_of, require_divisible
+from training.sharding.layout import layout_of, require_divisible, require_experts_everywhere
 from training.sharding.model_folder import folder_of_all_ranks, write_model
 from training.sharding.quantized_gather import QuantizedGather
 from training.sharding.shards import LocalShard, copies, gather_rows, local_shards, reshard, settle, total_norm
@@ -47,6 +47,8 @@ class ShardedQuantizer(ExpertQuantizer):
     `masters` are this rank's rows, and so are the tensors that every method takes or gives; `tensors` describe the whole ones.
     """
 
+    gather_codes = True  # False: rounded values in the compute dtype, which benchmarks/sharded_step.py compares with
+
     def _take_masters(self) -> None:
         for tensor in self.tensors:
             tensor.parameter.requires_grad_(True)
@@ -58,7 +60,7 @@ class ShardedQuantizer(ExpertQuantizer):
         mesh = tensor.parameter.device_mesh
         shards = mesh.size() // copies(tensor.parameter)
         return QuantizedGather(tensor.parameter._local_tensor, axis=tensor.axis, scale_rule=self.scale_rule,
-                               even=tensor.num_experts % shards == 0, compute_dtype=self.compute_dtype,
+                               even=self.gather_codes and tensor.num_experts % shards == 0, compute_dtype=self.compute_dtype,
                                padded_rows=-(-tensor.num_experts // shards))
 
     def __init__(self, model: nn.Module, *, compute_dtype: torch.dtype, **settings):
@@ -97,6 +99,10 @@ class ShardedTrainer(Trainer):
 
     def load_model(self) -> nn.Module:
         recipe = self.recipe
+        if recipe.cluster.sharding == "zero3":
+            raise ValueError("cluster.sharding: zero3: not built: DeepSpeed cuts every parameter into flat ranges, which cut "
+                             "blocks of 32 weights unless ceil(size / ranks) is a multiple of 32, and its gather has no hook "
+                             "for codes; expected fsdp2")
         self.layout = layout_of(recipe.cluster, self.accelerator.num_processes)
         self.whole = self.layout.ranks == 1
         if self.whole:
@@ -109,8 +115,11 @@ class ShardedTrainer(Trainer):
             raise ValueError("qat.warm_start.layers_together measures a model that is whole on one process; expected 0 with "
                              f"cluster.sharding: {recipe.cluster.sharding}")
         self.compute_dtype = getattr(torch, recipe.model.dtype)
-        tensors = find_expert_tensors(meta_model(recipe)[0])
+        model = meta_model(recipe)[0]
+        tensors = find_expert_tensors(model)
         require_divisible(self.layout, {t.name: t.num_experts for t in tensors})
+        if model.config.model_type != "mimo_v2":  # read by transformers, whose converters cannot make a shard of nothing
+            require_experts_everywhere(self.layout, {t.name: t.num_experts for t in tensors})
         self.expert_modules = tuple(dict.fromkeys(t.module for t in tensors))
         self.say(f"sharding: {self.layout}")
         return self.load_tree(self.compute_dtype, masters=True)
@@ -283,4 +292,4 @@ class ShardedTrainer(Trainer):
         with folder_of_all_ranks(self.folder / "model", self.accelerator) as partial:
             write_model(self.model, partial, rounded.get, self.compute_dtype)
             if self.main:
-                self.tokenizer.save_pretrained(partial)
+                self.save_tokenizer(partial)

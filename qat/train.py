@@ -17,13 +17,25 @@ from recipes.schema import Recipe
 
 
 def main(argv: list[str]) -> int:
-    args = parse_job(job_parser("qat/train.py", "Quantization-aware training of the routed experts of an MoE model to MXFP4.",
-                                "qat/train.py recipes/tiny.yaml qat.steps=50 qat.optimizer.learning_rate=1e-4"), argv)
+    parser = job_parser("qat/train.py", "Quantization-aware training of the routed experts of an MoE model to MXFP4.",
+                        "qat/train.py recipes/tiny.yaml qat.steps=50 qat.optimizer.learning_rate=1e-4")
+    layouts = parser.add_argument_group("with --plan: the cheapest layout of so many GPUs, with hours and price")
+    layouts.add_argument("--gpus", type=int, metavar="N", help="GPUs to be had")
+    layouts.add_argument("--gpu-memory", type=float, metavar="GIB", default=80.0, help="memory of one (default: 80)")
+    layouts.add_argument("--price", type=float, default=2.5, help="of one GPU-hour (default: 2.5)")
+    layouts.add_argument("--mfu", type=float, default=0.08, help="assumed share of the peak (default: 0.08)")
+    layouts.add_argument("--peak-tflops", type=float, default=989.0, help="bf16 peak of one GPU (default: 989, of an H100)")
+    args = parse_job(parser, argv)
+    if args.gpus is not None and (not args.plan or args.gpus < 1):
+        parser.error("--gpus goes with --plan and is at least 1")
 
     def job(recipe: Recipe) -> int:
         if args.plan:
             from qat import plan
 
+            if args.gpus is not None:
+                return plan.propose(recipe, gpus=args.gpus, gpu_memory=args.gpu_memory, price=args.price, mfu=args.mfu,
+                                    peak_tflops=args.peak_tflops)
             return plan.run(recipe)
         from qat import trainer
 

@@ -403,9 +403,12 @@ class Trainer(TrainingRun):
             return
         with checkpoint.folder_aside(self.folder / "model") as partial:
             self.model.save_pretrained(partial)
-            # As it came, if it came from a folder: transformers would write it anew in the words of its own version.
-            if not copy_tokenizer(local_folder(self.recipe.model.path), partial):
-                self.tokenizer.save_pretrained(partial)
+            self.save_tokenizer(partial)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """As it came, if it came from a folder: transformers would write it anew in the words of its own version."""
+        if not copy_tokenizer(local_folder(self.recipe.model.path), folder):
+            self.tokenizer.save_pretrained(folder)
 
 
 def make_quantizer(model: nn.Module, recipe: Recipe) -> ExpertQuantizer:

@@ -271,11 +271,11 @@ def assist(options: argparse.Namespace, ranks) -> int:
     import signal
 
     from checkpoint.load import load_tokenizer
-    from runtime_ref.server.engine_thread import follow
+    from runtime_ref.server.engine_thread import follower_loop
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    follow(load(options, ranks, load_tokenizer(options.folder)), ranks)
+    follower_loop(load(options, ranks, load_tokenizer(options.folder)), ranks)
     return 0
 
 

@@ -1,11 +1,11 @@
 """Tiny random models of any family: one step of training, stock loading, equality."""
 
 import torch
-from family_configs import tiny
 from toy_export import RECIPE
 from transformers import AutoModelForCausalLM
 
 from qat.attach import ExpertQuantizer
+from tools.family_configs import tiny
 
 
 def random_model(model_type: str, **changes):

@@ -48,6 +48,8 @@ def train(rank: int, recipe: Path, cases: dict) -> dict:
             results[name]["sent"] = [(g.sent, g.gathers) for g in trainer.quantizer.gathers]
         if "finish" in words:
             trainer.finish()
+        if trainer.main:
+            trainer.held.__exit__(None, None, None)  # not close(), which would end the process group
         del trainer
         gc.collect()
     return results

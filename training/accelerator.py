@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -16,11 +18,14 @@ T = TypeVar("T")
 LAUNCH_HELP = ("several processes on a CPU: ACCELERATE_USE_CPU=true torchrun --nproc-per-node N {script} RECIPE; "
                "on GPUs: accelerate launch --multi_gpu --num_processes N {script} RECIPE")
 
-# What the trainers do not do; `accelerate launch` asks for it with a variable ACCELERATE_USE_...
+# Accelerate's own ways of dividing a model, which `accelerate launch` asks for with a variable ACCELERATE_USE_...: its FSDP
+# plugin knows no expert parallelism, wraps one model together with the optimizer that holds its parameters (here are a student
+# and a teacher, and the optimizer holds local shards), and has rank 0 read and send out the whole model.
 _SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 # How long processes wait for the first one, which tokenizes a corpus alone (torch's default is ten minutes on GPUs). One that
 # dies is noticed by the launcher at once, whatever this says.
 PATIENCE = timedelta(hours=12)
+_PR_SET_PDEATHSIG = 1
 
 
 def make_accelerator(gradient_accumulation: int = 1):
@@ -50,12 +55,28 @@ def _refuse_launch() -> None:
     """Reads the environment, before Accelerate looks for the packages that such a launch needs."""
     for kind in _SHARDING:
         if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            raise ValueError(f"launched with distributed_type {kind}, but the trainer does not shard: every process holds the "
-                             f"whole model. Launch {LAUNCH_HELP.format(script=sys.argv[0])}")
+            raise ValueError(f"launched with distributed_type {kind}, but models are sharded by the recipe (cluster.sharding: "
+                             f"fsdp2), not by Accelerate. Launch {LAUNCH_HELP.format(script=sys.argv[0])}")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision != "no":
         raise ValueError(f"launched with mixed_precision {precision}, but weights carry their dtype: set model.dtype, and "
                          "launch with --mixed_precision no (what is not given comes from Accelerate's own configuration)")
+
+
+def end_with_launcher() -> None:
+    """Asks Linux for SIGTERM when the launcher that started this process ends.
+
+    `accelerate launch` and torchrun pass most signals on, but not all of them and not when they are killed: their trainer would
+    go on, unseen, beside the one that is started next. A process that no launcher started is left alone: shells end before it.
+    """
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):  # another system: nothing is asked
+        with open(f"/proc/{parent}/cmdline", "rb") as file:
+            command = file.read()
+        if any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed.run", b"torch/distributed/run")):
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+            if os.getppid() != parent:  # it ended meanwhile
+                signal.raise_signal(signal.SIGTERM)
 
 
 def from_first(accelerator, make: Callable[[], T]) -> T:
@@ -77,7 +98,7 @@ def from_first(accelerator, make: Callable[[], T]) -> T:
 
 
 class StopRequest:
-    """Context manager: turns SIGTERM and SIGINT into a flag that is read between steps.
+    """Context manager: turns SIGTERM, SIGINT and SIGUSR1 (a batch system's warning) into a flag that is read between steps.
 
     A second signal of the same kind gets the default behaviour (the process ends at once).
     """
@@ -87,7 +108,8 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        end_with_launcher()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -97,7 +119,7 @@ class StopRequest:
 
     def _receive(self, number, frame) -> None:
         self.signal = number
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def agreed(self, accelerator) -> int | None:
         """The signal that any process received (all processes get the same answer), or None."""

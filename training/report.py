@@ -166,6 +166,9 @@ def draw_curves(metrics_path: Path, png_path: Path, title: str) -> None:
     for key, label in (("kl", "KL to teacher"), ("hidden", "hidden error")):
         if any(r.get(key) for r in train):
             axes[0, 0].plot(steps, [r.get(key, math.nan) for r in train], label=label)
+    held_out = [r for r in records if r["kind"] == "heldout"]
+    if held_out:
+        axes[0, 0].plot([r["step"] for r in held_out], [r["kl"] for r in held_out], marker="o", label="KL, held-out text")
     axes[0, 0].set(title="training loss", xlabel="step", ylabel="nats per token", yscale="log")
     axes[0, 0].legend()
     axes[0, 1].plot(steps, [r.get("learning_rate", math.nan) for r in train])

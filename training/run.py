@@ -13,8 +13,11 @@ from storage.files import next_free, tree_bytes, write_json, write_text
 from storage.locks import Lock
 from storage.revision import git_revision
 from training import checkpoint, report
-from training.accelerator import StopRequest, from_first
+from training.accelerator import PATIENCE, StopRequest, from_first
 from training.resume import require_same_inputs
+from training.watch import Watch
+
+HANG_MINUTES = 10.0  # where a recipe has no cluster section
 
 
 class NonFinite(ArithmeticError):
@@ -77,15 +80,21 @@ class TrainingRun:
         settings, state = self.settings, self.state
         last = min(settings.steps, max_steps or settings.steps)
         bar = report.ProgressBar(settings.steps, state.step, enabled=self.main, every=settings.log_every, label=self.label)
-        batches = self.batches()
+        cluster = self.recipe.cluster
+        watch = Watch(cluster.hang_minutes if cluster else HANG_MINUTES, rank=self.accelerator.process_index,
+                      ranks=self.accelerator.num_processes)
+        batches = watch.batches(self.batches(), lambda: state.step)
         with StopRequest() as stop:
             try:
                 while state.step < last:
                     began = time.perf_counter()
                     values = self.update(batches)
+                    watch.at(state.step, "report")
                     self.record(values, time.perf_counter() - began, bar)
                     signal = stop.agreed(self.accelerator)
+                    watch.begin()
                     if state.step % settings.checkpoint_every == 0 or state.step == last or signal:
+                        watch.at(state.step, "checkpoint")
                         self.save()
                     if signal:
                         self.draw()
@@ -93,6 +102,7 @@ class TrainingRun:
                         return signal
             finally:
                 bar.close()
+                watch.end(PATIENCE)
         if last < settings.steps:
             self.draw()
             self.say(f"stopped at --max-steps {last}; --resume continues to step {settings.steps}")

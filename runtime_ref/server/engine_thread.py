@@ -1,20 +1,23 @@
 """The engine in a thread of its own, beside the event loop that talks to clients.
 
-The engine computes step after step and never waits for a client; the event loop never computes. Between them go commands
-(add, abort, stop), applied between two steps, and outputs. Outputs are held until the engine has computed for a while, longer
-the more requests are open: an event for each token of a small model costs the event loop (and through the interpreter's lock
-the engine) more than a tenth of the token, and nobody reads faster. What is counted is the CPU time of the engine's thread, for
-that is what an event is compared with: on a busy machine a step takes long without computing more. No output waits longer than
-a tenth of a second for the next; first tokens and ends are never held back, nor is anything once the engine has nothing to do,
-and steps that compute for longer are handed over one by one. With several ranks, rank 0's commands are broadcast before each
-step, so that all ranks make the same calls in the same order (`follow` is the loop of the others); while there is nothing to do
-an empty broadcast every few seconds keeps the ranks in touch and finds dead ones.
+The engine computes step after step and never waits for a client; the event loop never computes. Commands (add, abort, stop)
+go one way, and are applied between two steps; outputs go the other way.
+
+Outputs stay pending until the engine has computed for a while, longer the more requests are open: an event for each token of
+a small model costs the event loop (and through the interpreter's lock the engine) more than a tenth of the token, and nobody
+reads faster. The CPU time of the engine's thread is counted, not wall time: on a busy machine a step takes long without
+computing more. No output is pending for longer than a tenth of a second. First tokens and ends are flushed at once, and so is
+everything when the engine has nothing to do or a step computes for longer.
+
+With several ranks, rank 0's commands are broadcast before each step, so that all ranks make the same calls in the same order
+(`follower_loop` is the loop of the others). While there is nothing to do, an empty broadcast every few seconds finds dead
+ranks.
 
 If the thread ends for any reason but `stop`, or a step takes longer than `stall_seconds`, the worker is down: all open
 requests fail at once, and so does every later one. It is not restarted: what made it fail is not known to be gone.
 
-A process for the engine was rejected: a step's outputs are small, and the time that torch's operations leave the
-interpreter free is enough for the event loop.
+Whatever is work on a client's bytes (JSON, validation, templates, tokens) is done in processes of its own (`request_workers`);
+what is left beside the engine are small events, which fit into the time that its operations leave the interpreter free.
 """
 
 from __future__ import annotations
@@ -38,14 +41,14 @@ STALL_SECONDS = 180.0
 # How often the watch looks, and after how long it speaks of an event loop that does not answer.
 WATCH_SECONDS, LOOP_SECONDS = 0.5, 5.0
 STOP_SECONDS = 5.0  # for the step that the engine is in when the server ends
-# CPU time of the engine between two hand-overs, at least, and for each open request: an event costs 0.1 to 0.4 ms of it.
-HAND_OVER_SECONDS, HAND_OVER_SECONDS_PER_REQUEST = 0.02, 0.0025
-LONGEST_HOLD_SECONDS = 0.1
+# CPU time of the engine between two flushes, at least, and for each open request: an event costs 0.1 to 0.4 ms of it.
+FLUSH_SECONDS, FLUSH_SECONDS_PER_REQUEST = 0.02, 0.0025
+LONGEST_PENDING_SECONDS = 0.1
 
 
 def due(waited: float, computed: float, requests: int) -> bool:
-    """Whether held outputs are handed over: seconds since they last were, the engine's CPU seconds since, open requests."""
-    return waited >= LONGEST_HOLD_SECONDS or computed >= max(HAND_OVER_SECONDS, HAND_OVER_SECONDS_PER_REQUEST * requests)
+    """Whether pending outputs are flushed: seconds since they last were, the engine's CPU seconds since, open requests."""
+    return waited >= LONGEST_PENDING_SECONDS or computed >= max(FLUSH_SECONDS, FLUSH_SECONDS_PER_REQUEST * requests)
 
 
 class Refused(ValueError):
@@ -62,25 +65,25 @@ class EngineDown(RuntimeError):
 
 @dataclass(frozen=True)
 class Command:
-    """What all ranks do between two steps: `add` sequences of a ticket, `abort` a ticket, or `stop`."""
+    """What all ranks do between two steps: `add` a request's sequences, `abort` a request, or `stop`."""
 
     name: str
-    ticket: int = -1
+    handle: int = -1
     prompts: tuple[tuple[int, ...], ...] = ()
     params: tuple[SamplingParams, ...] = ()
 
 
 @dataclass(slots=True)
-class Part:
-    """One step's output for one choice of a ticket; `at` is time.monotonic() at the end of the step."""
+class StepOutput:
+    """One step's output for one choice of a request; `at` is time.monotonic() at the end of the step."""
 
     choice: int
     output: Output
     at: float
 
 
-class Book:
-    """Tickets and the engine's ids of their sequences: the part of the bookkeeping that all ranks share."""
+class RequestTable:
+    """Requests and the engine's ids of their sequences: the part of the bookkeeping that all ranks share."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -90,32 +93,32 @@ class Book:
     def apply(self, command: Command) -> str | None:
         """Returns why the command was refused, or None."""
         if command.name == "abort":
-            for i in self.ids.pop(command.ticket, []):
+            for i in self.ids.pop(command.handle, []):
                 self.owner.pop(i, None)
                 self.engine.abort(i)
             return None
-        ids = self.ids[command.ticket] = []
+        ids = self.ids[command.handle] = []
         try:
             for choice, (prompt, params) in enumerate(zip(command.prompts, command.params, strict=True)):
                 ids.append(self.engine.add(list(prompt), params))
-                self.owner[ids[-1]] = (command.ticket, choice)
+                self.owner[ids[-1]] = (command.handle, choice)
         except ValueError as error:
-            self.apply(Command("abort", command.ticket))
+            self.apply(Command("abort", command.handle))
             return str(error)
         return None
 
-    def settle(self, output: Output) -> tuple[int, int]:
-        """(ticket, choice) of an output; forgets the sequence if it has ended."""
-        ticket, choice = self.owner[output.id]
+    def resolve(self, output: Output) -> tuple[int, int]:
+        """(request, choice) of an output; forgets the sequence if it has ended."""
+        handle, choice = self.owner[output.id]
         if output.finish is not None:
             del self.owner[output.id]
-            self.ids[ticket].remove(output.id)
-            if not self.ids[ticket]:
-                del self.ids[ticket]
-        return ticket, choice
+            self.ids[handle].remove(output.id)
+            if not self.ids[handle]:
+                del self.ids[handle]
+        return handle, choice
 
 
-class Ticket:
+class RequestHandle:
     """One request's sequences, as the event loop sees them."""
 
     def __init__(self, worker: EngineWorker, number: int, count: int):
@@ -134,7 +137,7 @@ class Ticket:
             self.close()
             raise event
 
-    async def parts(self) -> AsyncIterator[list[Part]]:
+    async def outputs(self) -> AsyncIterator[list[StepOutput]]:
         """What the steps give, as much of it as is there, until all choices have ended.
 
         Raises:
@@ -145,16 +148,16 @@ class Ticket:
             event = await self._events.get()
             if isinstance(event, BaseException):
                 raise event
-            remaining.difference_update(part.choice for part in event if part.output.finish is not None)
+            remaining.difference_update(step.choice for step in event if step.output.finish is not None)
             yield event
 
-    def deliver(self, event: list[Part] | BaseException | None) -> None:
+    def deliver(self, event: list[StepOutput] | BaseException | None) -> None:
         """Called in the event loop."""
         self._events.put_nowait(event)
         if isinstance(event, BaseException):
             self._leave(set(self.open))
         elif event is not None:
-            ended = {part.choice for part in event if part.output.finish is not None}
+            ended = {step.choice for step in event if step.output.finish is not None}
             if ended:
                 self._leave(ended)
 
@@ -206,15 +209,15 @@ class EngineWorker:
         self.down: str | None = None
         self.ended_well = False
         self.last_statistics = statistics(engine)
-        self._book = Book(engine)
-        self._tickets: dict[int, Ticket] = {}
+        self._table = RequestTable(engine)
+        self._handles: dict[int, RequestHandle] = {}
         self._numbers = 0
         self._condition = threading.Condition()
         self._commands: list[Command] = []
         self._asked: list[asyncio.Future] = []
-        self._held: list[tuple[int, Part]] = []  # of the engine's thread: outputs to be handed over, with their tickets
-        self._handed = self._computed = 0.0  # when they last were: wall time, and CPU time of the engine's thread
-        self._fresh: set[int] = set()  # tickets that have got nothing yet
+        self._pending: list[tuple[int, StepOutput]] = []  # of the engine's thread: with their requests' numbers
+        self._flushed = self._computed = 0.0  # when they last were: wall time, and CPU time of the engine's thread
+        self._fresh: set[int] = set()  # requests that have got nothing yet
         self._step_began: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -239,7 +242,7 @@ class EngineWorker:
 
     def cut(self, reason: str) -> None:
         """Ends everything that is open, and everything that is still asked for, with an error."""
-        for number in self._tickets:
+        for number in self._handles:
             self._send(Command("abort", number))
         self._fail(reason)
 
@@ -248,7 +251,7 @@ class EngineWorker:
         """Whether the thread has ended."""
         return self._thread is None or not self._thread.is_alive()
 
-    def submit(self, prompts: list[list[int]], params: list[SamplingParams]) -> Ticket:
+    def submit(self, prompts: list[list[int]], params: list[SamplingParams]) -> RequestHandle:
         """Queues the sequences of one request.
 
         Raises:
@@ -260,26 +263,23 @@ class EngineWorker:
             raise Refused(f"{count} answers in one request, expected at most {self.max_requests} (prompts x n)")
         if self.in_flight + count > self.max_requests:
             raise Busy(f"{self.in_flight} requests are running or waiting, expected at most {self.max_requests}")
-        ticket = self._tickets[self._numbers] = Ticket(self, self._numbers, count)
+        handle = self._handles[self._numbers] = RequestHandle(self, self._numbers, count)
         self._numbers += 1
         self.in_flight += count
-        self._send(Command("add", ticket.number, tuple(map(tuple, prompts)), tuple(params)))
-        return ticket
+        self._send(Command("add", handle.number, tuple(map(tuple, prompts)), tuple(params)))
+        return handle
 
-    def forget(self, ticket: Ticket) -> None:
-        """Aborts what is left of a ticket."""
-        if self._tickets.pop(ticket.number, None) is not None:
-            self._send(Command("abort", ticket.number))
+    def forget(self, handle: RequestHandle) -> None:
+        """Aborts what is left of a request."""
+        if self._handles.pop(handle.number, None) is not None:
+            self._send(Command("abort", handle.number))
 
     def check(self) -> None:
-        """Finds a stalled engine.
+        """Whether requests can be taken.
 
         Raises:
             EngineDown.
         """
-        began = self._step_began
-        if self.down is None and began is not None and time.monotonic() - began > self.stall_seconds:
-            self._fail(f"a step has taken more than {self.stall_seconds:g} s")
         if self.down is not None:
             raise EngineDown(self.down)
 
@@ -341,14 +341,14 @@ class EngineWorker:
             self._call(self._fail, str(error))
         finally:
             error = sys.exc_info()[1]
-            self._hand_over()
+            self._flush()
             said = "the server is shutting down" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
             self._call(self._fail, said)
 
     def _turn(self) -> bool:
         """Commands, if there are any, then one step. Returns whether it was told to stop.
 
-        Short on purpose: a step sweeps the processor's caches with weights, and whatever is touched here comes from far away.
+        Keep this short: each step evicts the CPU caches, so every access here is a miss.
         """
         engine = self.engine
         if (self._commands or self._asked or not engine.busy or self.ranks.count > 1) and self._attend():
@@ -359,14 +359,14 @@ class EngineWorker:
         self._step_began = None
         urgent = not engine.busy
         for output in outputs:
-            ticket, choice = self._book.settle(output)
-            self._held.append((ticket, Part(choice, output, now)))
-            if output.finish is not None or ticket in self._fresh:
+            handle, choice = self._table.resolve(output)
+            self._pending.append((handle, StepOutput(choice, output, now)))
+            if output.finish is not None or handle in self._fresh:
                 urgent = True
-                self._fresh.discard(ticket)
-        waited = now - self._handed
-        if urgent or waited >= HAND_OVER_SECONDS and due(waited, time.thread_time() - self._computed, len(self._book.ids)):
-            self._hand_over(now)
+                self._fresh.discard(handle)
+        waited = now - self._flushed
+        if urgent or waited >= FLUSH_SECONDS and due(waited, time.thread_time() - self._computed, len(self._table.ids)):
+            self._flush(now)
         return False
 
     def _attend(self) -> bool:
@@ -383,23 +383,23 @@ class EngineWorker:
             if command.name == "stop":
                 self._step_began = None
                 return True
-            reason = self._book.apply(command)
+            reason = self._table.apply(command)
             if command.name == "add":
-                replies.append((command.ticket, None if reason is None else Refused(reason)))
-                self._fresh.add(command.ticket)
+                replies.append((command.handle, None if reason is None else Refused(reason)))
+                self._fresh.add(command.handle)
             else:
-                self._fresh.discard(command.ticket)
+                self._fresh.discard(command.handle)
         if replies:
             self._call(self._reply, replies)
         if asked:
             self._call(self._answer, asked, statistics(self.engine))
         return False
 
-    def _hand_over(self, now: float = 0.0) -> None:
-        """In the engine's thread: what is held goes to the event loop."""
-        if self._held:
-            held, self._held, self._handed, self._computed = self._held, [], now, time.thread_time()
-            self._call(self._deliver, held)
+    def _flush(self, now: float = 0.0) -> None:
+        """In the engine's thread: what is pending goes to the event loop."""
+        if self._pending:
+            pending, self._pending, self._flushed, self._computed = self._pending, [], now, time.thread_time()
+            self._call(self._deliver, pending)
 
     def _call(self, function, *arguments) -> None:
         try:
@@ -409,23 +409,23 @@ class EngineWorker:
 
     def _reply(self, replies: list[tuple[int, BaseException | None]]) -> None:
         for number, error in replies:
-            ticket = self._tickets.get(number)
-            if ticket is not None:
-                ticket.deliver(error)
+            handle = self._handles.get(number)
+            if handle is not None:
+                handle.deliver(error)
                 if error is not None:
-                    self._tickets.pop(number, None)
+                    self._handles.pop(number, None)
 
-    def _deliver(self, held: list[tuple[int, Part]]) -> None:
-        by_ticket: dict[int, list[Part]] = {}
-        for number, part in held:
-            by_ticket.setdefault(number, []).append(part)
-        for number, parts in by_ticket.items():
-            ticket = self._tickets.get(number)
-            if ticket is None:
+    def _deliver(self, pending: list[tuple[int, StepOutput]]) -> None:
+        by_handle: dict[int, list[StepOutput]] = {}
+        for number, step in pending:
+            by_handle.setdefault(number, []).append(step)
+        for number, outputs in by_handle.items():
+            handle = self._handles.get(number)
+            if handle is None:
                 continue
-            ticket.deliver(parts)
-            if not ticket.open:
-                self._tickets.pop(number, None)
+            handle.deliver(outputs)
+            if not handle.open:
+                self._handles.pop(number, None)
 
     def _answer(self, asked: list[asyncio.Future], found: Statistics) -> None:
         for future in asked:
@@ -436,9 +436,9 @@ class EngineWorker:
         """In the event loop: everything open fails, everything later too."""
         if self.down is None:
             self.down = reason
-        tickets, self._tickets = self._tickets, {}
-        for ticket in tickets.values():
-            ticket.deliver(EngineDown(self.down))
+        handles, self._handles = self._handles, {}
+        for handle in handles.values():
+            handle.deliver(EngineDown(self.down))
 
 
 def _where(thread: int) -> str:
@@ -447,17 +447,17 @@ def _where(thread: int) -> str:
     return "".join(traceback.format_stack(frame)[-3:]).rstrip() if frame is not None else "(its thread has ended)"
 
 
-def follow(engine: Engine, ranks: Ranks) -> None:
+def follower_loop(engine: Engine, ranks: Ranks) -> None:
     """The loop of ranks other than 0: the same commands, the same steps, nobody to tell.
 
     Raises:
         RankLost: rank 0, or another one, has ended without saying so.
     """
-    book = Book(engine)
+    table = RequestTable(engine)
     while True:
         for command in ranks.broadcast(None):
             if command.name == "stop":
                 return
-            book.apply(command)
+            table.apply(command)
         for output in engine.step():
-            book.settle(output)
+            table.resolve(output)

@@ -27,11 +27,12 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from runtime_ref.core.sampling_params import SamplingParams
+from runtime_ref.server import openai_responses
 from runtime_ref.server.access import AccessRules
 from runtime_ref.server.engine_thread import Busy, EngineDown, EngineWorker
 from runtime_ref.server.metrics import CONTENT_TYPE, Metrics
 from runtime_ref.server.openai_requests import BadRequest, short
-from runtime_ref.server.openai_responses import END, Answer, Vocabulary, Wanted, dumps, error_body
+from runtime_ref.server.openai_responses import END, ResponseOptions, Vocabulary, dumps, error_body
 from runtime_ref.server.preparation import Prepared
 from runtime_ref.server.request_workers import Limits, RequestWorkers
 
@@ -136,16 +137,17 @@ class Api:
         if longest + tokens > self.context:
             raise BadRequest(f"max_tokens: {tokens} after a prompt of {longest} tokens, expected at most {self.context} "
                              "together", param="max_tokens", code="context_length_exceeded")
-        wanted = Wanted(chat, asked.model or self.settings.names[0], asked.logprobs, asked.token_ids, asked.drafts, asked.usage,
-                        asked.usage_always, reading=asked.reading, one_call=asked.one_call)
+        options = ResponseOptions(
+            chat, asked.model or self.settings.names[0], asked.logprobs, asked.token_ids, asked.drafts, asked.usage,
+            asked.usage_always, reading=asked.reading, one_call=asked.one_call)
         if asked.echo is not None:
-            wanted.echo = [text for text in asked.echo for _ in range(asked.n)]
+            options.echo = [text for text in asked.echo for _ in range(asked.n)]
         each = [prompt for prompt in asked.prompts for _ in range(asked.n)]
-        ticket = self.worker.submit(each, self._params(asked, tokens) * len(asked.prompts))
-        answer = Answer(ticket, wanted, each, asked.n, self.vocabulary, self.metrics)
+        handle = self.worker.submit(each, self._params(asked, tokens) * len(asked.prompts))
+        answer = openai_responses.Response(handle, options, each, asked.n, self.vocabulary, self.metrics)
         streaming = None
         try:
-            await unless_gone(request, ticket.accepted())
+            await unless_gone(request, handle.accepted())
             if asked.stream:
                 streaming = EventStream(answer)
                 return streaming
@@ -154,8 +156,8 @@ class Api:
             answer.left()
             raise
         finally:
-            if streaming is None:  # a stream closes its ticket itself
-                ticket.close()
+            if streaming is None:  # a stream closes its handle itself
+                handle.close()
 
     def _params(self, asked: Prepared, tokens: int) -> list[SamplingParams]:
         """Of each of a prompt's answers."""
@@ -264,9 +266,9 @@ async def _disconnect(receive: Callable) -> None:
 
 
 class EventStream(Response):
-    """Sends an answer's events; closes its ticket when the client goes, also while nothing is being sent."""
+    """Sends an answer's events; closes its handle when the client goes, also while nothing is being sent."""
 
-    def __init__(self, answer: Answer):
+    def __init__(self, answer: openai_responses.Response):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.answer = answer
@@ -281,7 +283,7 @@ class EventStream(Response):
         finally:
             sending.cancel()
             leaving.cancel()
-            self.answer.ticket.close()
+            self.answer.handle.close()
             self.answer.left()
 
     async def _send(self, send) -> None:

@@ -12,11 +12,42 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass, field
 
-from runtime_ref.server.engine_thread import Part, Statistics
+from runtime_ref.server.engine_thread import Statistics, StepOutput
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+
+HELP = {
+    "vllm:num_requests_running": "Sequences that are decoded or whose prompts are read.",
+    "vllm:num_requests_waiting": "Sequences that wait for a place.",
+    "vllm:kv_cache_usage_perc": "Share of the cache's pages that sequences hold, of the fullest kind (1 = all).",
+    "vllm:num_preemptions_total": "Sequences that gave up their pages and started again.",
+    "vllm:prompt_tokens_total": "Tokens of prompts that were computed.",
+    "vllm:generation_tokens_total": "Tokens of answers.",
+    "vllm:prefix_cache_queries_total": "Tokens of prompts that were looked up in the prefix cache.",
+    "vllm:prefix_cache_hits_total": "Tokens of prompts that were found there.",
+    "vllm:spec_decode_num_drafts_total": "Rounds of drafting.",
+    "vllm:spec_decode_num_draft_tokens_total": "Drafted tokens.",
+    "vllm:spec_decode_num_accepted_tokens_total": "Drafted tokens that were accepted.",
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total": "Accepted drafts by their position in the round.",
+    "vllm:request_success_total": "Ended answers by their reason.",
+    "vllm:time_to_first_token_seconds": "From a request's arrival to the end of the step with its first token.",
+    "vllm:inter_token_latency_seconds": "Between two steps of an answer, for each token of the later one.",
+    "vllm:e2e_request_latency_seconds": "From a request's arrival to the end of its last step.",
+    "vllm:request_prompt_tokens": "Tokens of a request's prompt.",
+    "vllm:request_generation_tokens": "Tokens of an answer.",
+    "fp4_dflash:engine_up": "Whether the engine computes; 0 also fails /health.",
+    "fp4_dflash:event_loop_delay_seconds": "How long the event loop last took to answer the watch.",
+    "fp4_dflash:request_workers_replaced_total": "Request workers that died of a request or a template.",
+    "fp4_dflash:engine_steps_total": "Steps of the engine.",
+    "fp4_dflash:launch_info": "How steps reach the device.",
+    "fp4_dflash:pages_held": "Cache pages held by sequences, by kind.",
+    "fp4_dflash:requests_refused_total": "Requests answered with an error, by status."}
+
+
+def head(name: str, kind: str) -> list[str]:
+    return [f"# HELP {name} {HELP[name]}", f"# TYPE {name} {kind}"]
 
 
 @dataclass
@@ -33,7 +64,7 @@ class Histogram:
         self.total += value
 
     def lines(self, name: str, labels: str) -> list[str]:
-        out, seen = [f"# TYPE {name} histogram"], 0
+        out, seen = head(name, "histogram"), 0
         for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
             seen += count
             out.append(f'{name}_bucket{{{labels},le="{bound}"}} {seen}')
@@ -49,11 +80,11 @@ class Timing:
         self.last = born
         self.tokens = self.steps = self.rounds = self.drafted = self.accepted = 0
 
-    def add(self, part: Part) -> None:
-        output = part.output
+    def add(self, step: StepOutput) -> None:
+        output = step.output
         if self.first is None:
-            self.first = part.at
-        self.last = part.at
+            self.first = step.at
+        self.last = step.at
         self.tokens += len(output.tokens)
         self.steps += 1
         self.drafted, self.accepted = self.drafted + output.drafted, self.accepted + output.accepted
@@ -82,12 +113,12 @@ class Metrics:
         self.finished = dict.fromkeys(("stop", "length", "abort", "error"), 0)
         self.refused: dict[int, int] = {}
 
-    def token(self, timing: Timing, part: Part) -> None:
-        """To be called before `timing.add(part)`."""
+    def token(self, timing: Timing, step: StepOutput) -> None:
+        """To be called before `timing.add(step)`."""
         if timing.first is None:
-            self.first_token.observe(part.at - timing.born)
-        elif part.output.tokens:
-            self.between.observe((part.at - timing.last) / len(part.output.tokens))
+            self.first_token.observe(step.at - timing.born)
+        elif step.output.tokens:
+            self.between.observe((step.at - timing.last) / len(step.output.tokens))
 
     def finish(self, timing: Timing, reason: str, prompt_tokens: int) -> None:
         self.finished[reason] += 1
@@ -107,7 +138,7 @@ class Metrics:
         counts, lines = found.counts, []
 
         def add(name: str, kind: str, values: list[tuple[str, float]]) -> None:
-            lines.append(f"# TYPE {name} {kind}")
+            lines.extend(head(name, kind))
             lines.extend(f"{name}{{{self.labels}{extra}}} {value}" for extra, value in values)
 
         def counter(name: str, value: float) -> None:

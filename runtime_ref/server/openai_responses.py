@@ -1,6 +1,6 @@
 """From the engine's steps to OpenAI's bodies: whole answers, and chunks of a stream.
 
-A chunk is what the engine handed over for one choice: the tokens of one step or, where steps are short, of a few; with
+A chunk is what the engine's thread flushed for one choice: the tokens of one step or, where steps are short, of a few; with
 `return_drafts` always of one, since drafts are accepted step by step. Nothing here knows about HTTP.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from runtime_ref.engine.sampler import Logprob
 from runtime_ref.engine.sequence import Output
-from runtime_ref.server.engine_thread import EngineDown, Part, Ticket
+from runtime_ref.server.engine_thread import EngineDown, RequestHandle, StepOutput
 from runtime_ref.server.metrics import Metrics, Timing
 from runtime_ref.server.tool_calls import Said, as_message, reader
 
@@ -89,8 +89,8 @@ class Vocabulary:
 
 
 @dataclass
-class Choice:
-    """What has come of one answer."""
+class ChoiceState:
+    """What one choice has said so far."""
 
     timing: Timing
     prompt: list[int]
@@ -105,7 +105,7 @@ class Choice:
 
 
 @dataclass
-class Wanted:
+class ResponseOptions:
     """What of the request decides the form of the answer."""
 
     chat: bool
@@ -120,16 +120,16 @@ class Wanted:
     one_call: bool = False
 
 
-class Answer:
+class Response:
     """One request's answer; `prompts` holds each choice's prompt, `n` of them share one."""
 
-    def __init__(self, ticket: Ticket, wanted: Wanted, prompts: list[list[int]], n: int, vocabulary: Vocabulary,
-                 metrics: Metrics):
-        self.ticket, self.wanted, self.n, self.vocabulary, self.metrics = ticket, wanted, n, vocabulary, metrics
-        self.choices = [Choice(Timing(ticket.born), prompt, reader=reader(**wanted.reading) if wanted.reading else None)
+    def __init__(self, handle: RequestHandle, options: ResponseOptions, prompts: list[list[int]], n: int,
+                 vocabulary: Vocabulary, metrics: Metrics):
+        self.handle, self.options, self.n, self.vocabulary, self.metrics = handle, options, n, vocabulary, metrics
+        self.choices = [ChoiceState(Timing(handle.born), prompt, reader=reader(**options.reading) if options.reading else None)
                         for prompt in prompts]
-        self.head = {"id": f"{'chatcmpl' if wanted.chat else 'cmpl'}-{uuid.uuid4().hex}", "object": "",
-                     "created": int(time.time()), "model": wanted.model}
+        self.head = {"id": f"{'chatcmpl' if options.chat else 'cmpl'}-{uuid.uuid4().hex}", "object": "",
+                     "created": int(time.time()), "model": options.model}
 
     async def whole(self) -> dict:
         """The body of an answer that is not streamed.
@@ -137,14 +137,14 @@ class Answer:
         Raises:
             EngineDown.
         """
-        async for parts in self.ticket.parts():
-            for part in parts:
-                self._count(part)
-                self._take(part)
-        body = self.head | {"object": "chat.completion" if self.wanted.chat else "text_completion",
+        async for outputs in self.handle.outputs():
+            for step in outputs:
+                self._count(step)
+                self._take(step)
+        body = self.head | {"object": "chat.completion" if self.options.chat else "text_completion",
                             "choices": [self._choice(i) for i in range(len(self.choices))], "usage": self.usage(),
                             "metrics": self.report()}
-        if self.wanted.token_ids and self.wanted.chat:
+        if self.options.token_ids and self.options.chat:
             body["prompt_token_ids"] = self.choices[0].prompt
         return body
 
@@ -152,26 +152,26 @@ class Answer:
         """Server-sent events, the last one [DONE]. An engine that fails on the way is told as an error event."""
         last: list[str] = []  # said together with the end, which spares a write
         try:
-            async for parts in self.ticket.parts():
-                for part in parts:
-                    self._count(part)
-                said = [self._event(body) for part in (parts if self.wanted.drafts else joined(parts))
-                        for body in self._chunks(part, self._take(part))]
+            async for outputs in self.handle.outputs():
+                for step in outputs:
+                    self._count(step)
+                said = [self._event(body) for step in (outputs if self.options.drafts else joined(outputs))
+                        for body in self._chunks(step, self._take(step))]
                 if all(choice.finish is not None for choice in self.choices):
                     last = said
                 elif said:
                     yield "".join(said)
-            if self.wanted.usage:
+            if self.options.usage:
                 last.append(self._event(self._chunk([]) | {"usage": self.usage(), "metrics": self.report()}))
         except EngineDown as error:
             last.append(self._event(error_body(str(error), "server_error", code="engine_down")))
         yield "".join([*last, END])
 
-    def _worth_saying(self, part: Part) -> bool:
+    def _worth_saying(self, step: StepOutput) -> bool:
         """Whether a client can see anything of it but text: a part of a character, or of a stop string, it cannot."""
-        output, wanted = part.output, self.wanted
-        return bool(output.finish or output.logprobs or wanted.token_ids or wanted.drafts
-                    or not self.choices[part.choice].begun)
+        output, options = step.output, self.options
+        return bool(output.finish or output.logprobs or options.token_ids or options.drafts
+                    or not self.choices[step.choice].begun)
 
     def _event(self, body: dict) -> str:
         return f"data: {dumps(body)}\n\n"
@@ -191,22 +191,22 @@ class Answer:
             if choice.finish is None:
                 self.metrics.finish(choice.timing, "abort", len(choice.prompt))
 
-    def _count(self, part: Part) -> None:
-        choice, output = self.choices[part.choice], part.output
-        self.metrics.token(choice.timing, part)
-        choice.timing.add(part)
+    def _count(self, step: StepOutput) -> None:
+        choice, output = self.choices[step.choice], step.output
+        self.metrics.token(choice.timing, step)
+        choice.timing.add(step)
         choice.tokens += output.tokens
         if output.finish is not None:
             choice.finish = str(output.finish)
             self.metrics.finish(choice.timing, choice.finish, len(choice.prompt))
 
-    def _take(self, part: Part) -> Said:
+    def _take(self, step: StepOutput) -> Said:
         """Takes over what was said, as text, thoughts and calls; returns what is new of it."""
-        choice, output = self.choices[part.choice], part.output
+        choice, output = self.choices[step.choice], step.output
         said = Said(output.text or "")
         if choice.reader is not None:
             said = choice.reader.push(said.text, final=output.finish is not None)
-            if self.wanted.one_call:
+            if self.options.one_call:
                 said.calls = said.calls[:1 - len(choice.said.calls)]
         choice.said.add(said)
         choice.logprobs += output.logprobs
@@ -216,9 +216,9 @@ class Answer:
         return said
 
     def _choice(self, index: int) -> dict:
-        choice, wanted = self.choices[index], self.wanted
+        choice, options = self.choices[index], self.options
         body: dict = {"index": index}
-        if wanted.chat:
+        if options.chat:
             said = choice.said
             body["message"] = {"role": "assistant", "content": said.text if said.text or not said.calls else None,
                                "refusal": None}
@@ -227,38 +227,38 @@ class Answer:
             if said.thought:
                 body["message"]["reasoning_content"] = said.thought
         else:
-            body["text"] = (wanted.echo[index] if wanted.echo else "") + choice.said.text
-        opening = choice.prompt[0] if wanted.echo else None
+            body["text"] = (options.echo[index] if options.echo else "") + choice.said.text
+        opening = choice.prompt[0] if options.echo else None
         body |= {"logprobs": self._logprobs(choice.prompt_logprobs + choice.logprobs, 0, opening),
                  "finish_reason": choice.finish}
-        if wanted.token_ids:
+        if options.token_ids:
             body["token_ids"] = choice.tokens
-            if not wanted.chat:
+            if not options.chat:
                 body["prompt_token_ids"] = choice.prompt
         return body
 
     def _logprobs(self, found: list[Logprob], offset: int, opening: int | None = None) -> dict | None:
-        if self.wanted.logprobs is None:
+        if self.options.logprobs is None:
             return None
-        if self.wanted.chat:
+        if self.options.chat:
             return {"content": [self.vocabulary.chat_logprob(one) for one in found], "refusal": None}
-        return self.vocabulary.completion_logprobs(found, offset, self.wanted.logprobs > 0, opening)
+        return self.vocabulary.completion_logprobs(found, offset, self.options.logprobs > 0, opening)
 
     def _chunk(self, choices: list[dict]) -> dict:
-        body = self.head | {"object": "chat.completion.chunk" if self.wanted.chat else "text_completion", "choices": choices}
-        if self.wanted.usage:
-            body["usage"] = self.usage() if self.wanted.usage_always else None
+        body = self.head | {"object": "chat.completion.chunk" if self.options.chat else "text_completion", "choices": choices}
+        if self.options.usage:
+            body["usage"] = self.usage() if self.options.usage_always else None
         return body
 
-    def _chunks(self, part: Part, said: Said) -> list[dict]:
+    def _chunks(self, step: StepOutput, said: Said) -> list[dict]:
         """One chunk, or none where there is nothing to see; before a chat's first one the role, as clients expect it."""
-        wanted, output, index, bodies = self.wanted, part.output, part.choice, []
+        options, output, index, bodies = self.options, step.output, step.choice, []
         choice = self.choices[index]
-        if not (said.text or said.thought or said.calls or self._worth_saying(part)):
+        if not (said.text or said.thought or said.calls or self._worth_saying(step)):
             return []
         first, choice.begun = not choice.begun, True
         body: dict = {"index": index}
-        if wanted.chat:
+        if options.chat:
             body["delta"] = {"content": said.text}
             if said.calls:
                 body["delta"]["tool_calls"] = as_message(said.calls, len(choice.said.calls) - len(said.calls), stream=True)
@@ -267,47 +267,47 @@ class Answer:
             if first:
                 opening = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
                            "finish_reason": None}
-                bodies.append(self._chunk([opening]) | ({"prompt_token_ids": choice.prompt} if wanted.token_ids else {}))
+                bodies.append(self._chunk([opening]) | ({"prompt_token_ids": choice.prompt} if options.token_ids else {}))
         else:
-            body["text"] = (wanted.echo[index] if wanted.echo and first else "") + said.text
-        opening = choice.prompt[0] if wanted.echo and first else None
+            body["text"] = (options.echo[index] if options.echo and first else "") + said.text
+        opening = choice.prompt[0] if options.echo and first else None
         body |= {"logprobs": self._logprobs(output.prompt_logprobs + output.logprobs, choice.offset, opening),
                  "finish_reason": None if output.finish is None else choice.finish}
-        if wanted.logprobs is not None and not wanted.chat:
-            spoken = (choice.prompt if wanted.echo and first else []) + output.tokens
+        if options.logprobs is not None and not options.chat:
+            spoken = (choice.prompt if options.echo and first else []) + output.tokens
             choice.offset += sum(len(self.vocabulary.piece(t)[0]) for t in spoken)
-        if wanted.token_ids:
+        if options.token_ids:
             body["token_ids"] = output.tokens
-            if first and not wanted.chat:
+            if first and not options.chat:
                 body["prompt_token_ids"] = choice.prompt
-        if wanted.drafts:
+        if options.drafts:
             body["drafts"] = {"pieces": output.pieces, "drafted": output.drafted, "accepted": output.accepted}
         return [*bodies, self._chunk([body])]
 
 
-def joined(parts: list[Part]) -> list[Part]:
-    """One part per choice, in the order in which the choices first appear."""
-    if len(parts) == 1:
-        return parts
-    found: dict[int, list[Part]] = {}
-    for part in parts:
-        found.setdefault(part.choice, []).append(part)
+def joined(outputs: list[StepOutput]) -> list[StepOutput]:
+    """One step per choice, in the order in which the choices first appear."""
+    if len(outputs) == 1:
+        return outputs
+    found: dict[int, list[StepOutput]] = {}
+    for step in outputs:
+        found.setdefault(step.choice, []).append(step)
     return [_joined(own) for own in found.values()]
 
 
-def _joined(parts: list[Part]) -> Part:
-    if len(parts) == 1:
-        return parts[0]
-    last = parts[-1]
-    one = Output(last.output.id, [], last.output.finish, "".join(part.output.text or "" for part in parts))
-    for part in parts:
-        output = part.output
+def _joined(outputs: list[StepOutput]) -> StepOutput:
+    if len(outputs) == 1:
+        return outputs[0]
+    last = outputs[-1]
+    one = Output(last.output.id, [], last.output.finish, "".join(step.output.text or "" for step in outputs))
+    for step in outputs:
+        output = step.output
         one.tokens += output.tokens
         one.logprobs += output.logprobs
         one.prompt_logprobs += output.prompt_logprobs
         one.pieces += output.pieces
         one.drafted, one.accepted = one.drafted + output.drafted, one.accepted + output.accepted
-    return Part(last.choice, one, last.at)
+    return StepOutput(last.choice, one, last.at)
 
 
 def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict:

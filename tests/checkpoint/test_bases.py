@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_configs import tiny
 from family_models import equal_weights, random_model, stock, train_a_step, write_recipe
 from safetensors.torch import load_file, save_file
 from tolerance import MODEL_FP32
@@ -21,6 +20,7 @@ from export.job import Request, run
 from modeling.fused_experts import fused_experts
 from mxfp4 import dequantize, fake_quantize, quantize
 from recipes.load import load_recipe
+from tools.family_configs import tiny
 
 
 def fp8_blocks(weight):

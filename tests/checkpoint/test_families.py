@@ -8,7 +8,6 @@ import os
 
 import pytest
 import torch
-from family_configs import tiny, types
 from family_models import equal_weights, random_model, stock, train_a_step, write_recipe
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from modeling.fused_experts import fused_experts
 from mxfp4 import fake_quantize
 from qat.attach import ExpertQuantizer
 from recipes.load import load_recipe
+from tools.family_configs import tiny, types
 
 SOME = ["afmoe", "aria_text", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "mixtral",
         "qwen2_moe", "qwen3_moe", "qwen3_next"]
@@ -75,6 +75,16 @@ def test_a_type_without_a_causal_language_model_is_refused_in_one_line(model_typ
 def test_every_type_of_transformers_is_either_tried_or_refused():
     assert set(SOME) <= set(types()) and not set(SOME) & set(REFUSED) and set(REFUSED) <= set(types())
     assert len(types()) >= 50
+
+
+def test_the_table_of_families_is_what_the_code_says():
+    import transformers
+
+    from tools.family_table import PAGE, page
+
+    if f"transformers {transformers.__version__}." not in PAGE.read_text(encoding="utf-8"):
+        pytest.skip(f"docs/families.md is of another version than transformers {transformers.__version__}")
+    assert PAGE.read_text(encoding="utf-8") == page(), "python tools/family_table.py writes it anew"
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss"])

@@ -89,3 +89,11 @@ def test_memory_of_one_process_is_the_documented_sum():
     assert small.memory["masters (float32)"] == small.memory["gradients (float32)"] == 4 * experts
     assert small.memory["optimizer (adamw)"] == 8 * experts
     assert small.available is None and small.communication == {} and GIB == 2**30
+
+
+def test_what_methods_keep_is_counted():
+    """Per expert weight: three floats where movements are summed; per block of 32, a shift and its two moments."""
+    tiny = plan("tiny.yaml", "cluster.memory_gib=1.0", "qat.oscillation.method=reset", "qat.scales.method=learned")
+    experts = tiny.groups["experts"]
+    assert tiny.memory["oscillation control (reset)"] == 12 * experts
+    assert tiny.memory["shifts of block scales"] == 12 * experts // 32

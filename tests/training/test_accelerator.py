@@ -29,13 +29,16 @@ def launched_with(config: dict, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.yaml")), ids=lambda f: f.stem)
-def test_a_shipped_launch_works_or_its_comment_says_that_it_does_not(file, monkeypatch):
+def test_a_shipped_launch_works(file, monkeypatch):
     launched_with(yaml.safe_load(file.read_text()), monkeypatch)
-    if "does not shard yet" in file.read_text():
-        with pytest.raises(ValueError, match="does not shard.*torchrun --nproc-per-node N.*accelerate launch --multi_gpu"):
-            make_accelerator()
-    else:
-        assert make_accelerator().mixed_precision == "no"
+    assert make_accelerator().mixed_precision == "no"
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_model_sharded_by_accelerate_is_refused_with_the_key_that_shards_it(kind, monkeypatch):
+    launched_with({"mixed_precision": "no", "distributed_type": kind}, monkeypatch)
+    with pytest.raises(ValueError, match="cluster.sharding: fsdp2.*torchrun --nproc-per-node N.*accelerate launch --multi_gpu"):
+        make_accelerator()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])

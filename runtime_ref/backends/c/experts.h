@@ -1,4 +1,4 @@
-/* Packed experts in float32: codes are decoded in registers, block by block, as the file has them; included by ops.c.
+/* Packed experts without bf16 dot products: codes are decoded in registers, block by block, as the file has them; included by ops.c.
 
    Rejected: decoded copies in memory (four to eight times the bytes of a step that waits for bytes). */
 
@@ -94,6 +94,7 @@ static void experts(Step *s, const Layer *l) {
             float *gates[8], *ups[8], *outs[8];
             for (int64_t r = 0; r < R; r++) {
                 split_pairs(s->y + s->list[begin + r] / l->top * H, x_pairs + r * H, H);
+                round_all(s, x_pairs + r * H, x_pairs + r * H, H);
                 pairs[r] = x_pairs + r * H, gates[r] = gate + r * I, ups[r] = up + r * I;
             }
             packed_product(R, &w->gate, I, 0, H / 32, pairs, gates, 0);
@@ -101,6 +102,7 @@ static void experts(Step *s, const Layer *l) {
             for (int64_t r = 0; r < R; r++) {
                 weighted_swiglu(gates[r], ups[r], s->weight[s->list[begin + r]], I);
                 split_pairs(gates[r], mid + r * I, I);
+                round_all(s, mid + r * I, mid + r * I, I);
             }
             for (int64_t p = 0; p < l->mlp_parts; p++) {
                 for (int64_t r = 0; r < R; r++) {

@@ -5,8 +5,9 @@
 
    Row-invariant by construction: every output element is one chain of fused multiply-adds in the order of K (or, for packed
    experts and scores, 16 such chains added by one fixed tree); how many rows run beside it only changes how many chains run
-   side by side. Accumulation and activations are float32 throughout; with bf16 dot products (bf16_dots.h) activations are
-   rounded where they enter a product.
+   side by side. Accumulation is float32 throughout. With a bf16 stream, activations are rounded to bf16 where they meet bf16
+   weights, codes or the cache in a product: here by `rounded`, with bf16 dot products (bf16_dots.h) by the instruction, so
+   that processors with and without it compute the same but for the order of sums. In float32 nothing is rounded.
 
    GCC's vector types rather than intrinsics: the same source compiles for AVX-512, AVX2 and NEON. (Two widening loads are
    intrinsics where there are any: GCC 12 makes 40 instructions of one.) One thread: more cores are used by more ranks. */
@@ -52,11 +53,11 @@ typedef struct {
     const int32_t *ids, *positions, *low, *high, *table_at, *table_first, *tables, *slots, *head_rows; /* by kind where it matters */
     float *x, *y, *qkv, *heads, *partial, *inner, *weight, *scratch, *logits;
     const float *gathered, *features;
-    float *taps;
+    float *target_hidden;
     int32_t *index, *list;
     uint16_t *halves;
-    int64_t tap_stride; /* of the taps' rows */
-    const int32_t *tap_place; /* by layer, in units of H */
+    int64_t hidden_stride; /* of its rows */
+    const int32_t *hidden_place; /* by layer, in units of H */
     const int32_t *numbers; /* ids, positions, then by kind low, high, table_at, table_first, slots; tables, head_rows if `picks` */
     int64_t rows, kinds, pages, picks;
 } Step;
@@ -94,6 +95,9 @@ static vf round_bf16(vf x) {
     return (vf)(((vi)r & ~nan) | ((vi)x & nan));
 }
 INLINE vf rounded(const Step *s, vf x) { return s->bf16 ? round_bf16(x) : x; }
+static void round_all(const Step *s, const float *x, float *out, int64_t n) {
+    for (int64_t i = 0; i < n; i += L) store(out + i, rounded(s, load(x + i)));
+}
 
 /* exp to about one unit in the last place; 0 below -87. */
 static vf vexp(vf x) {
@@ -156,10 +160,14 @@ static void product(const Step *s, const Mat *m, const float *x, int64_t xs, flo
     if (m->form == 2) { dot_product(s, m, x, xs, out, os, R); return; }
     if (m->form == 3) { byte_product(s, m, x, xs, out, os, R); return; }
 #endif
-    (void)s;
-    const int64_t P = m->n / L;
-    for (int64_t left = R; left > 0; left -= 8, x += 8 * xs, out += 8 * os) {
+    const int64_t P = m->n / L, width = xs;
+    const int rounds = s->bf16 && m->form == 1 && m->k % L == 0; /* as dot_product does */
+    const float *from = x;
+    if (rounds) x = (const float *)s->halves, xs = m->k;
+    for (int64_t left = R; left > 0; left -= 8, from += 8 * width, out += 8 * os) {
         int64_t p = 0;
+        if (rounds) for (int64_t r = 0; r < (left < 8 ? left : 8); r++) round_all(s, from + r * width, (float *)s->halves + r * m->k, m->k);
+        else x = from;
         if (m->form) { const Mat w = {m->data, NULL, 1, m->n, m->k}; CASES }
         else { const Mat w = {m->data, NULL, 0, m->n, m->k}; CASES }
     }
@@ -240,12 +248,13 @@ static void attend_head(Step *s, const Layer *l, int64_t r, int64_t h) {
     const int64_t first = s->table_first[at], G = l->Q / l->K, width = (n + L - 1) / L * L;
     const int32_t *table = s->tables + s->table_at[at];
     const float *keys = l->keys + h * l->slots * l->Dp, *values = l->values + h * l->slots * l->Vp;
-    float *score = s->scratch;
+    float *score = s->scratch, *queries = (float *)s->halves;
+    round_all(s, s->qkv + r * l->qkv.n + h * G * l->Dp, queries, G * l->Dp);
     for (int64_t i = 0; i < n; i += L) {
         const float *key[L];
         for (int64_t j = 0; j < L; j++) key[j] = keys + slot(table, first, i + j < n ? low + i + j : high) * l->Dp;
         for (int64_t g = 0; g < G; g++) {
-            const float *q = s->qkv + r * l->qkv.n + (h * G + g) * l->Dp;
+            const float *q = queries + g * l->Dp;
             vf acc[L];
             for (int j = 0; j < L; j++) acc[j] = load(key[j]) * load(q);
             for (int64_t d = L; d < l->Dp; d += L) {
@@ -263,7 +272,7 @@ static void attend_head(Step *s, const Layer *l, int64_t r, int64_t h) {
         vf sum = splat(0);
         for (int64_t i = 0; i < n; i += L) {
             const vf e = vexp(load(own + i) - top);
-            store(own + i, e);
+            store(own + i, rounded(s, e));
             sum = sum + e;
         }
         float total = lanes(sum);
@@ -420,7 +429,7 @@ static void convolve(Step *s, const Mat *pair) {
     }
 }
 
-enum { EMBED, INPUT_NORM, POST_NORM, FINAL_NORM, PROJECT, WRITE, ATTEND, MERGE, ADD_ATTENTION, ADD_MLP, DENSE, ROUTE, EXPERTS, TAP,
+enum { EMBED, INPUT_NORM, POST_NORM, FINAL_NORM, PROJECT, WRITE, ATTEND, MERGE, ADD_ATTENTION, ADD_MLP, DENSE, ROUTE, EXPERTS, TARGET_HIDDEN,
        PICK_ROWS, HEAD, FUSE, PROJECT_KV, CONVOLVE_ATTENTION, CONVOLVE_MLP };
 
 static void find_numbers(Step *s) {
@@ -452,9 +461,9 @@ void run(Step *s, const int32_t (*code)[2], int64_t count) {
         case DENSE: dense_mlp(s, l); break;
         case ROUTE: route(s, l); break;
         case EXPERTS: experts(s, l); break;
-        case TAP:
+        case TARGET_HIDDEN:
             for (int64_t r = 0; r < s->R; r++)
-                memcpy(s->taps + r * s->tap_stride + s->tap_place[code[c][1]] * s->H, s->x + r * s->H, sizeof(float) * s->H);
+                memcpy(s->target_hidden + r * s->hidden_stride + s->hidden_place[code[c][1]] * s->H, s->x + r * s->H, sizeof(float) * s->H);
             break;
         case PICK_ROWS: /* ascending, so a row is read before it is overwritten */
             if (s->head_rows)

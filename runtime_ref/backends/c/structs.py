@@ -32,8 +32,8 @@ LANES = 16
 ALIGNED, LARGE_PAGE = 64, 1 << 21
 BLOCK_BYTES = 1 << 24  # of what holds matrices one behind the other
 OPS = ("embed", "input_norm", "post_norm", "final_norm", "project", "write", "attend", "merge_heads", "add_attention",
-       "add_mlp", "dense_mlp", "route", "experts", "tap", "pick_rows", "head", "fuse", "project_kv", "convolve_attention",
-       "convolve_mlp")
+       "add_mlp", "dense_mlp", "route", "experts", "target_hidden", "pick_rows", "head", "fuse", "project_kv",
+       "convolve_attention", "convolve_mlp")
 OP = {name: i for i, name in enumerate(OPS)}
 
 _pointer, _integer, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -70,9 +70,9 @@ class Step(ctypes.Structure):
                 ("epsilon", _real), ("unused", _real),
                 *((name, _pointer) for name in ("ids", "positions", "low", "high", "table_at", "table_first", "tables", "slots",
                                                 "head_rows", "x", "y", "qkv", "heads", "partial", "inner", "weight", "scratch",
-                                                "logits", "gathered", "features", "taps", "index", "list",
+                                                "logits", "gathered", "features", "target_hidden", "index", "list",
                                                 "halves")),
-                ("tap_stride", _integer), ("tap_place", _pointer), ("numbers", _pointer),
+                ("hidden_stride", _integer), ("hidden_place", _pointer), ("numbers", _pointer),
                 *((name, _integer) for name in ("rows", "kinds", "pages", "picks"))]
 
 
@@ -297,7 +297,7 @@ class Workspace:
                  "partial": self.parts * self.rows * self.H, "inner": self.inner, "weight": self.rows * self.top,
                  "scratch": max(max(self.group, 8) * (up(self.context) + 2 * LANES), 4 * up(self.H) + 1024),
                  "index": self.rows * self.top, "list": self.rows * self.top,
-                 "halves": self.rows * self.H + 8 * max(self.width, step.fc.k, self.group * self.head)}
+                 "halves": self.rows * self.H + 16 * max(self.width, step.fc.k, self.group * self.head)}
         kinds = {"index": torch.int32, "list": torch.int32, "halves": torch.int16}
         for name in self.NAMES:
             self.tensors[name] = torch.zeros(sizes[name], dtype=kinds.get(name, torch.float32))

@@ -118,7 +118,17 @@ def test_what_lies_in_unused_pages_does_not_matter(weights, ids):
     assert torch.equal(*found)
 
 
-def test_without_the_instruction_the_same_source_gives_float32_products(weights, ids, monkeypatch):
+def test_without_the_instruction_the_numbers_are_the_same_but_for_the_order_of_sums(weights, ids, monkeypatch):
+    """So acceptance does not depend on the processor: two builds are nearer to each other than bf16 is to float32."""
+    def logits(backend, pieces=(100,)):
+        tables, at, found = opened(backend), 0, []
+        for n in pieces:
+            step = backend.plan([SequenceChunk(tables, at, ids[at:at + n])])
+            found.append(backend.run(target_program(weights.config), step)["logits"].clone())
+            at += n
+        return torch.cat(found)
+
+    exact, dots = (logits(CBackend(weights, dtype=dtype, pages=PAGES)) for dtype in (torch.float32, BF16))
     plainly = structs.compiled_ops((*(flag for flag in structs.FLAGS if flag != "-O3"), "-O1", "-mno-avx512bf16"))
     assert plainly[0] is not None and not plainly[0].has_dots()
     monkeypatch.setattr(structs, "compiled_ops", lambda: plainly)
@@ -126,8 +136,11 @@ def test_without_the_instruction_the_same_source_gives_float32_products(weights,
     backend = CBackend(weights, dtype=BF16, pages=PAGES)
     assert not backend.bf16_dot
     worst = op_errors(backend, ids[:13])
-    assert max(worst.pop("add_parts"), worst.pop("embed", 0.0)) < 2.0**-8  # the stream is rounded to bf16 in any case
-    assert max(worst.values()) < OP_ERROR, worst
+    assert max(worst.values()) < NATIVE_DOTS, worst
+    assert worst["experts"] > OP_ERROR < worst["project_full"]  # what enters them is rounded
+    whole = logits(backend)
+    assert error(whole, dots) < error(exact, dots) / 20  # 0.0011 and 0.16 of this random model
+    assert torch.equal(logits(backend, (61, 1, 8, 30)), whole), "a row's bits depend on the rows beside it"
 
 
 def test_dot_products_are_refused_where_there_are_none(weights, monkeypatch):
@@ -141,12 +154,12 @@ def test_float32_engines_do_not_round_what_enters_a_product(weights):
 
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_int8_drafts_are_near_those_in_float32(folder, weights, ids, count):
-    taps, found = torch.randn(70, 3 * 64, generator=torch.Generator().manual_seed(1)), []
+    target_hidden, found = torch.randn(70, 3 * 64, generator=torch.Generator().manual_seed(1)), []
     for precision in ("bf16", "int8"):
         backend = CBackend(weights, dtype=BF16, pages=PAGES, bf16_dot=precision == "int8")
         drafter = backend.load_drafter(folder / "dflash", 20, 256, precision=precision)
         tables = opened(backend, ("draft", drafter.pool))
-        found.append(drafter.logits([DraftRequest(tables, ids[0], 70, count, taps)])[0])
+        found.append(drafter.logits([DraftRequest(tables, ids[0], 70, count, target_hidden)])[0])
     assert error(found[1], found[0]) < DRAFTS_IN_BYTES
 
 

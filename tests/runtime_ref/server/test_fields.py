@@ -98,3 +98,15 @@ def test_unknown_fields_are_ignored_where_the_option_says_so(serving):
     server = serving(unknown_fields=True)
     assert complete(server, mirostat=2, my_clients_own=[1]).status_code == 200
     assert complete(server, best_of=2).status_code == 400
+
+
+def test_every_metric_says_what_it_is_and_reads_as_prometheus_wants_it(live):
+    import re
+
+    lines = httpx.get(f"{live.url}/metrics").text.splitlines()
+    helped, typed = ({line.split()[2] for line in lines if line.startswith(f"# {kind} ")} for kind in ("HELP", "TYPE"))
+    assert helped == typed and len(helped) > 20
+    sample = re.compile(r'[a-z_0-9:]+\{[a-z_]+="[^"\n]*"(,[a-z_]+="[^"\n]*")*\} [0-9.e+-]+')
+    assert [line for line in lines if not line.startswith("# ") and not sample.fullmatch(line)] == []
+    names = {re.sub(r"_(bucket|sum|count)$", "", line.partition("{")[0]) for line in lines if not line.startswith("#")}
+    assert names <= helped

@@ -55,13 +55,13 @@ ALONE = ("not a template", "an unknown filter", "a power that no signal ends")
 
 @pytest.fixture(scope="module")
 def hostile(chat_folder, tmp_path_factory):
-    """Makes workers for a template; two tenths of a second for each request."""
+    """Makes workers for a template; half a second for each request."""
     made = []
 
     def make(template):
         folder = shutil.copytree(chat_folder, tmp_path_factory.mktemp("hostile") / "model")
         (folder / "chat_template.jinja").write_text(template)
-        made.append(RequestWorkers(folder, 1, seconds=0.2, memory=256 * MIB))
+        made.append(RequestWorkers(folder, 1, seconds=0.5, memory=256 * MIB))
         return made[-1]
 
     yield make
@@ -86,7 +86,7 @@ def test_a_hostile_template_is_a_refusal_within_seconds_and_the_next_request_is_
     began = time.monotonic()
     with pytest.raises(BadRequest) as caught:
         workers.prepare("chat", body, LIMITS)
-    assert time.monotonic() - began < seconds(20)
+    assert time.monotonic() - began < seconds(40)
     assert caught.value.status == 400 and "\n" not in str(caught.value)
     assert workers.prepare("completions", b'{"prompt":"x"}', LIMITS)["prompts"]
     if not alone:
@@ -189,7 +189,7 @@ def test_a_body_of_the_largest_size_is_refused_while_everybody_else_is_served(na
         done.set()
         knocking.join()
     assert answer.status_code == 400 and len(answer.content) < 2000, answer.text[:500]
-    assert time.monotonic() - began < seconds(20)
+    assert time.monotonic() - began < seconds(40)
     assert longest[0] < seconds(2)
     assert own.memory_info().rss - memory < 128 * MIB
     assert server.worker.in_flight == 0

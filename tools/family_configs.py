@@ -49,7 +49,7 @@ def tiny(model_type: str, **changes):
     text = getattr(default, "text_config", None)
     if text is not None and type(text) is not type(default):
         own = {k: v for k, v in tiny(text.model_type).to_dict().items() if k not in ("dtype", "transformers_version")}
-        return kind(text_config=own, **changes)
+        return kind(text_config=own, **OWN.get(model_type, {}), **changes)
     default.allow_global_per_layer_attribute_access = True
     keys = {k: v for k, v in SIZES.items() if getattr(default, k, None) is not None or k == "pad_token_id"}
     if "kv_lora_rank" in keys:  # latent attention: keys of all heads, and what is rotated is called the heads' width
@@ -73,6 +73,7 @@ def _spread(kinds: list, layers: int) -> list:
 
 OWN: dict[str, dict] = {
     "deepseek_v2": {"num_experts_per_tok": 2}, "dots3_note_text": {"head_dim": 24},
+    "dots3_note": {"vision_config": {"adapter_out_dim": 64}, "audio_config": {"adapter_out_dim": 64}},
     "dots1": {"n_routed_experts": 5, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "flint": {"mlp_only_layers": [0]},
     "gemma4_text": {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 32,

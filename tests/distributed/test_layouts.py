@@ -1,0 +1,182 @@
+"""Every layout and family on gloo ranks against one process, and runs that are killed at any moment.
+
+What `tests/training/sharding` shows in seconds for one family and two ranks, here for Qwen3-MoE, Mixtral, gpt-oss and MiMo-V2,
+and for four ranks: experts divided by expert-parallel groups and by FSDP at once, replicas, ranks without experts.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from jobs import ENVIRONMENT, ROOT
+from ranks import free_port, on_ranks
+from sharded_cases import SHARDED, train
+from tiny_models import write_tokenizer
+from tolerance import EXPERT_PARALLEL_MASTERS
+
+from checkpoint.load import load_model
+from checkpoint.open import open_source
+from mxfp4 import fake_quantize
+
+FAMILIES = ("qwen3", "mixtral", "gpt_oss", "mimo")
+COMMON = ("qat.steps=3", "qat.optimizer.max_grad_norm=1e9", "qat.checkpoint_every=1000")
+
+
+def toy(family: str, experts: int):
+    from tiny_models import tiny_config
+    from transformers import (
+        GptOssConfig,
+        GptOssForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
+    from modeling.configuration_mimo_v2 import MiMoV2Config
+    from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
+
+    common = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "head_dim": 16, "num_experts_per_tok": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
+    if family == "mimo":
+        return MiMoV2ForCausalLM(MiMoV2Config(**tiny_config().to_diff_dict() | {"n_routed_experts": experts}))
+    if family == "qwen3":
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, intermediate_size=96, moe_intermediate_size=32, num_experts=experts,
+                                                  norm_topk_prob=True))
+    if family == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**common, intermediate_size=32, num_local_experts=experts))
+    return GptOssForCausalLM(GptOssConfig(**common, intermediate_size=64, num_local_experts=experts, sliding_window=16,
+                                          pad_token_id=0))
+
+
+@pytest.fixture(scope="module")
+def recipe_of(text_files, tmp_path_factory):
+    """(family, experts) -> recipe of a base of random weights, whose first experts no token is sent to by four rows."""
+    def make(family: str, experts: int = 4) -> Path:
+        folder = tmp_path_factory.mktemp(f"{family}-{experts}")
+        torch.manual_seed(0)
+        model = toy(family, experts).to(torch.bfloat16)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim >= 2:
+                    parameter.normal_(0, 0.15 if "experts" in name else 0.08)
+        model.save_pretrained(folder / "base")
+        write_tokenizer(folder / "base")
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({
+            "name": "t", "seed": 3, "output": str(folder / "runs"), "model": {"path": str(folder / "base")},
+            "data": {"train": [str(text_files["train"])], "sequence_length": 64, "eval_sequences": 5,
+                     "heldout": [str(text_files["alpha.heldout"])]},
+            "qat": {"steps": 3, "batch_size": 2, "log_every": 1, "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2}}}))
+        return folder / "recipe.yaml"
+    return make
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    assert a["losses"] == b["losses"]
+    for kind in ("masters", "rounded"):
+        for name in a[kind]:
+            assert torch.equal(a[kind][name], b[kind][name]), (kind, name)
+
+
+def assert_close(a: dict, b: dict) -> None:
+    for name in a["masters"]:
+        assert (a["masters"][name] - b["masters"][name]).abs().max() <= EXPERT_PARALLEL_MASTERS * a["masters"][name].abs().max()
+        assert torch.equal(a["rounded"][name], b["rounded"][name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_on_two_ranks_trains_what_one_process_does(recipe_of, family, tmp_path):
+    recipe = recipe_of(family)
+    two = (*COMMON, *SHARDED, "cluster.accelerators_per_node=2")
+    one = on_ranks(1, tmp_path / "1", train, recipe, {
+        "one": (*COMMON, "qat.gradient_accumulation=2", "finish"), "one-f32": (*COMMON, "qat.gradient_accumulation=2",
+                                                                              "model.dtype=float32")})[0]
+    both = on_ranks(2, tmp_path / "2", train, recipe, {
+        "two": (*two, "finish"), "ep": (*two, "cluster.expert_parallel=2", "model.dtype=float32", "finish")})[0]
+    assert_equal(one["one"], both["two"])
+    assert_close(one["one-f32"], both["ep"])
+    runs = recipe.parent / "runs"
+    a, b = (open_source(runs / f"{name}/qat/model") for name in ("one", "two"))
+    assert a.infos == b.infos and all(torch.equal(a.read(name), b.read(name)) for name in a.infos)
+    model = load_model(runs / "ep/qat/model", dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if name in both["ep"]["rounded"]:
+            assert torch.equal(weight.data, both["ep"]["rounded"][name]), name
+
+
+def test_four_ranks_in_every_layout_train_what_one_process_does(recipe_of, tmp_path):
+    """Experts divided by expert parallelism and by FSDP at once; replicas of shards; replicas of expert-parallel groups."""
+    recipe = recipe_of("qwen3", 8)
+    four = (*COMMON, *SHARDED, "cluster.accelerators_per_node=4")
+    f32 = "model.dtype=float32"
+    one = on_ranks(1, tmp_path / "1", train, recipe, {"one": (*COMMON, "qat.gradient_accumulation=4"),
+                                                      "one-f32": (*COMMON, "qat.gradient_accumulation=4", f32)})[0]
+    found = on_ranks(4, tmp_path / "4", train, recipe, {
+        "fsdp": four, "replicas": (*four, "cluster.replicas=2"), "ep2": (*four, "cluster.expert_parallel=2", f32),
+        "ep4": (*four, "cluster.expert_parallel=4", f32),
+        "ep2x2": (*four, "cluster.expert_parallel=2", "cluster.replicas=2", f32),
+        "ep2/as-fsdp": (*four, f32, "--resume", "load"),
+        "ep2/as-ep4": (*four, "cluster.expert_parallel=4", f32, "--resume", "load"),
+    }, timeout=600)[0]
+    assert_close(one["one"], found["fsdp"])  # four gradients are summed two by two
+    assert_close(one["one"], found["replicas"])
+    for case in ("ep2", "ep4", "ep2x2"):
+        assert_close(one["one-f32"], found[case])
+    for case in ("ep2/as-fsdp", "ep2/as-ep4"):
+        for name in found["ep2"]["masters"]:
+            assert torch.equal(found["ep2"]["masters"][name], found[case]["masters"][name])
+
+
+@pytest.mark.parametrize("family, experts, ranks", [("qwen3", 3, 2), ("mimo", 2, 3)])
+def test_ranks_with_fewer_experts_or_none_train_what_one_process_does(recipe_of, tmp_path, family, experts, ranks):
+    recipe = recipe_of(family, experts)
+    f32 = "model.dtype=float32"
+    one = on_ranks(1, tmp_path / "1", train, recipe, {"one": (*COMMON, f"qat.gradient_accumulation={ranks}", f32)})[0]
+    found = on_ranks(ranks, tmp_path / "n", train, recipe, {
+        "n": (*COMMON, *SHARDED, f32, "stop=2"), "n/resumed": (*COMMON, *SHARDED, f32, "--resume", "finish")})[0]
+    assert_close(one["one"], found["n/resumed"])
+    model = load_model(recipe.parent / "runs/n/qat/model", dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if name in one["one"]["rounded"]:
+            assert torch.equal(weight.data, fake_quantize(weight.data)), name
+
+
+KILLS = int(os.environ.get("FP4_TEST_KILLS", "6"))
+
+
+def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(recipe_of, tmp_path):
+    """SIGKILL of one rank, the other is ended by torchrun; every launch goes on from the newest whole checkpoint."""
+    recipe = recipe_of("mimo")
+    options = ["qat.steps=40", "qat.checkpoint_every=2", *SHARDED, "cluster.accelerators_per_node=2"]
+
+    def launch(name: str, *more) -> subprocess.Popen:
+        command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()),
+                   "qat/train.py", str(recipe), f"name={name}", *options, *more]
+        return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    whole = launch("whole")
+    said, _ = whole.communicate(timeout=600)
+    assert whole.returncode == 0, said
+    rng = random.Random()
+    for _ in range(KILLS):
+        process = launch("killed", "--resume")
+        for line in process.stdout:
+            if line.startswith("step "):
+                time.sleep(rng.random())
+                children = subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True).stdout.split()
+                if children:
+                    os.kill(int(rng.choice(children)), signal.SIGKILL)
+                break
+        process.communicate(timeout=600)
+    last = launch("killed", "--resume")
+    said, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, said
+    a, b = (open_source(recipe.parent / f"runs/{name}/qat/model") for name in ("whole", "killed"))
+    assert all(torch.equal(a.read(name), b.read(name)) for name in a.infos)

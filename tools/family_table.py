@@ -1,0 +1,91 @@
+"""Writes docs/families.md: what every fused-experts model type of the installed transformers can be trained and exported as.
+
+    python tools/family_table.py            # write the page
+    python tools/family_table.py --check    # exit code 1 if the page is not what the code says
+
+Asked of a tiny configuration of each type; `make test-families` trains, exports and loads each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":  # launched by path: import from the root, not from this folder
+    sys.path[0] = str(ROOT)
+
+PAGE = ROOT / "docs/families.md"
+HEAD = """# Model families
+
+<!-- Written by tools/family_table.py: change the code, not this page. transformers {version}. -->
+
+Every model type of transformers {version} whose experts are fused tensors and that `AutoModelForCausalLM` builds, and MiMo-V2.
+Each is trained a step, exported in the layouts of its row and loaded again bit for bit by stock transformers
+(`make test-families`; a dozen of them in `make test`).
+
+- **on disk**: how the experts are published. One matrix per expert can be stored packed under its own name; experts that are
+  published fused have no packed form that clients know (but gpt-oss's).
+- **layouts**: the first is what `export.layout: auto` writes. `bf16` holds the experts decoded exactly, for any engine.
+- **runtime**: this project's engine, server and `validate` run the first layout (c: on the processor; kernels: also on a GPU).
+
+What is not in the table is refused before training, with the reason: a type without a causal language model, experts of another
+form, a layout that its client cannot load. `checkpoint/families/` has one object per family that has something of its own.
+
+| model type | on disk | layouts | runtime |
+|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """The page's text."""
+    import transformers
+
+    from checkpoint.families.registry import FAMILIES, family_of, refuse_layout
+    from tools.family_configs import tiny, types
+
+    logging.disable(logging.WARNING)
+    rows, refused = [("mimo_v2", "one matrix per expert", FAMILIES["mimo_v2"].layouts, FAMILIES["mimo_v2"])], []
+    for model_type in types():
+        config = tiny(model_type)
+        family = family_of(config)
+        try:
+            names = family.published(config)
+        except ValueError as error:
+            refused.append(f"| {model_type} | {str(error).split(': ', 1)[1]} | refused before training | |")
+            continue
+        form = "one matrix per expert" if names.experts else "fused"
+        if names.experts:
+            form += f" (`{'.'.join(next(iter(names.experts)).split('.')[3:])}`)"
+        rows.append((model_type, form, [layout for layout in family.layouts if _holds(refuse_layout, layout, config)], family))
+    text = HEAD.format(version=transformers.__version__)
+    for model_type, form, layouts, family in rows:
+        runs = "" if not family.runtime_layout else "c, kernels" if family.kernels else "c"
+        text += f"| {model_type} | {form} | {', '.join(layouts)} | {runs} |\n"
+    return text + "\n".join(refused) + "\n"
+
+
+def _holds(refuse, layout: str, config) -> bool:
+    try:
+        refuse(layout, config)
+    except ValueError:
+        return False
+    return True
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is old")
+    args = parser.parse_args(argv)
+    text = page()
+    if args.check:
+        return int(not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text)
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"written: {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
