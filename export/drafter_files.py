@@ -33,9 +33,9 @@ from checkpoint.drafter_folder import (
     special_of,
     speculators_config,
 )
+from checkpoint.findings import DAMAGE
 from checkpoint.open import open_source
 from checkpoint.sources import Source
-from checkpoint.tensor_checks import DAMAGE
 from checkpoint.tensor_files import REFERENCE
 from export.layouts import Unit
 from export.shards import index_json, plan_shards, tensor_bytes, write_shard
