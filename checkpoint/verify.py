@@ -44,7 +44,7 @@ from checkpoint.contradictions import (
     token_faults,
 )
 from checkpoint.families.registry import FAMILIES, family_of
-from checkpoint.findings import DAMAGE, Verification
+from checkpoint.findings import DAMAGE, Finding, Verification
 from checkpoint.inventory import configuration, expected_inventory, is_mimo, layout_of
 from checkpoint.open import open_source
 from checkpoint.quantization import module_names, quantization_config
@@ -54,6 +54,8 @@ from checkpoint.trained import Weights
 from checkpoint.verify_drafter import DrafterChecks
 from mxfp4.format import BLOCK_SIZE
 from storage.reading import first_line, read_json
+
+__all__ = ["Finding", "Verification", "verify"]
 
 
 def verify(folder: str | Path, against: Path | None = None, *,
