@@ -81,8 +81,9 @@ def config_contradictions(config: dict, source: Source | None) -> Iterator[str]:
         ours, theirs = config.get(old), (config | rope).get(new)
         if None not in (ours, theirs) and ours != theirs:
             yield f"config.json: {old}={ours!r}, but {new}={theirs!r}: clients of different age read one or the other"
-    if config.get("dtype", config.get("torch_dtype", "bfloat16")) != "bfloat16":
-        yield f"config.json: dtype={config.get('dtype', config.get('torch_dtype'))!r}, the weights are bfloat16"
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if dtype != "bfloat16":
+        yield f"config.json: dtype={dtype!r}, the weights are bfloat16"
     if config.get("tie_word_embeddings") and source is not None and {HEAD, EMBEDDING} <= source.infos.keys():
         if not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
             yield f"config.json: tie_word_embeddings=true, but {HEAD} has values of its own"
@@ -180,7 +181,7 @@ def _fp8_faults(name: str, ours: torch.Tensor, source: Source, weights: Weights)
 def code_faults(folder: Path, auto_map: dict) -> Iterator[str]:
     """Shipped code that is no Python, or lacks a class that config.json promises; `folder` as a reader would load it."""
     defined: dict[str, set[str]] = {}
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(p for p in folder.glob("*.py") if p.is_file()):
         try:
             tree = ast.parse(path.read_bytes(), path.name)
         except (SyntaxError, ValueError) as error:

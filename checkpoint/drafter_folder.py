@@ -27,6 +27,7 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 MASK = "mask_embedding.pt"
 ARCHITECTURE = "DFlashDraftModel"
+MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ def special_of(config: dict) -> dict:
     for key in ("target_layer_ids", "mask_token_id", "block_size"):
         if key not in special and key in config:
             special = special | {key: config[key]}
+    depth = config.get("num_hidden_layers", 1)
+    if type(depth) is not int or not 0 < depth <= MOST_LAYERS:  # lists of that length are made of it
+        raise ValueError(f"num_hidden_layers={depth!r}: expected 1 to {MOST_LAYERS}")
     layers = special.get("target_layer_ids")
     if not isinstance(layers, list) or not layers or not all(type(i) is int for i in layers):
         raise ValueError(f"dflash_config.target_layer_ids={layers!r}: expected layer numbers")
@@ -160,12 +164,18 @@ def _rotary_faults(config: dict, special: dict) -> Iterator[Fault]:
                         f"published code by {other}", grave=False)
 
 
-def expected_tensors(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Every tensor of the drafter's file, from its configuration: name -> (shape, dtype)."""
+def expected_tensors(config: dict, held: int | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Every tensor of the drafter's file, from its configuration: name -> (shape, dtype).
+
+    Args:
+        held: tensors in the file. Raises ValueError where the configuration describes far more: listing them takes for ever.
+    """
     from transformers import Qwen3Config
 
-    from modeling.drafter import DFlashDraftModel
+    from modeling.drafter import DFlashDraftModel, require_layers
 
+    if held is not None:
+        require_layers(config, held)
     with torch.device("meta"):
         model = DFlashDraftModel(Qwen3Config.from_dict(dict(config)))
     return {n: (tuple(p.shape), "BF16") for n, p in model.named_parameters() if n != "mask_embedding"}

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from storage.reading import first_line
 
-# What reading damaged files and configurations may raise, and no more: anything else is a defect of the inspection.
-DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RuntimeError, SafetensorError, EOFError,
-          pickle.UnpicklingError, struct.error, UnicodeDecodeError)
+# Whatever a check of a folder by anybody raises is a finding about the folder, not the end of the inspection.
+DAMAGE = Exception
+MANY = 10_000  # tensors too many that are still named one by one
+LONGEST = 2000  # letters of a finding: names of a hostile folder may have millions
 ENGINES = ("vLLM", "SGLang", "transformers")
 
 
@@ -71,10 +68,10 @@ class Reporter:
         return self.found.ours
 
     def wrong(self, kind: str, text: str) -> None:
-        self.found.wrong.append(Finding(kind, text))
+        self.found.wrong.append(Finding(kind, text[:LONGEST]))
 
     def note(self, kind: str, text: str) -> None:
-        self.found.notes.append(Finding(kind, text))
+        self.found.notes.append(Finding(kind, text[:LONGEST]))
 
     def unchecked(self, kind: str, what: str, reason: str) -> None:
         self.found.unchecked.append(Finding(kind, f"{what}: could not be checked here, because {reason}"))
@@ -88,4 +85,4 @@ class Reporter:
         try:
             check()
         except DAMAGE as error:
-            self.wrong(kind, f"{what}: cannot be checked: {first_line(error)}")
+            self.wrong(kind, f"{what}: cannot be checked: {first_line(error)[:500]}")

@@ -11,7 +11,7 @@ import torch
 from checkpoint import drafter_folder
 from checkpoint.contradictions import code_faults
 from checkpoint.drafter_folder import EMBEDDING, HEAD, MASK
-from checkpoint.findings import Reporter
+from checkpoint.findings import MANY, Reporter
 from checkpoint.tensor_files import INDEX, REFERENCE, TensorFiles
 from storage.reading import read_json
 
@@ -24,6 +24,7 @@ class DrafterChecks(Reporter):
 
     source: TensorFiles | None
     manifest: dict
+    sums: bool
     tensor_sums: dict[str, str]
 
     def check_drafter(self, folder: Path, where: str) -> None:
@@ -62,10 +63,13 @@ class DrafterChecks(Reporter):
     def _check_drafter_tensors(self, folder: Path, where: str, config: dict) -> None:
         """Engines ignore missing and unknown drafter tensors without a word: here they are named."""
         label = where.rstrip("/") or "drafter"
-        files = sorted(p.name for p in folder.glob("*.safetensors") if p.name != REFERENCE)
+        files = sorted(p.name for p in folder.glob("*.safetensors") if p.name != REFERENCE and p.is_file())
         if not files:
             raise ValueError("no *.safetensors file with the drafter's weights")
-        source, expected = TensorFiles(folder, files), drafter_folder.expected_tensors(config)
+        source = TensorFiles(folder, files)
+        expected = drafter_folder.expected_tensors(config, len(source.infos))
+        if len(source.infos) > len(expected) + MANY:
+            raise ValueError(f"{len(source.infos):,} tensors, expected {len(expected)}")
         if (folder / INDEX).is_file() or self.ours:
             listed = read_json(folder / INDEX).get("weight_map", {})
             for name in sorted(source.infos.keys() - listed.keys()):
@@ -86,7 +90,8 @@ class DrafterChecks(Reporter):
                 self.promised("dtype", f"{label}: {name}: {own_dtype} {list(own_shape)}, expected {dtype} {list(shape)}")
             tensor = source.read(name)
             data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            if (self.ours or self.tensor_sums) and f"{zlib.crc32(data):08x}" != self.tensor_sums.get(f"dflash/{name}"):
+            owed = self.ours and self.sums or self.tensor_sums
+            if owed and f"{zlib.crc32(data):08x}" != self.tensor_sums.get(f"dflash/{name}"):
                 self.wrong("checksum", f"{label}: {name}: bytes changed since the export (CRC-32 differs)")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 self.wrong("values", f"{label}: {name}: not finite")

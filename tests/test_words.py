@@ -10,16 +10,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # Retired identifier -> what it is called now; by the rooms where it must not come back.
 RETIRED = {
     ("runtime_ref", "tests/runtime_ref", "benchmarks"): {
-        "Span": "SequenceChunk", "Reach": "AttentionMetadata", "target_tasks": "target_program",
-        "check_tasks": "check_program", "judge_on_device": "verify_on_device", "take_prefix": "match_prefix",
+        "Span": "SequenceChunk", "Reach": "AttentionMetadata", "judge_on_device": "verify_on_device",
+        "take_prefix": "match_prefix",
         "forget_behind": "evict_outside_window", "PersistentStep": "Megakernel", "PersistentDraft": "MegakernelDrafter",
         "table_of": "encode_program", "walk_options": "launch_options", "NativeBackend": "CBackend",
         "NativeDrafter": "CDrafter", "NativeStep": "CStep", "IN_BYTES": "--drafter-precision int8", "Proposer": "Drafter",
         "load_runtime_drafter": "Backend.load_drafter", "native_tiles": "blackwell_mxfp4"},
     ("runtime_ref/core", "runtime_ref/backends", "runtime_ref/engine", "runtime_ref/kernels"): {
-        "ALONE": "SINGLE_RANK", "Task": "Op",
+        "ALONE": "SINGLE_RANK", "Task": "Op", "target_tasks": "target_program", "check_tasks": "check_program",
         "Wanted": "DraftRequest", "Work": "ScheduledSequence", "Verdict": "VerifyResult", "tasks": "program",
-        "coarse": "int8", "dots": "bf16_dot", "twin": "reference", "walk": "megakernel"},
+        "coarse": "int8", "dots": "bf16_dot", "twin": "reference", "walk": "megakernel",
+        "taps": "target_hidden or target_layers", "tapped_from": "hidden_from", "pending_taps": "pending_hidden"},
     ("runtime_ref/kernels", "runtime_ref/checkpoints", "runtime_ref/backends/triton", "runtime_ref/measure"): {
         "native": "hw_fp4", "NATIVE": "HW_FP4"},
 }

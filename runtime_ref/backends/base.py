@@ -87,7 +87,7 @@ class Backend(ABC):
             host: copy logits to the host.
 
         Returns:
-            Buffers by name: "logits" float32 [rows that want them, vocabulary], "tap.<layer>" [rows, H].
+            Buffers by name: "logits" float32 [rows that want them, vocabulary], "target_hidden.<layer>" [rows, H].
         """
 
     @abstractmethod
@@ -149,13 +149,13 @@ class Drafter(ABC):
 
     Attributes:
         block: tokens of a round, the anchor included.
-        taps: target layers whose outputs it reads, in its order; empty: none.
+        target_layers: those whose outputs it reads, in its order; empty: none.
         pool: pages of its context, None for a drafter without a cache.
         markov: how drafts of a block depend on each other; None: not at all.
     """
 
     block: int
-    taps: list[int]
+    target_layers: list[int]
     pool: Pool | None = None
     markov: MarkovHead | None = None
 
@@ -163,6 +163,6 @@ class Drafter(ABC):
     def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
         """Draft logits [count, vocabulary] float32 of each sequence; their pending features enter the context first."""
 
-    def extend_tables(self, taps: torch.Tensor, start: int, table: Table) -> None:
-        """Takes features [n, taps * H] of positions start .. start + n - 1 of one sequence into the context."""
+    def extend_tables(self, target_hidden: torch.Tensor, start: int, table: Table) -> None:
+        """Takes features [n, target layers * H] of positions start .. start + n - 1 of one sequence into the context."""
         raise NotImplementedError("a drafter without a context")

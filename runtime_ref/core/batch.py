@@ -33,14 +33,15 @@ class DraftRequest:
         tables: its page tables; "draft" must reach to `position` + `count` + 1.
         anchor, position: the last committed token and where it stands.
         count: drafts wanted, 1 to block - 1.
-        taps: features [n, taps * H] of the positions position - n .. position - 1 that the drafter has not seen yet.
+        target_hidden: features [n, target layers * H] of the positions position - n .. position - 1 that the drafter has not
+            seen yet.
     """
 
     tables: dict[str, Table]
     anchor: int
     position: int
     count: int
-    taps: torch.Tensor | None
+    target_hidden: torch.Tensor | None
 
 
 KIND = "draft"

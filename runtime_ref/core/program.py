@@ -4,7 +4,8 @@
 (`TorchBackend.run`) executes the list op by op; a backend that runs a whole step in one launch reads the same list, and a
 test can compare the two after any task. Ops are looked up by name, so a backend may also replace single ones.
 
-Buffers by name: x (residual stream), y (normed), q, k, v, heads, partial, index, weight (routing), logits, tap.<layer>.
+Buffers by name: x (residual stream), y (normed), q, k, v, heads, partial, index, weight (routing), logits,
+target_hidden.<layer>.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class Op:
         return f"{where}{self.name}({', '.join(self.reads)}) -> {', '.join(self.writes) or 'cache'}"
 
 
-def target_program(config, taps: Iterable[int] = ()) -> list[Op]:
+def target_program(config, target_layers: Iterable[int] = ()) -> list[Op]:
     """The ops of one step, in an order in which every buffer is written before it is read."""
-    taps = set(taps)
+    target_layers = set(target_layers)
     program = [Op("embed", -1, ("ids",), ("x",))]
     for i in range(config.num_hidden_layers):
         kind = "window" if config.hybrid_layer_pattern[i] else "full"
@@ -46,8 +47,8 @@ def target_program(config, taps: Iterable[int] = ()) -> list[Op]:
         else:
             program.append(Op("dense_mlp", i, ("y",), ("partial",)))
         program.append(Op("add_parts", i, ("x", "partial"), ("x",)))
-        if i in taps:
-            program.append(Op("tap", i, ("x",), (f"tap.{i}",)))
+        if i in target_layers:
+            program.append(Op("target_hidden", i, ("x",), (f"target_hidden.{i}",)))
     return [*program, Op("pick_rows", -1, ("x",), ("x",)), Op("final_norm", -1, ("x",), ("y",)),
             Op("head", -1, ("y",), ("logits",))]
 

@@ -147,7 +147,7 @@ class Adaptive:
             self.cache.extend(tables, list(tables), start + self.drafter.block)
         except OutOfPages:
             return None
-        width = self.backend.config.hidden_size * len(self.drafter.taps)
+        width = self.backend.config.hidden_size * len(self.drafter.target_layers)
         seconds = {n: [] for n in DRAFT_COSTS if n < self.drafter.block}
         # One rank on a CPU in CPU time: whatever else the machine does is not this engine's cost. Ranks also wait for each
         # other, and GPUs compute while their process sleeps.

@@ -72,7 +72,7 @@ class Engine:
         if drafter is not None and drafter.pool is not None:
             pools[KIND] = drafter.pool
         self.cache = KvCache(pools, prefix=options.prefix_cache)
-        self.program = target_program(backend.config, drafter.taps if drafter is not None else ())
+        self.program = target_program(backend.config, drafter.target_layers if drafter is not None else ())
         check_program(self.program)
         self.scheduler = Scheduler(self.cache, max_running=options.max_running, rows=options.rows,
                                    block=drafter.block if drafter is not None else 1)
@@ -82,7 +82,7 @@ class Engine:
         self._streams: dict[int, TextStream] = {}
         self._counts = dict.fromkeys(("steps", "prompt_tokens", "cached_tokens", "tokens", "rounds", "drafted", "accepted",
                                       "finished", "aborted"), 0)
-        self._taps_ascend = drafter is not None and list(drafter.taps) == sorted(set(drafter.taps))
+        self._layers_ascend = drafter is not None and list(drafter.target_layers) == sorted(set(drafter.target_layers))
         self.context = min(options.max_context, backend.config.max_position_embeddings)
         self.adaptive = None
         if drafter is not None:
@@ -252,12 +252,12 @@ class Engine:
         drafting = [w for w in scheduled if w.drafts]
         if not drafting:
             return {}
-        requests = [DraftRequest(s.tables, s.tokens[-1], s.computed, drafts, s.pending_taps())
+        requests = [DraftRequest(s.tables, s.tokens[-1], s.computed, drafts, s.pending_hidden())
                     for s, drafts in ((w.sequence, w.drafts) for w in drafting)]
         proposals = {}
         for item, logits in zip(drafting, self.drafter.logits(requests), strict=True):
             sequence = item.sequence
-            sequence.taps, sequence.tapped_from = [], sequence.computed
+            sequence.target_hidden, sequence.hidden_from = [], sequence.computed
             proposals[sequence.id] = propose(logits, sequence.params, sequence.computed, self.drafter.markov,
                                              sequence.tokens[-1])
         return proposals
@@ -283,13 +283,13 @@ class Engine:
                 verified = accept(logits, proposal, sequence.params, anchor, sequence.prompt, sequence.answer,
                                   sequence.constraint)
                 emitted, accepted = verified.tokens, verified.accepted
-        if sequence.drafting and self.drafter.taps:
+        if sequence.drafting and self.drafter.target_layers:
             rows = slice(chunk.row, chunk.row + item.count + accepted)
-            if self._taps_ascend and "taps" in buffers:
-                taps = buffers["taps"][rows]
+            if self._layers_ascend and "target_hidden" in buffers:
+                target_hidden = buffers["target_hidden"][rows]
             else:
-                taps = torch.cat([buffers[f"tap.{i}"][rows] for i in self.drafter.taps], dim=-1)
-            sequence.add_taps(taps, chunk.start)
+                target_hidden = torch.cat([buffers[f"target_hidden.{i}"][rows] for i in self.drafter.target_layers], dim=-1)
+            sequence.add_hidden(target_hidden, chunk.start)
         sequence.computed += item.count + accepted
         if item.reads_prompt:
             self._counts["prompt_tokens"] += item.count
@@ -332,7 +332,7 @@ class Engine:
             sequence.length.update(drafted, accepted)
             self.adaptive.learn(sequence.params, drafted, accepted)
             if sequence.length.hopeless:
-                sequence.drafting, sequence.length, sequence.taps = False, None, []
+                sequence.drafting, sequence.length, sequence.target_hidden = False, None, []
 
     def _emit(self, sequence: Sequence, emitted: list[int], logits: torch.Tensor | None) -> Output | None:
         """Takes over tokens until one of them ends the answer; `logits` are needed where log-probabilities are wanted."""
@@ -366,9 +366,9 @@ class Engine:
 
     def _housekeep(self, sequence: Sequence, reads_prompt: bool) -> None:
         """Features of prompts go to the drafter at once; full pages become known; pages behind windows go back."""
-        if reads_prompt and sequence.taps and KIND in self.cache.pools:
-            self.drafter.extend_tables(sequence.pending_taps(), sequence.tapped_from, sequence.tables[KIND])
-            sequence.taps, sequence.tapped_from = [], sequence.computed
+        if reads_prompt and sequence.target_hidden and KIND in self.cache.pools:
+            self.drafter.extend_tables(sequence.pending_hidden(), sequence.hidden_from, sequence.tables[KIND])
+            sequence.target_hidden, sequence.hidden_from = [], sequence.computed
         kinds = self.scheduler.kinds(sequence)
         for logical in sequence.full_pages(KIND in kinds):
             self.cache.cache_page(sequence.tables, sequence.hashes, logical, kinds)

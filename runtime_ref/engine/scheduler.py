@@ -95,7 +95,7 @@ class Scheduler:
             full = (len(sequence.tokens) - 1) // PAGE
             known = [] if sequence.unscored else sequence.hashes[:full]  # what is to be scored has to be computed
             sequence.cached = self.cache.match_prefix(sequence.tables, known, self.kinds(sequence))
-            sequence.computed = sequence.tapped_from = sequence.cached
+            sequence.computed = sequence.hidden_from = sequence.cached
             sequence.remembered = sequence.cached // PAGE
             self.running.append(sequence)
 

@@ -31,7 +31,7 @@ class Sequence:
     Attributes:
         tokens: prompt and answer. computed: positions whose keys and values are in the cache; while the answer is being
             decoded that is all but the last token, the anchor.
-        taps: features of positions tapped_from .. computed - 1, for the drafter (None if it gets no drafts).
+        target_hidden: features of positions hidden_from .. computed - 1, for the drafter (None if it gets no drafts).
         hashes: of the full pages of `tokens`.
     """
 
@@ -45,8 +45,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     cached_pages: int = 0
-    taps: list[torch.Tensor] = field(default_factory=list)
-    tapped_from: int = 0
+    target_hidden: list[torch.Tensor] = field(default_factory=list)
+    hidden_from: int = 0
     hashes: list[bytes] = field(default_factory=list)
     finish: Finish | None = None
     drafted: int = 0
@@ -89,24 +89,24 @@ class Sequence:
 
     def reset(self) -> None:
         """Back to nothing computed, as after a preemption; tokens stay."""
-        self.computed = self.remembered = self.tapped_from = 0
-        self.taps = []
+        self.computed = self.remembered = self.hidden_from = 0
+        self.target_hidden = []
 
-    def add_taps(self, taps: torch.Tensor, start: int) -> None:
-        """Features [n, taps * H] of positions start.. (those before it were added or seen)."""
-        if not self.taps:
-            self.tapped_from = start
-        self.taps.append(taps)
+    def add_hidden(self, target_hidden: torch.Tensor, start: int) -> None:
+        """Features [n, target layers * H] of positions start.. (those before it were added or seen)."""
+        if not self.target_hidden:
+            self.hidden_from = start
+        self.target_hidden.append(target_hidden)
 
-    def pending_taps(self) -> torch.Tensor | None:
-        if not self.taps:
+    def pending_hidden(self) -> torch.Tensor | None:
+        if not self.target_hidden:
             return None
-        return self.taps[0] if len(self.taps) == 1 else torch.cat(self.taps)
+        return self.target_hidden[0] if len(self.target_hidden) == 1 else torch.cat(self.target_hidden)
 
     @property
     def seen_by_drafter(self) -> int:
         """Positions whose features are in the drafter's cache."""
-        return self.tapped_from if self.taps else self.computed
+        return self.hidden_from if self.target_hidden else self.computed
 
     def full_pages(self, drafter: bool) -> range:
         """Logical pages that are committed, full and not yet known to the prefix cache."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 MOST_CALLS = 32  # in one answer, where calls are forced
+MOST_SCHEMA = 1 << 18  # characters; the engine's thread reads the grammar too, between two steps
 
 
 @dataclass
@@ -83,9 +84,11 @@ class Preparation:
                       add_generation_prompt=asked.add_generation_prompt is not False,
                       continue_final_message=bool(asked.continue_final_message))
         prompt = self._fitting(self._encode(text, bool(asked.add_special_tokens), "messages", limits), "messages", limits)
+        if (formatted := self._format(asked.response_format)) is not None:
+            grammar, reading = formatted, None  # JSON alone, from the first token on
         return self._prepared(asked, [prompt], limits, logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-                              max_tokens=asked.tokens_asked_for(None), grammar=grammar or self._format(asked.response_format),
-                              reading=reading, one_call=asked.parallel_tool_calls is False)
+                              max_tokens=asked.tokens_asked_for(None), grammar=grammar, reading=reading,
+                              one_call=asked.parallel_tool_calls is False)
 
     def _tools(self, asked: schema.ChatRequest) -> tuple[list[dict] | None, dict[str, Any] | None, str | None]:
         """Tools as the template shows them, how the answer is read, and the grammar that it must match.
@@ -136,8 +139,12 @@ class Preparation:
     def _grammar(self, found: dict | bool, param: str) -> str:
         if not installed():
             raise BadRequest(f"{param}: {MISSING}", param=param, code="structured_output_unavailable")
+        text = json.dumps(found)
+        if len(text) > MOST_SCHEMA:
+            raise BadRequest(f"{param}: a JSON schema of {len(text)} characters, expected at most {MOST_SCHEMA}", param=param,
+                             code="invalid_json_schema")
         try:
-            return json_grammar(json.dumps(found))
+            return json_grammar(text)
         except (ValueError, RecursionError) as error:
             raise BadRequest(f"{param}: the JSON schema cannot be followed: {schema.short(error)}", param=param,
                              code="invalid_json_schema") from None

@@ -15,8 +15,6 @@ from pathlib import Path
 import torch
 
 INCOMPLETE_CAUSE = "the folder is incomplete or damaged"
-FINITE_CAUSE = "a weight is not finite: the training diverged, or a conversion overflowed"
-DTYPE_CAUSE = "a tensor has another dtype than published, so it was rounded or clipped on the way"
 
 
 class Wrong(ValueError):

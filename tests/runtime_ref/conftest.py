@@ -14,6 +14,7 @@ import torch
 from pace import INTERPRETED, KERNELS, paced
 from safetensors.torch import save_file
 
+from checkpoint.quantization import quantization_config
 from modeling.names import expert_parts
 from mxfp4 import quantize
 from runtime_ref.backends.base import Drafter
@@ -39,12 +40,12 @@ def write_native(folder: Path, model, drafter=None, tokenizer: Path | None = Non
     """config.json, model.safetensors, and dflash/ and tokenizer files if given."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config.to_dict()
-    config |= {"architectures": ["MiMoV2ForCausalLM"], "torch_dtype": "bfloat16", "quantization_config": {
-        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
-        "store_dtype": "mxfp4", "mxfp4_block_size": 32,
-        "ignored_layers": [f"model.layers.{i}.self_attn.o_proj" for i in range(model.config.num_hidden_layers)]}}
+    tensors = tensors_of(model)
+    held = {name: {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8"}[t.dtype] for name, t in tensors.items()}
+    config |= {"architectures": ["MiMoV2ForCausalLM"], "dtype": "bfloat16"}
+    config["quantization_config"] = quantization_config("native", config, held)
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
-    save_file(tensors_of(model), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if drafter is not None:
         from modeling.drafter import save_drafter
 
@@ -191,7 +192,7 @@ def prompts():
 class OracleProposer(Drafter):
     """Drafts that are often right: the known answer, wrong at a share of the positions (no network, no features)."""
 
-    block, taps = 8, []
+    block, target_layers = 8, []
 
     def __init__(self, answers: dict[tuple, list[int]], vocabulary: int, wrong: float = 0.25, seed: int = 0):
         self.answers, self.vocabulary, self.wrong = answers, vocabulary, wrong

@@ -128,14 +128,14 @@ def submit(step: structs.Step, planned: CStep) -> None:
 
 
 class Buffers(dict):
-    """What a step leaves; a single layer's taps are cut out when somebody asks for them."""
+    """What a step leaves; a single layer's target hidden states are cut out when somebody asks for them."""
 
     def __init__(self, width: int, places: dict[int, int]):
         super().__init__()
-        self.cut = {f"tap.{layer}": slice(i * width, (i + 1) * width) for layer, i in places.items()}
+        self.cut = {f"target_hidden.{layer}": slice(i * width, (i + 1) * width) for layer, i in places.items()}
 
     def __missing__(self, name: str) -> torch.Tensor:
-        return self["taps"][:, self.cut[name]]
+        return self["target_hidden"][:, self.cut[name]]
 
 
 class CBackend(Backend):
@@ -245,8 +245,9 @@ class CBackend(Backend):
                         layer.cos, layer.sin = rotary._cos.data_ptr(), rotary._sin.data_ptr()
 
     def _code(self, program: list[Op]) -> tuple[array, list[tuple[int, int, str]], tuple | None]:
-        """Instructions, the runs of them between collectives (begin, end, what is gathered then), and of the taps, if there
-        are any, how many they are, where each layer's stands among them (as the ops read it), and the same as a dictionary."""
+        """Instructions, the runs of them between collectives (begin, end, what is gathered then), and of the target hidden
+        states, if there are any, how many layers they are of, where each layer's stand among them (as the ops read it), and the
+        same as a dictionary."""
         known = self._codes.get(id(program))
         if known is not None:
             return known[1:]
@@ -261,7 +262,7 @@ class CBackend(Backend):
         runs.append((began, len(program), "logits"))
         if len(self._codes) > 64:
             self._codes.clear()
-        layers = {op.layer: i for i, op in enumerate(t for t in program if t.name == "tap")}
+        layers = {op.layer: i for i, op in enumerate(t for t in program if t.name == "target_hidden")}
         places = array("i", [layers.get(i, 0) for i in range(len(self.layers))])
         self._codes[id(program)] = (program, numbers, runs, (len(layers), places, layers) if layers else None)
         return self._codes[id(program)][1:]
@@ -269,8 +270,8 @@ class CBackend(Backend):
     @torch.inference_mode()
     def run(self, program: list[Op], planned: CStep, watch: Callable[[Op, dict], None] | None = None, *,
             host: bool = True) -> dict:
-        """Executes the ops in order; returns the logits of the rows that want them and the taps, side by side in the order of
-        their layers (`taps`) and by name (`tap.0`).
+        """Executes the ops in order; returns the logits of the rows that want them and the target hidden states, side by side
+        in the order of their layers (`target_hidden`) and by name (`target_hidden.0`).
 
         `watch` sees all buffers after each op, in the shapes of `model.py`.
         """
@@ -281,8 +282,9 @@ class CBackend(Backend):
         logits = torch.empty(planned.wanted, step.head.n)
         buffers = Buffers(step.H, tapped[2] if tapped else {})
         if tapped is not None:
-            buffers["taps"] = taps = torch.empty(planned.real, tapped[0] * step.H)
-            step.taps, step.tap_stride, step.tap_place = taps.data_ptr(), taps.shape[1], tapped[1].buffer_info()[0]
+            buffers["target_hidden"] = target_hidden = torch.empty(planned.real, tapped[0] * step.H)
+            step.target_hidden, step.hidden_stride = target_hidden.data_ptr(), target_hidden.shape[1]
+            step.hidden_place = tapped[1].buffer_info()[0]
         step.logits, base = logits.data_ptr(), numbers.buffer_info()[0]
         if watch is None and ranks.count == 1:
             self.run_code(step, base, len(program))

@@ -90,9 +90,9 @@ class CDrafter(TorchDrafter):
         submit(step, planned)
         self.backend.run_code(step, code.buffer_info()[0], len(code) // 2)
 
-    def extend(self, taps: torch.Tensor, positions: list[int], slots: list[int]) -> None:
-        taps = taps.contiguous()
-        self.context_step.features = taps.data_ptr()
+    def extend(self, target_hidden: torch.Tensor, positions: list[int], slots: list[int]) -> None:
+        target_hidden = target_hidden.contiguous()
+        self.context_step.features = target_hidden.data_ptr()
         n = len(positions)
         numbers = array("i", [*[0] * n, *positions, *[0] * (4 * n), *slots])
         planned = CStep(n, 0, numbers, kinds=1, pages=0, picks=False, highest=max(positions))

@@ -53,11 +53,11 @@ typedef struct {
     const int32_t *ids, *positions, *low, *high, *table_at, *table_first, *tables, *slots, *head_rows; /* by kind where it matters */
     float *x, *y, *qkv, *heads, *partial, *inner, *weight, *scratch, *logits;
     const float *gathered, *features;
-    float *taps;
+    float *target_hidden;
     int32_t *index, *list;
     uint16_t *halves;
-    int64_t tap_stride; /* of the taps' rows */
-    const int32_t *tap_place; /* by layer, in units of H */
+    int64_t hidden_stride; /* of its rows */
+    const int32_t *hidden_place; /* by layer, in units of H */
     const int32_t *numbers; /* ids, positions, then by kind low, high, table_at, table_first, slots; tables, head_rows if `picks` */
     int64_t rows, kinds, pages, picks;
 } Step;
@@ -429,7 +429,7 @@ static void convolve(Step *s, const Mat *pair) {
     }
 }
 
-enum { EMBED, INPUT_NORM, POST_NORM, FINAL_NORM, PROJECT, WRITE, ATTEND, MERGE, ADD_ATTENTION, ADD_MLP, DENSE, ROUTE, EXPERTS, TAP,
+enum { EMBED, INPUT_NORM, POST_NORM, FINAL_NORM, PROJECT, WRITE, ATTEND, MERGE, ADD_ATTENTION, ADD_MLP, DENSE, ROUTE, EXPERTS, TARGET_HIDDEN,
        PICK_ROWS, HEAD, FUSE, PROJECT_KV, CONVOLVE_ATTENTION, CONVOLVE_MLP };
 
 static void find_numbers(Step *s) {
@@ -461,9 +461,9 @@ void run(Step *s, const int32_t (*code)[2], int64_t count) {
         case DENSE: dense_mlp(s, l); break;
         case ROUTE: route(s, l); break;
         case EXPERTS: experts(s, l); break;
-        case TAP:
+        case TARGET_HIDDEN:
             for (int64_t r = 0; r < s->R; r++)
-                memcpy(s->taps + r * s->tap_stride + s->tap_place[code[c][1]] * s->H, s->x + r * s->H, sizeof(float) * s->H);
+                memcpy(s->target_hidden + r * s->hidden_stride + s->hidden_place[code[c][1]] * s->H, s->x + r * s->H, sizeof(float) * s->H);
             break;
         case PICK_ROWS: /* ascending, so a row is read before it is overwritten */
             if (s->head_rows)

@@ -32,8 +32,8 @@ LANES = 16
 ALIGNED, LARGE_PAGE = 64, 1 << 21
 BLOCK_BYTES = 1 << 24  # of what holds matrices one behind the other
 OPS = ("embed", "input_norm", "post_norm", "final_norm", "project", "write", "attend", "merge_heads", "add_attention",
-       "add_mlp", "dense_mlp", "route", "experts", "tap", "pick_rows", "head", "fuse", "project_kv", "convolve_attention",
-       "convolve_mlp")
+       "add_mlp", "dense_mlp", "route", "experts", "target_hidden", "pick_rows", "head", "fuse", "project_kv",
+       "convolve_attention", "convolve_mlp")
 OP = {name: i for i, name in enumerate(OPS)}
 
 _pointer, _integer, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -70,9 +70,9 @@ class Step(ctypes.Structure):
                 ("epsilon", _real), ("unused", _real),
                 *((name, _pointer) for name in ("ids", "positions", "low", "high", "table_at", "table_first", "tables", "slots",
                                                 "head_rows", "x", "y", "qkv", "heads", "partial", "inner", "weight", "scratch",
-                                                "logits", "gathered", "features", "taps", "index", "list",
+                                                "logits", "gathered", "features", "target_hidden", "index", "list",
                                                 "halves")),
-                ("tap_stride", _integer), ("tap_place", _pointer), ("numbers", _pointer),
+                ("hidden_stride", _integer), ("hidden_place", _pointer), ("numbers", _pointer),
                 *((name, _integer) for name in ("rows", "kinds", "pages", "picks"))]
 
 

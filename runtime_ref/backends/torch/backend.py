@@ -157,7 +157,7 @@ class TorchBackend(Backend):
     def op_experts(self, step, layer, y, index, weight):
         return ops.run_experts(y, index, weight, self.weights.layers[layer].mlp.experts, step.real, self.rules)
 
-    def op_tap(self, step, layer, x):
+    def op_target_hidden(self, step, layer, x):
         return x
 
     def op_pick_rows(self, step, layer, x):

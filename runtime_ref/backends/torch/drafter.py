@@ -33,7 +33,7 @@ class TorchDrafter(Drafter):
     def __init__(self, model: DFlashDraftModel, backend: TorchBackend, pages: int):
         config = model.config
         check_drafter(model, backend.config, refused=())
-        self.backend, self.taps, self.block = backend, list(model.target_layer_ids), model.block_size
+        self.backend, self.target_layers, self.block = backend, list(model.target_layer_ids), model.block_size
         self.window, self.causal, self.epsilon = model.window, model.causal, config.rms_norm_eps
         self.Q, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.V = model.layers[0].self_attn.v_dim
@@ -83,15 +83,15 @@ class TorchDrafter(Drafter):
         return found | {(self.K, self.D, PAGE), (self.K, PAGE, self.V)}
 
     @torch.inference_mode()
-    def extend(self, taps: torch.Tensor, positions: list[int], slots: list[int]) -> None:
-        """Writes keys and values of features [n, taps * H] at positions into slots of the pool."""
+    def extend(self, target_hidden: torch.Tensor, positions: list[int], slots: list[int]) -> None:
+        """Writes keys and values of features [n, target layers * H] at positions into slots of the pool."""
         n = len(positions)
         rules = self.backend.rules
         rows = ops.padded(n, rules)
         if rows != n:
-            taps = torch.cat((taps, taps[-1:].expand(rows - n, -1)))
+            target_hidden = torch.cat((target_hidden, target_hidden[-1:].expand(rows - n, -1)))
             positions = positions + positions[-1:] * (rows - n)
-        features = ops.norm(ops.spread(taps, self.fc, rules)[0], self.hidden_norm, self.epsilon)
+        features = ops.norm(ops.spread(target_hidden, self.fc, rules)[0], self.hidden_norm, self.epsilon)
         table = self.rotary.rows(torch.tensor(positions), max(positions))
         k = ops.norm(ops.spread(features, self.context_k, rules), self.context_k_norm, self.epsilon)
         k, v = self.rotary.apply(k, table), ops.spread(features, self.context_v, rules)
@@ -102,10 +102,10 @@ class TorchDrafter(Drafter):
             own = slice(i * self.K, (i + 1) * self.K)
             ops.write_cache(self.pool, i, k[own], v[own], into)
 
-    def extend_tables(self, taps: torch.Tensor, start: int, table: Table) -> None:
+    def extend_tables(self, target_hidden: torch.Tensor, start: int, table: Table) -> None:
         """`extend` by consecutive positions of one sequence, in pieces of at most 64."""
-        for begin in range(0, taps.shape[0], 64):
-            part = taps[begin:begin + 64]
+        for begin in range(0, target_hidden.shape[0], 64):
+            part = target_hidden[begin:begin + 64]
             positions = list(range(start + begin, start + begin + part.shape[0]))
             self.extend(part, positions, [table.slot(p) for p in positions])
 
@@ -142,16 +142,16 @@ class TorchDrafter(Drafter):
         return [logits[b, 1:w.count + 1] for b, w in enumerate(requests)]
 
     def _catch_up(self, requests: list[DraftRequest]) -> None:
-        late = [w for w in requests if w.taps is not None and w.taps.shape[0]]
-        short = [w for w in late if w.taps.shape[0] <= 64]
+        late = [w for w in requests if w.target_hidden is not None and w.target_hidden.shape[0]]
+        short = [w for w in late if w.target_hidden.shape[0] <= 64]
         for w in late:
-            if w.taps.shape[0] > 64:
-                self.extend_tables(w.taps, w.position - w.taps.shape[0], w.tables[KIND])
+            if w.target_hidden.shape[0] > 64:
+                self.extend_tables(w.target_hidden, w.position - w.target_hidden.shape[0], w.tables[KIND])
         if not short:
             return
-        positions = [p for w in short for p in range(w.position - w.taps.shape[0], w.position)]
-        slots = [w.tables[KIND].slot(p) for w in short for p in range(w.position - w.taps.shape[0], w.position)]
-        self.extend(torch.cat([w.taps for w in short]) if len(short) > 1 else short[0].taps, positions, slots)
+        positions = [p for w in short for p in range(w.position - w.target_hidden.shape[0], w.position)]
+        slots = [w.tables[KIND].slot(p) for w in short for p in range(w.position - w.target_hidden.shape[0], w.position)]
+        self.extend(torch.cat([w.target_hidden for w in short]) if len(short) > 1 else short[0].target_hidden, positions, slots)
 
     def _metadata(self, requests: list[DraftRequest], positions: torch.Tensor, T: int) -> _DraftMetadata:
         """Pages, mask and slots of the blocks; only the block's own positions have slots, up to its count."""

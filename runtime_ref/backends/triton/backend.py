@@ -370,7 +370,7 @@ class TritonBackend(Backend):
             self._spaces[size] = Workspace(pages, size, self.config.num_experts_per_tok, self.launch)
         return self._spaces[size]
 
-    def op_tap(self, step, layer, x):
+    def op_target_hidden(self, step, layer, x):
         return x
 
     def op_pick_rows(self, step, layer, x):

@@ -64,7 +64,7 @@ class TritonDrafter(Drafter):
     def __init__(self, model: DFlashDraftModel, backend: TritonBackend, pages: int, positions: int, shares: int = SHARES):
         config, device = model.config, backend.device
         check_drafter(model, backend.config)
-        self.backend, self.taps, self.block = backend, list(model.target_layer_ids), model.block_size
+        self.backend, self.target_layers, self.block = backend, list(model.target_layer_ids), model.block_size
         self.window, self.causal, self.epsilon = model.window, model.causal, config.rms_norm_eps
         if self.block > BLOCK:
             raise ValueError(f"dflash/config.json: block_size: {self.block}, expected at most {BLOCK} for the triton backend")
@@ -115,23 +115,23 @@ class TritonDrafter(Drafter):
                 "post_norm": layer.post_attention_layernorm.weight.detach().float().to(device)}
 
     @torch.inference_mode()
-    def extend(self, taps: torch.Tensor, positions: list[int], slots: list[int]) -> None:
-        """Writes keys and values of features [n, taps * H] at positions into slots of the pool."""
+    def extend(self, target_hidden: torch.Tensor, positions: list[int], slots: list[int]) -> None:
+        """Writes keys and values of features [n, target layers * H] at positions into slots of the pool."""
         tiling, device = self.backend.tiling, self.backend.device
         at, into = (torch.tensor(c, dtype=torch.int32, device=device) for c in (positions, slots))
-        out = torch.empty((taps.shape[0], self.fc.w.shape[0]), dtype=torch.float32, device=device)
-        features = launches.product(taps.contiguous(), self.fc, out, tiling)
+        out = torch.empty((target_hidden.shape[0], self.fc.w.shape[0]), dtype=torch.float32, device=device)
+        features = launches.product(target_hidden.contiguous(), self.fc, out, tiling)
         if self.share.ranks.count > 1:
-            features = self.share.ranks.gather(features[None]).transpose(0, 1).reshape(taps.shape[0], -1)
+            features = self.share.ranks.gather(features[None]).transpose(0, 1).reshape(target_hidden.shape[0], -1)
         for i, layer in enumerate(self.layers):
             launches.project(features, layer["context"], self.context_heads, self.rotary, at, into, self.pool.keys[i],
                              self.pool.keys[i], self.pool.values[i], tiling, norm=(self.hidden_norm, self.epsilon),
                              head_norm=(layer["context_norm"], self.epsilon), value_scale=self.value_scale)
 
-    def extend_tables(self, taps: torch.Tensor, start: int, table: Table) -> None:
+    def extend_tables(self, target_hidden: torch.Tensor, start: int, table: Table) -> None:
         """`extend` by consecutive positions of one sequence."""
-        for begin in range(0, taps.shape[0], CONTEXT_ROWS):
-            part = taps[begin:begin + CONTEXT_ROWS]
+        for begin in range(0, target_hidden.shape[0], CONTEXT_ROWS):
+            part = target_hidden[begin:begin + CONTEXT_ROWS]
             positions = list(range(start + begin, start + begin + part.shape[0]))
             self.extend(part, positions, [table.slot(p) for p in positions])
 
@@ -139,8 +139,8 @@ class TritonDrafter(Drafter):
     def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
         """Draft logits [count, vocabulary] float32 of each sequence, its pending features included in the context first."""
         for w in requests:
-            if w.taps is not None and w.taps.shape[0]:
-                self.extend_tables(w.taps, w.position - w.taps.shape[0], w.tables[KIND])
+            if w.target_hidden is not None and w.target_hidden.shape[0]:
+                self.extend_tables(w.target_hidden, w.position - w.target_hidden.shape[0], w.tables[KIND])
         found = self.block_logits(*self.plan(requests))
         return list(found.split([w.count for w in requests]))
 

@@ -96,7 +96,7 @@ class GraphedSteps(_Recorded):
         def body(own: list[torch.Tensor]) -> dict:
             held = {kind: Blocks(*own[3 + 6 * i:9 + 6 * i], blocks[kind].longest) for i, kind in enumerate(blocks)}
             made = self.backend.launch_ops(self.source, KernelStep(*own[:3], step.real, step.wanted, held))
-            return {name: t for name, t in made.items() if name == "logits" or name.startswith("tap.")}
+            return {name: t for name, t in made.items() if name == "logits" or name.startswith("target_hidden.")}
 
         return self.replay(key, inputs, body)
 
@@ -106,14 +106,14 @@ class GraphedDrafter(_Recorded, Drafter):
 
     def __init__(self, drafter: TritonDrafter):
         super().__init__("drafts", drafter.backend.device)
-        self.drafter, self.block, self.taps, self.pool = drafter, drafter.block, drafter.taps, drafter.pool
+        self.drafter, self.block, self.target_layers, self.pool = drafter, drafter.block, drafter.target_layers, drafter.pool
         self.extend_tables = drafter.extend_tables
 
     @torch.inference_mode()
     def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
         for w in requests:
-            if w.taps is not None and w.taps.shape[0]:
-                self.extend_tables(w.taps, w.position - w.taps.shape[0], w.tables[KIND])
+            if w.target_hidden is not None and w.target_hidden.shape[0]:
+                self.extend_tables(w.target_hidden, w.position - w.target_hidden.shape[0], w.tables[KIND])
         ids, positions, picked, blocks = self.drafter.plan(requests)
         blocks = rounded_up(blocks)
         key = ids.shape[0], picked.shape[0], *blocks.tables.shape, blocks.longest

@@ -69,7 +69,7 @@ class Rounds:
         buffers = self.backend.run(self.program, step)
         if self.drafter is None:
             return None
-        features = torch.cat([buffers[f"tap.{i}"][:self.read] for i in self.drafter.taps], dim=-1)
+        features = torch.cat([buffers[f"target_hidden.{i}"][:self.read] for i in self.drafter.target_layers], dim=-1)
         self.drafter.extend_tables(features[:-PENDING], 0, tables[KIND])
         return features[-PENDING:].clone()
 
@@ -179,7 +179,7 @@ def _computed(part: str, runner, rounds: Rounds, counts: list[int]) -> list[torc
         return [t.clone() for t in found]
     step = rounds.step(counts)
     buffers = rounds.backend.launch_ops(rounds.program, step) if runner is None else runner.run(step)
-    return [buffers[name].clone() for name in sorted(buffers) if name == "logits" or name.startswith("tap.")]
+    return [buffers[name].clone() for name in sorted(buffers) if name == "logits" or name.startswith("target_hidden.")]
 
 
 def _all_ranks(backend: TritonBackend, here: bool) -> bool:

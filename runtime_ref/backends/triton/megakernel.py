@@ -42,7 +42,7 @@ def encode_program(program: list[Op], layers: list[KernelLayer], arena: Arena, p
     Raises:
         ValueError: an op that the kernel does not know (it is named).
     """
-    stored = [op.layer for op in program if op.name == "tap"]
+    stored = [op.layer for op in program if op.name == "target_hidden"]
     rows, seen = [], Counter()
     for op in program:
         seen[op.name] += 1
@@ -50,7 +50,7 @@ def encode_program(program: list[Op], layers: list[KernelLayer], arena: Arena, p
         instruction = replace(_weights_of(op.name, layer, arena), window=layer is not None and layer.kind == "window")
         if op.name.startswith(("enter", "attend")):
             instruction = replace(instruction, place=pools[layer.kind].place[op.layer])
-        elif op.name == "tap":
+        elif op.name == "target_hidden":
             instruction = replace(instruction, place=stored.index(op.layer))
         elif op.name in SUMS:
             instruction = replace(instruction, count=sum(other.name == op.name for other in program), ordinal=seen[op.name])
@@ -121,7 +121,7 @@ class Megakernel(StepRunner):
     def __init__(self, backend: TritonBackend, program: list[Op], programs: int = 1, polls: int = POLLS):
         self.backend, self.programs, self.polls = backend, programs, polls
         self.source, self.program = program, fused(program)
-        self.taps = [op.layer for op in self.program if op.name == "tap"]
+        self.target_layers = [op.layer for op in self.program if op.name == "target_hidden"]
         weights, device = backend.kernel_weights, backend.device
         self.table = encode_program(self.program, weights.layers, weights.arena, backend.pools).to(device)
         self.constants = self._constants()
@@ -140,8 +140,8 @@ class Megakernel(StepRunner):
             raise ValueError("the megakernel has no experts for FP4 tensor cores (backend 'triton-mxfp8'); they run op by op")
         if any(layer.head_norm is not None or layer.router and layer.router.softmax for layer in layers):
             raise ValueError("the megakernel has neither norms of heads nor a softmax router; this model runs op by op")
-        found = {"DRAFT": False, "HEAD_NORM": False, "HAS_TAPS": bool(self.taps), "PAGE_": PAGE, "CHUNK": CHUNK_PAGES,
-                 "QKV_FP8": used_once([a.qkv.scales is not None for a in layers], "FP8 qkv"),
+        found = {"DRAFT": False, "HEAD_NORM": False, "HAS_TARGET_HIDDEN": bool(self.target_layers), "PAGE_": PAGE,
+                 "CHUNK": CHUNK_PAGES, "QKV_FP8": used_once([a.qkv.scales is not None for a in layers], "FP8 qkv"),
                  "O_FP8": used_once([a.o.scales is not None for a in layers], "FP8 o_proj"),
                  "MLP_FP8": used_once([a.gate_up.scales is not None for a in layers if a.gate_up], "FP8 dense layers"),
                  "DENSE": any(a.gate_up for a in layers), "MOE": any(a.router for a in layers), "BN": tiling.columns,
@@ -189,21 +189,23 @@ class Megakernel(StepRunner):
 
     @torch.inference_mode()
     def run(self, step: KernelStep) -> dict[str, torch.Tensor]:
-        """Logits and taps of the step, as `TritonBackend.run` returns them."""
+        """Logits and target hidden states of the step, as `TritonBackend.run` returns them."""
         backend, config = self.backend, self.backend.config
         H = config.hidden_size
         logits = torch.empty((step.head_rows.shape[0], backend.kernel_weights.head.w.shape[0]), dtype=torch.float32,
                              device=backend.device)
-        taps = torch.empty((max(1, len(self.taps)), step.real, H), dtype=torch.bfloat16, device=backend.device)
-        self.launch(step, logits, taps)
-        return {"logits": backend.whole_vocabulary(logits)} | {f"tap.{layer}": taps[i] for i, layer in enumerate(self.taps)}
+        target_hidden = torch.empty((max(1, len(self.target_layers)), step.real, H), dtype=torch.bfloat16,
+                                    device=backend.device)
+        self.launch(step, logits, target_hidden)
+        hidden = {f"target_hidden.{layer}": target_hidden[i] for i, layer in enumerate(self.target_layers)}
+        return {"logits": backend.whole_vocabulary(logits)} | hidden
 
-    def launch(self, step: KernelStep, logits: torch.Tensor, taps: torch.Tensor) -> None:
+    def launch(self, step: KernelStep, logits: torch.Tensor, target_hidden: torch.Tensor) -> None:
         """One launch."""
-        arguments, constants = self.arguments(step, logits, taps)
+        arguments, constants = self.arguments(step, logits, target_hidden)
         step_kernel[(self.programs,)](**arguments, **constants, **launch_options(self.constants["FLOAT_DOT"]))
 
-    def arguments(self, step: KernelStep, logits: torch.Tensor, taps: torch.Tensor) -> tuple[dict, dict]:
+    def arguments(self, step: KernelStep, logits: torch.Tensor, target_hidden: torch.Tensor) -> tuple[dict, dict]:
         """Run-time (`Globals`) and compile-time arguments of `step_kernel`."""
         backend, config, weights = self.backend, self.backend.config, self.backend.kernel_weights
         router = next((layer.router for layer in weights.layers if layer.router), None)
@@ -217,12 +219,13 @@ class Megakernel(StepRunner):
         scratch = self._attention_scratch(kinds)
         found = Globals(
             table=self.table, arena=weights.arena.data, embed=weights.embed, spare=weights.embed, head=weights.head.w,
-            final_norm=weights.norm, ids=step.ids, positions=step.positions, head_rows=step.head_rows, taps=taps,
-            context_positions=step.positions, context_slots=step.positions, logits=logits, H=config.hidden_size,
-            I=config.intermediate_size // backend.ranks.count, E=config.n_routed_experts, vocabulary=weights.head.w.shape[0],
-            taps_width=0, epsilon=float(backend.epsilon), factor=float(router.factor) if router else 1.0,
-            v_scale=value_scale(config.attention_value_scale), scratch=self.scratch, partial=scratch["partial"],
-            stats=scratch["stats"], full=full, window=window, experts=experts, symmetric=self.symmetric)
+            final_norm=weights.norm, ids=step.ids, positions=step.positions, head_rows=step.head_rows,
+            target_hidden=target_hidden, context_positions=step.positions, context_slots=step.positions, logits=logits,
+            H=config.hidden_size, I=config.intermediate_size // backend.ranks.count, E=config.n_routed_experts,
+            vocabulary=weights.head.w.shape[0], hidden_width=0, epsilon=float(backend.epsilon),
+            factor=float(router.factor) if router else 1.0, v_scale=value_scale(config.attention_value_scale),
+            scratch=self.scratch, partial=scratch["partial"], stats=scratch["stats"], full=full, window=window,
+        experts=experts, symmetric=self.symmetric)
         return found.arguments(), self.constants | sizes
 
     def _attention_scratch(self, kinds: dict[str, KindGlobals]) -> dict[str, torch.Tensor]:
@@ -246,13 +249,13 @@ class Megakernel(StepRunner):
         H, config = backend.config.hidden_size, backend.config
         logits = torch.empty((step.head_rows.shape[0], backend.kernel_weights.head.w.shape[0]), dtype=torch.float32,
                              device=backend.device)
-        taps = torch.empty((max(1, len(self.taps)), R, H), dtype=torch.bfloat16, device=backend.device)
-        arguments, constants = self.arguments(step, logits, taps)
+        target_hidden = torch.empty((max(1, len(self.target_layers)), R, H), dtype=torch.bfloat16, device=backend.device)
+        arguments, constants = self.arguments(step, logits, target_hidden)
         step_kernel[(self.programs,)](**arguments | {"ops": count}, **constants, **launch_options(self.constants["FLOAT_DOT"]))
         if op.name == "pick_norm_head":
             return {"logits": backend.whole_vocabulary(logits)}
-        if op.name == "tap":
-            return {op.writes[0]: taps[self.taps.index(op.layer)]}
+        if op.name == "target_hidden":
+            return {op.writes[0]: target_hidden[self.target_layers.index(op.layer)]}
         heads, A = backend.kernel_weights.layers[max(op.layer, 0)].heads, config.num_experts_per_tok
         shapes = {"x": (R, H), "y": (R, H), "q": (heads.queries, R, heads.d), "heads": (heads.queries, R, heads.v),
                   "inner": (R, config.intermediate_size // backend.ranks.count), "index": (R, A), "weight": (R, A)}

@@ -1,6 +1,6 @@
 """The drafter's round as one launch: pending features, keys and values of the context, the block, its logits.
 
-The megakernel again, with the drafter's ops (`fuse_taps`, `context`) before those of a plain decoder with norms of heads and
+The megakernel again, with the drafter's ops (`fuse_hidden`, `context`) before those of a plain decoder with norms of heads and
 dense layers. Features of more than 64 positions (prompts) enter the cache by `TritonDrafter.extend_tables` first.
 
 Reference: `TritonDrafter.logits`, whose bits it makes. Ranks that share the drafter sum inside the launch, in memory of the
@@ -34,7 +34,7 @@ def encode_drafter(drafter: TritonDrafter) -> torch.Tensor:
         weight, gamma, extra = (0 if t is None else drafter.arena.offset(t) for t in (w and w.w, gamma, extra))
         return Instruction(op, weight=weight, gamma=gamma, extra=extra, **more).encode()
 
-    rows = [row("fuse_taps", drafter.fc, count=1, ordinal=1)]
+    rows = [row("fuse_hidden", drafter.fc, count=1, ordinal=1)]
     rows += [row("context", layer["context"], drafter.hidden_norm, layer["context_norm"], place=i)
              for i, layer in enumerate(drafter.layers)]
     rows.append(row("embed"))
@@ -56,7 +56,7 @@ class MegakernelDrafter(StepRunner, Drafter):
     def __init__(self, drafter: TritonDrafter, programs: int = 1, polls: int = POLLS):
         backend = drafter.backend
         self.drafter, self.backend, self.programs, self.polls = drafter, backend, programs, polls
-        self.block, self.taps, self.pool = drafter.block, drafter.taps, drafter.pool
+        self.block, self.target_layers, self.pool = drafter.block, drafter.target_layers, drafter.pool
         self.extend_tables = drafter.extend_tables
         self.table = encode_drafter(drafter).to(backend.device)
         tiling, heads = backend.tiling, drafter.heads
@@ -66,7 +66,8 @@ class MegakernelDrafter(StepRunner, Drafter):
         own["F"]["F_BN"] = max(16, 1 << (heads.d - 1).bit_length())
         self.constants = own["F"] | own["W"] | NO_EXPERTS | {
             "FULL": True, "WINDOW": False, "DENSE": True, "MOE": False, "DRAFT": True, "HEAD_NORM": True, "QKV_FP8": False,
-            "O_FP8": False, "MLP_FP8": False, "HAS_TAPS": False, "PAGE_": PAGE, "CHUNK": CHUNK_PAGES, "A": 1, "WIDE": 16,
+            "O_FP8": False, "MLP_FP8": False, "HAS_TARGET_HIDDEN": False, "PAGE_": PAGE, "CHUNK": CHUNK_PAGES, "A": 1,
+            "WIDE": 16,
             "GROUPS": 1, "TOP_GROUPS": 1, "NORMED": False, "BN": tiling.columns, "BK": tiling.depth,
             "ROUTE_BN": tiling.experts, "ROUTE_BK": tiling.router_depth, "COPY": tiling.block, "POLLS": polls,
             "RANKS": drafter.share.ranks.count, "F_PARTS": drafter.share.parts_o, "W_PARTS": 1,
@@ -108,10 +109,10 @@ class MegakernelDrafter(StepRunner, Drafter):
 
     def prepare(self, requests: list[DraftRequest]) -> dict:
         """Run-time arguments of the round; its "logits" are what it fills."""
-        late = [w for w in requests if w.taps is not None and w.taps.shape[0]]
-        if sum(w.taps.shape[0] for w in late) > CONTEXT_ROWS:
+        late = [w for w in requests if w.target_hidden is not None and w.target_hidden.shape[0]]
+        if sum(w.target_hidden.shape[0] for w in late) > CONTEXT_ROWS:
             for w in late:
-                self.extend_tables(w.taps, w.position - w.taps.shape[0], w.tables[KIND])
+                self.extend_tables(w.target_hidden, w.position - w.target_hidden.shape[0], w.tables[KIND])
             late = []
         ids, positions, picked, blocks = self.drafter.plan(requests)
         if ids.shape[0] > MAX_TOKENS:
@@ -123,7 +124,7 @@ class MegakernelDrafter(StepRunner, Drafter):
     def _arguments(self, late: list[DraftRequest], ids, positions, picked, blocks, logits) -> dict:
         """Run-time arguments of `step_kernel`; `late`: sequences with pending features."""
         drafter, backend, device, constants = self.drafter, self.backend, self.backend.device, self.constants
-        places = [(w, p) for w in late for p in range(w.position - w.taps.shape[0], w.position)]
+        places = [(w, p) for w in late for p in range(w.position - w.target_hidden.shape[0], w.position)]
         at = torch.tensor([p for _, p in places], dtype=torch.int32, device=device)
         into = torch.tensor([w.tables[KIND].slot(p) for w, p in places], dtype=torch.int32, device=device)
         kind = KindGlobals.of(drafter.pool, blocks, drafter.rotary)
@@ -132,9 +133,9 @@ class MegakernelDrafter(StepRunner, Drafter):
         return Globals(
             table=self.table if late else self.table[1 + len(drafter.layers):], arena=drafter.arena.data, embed=weights.embed,
             spare=drafter.mask, head=weights.head.w, final_norm=drafter.norm, ids=ids, positions=positions, head_rows=picked,
-            taps=torch.cat([w.taps for w in late]).contiguous().to(device) if late else self.scratch["x"],
+            target_hidden=torch.cat([w.target_hidden for w in late]).contiguous().to(device) if late else self.scratch["x"],
             context_positions=at, context_slots=into, logits=logits, H=backend.config.hidden_size,
-            I=drafter.layers[0]["down"].w.shape[1], E=0, vocabulary=weights.head.w.shape[0], taps_width=drafter.fc.w.shape[1],
+            I=drafter.layers[0]["down"].w.shape[1], E=0, vocabulary=weights.head.w.shape[0], hidden_width=drafter.fc.w.shape[1],
             epsilon=float(drafter.epsilon), factor=1.0, v_scale=value_scale(drafter.value_scale), scratch=self.scratch,
             partial=torch.empty(tiles * constants["F_V_WIDE"], dtype=torch.float32, device=device),
             stats=torch.empty(2 * tiles, dtype=torch.float32, device=device), full=kind, window=kind,

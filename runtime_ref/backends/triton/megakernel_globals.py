@@ -90,8 +90,8 @@ class Globals:
         embed, spare, head: bfloat16 [vocabulary, H], [H] (row of id -1: the mask), [own vocabulary, H].
         final_norm: float32 [H].
         ids, positions: int32 [R]. head_rows: int32 [wanted], whose logits are wanted.
-        taps: bfloat16, stored hidden states: the target writes [layers, R, H], the drafter reads [context, layers * H].
-        context_positions, context_slots: int32 [context], of features that enter the drafter's context; taps_width: theirs.
+        target_hidden: bfloat16: the target writes [layers, R, H], the drafter reads [context, layers * H].
+        context_positions, context_slots: int32 [context], of features that enter the drafter's context; hidden_width: theirs.
         logits: float32 [wanted, own vocabulary].
         v_scale, factor, epsilon: of values, routing weights, norms. I: own inner size of dense layers. E: experts.
         scratch: buffers between ops by name, counters of arrivals, barrier and `failed`.
@@ -108,7 +108,7 @@ class Globals:
     ids: torch.Tensor
     positions: torch.Tensor
     head_rows: torch.Tensor
-    taps: torch.Tensor
+    target_hidden: torch.Tensor
     context_positions: torch.Tensor
     context_slots: torch.Tensor
     logits: torch.Tensor
@@ -116,7 +116,7 @@ class Globals:
     I: int
     E: int
     vocabulary: int
-    taps_width: int
+    hidden_width: int
     epsilon: float
     factor: float
     v_scale: float
@@ -133,7 +133,7 @@ class Globals:
         nested = ("scratch", "full", "window", "experts", "symmetric")
         found = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in nested}
         found |= {"ops": self.table.shape[0], "R": self.ids.shape[0], "wanted": self.head_rows.shape[0],
-                  "context": self.context_positions.shape[0] if self.taps_width else 0, "blocks": self.full.start.shape[0]}
+                  "context": self.context_positions.shape[0] if self.hidden_width else 0, "blocks": self.full.start.shape[0]}
         for kind, own in (("full", self.full), ("window", self.window)):
             found |= {f"{kind}_{name}": value for name, value in vars(own).items()}
         return found | vars(self.experts) | self.scratch | self.symmetric.arguments()

@@ -46,8 +46,8 @@ from runtime_ref.kernels.rows import gather_tile, product_tile, project_tile, sw
 from runtime_ref.kernels.sync import grid_barrier, signal_ranks, sum_ranks, wait_ranks
 
 OPS = ("embed", "enter_full", "enter_window", "attend_full", "attend_window", "merge_add", "norm_gate_up", "down_add",
-       "norm_route", "experts_add", "tap", "pick_norm_head", "fuse_taps", "context")
-SUMS = frozenset(("merge_add", "down_add", "experts_add", "fuse_taps"))  # over ranks
+       "norm_route", "experts_add", "target_hidden", "pick_norm_head", "fuse_hidden", "context")
+SUMS = frozenset(("merge_add", "down_add", "experts_add", "fuse_hidden"))  # over ranks
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ _NORM_GATE_UP = tl.constexpr(OPS.index("norm_gate_up"))
 _DOWN_ADD = tl.constexpr(OPS.index("down_add"))
 _NORM_ROUTE = tl.constexpr(OPS.index("norm_route"))
 _EXPERTS_ADD = tl.constexpr(OPS.index("experts_add"))
-_TAP = tl.constexpr(OPS.index("tap"))
+_TARGET_HIDDEN = tl.constexpr(OPS.index("target_hidden"))
 _HEAD = tl.constexpr(OPS.index("pick_norm_head"))
-_FUSE_TAPS = tl.constexpr(OPS.index("fuse_taps"))
+_FUSE_HIDDEN = tl.constexpr(OPS.index("fuse_hidden"))
 _CONTEXT = tl.constexpr(OPS.index("context"))
 
 
@@ -230,15 +230,17 @@ def _add_product(entry, arena, x, gamma, rows, out, buffers, signals, launches, 
 
 
 @triton.jit
-def _fuse_taps(entry, arena, taps, gamma, rows, x, features, buffers, signals, launches, rank, offset, place, failed, R, H, K,
-               BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr, POLLS: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """features float32 [R, H] of taps [R, K]. Each of several ranks makes an equal share of the columns, and all copy them.
+def _fuse_hidden(entry, arena, target_hidden, gamma, rows, x, features, buffers, signals, launches, rank, offset, place,
+                 failed, R, H, K, BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr, POLLS: tl.constexpr,
+                 FLOAT_DOT: tl.constexpr):
+    """features float32 [R, H] of target_hidden [R, K]. Each of several ranks makes an equal share of the columns, and all copy
+    them.
 
     offset, place: where a rank's columns lie in its buffer, and its first flag; in no half of the sums, whose turn is not its.
     """
     if RANKS == 1:
-        _product(entry, arena, taps, gamma, rows, x, features, R, H, K, 0.0, 0, BN, BK, 0, False, False, False, 1, False,
-                 FLOAT_DOT)
+        _product(entry, arena, target_hidden, gamma, rows, x, features, R, H, K, 0.0, 0, BN, BK, 0, False, False, False, 1,
+                 False, FLOAT_DOT)
     else:
         groups = tl.cdiv(R, 8)
         share = H // RANKS
@@ -246,9 +248,9 @@ def _fuse_taps(entry, arena, taps, gamma, rows, x, features, buffers, signals, l
         own = tl.load(buffers + rank).to(tl.pointer_type(tl.float32)) + offset
         t = tl.program_id(0)
         while t < tl.cdiv(share, BN) * groups:
-            product_tile(t // groups, t % groups, taps, _matrix_at(arena, entry, _WEIGHT, False), _floats_at(arena, entry,
-                         _SCALES), gamma, rows, own, own, R, share, K, 0.0, 0, BN, BK, 0, False, False, False, 1, False,
-            FLOAT_DOT)
+            product_tile(t // groups, t % groups, target_hidden, _matrix_at(arena, entry, _WEIGHT, False),
+                         _floats_at(arena, entry, _SCALES), gamma, rows, own, own, R, share, K, 0.0, 0, BN, BK, 0, False, False,
+                         False, 1, False, FLOAT_DOT)
             signal_ranks(signals, place + t, rank, epoch, RANKS)
             t += tl.num_programs(0)
         t = tl.program_id(0)
@@ -270,18 +272,18 @@ def _fuse_taps(entry, arena, taps, gamma, rows, x, features, buffers, signals, l
                                "blocks", "up_entries", "down_entries", "K_UP", "rank", "half"])
 def step_kernel(
         table, ops, arena, embed, spare, head, final_norm, ids, positions, head_rows, x, q, heads, y, inner, index, weight,
-        scores, route_arrived, taps, features, context_positions, context_slots, logits, barrier, failed,
+        scores, route_arrived, target_hidden, features, context_positions, context_slots, logits, barrier, failed,
         full_cos, full_sin, full_keys, full_values, full_slots, full_tables, full_first, full_start, full_count, full_row,
         window_cos, window_sin, window_keys, window_values, window_slots, window_tables, window_first, window_start,
         window_count, window_row, partial, stats, attend_arrived, order, plan, expert_inner, expert_partial, ready, arrived,
-        control, R, H, I, E, vocabulary, wanted, context, taps_width, epsilon, factor, v_scale, full_stride, window_stride,
+        control, R, H, I, E, vocabulary, wanted, context, hidden_width, epsilon, factor, v_scale, full_stride, window_stride,
         full_width, window_width, full_chunks, window_chunks, blocks, up_entries, down_entries, K_UP,
         buffers, signals, launches, rank, half,
         FULL: tl.constexpr, WINDOW: tl.constexpr, DENSE: tl.constexpr, MOE: tl.constexpr, DRAFT: tl.constexpr,
-        HEAD_NORM: tl.constexpr, QKV_FP8: tl.constexpr, O_FP8: tl.constexpr, MLP_FP8: tl.constexpr, HAS_TAPS: tl.constexpr,
-        F_QUERIES: tl.constexpr, F_KEYS: tl.constexpr, F_SPLIT: tl.constexpr, F_M: tl.constexpr, F_D: tl.constexpr,
-        F_D_HEAD: tl.constexpr, F_D_TAIL: tl.constexpr, F_V: tl.constexpr, F_V_WIDE: tl.constexpr, F_HALF: tl.constexpr,
-        F_WINDOW: tl.constexpr, F_SINK: tl.constexpr, F_BN: tl.constexpr,
+        HEAD_NORM: tl.constexpr, QKV_FP8: tl.constexpr, O_FP8: tl.constexpr, MLP_FP8: tl.constexpr,
+        HAS_TARGET_HIDDEN: tl.constexpr, F_QUERIES: tl.constexpr, F_KEYS: tl.constexpr, F_SPLIT: tl.constexpr,
+        F_M: tl.constexpr, F_D: tl.constexpr, F_D_HEAD: tl.constexpr, F_D_TAIL: tl.constexpr, F_V: tl.constexpr,
+        F_V_WIDE: tl.constexpr, F_HALF: tl.constexpr, F_WINDOW: tl.constexpr, F_SINK: tl.constexpr, F_BN: tl.constexpr,
         W_QUERIES: tl.constexpr, W_KEYS: tl.constexpr, W_SPLIT: tl.constexpr, W_M: tl.constexpr, W_D: tl.constexpr,
         W_D_HEAD: tl.constexpr, W_D_TAIL: tl.constexpr, W_V: tl.constexpr, W_V_WIDE: tl.constexpr, W_HALF: tl.constexpr,
         W_WINDOW: tl.constexpr, W_SINK: tl.constexpr, W_BN: tl.constexpr, PAGE_: tl.constexpr, CHUNK: tl.constexpr,
@@ -377,18 +379,18 @@ def step_kernel(
                         wait_ranks(signals, 2 * places + t // groups * BLOCK // COLUMNS, rank, epoch, failed, RANKS, POLLS)
                         _add_ranks(buffers, half, x, t % groups * 8, t // groups * BLOCK, R, H, BLOCK, PARTS, RANKS, FLOAT_DOT)
                         t += tl.num_programs(0)
-        if HAS_TAPS:
-            if op == _TAP:
-                target = taps + tl.load(entry + _PLACE).to(tl.int64) * R * H
+        if HAS_TARGET_HIDDEN:
+            if op == _TARGET_HIDDEN:
+                target = target_hidden + tl.load(entry + _PLACE).to(tl.int64) * R * H
                 t = pid
                 while t < tl.cdiv(R * H, COPY):
                     at = t * COPY + tl.arange(0, COPY)
                     tl.store(target + at, tl.load(x + at, mask=at < R * H), mask=at < R * H)
                     t += tl.num_programs(0)
         if DRAFT:
-            if op == _FUSE_TAPS:
-                _fuse_taps(entry, arena, taps, final_norm, head_rows, x, features, buffers, signals, launches, rank, 2 * half,
-                           2 * places, failed, context, H, taps_width, BN, BK, RANKS, POLLS, FLOAT_DOT)
+            if op == _FUSE_HIDDEN:
+                _fuse_hidden(entry, arena, target_hidden, final_norm, head_rows, x, features, buffers, signals, launches,
+                             rank, 2 * half, 2 * places, failed, context, H, hidden_width, BN, BK, RANKS, POLLS, FLOAT_DOT)
             if op == _CONTEXT:
                 _enter(entry, arena, features, full_cos, full_sin, context_positions, context_slots, q, full_keys, full_values,
                        context, H, epsilon, v_scale, full_stride, 0, F_KEYS, F_D, F_V, F_HALF, F_BN, BK, HEAD_NORM, QKV_FP8,

@@ -159,7 +159,7 @@ def compare_megakernel(ready: Prepared, programs: int) -> dict:
             rows.append((float(_row_differences(walked[name], buffers[name]).max()), op.layer))
             equal &= torch.equal(walked[name], buffers[name])
             repeated &= torch.equal(walked[name], again[name])
-            buffers["x"] = walked[name] if op.name == "tap" else buffers["x"]
+            buffers["x"] = walked[name] if op.name == "target_hidden" else buffers["x"]
     finite = all(difference < float("inf") for difference, _ in rows)
     worst, layer = max(rows) if finite else next(row for row in rows if not row[0] < float("inf"))
     wrong = [words for words, is_so in (
@@ -329,7 +329,7 @@ def measure_draft(ready: Prepared, programs: int, time_graph) -> dict:
     cache = KvCache({KIND: drafter.pool}, prefix=False)
     tables = cache.tables()
     cache.extend(tables, [KIND], position + BLOCK)
-    width = len(drafter.taps) * ready.config.hidden_size
+    width = len(drafter.target_layers) * ready.config.hidden_size
     features = torch.randn(BLOCK - 1, width, device=ready.device).to(torch.bfloat16)
     requests = [DraftRequest(tables, 5, position, BLOCK - 1, features)]
     arguments = walk.prepare(requests)

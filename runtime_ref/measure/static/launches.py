@@ -16,8 +16,8 @@ ROW_POINTERS = {"w": "bf16", "scales": "fp32", "gamma": "fp32", "head_gamma": "f
                 "positions": "i32", "slots": "i32", "k": "bf16", "v": "bf16", "rows": "i32", "correction": "fp32",
                 "scores": "fp32", "rounded": "bf16", "table": "i32", "arena": "u8", "embed": "bf16", "spare": "bf16",
                 "head": "bf16", "final_norm": "fp32", "ids": "i32", "head_rows": "i32", "heads": "bf16", "y": "bf16",
-                "route_arrived": "i32", "taps": "bf16", "features": "fp32", "context_positions": "i32", "context_slots": "i32",
-                "logits": "fp32",
+                "route_arrived": "i32", "target_hidden": "bf16", "features": "fp32", "context_positions": "i32",
+                "context_slots": "i32", "logits": "fp32",
                 "drafts": "i32", "best": "fp32", "heat": "fp64", "uniform": "fp64", "mass": "fp64", "place": "i32",
                 "tokens": "i32", "accepted": "i32", "rows_left": "i32", "unsafe": "i32",
                 "barrier": "i32", "launches": "i32", "attend_arrived": "i32", "expert_inner": "bf16", "expert_partial": "fp32"}
@@ -28,7 +28,7 @@ for _kind in ("full", "window"):
 FLOATS = ("epsilon", "q_scale", "v_scale", "head_epsilon", "factor")
 # Sizes of the model and of its caches, multiples of 16 here, so that a launch promises it too; a kernel that has one of these
 # names for something else does not specialize on it.
-ALIGNED = ("H", "K", "I", "N", "E", "n", "vocabulary", "taps_width", "full_stride", "window_stride", "k_stride", "POSITIONS",
+ALIGNED = ("H", "K", "I", "N", "E", "n", "vocabulary", "hidden_width", "full_stride", "window_stride", "k_stride", "POSITIONS",
            "heads_stride", "part_stride")
 TILE = {"BN": 32, "BK": 128, "FLOAT_DOT": False}
 ROUTER = {"A": 8, "WIDE": 512, "GROUPS": 1, "TOP_GROUPS": 1, "NORMED": True}
@@ -79,12 +79,12 @@ def _walk(experts: dict) -> dict:
 def step_constants(experts: dict, ranks: int) -> dict:
     """Of the persistent step; `experts`: compile-time arguments of the expert kernel, static order."""
     found = {"FULL": True, "WINDOW": True, "DENSE": True, "MOE": True, "DRAFT": False, "HEAD_NORM": False, "QKV_FP8": True,
-             "O_FP8": False, "MLP_FP8": True, "HAS_TAPS": True, "RANKS": ranks} | _walk(experts)
+             "O_FP8": False, "MLP_FP8": True, "HAS_TARGET_HIDDEN": True, "RANKS": ranks} | _walk(experts)
     return found | _kind("F", HEADS, None, TILE["BN"], False) | _kind("W", HEADS, 128, TILE["BN"], True)
 
 
 def draft_constants(experts: dict, ranks: int) -> dict:
     """Of the persistent round of the drafter's share of one of eight ranks."""
     found = {"FULL": True, "WINDOW": False, "DENSE": True, "MOE": False, "DRAFT": True, "HEAD_NORM": True, "QKV_FP8": False,
-             "O_FP8": False, "MLP_FP8": False, "HAS_TAPS": False, "RANKS": ranks} | _walk(experts)
+             "O_FP8": False, "MLP_FP8": False, "HAS_TARGET_HIDDEN": False, "RANKS": ranks} | _walk(experts)
     return found | _kind("F", DRAFT_HEADS, 1024, DRAFT_HEADS["d"], True, True) | _kind("W", DRAFT_HEADS, 1024, 128, True)

@@ -57,8 +57,6 @@ def check_files(check: Check, context: ValidationContext, *, checksums: bool) ->
             read_object(folder / "export.json")
         except Wrong as error:
             check.fail(str(error), error.cause)
-    for where in (".", "dflash"):
-        _code(check, folder, where)
 
 
 def _checksums(check: Check, context: ValidationContext) -> None:
@@ -206,17 +204,3 @@ def _end_tokens(check: Check, tokenizer, raw: dict, generation: dict, size: int)
 def _turn_end(tokenizer, ids: list[int]) -> bool:
     """Whether all of these are special tokens: families end turns with another one than texts."""
     return set(ids) <= set(tokenizer.all_special_ids)
-
-
-def _code(check: Check, folder: Path, where: str) -> None:
-    """auto_map of one config.json: the files that it names must be there."""
-    file = folder / where / "config.json"
-    try:
-        named = json.loads(file.read_text(encoding="utf-8")).get("auto_map") or {}
-        modules = {str(v).split("--")[-1].split(".")[0] for v in named.values()}
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return  # what is wrong with the configuration itself is told by the check of the folder
-    for module in sorted(modules):
-        if not (folder / where / f"{module}.py").is_file():
-            name = f"{'' if where == '.' else where + '/'}{module}.py"
-            check.notes.append(f"{name} is missing, auto_map names it: AutoModel cannot load this folder as remote code")

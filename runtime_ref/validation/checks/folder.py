@@ -1,27 +1,30 @@
-"""Check 1: is the folder what the format says? Names, shapes, dtypes, scale bytes, sidecar, dialects of the drafter.
+"""Check 1: is the folder what the format says? The findings of the one verifier (`checkpoint.verify`), each with the port bug
+that it looks like, and what later checks need to know of the folder.
 
-What is certainly wrong fails here, with the port bug that it looks like. What is merely odd (sinks that are all zero, a
-vocabulary row that is not the mask embedding) is a suspicion: it is wrong if outputs disagree with a reference, and a note
-otherwise. What only this project's exporter promises is demanded of its folders alone.
+What is certainly wrong fails here. What is merely odd (sinks that are all zero) is a suspicion: it is wrong if outputs disagree
+with a reference, and a note otherwise. What only this project's exporter promises is demanded of its folders alone, those that
+carry its stored reference included; engines' different readings of others are notes with the engines' names.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoint.families.geometry import Geometry, NotHeld
+from checkpoint.families.geometry import NotHeld
+from checkpoint.inventory import layout_of, scale_name
 from checkpoint.tensor_files import TensorFiles
-from modeling.names import fused_name, published_tensors
-from mxfp4.format import BLOCK_SIZE
+from checkpoint.verify import Finding, Verification, verify
+from modeling.drafter import read_mask
+from modeling.names import fused_name
 from runtime_ref.checkpoints.folder import drafter_folder, read_geometry
-from runtime_ref.validation.checks.drafter import REFERENCE, check_drafter
-from runtime_ref.validation.checks.layouts import check_layout
-from runtime_ref.validation.checks.tensors import SCALE_CAUSE, Matrix, look_at_blocks, look_at_numbers
+from runtime_ref.validation.checks import folder_causes as causes
+from runtime_ref.validation.checks.tensors import Matrix, look_at_experts
 from runtime_ref.validation.context import (
-    DTYPE_CAUSE,
     INCOMPLETE_CAUSE,
     ValidationContext,
     Wrong,
@@ -33,6 +36,13 @@ from runtime_ref.validation.context import (
 from runtime_ref.validation.quantities import Number
 from runtime_ref.validation.result import Check
 
+REFERENCE = "dflash_reference.safetensors"
+MASK_FILE = "mask_embedding.pt"
+# Kinds of findings that other checks make, with more to say; kinds that every folder with a stored reference owes.
+ELSEWHERE = {"checksum", "reference"}
+OWED = {"dialect", "mask", "dtype", "drafter"}
+# Kinds of findings after which nothing can be loaded.
+FATAL = {"missing", "unexpected", "shape", "index", "file", "values", "layout", "config"}
 # Keys of other families that change what runs, and what a client that honours them would do wrong.
 FOREIGN_KEYS = {
     "swiglu_limit": "SwiGLU is clamped as in gpt-oss: MiMo-V2's experts have no clamp",
@@ -40,14 +50,8 @@ FOREIGN_KEYS = {
     "n_shared_experts": "shared experts: MiMo-V2 has none",
     "final_logit_softcapping": "logits are capped: MiMo-V2 has no cap",
 }
-SINK_CAUSE = "attention sinks are dropped: every window layer has one learned logit per head (attention_sink_bias)"
-SINK_LAYER_CAUSE = ("attention sinks are on other layers than the configuration says (hybrid_layer_pattern, "
-                    "add_swa_attention_sink_bias, add_full_attention_sink_bias)")
-BLOCK_CAUSE = "scales are of blocks of another size: MXFP4 has one scale byte for 32 values (NVFP4 has one for 16)"
-TIED_CAUSE = "tie_word_embeddings is true although the head is a matrix of its own: engines would use the embedding for it"
-BIAS_CAUSE = "the routers' correction bias was rounded: it decides which experts run and is published in float32"
-INDEX_CAUSE = "index and shards do not fit each other: one of them is of another export"
-TRUNCATED_CAUSE = "a weight file is damaged or truncated: the download or the copy broke off"
+LENGTH_CAUSE = ("the drafter is given positions beyond its trained length: engines that pass absolute positions lose most of "
+                "its acceptance there")
 
 
 def check_folder(check: Check, context: ValidationContext) -> None:
@@ -60,63 +64,51 @@ def check_folder(check: Check, context: ValidationContext) -> None:
     context.loadable = False
     try:
         context.raw = read_object(folder / "config.json")
-        infos = _infos(folder)
-        _refuse_oversize(context.raw, infos)
+        _refuse_oversize(folder, context.raw)
         context.config = _geometry(folder, context.raw)
-        context.family = context.raw["model_type"]
-        context.ours = any((folder / name).is_file() for name in ("export.json", f"dflash/{REFERENCE}"))
-        if not isinstance(context.config, Geometry):
-            _config(check, context)
-        files = TensorFiles(folder)
     except Wrong as error:
         check.fail(str(error), error.cause)
         return
-    except NotHeld:
-        raise
-    except (ValueError, OSError, SafetensorError) as error:
-        check.fail(first_line(error, folder), INCOMPLETE_CAUSE)
+    context.family = context.raw["model_type"]
+    context.ours = any((folder / name).is_file() for name in ("export.json", f"dflash/{REFERENCE}"))
+    if not _packed(check, context):
         return
-    context.loadable = True
-    if isinstance(context.config, Geometry):
-        check_layout(check, context, files, infos)
-    else:
-        _native(check, context, files, infos)
-    dflash = drafter_folder(folder)
-    if dflash is not None:
-        context.drafter_loadable = check_drafter(check, context, files, dflash)
-    elif (folder / "dflash").is_dir():
-        check.fail("dflash/config.json is missing", "the drafter's folder is incomplete")
-    elif own_object(folder / "export.json").get("drafter") is True:
-        check.fail("dflash/ is missing, export.json says that there is a drafter", "the drafter's folder is incomplete")
-    else:
-        check.notes.append("no drafter (dflash/): decoding is plain")
+    context.loadable = context.drafter_loadable = True
+    found = verify(folder, sums=False)
+    _take(check, context, found)
+    if context.family == "mimo_v2":
+        for key, cause in FOREIGN_KEYS.items():
+            if context.raw.get(key) not in (None, 0, 0.0):
+                check.fail(f"config.json: {key}: {context.raw[key]}, expected no such key", cause)
+    if context.loadable:
+        files = TensorFiles(folder)
+        look_at_experts(check, context, _matrices(files, layout_of(context.raw)))
+        sinks = [n for n in files if n.endswith(("attention_sink_bias", "self_attn.sinks")) and "mtp." not in n]
+        if sinks and not any(bool(files.read(n).any()) for n in sinks):
+            context.suspicions.append(("all attention sinks of the target are zero", causes.SINKS))
+    _drafter(check, context)
     check.findings = condensed(check.findings)
-    check.measure(Number.TENSORS, len(infos))
-    check.measure(Number.DRAFTER, dflash is not None)
+    check.notes = condensed(check.notes)
+    check.measure(Number.TENSORS, found.tensors)
+    check.measure(Number.DRAFTER, (folder / "dflash").is_dir())
     check.measure(Number.STORED_REFERENCE, context.reference is not None)
 
 
-def _refuse_oversize(raw: dict, infos: dict) -> None:
+def _refuse_oversize(folder: Path, raw: dict) -> None:
     """Refuses sizes beyond what the files hold, before anything of that size is made.
 
     Raises:
         Wrong.
     """
+    try:
+        tensors = len(TensorFiles(folder).infos)
+    except (ValueError, OSError, SafetensorError, KeyError, TypeError):
+        tensors = 0  # what is wrong with the files is for the verifier to say
     experts = () if raw.get("model_type") == "gpt_oss" else ("n_routed_experts", "num_experts")
     for key in ("num_hidden_layers", *experts):
         value = raw.get(key)
-        if isinstance(value, int) and value > len(infos):
-            raise Wrong(f"config.json: {key}: {value}, but the files hold {len(infos)} tensors",
-                        "config.json describes a model that cannot be")
-
-
-def _native(check: Check, context: ValidationContext, files: TensorFiles, infos: dict) -> None:
-    _inventory(check, context, infos)
-    if context.loadable:
-        plain = [n for n in files if not n.startswith("model.mtp.") and fused_name(n) is None]
-        look_at_numbers(check, context, files, infos, plain)
-        look_at_blocks(check, context, _matrices(files))
-        _sinks(context, files, infos)
+        if isinstance(value, int) and value > max(tensors, 1000):
+            raise Wrong(f"config.json: {key}: {value}, but the files hold {tensors} tensors", causes.IMPOSSIBLE)
 
 
 def _geometry(folder: Path, raw: dict):
@@ -127,141 +119,136 @@ def _geometry(folder: Path, raw: dict):
     """
     stored = raw.get("quantization_config")
     if stored is not None and not isinstance(stored, dict):
-        raise Wrong(f"config.json: quantization_config: {type(stored).__name__}, expected an object",
-                    INCOMPLETE_CAUSE)
+        raise Wrong(f"config.json: quantization_config: {type(stored).__name__}, expected an object", INCOMPLETE_CAUSE)
     try:
         return read_geometry(folder)[0]
     except NotHeld:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise Wrong(first_line(error, folder), "config.json describes a model that cannot be") from None
+        raise Wrong(first_line(error, folder), causes.IMPOSSIBLE) from None
 
 
-def _config(check: Check, context: ValidationContext) -> None:
-    stored = context.raw.get("quantization_config") or {}
-    if stored.get("mxfp4_block_size", BLOCK_SIZE) != BLOCK_SIZE:
-        check.fail(f"config.json: quantization_config.mxfp4_block_size: {stored['mxfp4_block_size']}, expected {BLOCK_SIZE}",
-                   BLOCK_CAUSE)
-    for key, expected in (("quant_method", "fp8"), ("store_dtype", "mxfp4")):
-        if stored.get(key) != expected:
-            check.fail(f"config.json: quantization_config.{key}: {stored.get(key)!r}, expected {expected!r}",
-                       "engines take the experts for another format: quant_method fp8 with store_dtype mxfp4 marks them")
-    for key, cause in FOREIGN_KEYS.items():
-        if context.raw.get(key) not in (None, 0, 0.0):
-            check.fail(f"config.json: {key}: {context.raw[key]}, expected no such key", cause)
+def _packed(check: Check, context: ValidationContext) -> bool:
+    """Whether config.json says that the experts are MXFP4, and they are packed in the form that it says."""
+    section = context.raw.get("quantization_config") or {}
+    if context.family == "mimo_v2":
+        for key, expected in (("quant_method", "fp8"), ("store_dtype", "mxfp4")):
+            if section.get(key) != expected:
+                check.fail(f"config.json: quantization_config.{key}: {section.get(key)!r}, expected {expected!r}",
+                           causes.FORMAT.format(mark="quant_method fp8 with store_dtype mxfp4 marks them"))
+        return check.status != "failed"
+    try:
+        names = list(TensorFiles(context.folder))
+    except (ValueError, OSError, SafetensorError, KeyError, TypeError):
+        return True  # what is wrong with the files is for the verifier to say
+    ending = "_blocks" if context.family == "gpt_oss" else "_packed"
+    if names and not any(name.endswith(ending) for name in names):
+        check.fail(f"config.json describes experts called ...{ending}, and there are none", causes.OTHER_LAYOUT)
+    return check.status != "failed"
 
 
-def _infos(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """name -> (shape, dtype) of every tensor, from the files' headers.
-
-    Raises:
-        Wrong: an index and shards that do not fit each other.
-    """
-    index = folder / "model.safetensors.index.json"
-    listed = None
-    if index.is_file():
-        listed = read_object(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
-            raise Wrong(f"{index.name}: no weight_map (tensor name to file name)", INDEX_CAUSE)
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for name in sorted(set(listed.values())) if listed is not None else ["model.safetensors"]:
-        if not (folder / name).is_file():
-            raise Wrong(f"shard {name} is missing, {index.name} lists it", "the folder is incomplete: a shard is missing")
-        try:
-            with safe_open(str(folder / name), framework="pt") as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    if listed is not None and listed.get(key, name) == name or listed is None:
-                        found[key] = tuple(part.get_shape()), part.get_dtype()
-        except SafetensorError as error:
-            raise Wrong(f"{name}: {str(error).splitlines()[0]}", TRUNCATED_CAUSE) from None
-    if listed is not None:
-        astray = sorted(set(listed) - set(found)), sorted(set(found) - set(listed))
-        if astray[0]:
-            raise Wrong(f"{index.name}: {astray[0][0]} is not in {listed[astray[0][0]]}",
-                        f"{INDEX_CAUSE}, or a tensor was dropped")
-        if astray[1]:
-            raise Wrong(f"{index.name} does not list {astray[1][0]}, a shard holds it", INDEX_CAUSE)
-    return found
+def _take(check: Check, context: ValidationContext, found: Verification) -> None:
+    """The verifier's findings, with causes, and what they mean for loading."""
+    owed = [note for note in found.notes if context.ours and note.kind in OWED]
+    for finding in (*found.wrong, *owed):
+        if finding.kind in ELSEWHERE:
+            continue
+        cause = causes.cause_of(finding.kind, finding.text, context.family)
+        check.fail(finding.text, cause)
+        _weigh(context, finding, cause)
+    check.notes += [note.text for note in found.notes if note not in owed]
+    check.unchecked += [finding.text for finding in found.unchecked if finding.kind not in ELSEWHERE]
 
 
-def _inventory(check: Check, context: ValidationContext, infos: dict) -> None:
-    expected = {t.name: t for t in published_tensors(context.config, experts="mxfp4", dense="bf16")}
-    if not any("qkv_proj" in n for n in infos):
-        expected = _split(expected, context.config)
-    if context.config.tie_word_embeddings:
-        if "lm_head.weight" in infos:
-            context.loadable = False
-            check.fail("config.json: tie_word_embeddings: true, but lm_head.weight is there", TIED_CAUSE)
-        expected.pop("lm_head.weight", None)
-    for name, tensor in expected.items():
-        if name not in infos:
-            context.loadable = False
-            check.fail(f"{name} is missing", _missing_cause(name, infos, expected))
-        else:
-            _dtype_and_shape(check, context, tensor, infos)
-    extra = [n for n in infos if n not in expected and not n.startswith("model.mtp.") and n != "lm_head.weight"
-             and not (n.endswith("_scale_inv") and infos.get(n.removesuffix("_scale_inv"), (0, ""))[1] == "F8_E4M3")]
-    for name in sorted(extra)[:5]:
-        context.loadable = False
-        check.fail(f"{name}: unknown tensor", SCALE_CAUSE if name.endswith("weight_scale_inv") else
-                   SINK_LAYER_CAUSE if name.endswith("attention_sink_bias") else
-                   "the folder holds tensors that this model does not have")
-    check.findings = condensed(check.findings)
+def _weigh(context: ValidationContext, finding: Finding, cause: str) -> None:
+    floats = finding.kind == "dtype" and not any(word in finding.text for word in ("U8", "I8", "F8"))
+    fatal = finding.kind in FATAL or finding.kind == "dtype" and not floats
+    if finding.text.startswith("dflash"):
+        context.drafter_loadable &= not (fatal or finding.kind == "mask" and "zero" not in finding.text
+                                         or finding.kind == "drafter" and ("target" in finding.text
+                                                                           or "cannot be checked" in finding.text))
+        return
+    context.loadable &= not fatal or finding.kind == "config" and "cannot be checked" not in finding.text
+    if floats:
+        context.explained = cause
 
 
-def _dtype_and_shape(check: Check, context: ValidationContext, tensor, infos: dict) -> None:
-    name, (shape, dtype) = tensor.name, infos[tensor.name]
-    if shape != tensor.shape:
-        context.loadable = False
-        finer = name.endswith("_scale") and shape[:1] == tensor.shape[:1] and shape[1:] != tensor.shape[1:]
-        check.fail(f"{name}: shape {list(shape)}, expected {list(tensor.shape)}",
-                   BLOCK_CAUSE if finer else "the geometry of config.json is not that of the weights")
-    if tensor.dtype == "U8" and dtype != "U8":
-        context.loadable = False
-        check.fail(f"{name}: dtype {dtype}, expected U8", SCALE_CAUSE if name.endswith("_scale") else
-                   "expert codes must be uint8 (two E2M1 codes a byte)")
-    elif dtype == "F8_E4M3" and tensor.dtype == "BF16" and len(shape) == 2:
-        if name + "_scale_inv" not in infos:
-            context.loadable = False
-            check.fail(f"{name}_scale_inv is missing, {name} is F8_E4M3",
-                       "FP8 weights without their scales: weight_scale_inv, one F32 for 128 x 128, must be there")
-    elif name.endswith("e_score_correction_bias") and dtype != "F32":
-        context.explained = BIAS_CAUSE
-        check.fail(f"{name}: dtype {dtype}, expected F32", BIAS_CAUSE)
-    elif tensor.dtype in ("BF16", "F32") and dtype not in ("BF16", "F32"):
-        context.loadable &= dtype == "F16"
-        context.explained = DTYPE_CAUSE
-        check.fail(f"{name}: dtype {dtype}, expected {tensor.dtype}", DTYPE_CAUSE)
-
-
-def _missing_cause(name: str, infos: dict, expected: dict) -> str:
-    if name.endswith("attention_sink_bias"):
-        elsewhere = any(n.endswith("attention_sink_bias") and n not in expected for n in infos)
-        return SINK_LAYER_CAUSE if elsewhere else SINK_CAUSE
-    if name.endswith("_scale"):
-        return SCALE_CAUSE
-    return "the folder is incomplete: a tensor is missing"
-
-
-def _split(expected: dict, config) -> dict:
-    """The inventory with separate q, k and v."""
-    import copy
-
-    split = copy.copy(config)
-    split.attention_projection_layout = "split"
-    return {t.name: t for t in published_tensors(split, experts="mxfp4", dense="bf16")}
-
-
-def _matrices(files: TensorFiles) -> Iterator[Matrix]:
-    """The packed experts of a native folder."""
+def _matrices(files: TensorFiles, layout: str) -> Iterator[Matrix]:
+    """The packed experts; of gpt-oss one expert of a fused tensor at a time."""
     for name in files:
-        fused = None if name.startswith("model.mtp.") else fused_name(name)
-        if fused is not None:
-            yield Matrix(name, name + "_scale", (fused[0], fused[2]), files.read(name), files.read(name + "_scale"))
+        scale = None if name.startswith("model.mtp.") else scale_name(layout, name)
+        if scale is None or scale not in files.infos:
+            continue
+        codes, scales = files.read(name), files.read(scale)
+        if codes.ndim == 4:
+            for e in range(codes.shape[0]):
+                yield Matrix(f"{name}[{e}]", f"{scale}[{e}]", (name,), codes[e].flatten(1), scales[e])
+        else:
+            fused = fused_name(name.removesuffix("_packed"))
+            group = (fused[0], fused[2]) if fused else (name.partition(".experts.")[0], name.rpartition(".experts.")[2][-20:])
+            yield Matrix(name, scale, group, codes, scales)
 
 
-def _sinks(context: ValidationContext, files: TensorFiles, infos: dict) -> None:
-    sinks = [n for n in infos if n.endswith("attention_sink_bias") and not n.startswith("model.mtp.")]
-    if sinks and not any(bool(files.read(n).any()) for n in sinks):
-        context.suspicions.append(("all attention sinks of the target are zero", SINK_CAUSE))
+def _drafter(check: Check, context: ValidationContext) -> None:
+    """What the verifier does not look at: whether there must be a drafter, its mask's row, positions, the stored reference."""
+    folder = context.folder
+    dflash = drafter_folder(folder)
+    if dflash is None:
+        context.drafter_loadable = False
+        if (folder / "dflash").is_dir():
+            check.fail("dflash/config.json is missing", "the drafter's folder is incomplete")
+        elif own_object(folder / "export.json").get("drafter") is True:
+            check.fail("dflash/ is missing, export.json says that there is a drafter", "the drafter's folder is incomplete")
+        else:
+            check.notes.append("no drafter (dflash/): decoding is plain")
+        return
+    context.drafter_config = own_object(dflash / "config.json")
+    special = context.drafter_config.get("dflash_config")
+    if not isinstance(special, dict) or not (dflash / MASK_FILE).is_file():
+        if isinstance(special, dict):
+            check.fail(f"dflash/{MASK_FILE} is missing", causes.MASK)
+        context.drafter_loadable = False
+        return
+    trained, reached = context.drafter_config.get("max_position_embeddings"), context.config.max_position_embeddings
+    if isinstance(trained, int) and trained < reached:
+        check.notes.append(f"dflash/config.json: max_position_embeddings {trained}, the target has {reached}: {LENGTH_CAUSE}")
+    if context.loadable and context.drafter_loadable:
+        _mask_elsewhere(check, folder, dflash)
+    if (dflash / REFERENCE).is_file():
+        _read_reference(check, context, dflash / REFERENCE, special)
+
+
+def _mask_elsewhere(check: Check, folder: Path, dflash: Path) -> None:
+    """Is the mask embedding in another row of the vocabulary than the mask token's?"""
+    token, vector = read_mask(dflash / MASK_FILE)
+    table = TensorFiles(folder).read("model.embed_tokens.weight")
+    same = torch.nonzero((table == vector.to(table.dtype)).all(1)).flatten().tolist() if bool(vector.any()) else []
+    if same and token not in same:
+        check.fail(f"mask_token_id {token}, but vocabulary row {same[0]} is the embedding of {MASK_FILE}", causes.MASK_ID)
+
+
+def _read_reference(check: Check, context: ValidationContext, path: Path, special: dict) -> None:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            context.reference = {key: file.get_tensor(key) for key in file.keys()}
+            context.reference_info = json.loads((file.metadata() or {}).get("reference", "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        check.fail(f"dflash/{path.name}: {str(error).splitlines()[0]}", "the stored reference is damaged")
+        context.reference = None
+        return
+    wanted = {"input_ids": 2, "taps": 4, "draft_hidden": 3, "draft_logits": 3}
+    bad = [n for n, dims in wanted.items() if n not in context.reference or context.reference[n].ndim != dims]
+    if bad or not isinstance(context.reference_info, dict):
+        check.fail(f"dflash/{path.name}: {bad[0] if bad else 'its metadata'}: missing or of another form",
+                   "the stored reference is damaged")
+        context.reference, context.reference_info = None, {}
+        return
+    rows = context.reference["draft_hidden"].shape[1]
+    block = special.get("block_size", context.drafter_config.get("block_size"))
+    if rows != block:
+        check.fail(f"dflash_config.block_size {block}, the stored reference drafts {rows} positions", causes.BLOCK_SIZE)
+    stored, own = context.reference_info.get("target_layer_ids"), special.get("target_layer_ids")
+    if stored is not None and stored != own:
+        check.fail(f"dflash_config.target_layer_ids {own}, the stored reference has {stored}",
+                   causes.TAPS if sorted(stored) != sorted(own or []) else
+                   "tapped layers are in another order (target_layer_ids): the features are concatenated in this order")

@@ -16,8 +16,8 @@ import torch
 
 from checkpoint.load import load_model
 from modeling.drafter import DFlashDraftModel, load_drafter
-from runtime_ref.validation.checks.drafter import BLOCK_SIZE_CAUSE, HEAD_CAUSE, TAP_CAUSE
-from runtime_ref.validation.context import FINITE_CAUSE, ValidationContext, own_object, quiet
+from runtime_ref.validation.checks import folder_causes as causes
+from runtime_ref.validation.context import ValidationContext, own_object, quiet
 from runtime_ref.validation.diagnosis.fault_table import drafter_faults, exchanged_expert_faults, target_faults
 from runtime_ref.validation.diagnosis.faults import SAME, Fault, difference, first_matching_fault, matching_faults, only_in
 from runtime_ref.validation.guard import UserMistake
@@ -214,7 +214,7 @@ def _judge_features(check: Check, context: ValidationContext, probe: Probe,
     check.fail(f"the target's features differ from {whose} from layer {layers[first]} on "
                f"(relative error {errors[first]:.2g})")
     if not bool(torch.isfinite(every).all()):
-        check.fail(f"the outputs of layer {_first_odd(every)} are not finite", FINITE_CAUSE)
+        check.fail(f"the outputs of layer {_first_odd(every)} are not finite", causes.FINITE)
         return False
     if context.explained is not None:
         check.fail("not searched for other causes: the check of the folder has one", context.explained)
@@ -222,7 +222,7 @@ def _judge_features(check: Check, context: ValidationContext, probe: Probe,
     moved = [next((i for i in range(every.shape[1]) if difference(every[:, i], stored[:, k]) < SAME), None)
              for k in range(len(layers))]
     if None not in moved:
-        check.fail(f"{whose} features are those of layers {moved}, not {layers}", TAP_CAUSE)
+        check.fail(f"{whose} features are those of layers {moved}, not {layers}", causes.TAPS)
         return False
     _explain_target(check, context, probe, ids, stored, layers, first)
     return False
@@ -273,7 +273,7 @@ def _stored_drafts(check: Check, context: ValidationContext, probe: Probe) -> No
         return
     if stored.shape[0] != probe.drafter.block_size:
         check.fail(f"the stored reference drafts {stored.shape[0]} positions, the drafter {probe.drafter.block_size}",
-                   BLOCK_SIZE_CAUSE)
+                   causes.BLOCK_SIZE)
         return
     embed = probe.target.model.embed_tokens
 
@@ -302,7 +302,7 @@ def _stored_drafts(check: Check, context: ValidationContext, probe: Probe) -> No
 def _explain_head(check: Check, context: ValidationContext, probe: Probe, hidden: torch.Tensor, stored: torch.Tensor) -> None:
     hypotheses = [s for s in faults_of(context) if s.name.startswith(("head", "tied"))]
     name_causes(check, matching_faults(probe.target, hypotheses, lambda m: m.lm_head(hidden), stored),
-                f"the head (lm_head) is not the one that was trained, or: {HEAD_CAUSE}")
+                f"the head (lm_head) is not the one that was trained, or: {causes.HEAD}")
 
 
 def _judge_logits(check: Check, context: ValidationContext, probe: Probe, ids: torch.Tensor, stored: torch.Tensor) -> None:

@@ -48,13 +48,13 @@ KERNEL_DRAFT_ERROR = 8 * 2.0**-8
 MISSING_CLAMP_CAUSE = "the clamp of gpt-oss's SwiGLU is missing, or has another limit or alpha (swiglu_limit)"
 
 
-def run_watched(backend: Backend, ids: list[int], *, taps=(), watch=None) -> tuple[dict, SequenceChunk, KvCache]:
+def run_watched(backend: Backend, ids: list[int], *, target_layers=(), watch=None) -> tuple[dict, SequenceChunk, KvCache]:
     """Buffers of one step over `ids` on a fresh cache, the chunk, and the cache (still holding it)."""
     cache = KvCache(backend.pools, prefix=False)
     tables = cache.tables()
     cache.extend(tables, list(tables), len(ids))
     chunk = SequenceChunk(tables, 0, ids)
-    return backend.run(target_program(backend.config, taps), backend.plan([chunk]), watch), chunk, cache
+    return backend.run(target_program(backend.config, target_layers), backend.plan([chunk]), watch), chunk, cache
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Outputs:
 def outputs_of(backend: Backend, probe: Probe) -> Outputs:
     """Of one step as it is served (nothing watches it); to be called on all ranks alike."""
     layers, n = range(backend.config.num_hidden_layers), len(probe.ids)
-    buffers, chunk, cache = run_watched(backend, probe.ids, taps=layers)
+    buffers, chunk, cache = run_watched(backend, probe.ids, target_layers=layers)
     cache.release(chunk.tables)
-    return Outputs(torch.stack([buffers[f"tap.{i}"][:n] for i in layers], dim=1), buffers["logits"][:n].cpu())
+    return Outputs(torch.stack([buffers[f"target_hidden.{i}"][:n] for i in layers], dim=1), buffers["logits"][:n].cpu())
 
 
 class OpErrors:
@@ -238,7 +238,7 @@ def _runtime_drafts(probe: Probe, exact: Backend, drafter: Drafter, taps: torch.
     cache = KvCache({KIND: drafter.pool}, prefix=False)
     tables = cache.tables()
     cache.extend(tables, [KIND], n + drafter.block)
-    features = torch.cat([taps[:n, i] for i in drafter.taps], dim=-1)
+    features = torch.cat([taps[:n, i] for i in drafter.target_layers], dim=-1)
     drafter.extend_tables(features[:n - 3], 0, tables[KIND])
     logits = drafter.logits([DraftRequest(tables, probe.ids[n], n, drafter.block - 1, features[n - 3:])])[0]
     cache.release(tables)

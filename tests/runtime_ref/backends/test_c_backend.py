@@ -57,7 +57,7 @@ def test_logits_do_not_depend_on_how_the_text_is_cut(weights, ids, dtype, pieces
 
 def test_every_task_leaves_the_buffers_of_the_torch_backend(weights, ids):
     """Task by task, in float32; queries, keys and values of rows that exist."""
-    program, seen = target_program(weights.config, taps=[1]), {}
+    program, seen = target_program(weights.config, target_layers=[1]), {}
     for kind in (TorchBackend, CBackend):
         backend = kind(weights, dtype=torch.float32, pages=PAGES)
         cache = KvCache(backend.pools)
@@ -90,7 +90,7 @@ def test_drafts_are_those_of_the_torch_drafter(folder, weights, ids):
     from runtime_ref.core.batch import DraftRequest
 
     found = []
-    taps = torch.randn(90, 3 * 64, generator=torch.Generator().manual_seed(1))
+    target_hidden = torch.randn(90, 3 * 64, generator=torch.Generator().manual_seed(1))
     for kind in (TorchBackend, CBackend):
         backend = kind(weights, dtype=torch.float32, pages=PAGES)
         drafter = backend.load_drafter(folder / "dflash", 20, 256)
@@ -98,9 +98,10 @@ def test_drafts_are_those_of_the_torch_drafter(folder, weights, ids):
         one, two = cache.tables(), cache.tables()
         for tables in (one, two):
             cache.extend(tables, ["draft"], 100)
-        drafter.extend_tables(taps[:80], 0, one["draft"])
-        drafter.extend_tables(taps[:20], 0, two["draft"])
-        found.append(drafter.logits([DraftRequest(one, ids[0], 90, 7, taps[80:]), DraftRequest(two, ids[1], 20, 3, None)]))
+        drafter.extend_tables(target_hidden[:80], 0, one["draft"])
+        drafter.extend_tables(target_hidden[:20], 0, two["draft"])
+        found.append(drafter.logits([DraftRequest(one, ids[0], 90, 7, target_hidden[80:]), DraftRequest(two, ids[1], 20, 3,
+                                                                                                        None)]))
         again = drafter.logits([DraftRequest(two, ids[1], 20, 3, None)])
         if kind is CBackend:
             assert torch.equal(again[0], found[-1][1])

@@ -154,12 +154,12 @@ def test_float32_engines_do_not_round_what_enters_a_product(weights):
 
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_int8_drafts_are_near_those_in_float32(folder, weights, ids, count):
-    taps, found = torch.randn(70, 3 * 64, generator=torch.Generator().manual_seed(1)), []
+    target_hidden, found = torch.randn(70, 3 * 64, generator=torch.Generator().manual_seed(1)), []
     for precision in ("bf16", "int8"):
         backend = CBackend(weights, dtype=BF16, pages=PAGES, bf16_dot=precision == "int8")
         drafter = backend.load_drafter(folder / "dflash", 20, 256, precision=precision)
         tables = opened(backend, ("draft", drafter.pool))
-        found.append(drafter.logits([DraftRequest(tables, ids[0], 70, count, taps)])[0])
+        found.append(drafter.logits([DraftRequest(tables, ids[0], 70, count, target_hidden)])[0])
     assert error(found[1], found[0]) < DRAFTS_IN_BYTES
 
 

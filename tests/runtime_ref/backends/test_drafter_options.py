@@ -42,16 +42,16 @@ def test_logits_of_a_block_are_the_models(folder, tmp_path, options, kind):
     model = load_drafter(tmp_path, torch.float32)
     backend = kind(load_target(folder), dtype=torch.float32, pages={"full": 8, "window": 8})
     ours = backend.load_drafter(tmp_path, 8, 256)
-    taps, n = torch.randn(30, 128, generator=torch.Generator().manual_seed(0)), 30
+    target_hidden, n = torch.randn(30, 128, generator=torch.Generator().manual_seed(0)), 30
     cache = KvCache({"draft": ours.pool})
     tables, other = cache.tables(), cache.tables()
     for t in (tables, other):
         cache.extend(t, ["draft"], 50)
-    ours.extend_tables(taps, 0, tables["draft"])
+    ours.extend_tables(target_hidden, 0, tables["draft"])
     found = ours.logits([DraftRequest(other, 9, 0, 3, None), DraftRequest(tables, 7, n, 7, None)])[1]
     with torch.no_grad():
         positions = torch.arange(n)[None]
-        context = model.context_keys_values(model.fuse(taps[None]), positions)
+        context = model.context_keys_values(model.fuse(target_hidden[None]), positions)
         block = backend.weights.embed[torch.tensor([7])]
         hidden = model.block_hidden(torch.cat((block[None], model.mask_embedding.expand(1, 7, -1)), dim=1),
                                     torch.arange(n, n + 8)[None], context, positions)[0, 1:]

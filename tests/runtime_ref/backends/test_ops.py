@@ -156,7 +156,7 @@ def test_packed_bytes_are_the_files_bytes(folder, weights):
 
 
 def test_the_schedule_writes_before_it_reads_and_can_be_watched(weights, ids):
-    program = target_program(weights.config, taps=[0, 3])
+    program = target_program(weights.config, target_layers=[0, 3])
     check_program(program)
     with pytest.raises(AssertionError, match="was never written|never written"):
         check_program(program[1:])
@@ -166,7 +166,7 @@ def test_the_schedule_writes_before_it_reads_and_can_be_watched(weights, ids):
     cache.extend(tables, list(tables), 8)
     step = backend.plan([SequenceChunk(tables, 0, ids[:8])])
     found = backend.run(program, step, watch=lambda op, buffers: seen.append(str(op)))
-    assert len(seen) == len(program) and {"tap.0", "tap.3", "logits"} <= found.keys()
+    assert len(seen) == len(program) and {"target_hidden.0", "target_hidden.3", "logits"} <= found.keys()
 
 
 def test_drafts_are_those_of_the_drafter_model(folder, weights, ids):
@@ -180,16 +180,16 @@ def test_drafts_are_those_of_the_drafter_model(folder, weights, ids):
     tables, n = cache.tables(), 130
     with torch.no_grad():
         out = target.model(input_ids=torch.tensor([ids[:n]]), tap_layers=reference.target_layer_ids)
-        taps = torch.cat(out.taps, dim=-1)
+        target_hidden = torch.cat(out.taps, dim=-1)
         positions = torch.arange(n)[None]
-        context = reference.context_keys_values(reference.fuse(taps), positions)
+        context = reference.context_keys_values(reference.fuse(target_hidden), positions)
         embeds = reference.embed_block(torch.tensor([ids[n]]), target.model.embed_tokens)
         hidden = reference.block_hidden(embeds, torch.arange(n, n + 8)[None], context, positions)
         expected = target.lm_head(hidden)[0, 1:]
     cache.extend(tables, ["draft"], n + 8)
-    drafter.extend_tables(taps[0, :n - 5], 0, tables["draft"])
+    drafter.extend_tables(target_hidden[0, :n - 5], 0, tables["draft"])
     for count in (7, 3, 1):
-        pending = taps[0, n - 5:] if count == 7 else None
+        pending = target_hidden[0, n - 5:] if count == 7 else None
         found = drafter.logits([DraftRequest(tables, ids[n], n, count, pending)])[0]
         if count == 7:
             torch.testing.assert_close(found, expected, **MODEL_FP32)

@@ -60,7 +60,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=2))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(gpu_suite, "revision", lambda: "unknown")
+    monkeypatch.setattr(gpu_suite, "git_revision", lambda: "unknown")
     for module, name, found in (
             (gpu_checks, "check_kernels", [{"name": "decoding", "passed": True, "detail": "fine"}]),
             (gpu_suite, "_bandwidths", {"read": 4e12, "copy": 3e12}), (gpu_suite, "measure", {"experts": [], "sweep": []}),
@@ -245,22 +245,23 @@ def spoiled(name: str):
     """A launch of a walk that then changes its logits, what it gave its first layer's successor, or only the second walk."""
     launch, walks = gpu_steps.Megakernel.launch, []
 
-    def call(self, step, logits, taps):
-        launch(self, step, logits, taps)
+    def call(self, step, logits, target_hidden):
+        launch(self, step, logits, target_hidden)
         walks.append(self)
         if name == "logits":
             logits[3] *= 1.01
-        elif name == "tap":
-            taps[0, 7] *= 1.01
+        elif name == "target_hidden":
+            target_hidden[0, 7] *= 1.01
         elif name == "infinite":
-            taps[0, 2, 5] = float("inf")
+            target_hidden[0, 2, 5] = float("inf")
         elif name == "second" and len(walks) == 2:
-            taps[0, 0, 0] += 1
+            target_hidden[0, 0, 0] += 1
     return call
 
 
-@pytest.mark.parametrize("name, said", [("logits", "at the logits"), ("tap", "at layer 0"), ("second", "two walks differ"),
-                                        ("infinite", "not finite after layer 0"), ("failed", "a wait was given up")])
+@pytest.mark.parametrize("name, said", [("logits", "at the logits"), ("target_hidden", "at layer 0"), ("second",
+                                        "two walks differ"), ("infinite", "not finite after layer 0"), ("failed",
+                                                                                                        "a wait was given up")])
 def test_its_check_of_whole_steps_is_red_when_a_walk_is_wrong(small_toy, monkeypatch, name, said):
     if name == "failed":
         monkeypatch.setattr(gpu_steps.Megakernel, "failed", lambda self: True)

@@ -47,7 +47,7 @@ BROKEN = [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"prompt": "x", "tem
           b'{"prompt": "x", "top_p": 0}', b'{"prompt": "x", "temperature": "warm"}', b'{"prompt": "x", "logprobs": 21}',
           b'{"prompt": "x", "repetition_penalty": 1e-300}', b'{"prompt": "x", "stream": "yes"}',
           b'{"prompt": "x", "stream_options": 7}', b'{"prompt": "x", "stream_options": {}}',
-          b'{"prompt": "x", "logit_bias": {"264": 1}}', b'{"prompt": "x", "logit_bias": {"5": 101}}',
+          b'{"prompt": "x", "logit_bias": {"99999": 1}}', b'{"prompt": "x", "logit_bias": {"5": 101}}',
           b'{"prompt": "x", "logit_bias": {"-1": 1}}', b'{"prompt": "x", "logit_bias": [5]}',
           b'{"prompt": "x", "min_tokens": 17}', b'{"prompt": "x", "temprature": 0}', b'{"prompt": "x", "best_of": 2}',
           b'{"prompt": "x", "max_tokens": 5, "max_completion_tokens": 6}',

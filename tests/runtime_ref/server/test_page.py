@@ -92,7 +92,7 @@ def expected(tokenizer, alone):
 class Knowing(Drafter):
     """Drafts that are right but for every fourth token of the answer, so that a known share is accepted."""
 
-    block, taps = 8, []
+    block, target_layers = 8, []
 
     def __init__(self, answer, prompt_length, vocabulary):
         self.answer, self.begin, self.vocabulary = answer, prompt_length, vocabulary

@@ -118,6 +118,14 @@ def test_tools_are_shown_and_calls_read_unless_they_are_not_wanted(preparation, 
     assert prepared(own, parallel_tool_calls=False)["one_call"] is True
 
 
+def test_json_alone_is_not_read_as_channels(preparation):
+    pytest.importorskip("llguidance")
+    own = preparation(CHANNELS)
+    assert prepared(own, tools=None)["reading"] == {"form": "channels"}
+    found = prepared(own, tools=None, response_format={"type": "json_object"})
+    assert found["reading"] is None and found["sampling"]["grammar"]
+
+
 @pytest.mark.parametrize("template, change, said", [
     (TOOLS, {"tools": None, "tool_choice": "auto"}, "only together with tools"),
     (TOOLS, {"tools": [], "tool_choice": "required"}, "only together with tools"),

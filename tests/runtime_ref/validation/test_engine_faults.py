@@ -51,8 +51,8 @@ def stale(patch, folder):
 
 def chunked(patch, folder):
     right = Drafter.extend
-    patch.setattr(Drafter, "extend", lambda self, taps, positions, slots: right(
-        self, taps, [p % 32 for p in positions], slots))
+    patch.setattr(Drafter, "extend", lambda self, target_hidden, positions, slots: right(
+        self, target_hidden, [p % 32 for p in positions], slots))
 
 
 def clamped(patch, folder):
@@ -78,7 +78,7 @@ def raw_slice(self, model):
 
 
 def capture(self, model):
-    self.taps = [min(i + 1, self.backend.config.num_hidden_layers - 1) for i in self.taps]
+    self.target_layers = [min(i + 1, self.backend.config.num_hidden_layers - 1) for i in self.target_layers]
 
 
 def padded(patch, folder):
@@ -88,17 +88,18 @@ def padded(patch, folder):
     def wrong(self, wanted):
         wanted = list(wanted)
         for i, w in enumerate(wanted):
-            if w.taps is None or not w.taps.shape[0]:
+            if w.target_hidden is None or not w.target_hidden.shape[0]:
                 pad = -w.position % 8
                 last = getattr(self, "last_features", None)
-                wanted[i] = dataclasses.replace(w, taps=last.expand(pad, -1) if pad else None, position=w.position + pad)
+                wanted[i] = dataclasses.replace(w, target_hidden=last.expand(pad, -1) if pad else None,
+                                                position=w.position + pad)
         return right(self, wanted)
 
     extend = Drafter.extend
 
-    def seen(self, taps, positions, slots):
-        self.last_features = taps[-1:]
-        extend(self, taps, positions, slots)
+    def seen(self, target_hidden, positions, slots):
+        self.last_features = target_hidden[-1:]
+        extend(self, target_hidden, positions, slots)
 
     patch.setattr(Drafter, "extend", seen)
     patch.setattr(Drafter, "logits", wrong)

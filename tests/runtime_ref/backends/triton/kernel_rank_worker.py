@@ -39,10 +39,10 @@ def answers(folder, ranks, walked):
     engine.cache.extend(tables, list(tables), 9)
     logits = engine.backend.run(engine.program, engine.backend.plan([SequenceChunk(tables, 0, prompts[1][:9])]))["logits"]
     engine.cache.extend(tables, list(tables), 20)
-    width = len(engine.drafter.taps) * engine.backend.config.hidden_size
-    taps = torch.randn(5, width, generator=generator).to(torch.bfloat16)
+    width = len(engine.drafter.target_layers) * engine.backend.config.hidden_size
+    target_hidden = torch.randn(5, width, generator=generator).to(torch.bfloat16)
     drafts = torch.cat([engine.drafter.logits([wanted])[0]
-                        for wanted in (DraftRequest(tables, 5, 9, 7, taps), DraftRequest(tables, 7, 9, 2, None))])
+                        for wanted in (DraftRequest(tables, 5, 9, 7, target_hidden), DraftRequest(tables, 7, 9, 2, None))])
     share = getattr(engine.drafter, "drafter", engine.drafter).share
     if ranks.rank == 0:
         print(json.dumps({"ranks": ranks.count, "rank": ranks.rank, "walked": walked, "tokens": tokens,

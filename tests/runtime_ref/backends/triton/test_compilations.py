@@ -64,8 +64,9 @@ def test_a_walk_of_the_drafter_is_compiled_once(small_engine):
     def run():
         for counts in ((1,), (7,), (3, 7), (7, 7)):
             for late in (0, 1, 8, 16):
-                taps = torch.zeros(late, 128, dtype=torch.bfloat16) if late else None
-                walked.logits([DraftRequest(own, 5, 40, count, taps) for own, count in zip(tables, counts, strict=False)])
+                target_hidden = torch.zeros(late, 128, dtype=torch.bfloat16) if late else None
+                walked.logits([DraftRequest(own, 5, 40, count, target_hidden) for own, count in zip(tables, counts,
+                                                                                                    strict=False)])
 
     assert compilations(step_kernel, run) == 1
 

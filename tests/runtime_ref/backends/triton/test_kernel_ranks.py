@@ -95,13 +95,13 @@ def ranks_at_once(alone_and_shared, monkeypatch, walks=2, seconds=120):
     calls, found = [], []
     for backend, step in ranks:
         walked = Megakernel(backend, program, programs=PROGRAMS, polls=MANY)
-        logits, taps = torch.full((8, 65), float("nan")), torch.full((2, 9, 64), float("nan"), dtype=torch.bfloat16)
-        arguments, constants = walked.arguments(step, logits, taps)
+        logits, target_hidden = torch.full((8, 65), float("nan")), torch.full((2, 9, 64), float("nan"), dtype=torch.bfloat16)
+        arguments, constants = walked.arguments(step, logits, target_hidden)
         for value in arguments.values():
             if isinstance(value, torch.Tensor):
                 shared(value)
         calls.append((arguments, constants))
-        found.append((logits, taps, walked))
+        found.append((logits, target_hidden, walked))
 
     ended = [multiprocessing.get_context("fork").Barrier(PROGRAMS) for _ in range(RANKS)]
 
@@ -115,8 +115,9 @@ def ranks_at_once(alone_and_shared, monkeypatch, walks=2, seconds=120):
     codes = at_once(RANKS * PROGRAMS, job, seconds)
     monkeypatch.delattr(InOneProcess, "pieces", raising=False)
     same = torch.equal(torch.cat([logits for logits, _, _ in found], 1), expected["logits"])
-    for _, taps, walked in found:
-        same = same and torch.equal(taps[0], expected["tap.0"]) and torch.equal(taps[1], expected["tap.2"])
+    for _, target_hidden, walked in found:
+        same = same and all(torch.equal(own, expected[f"target_hidden.{i}"])
+                            for own, i in zip(target_hidden, (0, 2), strict=True))
         same = same and int(walked.symmetric.launches) == walks and not walked.scratch["failed"].any()
     return codes == [0] * RANKS * PROGRAMS and same
 

@@ -48,7 +48,7 @@ def prepared(small_engine):
 
 def same(found, expected):
     return all(torch.equal(found[name].view(torch.int16), expected[name].view(torch.int16))
-               for name in ("logits", "tap.0", "tap.2"))
+               for name in ("logits", "target_hidden.0", "target_hidden.2"))
 
 
 def poison(walked):
@@ -81,8 +81,9 @@ def walked_at_once(prepared, seconds=60):
     backend = prepared.backend
     walked = Megakernel(backend, prepared.program, programs=PROGRAMS, polls=MANY)
     poison(walked)
-    logits, taps = torch.full(prepared.expected["logits"].shape, float("nan")), torch.zeros(2, 9, 64, dtype=torch.bfloat16)
-    arguments, constants = walked.arguments(prepared.step, logits, taps)
+    logits, target_hidden = torch.full(prepared.expected["logits"].shape, float("nan")), torch.zeros(2, 9, 64,
+                                                                                                     dtype=torch.bfloat16)
+    arguments, constants = walked.arguments(prepared.step, logits, target_hidden)
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor):
             arguments[name] = shared(value)
@@ -90,7 +91,7 @@ def walked_at_once(prepared, seconds=60):
         walk.step_kernel[(1,)](**arguments, **constants)
 
     codes = programs_at_once(PROGRAMS, launch, seconds)
-    found = {"logits": logits, "tap.0": taps[0], "tap.2": taps[1]}
+    found = {"logits": logits, "target_hidden.0": target_hidden[0], "target_hidden.2": target_hidden[1]}
     return codes == [0] * PROGRAMS and same(found, prepared.expected)
 
 
@@ -108,15 +109,16 @@ def test_a_walk_of_the_drafter_makes_the_bits_of_its_launches(small_engine):
     """With pending features and without, blocks of two sequences."""
     drafter = small_engine().drafter
     walked = MegakernelDrafter(drafter)
-    taps = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    target_hidden = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     found = []
     for proposer in (drafter, walked):
         cache = KvCache({"draft": drafter.pool}, prefix=False)
         tables = [cache.tables() for _ in range(2)]
         for own in tables:
             cache.extend(own, ["draft"], 48)
-        drafter.extend_tables(taps[:34], 0, tables[0]["draft"])
-        pending = [DraftRequest(tables[0], 5, 37, 7, taps[34:37]), DraftRequest(tables[1], 9, 3, 2, taps[37:])]
+        drafter.extend_tables(target_hidden[:34], 0, tables[0]["draft"])
+        pending = [DraftRequest(tables[0], 5, 37, 7, target_hidden[34:37]), DraftRequest(tables[1], 9, 3, 2,
+                                                                                         target_hidden[37:])]
         again = [DraftRequest(tables[1], 9, 3, 4, None)]
         found.append(torch.cat(proposer.logits(pending) + proposer.logits(again)))
         for own in tables:

@@ -77,9 +77,9 @@ def test_the_fused_list_makes_the_bits_of_the_list_op_by_op(backend, ids):
     check_program(fused(program))
     assert len(fused(program)) < len(program) / 2 + 3 and {t.name for t in fused(program)} <= backend.ops.keys()
     assert {t.name for t in fused(program, ranks=2)} <= backend.ops.keys()
-    whole, _, _ = run_watched(backend, ids, taps=[0, 2])
-    apart, _, _ = run_watched(backend, ids, taps=[0, 2], watch=lambda op, found: None)
-    for name in ("logits", "tap.0", "tap.2"):
+    whole, _, _ = run_watched(backend, ids, target_layers=[0, 2])
+    apart, _, _ = run_watched(backend, ids, target_layers=[0, 2], watch=lambda op, found: None)
+    for name in ("logits", "target_hidden.0", "target_hidden.2"):
         assert torch.equal(whole[name], apart[name]) and not whole[name].isnan().any()
 
 
@@ -143,11 +143,11 @@ def test_what_the_device_judges_the_host_judges_alike(small_engine, small_prompt
 def test_drafts_are_those_of_the_torch_drafter(small_engine, ids):
     """Features in two pieces, then blocks of two sizes: the torch drafter gets the same features."""
     mine, theirs = (small_engine(backend) for backend in ("triton", "torch"))
-    taps = torch.randn(37, 2 * 64, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    target_hidden = torch.randn(37, 2 * 64, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     found = []
     for engine in (mine, theirs):
         cache = KvCache({"draft": engine.drafter.pool})
-        tables, features = cache.tables(), taps if engine is mine else taps.float()
+        tables, features = cache.tables(), target_hidden if engine is mine else target_hidden.float()
         cache.extend(tables, ["draft"], 37 + 8)
         engine.drafter.extend_tables(features[:34], 0, tables["draft"])
         found.append([engine.drafter.logits([DraftRequest(tables, 5, 37, count, features[34:] if count == 7 else None)])[0]
