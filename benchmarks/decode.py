@@ -150,12 +150,12 @@ def environment() -> dict:
     import torch
     import transformers
 
-    from runtime_ref.core.records import revision
+    from storage.revision import git_revision
 
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")] or [platform.processor()]
-    return {"date": time.strftime("%Y-%m-%d"), "revision": revision(), "processor": model[0],
+    return {"date": time.strftime("%Y-%m-%d"), "revision": git_revision(), "processor": model[0],
             "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
             "load average": os.getloadavg()[0]}
 

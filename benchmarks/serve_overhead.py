@@ -149,8 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from checkpoint.load import load_tokenizer
-    from runtime_ref.core.records import revision
     from runtime_ref.engine.engine import Engine, EngineOptions
+    from storage.revision import git_revision
 
     try:
         tokenizer = load_tokenizer(options.folder)
@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report = {"date": time.strftime("%Y-%m-%d"), "revision": revision(), "machine": platform.processor() or platform.machine(),
+    report = {"date": time.strftime("%Y-%m-%d"), "revision": git_revision(),
+              "machine": platform.processor() or platform.machine(),
               "cores": os.cpu_count(), "load_average": os.getloadavg()[0], "threads": torch.get_num_threads(),
               "torch": torch.__version__, "rounds": options.rounds, "results": found}
     print(json.dumps(report, indent=1))

@@ -181,7 +181,7 @@ def _fp8_faults(name: str, ours: torch.Tensor, source: Source, weights: Weights)
 def code_faults(folder: Path, auto_map: dict) -> Iterator[str]:
     """Shipped code that is no Python, or lacks a class that config.json promises; `folder` as a reader would load it."""
     defined: dict[str, set[str]] = {}
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(p for p in folder.glob("*.py") if p.is_file()):
         try:
             tree = ast.parse(path.read_bytes(), path.name)
         except (SyntaxError, ValueError) as error:

@@ -164,12 +164,18 @@ def _rotary_faults(config: dict, special: dict) -> Iterator[Fault]:
                         f"published code by {other}", grave=False)
 
 
-def expected_tensors(config: dict) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Every tensor of the drafter's file, from its configuration: name -> (shape, dtype)."""
+def expected_tensors(config: dict, held: int | None = None) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Every tensor of the drafter's file, from its configuration: name -> (shape, dtype).
+
+    Args:
+        held: tensors in the file. Raises ValueError where the configuration describes far more: listing them takes for ever.
+    """
     from transformers import Qwen3Config
 
-    from modeling.drafter import DFlashDraftModel
+    from modeling.drafter import DFlashDraftModel, require_layers
 
+    if held is not None:
+        require_layers(config, held)
     with torch.device("meta"):
         model = DFlashDraftModel(Qwen3Config.from_dict(dict(config)))
     return {n: (tuple(p.shape), "BF16") for n, p in model.named_parameters() if n != "mask_embedding"}

@@ -60,6 +60,9 @@ def is_mimo(config: dict) -> bool:
     return kind == "mimo_v2" or kind == "mimo_v2_flash" and "hybrid_layer_pattern" in config
 
 
+MOST_LAYERS = 10_000
+
+
 def configuration(config: dict):
     """The configuration object of a config.json.
 
@@ -74,6 +77,10 @@ def configuration(config: dict):
     from modeling.configuration_mimo_v2 import MiMoV2Config
 
     kind = config.get("model_type")
+    text = config.get("text_config")
+    for layers in (part.get("num_hidden_layers", 1) for part in (config, text) if isinstance(part, dict)):
+        if type(layers) is not int or not 0 < layers <= MOST_LAYERS:  # configurations make lists of that length
+            raise ValueError(f"config.json: num_hidden_layers={str(layers)[:40]}: expected 1 to {MOST_LAYERS}")
     drop = ("quantization_config", "model_type", "dtype", "torch_dtype", "auto_map", "transformers_version")
     keys = {k: _numbers(v) for k, v in config.items() if k not in drop}
     if is_mimo(config):

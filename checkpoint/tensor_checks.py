@@ -17,8 +17,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
-import pickle
-import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -26,9 +24,9 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import SafetensorError
 
 from checkpoint.contradictions import difference
+from checkpoint.findings import DAMAGE
 from checkpoint.inventory import block_faults, scale_name, tensor_faults
 from checkpoint.tensor_files import TensorFiles
 from checkpoint.trained import Weights, decoded_expert
@@ -36,9 +34,6 @@ from mxfp4.exact_pack import decodes_to, unpack
 from mxfp4.format import BLOCK_SIZE
 from storage.reading import first_line
 
-# What reading damaged files and configurations may raise, and no more: anything else is a defect of the inspection.
-DAMAGE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, RuntimeError, SafetensorError, EOFError,
-          pickle.UnpicklingError, struct.error, UnicodeDecodeError)
 LARGE = 256 << 20
 # Threads beyond these wait for memory and disk, and each may hold two matrices.
 MOST_THREADS = 8

@@ -24,7 +24,7 @@ import torch
 from dflash_train.dialogues import Dialogue, PackedRows
 from dflash_train.reference_decoding import by_length, in_token_batches
 from dflash_train.target import Target
-from storage.files import write_text
+from storage.files import tree_bytes, write_text
 from training.report import ProgressBar
 
 FILES = ("taps", "last")
@@ -131,6 +131,17 @@ def cached_features(target: Target, dialogues: list[Dialogue], rows: PackedRows,
     return DiskFeatures(target, dialogues, rows, folder)
 
 
+def _make_room(folder: Path, room: int, say: Callable[[str], None]) -> None:
+    """Removes the run's oldest other caches until they take at most `room` bytes: they can be computed again."""
+    others = sorted((p for p in folder.parent.glob("*") if p.is_dir() and p != folder), key=lambda p: p.stat().st_mtime)
+    sizes_of = {other: tree_bytes(other) for other in others}
+    for other in others:
+        if sum(sizes_of.values()) <= room:
+            return
+        say(f"features of other answers or another target removed: {other} ({sizes_of.pop(other) / 2**30:.2f} GiB)")
+        shutil.rmtree(other)
+
+
 def write_features(target: Target, dialogues: list[Dialogue], rows: PackedRows, folder: Path, *, limit_gib: float,
                    batch_size: int, say: Callable[[str], None]) -> None:
     lengths = sizes(dialogues, rows)
@@ -139,6 +150,7 @@ def write_features(target: Target, dialogues: list[Dialogue], rows: PackedRows, 
     if need > limit_gib * 2**30:
         raise ValueError(f"dflash.features: disk: {need / 2**30:.1f} GiB for {sum(lengths):,} tokens, more than "
                          f"dflash.features_gib={limit_gib}; raise it, use fewer answers, or dflash.features: online")
+    _make_room(folder, int(limit_gib * 2**30) - need, say)
     folder.mkdir(parents=True, exist_ok=True)
     say(f"the target's features of {sum(lengths):,} tokens: {need / 2**30:.2f} GiB in {folder}")
     offsets = np.concatenate(([0], np.cumsum(lengths)))

@@ -35,12 +35,11 @@ from checkpoint.drafter_folder import (
 )
 from checkpoint.open import open_source
 from checkpoint.sources import Source
-from checkpoint.tensor_checks import DAMAGE
 from checkpoint.tensor_files import REFERENCE
 from export.layouts import Unit
 from export.shards import index_json, plan_shards, tensor_bytes, write_shard
 from modeling.names import PublishedTensor
-from storage.reading import first_line, read_json, refuse_pointer
+from storage.reading import read_json, refuse_pointer
 
 STEM = "dflash_draft_model"
 CODE = {"drafter.py": "dflash.py", "block_mask.py": "block_mask.py"}
@@ -77,12 +76,8 @@ def open_drafter(folder: Path, target_config) -> TrainedDrafter | None:
     if not (folder / MASK).is_file():
         raise ValueError(f"{folder}: {MASK} is missing: without it nearly every draft is rejected")
     refuse_pointer(folder / MASK)
-    try:
-        mask = read_mask(folder)
-        mask["embedding"] = mask["embedding"].to(torch.bfloat16)
-    except DAMAGE as error:
-        raise ValueError(f"{folder / MASK}: {first_line(error)}; expected a torch file of mask_token_id and "
-                         "embedding") from None
+    mask = read_mask(folder)
+    mask["embedding"] = mask["embedding"].to(torch.bfloat16)
     for fault in (*fit_faults(config, target_config), *mask_faults(special_of(config), mask, target_config.hidden_size),
                   *dialect_faults(config)):
         raise ValueError(f"{folder}: {fault.text}")

@@ -541,6 +541,13 @@ def read_mask(file: str | Path) -> tuple[int, torch.Tensor]:
     return token, vector
 
 
+def require_layers(config: dict, tensors: int) -> None:
+    """Raises ValueError if a config.json describes more layers than a file of so many tensors can hold."""
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int or not 0 < layers <= max(1, tensors):
+        raise ValueError(f"config.json: num_hidden_layers {str(layers)[:40]}, the files hold {tensors:,} tensors")
+
+
 def load_drafter(folder: str | Path, dtype: torch.dtype = torch.bfloat16, *,
                  vocabulary: torch.Tensor | None = None) -> DFlashDraftModel:
     """A drafter folder as `save_drafter`, the exporter or somebody else wrote it, in evaluation mode.
@@ -557,18 +564,32 @@ def load_drafter(folder: str | Path, dtype: torch.dtype = torch.bfloat16, *,
     for needed in ("config.json", *([MASK_FILE] if vocabulary is None else [])):
         if not (folder / needed).is_file():
             raise ValueError(f"{folder}: no {needed}, expected the folder of a trained drafter")
-    config = _read(folder / "config.json", lambda file: Qwen3Config.from_dict(json.loads(file.read_text(encoding="utf-8"))))
-    model = DFlashDraftModel(config)
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name != "dflash_reference.safetensors" and file.is_file():
+            tensors |= _read(file, load_file)
+
+    def build(file: Path) -> DFlashDraftModel:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        require_layers(raw, len(tensors))
+        config = Qwen3Config.from_dict(raw)
+        with torch.device("meta"):  # a size that cannot be is told by a shape below, not by the memory it takes
+            sizes = {name: p.shape for name, p in DFlashDraftModel(config).named_parameters()}
+        wrong = next((name for name, tensor in tensors.items() if name in sizes and tensor.shape != sizes[name]), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong}: shape {list(tensors[wrong].shape)}, expected {list(sizes[wrong])}")
+        if sum(shape.numel() for shape in sizes.values()) > 2 * sum(t.numel() for t in tensors.values()) + (1 << 20):
+            raise ValueError("describes more weights than the files hold")
+        return DFlashDraftModel(config)
+
+    model = _read(folder / "config.json", build)
     if vocabulary is not None and not (folder / MASK_FILE).is_file():
         token, embedding = model.mask_token_id, vocabulary[model.mask_token_id].detach()
     else:
         token, embedding = read_mask(folder / MASK_FILE)
     if token != model.mask_token_id:
         raise ValueError(f"{folder / MASK_FILE}: mask_token_id {token}, config.json says {model.mask_token_id}")
-    tensors = {"mask_embedding": embedding}
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.name != "dflash_reference.safetensors":
-            tensors |= _read(file, load_file)
+    tensors["mask_embedding"] = embedding
     wanted = dict(model.named_parameters())
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or extra:

@@ -101,6 +101,10 @@ def main(argv: list[str] | None = None) -> int:
         return told(f"needs {', '.join(missing)}: pip install -e '.[serve]'", 2)
     if not options.folder.is_dir():
         return told(f"{options.folder}: no such folder, expected an exported checkpoint", 2)
+    try:
+        rules = access_rules(options)
+    except ValueError as error:
+        return told(error, 2)
     from runtime_ref.core.tensor_parallel import RankLost, leave, ranks_from_environment
 
     try:
@@ -108,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return told(error, 2)
     try:
-        code = serve(options, ranks) if ranks.rank == 0 else assist(options, ranks)
+        code = serve(options, ranks, rules) if ranks.rank == 0 else assist(options, ranks)
     except ValueError as error:
         return told(error, 2) if ranks.rank == 0 else 2
     except RankLost as error:
@@ -147,7 +151,7 @@ def load(options: argparse.Namespace, ranks, tokenizer):
     return engine
 
 
-def serve(options: argparse.Namespace, ranks) -> int:
+def serve(options: argparse.Namespace, ranks, rules) -> int:
     """Rank 0: loads, listens, answers until told to end."""
     import signal
 
@@ -161,7 +165,7 @@ def serve(options: argparse.Namespace, ranks) -> int:
     from runtime_ref.server.request_workers import RequestWorkers
 
     names = tuple(options.served_name or [default_name(options.folder)])
-    settings = Settings(names, access_rules(options), body_bytes=int(options.max_body_mib * 2**20),
+    settings = Settings(names, rules, body_bytes=int(options.max_body_mib * 2**20),
                         bodies_bytes=int(options.max_bodies_mib * 2**20), adaptive=not options.fixed_drafts,
                         defaults={} if options.ignore_generation_config else sampling_defaults(options.folder),
                         unknown_fields=options.ignore_unknown_fields)
@@ -177,7 +181,7 @@ def serve(options: argparse.Namespace, ranks) -> int:
         # uvicorn raises the signals that ended it once more; by then everything is done and the exit code is ours.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        warn(options, settings.access)
+        warn(options, rules)
         where = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listening.getsockname()[1]}"
         print(f"serving {names[0]} on {where} (OpenAI API at {where}/v1, chat page at {where}/)", flush=True)
         if worker.engine.drafter is not None and settings.adaptive:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-JSON_BYTES = 1 << 30  # the index of a model of a million tensors has 100 MB
+JSON_BYTES = 256 << 20  # the index of a model of a million tensors has 100 MB
 
 
 def first_line(error: BaseException) -> str:

@@ -188,7 +188,7 @@ def test_planted_pickles_stay_asleep_beside_a_folder_that_is_compared_or_exporte
 def test_planted_pickles_stay_asleep_when_a_folder_is_validated(exported, tmp_path):
     from runtime_ref.core.tensor_parallel import ranks_from_environment
     from runtime_ref.validate import arguments
-    from runtime_ref.validate import run as validate
+    from runtime_ref.validation.folder_run import validate_folder
 
     mark, folder = tmp_path / "ran", tmp_path / "model"
     shutil.copytree(exported[1], folder)
@@ -196,7 +196,7 @@ def test_planted_pickles_stay_asleep_when_a_folder_is_validated(exported, tmp_pa
         for home in (folder, folder / "dflash"):
             if not (home / name).exists() or name.endswith((".pt", ".pth", ".bin", ".pkl")):
                 torch_zip(mark, home / name)
-    verdict = validate(arguments([str(folder)]), ranks_from_environment(), None)
+    verdict = validate_folder(arguments([str(folder)]), ranks_from_environment(), None)
     assert not verdict.passed and not mark.exists()
 
 

@@ -44,6 +44,7 @@ WITHOUT_DRAFTER = {
     "lossless": "greedy alone = batched, token for token",
     "sampling": "both acceptance rules on this model's logits, with drafts made up for the test: the target's distribution",
 }
+from storage.reading import strange_files
 
 
 @dataclass
@@ -85,6 +86,12 @@ def validate_folder(options: argparse.Namespace, ranks: Ranks, trained: dict | N
     run = FolderRun(options, ranks, trained, ValidationContext(options.folder, loadable=False), [])
     context = run.context
     folder = Check("folder", TITLES["folder"])
+    for path in strange_files(options.folder):  # to open a pipe is to wait for ever: nothing else is looked at
+        folder.fail(f"{path.relative_to(options.folder)}: neither a file nor a folder", "the folder holds a pipe or a device")
+    if folder.findings:
+        run.checks.append(folder)
+        run.leave_out_the_rest("the folder is not looked at")
+        return ValidationReport(str(options.folder), run.checks, environment(ranks.count, options.dtype), {})
     guarded(folder, lambda check: check_folder(check, context), ranks, refused=(NotHeld,))
     context.loadable &= not any("broke off" in finding for finding in folder.findings)
     run.check("files", lambda check: check_files(check, context, checksums=options.checksums and ranks.rank == 0))

@@ -8,8 +8,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from runtime_ref.core.records import revision
 from runtime_ref.validation.context import ValidationContext, own_object
+from storage.revision import git_revision
 
 
 def model_facts(context: ValidationContext) -> dict:
@@ -38,7 +38,7 @@ def environment(ranks: int, dtype: str) -> dict:
 
     return {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "processor": _processor(), "cores": os.cpu_count(),
             "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none", "ranks": ranks,
-            "dtype": dtype, "revision": revision(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "dtype": dtype, "revision": git_revision(), "torch": torch.__version__, "transformers": transformers.__version__,
             "python": platform.python_version(), "threads": torch.get_num_threads(),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
 

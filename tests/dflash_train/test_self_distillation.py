@@ -469,3 +469,15 @@ def test_the_final_norm_is_what_the_target_multiplies_by():
     assert torch.equal(norm_scale(plain_norm), plain_norm.weight)
     assert torch.equal(norm_scale(other), 1 + other.weight)
     assert norm_scale(torch.nn.LayerNorm(8)) is None and norm_scale(None) is None
+
+
+def test_older_caches_of_features_make_room_within_the_limit(tmp_path):
+    for age, name in enumerate(("newest", "middle", "oldest")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "taps.bf16").write_bytes(bytes(1000))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    said: list[str] = []
+    features._make_room(tmp_path / "now", 2500, said.append)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["middle", "newest"] and len(said) == 1 and "oldest" in said[0]
+    features._make_room(tmp_path / "now", 100, said.append)
+    assert not list(tmp_path.iterdir())

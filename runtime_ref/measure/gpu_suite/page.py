@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
-from runtime_ref.core.records import write
+from storage.files import write_text
 
 # Goals as stated before anything was measured: microseconds of the expert kernel at eight tokens and of a step with its draft.
 EXPERTS_US = {"good": 48.0, "target": 44.8, "stretch": 39.0}
@@ -236,5 +236,5 @@ def write_page(report: dict, path: Path) -> None:
     spans = report.get("engine", {}).get("timeline")
     picture = path.with_name(path.stem + "-timeline.svg") if spans else None
     if picture:
-        write(picture, timeline_picture(spans))
-    write(path, page(report, picture.name if picture else None))
+        write_text(picture, timeline_picture(spans))
+    write_text(path, page(report, picture.name if picture else None))

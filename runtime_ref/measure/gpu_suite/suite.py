@@ -32,7 +32,6 @@ import triton
 import triton.language as tl
 
 from modeling.presets import released_config
-from runtime_ref.core.records import revision, write
 from runtime_ref.kernels.experts import Launch, Workspace, run_experts
 from runtime_ref.kernels.repack import SCALE_OFFSET, ExpertPages, Tile
 from runtime_ref.measure import roofline
@@ -43,6 +42,8 @@ from runtime_ref.measure.gpu_suite import steps as gpu_steps
 from runtime_ref.measure.gpu_suite.page import percent, write_page
 from runtime_ref.measure.gpu_suite.plan import PARTS, Plan, kept
 from runtime_ref.measure.gpu_suite.steps import RANKS
+from storage.files import write_text
+from storage.revision import git_revision
 
 ROOT = Path(__file__).resolve().parents[3]
 TOKENS = 8
@@ -80,13 +81,13 @@ def run(path: Path, checkpoint: Path | None = None, page_path: Path | None = Non
     if checkpoint is not None:
         gpu_engine.check_folder(checkpoint)
     report = {"device": torch.cuda.get_device_name(), "command": " ".join([Path(sys.executable).name, *sys.argv]),
-              "revision": revision(), "date": datetime.datetime.now().isoformat(timespec="seconds"),
+              "revision": git_revision(), "date": datetime.datetime.now().isoformat(timespec="seconds"),
               "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
               "complete": False, "parts": plan.wanted, "checks": [], "skipped": plan.skipped, "refused": plan.refused}
 
     def save(found: dict | None = None) -> None:
         report.update(found or {})
-        write(path, json.dumps(report, indent=1) + "\n")
+        write_text(path, json.dumps(report, indent=1) + "\n")
         if page_path is not None:
             kept(lambda: write_page(report, page_path), "the page", [])
 

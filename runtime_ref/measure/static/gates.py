@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from modeling.presets import released_config
-from runtime_ref.core.records import revision, write
 from runtime_ref.kernels.repack import Tile
+from storage.files import write_text
+from storage.revision import git_revision
 
 LANE_INSTRUCTIONS, HW_FP4_LANE_INSTRUCTIONS = 3.5, 1.0
 REGISTERS = 128
@@ -221,14 +222,14 @@ def run(*, json_path: Path | None, page_path: Path | None) -> int:
     table, amd = rows(), compile_amd()
     faults = [fault for row in table for fault in row.faults()]
     facts = {"triton": triton.__version__, "python": platform.python_version(), "date": datetime.date.today().isoformat(),
-             "revision": revision(),
+             "revision": git_revision(),
              "gates": {"lane_instructions": LANE_INSTRUCTIONS, "registers": REGISTERS}, "faults": faults, "amd_bytes": amd}
     print(text := as_table(table))
     print("\n".join(faults) or "all gates hold")
     if json_path:
-        write(json_path, json.dumps(facts | {"kernels": [asdict(row) for row in table]}, indent=1) + "\n")
+        write_text(json_path, json.dumps(facts | {"kernels": [asdict(row) for row in table]}, indent=1) + "\n")
     if page_path:
-        write(page_path, _page(text, facts))
+        write_text(page_path, _page(text, facts))
     return 1 if faults else 0
 
 

@@ -60,7 +60,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=2))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(gpu_suite, "revision", lambda: "unknown")
+    monkeypatch.setattr(gpu_suite, "git_revision", lambda: "unknown")
     for module, name, found in (
             (gpu_checks, "check_kernels", [{"name": "decoding", "passed": True, "detail": "fine"}]),
             (gpu_suite, "_bandwidths", {"read": 4e12, "copy": 3e12}), (gpu_suite, "measure", {"experts": [], "sweep": []}),

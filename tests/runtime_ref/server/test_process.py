@@ -75,7 +75,9 @@ def test_mistakes_exit_with_2_and_one_line(tmp_path, chat_folder):
         port = str(taken.getsockname()[1])
         wrong = [([str(tmp_path / "none")], "no such folder"), ([str(chat_folder), "--port", port], port),
                  ([str(chat_folder), "--port", "70000"], "--port: 70000"),
-                 ([str(chat_folder), "--max-context", "0"], "--max-context")]
+                 ([str(chat_folder), "--max-context", "0"], "--max-context"),
+                 ([str(chat_folder), "--api-key", ""], "--api-key: empty"),
+                 ([str(chat_folder), "--allow-origin", "ui.example"], "expected scheme://name")]
         for arguments, said in wrong:
             done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
             assert done.returncode == 2, done.stderr
