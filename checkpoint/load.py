@@ -72,6 +72,10 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
     _require_folder(path)
     config = _read_config(path)
     if not is_mimo(config):
+        if distributed_config is not None and config.get("quantization_config"):
+            kind = config["quantization_config"].get("quant_method")
+            raise ValueError(f"{path}: quantized weights ({kind}) cannot be read into shards: transformers cuts them apart "
+                             "from their scales; decode the checkpoint to bf16 first")
         return _load_by_transformers(path, dtype, trust_remote_code, distributed_config)
     if not Path(path).is_dir():
         raise ValueError(f"model.path: {path}: a MiMo-V2 checkpoint is read from a folder, download it first")

@@ -116,7 +116,10 @@ def row_messages(row: dict) -> list[dict] | None:
         ValueError: messages that are not messages.
     """
     if row.get("messages") is not None:
-        return normal_messages(row["messages"])
+        try:
+            return normal_messages(row["messages"])
+        except ValueError as error:
+            raise ValueError(f"messages: {error}") from None
     if row.get("conversations") is not None:
         turns = row["conversations"]
         if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):

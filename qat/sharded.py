@@ -107,6 +107,8 @@ class ShardedTrainer(Trainer):
         self.whole = self.layout.ranks == 1
         if self.whole:
             return super().load_model()
+        if recipe.cluster.offload_optimizer:
+            raise ValueError("cluster.offload_optimizer: planned by --plan, not built; expected false to train")
         if methods_needed(recipe.qat):
             raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers "
                              "codes of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none "

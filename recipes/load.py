@@ -24,7 +24,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from recipes.schema import Recipe
+from recipes.schema import SOURCE_TAGS, Recipe
 
 # Faults whose text by pydantic speaks of Python's classes or of regular expressions.
 _EXPECTED = {
@@ -221,7 +221,7 @@ def _apply_override(data: dict[str, Any], lines: dict[tuple, str], override: str
 
 
 def _describe(fault: ErrorDetails, source: str, lines: dict[tuple, str]) -> str:
-    loc = fault["loc"]
+    loc = tuple(part for part in fault["loc"] if part not in SOURCE_TAGS)
     key = ".".join(map(str, loc))
     where = next((lines[loc[:n]] for n in range(len(loc), -1, -1) if loc[:n] in lines), source)
     if fault["type"] == "extra_forbidden":

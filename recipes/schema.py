@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -61,6 +61,13 @@ class Source(Section):
         return self
 
 
+# An entry of data.train: a name, or a source with keys of its own. Tagged, so that a mistake in one is told as one mistake.
+SOURCE_TAGS = ("a name", "a source")
+SourceEntry = Annotated[
+    Annotated[str, Tag(SOURCE_TAGS[0])] | Annotated[Source, Tag(SOURCE_TAGS[1])],
+    Discriminator(lambda entry: SOURCE_TAGS[isinstance(entry, dict | Source)])]
+
+
 class Data(Section):
     """Text for training and evaluation: files (JSON lines, Parquet, CSV, text, .gz; globs allowed) or hub datasets.
 
@@ -68,7 +75,7 @@ class Data(Section):
     prompt and response), which the chat template renders.
     """
 
-    train: Annotated[list[str | Source], Field(min_length=1)] = Field(
+    train: Annotated[list[SourceEntry], Field(min_length=1)] = Field(
         description="files, globs, hub:NAME, or sources of several keys (below)")
     heldout: Annotated[list[str], Field(min_length=1)] = Field(description="evaluation files, one for each reported domain")
     text_field: str = Field("text", description="column that holds the document")

@@ -64,8 +64,9 @@ def limits(metadata: list) -> str:
 
 def section_of(annotation) -> type[BaseModel] | None:
     """The section that a field holds, by itself or as an option."""
-    candidates = [annotation, *typing.get_args(annotation)]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in typing.get_args(annotation) if (found := section_of(inner)) is not None), None)
 
 
 def default_of(field) -> str:

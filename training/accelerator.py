@@ -72,8 +72,8 @@ def end_with_launcher() -> None:
     parent = os.getppid()
     with contextlib.suppress(OSError, AttributeError):  # another system: nothing is asked
         with open(f"/proc/{parent}/cmdline", "rb") as file:
-            command = file.read()
-        if any(word in command for word in (b"accelerate", b"torchrun", b"torch.distributed.run", b"torch/distributed/run")):
+            words = {word.rpartition(b"/")[2] for word in file.read().split(b"\0")}
+        if words & {b"accelerate", b"torchrun", b"torch.distributed.run", b"accelerate.commands.launch"}:
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
             if os.getppid() != parent:  # it ended meanwhile
                 signal.raise_signal(signal.SIGTERM)

@@ -97,3 +97,43 @@ def test_what_methods_keep_is_counted():
     experts = tiny.groups["experts"]
     assert tiny.memory["oscillation control (reset)"] == 12 * experts
     assert tiny.memory["shifts of block scales"] == 12 * experts // 32
+
+
+@pytest.mark.parametrize("recipe, ranks, local", [
+    ("qwen3-235b.yaml", 64, 2), ("glm-4.5-air.yaml", 32, 4), ("gpt-oss-120b.yaml", 64, 2), ("deepseek-v3.yaml", 128, 2)])
+def test_shipped_recipes_divide_their_experts_and_fit(recipe, ranks, local):
+    loaded = load_recipe(ROOT / "recipes" / recipe)
+    found = make_plan(loaded)
+    refuse_if_too_large(found, loaded)
+    experts = loaded.quantization.expected_tensors
+    assert found.ranks == ranks and sum(row[2] for row in found.quantized[:-1]) == experts
+    assert any(f"{local} of " in note and "none on" not in note for note in found.notes)
+    assert found.memory["codes (sent, and of the last report)"] * ranks == pytest.approx(2 * found.groups["experts"] * 17 / 32)
+
+
+def test_ranks_without_experts_are_counted_and_the_nearest_sizes_named():
+    found = plan("gpt-oss.yaml", "cluster.nodes=6")
+    assert any("1 of 32 experts of a layer on each rank, none on 16 ranks" in note for note in found.notes)
+    assert any("32 experts are not divided evenly by 48 ranks" in note and "16 or 32 ranks divide them" in note
+               for note in found.notes)
+    assert "all-gather of expert weights (uneven shards)" in found.communication
+
+
+def test_groups_that_do_not_divide_the_experts_are_refused():
+    with pytest.raises(ValueError, match="cluster.expert_parallel: 5 does not divide the 128 experts of model.layers.0"):
+        plan("qwen3-moe.yaml", "cluster.accelerators_per_node=5", "cluster.expert_parallel=5")
+
+
+def test_codes_are_gathered_in_17_of_64_bytes():
+    found = plan("qwen3-moe.yaml")
+    codes, teacher = found.communication["all-gather of expert codes (4.25 bits)"], found.communication[
+        "all-gather of the teacher's experts (bfloat16)"]
+    assert codes * 64 == pytest.approx(2 * teacher * 17)  # twice: forward and backward pass
+
+
+def test_the_cheapest_layout_of_so_many_gpus_is_proposed_with_hours_price_and_the_assumption():
+    said = run_job("qat/train.py", "recipes/qwen3-235b.yaml", "--plan", "--gpus", 256, "--gpu-memory", 141, "--price", 3)
+    assert "proposed: torchrun over 64 GPUs, cluster.sharding=fsdp2 cluster.expert_parallel=8" in said
+    assert "GPU-hours" in said and "assumed, not measured: 8% of 989 TFLOP/s" in said
+    said = run_job("qat/train.py", "recipes/qwen3-235b.yaml", "--plan", "--gpus", 8, expect=2)
+    assert "no layout fits: 8 ranks" in said and "GiB of 73.6 usable" in said

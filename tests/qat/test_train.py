@@ -251,10 +251,10 @@ MISTAKES = {
     "data.train=[nowhere.jsonl]": "data.train: 'nowhere.jsonl' matches no file",
     "model.path=nowhere": "nowhere",
     "quantization.expected_tensors=138": "138",
-    "data.text_field=body": "'body' is not a column",
+    "data.text_field=body": "no 'body' (data.text_field) and no dialogue; it has ['text']",
     "data.train=[]": "data.train: []: expected at least 1 entry",
     "data.heldout=[]": "data.heldout: []: expected at least 1 entry",
-    "data.train=['hub:no/such', x.jsonl]": "data.train: a hub: dataset stands alone",
+    "data.train=[{path: a.jsonl, hub: no/such}]": "a source has either path or hub",
     "data.train=['hub:no/such']": "data.train: hub dataset 'no/such' cannot be read",
     "tracking.wandb=offline": "tracking.wandb: the wandb package is not installed",
 }

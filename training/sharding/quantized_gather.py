@@ -24,7 +24,7 @@ import functools
 import torch
 
 from mxfp4 import BLOCK_SIZE, quantize
-from mxfp4.codec import scale_values
+from mxfp4.codec import block_scales, scale_values
 from mxfp4.fake_quant import fake_quantize_
 from mxfp4.format import E2M1_VALUES
 
@@ -73,9 +73,9 @@ class QuantizedGather:
             return
         codes, scales = self._split(self.packed)
         for row in range(self.rows):
-            made = quantize(source[row], scale_rule=self.scale_rule, axis=self.axis - 1)
-            codes[row].copy_(made[0])
-            scales[row].copy_(made[1])
+            made = quick_codes(source[row].movedim(self.axis - 1, -1), self.scale_rule)
+            for part, bytes_made in zip((codes, scales), made, strict=True):
+                part[row].movedim(self.axis - 1, -1).copy_(bytes_made)
 
     def rounded(self, dtype: torch.dtype) -> torch.Tensor:
         """What this rank sends, decoded: [rows, ., .]."""
@@ -113,6 +113,26 @@ class QuantizedGather:
         # .data: the same memory without the version count that tells autograd of writes; FSDP refills what it has let go.
         decode(gathered, self.axis, (out._local_tensor if hasattr(out, "_local_tensor") else out).data)
         return None
+
+
+def quick_codes(w: torch.Tensor, scale_rule: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mxfp4.quantize` of float32 [., n], bit for bit, in half its time: values rounded by `mxfp4.fake_quant` are divided by
+    their scales, which is exact, instead of compared with midpoints."""
+    rounded = fake_quantize_(torch.empty_like(w, memory_format=torch.contiguous_format), w, scale_rule=scale_rule)
+    scales = block_scales(w, scale_rule=scale_rule)
+    units = (rounded.unflatten(-1, (-1, BLOCK_SIZE)) / scale_values(scales)[..., None]).flatten(-2)
+    halves = units.abs().mul_(2).to(torch.int32)
+    codes = _codes_of_halves(w.device)[halves] | units.signbit().to(torch.uint8) << 3
+    return codes[..., 0::2] | codes[..., 1::2] << 4, scales
+
+
+@functools.cache
+def _codes_of_halves(device: torch.device) -> torch.Tensor:
+    """[13]: the code of every magnitude, by its number of halves (0, 0.5, … 6)."""
+    table = torch.zeros(13, dtype=torch.uint8)
+    for code, value in enumerate(E2M1_VALUES[:8]):
+        table[int(2 * value)] = code
+    return table.to(device)
 
 
 def decode(packed: torch.Tensor, axis: int, out: torch.Tensor) -> torch.Tensor:
