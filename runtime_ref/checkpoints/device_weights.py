@@ -103,6 +103,18 @@ class KernelWeights:
     head: Matrix  # this rank's share of the vocabulary
 
 
+def require_kernels(folder: str | Path, config) -> None:
+    """Refuses a family that the kernels do not run.
+
+    Raises:
+        NotHeld: which they are, and what runs this one.
+    """
+    run = [family.model_type for family in FAMILIES.values() if family.kernels]
+    if config.model_type not in run:
+        raise NotHeld(f"{Path(folder) / 'config.json'}: model_type: {config.model_type!r}, expected {' or '.join(run)}: "
+                      "the kernels have no biases and no clamped SwiGLU; run this checkpoint with --backend torch")
+
+
 def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, device: str = "cpu", hw_fp4: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> KernelWeights:
     """One rank's weights from an exported folder. hw_fp4: experts in hw_fp4 pages (`kernels/blackwell_mxfp4.py`).
@@ -112,10 +124,7 @@ def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, devic
             a family that the kernels do not run.
     """
     config, _ = read_geometry(folder)
-    run = [family.model_type for family in FAMILIES.values() if family.kernels]
-    if config.model_type not in run:
-        raise NotHeld(f"{Path(folder) / 'config.json'}: model_type: {config.model_type!r}, expected {' or '.join(run)}: "
-                      "the kernels have no biases and no clamped SwiGLU; run this checkpoint with --backend torch")
+    require_kernels(folder, config)
     reader = _Reader(TensorFiles(Path(folder)), config, ranks, hw_fp4, device)
     fp8 = [reader.fp8(i) for i in range(config.num_hidden_layers)]
 

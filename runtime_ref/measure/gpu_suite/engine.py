@@ -12,7 +12,7 @@ import torch
 
 from checkpoint.tensor_files import TensorFiles
 from runtime_ref.backends.triton.megakernel_drafter import MegakernelDrafter
-from runtime_ref.checkpoints import device_weights as kernel_weights
+from runtime_ref.checkpoints.device_weights import require_kernels
 from runtime_ref.checkpoints.folder import read_geometry
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine, EngineOptions
@@ -27,9 +27,7 @@ def check_folder(folder: Path) -> None:
         ValueError: it is none, and why.
     """
     config, _ = read_geometry(folder)
-    if config.model_type not in kernel_weights._READERS:
-        raise ValueError(f"{folder / 'config.json'}: model_type: {config.model_type!r}, expected one that the Triton backend "
-                         f"runs: {' or '.join(kernel_weights._READERS)}")
+    require_kernels(folder, config)
     TensorFiles(folder)
 
 
