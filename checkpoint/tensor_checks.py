@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import torch
 
 from checkpoint.contradictions import difference
+from checkpoint.findings import DAMAGE
 from checkpoint.inventory import block_faults, scale_name, tensor_faults
 from checkpoint.tensor_files import TensorFiles
 from checkpoint.trained import Weights, decoded_expert
@@ -33,8 +34,6 @@ from mxfp4.exact_pack import decodes_to, unpack
 from mxfp4.format import BLOCK_SIZE
 from storage.reading import first_line
 
-# Whatever a check of a folder by anybody raises is a finding about the folder, not the end of the inspection.
-DAMAGE = Exception
 LARGE = 256 << 20
 # Threads beyond these wait for memory and disk, and each may hold two matrices.
 MOST_THREADS = 8

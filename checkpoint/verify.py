@@ -27,13 +27,9 @@ missing, unexpected, shape, dtype, values, scales, blocks, training, companion, 
 from __future__ import annotations
 
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from checkpoint import drafter_folder
 from checkpoint.checksums import CHECKSUMS, TENSOR_SUMS, checkpoint_files, read_checksums, sha256
@@ -47,65 +43,19 @@ from checkpoint.contradictions import (
     refuse_oversize,
     token_faults,
 )
-from checkpoint.drafter_folder import EMBEDDING, HEAD, MASK
 from checkpoint.families.registry import FAMILIES, family_of
+from checkpoint.findings import DAMAGE, MANY, Finding, Verification
 from checkpoint.inventory import configuration, expected_inventory, is_mimo, layout_of
 from checkpoint.open import open_source
 from checkpoint.quantization import module_names, quantization_config
-from checkpoint.tensor_checks import DAMAGE, TensorChecks, side_by_side, usable_cores
-from checkpoint.tensor_files import INDEX, REFERENCE, SINGLE, TensorFiles
+from checkpoint.tensor_checks import TensorChecks, side_by_side, usable_cores
+from checkpoint.tensor_files import INDEX, SINGLE, TensorFiles
 from checkpoint.trained import Weights
+from checkpoint.verify_drafter import DrafterChecks
 from mxfp4.format import BLOCK_SIZE
 from storage.reading import first_line, read_json, strange_files
 
-# Tables, norms and matrices of a reference drafted again on another machine: float32 sums in another order.
-REFERENCE_ERROR = 1e-3
-MANY = 10_000  # tensors too many that are still named one by one
-LONGEST = 2000  # letters of a finding: names of a hostile folder may have millions
-ENGINES = ("vLLM", "SGLang", "transformers")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line about a folder. `engines`: those that its text names."""
-
-    kind: str
-    text: str
-
-    @property
-    def engines(self) -> tuple[str, ...]:
-        return tuple(name for name in ENGINES if name in self.text)
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass
-class Verification:
-    """What was found in a folder.
-
-    Attributes:
-        ours: written by this project's exporter.
-        layout: native, fp8, hf-fp8, compressed-tensors, gpt-oss, bf16, drafter, or None if config.json says nothing known.
-    """
-
-    folder: Path
-    wrong: list[Finding] = field(default_factory=list)
-    unchecked: list[Finding] = field(default_factory=list)
-    notes: list[Finding] = field(default_factory=list)
-    ours: bool = False
-    layout: str | None = None
-    tensors: int = 0
-    bytes: int = 0
-
-    @property
-    def verdict(self) -> str:
-        return "wrong" if self.wrong else "right"
-
-    @property
-    def findings(self) -> list[str]:
-        """The lines of what is wrong."""
-        return [finding.text for finding in self.wrong]
+__all__ = ["Finding", "Verification", "verify"]
 
 
 def verify(folder: str | Path, against: Path | None = None, *, skip: Callable[[Path], bool] = lambda path: False,
@@ -121,13 +71,12 @@ def verify(folder: str | Path, against: Path | None = None, *, skip: Callable[[P
     return verifier.found
 
 
-class _Verifier:
+class _Verifier(DrafterChecks):
     """A folder under inspection; `found` grows as checks run."""
 
     def __init__(self, folder: Path, against: Path | None, skip: Callable[[Path], bool], sums: bool = True):
-        self.folder, self.against, self.skip, self.threads = folder, against, skip, usable_cores()
-        self.sums = sums
-        self.found = Verification(folder)
+        super().__init__(folder)
+        self.against, self.skip, self.threads, self.sums = against, skip, usable_cores(), sums
         self.hashed: set[str] = set()
         self.hashes: dict[str, Future] = {}
         self.file_sums: dict[str, str] = {}
@@ -136,23 +85,6 @@ class _Verifier:
         self.model_config = None
         self.config: dict = {}
         self.manifest: dict = {}
-
-    @property
-    def ours(self) -> bool:
-        return self.found.ours
-
-    def wrong(self, kind: str, text: str) -> None:
-        self.found.wrong.append(Finding(kind, text[:LONGEST]))
-
-    def note(self, kind: str, text: str) -> None:
-        self.found.notes.append(Finding(kind, text[:LONGEST]))
-
-    def unchecked(self, kind: str, what: str, reason: str) -> None:
-        self.found.unchecked.append(Finding(kind, f"{what}: could not be checked here, because {reason}"))
-
-    def promised(self, kind: str, text: str) -> None:
-        """Wrong in an export of ours; a note about anybody else's folder."""
-        (self.wrong if self.ours else self.note)(kind, text)
 
     def run(self) -> None:
         if not self.folder.is_dir():
@@ -167,29 +99,23 @@ class _Verifier:
     def _run_checks(self) -> None:
         for path in strange_files(self.folder):  # nothing below opens them: a pipe would be waited on for ever
             self.wrong("file", f"{path.relative_to(self.folder)}: neither a file nor a folder")
-        self._guard("config", "config.json", self._read_config)
-        self._guard("checksum", CHECKSUMS, self._check_files)
+        self.guard("config", "config.json", self._read_config)
+        self.guard("checksum", CHECKSUMS, self._check_files)
         if self.found.layout != "drafter":
-            self._guard("file", "weights", self._open_weights)
+            self.guard("file", "weights", self._open_weights)
         if self.source is not None and self.model_config is not None:
-            self._guard("config", "inventory", self._check_inventory)
+            self.guard("config", "inventory", self._check_inventory)
         if self.source is not None and self.found.layout is not None:
-            self._guard("index", "index", self._check_index)
-            self._guard("file", "tensors", self._check_tensors)
+            self.guard("index", "index", self._check_index)
+            self.guard("file", "tensors", self._check_tensors)
         for name in sorted(self.hashed):
             self._hash(name)
-        self._guard("companion", "companion files", self._check_companions)
+        self.guard("companion", "companion files", self._check_companions)
         if self.found.layout == "drafter":
-            self._guard("drafter", "drafter", lambda: self._check_drafter(self.folder, ""))
+            self.guard("drafter", "drafter", lambda: self.check_drafter(self.folder, ""))
         elif (self.folder / "dflash").is_dir() or self.manifest.get("drafter"):
-            self._guard("drafter", "dflash", lambda: self._check_drafter(self.folder / "dflash", "dflash/"))
-        self._guard("checksum", CHECKSUMS, self._check_sums)
-
-    def _guard(self, kind: str, what: str, check) -> None:
-        try:
-            check()
-        except DAMAGE as error:
-            self.wrong(kind, f"{what}: cannot be checked: {first_line(error)[:500]}")
+            self.guard("drafter", "dflash", lambda: self.check_drafter(self.folder / "dflash", "dflash/"))
+        self.guard("checksum", CHECKSUMS, self._check_sums)
 
     def _read_config(self) -> None:
         own = self.folder / "export.json"
@@ -265,7 +191,7 @@ class _Verifier:
             raise ValueError("no *.safetensors file")
         listed: dict[str, str] = {}
         if (self.folder / INDEX).is_file():
-            self._guard("index", INDEX, lambda: listed.update(read_json(self.folder / INDEX).get("weight_map", {})))
+            self.guard("index", INDEX, lambda: listed.update(read_json(self.folder / INDEX).get("weight_map", {})))
             for name in sorted(set(listed.values()) - set(files)):
                 self.wrong("file", f"shard {name} is missing")
         whole: list[str] = []
@@ -370,7 +296,7 @@ class _Verifier:
         checks = TensorChecks(self.source, self.found.layout, sums, rule, promised=self.ours and self.sums,
                               zero_norms=self.config.get("model_type") not in FAMILIES)
         if self.against is not None:
-            self._guard("training", "contract C2", lambda: self._compare_with_training(checks))
+            self.guard("training", "contract C2", lambda: self._compare_with_training(checks))
         experts, incomparable = 0, []
         for report in side_by_side(self.pool, checks.report, self._units_and_files(checks), 4 * self.threads):
             for kind, text in report.findings:
@@ -417,7 +343,7 @@ class _Verifier:
         for fault in code_faults(self.folder, self.config.get("auto_map") or {}):
             self.promised("code", fault)
         if self.ours:
-            self._guard("companion", "README.md", lambda: front_matter(self.folder / "README.md"))
+            self.guard("companion", "README.md", lambda: front_matter(self.folder / "README.md"))
         for name in ("generation_config.json", "tokenizer_config.json", "tokenizer.json"):
             if (self.folder / name).is_file():
                 read_json(self.folder / name)
@@ -428,108 +354,3 @@ class _Verifier:
                 self.wrong("config", finding)
         if self.manifest.get("drafter") is False and (self.folder / "dflash").is_dir():
             self.wrong("drafter", "export.json: says there is no drafter, but dflash/ is there")
-
-    def _check_drafter(self, folder: Path, where: str) -> None:
-        """A drafter's folder; `where`: how its files are called from the folder that is verified."""
-        label = where.rstrip("/") or "drafter"
-        wanted = ("config.json", MASK, "model.safetensors.index.json", "dflash.py", "block_mask.py", REFERENCE)
-        for name in wanted if self.ours else ("config.json",):
-            if not (folder / name).is_file():
-                self.wrong("drafter", f"{where}{name}: missing")
-        config = read_json(folder / "config.json")
-        for fault in code_faults(folder, config.get("auto_map") or {}):
-            self.promised("code", f"{where}{fault}")
-        special = drafter_folder.special_of(config)
-        self._add_faults("dialect", label, drafter_folder.dialect_faults(config))
-        if self.model_config is not None:
-            self._add_faults("drafter", label, drafter_folder.fit_faults(config, self.model_config.get_text_config()))
-        else:
-            self.unchecked("drafter", "whether the drafter fits its target", "there is no target in this folder")
-        if (folder / MASK).is_file():
-            mask = drafter_folder.read_mask(folder)
-            self._add_faults("mask", label, drafter_folder.mask_faults(special, mask, config["hidden_size"]))
-            self._check_mask_row(mask)
-        elif not self.ours:
-            self.note("mask", f"{where}{MASK}: not there: vLLM and SGLang take row {special['mask_token_id']} of the target's "
-                      "vocabulary for the masked positions")
-        self._check_drafter_tensors(folder, where, config)
-        if (folder / REFERENCE).is_file():
-            self._guard("reference", f"{where}{REFERENCE}", lambda: self._check_reference(folder, where, special))
-        elif not self.ours:
-            self.unchecked("reference", "what the drafter computes", f"there is no {REFERENCE} with outputs of its training")
-
-    def _add_faults(self, kind: str, label: str, faults: Iterable[drafter_folder.Fault]) -> None:
-        for fault in faults:
-            (self.wrong if fault.grave else self.promised)(kind, f"{label}: {fault.text}")
-
-    def _check_drafter_tensors(self, folder: Path, where: str, config: dict) -> None:
-        """Engines ignore missing and unknown drafter tensors without a word: here they are named."""
-        label = where.rstrip("/") or "drafter"
-        files = sorted(p.name for p in folder.glob("*.safetensors") if p.name != REFERENCE and p.is_file())
-        if not files:
-            raise ValueError("no *.safetensors file with the drafter's weights")
-        source = TensorFiles(folder, files)
-        expected = drafter_folder.expected_tensors(config, len(source.infos))
-        if len(source.infos) > len(expected) + MANY:
-            raise ValueError(f"{len(source.infos):,} tensors, expected {len(expected)}")
-        if (folder / INDEX).is_file() or self.ours:
-            listed = read_json(folder / INDEX).get("weight_map", {})
-            for name in sorted(source.infos.keys() - listed.keys()):
-                self.wrong("index", f"{where}{INDEX}: does not list {name}")
-            for name, file in sorted(listed.items()):
-                if source.where.get(name) != file:
-                    self.wrong("index", f"{label}: {INDEX} says that {name} is in {file}, and it is not")
-        for name in sorted(expected.keys() - source.infos.keys()):
-            self.wrong("missing", f"{label}: {name}: tensor is missing")
-        for name in sorted(source.infos.keys() - expected.keys()):
-            hint = " (published names have no model. prefix)" if name.startswith("model.") else ""
-            self.wrong("unexpected", f"{label}: {name}: unexpected tensor{hint}")
-        for name in sorted(expected.keys() & source.infos.keys()):
-            (shape, dtype), (own_shape, own_dtype) = expected[name], source.infos[name]
-            if own_shape != shape:
-                self.wrong("shape", f"{label}: {name}: {own_dtype} {list(own_shape)}, expected {dtype} {list(shape)}")
-            elif own_dtype != dtype:
-                self.promised("dtype", f"{label}: {name}: {own_dtype} {list(own_shape)}, expected {dtype} {list(shape)}")
-            tensor = source.read(name)
-            data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            owed = self.ours and self.sums or self.tensor_sums
-            if owed and f"{zlib.crc32(data):08x}" != self.tensor_sums.get(f"dflash/{name}"):
-                self.wrong("checksum", f"{label}: {name}: bytes changed since the export (CRC-32 differs)")
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                self.wrong("values", f"{label}: {name}: not finite")
-
-    def _check_mask_row(self, mask: dict) -> None:
-        if self.source is None or EMBEDDING not in self.source.infos:
-            return
-        if self.manifest.get("mask_row") is False:
-            self.note("mask", f"{EMBEDDING}: the head is tied to it, so the mask embedding is in dflash/{MASK} alone: vLLM and "
-                      "SGLang read that file")
-            return
-        row = self.source.read(EMBEDDING)[mask["mask_token_id"]]
-        if not torch.equal(row, mask["embedding"].to(row.dtype)):
-            more = "" if self.ours else ": vLLM and SGLang read the file; an engine that does not drafts with another vector"
-            self.promised("mask", f"{EMBEDDING}: row {mask['mask_token_id']} (mask token) is not the vector of "
-                          f"dflash/{MASK}{more}")
-
-    def _check_reference(self, folder: Path, where: str, special: dict) -> None:
-        from modeling.drafter import load_drafter
-
-        tensors, facts = drafter_folder.read_reference(folder / REFERENCE)
-        layers = special["target_layer_ids"]
-        if facts["target_layer_ids"] != layers:
-            self.wrong("reference", f"{where}{REFERENCE}: recorded with target_layer_ids {facts['target_layer_ids']}, "
-                       f"config.json has {layers}")
-            return
-        if self.source is None:
-            self.unchecked("reference", "what the drafter computes", "the target's embedding and head are not in this folder")
-            return
-        drafter = load_drafter(folder, torch.float32)
-        table = self.source.read(EMBEDDING).float()
-        head = self.source.read(HEAD).float() if HEAD in self.source.infos else table
-        with torch.no_grad():
-            logits = drafter_folder.draft_round(drafter, tensors["taps"], tensors["input_ids"], table)[:, 1:] @ head.T
-        recorded = tensors["draft_logits"]
-        error = float((logits - recorded).abs().max()) if logits.shape == recorded.shape else float("inf")
-        if not error <= REFERENCE_ERROR * float(recorded.abs().max()):
-            self.wrong("reference", f"{where}{REFERENCE}: the drafter gives other logits than recorded (largest difference "
-                       f"{error:.3g})")

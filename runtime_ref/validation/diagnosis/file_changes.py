@@ -142,13 +142,19 @@ def edited_keys(file: Path, wanted: str) -> list[str]:
         return []
     if _sha(raw) == wanted:
         return ["only its form was edited: every value is the exported one"]
-    for holder, prefix in ((raw, ""), *((v, f"{k}.") for k, v in raw.items() if isinstance(v, dict))):
+    holders = [(raw, ""), *((v, f"{k}.") for k, v in raw.items() if isinstance(v, dict))]
+    for holder, prefix in holders:
         for key, value in list(holder.items()):
+            same = [h for h, _ in holders if h is not holder and key in h and h[key] == value]
             for other in _others(key, value, raw):
-                holder[key] = other
-                if _sha(raw) == wanted:
-                    return [f"{prefix}{key}: {value!r}, exported with {other!r}"]
-            holder[key] = value
+                for group in ([holder], [holder, *same]) if same else ([holder],):  # what is said twice is edited twice
+                    before = [one[key] for one in group]  # 10000 and 10000.0 are equal, and written otherwise
+                    for one in group:
+                        one[key] = other
+                    if _sha(raw) == wanted:
+                        return [f"{prefix}{key}: {value!r}, exported with {other!r}"]
+                    for one, own in zip(group, before, strict=True):
+                        one[key] = own
     return []
 
 

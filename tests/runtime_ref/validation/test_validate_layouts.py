@@ -70,7 +70,12 @@ def config(**values):
 
 
 def rope(**values):
-    return lambda folder: edit_json(folder / "config.json", lambda raw: raw["rope_parameters"].update(values))
+    """In both places where an export says it."""
+    def change(raw):
+        raw["rope_parameters"].update(values)
+        raw.update({key: value for key, value in values.items() if key in raw})
+
+    return lambda folder: edit_json(folder / "config.json", change)
 
 
 def nibbles(t):
