@@ -421,7 +421,7 @@ def test_an_engine_that_is_late_or_cannot_walk_keeps_what_it_has(stubbed, monkey
     assert list(report["greedy_equal"]) == ["op by op"]
     assert problems == ["the engine, plain, walked: no time", "the engine, drafting, walked: no time"]
     engine = Stub()
-    engine.backend = SimpleNamespace(config=engine.backend.config, walk=None)
+    engine.backend = SimpleNamespace(config=engine.backend.config, runner=None)
     monkeypatch.setattr(gpu_engine, "_measure_way", lambda *a, real=gpu_engine._measure_way: (
         raising(ValueError("norms of heads"))() if a[3] == "walked" else real(*a)))
     report, problems = stubbed(engine)
