@@ -93,9 +93,9 @@ def test_help_needs_neither_torch_nor_a_web_framework():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def outcome(url):
+def outcome(client, url):
     """Status of a long request."""
-    return httpx.post(f"{url}/v1/completions", json=LONG, timeout=60).status_code
+    return client.post(f"{url}/v1/completions", json=LONG).status_code
 
 
 def torchrun(count):
@@ -114,8 +114,8 @@ def test_ranks_answer_as_one_and_a_killed_one_fails_all_requests_within_seconds(
         assert whole == alone(LONG["prompt"], SamplingParams(max_tokens=LENGTH, ignore_eos=True))
         workers = [c for c in psutil.Process(process.pid).children(recursive=True) if SCRIPT in " ".join(c.cmdline())]
         victim = next(w for w in workers if w.environ()["RANK"] == str(ranks - 1))
-        killed, said, others = None, [], []
-        threads = [threading.Thread(target=lambda: others.append(outcome(url))) for _ in range(6)]
+        killed, said, others, client = None, [], [], httpx.Client(timeout=60)  # made once: that takes longer than a request
+        threads = [threading.Thread(target=lambda: others.append(outcome(client, url))) for _ in range(6)]
         with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}, timeout=seconds(60)) as answer:
             for line in answer.iter_lines():
                 if killed is None:
