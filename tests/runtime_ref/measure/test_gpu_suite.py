@@ -353,7 +353,7 @@ class Stub:
 
     def __init__(self, wrong=(), failed=False):
         self.asked, self.failed, self.wrong, self.program = [], failed, wrong, None
-        self.backend = SimpleNamespace(config=SimpleNamespace(vocab_size=256), walk=None)
+        self.backend = SimpleNamespace(config=SimpleNamespace(vocab_size=256), runner=None)
         self.drafter = object()
 
     def generate(self, prompts, params):
@@ -368,8 +368,8 @@ class Stub:
 @pytest.fixture
 def stubbed(monkeypatch):
     def measured(engine, left=lambda: 1.0, timeline=lambda call: call() and [["step_kernel", 0.0, 1.0]]):
-        def from_folder(folder, backend, options):
-            assert backend == "triton" and not options.prefix_cache
+        def from_folder(folder, backend, options, launch):
+            assert (backend, launch) == ("triton", "ops") and not options.prefix_cache
             return engine
 
         def use_megakernel(engine, programs):
