@@ -7,6 +7,7 @@ repaired. All variants run through the same code in the same dtype on the same r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import torch
@@ -66,12 +67,22 @@ class HeldOut:
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict:
         """Means over all tokens, as `evaluate_domains` gives them, and by domain."""
-        was_training = model.training
-        model.eval()
-        sums = {name: sum(_sums(model, self.teacher, ids, self.chunk_tokens, taught) for ids, taught in batches)
-                for name, batches in self.batches.items()}
-        model.train(was_training)
+        with evaluation_mode(model):
+            sums = {name: sum(_sums(model, self.teacher, ids, self.chunk_tokens, taught) for ids, taught in batches)
+                    for name, batches in self.batches.items()}
         return _means(sum(sums.values())) | {"domains": {name: _means(of) for name, of in sums.items()}}
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module):
+    """Every module in evaluation mode, and then as it was: modes may differ from module to module."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _sums(model, teacher, ids_BT, chunk_tokens, teacher_h=None) -> torch.Tensor:
@@ -113,12 +124,10 @@ def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, or
     student, judge = model, teacher
     if dtype == "float32":
         student, judge = copy.deepcopy(model).float(), copy.deepcopy(teacher).float()
-    was_training = student.training
-    student.eval()
-    variants = {"bf16": evaluate_domains(judge, judge, domains, **options),
-                "ptq": evaluate_domains(_with_experts(judge, quantizer, plain), judge, domains, **options),
-                "qat": evaluate_domains(student, judge, domains, **options)}
-    student.train(was_training)
+    with evaluation_mode(student):
+        variants = {"bf16": evaluate_domains(judge, judge, domains, **options),
+                    "ptq": evaluate_domains(_with_experts(judge, quantizer, plain), judge, domains, **options),
+                    "qat": evaluate_domains(student, judge, domains, **options)}
     return summarized(variants)
 
 

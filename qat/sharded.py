@@ -25,7 +25,7 @@ from modeling.all_experts import use_all_experts
 from modeling.output_head import require_plain_head
 from mxfp4.fake_quant import saturated
 from qat import evaluate
-from qat.attach import ExpertQuantizer, ExpertTensor, find_expert_tensors, require_finite
+from qat.attach import ExpertQuantizer, ExpertTensor, find_expert_tensors, require_finite, without_noise
 from qat.geometry import meta_model
 from qat.methods import needed as methods_needed
 from qat.trainer import Trainer
@@ -148,7 +148,7 @@ class ShardedTrainer(Trainer):
             return
         self.teacher = self.load_tree(self.compute_dtype, masters=False).eval().requires_grad_(False)
         require_plain_head(self.teacher)
-        self._choose_trainable(model.train())
+        self._choose_trainable(without_noise(model))
         if self.layout.expert_parallel == 1:
             use_all_experts(model)
         settings = self.recipe.quantization
@@ -267,7 +267,7 @@ class ShardedTrainer(Trainer):
         self._put_others(student, trained)
         quantizer.requantize(sources)
         variants["qat"] = evaluate.evaluate_domains(student, judge, self.domains, **options)
-        student.train()
+        without_noise(student)
         return evaluate.summarized(variants)
 
     def _put_others(self, student: nn.Module, values: list[torch.Tensor]) -> None:

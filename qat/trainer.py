@@ -31,7 +31,7 @@ from modeling.all_experts import use_all_experts
 from modeling.dialogue_tokens import Rendering
 from modeling.output_head import require_plain_head
 from qat import evaluate
-from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite
+from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite, without_noise
 from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset, rows_digest
 from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, output_head, run_hidden
 from qat.methods import MethodQuantizer, pull_strength, pull_to_grid
@@ -149,7 +149,7 @@ class Trainer(TrainingRun):
         """Sets teacher, quantizer, the unquantized experts, and the parameters that are trained beside experts."""
         require_plain_head(model.to(self.accelerator.device))
         use_all_experts(model)
-        self._choose_trainable(model.train())
+        self._choose_trainable(without_noise(model))
         self.teacher = make_teacher(model)
         self.quantizer = make_quantizer(model, self.recipe)
         self.originals = [self.teacher.get_parameter(t.name).data for t in self.quantizer.tensors]

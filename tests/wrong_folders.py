@@ -12,7 +12,7 @@ from modeling.names import fused_name
 from runtime_ref import validate
 
 # What `validate` is told to serve with: the kernels where they are asked for (`pace`).
-ON_BACKEND = ["--backend", "triton"] if KERNELS else []
+ON_BACKEND = ["--backend", "triton", "--launch", "ops"] if KERNELS else []
 
 
 def faults(wrong: dict, some: set[str]) -> list:

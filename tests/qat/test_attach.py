@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mxfp4 import fake_quantize
-from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite
+from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite, without_noise
 
 
 def tiny_transformers_moe(kind: str):
@@ -184,3 +184,26 @@ def test_forward_backward_and_recomputation_round_nothing(model, monkeypatch):
     assert not calls
     quantizer.requantize()
     assert len(calls) == len(quantizer.tensors)
+
+
+@pytest.mark.parametrize(("kind", "noise"), [
+    ("mixtral", {"router_jitter_noise": 0.3, "attention_dropout": 0.5}),
+    ("phimoe", {"router_jitter_noise": 0.3, "input_jitter_noise": 0.3, "attention_dropout": 0.5}),
+    ("qwen3_moe", {"attention_dropout": 0.5})])
+def test_a_student_without_noise_says_what_is_served_and_recomputes(kind, noise):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[kind](vocab_size=40, hidden_size=32, intermediate_size=32, moe_intermediate_size=32,
+                                  num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
+                                  num_experts=4, num_experts_per_tok=2, max_position_embeddings=64, **noise)
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config), torch.arange(40)[None]
+    quiet, noisy = model.eval()(ids).logits, model.train()(ids).logits
+    assert not torch.equal(noisy, quiet)
+    without_noise(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    passes = []
+    model.base_model.layers[0].self_attn.register_forward_hook(lambda *args: passes.append(1))
+    logits = model(ids, use_cache=False).logits
+    assert torch.equal(logits, quiet)
+    logits.sum().backward()
+    assert len(passes) == 2

@@ -45,7 +45,7 @@ def measure_engine(folder, problems: list[str], seconds_left: Callable[[], float
         tokens from the first on are those of the other way; two orders of sums, so fewer than all is no error. failed: whose
         waits were given up: then the walked way has no speed. tokens_per_second, timeline (drafting), acceptance_length.
     """
-    engine = Engine.from_folder(folder, backend="triton", options=EngineOptions(prefix_cache=False))
+    engine = Engine.from_folder(folder, backend="triton", options=EngineOptions(prefix_cache=False), launch="ops")
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, engine.backend.config.vocab_size, (n,), generator=generator).tolist() for n in (5, 40)]
     programs = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1

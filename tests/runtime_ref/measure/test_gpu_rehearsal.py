@@ -231,7 +231,7 @@ def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch)
 
 def test_an_engine_keeps_to_the_card(played, folder):
     """Adaptive (costs are measured), drawn on the card, judged by the host, with log-probabilities: together, and walked."""
-    engine = Engine.from_folder(folder, backend="triton", options=EngineOptions(max_context=256, max_running=5))
+    engine = Engine.from_folder(folder, backend="triton", launch="ops", options=EngineOptions(max_context=256, max_running=5))
     assert engine.backend.device == "cuda"
     params = [SamplingParams(max_tokens=6, ignore_eos=True, **own) for own in (
         {"adaptive": True}, {"temperature": 0.8, "seed": 1}, {"temperature": 0.8, "seed": 2, "top_p": 0.9}, {"logprobs": 2},
@@ -243,7 +243,7 @@ def test_an_engine_keeps_to_the_card(played, folder):
 
 
 def test_validate_judges_what_lies_on_the_card(played, exported, tmp_path, capsys):
-    code, verdict = judged(exported, tmp_path, capsys, "--backend", "triton")
+    code, verdict = judged(exported, tmp_path, capsys, "--backend", "triton", "--launch", "ops")
     assert code == 0, verdict["causes"]
     assert {check["status"] for check in verdict["checks"]} <= {"passed", "skipped"}
 
@@ -255,5 +255,5 @@ def test_validate_names_a_fault_of_what_lies_on_the_card(played, copied, tmp_pat
 
     right = triton_backend.attend
     monkeypatch.setattr(triton_backend, "attend", lambda q, k, v, sink, *more, **own: right(q, k, v, None, *more, **own))
-    code, verdict = judged(copied, tmp_path, capsys, "--backend", "triton")
+    code, verdict = judged(copied, tmp_path, capsys, "--backend", "triton", "--launch", "ops")
     assert code == 1 and any("sinks" in cause for cause in verdict["causes"]), verdict["causes"]

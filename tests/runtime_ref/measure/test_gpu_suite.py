@@ -353,7 +353,7 @@ class Stub:
 
     def __init__(self, wrong=(), failed=False):
         self.asked, self.failed, self.wrong, self.program = [], failed, wrong, None
-        self.backend = SimpleNamespace(config=SimpleNamespace(vocab_size=256), walk=None)
+        self.backend = SimpleNamespace(config=SimpleNamespace(vocab_size=256), runner=None)
         self.drafter = object()
 
     def generate(self, prompts, params):
@@ -368,8 +368,8 @@ class Stub:
 @pytest.fixture
 def stubbed(monkeypatch):
     def measured(engine, left=lambda: 1.0, timeline=lambda call: call() and [["step_kernel", 0.0, 1.0]]):
-        def from_folder(folder, backend, options):
-            assert backend == "triton" and not options.prefix_cache
+        def from_folder(folder, backend, options, launch):
+            assert (backend, launch) == ("triton", "ops") and not options.prefix_cache
             return engine
 
         def use_megakernel(engine, programs):
@@ -421,7 +421,7 @@ def test_an_engine_that_is_late_or_cannot_walk_keeps_what_it_has(stubbed, monkey
     assert list(report["greedy_equal"]) == ["op by op"]
     assert problems == ["the engine, plain, walked: no time", "the engine, drafting, walked: no time"]
     engine = Stub()
-    engine.backend = SimpleNamespace(config=engine.backend.config, walk=None)
+    engine.backend = SimpleNamespace(config=engine.backend.config, runner=None)
     monkeypatch.setattr(gpu_engine, "_measure_way", lambda *a, real=gpu_engine._measure_way: (
         raising(ValueError("norms of heads"))() if a[3] == "walked" else real(*a)))
     report, problems = stubbed(engine)
