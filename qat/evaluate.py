@@ -138,6 +138,15 @@ def summarized(variants: dict[str, dict]) -> dict:
     return summary
 
 
+def doubt(summary: dict) -> str | None:
+    """A line about a run that did not help, or None."""
+    plain, trained = summary["ptq"]["kl"], summary["qat"]["kl"]
+    if trained < plain:
+        return None
+    return (f"training did not help: KL to the original is {trained:.5f}, and {plain:.5f} with plain rounding; a lower "
+            "qat.optimizer.learning_rate, more steps or a start (qat.warm_start) are what helps usually")
+
+
 def _with_experts(model: nn.Module, quantizer: ExpertQuantizer, weights: list[torch.Tensor]) -> nn.Module:
     """A copy of the frozen `model` that has these expert weights and shares everything else with it."""
     shared: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}

@@ -392,6 +392,8 @@ class Trainer(TrainingRun):
         write_json(self.folder / "summary.json", summary)
         self.draw()
         Console().print(evaluate.comparison_table(summary))
+        if line := evaluate.doubt(summary):
+            print(line)
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png)")
 
     def compare(self, **options) -> dict:

@@ -6,7 +6,7 @@ from tolerance import EVALUATION_KL
 
 from mxfp4 import fake_quantize
 from qat.attach import ExpertQuantizer
-from qat.evaluate import compare, comparison_table, evaluate_domains
+from qat.evaluate import compare, comparison_table, doubt, evaluate_domains
 from qat.trainer import make_teacher
 
 
@@ -76,3 +76,9 @@ def test_sums_do_not_depend_on_the_batch_size(attached, domains, batch_size):
     for domain, row in reference.items():
         assert other[domain] == pytest.approx(row, rel=1e-4, abs=EVALUATION_KL)
     assert reference["all"]["eval_tokens"] == 8 * 23
+
+
+@pytest.mark.parametrize(("plain", "trained", "said"), [(0.01, 0.004, False), (0.01, 0.01, True), (0.01, 3.0, True)])
+def test_a_run_that_did_not_help_is_told(plain, trained, said):
+    line = doubt({"ptq": {"kl": plain}, "qat": {"kl": trained}})
+    assert (line is not None) == said and (not said or f"{trained:.5f}" in line)
