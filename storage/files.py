@@ -115,7 +115,18 @@ def discard_folder(partial: Path) -> None:
     if not is_unfinished(partial):
         raise FileExistsError(f"{partial}: exists and is not the unfinished result of an earlier run; expected that name to "
                               "be free: move or remove it")
-    shutil.rmtree(partial)
+    _clear(partial)
+
+
+def _clear(folder: Path) -> None:
+    """Removes a marked folder, its mark last: killed in between, what is left is still marked, or empty."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != MARK:
+            entry.unlink()
+    (folder / MARK).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -135,7 +146,7 @@ def finish_folder(partial: Path, final: Path) -> None:
     else:
         (final / MARK).touch()
         _exchange(partial, final)
-        shutil.rmtree(partial)
+        _clear(partial)
     (final / MARK).unlink()
     sync_folder(final)
     sync_folder(final.parent)
@@ -170,7 +181,8 @@ def folder_aside(final: Path) -> Iterator[Path]:
         finish_folder(partial, final)
     except BaseException:
         if is_unfinished(partial):
-            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _clear(partial)
         raise
 
 

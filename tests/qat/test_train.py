@@ -338,8 +338,8 @@ def test_a_resume_without_a_checkpoint_says_so(tiny_recipe):
 
 
 @pytest.mark.parametrize("variable, value, words", [
-    ("ACCELERATE_USE_FSDP", "true", "distributed_type FSDP, but the trainer does not shard"),
-    ("ACCELERATE_USE_DEEPSPEED", "true", "distributed_type DEEPSPEED, but the trainer does not shard"),
+    ("ACCELERATE_USE_FSDP", "true", "distributed_type FSDP, but models are sharded by the recipe"),
+    ("ACCELERATE_USE_DEEPSPEED", "true", "distributed_type DEEPSPEED, but models are sharded by the recipe"),
     ("ACCELERATE_MIXED_PRECISION", "bf16", "mixed_precision bf16, but weights carry their dtype: set model.dtype"),
 ])
 def test_a_launch_that_is_not_this_trainers_is_refused_in_one_line(tiny_recipe, variable, value, words):

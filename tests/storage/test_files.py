@@ -1,5 +1,6 @@
 """Files and folders are the old or the new, whatever happens; what somebody else made is never cleared away."""
 
+import contextlib
 import json
 import os
 import signal
@@ -96,6 +97,27 @@ while True:
     with folder_aside(final) as partial:
         fill(partial, "last")
     assert [p.name for p in tmp_path.iterdir()] == ["model"] and {p.read_text() for p in final.iterdir()} == {"last"}
+
+
+def test_a_folder_that_is_half_cleared_is_still_ours(tmp_path, monkeypatch):
+    partial = tmp_path / "model.partial"
+    files.begin_folder(partial)
+    fill(partial, "one")
+    (partial / "deeper").mkdir()
+    real, calls = Path.unlink, []
+
+    def killed(self, *arguments, **options):
+        calls.append(self)
+        if len(calls) in (1, 8, 20):
+            raise KeyboardInterrupt
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    for _ in range(4):
+        with contextlib.suppress(KeyboardInterrupt):
+            files.discard_folder(partial)
+        assert not partial.exists() or files.is_unfinished(partial)
+    assert not partial.exists()
 
 
 def test_what_somebody_else_made_is_refused_and_stays(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
-from runtime_ref.measure.static.gates import AMD, AMD_NATIVE, NVIDIA, Row, quads_together
+from runtime_ref.measure.static.gates import AMD, AMD_HW_FP4, NVIDIA, Row, quads_together
 from runtime_ref.measure.static.sass import Loop, read_listing
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -31,7 +31,7 @@ def static(tmp_path_factory):
 def test_every_kernel_compiles_for_every_target(static):
     facts, page = static
     assert {row["target"] for row in facts["kernels"]} == set(NVIDIA)
-    assert set(facts["amd_bytes"]) == {*AMD, AMD_NATIVE} and all(facts["amd_bytes"].values())
+    assert set(facts["amd_bytes"]) == {*AMD, AMD_HW_FP4} and all(facts["amd_bytes"].values())
     assert "All gates hold." in page and facts["faults"] == []
 
 
