@@ -12,7 +12,7 @@ export MALLOC_TOP_PAD_ := 134217728
 
 PIP := python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo smoke test test-distributed test-kernels test-kernels-long test-interpreter test-clients test-load test-families \
+.PHONY: demo smoke test test-slow test-distributed test-kernels test-kernels-long test-interpreter test-clients test-load test-families \
         test-newest test-versions lint format lock lock-check clean
 
 # requirements/README.md says why torch comes first and the rest without its dependencies.
@@ -45,8 +45,13 @@ smoke: $(VENV)/.ready
 # Whole engines on the kernels are minutes in Triton's interpreter: they run in the second part, compiled for the CPU.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/runtime_ref/backends/triton \
-	    --ignore tests/distributed
+	    --ignore tests/distributed -m "not slow"
 	$(MAKE) test-kernels
+
+# What takes many seconds each: static gates of the kernels as compiled for GPUs, huge folders, ranks that wait for each other.
+test-slow: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/runtime_ref/backends/triton \
+	    --ignore tests/distributed -m slow
 
 # Training on several gloo ranks: every family and layout, signals and hangs through real launchers, killed ranks (FP4_TEST_KILLS
 # of them, 6 unless set). About 15 minutes on two quiet cores; what `make test` has of it takes half a minute.
@@ -62,7 +67,7 @@ LONG_ON_KERNELS := validation/test_validate_faults.py validation/test_validate_l
 TEST_KERNELS = FP4_TEST_KERNELS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q \
     --ignore tests/runtime_ref/measure/test_static_gates.py --ignore tests/runtime_ref/measure/test_roofline.py
 test-kernels: $(VENV)/.ready
-	$(TEST_KERNELS) -m "not long" $(addprefix tests/runtime_ref/,$(ON_KERNELS))
+	$(TEST_KERNELS) -m "not long and not slow" $(addprefix tests/runtime_ref/,$(ON_KERNELS))
 
 test-kernels-long: $(VENV)/.ready
 	$(TEST_KERNELS) $(addprefix tests/runtime_ref/,$(ON_KERNELS) $(LONG_ON_KERNELS))

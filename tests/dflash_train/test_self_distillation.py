@@ -241,6 +241,7 @@ def test_a_serving_engine_gives_the_same_answers(draft_recipe, loaded, server, t
     assert here == there and Endpoint.count > len(here)
 
 
+@pytest.mark.slow
 def test_a_serving_engine_spares_regenerate_the_weights(draft_recipe, loaded, server, tmp_path):
     _, target, _ = loaded
     absent = "import checkpoint.load; checkpoint.load.load_model = None"

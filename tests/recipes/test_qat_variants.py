@@ -29,6 +29,7 @@ def test_flips_add_up_over_reports_and_the_dead_zone_is_the_last_one():
     assert found == pytest.approx({"flipped_mean": 0.3, "flipped_max": 0.4, "dead_zone_mean": 0.35, "dead_zone_max": 0.4})
 
 
+@pytest.mark.slow
 def test_a_table_is_made_once_and_read_afterwards(tiny_recipe, tmp_path):
     settings = yaml.safe_load(tiny_recipe.read_text())
     settings["qat"] |= {"steps": 3, "heldout_every": 3}

@@ -78,6 +78,7 @@ def test_what_cannot_be_cut_is_refused(changes, experts, per_token, message):
         as_mixture(toy(**changes), experts=experts, per_token=per_token)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_folder_that_loads_and_refuses_mistakes_in_one_line(tmp_path):
     dense = toy(vocab_size=320)
     dense.save_pretrained(tmp_path / "dense")

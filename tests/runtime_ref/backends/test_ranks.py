@@ -56,6 +56,7 @@ def test_a_dead_rank_ends_the_others_within_seconds_with_one_line(folder):
 
 
 @not_the_backends
+@pytest.mark.slow
 def test_ranks_wait_for_a_slow_one_until_all_have_loaded_and_no_longer(folder):
     done = run_worker(folder, "slow", 2)
     lines = [json.loads(line) for line in done.stdout.splitlines()]

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 from runtime_ref.measure.static.gates import AMD, AMD_HW_FP4, NVIDIA, Row, quads_together
 from runtime_ref.measure.static.sass import Loop, read_listing
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 
 
