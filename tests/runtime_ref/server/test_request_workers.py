@@ -169,19 +169,18 @@ def large_bodies(new_engine, tokenizer, preparing):
 def test_a_body_of_the_largest_size_is_refused_while_everybody_else_is_served(name, large_bodies):
     path, body = amplifying(4 * MIB - 200)[name]
     assert len(body) <= 4 * MIB
-    server, own, longest, done = large_bodies, psutil.Process(), [0.0], threading.Event()
+    server, own, statuses, done = large_bodies, psutil.Process(), set(), threading.Event()
     memory = own.memory_info().rss
+    clock = time.pthread_getcpuclockid(server.thread.ident)
 
     def knock():
-        with httpx.Client() as client:
-            while not done.wait(0.02):
-                began = time.monotonic()
-                assert client.get(f"{server.url}/health", timeout=seconds(30)).status_code == 200
-                longest[0] = max(longest[0], time.monotonic() - began)
+        with httpx.Client(timeout=seconds(30)) as client:
+            while not done.wait(0.1):
+                statuses.add(client.get(f"{server.url}/health").status_code)
 
     knocking = threading.Thread(target=knock)
     knocking.start()
-    began = time.monotonic()
+    began = time.clock_gettime(clock)
     try:
         answer = httpx.post(server.url + path, content=body, timeout=seconds(60),
                             headers={"Content-Type": "application/json"})
@@ -189,7 +188,8 @@ def test_a_body_of_the_largest_size_is_refused_while_everybody_else_is_served(na
         done.set()
         knocking.join()
     assert answer.status_code == 400 and len(answer.content) < 2000, answer.text[:500]
-    assert time.monotonic() - began < seconds(40)
-    assert longest[0] < seconds(2)
+    assert statuses == {200}
+    # Processor time of the event loop's thread, which no busy neighbour adds to. Read in the loop, these bodies took 3 to 80 s.
+    assert time.clock_gettime(clock) - began < 2
     assert own.memory_info().rss - memory < 128 * MIB
     assert server.worker.in_flight == 0
