@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 VALUES = [None, True, False, 0, 1, -1, 2, 7, 10**6, 10**9, 10**12, 2**63, 2**64 + 1, 10**400, 0.5, -0.0, 1e-320, 1e308,
           float("nan"), float("inf"), "", "x", "4", "../../etc/passwd", "/etc/passwd", "a" * 100_000, "\x1b[2J\x1b]0;x\x07",
-          "\ud800", "mimo_v2", "bfloat16", "sliding_attention", [], {}, [[]], [None], [1, 2, 3], ["x"], [10**9], [-1], [1e9], {"a": {}}, {"": None},
+          "\ud800", "mimo_v2", "bfloat16", "sliding_attention", [], {}, [[]], [None], [1, 2, 3], ["x"], [10**9], [-1], [1e9],
+          {"a": {}}, {"": None},
           [[[[[[[[[[]]]]]]]]]], list(range(1000)), {"quant_method": "fp8"}, {"rope_type": "yarn"}, {"rope_type": "default",
           "rope_theta": "x"}]
 
