@@ -3,10 +3,10 @@
 import contextlib
 import importlib
 import os
+import select
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -53,13 +53,15 @@ def attempt(command: str, *arguments, seconds: float = 300, killed_after: float 
         killed_after: seconds until SIGKILL. first: called in the process, for limits of its own.
     """
     main = importlib.import_module(COMMANDS[command]).main if command in COMMANDS else command
-    with tempfile.TemporaryFile() as said:
-        child = os.fork()
-        if child == 0:
-            _run(main, [str(a) for a in arguments], said.fileno(), first)
-        code = _ended(child, seconds if killed_after is None else killed_after)
-        said.seek(0)
-        return Attempt(code, said.read().decode("utf-8", "replace"))
+    reading, writing = os.pipe()  # and no file, which a full disk or a limit on files would be a limit on, too
+    child = os.fork()
+    if child == 0:
+        _run(main, [str(a) for a in arguments], writing, first)
+    os.close(writing)
+    try:
+        return _watched(child, reading, seconds if killed_after is None else killed_after)
+    finally:
+        os.close(reading)
 
 
 def _run(main, arguments: list[str], output: int, first: Callable[[], None]) -> None:
@@ -87,17 +89,25 @@ def _run(main, arguments: list[str], output: int, first: Callable[[], None]) -> 
         os._exit(code if isinstance(code, int) else 0)
 
 
-def _ended(child: int, seconds: float) -> int | None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def _watched(child: int, pipe: int, seconds: float) -> Attempt:
+    """Reads what a process says until it ends, or its time is over."""
+    end, said, code, status = time.monotonic() + seconds, b"", None, None
+    while status is None and time.monotonic() < end:
+        if select.select([pipe], [], [], 0.005)[0]:
+            said += (part := os.read(pipe, 1 << 16))
+            if not part:
+                time.sleep(0.001)
         found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+        status = status if found else None
+    if status is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    else:
+        code = os.waitstatus_to_exitcode(status)
+    while select.select([pipe], [], [], 0)[0] and (part := os.read(pipe, 1 << 16)):
+        said += part
+    return Attempt(code, said.decode("utf-8", "replace"))
 
 
 @dataclass
