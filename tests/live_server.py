@@ -21,7 +21,7 @@ MODEL = "small"
 CONNECTIONS = limited(512)
 
 
-def wait_until(condition, seconds: float = limit(15.0)) -> None:
+def wait_until(condition, seconds: float = limit(45.0)) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not so after {seconds} s"
@@ -47,20 +47,20 @@ class Live:
     server: uvicorn.Server
     thread: threading.Thread
 
-    def until_empty(self, seconds: float = limit(15.0)) -> dict[str, int]:
+    def until_empty(self, seconds: float = limit(45.0)) -> dict[str, int]:
         """Waits until no request is in the engine; returns the pages that sequences still hold."""
         return self.until(lambda: not self.worker.in_flight and not self.worker.engine.busy, seconds)
 
-    def until(self, condition, seconds: float = limit(15.0)) -> dict[str, int]:
+    def until(self, condition, seconds: float = limit(45.0)) -> dict[str, int]:
         """Waits; returns the pages that sequences hold then."""
         wait_until(condition, seconds)
-        text = httpx.get(f"{self.url}/metrics", timeout=limit(15)).text
+        text = httpx.get(f"{self.url}/metrics", timeout=limit(45)).text
         lines = [line for line in text.splitlines() if line.startswith("fp4_dflash:pages_held")]
         assert lines
         return {line.split('kind="')[1].split('"')[0]: int(line.rsplit(" ", 1)[1]) for line in lines}
 
     def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics", timeout=limit(15)).text
+        text = httpx.get(f"{self.url}/metrics", timeout=limit(45)).text
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{"))
 
 
