@@ -62,13 +62,21 @@ def test_what_the_format_of_speculators_cannot_say_is_refused_by_name(change, na
         speculators_config(config_json(plain_drafter(96, 4, **change).config), "..", None)
 
 
-def test_speculators_reads_what_we_write(tmp_path):
-    speculators = pytest.importorskip("speculators", reason="speculators is not installed")
+@pytest.mark.clients
+def test_speculators_loads_what_we_write(tmp_path, monkeypatch):
+    """Its own classes: the configuration, and the model with every tensor in its place."""
+    speculators = pytest.importorskip("speculators", reason="speculators is not on the path: make test-clients")
     out = export(run_of("qwen3", tmp_path), "export.speculators=true")
-    config = speculators.SpeculatorModelConfig.from_pretrained(str(out / "dflash-speculators"))
+    folder = out / "dflash-speculators"
+    config = speculators.SpeculatorModelConfig.from_pretrained(str(folder))
     assert config.block_size == 8 and config.aux_hidden_state_layer_ids == [1, 2]
     layer = config.transformer_layer_config
     assert layer.sliding_window == 16 and set(layer.layer_types) == {"sliding_attention"}
+    monkeypatch.chdir(folder)  # it looks the target (..) up from there
+    loaded = speculators.SpeculatorModel.from_pretrained(".").state_dict()
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(loaded[name].to(tensor.dtype), tensor), name
+    assert {n for n in loaded if n.startswith("layers.")} <= load_file(folder / "model.safetensors").keys()
 
 
 @pytest.fixture
