@@ -78,9 +78,8 @@ test-interpreter: $(VENV)/.ready
 	FP4_TEST_KERNELS=interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q \
 	    $(addprefix tests/runtime_ref/,$(filter-out kernels triton_cpu measure backends/triton,$(ON_KERNELS)) $(LONG_ON_KERNELS))
 
-# Real engines, in an environment of their own (about 3.5 GB): vLLM runs; of SGLang, which needs CUDA, the code that reads
-# configurations; speculators loads. Its MXFP4 kernel is left out, with the reason, on a CPU
-# without AMX.
+# Real engines, in an environment of their own (about 3.5 GB). vLLM runs (its kernel for MXFP4 itself is left out, with the reason,
+# on a CPU without AMX); speculators loads; of SGLang, which needs CUDA, the code that reads configurations runs.
 CLIENTS := .venv-clients
 $(CLIENTS)/.ready:
 	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
