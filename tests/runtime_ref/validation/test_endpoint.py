@@ -220,3 +220,19 @@ def test_tokens_drawn_too_greedily_fill_the_lower_bins():
         return chi_square_z(torch.histc(place.double(), bins=20, min=0, max=1), uniform)
 
     assert z(1.0) < 4.3 < z(1.5)
+
+
+@pytest.mark.parametrize("answers, points", [(64, 0.14), (1500, 0.03)])
+def test_the_sampled_answers_show_the_bias_that_the_page_promises(answers, points):
+    """The statistic alone, of 100 repetitions: so many points too many in the likelier half are found, right draws never."""
+    from runtime_ref.validation.checks.endpoint import BINS, CHI_SQUARE_Z, SAMPLED_TOKENS, chi_square_z
+
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.full((BINS,), 1 / BINS, dtype=torch.float64)
+    moved = torch.full((BINS // 2,), 2 * points / BINS, dtype=torch.float64)
+
+    def found(p):
+        draws = (torch.multinomial(p, answers * SAMPLED_TOKENS, replacement=True, generator=generator) for _ in range(100))
+        return sum(chi_square_z(torch.bincount(d, minlength=BINS).double(), uniform) > CHI_SQUARE_Z for d in draws)
+
+    assert found(uniform + torch.cat((moved, -moved))) >= 97 and found(uniform) == 0
