@@ -56,11 +56,6 @@ class Case:
         return found if found.is_dir() else None
 
 
-@pytest.fixture(scope="module")
-def case(request, tmp_path_factory):
-    return request.param(tmp_path_factory)
-
-
 @functools.cache
 def seed_case(factory, layers: int = 2) -> Case:
     """The embedded model, its experts rounded, and the first layers of its drafter.
@@ -138,14 +133,29 @@ def gpt_oss_case(factory) -> Case:
     return Case(export(root / "toy.yaml", "export.layout=bf16", out=root / "bf16"), packed, random_prompts(257))
 
 
-def vllm(folder: Path, prompts: list[list[int]], drafter: Path | None = None, **job) -> dict:
-    """What vllm_generate.py says."""
-    job = {"folder": str(folder), "prompts": prompts, "tokens": TOKENS, "drafter": drafter and str(drafter)} | job
-    done = subprocess.run([PYTHON, str(Path(__file__).parent / "vllm_generate.py"), json.dumps(job)], capture_output=True,
-                          env=os.environ | ENVIRONMENT, text=True, timeout=900)
+CASES = {"mimo_v2": seed_case, "qwen3_moe": qwen3_case, "gpt_oss": gpt_oss_case}
+
+
+def vllm(scratch: Path, jobs: list[tuple]) -> list[dict]:
+    """What vllm_generate.py says of (folder, prompts, drafter) each."""
+    file = scratch / "jobs.json"
+    file.write_text(json.dumps([{"folder": str(folder), "prompts": prompts, "tokens": TOKENS,
+                                 "drafter": drafter and str(drafter)} for folder, prompts, drafter in jobs]))
+    done = subprocess.run([PYTHON, str(Path(__file__).parent / "vllm_generate.py"), str(file)], capture_output=True,
+                          env=os.environ | ENVIRONMENT, text=True, timeout=1800)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert done.returncode == 0 and lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> dict[tuple[str, bool], dict]:
+    """(family, with its drafter) -> what vLLM says."""
+    cases = {family: make(tmp_path_factory) for family, make in CASES.items()}
+    asked = [(family, drafts) for family, case in cases.items() for drafts in (False, True) if not drafts or case.drafter]
+    found = vllm(tmp_path_factory.mktemp("jobs"), [(cases[family].plain, cases[family].prompts, cases[family].drafter
+                                                    if drafts else None) for family, drafts in asked])
+    return dict(zip(asked, found, strict=True))
 
 
 @functools.cache
@@ -177,17 +187,17 @@ def assert_same(case: Case, found: list[list[int]], expected: list[list[int]]) -
     print(f"{same} of {len(found)} answers of {TOKENS} tokens are equal, the others part at a tie")
 
 
-CASES = {"mimo_v2": seed_case, "qwen3_moe": qwen3_case, "gpt_oss": gpt_oss_case}
+@pytest.mark.parametrize("family", CASES)
+def test_vllm_gives_our_tokens(served, tmp_path_factory, family):
+    case, found = CASES[family](tmp_path_factory), served[family, False]
+    assert "error" not in found, found["error"]
+    assert_same(case, found["answers"], our_answers(case, speculate=False)[0])
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES, indirect=True)
-def test_vllm_gives_our_tokens(case):
-    assert_same(case, vllm(case.plain, case.prompts)["answers"], our_answers(case, speculate=False)[0])
-
-
-@pytest.mark.parametrize("case", [seed_case, qwen3_case], ids=["mimo_v2", "qwen3_moe"], indirect=True)
-def test_vllm_gives_our_tokens_with_the_drafter_and_accepts_as_many_drafts(case):
-    found = vllm(case.plain, case.prompts, case.drafter)
+@pytest.mark.parametrize("family", ["mimo_v2", "qwen3_moe"])
+def test_vllm_gives_our_tokens_with_the_drafter_and_accepts_as_many_drafts(served, tmp_path_factory, family):
+    case, found = CASES[family](tmp_path_factory), served[family, True]
+    assert "error" not in found, found["error"]
     answers, accepted = our_answers(case, speculate=True)
     assert_same(case, found["answers"], answers)
     counters = found["counters"]
@@ -200,7 +210,8 @@ def test_vllm_computes_mxfp4_itself(tmp_path_factory):
     if not torch.cpu._is_amx_tile_supported():
         pytest.skip("this CPU has no AMX, which vLLM's MXFP4 kernel for CPUs needs")
     case = seed_case(tmp_path_factory)
-    found = vllm(case.packed, case.prompts, case.packed / "dflash", mxfp4=True)
+    found, = vllm(tmp_path_factory.mktemp("jobs"), [(case.packed, case.prompts, case.packed / "dflash")])
+    assert "error" not in found, found["error"]
     assert_same(case, found["answers"], our_answers(case, speculate=True)[0])
 
 
