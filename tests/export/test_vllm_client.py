@@ -173,18 +173,17 @@ def our_answers(case: Case, *, speculate: bool) -> tuple[list[list[int]], float]
 
 
 @torch.no_grad()
-def assert_same(case: Case, found: list[list[int]], expected: list[list[int]]) -> None:
-    """Token for token, up to ties of the model in float32."""
-    model = torch.nn.Module.float(load_model(case.plain, dtype=torch.bfloat16))
-    for number, (prompt, mine, theirs) in enumerate(zip(case.prompts, expected, found, strict=True)):
-        first = next((i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), None)
-        if first is not None:
-            logits = model(input_ids=torch.tensor([prompt + mine[:first]])).logits[0, -1]
-            gap = float((logits[mine[first]] - logits[theirs[first]]).abs())
-            assert gap < TIE, f"prompt {number}, token {first}: {theirs[first]}, ours {mine[first]}, apart by {gap:.3f} nats"
-    same = sum(a == b for a, b in zip(found, expected, strict=True))
-    assert same > 0.8 * len(found), f"{same} of {len(found)} answers are equal"
-    print(f"{same} of {len(found)} answers of {TOKENS} tokens are equal, the others part at a tie")
+def assert_same(case: Case, found: list[list[int]], ours: list[list[int]]) -> None:
+    """Every token is the model's in float32, given the same text, or within a tie of it; so most answers are our engine's."""
+    model, equal, total = torch.nn.Module.float(load_model(case.plain, dtype=torch.bfloat16)), 0, 0
+    for number, (prompt, answer) in enumerate(zip(case.prompts, found, strict=True)):
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+        gaps = logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert float(gaps.max()) < TIE, f"prompt {number}, token {int(gaps.argmax())}: {float(gaps.max()):.3f} behind the best"
+        equal, total = equal + int((gaps == 0).sum()), total + len(answer)
+    whole = sum(a == b for a, b in zip(found, ours, strict=True))
+    print(f"{equal} of {total} tokens are the float32 model's, the others ties; {whole} of {len(found)} answers are ours")
+    assert equal > 0.98 * total and whole > len(found) / 2
 
 
 @pytest.mark.parametrize("family", CASES)
