@@ -102,7 +102,8 @@ def qwen3_case(factory) -> Case:
     exported(root, config, "compressed-tensors")
     for folder in (root / "base", root / "runs/toy/qat/model"):
         write_tokenizer(folder)
-    prompts = [{"id": f"{a}{b}", "domain": "words", "kind": "task", "prompt": f"{a} {b}"} for a in "expert router block scale token window".split() for b in range(16)]
+    prompts = [{"id": f"{a}{b}", "domain": "words", "kind": "task", "prompt": f"{a} {b}"}
+               for a in "expert router block scale token window".split() for b in range(16)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
     recipe = {
         "name": "toy", "output": str(root / "runs"), "model": {"path": str(root / "base"), "dtype": "float32"},
