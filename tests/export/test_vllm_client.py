@@ -56,13 +56,11 @@ class Case:
         return found if found.is_dir() else None
 
 
-@functools.cache
-def seed_case(factory, layers: int = 2) -> Case:
+def seed_case(root: Path, layers: int = 2) -> Case:
     """The embedded model, its experts rounded, and the first layers of its drafter.
 
     vLLM wants all layers of a drafter in one group of its cache, which three beside two full and three window layers are not.
     """
-    root = factory.mktemp("seed")
     model = put_on_grid(load_model(SEED / "seed/model", dtype=torch.bfloat16))
     for folder in (root / "base", root / "runs/toy/qat/model"):
         shutil.copytree(SEED / "seed/model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -89,12 +87,10 @@ def random_prompts(vocabulary: int) -> list[list[int]]:
     return [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in (1, 5, 12, 33, 64, 90, 120, 17)]
 
 
-@functools.cache
-def qwen3_case(factory) -> Case:
+def qwen3_case(root: Path) -> Case:
     """A random Qwen3-MoE, and a drafter in z-lab's form that is trained a little on its answers."""
     from transformers import Qwen3MoeConfig
 
-    root = factory.mktemp("qwen3")
     config = Qwen3MoeConfig(
         vocab_size=264, hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True,
@@ -122,19 +118,14 @@ def qwen3_case(factory) -> Case:
     return both(root / "toy.yaml", "compressed-tensors", random_prompts(257))
 
 
-@functools.cache
-def gpt_oss_case(factory) -> Case:
+def gpt_oss_case(root: Path) -> Case:
     from transformers import GptOssConfig
 
-    root = factory.mktemp("gpt_oss")
     packed, _ = exported(root, GptOssConfig(
         vocab_size=264, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, num_local_experts=4, num_experts_per_tok=2, sliding_window=32,
         layer_types=["sliding_attention", "full_attention"], max_position_embeddings=512, tie_word_embeddings=False), "gpt-oss")
     return Case(export(root / "toy.yaml", "export.layout=bf16", out=root / "bf16"), packed, random_prompts(257))
-
-
-CASES = {"mimo_v2": seed_case, "qwen3_moe": qwen3_case, "gpt_oss": gpt_oss_case}
 
 
 def vllm(scratch: Path, jobs: list[tuple]) -> list[dict]:
@@ -150,9 +141,19 @@ def vllm(scratch: Path, jobs: list[tuple]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory) -> dict[tuple[str, bool], dict]:
+def seed(tmp_path_factory) -> Case:
+    return seed_case(tmp_path_factory.mktemp("seed"))
+
+
+@pytest.fixture(scope="module")
+def cases(seed, tmp_path_factory) -> dict[str, Case]:
+    return {"mimo_v2": seed, "qwen3_moe": qwen3_case(tmp_path_factory.mktemp("qwen3")),
+            "gpt_oss": gpt_oss_case(tmp_path_factory.mktemp("gpt_oss"))}
+
+
+@pytest.fixture(scope="module")
+def served(cases, tmp_path_factory) -> dict[tuple[str, bool], dict]:
     """(family, with its drafter) -> what vLLM says."""
-    cases = {family: make(tmp_path_factory) for family, make in CASES.items()}
     asked = [(family, drafts) for family, case in cases.items() for drafts in (False, True) if not drafts or case.drafter]
     found = vllm(tmp_path_factory.mktemp("jobs"), [(cases[family].plain, cases[family].prompts, cases[family].drafter
                                                     if drafts else None) for family, drafts in asked])
@@ -160,8 +161,8 @@ def served(tmp_path_factory) -> dict[tuple[str, bool], dict]:
 
 
 @functools.cache
-def ours(case_root: Path) -> Engine:
-    return Engine.from_folder(case_root, backend="torch", options=EngineOptions(max_context=512, max_running=4))
+def ours(folder: Path) -> Engine:
+    return Engine.from_folder(folder, options=EngineOptions(max_context=512, max_running=4))
 
 
 def our_answers(case: Case, *, speculate: bool) -> tuple[list[list[int]], float]:
@@ -187,16 +188,16 @@ def assert_same(case: Case, found: list[list[int]], ours: list[list[int]]) -> No
     assert equal > 0.95 * total
 
 
-@pytest.mark.parametrize("family", CASES)
-def test_vllm_gives_our_tokens(served, tmp_path_factory, family):
-    case, found = CASES[family](tmp_path_factory), served[family, False]
+@pytest.mark.parametrize("family", ["mimo_v2", "qwen3_moe", "gpt_oss"])
+def test_vllm_gives_our_tokens(served, cases, family):
+    case, found = cases[family], served[family, False]
     assert "error" not in found, found["error"]
     assert_same(case, found["answers"], our_answers(case, speculate=False)[0])
 
 
 @pytest.mark.parametrize("family", ["mimo_v2", "qwen3_moe"])
-def test_vllm_gives_our_tokens_with_the_drafter_and_accepts_as_many_drafts(served, tmp_path_factory, family):
-    case, found = CASES[family](tmp_path_factory), served[family, True]
+def test_vllm_gives_our_tokens_with_the_drafter_and_accepts_as_many_drafts(served, cases, family):
+    case, found = cases[family], served[family, True]
     assert "error" not in found, found["error"]
     answers, accepted = our_answers(case, speculate=True)
     assert_same(case, found["answers"], answers)
@@ -206,26 +207,24 @@ def test_vllm_gives_our_tokens_with_the_drafter_and_accepts_as_many_drafts(serve
     assert 1 + theirs == pytest.approx(1 + accepted, rel=0.02) and accepted > 0.5
 
 
-def test_vllm_computes_mxfp4_itself(tmp_path_factory):
+def test_vllm_computes_mxfp4_itself(seed, tmp_path):
     if not torch.cpu._is_amx_tile_supported():
         pytest.skip("this CPU has no AMX, which vLLM's MXFP4 kernel for CPUs needs")
-    case = seed_case(tmp_path_factory)
-    found, = vllm(tmp_path_factory.mktemp("jobs"), [(case.packed, case.prompts, case.packed / "dflash")])
+    found, = vllm(tmp_path, [(seed.packed, seed.prompts, seed.packed / "dflash")])
     assert "error" not in found, found["error"]
-    assert_same(case, found["answers"], our_answers(case, speculate=True)[0])
+    assert_same(seed, found["answers"], our_answers(seed, speculate=True)[0])
 
 
 @pytest.fixture
-def server(tmp_path_factory):
+def server(seed):
     """vLLM's OpenAI server of the embedded model with its drafter."""
-    case = seed_case(tmp_path_factory)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    drafter = json.dumps({"method": "dflash", "model": str(case.drafter), "num_speculative_tokens": 7})
-    log = (case.plain.parent / "server.log").open("w")
+    drafter = json.dumps({"method": "dflash", "model": str(seed.drafter), "num_speculative_tokens": 7})
+    log = (seed.plain.parent / "server.log").open("w")
     process = subprocess.Popen(
-        [Path(PYTHON).with_name("vllm"), "serve", case.plain, "--port", str(port), "--host", "127.0.0.1", "--dtype", "bfloat16",
+        [Path(PYTHON).with_name("vllm"), "serve", seed.plain, "--port", str(port), "--host", "127.0.0.1", "--dtype", "bfloat16",
          "--enforce-eager", "--trust-remote-code", "--max-model-len", "1024", "--max-num-seqs", "8", "--speculative-config",
          drafter], env=os.environ | ENVIRONMENT | {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"},
         stdout=log, stderr=subprocess.STDOUT)
@@ -237,23 +236,22 @@ def server(tmp_path_factory):
             break
         except OSError:
             time.sleep(0.5)
-    yield case, url
+    yield url
     process.terminate()
     process.wait(60)
 
 
-def test_a_server_of_vllm_is_judged_right(server, tmp_path, capsys):
+def test_a_server_of_vllm_is_judged_right(server, seed, tmp_path, capsys):
     from runtime_ref import validate
 
-    case, url = server
     report = tmp_path / "v.json"
-    code = validate.main([str(case.plain), "--endpoint", url, "--prompts", str(SEED / "seed/prompts.jsonl"), "--tokens", "48",
+    code = validate.main([str(seed.plain), "--endpoint", server, "--prompts", str(SEED / "seed/prompts.jsonl"), "--tokens", "48",
                           "--prompts-per-domain", "4", "--json", str(report)])
     verdict = json.loads(report.read_text())
     checks = {c["name"]: c for c in verdict["checks"]}
     assert code == 0, verdict["causes"]
-    assert {n for n, c in checks.items() if c["status"] == "passed"} >= {"counts", "greedy", "sampling", "acceptance", "ends",
-                                                                         "speed"}
+    passed = {name for name, check in checks.items() if check["status"] == "passed"}
+    assert passed >= {"counts", "greedy", "sampling", "acceptance", "ends", "speed"}
     assert not any("log-probabilities" in reason for reason in checks["greedy"]["unchecked"])
     assert checks["acceptance"]["numbers"]["acceptance length"] > 1.5
     print(capsys.readouterr().out)

@@ -389,11 +389,11 @@ class HfView(ModelView):
         return True
 
     def rotary_width(self, entries: float) -> bool:
-        """Of a class that rotates the first entries of a head and leaves the rest."""
+        """Of classes that can rotate the first entries of a head and leave the rest: their configuration says which."""
         width, rotary, config = int(entries) // 2 * 2, self.body.rotary_emb, self.model.config
         D = self._qk_dim(self.attentions[0])
         rope = config.rope_parameters
-        if not 0 < width <= D or rope.get("rope_type", "default") != "default":
+        if "partial_rotary_factor" not in rope or not 0 < width <= D or rope.get("rope_type", "default") != "default":
             return False
         config.rope_parameters = dict(rope) | {"partial_rotary_factor": width / D}
         rotary.inv_freq = rotary.compute_default_rope_parameters(config)[0]
