@@ -228,25 +228,31 @@ def server(seed):
          "--enforce-eager", "--trust-remote-code", "--max-model-len", "1024", "--max-num-seqs", "8", "--speculative-config",
          drafter], env=os.environ | ENVIRONMENT | {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"},
         stdout=log, stderr=subprocess.STDOUT)
-    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 600
-    while True:
-        assert process.poll() is None and time.monotonic() < end, Path(log.name).read_text()[-3000:]
-        try:
-            urllib.request.urlopen(url + "/health", timeout=5).close()
-            break
-        except OSError:
+    try:
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 1200
+        while not answers(url):
+            assert process.poll() is None and time.monotonic() < end, Path(log.name).read_text()[-3000:]
             time.sleep(0.5)
-    yield url
-    process.terminate()
-    process.wait(60)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url + "/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_a_server_of_vllm_is_judged_right(server, seed, tmp_path, capsys):
     from runtime_ref import validate
 
     report = tmp_path / "v.json"
-    code = validate.main([str(seed.plain), "--endpoint", server, "--prompts", str(SEED / "seed/prompts.jsonl"), "--tokens", "48",
-                          "--prompts-per-domain", "4", "--json", str(report)])
+    code = validate.main([str(seed.plain), "--endpoint", server, "--prompts", str(SEED / "seed/prompts.jsonl"), "--tokens",
+                          "48", "--prompts-per-domain", "4", "--json", str(report)])
     verdict = json.loads(report.read_text())
     checks = {c["name"]: c for c in verdict["checks"]}
     assert code == 0, verdict["causes"]
