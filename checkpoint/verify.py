@@ -21,7 +21,8 @@ from their files (`checkpoint.tensor_checks`) as an engine would read them. Find
 names all of them. Where a file is too broken to go on, that is a finding, and the checks that need it are left out.
 
 `kind` of a finding is a short stable word by which a caller may look up a cause: checksum, file, config, layout, index,
-missing, unexpected, shape, dtype, values, scales, blocks, training, companion, code, tokens, drafter, dialect, mask, reference.
+missing, unexpected, shape, dtype, values, scales, blocks, training, companion, code, tokens, drafter, `dialect` (aliases of a
+key that disagree), mask, reference.
 """
 
 from __future__ import annotations

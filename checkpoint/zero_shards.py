@@ -89,9 +89,9 @@ class ZeroSource(Source):
         self._pieces = (_cut_each if stage == 3 else _cut_groups)(folder, groups, parts, shards)
         infos |= {name: (shape, "F32") for name, shape in shapes.items()}
         infos |= self._frozen(model, stage)
-        for name, twin in (first.get("shared_params") or {}).items():
-            if twin in infos:
-                infos[name], self._pieces[name] = infos[twin], self._pieces[twin]
+        for name, owner in (first.get("shared_params") or {}).items():
+            if owner in infos:
+                infos[name], self._pieces[name] = infos[owner], self._pieces[owner]
         super().__init__(folder, infos)
         self.masters = next((t.dtype for n, t in _part(model[0], first, "module").items() if n in shapes), torch.float32)
         self._states.clear()

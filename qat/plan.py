@@ -301,7 +301,7 @@ def _notes(recipe: Recipe) -> list[str]:
     elif recipe.cluster.offload_optimizer:
         notes.append("cluster.offload_optimizer is planned here; qat/train.py does not offload")
     if recipe.qat.warm_start.method != "none":
-        notes.append("second moments of the first codes (before training; qat.warm_start.moments_gib) are not counted")
+        notes.append("second moments of the initial codes (before training; qat.warm_start.moments_gib) are not counted")
     return notes
 
 

@@ -181,7 +181,7 @@ class Trainer(TrainingRun):
         if newest is not None:
             self.read_state(newest)
         elif self.recipe.qat.warm_start.method != "none":
-            self.say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
+            self.say(f"choosing the initial codes ({self.recipe.qat.warm_start.method})")
             choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
                                seed=self.recipe.seed, model=self.model, say=self.say)
             self.agree_on_masters()

@@ -2,10 +2,10 @@
 
 Nothing is decoded and nothing is encoded: FP8 matrices keep their bytes, with one row of scales per row of the matrix (the grid
 of 128 x 128 blocks restarts inside a fused qkv, so a rank's share has no grid of its own); expert codes and scales are only
-moved into pages (`kernels/repack.py`). `weights.py` holds the same tensors for the torch backend, decoded to float32.
+moved into pages (`kernels/repack.py`). `host_weights.py` holds the same tensors for the torch backend, decoded to float32.
 
-All tensors of a rank lie in one `Arena`, a single allocation, because the persistent step finds them by 32-bit offsets: its
-program is a table of int32. Sizes are known from the configuration (`kernel_shapes.py`) before anything is read, so loading
+All tensors of a rank lie in one `Arena`, a single allocation, because the megakernel finds them by 32-bit offsets: its
+program is a table of int32. Sizes are known from the configuration (`device_shapes.py`) before anything is read, so loading
 never holds more than a layer twice, and a geometry can be filled with random bytes instead (`random_weights`) to be timed.
 """
 
@@ -117,7 +117,7 @@ def require_kernels(folder: str | Path, config) -> None:
 
 def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, device: str = "cpu", hw_fp4: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> KernelWeights:
-    """One rank's weights from an exported folder. hw_fp4: experts in hw_fp4 pages (`kernels/blackwell_mxfp4.py`).
+    """One rank's weights from an exported folder. hw_fp4: experts in hw_fp4 pages (`kernels/experimental/blackwell_mxfp4.py`).
 
     Raises:
         ValueError: a damaged or incomplete folder, a geometry that the ranks cannot share, a scale byte that pages cannot hold,

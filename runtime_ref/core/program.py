@@ -1,8 +1,8 @@
 """A step of the target as a list of ops: the schedule is data.
 
 `target_program` writes down, once per model, which op reads and writes which buffer of which layer. The torch backend
-(`TorchBackend.run`) executes the list op by op; a backend that runs a whole step in one launch reads the same list, and a
-test can compare the two after any task. Ops are looked up by name, so a backend may also replace single ones.
+(`TorchBackend.run`) executes it op by op; a backend that runs a whole step in one launch reads the same one, and a
+test can compare the two after any op. Ops are looked up by name, so a backend may also replace single ones.
 
 Buffers by name: x (residual stream), y (normed), q, k, v, heads, partial, index, weight (routing), logits,
 target_hidden.<layer>.

@@ -331,7 +331,7 @@ class Engine:
         if sequence.length is not None:
             sequence.length.update(drafted, accepted)
             self.adaptive.learn(sequence.params, drafted, accepted)
-            if sequence.length.hopeless:
+            if sequence.length.disabled:
                 sequence.drafting, sequence.length, sequence.target_hidden = False, None, []
 
     def _emit(self, sequence: Sequence, emitted: list[int], logits: torch.Tensor | None) -> Output | None:

@@ -10,7 +10,7 @@ to the lower index, which torch does not promise.
 
 SOFTMAX (Qwen3) instead: the best by logit, weighted by their share of all experts' exponentials, or (NORMED) of the chosen.
 
-Rejected: a launch (in the persistent step: a barrier) of its own for the choice.
+Rejected: a launch (in the megakernel: a barrier) of its own for the choice.
 """
 
 from __future__ import annotations

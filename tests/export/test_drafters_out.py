@@ -51,8 +51,8 @@ def test_a_drafter_is_written_beside_every_layout_with_a_reference_of_its_target
     config = json.loads((out / "dflash/config.json").read_text())
     assert config["architectures"] == ["DFlashDraftModel"] and config["dflash_config"]["mask_token_id"] == 89
     ours = json.loads((out / "dflash-speculators/config.json").read_text())
-    taps = config["dflash_config"]["target_layer_ids"]
-    assert ours["aux_hidden_state_layer_ids"] == [i + 1 for i in taps] and ours["sliding_window_non_causal"]
+    layers = config["dflash_config"]["target_layer_ids"]
+    assert ours["aux_hidden_state_layer_ids"] == [i + 1 for i in layers] and ours["sliding_window_non_causal"]
     assert load_file(out / "dflash-speculators/model.safetensors").keys() == load_file(
         out / "dflash/dflash_draft_model.safetensors").keys()
 

@@ -1,6 +1,6 @@
 """The ops of a step: pure functions with one reference meaning each, row-invariant on a CPU.
 
-Row-invariant: what an op computes for a row (a token) has the same bits alone, in any position and in any company. Then
+Row-invariant: what an op computes for a row (a token) has the same bits alone, in any position and beside any other rows. Then
 tokens decoded with a drafter equal those decoded without, and a batch equals its members. What it takes:
 
 - every matrix product is a batch of products of fixed shape [n rows, K] x [K, N], rows padded to a multiple of 8: a CPU's

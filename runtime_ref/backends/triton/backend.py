@@ -1,16 +1,16 @@
-"""Runs programs with the Triton kernels: the same list, the same buffers, the same caches as `TorchBackend`.
+"""Runs programs with the Triton kernels: the same ops, the same buffers, the same caches as `TorchBackend`.
 
-Every op of the list has a kernel; none falls back to torch. The list is fused first (`fusion.py`); a caller that watches
-buffers gets the list as it is, op by op. On a machine without a GPU the kernels are compiled for the CPU (`kernels/host`), or
+Every op of a program has a kernel; none falls back to torch. A program is fused first (`core/fusion.py`); a caller that watches
+buffers gets it as it is, op by op. On a machine without a GPU the kernels are compiled for the CPU (`triton_cpu/`), or
 run in Triton's interpreter if TRITON_INTERPRET=1 is set: for tests and checks.
 
 Numbers: bf16 only. Operands of products are rounded to bf16, which the torch backend does not do, so logits of the two agree
 within a tolerance. Where experts lie in hw_fp4 pages (backend "triton-mxfp8") their activations are rounded to MXFP8. What they
-share is C4: no kernel lets a row see its company.
+share is C4: no kernel lets a row see the others of its batch.
 
 With several ranks, the parts of a sum leave the kernels, are gathered (NCCL or gloo) and added in order; a rank that has all
-parts adds them in the same order inside the kernel (`kernels/parts.py`): bits do not depend on the number of ranks (C5). A
-walk (`persistent.py`) sums over ranks without leaving the kernel.
+parts adds them in the same order inside the kernel (`kernels/tp_reduction.py`): bits do not depend on the number of ranks (C5).
+A megakernel (`megakernel.py`) sums over ranks without leaving the kernel.
 
 Rejected: torch ops for the small steps in between, which is what makes decoding wait for launches.
 """
@@ -217,8 +217,8 @@ class TritonBackend(Backend):
     @torch.inference_mode()
     def run(self, program: list[Op], step: KernelStep, watch: Callable[[Op, dict], None] | None = None, *,
             host: bool = True) -> dict[str, torch.Tensor]:
-        """Executes the ops in order; returns the buffers, logits on the host unless told otherwise. `watch` sees the buffers
-        after each op of the list as it is."""
+        """Executes the ops in order; returns the buffers, logits on the host unless `host` is False. `watch` sees the buffers
+        after each op of the program, which is not fused then."""
         if watch is None and self.runner is not None and self.runner.serves(program, step):
             buffers = self.runner.run(step)
         else:
@@ -432,7 +432,8 @@ def default_launch() -> Launch:
 def load_triton_backend(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, dtype: torch.dtype = torch.bfloat16,
                         pages: dict[str, int], positions: int, hw_fp4: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> TritonBackend:
-    """A backend on an exported folder. hw_fp4: experts for tensor cores that read E2M1 (`kernels/blackwell_mxfp4.py`).
+    """A backend on an exported folder. hw_fp4: experts for tensor cores that read E2M1
+    (`kernels/experimental/blackwell_mxfp4.py`).
 
     Raises:
         ValueError: no GPU and no interpreter, a dtype other than bfloat16, a folder that the kernels cannot run.

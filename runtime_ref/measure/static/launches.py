@@ -18,7 +18,7 @@ ROW_POINTERS = {"w": "bf16", "scales": "fp32", "gamma": "fp32", "head_gamma": "f
                 "head": "bf16", "final_norm": "fp32", "ids": "i32", "head_rows": "i32", "heads": "bf16", "y": "bf16",
                 "route_arrived": "i32", "target_hidden": "bf16", "features": "fp32", "context_positions": "i32",
                 "context_slots": "i32", "logits": "fp32",
-                "drafts": "i32", "best": "fp32", "heat": "fp64", "uniform": "fp64", "mass": "fp64", "place": "i32",
+                "drafts": "i32", "best": "fp32", "temperatures": "fp64", "uniform": "fp64", "mass": "fp64", "place": "i32",
                 "tokens": "i32", "accepted": "i32", "rows_left": "i32", "unsafe": "i32",
                 "barrier": "i32", "launches": "i32", "attend_arrived": "i32", "expert_inner": "bf16", "expert_partial": "fp32"}
 for _kind in ("full", "window"):
@@ -60,7 +60,7 @@ def small_kernels() -> dict[str, tuple]:
 
 
 def _kind(prefix: str, heads: dict, window: int | None, columns: int, sink: bool, draft: bool = False) -> dict:
-    """Of one geometry of attention in a walk."""
+    """Of one geometry of attention in a megakernel."""
     own = attention_constants(heads["keys"], heads["queries"] // heads["keys"], 8, heads["d"], heads["v"], window, sink,
                               draft=draft)
     kept = {name: own[name] for name in ("SPLIT", "M", "D", "D_HEAD", "D_TAIL", "V", "V_WIDE", "WINDOW")}
@@ -68,8 +68,8 @@ def _kind(prefix: str, heads: dict, window: int | None, columns: int, sink: bool
     return {f"{prefix}_{name}": value for name, value in kept.items()}
 
 
-def _walk(experts: dict) -> dict:
-    """Of any walk."""
+def _megakernel(experts: dict) -> dict:
+    """Of any megakernel."""
     return {"PAGE_": PAGE, "CHUNK": CHUNK_PAGES, "ROUTE_BN": 16, "ROUTE_BK": 32, "COPY": 1024,
             "POLLS": experts["POLL_LIMIT"], "F_PARTS": 1, "W_PARTS": 1, "D_PARTS": 1} | ROUTER | TILE | {
                 name: experts[name] for name in ("M", "UP", "DOWN", "TILES", "K_DOWN", "PARTS", "UP_ROWS", "UP_DEPTH",
@@ -77,14 +77,14 @@ def _walk(experts: dict) -> dict:
 
 
 def step_constants(experts: dict, ranks: int) -> dict:
-    """Of the persistent step; `experts`: compile-time arguments of the expert kernel, static order."""
+    """Of the megakernel; `experts`: compile-time arguments of the expert kernel, static order."""
     found = {"FULL": True, "WINDOW": True, "DENSE": True, "MOE": True, "DRAFT": False, "HEAD_NORM": False, "QKV_FP8": True,
-             "O_FP8": False, "MLP_FP8": True, "HAS_TARGET_HIDDEN": True, "RANKS": ranks} | _walk(experts)
+             "O_FP8": False, "MLP_FP8": True, "HAS_TARGET_HIDDEN": True, "RANKS": ranks} | _megakernel(experts)
     return found | _kind("F", HEADS, None, TILE["BN"], False) | _kind("W", HEADS, 128, TILE["BN"], True)
 
 
 def draft_constants(experts: dict, ranks: int) -> dict:
     """Of the persistent round of the drafter's share of one of eight ranks."""
     found = {"FULL": True, "WINDOW": False, "DENSE": True, "MOE": False, "DRAFT": True, "HEAD_NORM": True, "QKV_FP8": False,
-             "O_FP8": False, "MLP_FP8": False, "HAS_TARGET_HIDDEN": False, "RANKS": ranks} | _walk(experts)
+             "O_FP8": False, "MLP_FP8": False, "HAS_TARGET_HIDDEN": False, "RANKS": ranks} | _megakernel(experts)
     return found | _kind("F", DRAFT_HEADS, 1024, DRAFT_HEADS["d"], True, True) | _kind("W", DRAFT_HEADS, 1024, 128, True)

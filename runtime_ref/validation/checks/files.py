@@ -1,8 +1,8 @@
 """Check 0: the files beside the weights, and whether anything changed since the export.
 
 Checksums first: a damaged or edited file explains whatever else is found. `checksums.sha256` says which file differs,
-`checksums.json` (CRC-32 of each tensor's bytes, written while exporting) which tensors in it, and `checks_changes.py` what was
-done to them.
+`checksums.json` (CRC-32 of each tensor's bytes, written while exporting) which tensors in it, and `diagnosis/file_changes.py`
+what was done to them.
 
 Then what turns text into tokens and ends answers. None of it touches a logit, so no comparison of outputs can find it: a
 wrong end token makes answers run on, a chat template of another family makes the tokenizer spell its marks out letter by

@@ -250,5 +250,5 @@ def _read_reference(check: Check, context: ValidationContext, path: Path, specia
     stored, own = context.reference_info.get("target_layer_ids"), special.get("target_layer_ids")
     if stored is not None and stored != own:
         check.fail(f"dflash_config.target_layer_ids {own}, the stored reference has {stored}",
-                   causes.TAPS if sorted(stored) != sorted(own or []) else
-                   "tapped layers are in another order (target_layer_ids): the features are concatenated in this order")
+                   causes.TARGET_LAYERS if sorted(stored) != sorted(own or []) else
+                   "target layers are in another order (target_layer_ids): the features are concatenated in this order")

@@ -1,4 +1,4 @@
-"""bf16 dot products of the compiled ops: the codec's bits, the other ops' numbers, a row's own bits in any company; bytes."""
+"""bf16 dot products of the compiled ops: the codec's bits, the other ops' numbers, a row's own bits beside others; bytes."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Products of rows and what stands around them: against the torch ops, at odd sizes, with bits that ignore the company."""
+"""Products of rows and what stands around them: against the torch ops, at odd sizes, with bits that ignore other rows."""
 
 import pytest
 import torch

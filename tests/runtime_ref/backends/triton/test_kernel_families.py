@@ -47,7 +47,7 @@ def ids():
     return torch.randint(1, 119, (21,), generator=torch.Generator().manual_seed(2)).tolist()
 
 
-def test_every_op_equals_its_torch_twin_on_the_inputs_it_had(backends, ids):
+def test_every_op_equals_the_torch_backends_on_the_inputs_it_had(backends, ids):
     assert "project_full" in check_each_op(*backends, target_program(backends[0].config, [1]), ids)
 
 
@@ -98,7 +98,7 @@ def test_a_drafter_and_a_batch_change_no_token(folder, ids):
     assert engine.stats()["rounds"] > 0
 
 
-def test_the_walk_refuses_what_it_has_not(backends):
+def test_the_megakernel_refuses_what_it_has_not(backends):
     with pytest.raises(ValueError, match="neither norms of heads nor a softmax router"):
         Megakernel(backends[0], target_program(backends[0].config))
 

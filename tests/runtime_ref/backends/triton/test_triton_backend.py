@@ -59,7 +59,7 @@ def alone(small_engine, small_prompts):
     return [engine.generate([p], PLAIN)[0] for p in small_prompts]
 
 
-def test_every_op_equals_its_torch_twin_on_the_inputs_it_had(backend, torch_backend, ids):
+def test_every_op_equals_the_torch_backends_on_the_inputs_it_had(backend, torch_backend, ids):
     assert len(check_each_op(backend, torch_backend, target_program(backend.config, [0, 2]), ids)) == 18
 
 
