@@ -155,12 +155,12 @@ def _rotary_faults(config: dict, special: dict) -> Iterator[Fault]:
         yield Fault("rope_parameters is missing", grave=False)
     base = special.get("backbone_rotary_base") or rope.get("rope_theta") or config.get("rope_theta")
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    for key, value, wanted in (("rope_parameters.rope_theta", rope.get("rope_theta", base), base),
+    for key, value, expected in (("rope_parameters.rope_theta", rope.get("rope_theta", base), base),
                                ("rope_theta", config.get("rope_theta", base), base),
                                ("partial_rotary_factor", config.get("partial_rotary_factor", share), share)):
-        if value != wanted:
+        if value != expected:
             other = "dflash_config.backbone_rotary_base" if "theta" in key else "rope_parameters"
-            yield Fault(f"{key}={value!r} contradicts {other}, which has {wanted!r}: vLLM and SGLang rotate by {key}, the "
+            yield Fault(f"{key}={value!r} contradicts {other}, which has {expected!r}: vLLM and SGLang rotate by {key}, the "
                         f"published code by {other}", grave=False)
 
 

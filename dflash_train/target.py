@@ -182,19 +182,19 @@ def _require_plain_cache(target: Target) -> None:
                          f"keys and values ({reason}); no drafter can be trained for it here") from None
 
 
-def choose_target_layers(wanted: list[int] | None, layers: int) -> list[int]:
+def choose_target_layers(requested: list[int] | None, layers: int) -> list[int]:
     """Layers whose outputs are the features: those asked for, or up to five, evenly from the first to the last.
 
     Raises:
         ValueError: a layer that the target does not have.
     """
-    if wanted is None:
+    if requested is None:
         count = min(DEFAULT_TARGET_LAYERS, layers)
         return sorted({round(i * (layers - 1) / max(1, count - 1)) for i in range(count)})
-    for layer in wanted:
+    for layer in requested:
         if layer >= layers:
             raise ValueError(f"drafter.target_layer_ids: layer {layer}, but the target has layers 0 to {layers - 1}")
-    return list(wanted)
+    return list(requested)
 
 
 def mask_token_id(setting: str | int | None, tokenizer, vocabulary: int, ends: Sequence[int] = ()) -> int:
@@ -297,8 +297,8 @@ KNOWN_FLAGS = {"target_layer_ids", "mask_token_id", "num_anchors", "block_size",
                "num_target_layers", "convolution_rank", "markov_rank", "selector_top_k"}
 
 
-def _earlier_drafter(folder: Path, wanted, vocabulary: torch.Tensor) -> DFlashDraftModel:
-    """The drafter in `folder`, float32, if everything that its weights depend on is as in the configuration `wanted`.
+def _earlier_drafter(folder: Path, expected, vocabulary: torch.Tensor) -> DFlashDraftModel:
+    """The drafter in `folder`, float32, if everything that its weights depend on is as in the configuration `expected`.
 
     It may be anybody's: what counts is what its configuration means, whichever keys say it; without a mask_embedding.pt the
     mask token's row of the target's `vocabulary` is taken.
@@ -317,11 +317,11 @@ def _earlier_drafter(folder: Path, wanted, vocabulary: torch.Tensor) -> DFlashDr
     except ValueError as error:
         raise ValueError(f"dflash.start_from: {error}") from None
     with torch.device("meta"):
-        mine, theirs = _meaning(DFlashDraftModel(wanted)), _meaning(model)
+        mine, theirs = _meaning(DFlashDraftModel(expected)), _meaning(model)
     for key in mine:
         if mine[key] != theirs[key]:
             raise ValueError(f"dflash.start_from: {folder}: {key} is {theirs[key]}, the recipe's drafter has {mine[key]}")
-    model.config = wanted  # every key in every spelling
+    model.config = expected  # every key in every spelling
     return model
 
 

@@ -591,12 +591,12 @@ def load_drafter(folder: str | Path, dtype: torch.dtype = torch.bfloat16, *,
     if token != model.mask_token_id:
         raise ValueError(f"{folder / MASK_FILE}: mask_token_id {token}, config.json says {model.mask_token_id}")
     tensors["mask_embedding"] = embedding
-    wanted = dict(model.named_parameters())
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    expected = dict(model.named_parameters())
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise ValueError(f"{folder}: drafter tensors missing {missing or 'none'}, unexpected {extra or 'none'}")
     for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{folder}: {name}: shape {list(tensor.shape)}, expected {list(wanted[name].shape)}")
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{folder}: {name}: shape {list(tensor.shape)}, expected {list(expected[name].shape)}")
     model.load_state_dict(tensors)
     return model.to(dtype).eval()

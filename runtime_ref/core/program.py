@@ -10,7 +10,7 @@ target_hidden.<layer>.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -61,3 +61,19 @@ def check_program(program: list[Op]) -> None:
         known |= set(op.writes)
 
 
+
+
+def run_op(op: Op, ops: dict[str, Callable], step, buffers: dict) -> None:
+    """Runs one op on the buffers that it reads, and keeps what it makes under the names that it writes."""
+    made = ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
+    buffers.update({op.writes[0]: made} if len(op.writes) == 1 else zip(op.writes, made or (), strict=True))
+
+
+def run_ops(program: list[Op], ops: dict[str, Callable], step, watch: Callable[[Op, dict], None] | None = None) -> dict:
+    """Runs a program op by op; returns its buffers, which `watch` sees after each op."""
+    buffers = {"ids": step.ids}
+    for op in program:
+        run_op(op, ops, step, buffers)
+        if watch is not None:
+            watch(op, buffers)
+    return buffers

@@ -107,10 +107,10 @@ def other(tmp_path):
     from dflash_train.target import _earlier_drafter
 
     table = torch.randn(90, 96)
-    wanted = drafter_config(hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    expected = drafter_config(hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                             num_key_value_heads=2, head_dim=24, vocab_size=90, target_layer_ids=[0, 3], num_target_layers=4,
                             mask_token_id=89, rotary_base=1e5, window=None, attention_sink_bias=False)
-    return lambda folder: (_earlier_drafter(folder, wanted, table), table)
+    return lambda folder: (_earlier_drafter(folder, expected, table), table)
 
 
 def test_a_published_drafter_without_a_sidecar_is_started_from_with_the_targets_row(other, tmp_path):

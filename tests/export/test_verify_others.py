@@ -94,11 +94,11 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_what_is_wrong_with_a_release_is_found(kind, release, tmp_path):
-    damage, wanted, words = WRONG[kind]
+    damage, expected, words = WRONG[kind]
     folder = shutil.copytree(release, tmp_path / "copy")
     damage(folder)
     found = verify(folder)
-    assert any(f.kind == wanted and words in f.text for f in found.wrong), (found.findings, found.notes)
+    assert any(f.kind == expected and words in f.text for f in found.wrong), (found.findings, found.notes)
 
 
 def test_a_hubs_snapshot_of_links_is_verified_as_the_files_are(exported, tmp_path):

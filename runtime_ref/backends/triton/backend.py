@@ -33,11 +33,11 @@ from runtime_ref.checkpoints.device_shapes import interpreted
 from runtime_ref.checkpoints.device_weights import KernelWeights, load_kernel_weights
 from runtime_ref.checkpoints.host_weights import TargetWeights
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import SequenceChunk, logit_rows
+from runtime_ref.core.batch import SequenceChunk, lay_out
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, KvCache, Pool, Table
 from runtime_ref.core.launch import LaunchReport, WaitGivenUp
-from runtime_ref.core.program import Op
+from runtime_ref.core.program import Op, run_ops
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.kernels import row_launches as launches
 from runtime_ref.kernels.attention import attend
@@ -194,13 +194,7 @@ class TritonBackend(Backend):
 
     def plan(self, chunks: list[SequenceChunk]) -> KernelStep:
         """The step that computes the tokens of `chunks`, whose tables must reach to their ends."""
-        ids, positions, head = [], [], []
-        for chunk in chunks:
-            chunk.row = len(ids)
-            n = len(chunk.tokens)
-            ids += chunk.tokens
-            positions += range(chunk.start, chunk.start + n)
-            head += range(chunk.row + n - logit_rows(chunk), chunk.row + n)
+        ids, positions, head = lay_out(chunks)
         ids, positions, rows = (torch.tensor(c, dtype=torch.int32, device=self.device) for c in (ids, positions, head or [0]))
         step = KernelStep(ids, positions, rows, ids.shape[0], len(head))
         for kind, pool in self.pools.items():
@@ -231,16 +225,8 @@ class TritonBackend(Backend):
     def launch_ops(self, program: list[Op], step: KernelStep, watch: Callable[[Op, dict], None] | None = None, *,
                    fuse: bool = False) -> dict[str, torch.Tensor]:
         """Buffers of a step, op by op. fuse: also where somebody watches."""
-        buffers = {"ids": step.ids}
-        for op in program if watch is not None and not fuse else fused(program, self.ranks.count):
-            found = self.ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
-            if len(op.writes) == 1:
-                buffers[op.writes[0]] = found
-            else:
-                buffers.update(zip(op.writes, found or (), strict=True))
-            if watch is not None:
-                watch(op, buffers)
-        return buffers
+        whole = program if watch is not None and not fuse else fused(program, self.ranks.count)
+        return run_ops(whole, self.ops, step, watch)
 
     def choose_launch(self, asked: str, program: list[Op], drafter: Drafter | None, cache: KvCache, running: int,
                       context: int) -> tuple[LaunchReport, Drafter | None]:

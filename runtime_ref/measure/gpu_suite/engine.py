@@ -42,8 +42,8 @@ def measure_engine(folder, problems: list[str], seconds_left: Callable[[], float
 
     Returns:
         greedy_equal: by way, whether drafting gave the tokens of plain decoding. `walked_as_op_by_op`: for each prompt, how
-        many tokens from the first on are those of the other way; two orders of sums, so fewer than all is no error. failed: whose
-        waits were given up: then the megakernel has no speed. tokens_per_second, timeline (drafting), acceptance_length.
+        many tokens from the first on are those of the other way; two orders of sums, so fewer than all is no error. failed:
+        whose waits were given up: then the megakernel has no speed. tokens_per_second, timeline (drafting), acceptance_length.
     """
     engine = Engine.from_folder(folder, backend="triton", options=EngineOptions(prefix_cache=False), launch="ops")
     generator = torch.Generator().manual_seed(0)

@@ -30,7 +30,7 @@ from runtime_ref.checkpoints.device_weights import random_weights
 from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, KvCache
-from runtime_ref.core.program import target_program
+from runtime_ref.core.program import run_op, target_program
 from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK
 from runtime_ref.kernels.experimental.megakernel import WARPS
 from runtime_ref.kernels.row_launches import Tiling
@@ -151,8 +151,7 @@ def compare_megakernel(ready: Prepared, programs: int) -> dict:
     rows = []  # of every layer and of the logits: difference of the worst row, layer
     equal = repeated = True
     for op in fused(program):
-        made = backend.ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
-        buffers.update(zip(op.writes, (made,) if len(op.writes) == 1 else made or (), strict=True))
+        run_op(op, backend.ops, step, buffers)
         if op.name == "norm_route":
             distinct.append(buffers["index"].unique().numel())
         for name in set(op.writes) & first.keys():

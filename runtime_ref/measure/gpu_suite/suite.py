@@ -83,7 +83,7 @@ def run(path: Path, checkpoint: Path | None = None, page_path: Path | None = Non
     report = {"device": torch.cuda.get_device_name(), "command": " ".join([Path(sys.executable).name, *sys.argv]),
               "revision": git_revision(), "date": datetime.datetime.now().isoformat(timespec="seconds"),
               "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
-              "complete": False, "parts": plan.wanted, "checks": [], "skipped": plan.skipped, "refused": plan.refused}
+              "complete": False, "parts": plan.requested, "checks": [], "skipped": plan.skipped, "refused": plan.refused}
 
     def save(found: dict | None = None) -> None:
         report.update(found or {})

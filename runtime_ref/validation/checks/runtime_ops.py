@@ -108,12 +108,12 @@ class OpErrors:
     def _watch(self, op: Op, buffers: dict) -> None:
         inputs, rows = {name: self._kept[name] for name in op.reads if name in self._kept}, len(self._chunk.tokens)
         if len(inputs) == len(op.reads) and all(bool(torch.isfinite(x).all()) for x in inputs.values()):
-            wanted = self.expected(op, inputs, self._chunk, rows)
-            if wanted is not None:
+            expected = self.expected(op, inputs, self._chunk, rows)
+            if expected is not None:
                 got = reference_ops.found(op, buffers, self.backend)
                 if op.name.startswith("attend"):
                     got = got[:, :rows]
-                self.found.append((op, self.error(op, got.cpu().double(), wanted)))
+                self.found.append((op, self.error(op, got.cpu().double(), expected)))
         # Some backends show only what a op touches: what it left alone is as it was.
         self._kept |= {name: value.to("cpu", copy=True) for name, value in buffers.items()}
 
@@ -306,7 +306,7 @@ def _large_activations(ops: OpErrors) -> float:
             index, weight = backend.ops["route"](step, i, y)
             inputs = {"y": y, "index": index, "weight": weight}
             op = Op("experts", i, tuple(inputs), ("partial",))
-        wanted = ops.expected(op, {name: t.cpu() for name, t in inputs.items()}, SequenceChunk({}, 0, []), 8)
+        expected = ops.expected(op, {name: t.cpu() for name, t in inputs.items()}, SequenceChunk({}, 0, []), 8)
         got = backend.ops[op.name](step, i, *inputs.values()).cpu().double().sum(0)
-        worst = max(worst, ops.error(op, got, wanted))
+        worst = max(worst, ops.error(op, got, expected))
     return worst

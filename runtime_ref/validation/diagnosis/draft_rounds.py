@@ -45,10 +45,10 @@ class RecordingDrafter:
     def __getattr__(self, name: str):
         return getattr(self._drafter, name)
 
-    def logits(self, wanted: list[DraftRequest]) -> list[torch.Tensor]:
-        found = self._drafter.logits(wanted)
+    def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
+        found = self._drafter.logits(requests)
         self.rounds += [Round(w.anchor, w.position, rows.float().cpu().clone())
-                        for w, rows in zip(wanted, found, strict=True)]
+                        for w, rows in zip(requests, found, strict=True)]
         return found
 
 

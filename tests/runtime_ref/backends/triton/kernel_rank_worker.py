@@ -41,8 +41,8 @@ def answers(folder, ranks, megakernel):
     engine.cache.extend(tables, list(tables), 20)
     width = len(engine.drafter.target_layers) * engine.backend.config.hidden_size
     target_hidden = torch.randn(5, width, generator=generator).to(torch.bfloat16)
-    drafts = torch.cat([engine.drafter.logits([wanted])[0]
-                        for wanted in (DraftRequest(tables, 5, 9, 7, target_hidden), DraftRequest(tables, 7, 9, 2, None))])
+    drafts = torch.cat([engine.drafter.logits([request])[0]
+                        for request in (DraftRequest(tables, 5, 9, 7, target_hidden), DraftRequest(tables, 7, 9, 2, None))])
     share = getattr(engine.drafter, "drafter", engine.drafter).share
     if ranks.rank == 0:
         print(json.dumps({"ranks": ranks.count, "rank": ranks.rank, "megakernel": megakernel, "tokens": tokens,
