@@ -44,10 +44,10 @@ from checkpoint.contradictions import (
     refuse_oversize,
     token_faults,
 )
+from checkpoint.detect_format import open_source
 from checkpoint.families.registry import FAMILIES, family_of
 from checkpoint.findings import DAMAGE, MANY, Finding, Verification
 from checkpoint.inventory import configuration, expected_inventory, is_mimo, layout_of
-from checkpoint.open import open_source
 from checkpoint.quantization import module_names, quantization_config
 from checkpoint.tensor_checks import TensorChecks, side_by_side, usable_cores
 from checkpoint.tensor_files import INDEX, SINGLE, TensorFiles

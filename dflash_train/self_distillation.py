@@ -32,7 +32,7 @@ from recipes.schema import Recipe
 from storage.files import write_text
 from storage.reading import json_lines
 from storage.revision import git_revision
-from training.files import expand
+from training.data_files import expand
 from training.report import ProgressBar, environment
 
 KEY = "dflash.regenerate.prompts"

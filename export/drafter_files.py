@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from checkpoint.detect_format import open_source
 from checkpoint.drafter_folder import (
     EMBEDDING,
     HEAD,
@@ -33,7 +34,6 @@ from checkpoint.drafter_folder import (
     special_of,
     speculators_config,
 )
-from checkpoint.open import open_source
 from checkpoint.sources import Source
 from checkpoint.tensor_files import REFERENCE
 from export.layouts import Unit

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from checkpoint.families.registry import refuse_layout, resolve_layout
 from qat import sharded_plan
 from qat.attach import describe, find_expert_tensors
-from qat.geometry import meta_model
+from qat.meta_model import meta_model
 from qat.sharded_plan import CODE_BYTES, GIB, Placement
 from recipes.schema import Recipe
 from training.preflight import print_readiness

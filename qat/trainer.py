@@ -23,9 +23,9 @@ import torch
 from accelerate.utils import broadcast
 from torch import nn
 
+from checkpoint.detect_format import local_folder
 from checkpoint.inventory import require_exportable
 from checkpoint.load import load_model, load_tokenizer
-from checkpoint.open import local_folder
 from checkpoint.tokenizer_files import copy_tokenizer
 from modeling.all_experts import use_all_experts
 from modeling.dialogue_tokens import Rendering

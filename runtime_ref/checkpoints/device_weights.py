@@ -27,8 +27,8 @@ from mxfp4.format import BLOCK_SIZE
 from runtime_ref.checkpoints.device_shapes import expert_tiles, layer_heads, layer_shapes, outer_shapes
 from runtime_ref.checkpoints.folder import read_geometry
 from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK, Ranks
+from runtime_ref.kernels.launches import Heads, Matrix, Router, paired
 from runtime_ref.kernels.repack import MAX_SCALE_BYTE, SCALE_OFFSET, ExpertPages, Tile, repack_experts
-from runtime_ref.kernels.row_launches import Heads, Matrix, Router, paired
 from runtime_ref.kernels.tp_reduction import (
     FP8_BLOCK,
     LEAST_DEPTH,
@@ -85,7 +85,7 @@ class KernelLayer:
     sink: torch.Tensor | None
     input_norm: torch.Tensor
     post_norm: torch.Tensor
-    head_norm: torch.Tensor | None = None  # of each query and key head, in the order of `row_launches.project` (Qwen3)
+    head_norm: torch.Tensor | None = None  # of each query and key head, in the order of `launches.project` (Qwen3)
     gate_up: Matrix | None = None
     down: Matrix | None = None
     router: Router | None = None

@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from runtime_ref.kernels.dense import row_scales
 from runtime_ref.kernels.mxfp4_decode import narrow
-from runtime_ref.kernels.rows import row_scales
 
 _ROWS = tl.constexpr(8)
 

@@ -20,7 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from runtime_ref.triton_cpu.c_text import LAUNCHER, PREAMBLE
+from runtime_ref.triton_cpu.c_prelude import LAUNCHER, PREAMBLE
 from runtime_ref.triton_cpu.elements import ELEMENTWISE, c_type, elementwise, literal, to_float, undefined
 from runtime_ref.triton_cpu.emitter import Emitter, Value, linear
 from runtime_ref.triton_cpu.ptx_code import ptx_body

@@ -12,9 +12,9 @@ from tolerance import MODEL_FP32
 from toy_export import export, gpt_oss_run, make_run, toy_config
 
 from checkpoint.containers import container
+from checkpoint.detect_format import open_source
 from checkpoint.inventory import require_exportable
 from checkpoint.load import load_model
-from checkpoint.open import open_source
 from checkpoint.verify import verify
 from export.job import Request, run
 from modeling.fused_experts import fused_experts

@@ -28,9 +28,9 @@ from toy_export import (
     toy_weights,
 )
 
+from checkpoint.detect_format import open_source
 from checkpoint.fp8 import dequantize_fp8
 from checkpoint.load import load_model
-from checkpoint.open import open_source
 from checkpoint.trained import expert_values
 from checkpoint.verify import verify
 from export.job import Request, run

@@ -11,7 +11,7 @@ from damage import seal
 from toy_export import put_on_grid, toy_config, toy_model, toy_weights
 
 from checkpoint import distributed
-from checkpoint.open import open_source
+from checkpoint.detect_format import open_source
 from checkpoint.tensor_checks import side_by_side
 from checkpoint.tensor_files import TensorFiles
 from checkpoint.trained import expert_values

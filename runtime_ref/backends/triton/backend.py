@@ -36,13 +36,13 @@ from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.batch import SequenceChunk, lay_out
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, KvCache, Pool, Table
-from runtime_ref.core.launch import LaunchReport, WaitGivenUp
+from runtime_ref.core.launch_report import LaunchReport, WaitGivenUp
 from runtime_ref.core.program import Op, run_ops
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
-from runtime_ref.kernels import row_launches as launches
+from runtime_ref.kernels import launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.experts import MAX_TOKENS, Launch, Workspace, run_experts
-from runtime_ref.kernels.row_launches import Tiling
+from runtime_ref.kernels.launches import Tiling
 
 BLOCK = 8
 
@@ -369,7 +369,7 @@ class TritonBackend(Backend):
         return self.head_logits(x, step.head_rows.shape[0], norm=(self.kernel_weights.norm, self.epsilon), rows=step.head_rows)
 
     def head_logits(self, x: torch.Tensor, count: int, **options) -> torch.Tensor:
-        """float32 logits [count, vocabulary] through the head; options as of `row_launches.product`."""
+        """float32 logits [count, vocabulary] through the head; options as of `launches.product`."""
         head = self.kernel_weights.head
         return self.whole_vocabulary(
             launches.product(x, head, self._empty(count, head.w.shape[0], dtype=torch.float32), self.tiling, **options))

@@ -24,9 +24,9 @@ from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.drafter_checks import check_drafter
 from runtime_ref.core.kv_cache import Table
 from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK, Ranks
-from runtime_ref.kernels import row_launches as launches
+from runtime_ref.kernels import launches
 from runtime_ref.kernels.attention import attend
-from runtime_ref.kernels.row_launches import Heads, Matrix, paired
+from runtime_ref.kernels.launches import Heads, Matrix, paired
 from runtime_ref.kernels.tp_reduction import own_keys, own_share, parts_of
 
 CONTEXT_ROWS = 64

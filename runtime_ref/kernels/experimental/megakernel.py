@@ -3,7 +3,7 @@
 The program is data: a table of int32 [ops, FIELDS] with an `Instruction` for each op of the fused program (`core.fusion`).
 Every Triton program of the grid reads the same instructions in the same order, takes every P-th tile of each, and meets the
 others at a grid barrier between two of them.
-The tiles are those of `rows`, `routing`, `attention` and `experts`, so the numbers are those of the launches one by one, bit
+The tiles are those of `dense`, `routing`, `attention` and `experts`, so the numbers are those of the launches one by one, bit
 for bit; `runtime_ref.backends.triton.megakernel` builds the table and runs both.
 
 The same kernel runs the drafter's program (HEAD_NORM, DRAFT): features through `fc`, keys and values of the context, blocks.
@@ -39,10 +39,10 @@ import triton
 import triton.language as tl
 
 from runtime_ref.kernels.attention import attend_tile
+from runtime_ref.kernels.dense import gather_tile, product_tile, project_tile, swiglu_tile
 from runtime_ref.kernels.experts import experts_work
 from runtime_ref.kernels.mxfp4_decode import narrow
 from runtime_ref.kernels.routing import route_tile
-from runtime_ref.kernels.rows import gather_tile, product_tile, project_tile, swiglu_tile
 from runtime_ref.kernels.sync import grid_barrier, signal_ranks, sum_ranks, wait_ranks
 
 OPS = ("embed", "enter_full", "enter_window", "attend_full", "attend_window", "merge_add", "norm_gate_up", "down_add",

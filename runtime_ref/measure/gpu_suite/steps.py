@@ -33,7 +33,7 @@ from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import run_op, target_program
 from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK
 from runtime_ref.kernels.experimental.megakernel import WARPS
-from runtime_ref.kernels.row_launches import Tiling
+from runtime_ref.kernels.launches import Tiling
 from runtime_ref.kernels.sampling import verify
 from runtime_ref.kernels.sync import grid_barrier
 from runtime_ref.measure.gpu_suite.plan import kept

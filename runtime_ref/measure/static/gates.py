@@ -98,7 +98,7 @@ def compile_kernel(kernel, constants: dict, target, changed: dict[str, str] | No
     """
     from triton.compiler import ASTSource, compile
 
-    from runtime_ref.measure.static.launches import ALIGNED, FLOATS, POINTERS, ROW_POINTERS
+    from runtime_ref.measure.static.kernel_arguments import ALIGNED, FLOATS, POINTERS, ROW_POINTERS
 
     names, pointers = kernel.arg_names, POINTERS | ROW_POINTERS | (changed or {})
     assert constants.keys() <= set(names), constants.keys() - set(names)
@@ -153,7 +153,7 @@ def rows() -> list[Row]:
     from runtime_ref.kernels.experimental import blackwell_mxfp4 as blackwell_mxfp4
     from runtime_ref.kernels.experimental import megakernel as step
     from runtime_ref.measure.gpu_suite import suite as gpu_suite
-    from runtime_ref.measure.static.launches import draft_constants, small_kernels, step_constants
+    from runtime_ref.measure.static.kernel_arguments import draft_constants, small_kernels, step_constants
 
     found, tile = [], Tile()
     for tokens in (8, 64):

@@ -10,9 +10,9 @@ from runtime_ref.backends.triton.megakernel_drafter import MegakernelDrafter
 from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import target_program
-from runtime_ref.kernels import attention, routing, rows, sampling
+from runtime_ref.kernels import attention, dense, routing, sampling
 from runtime_ref.kernels.experimental.megakernel import step_kernel
-from runtime_ref.measure.static.launches import ALIGNED, FLOATS
+from runtime_ref.measure.static.kernel_arguments import ALIGNED, FLOATS
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -72,11 +72,12 @@ def test_the_drafters_megakernel_is_compiled_once(small_engine):
 
 
 @compiled_only
-@pytest.mark.parametrize("kernel", [step_kernel, rows.project_kernel, rows.product_kernel, rows.swiglu_kernel, rows.norm_kernel,
-                                    rows.add_kernel, routing.route_kernel, attention.attend_kernel, sampling.verify_kernel])
+@pytest.mark.parametrize("kernel", [step_kernel, dense.project_kernel, dense.product_kernel, dense.swiglu_kernel,
+                                    dense.norm_kernel, dense.add_kernel, routing.route_kernel, attention.attend_kernel,
+                                    sampling.verify_kernel])
 def test_sizes_that_a_launch_specializes_on_are_those_that_the_static_gates_promise(kernel):
     """Otherwise the table would be that of another binary."""
-    from runtime_ref.measure.static.launches import POINTERS, ROW_POINTERS
+    from runtime_ref.measure.static.kernel_arguments import POINTERS, ROW_POINTERS
 
     sizes = {p.name for p in kernel.params if not p.is_constexpr and p.name not in (*POINTERS, *ROW_POINTERS, *FLOATS)}
     kept = {p.name for p in kernel.params if p.name in sizes and not p.do_not_specialize}

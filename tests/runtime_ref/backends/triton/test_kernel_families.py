@@ -20,8 +20,8 @@ from runtime_ref.core.program import target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import Ranks
 from runtime_ref.engine.engine import Engine, EngineOptions
+from runtime_ref.kernels.launches import paired
 from runtime_ref.kernels.repack import unpack_pages
-from runtime_ref.kernels.row_launches import paired
 from runtime_ref.validation.checks.runtime_ops import run_watched
 from tests.runtime_ref.backends.triton.op_by_op import check_each_op, relative
 

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 from runtime_ref.backends.triton import launch as choice
 from runtime_ref.backends.triton.megakernel import Megakernel
 from runtime_ref.backends.triton.megakernel_drafter import MegakernelDrafter
-from runtime_ref.core.launch import WaitGivenUp
+from runtime_ref.core.launch_report import WaitGivenUp
 from runtime_ref.core.sampling_params import SamplingParams
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 

@@ -39,24 +39,24 @@ DRAFT_HEADS = {"queries": 16, "keys": 1, "d": 128, "v": 128, "rotated": 64}
 def small_kernels() -> dict[str, tuple]:
     """Name -> (kernel, constants, types that differ)."""
     from mxfp4 import fake_quant_triton
-    from runtime_ref.kernels import routing, rows, sampling
+    from runtime_ref.kernels import dense, routing, sampling
 
     project = TILE | {"QUERIES": HEADS["queries"], "KEYS": HEADS["keys"], "D": HEADS["d"], "V": HEADS["v"],
                       "HALF": HEADS["rotated"] // 2, "NORM": True, "HEAD_NORM": False}
     product = TILE | {"V": 0, "NORM": False, "PICK": False, "RESIDUAL": False, "PARTS": 1, "KEEP": False}
     return {
-        "project_kernel, norm, FP8": (rows.project_kernel, project, {"w": "u8"}),
-        "project_kernel, norm, bf16": (rows.project_kernel, project, {}),
-        "product_kernel, o_proj, residual": (rows.product_kernel, product | {"V": 128, "RESIDUAL": True}, {}),
-        "product_kernel, norm, head": (rows.product_kernel, product | {"NORM": True, "PICK": True}, {"out": "fp32"}),
-        "swiglu_kernel, norm, FP8": (rows.swiglu_kernel, TILE | {"NORM": True}, {"w": "u8"}),
+        "project_kernel, norm, FP8": (dense.project_kernel, project, {"w": "u8"}),
+        "project_kernel, norm, bf16": (dense.project_kernel, project, {}),
+        "product_kernel, o_proj, residual": (dense.product_kernel, product | {"V": 128, "RESIDUAL": True}, {}),
+        "product_kernel, norm, head": (dense.product_kernel, product | {"NORM": True, "PICK": True}, {"out": "fp32"}),
+        "swiglu_kernel, norm, FP8": (dense.swiglu_kernel, TILE | {"NORM": True}, {"w": "u8"}),
         "route_kernel, norm, 384 experts": (routing.route_kernel, TILE | ROUTER | {"BN": 16, "BK": 32, "NORM": True,
                                                                                    "SOFTMAX": False}, {"w": "fp32"}),
         "verify_kernel": (sampling.verify_kernel, {"CHUNKS": 75, "WIDE": 128, "BLOCK": 2048}, {}),
         "fake_quantize_kernel, bf16, floor": (fake_quant_triton.fake_quantize_kernel, {"SATURATES": True, "BLOCKS": 64},
                                               {"w": "bf16"}),
-        "norm_kernel": (rows.norm_kernel, {"BK": 128, "FLOAT_DOT": False}, {"out": "fp32"}),
-        "add_kernel, 8 parts": (rows.add_kernel, {"PARTS": 8, "BLOCK": 1024, "FLOAT_DOT": False}, {})}
+        "norm_kernel": (dense.norm_kernel, {"BK": 128, "FLOAT_DOT": False}, {"out": "fp32"}),
+        "add_kernel, 8 parts": (dense.add_kernel, {"PARTS": 8, "BLOCK": 1024, "FLOAT_DOT": False}, {})}
 
 
 def _kind(prefix: str, heads: dict, window: int | None, columns: int, sink: bool, draft: bool = False) -> dict:
