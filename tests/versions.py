@@ -103,7 +103,7 @@ def folders(run: Path, root: Path):
     expected = expectation(ours, ids, "native", load_tokenizer(run / "export/model"))
     yield "MiMo-V2, native (shipped code)", run / "export/model", expected
     drafter = load_drafter(run / "export/model/dflash") if (run / "export/model/dflash").is_dir() else None
-    for layout in ("hf-fp8", "compressed-tensors"):
+    for layout in ("hf-fp8", "compressed-tensors", "bf16"):
         subprocess.run([sys.executable, "export/to_hf.py", run / "export/model/resolved.yaml", "--layout", layout, "--weights",
                         run / "qat/model", "--out", root / layout], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         yield f"MiMo-V2, {layout}", root / layout, expected | {"layout": layout}
