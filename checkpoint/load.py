@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError
 
 from checkpoint.containers import Decoded, plain_infos, read_plain
+from checkpoint.detect_format import open_source
 from checkpoint.families.published import meta_model
 from checkpoint.inventory import is_mimo
-from checkpoint.open import open_source
 from checkpoint.sources import Source
 from checkpoint.tensor_files import TensorFiles, read_header
 from modeling.names import expert_parts

@@ -1,4 +1,4 @@
-"""Folders of other models: logits of transformers' own model, tokens whatever the drafts and the company, bytes of the file."""
+"""Folders of other models: logits of transformers' own model, tokens whatever the drafts and other rows, bytes of the file."""
 
 import json
 import threading
