@@ -28,13 +28,26 @@ def done(command, *arguments, code=0):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, tiny_checkpoint, text_files, prompt_files) -> Iterator[SimpleNamespace]:
     """`work`: base, texts, recipe and the run's folders, made by a run that nothing interrupted. `stopped`, `half_drafted`:
-    copies of it as they were after step 8 of QAT, and of the drafter. `exported`: copy with the export."""
+    copies of it as they were after step 8 of QAT, and of the drafter; `drafted`: of all but the export. `exported`: of all."""
     for name in ("qat.trainer", "dflash_train.trainer", "export.job", "runtime_ref.validation.folder_run"):
         importlib.import_module(name)  # once, before processes are forked
-    root = tmp_path_factory.mktemp("faults")
-    work = root / "work"
-    patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+    kept = os.environ.get("FP4_TEST_FAULTS_AT")
+    root = Path(kept) if kept else tmp_path_factory.mktemp("faults")
+    found = SimpleNamespace(**{name: root / name for name in ("work", "stopped", "half_drafted", "drafted", "exported")})
+    found.recipe, found.run = found.work / "recipe.yaml", found.work / "runs" / "t"
+    found.at = lambda pristine: pristine / "runs" / "t"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        if not (root / "made").is_file():
+            _make(root, found, tiny_checkpoint, text_files, prompt_files)
+            (root / "made").touch()
+        found.export = content(found.at(found.exported) / "export" / "model")
+        yield found
+
+
+def _make(root: Path, found: SimpleNamespace, tiny_checkpoint: Path, text_files: dict, prompt_files: dict) -> None:
+    work = found.work
+    shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(tiny_checkpoint, work / "base")
     (work / "text").mkdir()
     texts, prompts = ({name: Path(shutil.copy(path, work / "text")) for name, path in files.items()}
@@ -46,22 +59,10 @@ def trained(tmp_path_factory, tiny_checkpoint, text_files, prompt_files) -> Iter
     recipe["data"]["eval_sequences"] = 4
     recipe["dflash"] |= {"target": "qat"}
     recipe["export"] = {"shard_bytes": 100_000, "reference_gib": 1.0}
-    path = work / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-
-    def copied(name):
-        return Path(shutil.copytree(work, root / name))
-
-    done("qat", path, "--max-steps", 8)
-    stopped = copied("stopped")
-    done("qat", path, "--resume")
-    done("dflash", path, "--max-steps", 8)
-    half_drafted = copied("half_drafted")
-    done("dflash", path, "--resume")
-    drafted = copied("drafted")
-    done("export", path)
-    exported = copied("exported")
-    yield SimpleNamespace(work=work, recipe=path, run=work / "runs" / "t", stopped=stopped, half_drafted=half_drafted,
-                          drafted=drafted, exported=exported, export=content(exported / "runs" / "t" / "export" / "model"),
-                          at=lambda pristine: pristine / "runs" / "t")
-    patch.undo()
+    found.recipe.write_text(yaml.safe_dump(recipe))
+    for command, arguments, copy in (("qat", ("--max-steps", 8), found.stopped), ("qat", ("--resume",), None),
+                                     ("dflash", ("--max-steps", 8), found.half_drafted),
+                                     ("dflash", ("--resume",), found.drafted), ("export", (), found.exported)):
+        done(command, found.recipe, *arguments)
+        if copy is not None:
+            shutil.copytree(work, copy)
