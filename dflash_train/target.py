@@ -197,7 +197,7 @@ def tapped_layers(wanted: list[int] | None, layers: int) -> list[int]:
 
 
 def mask_token_id(setting: str | int | None, tokenizer, vocabulary: int, ends: Sequence[int] = ()) -> int:
-    """Id of the reserved mask entry.
+    """Id of the reserved mask entry: the recipe's, the tokenizer's, or the first that the tokenizer leaves unused.
 
     Raises:
         ValueError: no such entry, or one that text uses: an ordinary, end (`ends`) or padding token.
@@ -205,8 +205,10 @@ def mask_token_id(setting: str | int | None, tokenizer, vocabulary: int, ends: S
     if setting is None:
         setting = tokenizer.mask_token_id
         if setting is None:
-            raise ValueError("drafter.mask_token: the tokenizer has no mask token; name a reserved vocabulary entry (text or "
-                             "id) that never occurs in text")
+            setting = max(tokenizer.get_vocab().values()) + 1  # vocabularies are padded to a round number
+        if setting >= vocabulary:
+            raise ValueError("drafter.mask_token: the tokenizer has no mask token and uses every entry of the vocabulary; name "
+                             "a reserved one (text or id) that never occurs in text")
     if isinstance(setting, str):
         found = tokenizer.get_vocab().get(setting)
         if found is None:

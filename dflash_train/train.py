@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
             return plan.run(recipe)
         from dflash_train import trainer
 
-        return trainer.run(recipe, resume=args.resume, max_steps=args.max_steps)
+        return trainer.run(recipe, resume=args.resume, max_steps=args.max_steps,
+                           other_processes=args.other_processes)
 
     return run_command(args.recipe, args.overrides, job)
 

@@ -53,14 +53,16 @@ def require_sections(recipe: Recipe) -> None:
             raise ValueError(f"{name}: the recipe has no such section, which drafter training needs (see recipes/tiny.yaml)")
 
 
-def run(recipe: Recipe, *, resume: bool, max_steps: int | None) -> int:
+def run(recipe: Recipe, *, resume: bool, max_steps: int | None, other_processes: bool = False) -> int:
     """Runs the job; returns the exit code.
+
+    other_processes: a checkpoint of another number of processes may be resumed.
 
     Raises:
         ValueError: a mistake in the recipe or its files. OSError: a file cannot be written. NonFinite: see there.
     """
     require_sections(recipe)
-    return Trainer(recipe, resume=resume).run(max_steps)
+    return Trainer(recipe, resume=resume, other_processes=other_processes).run(max_steps)
 
 
 @dataclass
@@ -81,8 +83,8 @@ class Trainer(TrainingRun):
 
     label = "drafter"
 
-    def __init__(self, recipe: Recipe, *, resume: bool):
-        self.recipe, self.settings = recipe, recipe.dflash
+    def __init__(self, recipe: Recipe, *, resume: bool, other_processes: bool = False):
+        self.recipe, self.settings, self.other_processes = recipe, recipe.dflash, other_processes
         self.accelerator = make_accelerator()
         self.main = self.accelerator.is_main_process
         self.folder = run_folder(recipe)
@@ -153,7 +155,7 @@ class Trainer(TrainingRun):
         tokens = sum(len(d.response) for d in self.dialogues)
         start = self.settings.start_from
         self.say(f"{self.recipe.name}: drafter of {parameters:,} parameters{f' from {start}' if start else ''}, "
-                  f"block {self.drafter.block_size}, window {self.drafter.window}, "
+                  f"block {self.drafter.block_size}, window {self.drafter.window}, mask token {self.drafter.mask_token_id}, "
                   f"features of layers {self.target.taps} of {self.target.path}; "
                   f"{len(self.dialogues)} dialogues, {tokens:,} response tokens, {len(self.rows)} rows")
 
@@ -254,7 +256,7 @@ class Trainer(TrainingRun):
             "steps": self.settings.steps, "seed": self.recipe.seed, "target": describe_target(self.target, self.recipe),
             "start_from": self.settings.start_from, "parameters": sum(p.numel() for p in self.drafter.parameters()),
             "response_tokens": sum(len(d.response) for d in self.dialogues),
-            "seconds": self.training_seconds(),
+            "seconds": self.training_seconds(self.settings.steps),
             "measuring_seconds": time.perf_counter() - began, "environment": report.environment(),
         }
         write_json(self.folder / "summary.json", acceptance.without_nan(summary))

@@ -261,16 +261,65 @@ def dialogue_tokens(row: dict, tokenizer, rendering: Rendering = AUTO) -> list[i
     Raises:
         ValueError: no dialogue in any known form, or one that the template refuses.
     """
+    messages = _whole_dialogue(row, tokenizer, rendering)
+    if messages is None:
+        return text_ids(tokenizer, row["prompt"] + (_answer(row) or ""))
+    return render(tokenizer, messages, answer_next=False, tools=row.get("tools"), options=rendering.template_options)
+
+
+def _whole_dialogue(row: dict, tokenizer, rendering: Rendering) -> list[dict] | None:
+    """The messages of a row, its answer included; None where prompt and answer are one text. Raises ValueError: no dialogue."""
     messages, answer = row_messages(row), _answer(row)
     if messages is None and isinstance(row.get("prompt"), str):
         if not as_chat(row, row["prompt"], tokenizer, rendering):
-            return text_ids(tokenizer, row["prompt"] + (answer or ""))
+            return None
         messages = [{"role": "user", "content": row["prompt"]}]
     if messages is None:
         raise ValueError(f"no dialogue; it has {sorted(row)}")
     if isinstance(answer, str) and messages[-1]["role"] != "assistant":
         messages = [*messages, {"role": "assistant", "content": answer}]
-    return render(tokenizer, messages, answer_next=False, tools=row.get("tools"), options=rendering.template_options)
+    return messages
+
+
+def said_by_assistant(row: dict, ids: list[int], tokenizer, rendering: Rendering = AUTO) -> list[bool]:
+    """Which of a dialogue's tokens (`ids`, as `dialogue_tokens` gives them) are answers, with the token that ends each.
+
+    Templates need no marks of their own for it. A turn begins where the dialogue before it, opened for an answer, ends. It ends
+    where the dialogue goes on as it does with another text in the turn's place.
+
+    Raises:
+        ValueError: as `dialogue_tokens`.
+    """
+    said = [False] * len(ids)
+    messages = _whole_dialogue(row, tokenizer, rendering)
+    if messages is None:
+        begin = _common(ids, text_ids(tokenizer, row["prompt"])) if row["prompt"] else 0
+        return said[:begin] + [True] * (len(ids) - begin)
+
+    def rendered(turns: list[dict], answer_next: bool = False) -> list[int]:
+        return render(tokenizer, turns, answer_next=answer_next, tools=row.get("tools"), options=rendering.template_options)
+
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        begin = _common(ids, rendered(messages[:i], answer_next=True)) if i else 0
+        alike = message["content"].encode(errors="replace").endswith(_OTHER_TEXTS[0].encode()[-1:])
+        other = {"role": "assistant", "content": _OTHER_TEXTS[alike]}
+        try:
+            rest = _common(ids[::-1], rendered([*messages[:i], other, *messages[i + 1:]])[::-1])
+            end = min(len(ids), len(ids) - rest + 1)
+        except ValueError:  # a result of a tool whose call is gone
+            end = _common(ids, rendered(messages[:i + 1]))
+        said[begin:end] = [True] * (end - begin)
+    return said
+
+
+_OTHER_TEXTS = "\ue000", "\ue001"  # private use, which end in different bytes
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many entries both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def end_token(tokenizer, end_ids: list[int]) -> int:

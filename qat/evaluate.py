@@ -15,6 +15,7 @@ from torch import nn
 
 from mxfp4.fake_quant import fake_quantize_
 from qat.attach import ExpertQuantizer
+from qat.data import split_rows
 from qat.losses import chunked_statistics, output_head, run_hidden
 
 
@@ -25,7 +26,7 @@ def evaluate_domains(model: nn.Module, teacher: nn.Module, domains: dict[str, to
 
     Args:
         model, teacher: causal language models in eval mode, on one device.
-        domains: int64 [rows, T] by domain.
+        domains: int64 [rows, T] by domain, as packed (`qat.data.split_rows`): what a loss does not cover is not judged either.
         accelerator: splits the rows over its processes and sums their results.
         together: every process runs equally many batches, as the collectives of a sharded model demand; what is too many is
             not counted.
@@ -61,8 +62,8 @@ class HeldOut:
                  chunk_tokens: int):
         self.teacher, self.chunk_tokens = teacher, chunk_tokens
         device = next(teacher.parameters()).device
-        self.batches = {name: [(part, run_hidden(teacher, part).last[:, :-1].flatten(0, 1))
-                               for part in rows[:sequences].to(device).split(batch_size)] for name, rows in domains.items()}
+        self.batches = {name: [(part, _hidden(teacher, part)) for part in rows[:sequences].to(device).split(batch_size)]
+                        for name, rows in domains.items()}
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict:
@@ -85,14 +86,22 @@ def evaluation_mode(model: nn.Module):
             module.training = training
 
 
-def _sums(model, teacher, ids_BT, chunk_tokens, teacher_h=None) -> torch.Tensor:
-    student_h = run_hidden(model, ids_BT).last[:, :-1].flatten(0, 1)
+def _hidden(model: nn.Module, rows_BT: torch.Tensor) -> torch.Tensor:
+    """Last hidden states [N, H] of the positions that predict a token which counts."""
+    ids, counted = split_rows(rows_BT)
+    last = run_hidden(model, ids).last[:, :-1]
+    return last.flatten(0, 1) if counted is None else last[counted[:, :-1]]
+
+
+def _sums(model, teacher, rows_BT, chunk_tokens, teacher_h=None) -> torch.Tensor:
+    student_h = _hidden(model, rows_BT)
     if teacher_h is None:
-        teacher_h = student_h if teacher is model else run_hidden(teacher, ids_BT).last[:, :-1].flatten(0, 1)
-    sums = chunked_statistics(student_h, output_head(model), ids_BT[:, 1:].flatten(), teacher_NH=teacher_h,
+        teacher_h = student_h if teacher is model else _hidden(teacher, rows_BT)
+    labels = rows_BT[:, 1:]
+    sums = chunked_statistics(student_h, output_head(model), labels[labels >= 0], teacher_NH=teacher_h,
                               teacher_head=output_head(teacher), chunk_tokens=chunk_tokens)
     values = [sums.cross_entropy, sums.kl, sums.agree, torch.tensor(float(sums.tokens))]
-    return torch.stack([v.double().to(ids_BT.device) for v in values])
+    return torch.stack([v.double().to(rows_BT.device) for v in values])
 
 
 def _means(sums: torch.Tensor) -> dict[str, float]:
@@ -141,7 +150,7 @@ def summarized(variants: dict[str, dict]) -> dict:
 def doubt(summary: dict) -> str | None:
     """A line about a run that did not help, or None."""
     plain, trained = summary["ptq"]["kl"], summary["qat"]["kl"]
-    if trained < plain:
+    if trained < plain or plain == 0:
         return None
     return (f"training did not help: KL to the original is {trained:.5f}, and {plain:.5f} with plain rounding; a lower "
             "qat.optimizer.learning_rate, more steps or a start (qat.warm_start) are what helps usually")

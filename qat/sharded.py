@@ -208,7 +208,7 @@ class ShardedTrainer(Trainer):
                 "step": state.step, "batches": state.batches, "averaged_steps": state.averaged_steps,
                 "layout": asdict(self.layout),
                 "optimizer": numbers, "rates": [g["lr"] for g in self.optimizer.param_groups],
-                "schedule": self.schedule.state_dict(), "routed": health["routed"]})
+                "schedule": self.schedule.state_dict(), "routed": health["routed"], "heldout": state.heldout()})
 
     def read_state(self, path: Path) -> None:
         if not sharded_checkpoint.is_sharded(path):
@@ -224,6 +224,7 @@ class ShardedTrainer(Trainer):
             group["lr"] = rate
         self.schedule.load_state_dict(saved["schedule"])
         state.step, state.averaged_steps = saved["step"], saved["averaged_steps"]
+        state.load_heldout(saved.get("heldout"))
         of = {kind: [named[n] for n in names] for kind, named in tensors.items() if names[0] in named}
         state.average = of.get("average", [])
         control = {kind: of.get(kind) for kind in ("means", "flips", "frozen", "last")}

@@ -56,7 +56,7 @@ def _base(recipe: Recipe, job: str) -> list[str]:
     path = recipe.model.path
     if path is None or Path(path).exists() or (len(Path(path).parts) <= 2 and not path.startswith((".", "/", "~"))):
         return []
-    return [f"model.path: {path}: no such checkpoint folder (looked from {Path.cwd()})"]
+    return [f"model.path: {path}: no such checkpoint folder, neither from {Path.cwd()} nor from the recipe's folder"]
 
 
 def _named(recipe: Recipe, job: str) -> dict[str, list[str]]:

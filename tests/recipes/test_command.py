@@ -24,3 +24,12 @@ def test_every_process_says_what_stopped_it(capsys, monkeypatch, rank, prefix, o
     assert run_command(TINY, [override], full_disk) == code
     said = capsys.readouterr().err
     assert said.startswith(f"{prefix}error: ") and words in said and said.count("\n") == 1
+
+
+def test_ctrl_c_outside_of_a_training_loop_is_one_line(tmp_path, capsys):
+    def job(recipe):
+        raise KeyboardInterrupt
+
+    assert run_command(TINY, [], job) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("error: interrupted; ") and "--resume" in said and said.count("\n") == 1
