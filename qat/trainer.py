@@ -492,7 +492,7 @@ def describe_training(recipe: Recipe) -> dict:
     """What a card says about how the weights were made."""
     settings = recipe.qat
     sources = [s if isinstance(s, str) else s.path or f"hub:{s.hub}" for s in recipe.data.train]
-    return {"data": [published(source) for source in sources], "loss_on": recipe.data.loss_on,
+    return {"data": [published(source) for source in sources], "loss_on": recipe.data.loss_on, "train": settings.train,
             "sequence_length": recipe.data.sequence_length, "batch_size": settings.batch_size,
             "gradient_accumulation": settings.gradient_accumulation, "optimizer": settings.optimizer.name,
             "learning_rate": settings.optimizer.learning_rate, "warm_start": settings.warm_start.method,

@@ -102,9 +102,9 @@ def _locate(data: dict[str, Any], homes: list[Path]) -> None:
         section: Any = data
         for name in sections:
             section = section.get(name) if isinstance(section, dict) else None
-        if not isinstance(section, dict):
+        if not isinstance(section, dict) or last not in section:
             continue
-        value = section.get(last)
+        value = section[last]
         if isinstance(value, list):
             section[last] = [entry | {"path": _located(entry["path"], homes)} if isinstance(entry, dict) and "path" in entry
                              else _located(entry, homes) for entry in value]
