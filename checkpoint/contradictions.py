@@ -22,7 +22,7 @@ from checkpoint.tokenizer_files import TOKENIZER, shipped_bytes
 from checkpoint.trained import Weights, plain
 from modeling.names import fused_name, split_qkv
 from mxfp4.exact_pack import same_bytes
-from storage.reading import read_json
+from storage.reading import first_line, read_json
 
 # Keys of config.json that change what a model computes or where it stops, without changing any tensor's shape.
 MEANING = (  # of the keys that a client's own class shares with training's
@@ -203,6 +203,6 @@ def front_matter(path: Path) -> None:
     try:
         fields = yaml.safe_load(head.removeprefix("---")) if head.startswith("---\n") and head != text else None
     except yaml.YAMLError as error:
-        raise ValueError(f"front matter is not YAML: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"front matter is not YAML: {first_line(error)}") from None
     if not isinstance(fields, dict):
         raise ValueError("no front matter (YAML between lines of three dashes at the start)")

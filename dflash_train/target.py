@@ -25,7 +25,7 @@ from mxfp4.fake_quant import fake_quantize_
 from qat.attach import find_expert_tensors
 from recipes.schema import Drafter, Recipe
 from storage.digests import combined, model_digests
-from storage.reading import read_json
+from storage.reading import first_line, read_json
 from training.accelerator import from_first
 from training.checkpoint import require_newest_result
 
@@ -176,7 +176,7 @@ def _require_plain_cache(target: Target) -> None:
         target.run(ids[:, :2], cache=cache)
         target.run(ids[:, 2:], cache=cache)
     except (ValueError, AttributeError, TypeError, IndexError, KeyError, RuntimeError, NotImplementedError) as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        reason = f"{type(error).__name__}: {first_line(error)[:160]}"
         raise ValueError(f"model.path: {target.path}: {target.model.config.model_type} does not decode with a plain cache of "
                          f"keys and values ({reason}); no drafter can be trained for it here") from None
 

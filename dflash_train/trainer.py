@@ -39,7 +39,7 @@ from training.epoch_order import EpochOrder
 from training.preflight import require_ready
 from training.resume import checkpoint_to_resume, require_same_inputs
 from training.run import TrainingRun
-from training.schedule import make_schedule
+from training.schedule import make_schedule, present_rate
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -189,7 +189,7 @@ class Trainer(TrainingRun):
         if not (torch.isfinite(norm) and torch.isfinite(sums["loss"])):
             self._raise_non_finite(float(sums["loss"]), trained)
         torch.nn.utils.clip_grads_with_norm_([p for _, p in trained], self.settings.optimizer.max_grad_norm, norm)
-        learning_rate = self.schedule.get_last_lr()[0]
+        learning_rate = present_rate(self.state.step, self.settings.steps, self.settings.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()

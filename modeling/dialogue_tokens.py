@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from storage.reading import first_line
+
 PROMPT_FORMATS = ("auto", "chat", "text")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
                    "bing": "assistant", "bard": "assistant", "system": "system", "tool": "tool", "observation": "tool",
@@ -167,7 +169,7 @@ def render(tokenizer, messages: list[dict], *, answer_next: bool, tools=None, op
             messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
         return list(run(messages))
     except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError((str(error).splitlines() or [type(error).__name__])[0][:160]) from None
+        raise ValueError(first_line(error)[:160]) from None
 
 
 def without_answers(messages: list[dict]) -> list[dict]:

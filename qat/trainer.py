@@ -59,7 +59,7 @@ from training.accelerator import make_accelerator
 from training.preflight import require_ready
 from training.resume import checkpoint_to_resume
 from training.run import TrainingRun
-from training.schedule import make_schedule
+from training.schedule import make_schedule, present_rate
 
 
 def run(recipe: Recipe, *, resume: bool, max_steps: int | None, other_processes: bool = False) -> int:
@@ -225,11 +225,12 @@ class Trainer(TrainingRun):
                 self._measure_heldout()
 
     def agree_on_masters(self) -> None:
-        """Gives every process the first one's masters: each computed its own, and libraries do not promise equal bits."""
+        """Gives every process the first one's masters (and scales): each computed its own, and libraries do not promise equal
+        bits."""
         if self.accelerator.num_processes == 1:
             return
-        for master in self.quantizer.masters:
-            master.data.copy_(broadcast(master.data))
+        for value in (*self.quantizer.masters, *getattr(self.quantizer, "shifts", ())):
+            value.data.copy_(broadcast(value.data))
         self.quantizer.requantize()
 
     def _calibration_rows(self) -> torch.Tensor:
@@ -275,7 +276,7 @@ class Trainer(TrainingRun):
         if not (torch.isfinite(norm) and torch.isfinite(means).all()):
             self._raise_non_finite(dict(zip(names, means.tolist(), strict=True)))
         torch.nn.utils.clip_grads_with_norm_(trained, settings.optimizer.max_grad_norm, norm)
-        learning_rate = self.schedule.get_last_lr()[0]
+        learning_rate = present_rate(self.state.step, settings.steps, settings.optimizer)
         self._before_step(learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -30,6 +30,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from recipes.schema import SOURCE_TAGS, Recipe
+from storage.reading import first_line
 
 # Faults whose text by pydantic speaks of Python's classes or of regular expressions.
 _EXPECTED = {
@@ -215,7 +216,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple, str]]:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"{path}: not valid YAML: {first_line(error)}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping of sections, found {type(data).__name__}")
     return data, lines

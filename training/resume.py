@@ -19,7 +19,7 @@ import yaml
 
 from recipes.schema import Recipe
 from storage.digests import differences
-from storage.reading import read_json, read_text
+from storage.reading import first_line, read_json, read_text
 from training.checkpoint import COMPLETE, RECIPE, newest_whole, step_of
 
 _SAID = {"model.path", "data.train", "qat.steps", "dflash.steps", "dflash.data", "dflash.regenerate.prompts"}
@@ -88,7 +88,7 @@ def _saved_recipe(path: Path) -> dict:
     try:
         saved = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: not valid YAML: {first_line(error)}") from None
     if not isinstance(saved, dict):
         raise ValueError(f"{path}: not a recipe")
     return saved
