@@ -35,8 +35,10 @@ DEFAULT_TAPS = 5
 class TargetFiles:
     """What is known of a target without its weights: all that is needed where a server of it answers."""
 
-    def __init__(self, path: Path, tokenizer, end_ids: list[int], taps: list[int], vocabulary: int):
+    def __init__(self, path: Path, tokenizer, end_ids: list[int], taps: list[int], vocabulary: int,
+                 positions: int | None = None):
         self.path, self.tokenizer, self.end_ids, self.taps, self.vocabulary = path, tokenizer, end_ids, taps, vocabulary
+        self.positions = positions  # None: not limited, as far as its configuration says
         self._fingerprint: str | None = None
         if not end_ids:
             raise ValueError(f"{path}: neither generation_config nor the tokenizer names a token that ends an answer")
@@ -57,7 +59,7 @@ class Target(TargetFiles):
 
     def __init__(self, model: nn.Module, tokenizer, taps: list[int], path: Path):
         super().__init__(path, tokenizer, end_ids(getattr(model, "generation_config", None), tokenizer), taps,
-                         model.get_output_embeddings().weight.shape[0])
+                         model.get_output_embeddings().weight.shape[0], positions_of(model.config))
         self.model = model.eval().requires_grad_(False)
         self.base = model.base_model
         self.embed_tokens, self.head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -83,6 +85,10 @@ class Target(TargetFiles):
         self._caught.clear()
         last = self.base(input_ids=ids_BT, use_cache=cache is not None, **{CACHE_NAME: cache}, **kwargs).last_hidden_state
         return torch.cat([self._caught[layer] for layer in self.taps], dim=-1), last
+
+
+def positions_of(config) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def end_ids(generation, tokenizer) -> list[int]:
@@ -128,7 +134,8 @@ def target_files(recipe: Recipe) -> TargetFiles:
                   else GenerationConfig.from_model_config(config))
     require_key_value_layers(config, folder)
     taps = tapped_layers(recipe.drafter.target_layer_ids, config.get_text_config().num_hidden_layers)
-    return TargetFiles(folder, tokenizer, end_ids(generation, tokenizer), taps, config.get_text_config().vocab_size)
+    return TargetFiles(folder, tokenizer, end_ids(generation, tokenizer), taps, config.get_text_config().vocab_size,
+                       positions_of(config))
 
 
 def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:

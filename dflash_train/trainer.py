@@ -27,9 +27,10 @@ from dflash_train.features import OnlineFeatures, cached_features
 from dflash_train.losses import draft_loss
 from dflash_train.optimizer import make_optimizer
 from dflash_train.self_distillation import regenerated
-from dflash_train.target import describe_target, identity, load_target, new_drafter
+from dflash_train.target import describe_target, identity, load_target, mask_token_id, new_drafter, target_files
 from modeling.dialogue_tokens import Rendering
 from modeling.drafter import load_drafter, save_drafter
+from recipes.load import published
 from recipes.schema import Recipe
 from storage.digests import combined, json_digest, model_digests
 from storage.files import write_json
@@ -51,6 +52,14 @@ def require_sections(recipe: Recipe) -> None:
     for name in ("drafter", "dflash"):
         if getattr(recipe, name) is None:
             raise ValueError(f"{name}: the recipe has no such section, which drafter training needs (see recipes/tiny.yaml)")
+
+
+def require_understood(recipe: Recipe) -> None:
+    """Raises ValueError for what can be known before a weight is read: the mask token, and the prompts that are measured at the
+    end."""
+    files = target_files(recipe)
+    mask_token_id(recipe.drafter.mask_token, files.tokenizer, files.vocabulary, files.end_ids)
+    acceptance.groups(recipe, files)
 
 
 def run(recipe: Recipe, *, resume: bool, max_steps: int | None, other_processes: bool = False) -> int:
@@ -91,12 +100,12 @@ class Trainer(TrainingRun):
         require_ready(recipe, "dflash")
         self.lock()
         newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say, self.accelerator) if resume else None
+        require_understood(recipe)
         self.target = load_target(recipe, self.accelerator.device)
         self.target.agree_on_fingerprint(self.accelerator)
         self.identity = identity(self.target, recipe)
         if newest is not None:
             require_same_inputs(newest, {"target": self.identity})  # before it answers prompts anew
-        acceptance.groups(recipe, self.target)  # a mistake in what is measured at the end is told before hours of training
         self.drafter = new_drafter(recipe, self.target).to(self.accelerator.device).train()
         self._load_data()
         self.compare_inputs(newest, lambda: {"target": self.identity, "training data": dialogues_digest(self.dialogues)})
@@ -255,7 +264,9 @@ class Trainer(TrainingRun):
             "inputs": self.inputs, "weights": combined(model_digests(final)),
             "steps": self.settings.steps, "seed": self.recipe.seed, "target": describe_target(self.target, self.recipe),
             "start_from": self.settings.start_from, "parameters": sum(p.numel() for p in self.drafter.parameters()),
-            "response_tokens": sum(len(d.response) for d in self.dialogues),
+            "response_tokens": sum(len(d.response) for d in self.dialogues), "dialogues": len(self.dialogues),
+            "prompts": [published(name) for name in self.settings.data or self.settings.regenerate.prompts],
+            "own_data": bool(self.settings.data),
             "seconds": self.training_seconds(self.settings.steps),
             "measuring_seconds": time.perf_counter() - began, "environment": report.environment(),
         }

@@ -214,7 +214,7 @@ class Export:
                 architecture = (config.get("architectures") or [None])[0]
                 sums |= drafter_files.write_speculators(self.drafter, out / "dflash-speculators",
                                                         self.recipe.export.shard_bytes, architecture)
-            fits = drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30
+            fits = 2 * drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30  # it runs in float32
             drafter_files.write_reference(out, real_features=fits)
         # How many processes wrote it is no part of the result.
         settled = self.recipe.export.model_copy(update={"processes": 1})

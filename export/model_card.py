@@ -108,7 +108,7 @@ def _qat_table(summary: dict) -> str:
     names = {"bf16": "original", "ptq": "experts rounded, untrained", "qat": "this checkpoint"}
     for key, label in names.items():
         row = summary[key]
-        rows.append(f"| {label} | {row['loss']:.4f} | {row['kl']:.5f} | {100 * row['top1_agreement']:.2f} % |")
+        rows.append(f"| {label} | {row['loss']:.4f} | {row['kl']:.3g} | {100 * row['top1_agreement']:.2f} % |")
     environment = summary.get("environment", {})
     rows += ["", f"Share of the KL of plain rounding that training removed: {summary['kl_gap_closed']:.3f} "
              f"({summary['qat']['eval_tokens']:,} tokens; {summary.get('steps')} steps, seed {summary.get('seed')}; "
@@ -155,10 +155,20 @@ def _limits(facts: Facts) -> str:
     return "\n".join(lines)
 
 
+def _drafter_training(summary: dict) -> list[str]:
+    if "prompts" not in summary:
+        return []
+    whose = "dialogues of" if summary.get("own_data") else "answers of this checkpoint to prompts of"
+    text = (f"{summary['parameters']:,} parameters, trained for {summary['steps']:,} updates on {summary['dialogues']:,} {whose}"
+            f" {', '.join(f'`{name}`' for name in summary['prompts'])} ({summary['response_tokens']:,} tokens).")
+    return [text, ""]
+
+
 def _acceptance_table(facts: Facts) -> str:
     tables = facts.drafter.get("acceptance") or {}
     kinds = {"task_t0": "tasks, greedy", "open_t0": "open text, greedy", "open_t1": "open text, temperature 1"}
-    rows = ["## Drafter", "", f"Mean number of tokens committed per target pass (block of {facts.block_size}):", "",
+    rows = ["## Drafter", "", *_drafter_training(facts.drafter),
+            f"Mean number of tokens committed per target pass (block of {facts.block_size}):", "",
             "| domain | prompts | drafter | prompt lookup |", "|---|---|---|---|"]
     for domain, values in tables.items():
         rows += [f"| {domain} | {label} | {values[key]:.2f} | {values[f'lookup_{key}']:.2f} |"

@@ -31,6 +31,7 @@ from storage.reading import first_line
 from training.epoch_order import EpochOrder
 from training.files import expand, format_of, json_rows
 
+WHERE = "_where"  # in a dialogue on its way to the packer: key, file and line, for messages
 # What a dialogue is made of (`modeling.dialogue_tokens`).
 DIALOGUE_FIELDS = ("messages", "conversations", "prompt", "response", "completion", "tools")
 
@@ -68,7 +69,8 @@ def packed_dataset(sources: list[str | Source], tokenizer, data: Data, *, key: s
         packed = raw.map(Packer(tokenizer, data.sequence_length, rendering, answers_only=data.loss_on == "answers"),
                          batched=True, batch_size=1000, remove_columns=raw.column_names, desc=f"tokenizing {key}")
     except ValueError as error:
-        raise ValueError(f"{key}: {first_line(error)}") from None
+        text = first_line(error)
+        raise ValueError(text if text.startswith(f"{key}: ") else f"{key}: {text}") from None
     if len(packed) == 0:
         raise ValueError(f"{key}: fewer than sequence_length={data.sequence_length} tokens in all"
                          + (", or no answer in them (data.loss_on: answers)" if data.loss_on == "answers" else ""))
@@ -238,7 +240,7 @@ def document_of(row: dict, field: str, where: str) -> dict:
     found = {name: row[name] for name in DIALOGUE_FIELDS if row.get(name) is not None}
     if not {"messages", "conversations", "prompt"} & set(found):
         raise ValueError(f"{where}: no {field!r} (data.text_field) and no dialogue; it has {sorted(row)}")
-    return {"text": None, "dialogue": json.dumps(found)}
+    return {"text": None, "dialogue": json.dumps(found | {WHERE: where})}
 
 
 def _has_text(file: str) -> bool:
@@ -278,8 +280,12 @@ class Packer:
         return {"input_ids": [row for row in rows if max(row[1:]) >= 0] if self.answers_only else rows}
 
     def _dialogue(self, row: dict) -> list[int]:
-        ids = dialogue_tokens(row, self.tokenizer, self.rendering)
-        said = said_by_assistant(row, ids, self.tokenizer, self.rendering) if self.answers_only else [True] * len(ids)
+        where = row.pop(WHERE, None)
+        try:
+            ids = dialogue_tokens(row, self.tokenizer, self.rendering)
+            said = said_by_assistant(row, ids, self.tokenizer, self.rendering) if self.answers_only else [True] * len(ids)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}" if where else str(error)) from None
         if ids[-1] != self.end:
             ids, said = [*ids, self.end], [*said, said[-1]]
         return [token if learned else ~token for token, learned in zip(ids, said, strict=True)]

@@ -121,22 +121,19 @@ def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, or
         originals: the unquantized expert weights, in the quantizer's order.
         dtype: "model", or "float32": run float32 copies of both models, so that what differs is the weights alone and
             not also the rounding of activations (a bf16 model differs from its own float32 run by a KL of the order
-            of a tenth of what MXFP4 rounding does). Needs memory for two float32 copies.
+            of a tenth of what MXFP4 rounding does). Needs memory for two float32 copies, "model" for one set of experts.
         options: passed to `evaluate_domains`.
 
     Returns:
         {"bf16": ..., "ptq": ..., "qat": ...} (each with loss, kl, top1_agreement, domains) and kl_gap_closed.
     """
-    plain = [torch.empty_like(tensor.parameter.data) for tensor in quantizer.tensors]
-    for tensor, out, original in zip(quantizer.tensors, plain, originals, strict=True):
-        fake_quantize_(out, original.data, scale_rule=quantizer.scale_rule, axis=tensor.axis)
-    student, judge = model, teacher
-    if dtype == "float32":
-        student, judge = copy.deepcopy(model).float(), copy.deepcopy(teacher).float()
+    judge = copy.deepcopy(teacher).float() if dtype == "float32" else teacher
+    variants = {"bf16": evaluate_domains(judge, judge, domains, **options)}
+    # One after the other: the plainly rounded experts are gone before the student's float32 copy is made.
+    variants["ptq"] = evaluate_domains(_rounded(judge, quantizer, originals), judge, domains, **options)
+    student = copy.deepcopy(model).float() if dtype == "float32" else model
     with evaluation_mode(student):
-        variants = {"bf16": evaluate_domains(judge, judge, domains, **options),
-                    "ptq": evaluate_domains(_with_experts(judge, quantizer, plain), judge, domains, **options),
-                    "qat": evaluate_domains(student, judge, domains, **options)}
+        variants["qat"] = evaluate_domains(student, judge, domains, **options)
     return summarized(variants)
 
 
@@ -147,21 +144,28 @@ def summarized(variants: dict[str, dict]) -> dict:
     return summary
 
 
+def shown(kl: float) -> str:
+    """A KL with digits that count: five after the point, or three of a small one."""
+    return f"{kl:.5f}" if kl >= 0.001 or kl == 0 else f"{kl:.2e}"
+
+
 def doubt(summary: dict) -> str | None:
     """A line about a run that did not help, or None."""
     plain, trained = summary["ptq"]["kl"], summary["qat"]["kl"]
     if trained < plain or plain == 0:
         return None
-    return (f"training did not help: KL to the original is {trained:.5f}, and {plain:.5f} with plain rounding; a lower "
+    return (f"training did not help: KL to the original is {shown(trained)}, and {shown(plain)} with plain rounding; a lower "
             "qat.optimizer.learning_rate, more steps or a start (qat.warm_start) are what helps usually")
 
 
-def _with_experts(model: nn.Module, quantizer: ExpertQuantizer, weights: list[torch.Tensor]) -> nn.Module:
-    """A copy of the frozen `model` that has these expert weights and shares everything else with it."""
+def _rounded(model: nn.Module, quantizer: ExpertQuantizer, originals: list[torch.Tensor]) -> nn.Module:
+    """A copy of the frozen `model` whose experts are `originals`, plainly rounded; it shares everything else with it."""
     shared: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for tensor, value in zip(quantizer.tensors, weights, strict=True):
+    for tensor, original in zip(quantizer.tensors, originals, strict=True):
         expert = model.get_parameter(tensor.name)
-        shared[id(expert)] = nn.Parameter(value.to(expert.dtype), requires_grad=False)
+        value = torch.empty_like(expert.data)
+        fake_quantize_(value, original.data, scale_rule=quantizer.scale_rule, axis=tensor.axis)
+        shared[id(expert)] = nn.Parameter(value, requires_grad=False)
     return copy.deepcopy(model, shared)
 
 
@@ -174,6 +178,6 @@ def comparison_table(summary: dict):
         table.add_column(column, justify="left" if column in ("weights", "domain") else "right")
     for name in ("bf16", "ptq", "qat"):
         for domain, row in {"all": summary[name], **summary[name]["domains"]}.items():
-            table.add_row(name if domain == "all" else "", domain, f"{row['loss']:.4f}", f"{row['kl']:.5f}",
+            table.add_row(name if domain == "all" else "", domain, f"{row['loss']:.4f}", shown(row["kl"]),
                           f"{100 * row['top1_agreement']:.2f} %")
     return table

@@ -112,14 +112,17 @@ def make_plan(recipe: Recipe) -> Plan:
         held = place(lambda: meta_model(recipe)[0], {t.name for t in tensors}, layout)
         state = sharded_plan.state_bytes(recipe, held)
         working = sharded_plan.working_bytes(recipe, held, layout, shape) | _passing_bytes(recipe, model, sizes.width)
+        shards = layout.ranks // layout.replicas
         communication, over_link = sharded_plan.communication(recipe, held, layout, shape)
         checkpoint = sharded_plan.checkpoint_bytes(recipe, shape)
         notes = sharded_plan.notes(held, layout, shape) + notes
     else:
         state = _state_bytes(recipe, sizes)
         working = _working_bytes(recipe, sizes) | _passing_bytes(recipe, model, sizes.width)
+        shards = 1
         communication, over_link = _communication(recipe, sizes), set()
         checkpoint = sizes.total * sizes.width + int(sizes.experts * CODE_BYTES) + sum(state.values())
+    working |= _evaluation_bytes(recipe, model, sizes, shards)
     return Plan(
         model=name, ranks=sizes.ranks, steps=qat.steps,
         tokens_per_step=qat.batch_size * recipe.data.sequence_length * qat.gradient_accumulation * sizes.ranks,
@@ -245,6 +248,17 @@ def _passing_bytes(recipe: Recipe, model, width: int) -> dict[str, int]:
             config, tokens, width, recomputed=qat.gradient_checkpointing, hidden_loss=qat.loss.hidden > 0),
         "logits (one chunk)": min(qat.loss.chunk_tokens, tokens) * config.vocab_size * 4 * 4,
     }
+
+
+def _evaluation_bytes(recipe: Recipe, model, sizes: _Sizes, shards: int) -> dict[str, int]:
+    """What held-out text takes beyond training: states of the teacher, and float32 copies at the end, when gradients are gone."""
+    qat, found = recipe.qat, {}
+    if qat.heldout_every:
+        tokens = qat.heldout_sequences * len(recipe.data.heldout) * recipe.data.sequence_length
+        found["held-out states (heldout_every)"] = tokens * model.config.get_text_config().hidden_size * sizes.width
+    if qat.evaluation_dtype == "float32":
+        found["float32 copies at the end, beyond gradients"] = max(0, 8 * sizes.total - 4 * sizes.trained) // shards
+    return found
 
 
 def activation_bytes(config, tokens: int, width: int, *, recomputed: bool, hidden_loss: bool = False) -> int:

@@ -409,7 +409,7 @@ class Trainer(TrainingRun):
             state.measured_since += 1
         if self.metrics is not None:
             self.metrics.write("heldout", self.state.step, **found)
-        self.say(f"held-out text at step {self.state.step}: KL {found['kl']:.5f}, top-1 agreement "
+        self.say(f"held-out text at step {self.state.step}: KL {evaluate.shown(found['kl'])}, top-1 agreement "
                  f"{100 * found['top1_agreement']:.2f} %")
 
     def ended_early(self) -> bool:

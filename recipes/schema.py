@@ -375,8 +375,8 @@ class Export(Section):
     drafter: Literal["matching", "any", "none"] = Field(
         "matching", description="a drafter that was trained for other weights than those exported is refused; any: it is "
         "written, with a warning and without its numbers; none: no drafter is written")
-    reference_gib: NonNegativeFloat = Field(8.0, description="checkpoints up to this size are loaded once to record the "
-                                            "drafter's reference from real features")
+    reference_gib: NonNegativeFloat = Field(16.0, description="targets whose float32 weights take up to this much memory are "
+                                            "run once, to record the drafter's reference from real features")
 
 
 class Cluster(Section):

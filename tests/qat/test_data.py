@@ -305,3 +305,12 @@ def test_the_digest_knows_what_is_learned(tmp_path):
     found = [packed_dataset([str(file)], tokenizer, Data(**settings, loss_on=what)) for what in ("all", "answers")]
     assert rows_digest(found[0]) != rows_digest(found[1])
     assert learned_tokens(found[0]) == 16 * len(found[0]) and 0 < learned_tokens(found[1]) < 16 * len(found[1])
+
+
+def test_a_dialogue_that_cannot_be_rendered_is_named_by_file_and_line(tmp_path):
+    tokenizer, file, rows = dialogues(tmp_path)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    file.write_text('{"text": "fine"}\n' + json.dumps(rows[1]) + "\n")
+    with pytest.raises(ValueError) as caught:
+        packed_dataset([str(file)], tokenizer, Data(train=[str(file)], heldout=[str(file)], sequence_length=16))
+    assert str(caught.value) == f"data.train: {file}:2: no such role"
