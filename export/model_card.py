@@ -159,8 +159,9 @@ def _drafter_training(summary: dict) -> list[str]:
     if "prompts" not in summary:
         return []
     whose = "dialogues of" if summary.get("own_data") else "answers of this checkpoint to prompts of"
-    text = (f"{summary['parameters']:,} parameters, trained for {summary['steps']:,} updates on {summary['dialogues']:,} {whose}"
-            f" {', '.join(f'`{name}`' for name in summary['prompts'])} ({summary['response_tokens']:,} tokens).")
+    size, learned = f"{summary['parameters']:,} parameters", f"{summary['response_tokens']:,} tokens"
+    names = ", ".join(f"`{name}`" for name in summary["prompts"])
+    text = f"{size}, trained for {summary['steps']:,} updates on {summary['dialogues']:,} {whose} {names} ({learned})."
     return [text, ""]
 
 

@@ -251,7 +251,7 @@ def _passing_bytes(recipe: Recipe, model, width: int) -> dict[str, int]:
 
 
 def _evaluation_bytes(recipe: Recipe, model, sizes: _Sizes, shards: int) -> dict[str, int]:
-    """What held-out text takes beyond training: states of the teacher, and float32 copies at the end, when gradients are gone."""
+    """What held-out text takes beyond training: states of the teacher; float32 copies at the end, when gradients are gone."""
     qat, found = recipe.qat, {}
     if qat.heldout_every:
         tokens = qat.heldout_sequences * len(recipe.data.heldout) * recipe.data.sequence_length
