@@ -286,8 +286,10 @@ def _whole_dialogue(row: dict, tokenizer, rendering: Rendering) -> list[dict] | 
 def said_by_assistant(row: dict, ids: list[int], tokenizer, rendering: Rendering = AUTO) -> list[bool]:
     """Which of a dialogue's tokens (`ids`, as `dialogue_tokens` gives them) are answers, with the token that ends each.
 
-    Templates need no marks of their own for it. A turn begins where the dialogue before it, opened for an answer, ends. It ends
-    where the dialogue goes on as it does with another text in the turn's place.
+    Templates need no marks of their own for it: a turn lies between what the dialogue has in common, from both ends, with one
+    that has another text in its place. Where the dialogue before it, opened for an answer, begins this one, the turn begins
+    there: what the template puts before the text (the opening of a thought) is then the assistant's to say. A turn that cannot
+    be found so, because the template demands what stands there, is not marked unless the dialogue up to its end begins this one.
 
     Raises:
         ValueError: as `dialogue_tokens`.
@@ -304,15 +306,18 @@ def said_by_assistant(row: dict, ids: list[int], tokenizer, rendering: Rendering
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        begin = _common(ids, rendered(messages[:i], answer_next=True)) if i else 0
+        opening = rendered(messages[:i], answer_next=True) if i else []
+        opened = ids[:len(opening)] == opening
         alike = message["content"].encode(errors="replace").endswith(_OTHER_TEXTS[0].encode()[-1:])
         other = {"role": "assistant", "content": _OTHER_TEXTS[alike]}
         try:
-            rest = _common(ids[::-1], rendered([*messages[:i], other, *messages[i + 1:]])[::-1])
-            end = min(len(ids), len(ids) - rest + 1)
+            changed = rendered([*messages[:i], other, *messages[i + 1:]])
+            begin = len(opening) if opened else _common(ids, changed)
+            end = min(len(ids), len(ids) - _common(ids[::-1], changed[::-1]) + 1)
         except ValueError:  # a result of a tool whose call is gone
+            begin = len(opening) if opened else len(ids)
             end = _common(ids, rendered(messages[:i + 1]))
-        said[begin:end] = [True] * (end - begin)
+        said[begin:end] = [True] * max(0, end - begin)
     return said
 
 

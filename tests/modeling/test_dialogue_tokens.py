@@ -29,8 +29,10 @@ TEMPLATES = {
              "{{ '<|im_start|>' + m.role + m.content }}{% if m.tool_calls %}"
              "{{ m.tool_calls[0].function.name }}{% endif %}{{ '<|im_end|>' }}"
              "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}",
-    # A thought is kept in the last turn alone, and an opened answer holds an empty one.
-    "forgets": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' and loop.last %}"
+    # Thoughts are kept after the last question alone, and an opened answer holds an empty one.
+    "forgets": "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+               "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+               "{% if m.role == 'assistant' and loop.index0 > ns.last %}"
                "{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}"
                "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think></think>' }}{% endif %}",
@@ -182,6 +184,12 @@ def test_what_the_assistant_says_is_its_turns_with_their_ends(template, tokenize
 def test_thoughts_that_a_template_drops_from_history_are_not_looked_for_there(tokenizers):
     turns = [*TURNS[:3], {"role": "assistant", "content": "See you", "reasoning_content": "polite"}]
     assert said({"messages": turns}, tokenizers("forgets")) == ["Hello<|im_end|>", "polite</think>See you<|im_end|>"]
+
+
+def test_results_of_tools_are_not_said_where_a_template_drops_the_thoughts_before_them(tokenizers):
+    turns = [TURNS[0], {"role": "assistant", "content": "look", "reasoning_content": "first"}, {"role": "tool", "content": "4"},
+             {"role": "assistant", "content": "It is 4", "reasoning_content": "second"}, *TURNS[2:]]
+    assert said({"messages": turns}, tokenizers("forgets")) == ["look<|im_end|>", "It is 4<|im_end|>", "See you<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", ["tools", "strict"])
