@@ -289,7 +289,7 @@ def said_by_assistant(row: dict, ids: list[int], tokenizer, rendering: Rendering
     Templates need no marks of their own for it: a turn lies between what the dialogue has in common, from both ends, with one
     that has another text in its place. Where the dialogue before it, opened for an answer, begins this one, the turn begins
     there: what the template puts before the text (the opening of a thought) is then the assistant's to say. A turn that cannot
-    be found so, because the template demands what stands there, is not marked unless the dialogue up to its end begins this one.
+    be found so, because the template demands what stands there, is not marked, unless the dialogue up to its end begins this.
 
     Raises:
         ValueError: as `dialogue_tokens`.
