@@ -222,7 +222,8 @@ def gpt_oss():
     torch.manual_seed(3)
     model = GptOssForCausalLM(GptOssConfig(
         vocab_size=264, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, num_local_experts=3, num_experts_per_tok=2, sliding_window=16, max_position_embeddings=128,
+        head_dim=32, num_local_experts=3, num_experts_per_tok=2, sliding_window=16, swiglu_limit=2.0,
+        max_position_embeddings=128,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4})).eval().requires_grad_(False)
     for name, p in model.named_parameters():
         p.normal_(0, 1.0 if "bias" in name else 0.3)
