@@ -47,18 +47,24 @@ def parse_job(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Name
     return args
 
 
-def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int]) -> int:
+def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int],
+                interrupted: str = "finished files and checkpoints stay, --resume goes on from the newest") -> int:
     """Loads the recipe and runs `job` on it; mistakes become one line on stderr and an exit code.
 
     Every process says its own (a full disk may be one machine's); all but the first put their rank before it.
+
+    interrupted: what is said after Ctrl-C, by the first process alone.
     """
+    rank = os.environ.get("RANK", "0")
     where = "a file"
     try:
         loaded = load_recipe(recipe, overrides)
         where = f"a file below {Path(loaded.output) / loaded.name}"
         return job(loaded)
     except KeyboardInterrupt:
-        code, text = 128 + signal.SIGINT, "interrupted; finished files and checkpoints stay, --resume goes on from the newest"
+        if rank == "0":
+            print(f"interrupted; {interrupted}", file=sys.stderr)
+        return 128 + signal.SIGINT
     except ValueError as error:  # RecipeError included
         code, text = 2, own_message(error, where)
     except (OSError, ArithmeticError) as error:
@@ -67,7 +73,6 @@ def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int])
         if not _no_memory(error):
             raise
         code, text = 1, f"not enough memory: {first_line(error)}; --plan says what a job needs"
-    rank = os.environ.get("RANK", "0")
     print(printable(f"error: {text}" if rank == "0" else f"rank {rank}: error: {text}"), file=sys.stderr)
     return code
 

@@ -116,7 +116,7 @@ class TrainingRun:
             finally:
                 bar.close()
                 watch.end(PATIENCE)
-        if self.ended_early():
+        if self.ended_early() and state.step < settings.steps:
             self.say(f"ended at step {state.step} of {settings.steps}: no lower KL on held-out text for {settings.patience} "
                      "measurements (qat.patience)")
         elif last < settings.steps:

@@ -32,4 +32,4 @@ def test_ctrl_c_outside_of_a_training_loop_is_one_line(tmp_path, capsys):
 
     assert run_command(TINY, [], job) == 130
     said = capsys.readouterr().err
-    assert said.startswith("error: interrupted; ") and "--resume" in said and said.count("\n") == 1
+    assert said.startswith("interrupted; ") and "--resume" in said and said.count("\n") == 1
