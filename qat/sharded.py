@@ -105,14 +105,14 @@ class ShardedTrainer(Trainer):
                              "for codes; expected fsdp2")
         self.layout = layout_of(recipe.cluster, self.accelerator.num_processes)
         self.whole = self.layout.ranks == 1
+        if methods_needed(recipe.qat):  # on one process too: checkpoints of this form do not hold them
+            raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers "
+                             "codes of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none "
+                             f"with cluster.sharding: {recipe.cluster.sharding}")
         if self.whole:
             return super().load_model()
         if recipe.cluster.offload_optimizer:
             raise ValueError("cluster.offload_optimizer: planned by --plan, not built; expected false to train")
-        if methods_needed(recipe.qat):
-            raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers "
-                             "codes of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none "
-                             f"with cluster.sharding: {recipe.cluster.sharding}")
         if recipe.qat.warm_start.layers_together:
             raise ValueError("qat.warm_start.layers_together measures a model that is whole on one process; expected 0 with "
                              f"cluster.sharding: {recipe.cluster.sharding}")
