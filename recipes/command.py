@@ -47,6 +47,11 @@ def parse_job(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Name
     return args
 
 
+def first_rank() -> bool:
+    """Whether this is the first process of a launch, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int],
                 interrupted: str = "finished files and checkpoints stay, --resume goes on from the newest") -> int:
     """Loads the recipe and runs `job` on it; mistakes become one line on stderr and an exit code.
@@ -55,14 +60,13 @@ def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int],
 
     interrupted: what is said after Ctrl-C, by the first process alone.
     """
-    rank = os.environ.get("RANK", "0")
     where = "a file"
     try:
         loaded = load_recipe(recipe, overrides)
         where = f"a file below {Path(loaded.output) / loaded.name}"
         return job(loaded)
     except KeyboardInterrupt:
-        if rank == "0":
+        if first_rank():
             print(f"interrupted; {interrupted}", file=sys.stderr)
         return 128 + signal.SIGINT
     except ValueError as error:  # RecipeError included
@@ -73,7 +77,7 @@ def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int],
         if not _no_memory(error):
             raise
         code, text = 1, f"not enough memory: {first_line(error)}; --plan says what a job needs"
-    print(printable(f"error: {text}" if rank == "0" else f"rank {rank}: error: {text}"), file=sys.stderr)
+    print(printable(f"error: {text}" if first_rank() else f"rank {os.environ['RANK']}: error: {text}"), file=sys.stderr)
     return code
 
 
