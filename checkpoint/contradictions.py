@@ -18,7 +18,7 @@ import yaml
 from checkpoint.families.registry import FAMILIES
 from checkpoint.fp8 import dequantize_fp8
 from checkpoint.sources import DTYPES, Source
-from checkpoint.tokenizer_files import TOKENIZER, shipped_bytes
+from checkpoint.tokenizer_files import shipped_bytes, tokenizer_files
 from checkpoint.trained import Weights, plain
 from modeling.names import fused_name, split_qkv
 from mxfp4.exact_pack import same_bytes
@@ -117,7 +117,7 @@ def config_differences(config: dict, trained: Path, layout: str | None) -> Itera
 
 def companion_differences(folder: Path, trained: Path) -> Iterator[str]:
     """Tokenizer, chat template and generation settings that the trained checkpoint has and this one has not, or otherwise."""
-    for name in (*TOKENIZER, "generation_config.json"):
+    for name in (*tokenizer_files(trained), "generation_config.json"):
         if not (trained / name).is_file():
             continue
         if not (folder / name).is_file():

@@ -129,6 +129,10 @@ def test_the_card_carries_licence_and_base_on_and_says_how_it_was_trained_and_it
     (root / "base" / "README.md").write_text("---\nlicense: other\nlicense_name: some-licence\ntags: [a]\n---\ntext\n")
     (root / "base" / "LICENSE").write_text("You may.")
     (root / "base" / "NOTICE.txt").write_text("By them.")
+    own = ("tokenizer.json", "tokenization_own.py", "own.tiktoken", "additional_chat_templates/tools.jinja")
+    for name in own:
+        (root / "base" / name).parent.mkdir(exist_ok=True)
+        (root / "base" / name).write_text("{}")
     write_summaries(root, jobs=("qat",), qat={
         "tokens": 2048, "steps": 4, "helped": False, "training": {
             "data": ["own/*.jsonl"], "loss_on": "answers", "train": "experts", "sequence_length": 128, "warm_start": "none",
@@ -137,6 +141,7 @@ def test_the_card_carries_licence_and_base_on_and_says_how_it_was_trained_and_it
     fields, card = front_matter(out), (out / "README.md").read_text()
     assert (fields["license"], fields["license_name"], fields["base_model"]) == ("other", "some-licence", "Some-Org/Some-Model")
     assert (out / "LICENSE").read_text() == "You may." and (out / "NOTICE.txt").read_text() == "By them."
+    assert all((out / name).read_text() == "{}" for name in own)
     for words in ("`own/*.jsonl`", "2,048 tokens in 4 updates of 512", "answers alone", "## Limits", "Training did not help",
                   "licence (some-licence)"):
         assert words in card, words
