@@ -25,8 +25,7 @@ class Facts:
     layout: str
     base: str
     scale_rule: str
-    rounded: bool
-    copied: bool  # experts were in MXFP4 already
+    experts: str  # "trained", "rounded", "copied" (they were in MXFP4 already) or "decoded" (they are not quantized)
     dense_rounded: bool
     expert_matrices: int
     bytes_by_dtype: dict[str, int]
@@ -37,19 +36,27 @@ class Facts:
     config: dict = field(default_factory=dict)
 
 
+DECODED = ("`{base}` with every packed or scaled tensor multiplied out to bfloat16. Nothing was rounded to MXFP4: this is a "
+           "checkpoint to train from, for jobs that read plain numbers only.")
+
+
 def card(facts: Facts) -> str:
     """The whole README.md."""
+    if facts.experts == "decoded":
+        return "\n\n".join([_front_matter(facts), f"# {facts.name}, in plain numbers", DECODED.format(base=facts.base)]) + "\n"
     parts = [_front_matter(facts), f"# {facts.name}, experts in MXFP4", _what(facts)]
-    parts += [_qat_table(facts.qat)] if facts.qat and not facts.rounded else []
-    parts += [_training(facts.qat)] if facts.qat and not facts.rounded and facts.qat.get("training") else []
+    trained = facts.qat and facts.experts != "rounded"
+    parts += [_qat_table(facts.qat)] if trained else []
+    parts += [_training(facts.qat)] if trained and facts.qat.get("training") else []
     parts += [_acceptance_table(facts)] if facts.drafter and facts.block_size else []
     parts += [_limits(facts), _serving(facts)]
     return "\n\n".join(parts) + "\n"
 
 
 def _front_matter(facts: Facts) -> str:
-    tags = ["mxfp4", "fp4-quantization", "moe", facts.config.get("model_type", "moe"),
-            "quantization-aware-training" if not facts.rounded else "post-training-quantization"]
+    tags = ["mxfp4", "fp4-quantization", "quantization-aware-training" if facts.experts != "rounded" else
+            "post-training-quantization"] if facts.experts != "decoded" else []
+    tags += ["moe", facts.config.get("model_type", "moe")]
     tags += ["custom_code"] if "auto_map" in facts.config else []
     tags += ["dflash", "speculative-decoding"] if facts.block_size else []
     fields = {**facts.licence, "library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -80,9 +87,9 @@ def _hub_name(base: str) -> bool:
 
 def _what(facts: Facts) -> str:
     sizes = ", ".join(f"{dtype} {size / GB:.3f} GB" for dtype, size in sorted(facts.bytes_by_dtype.items()))
-    if facts.copied:
+    if facts.experts == "copied":
         how = "They are the base's own codes; nothing was rounded."
-    elif facts.rounded:
+    elif facts.experts == "rounded":
         how = f"They were rounded after training (scale rule `{facts.scale_rule}`), without further training."
     else:
         how = ("They were trained on that grid (quantization-aware distillation); nothing was rounded when this checkpoint was "
@@ -123,7 +130,7 @@ def _training(summary: dict) -> str:
     losses = ", ".join(f"{name} {weight:g}" for name, weight in how["loss"].items())
     per_update = summary["tokens"] // summary["steps"] if summary.get("steps") else 0
     covered = " Losses cover the assistant's answers alone." if how.get("loss_on") == "answers" else ""
-    start = "" if how["warm_start"] == "none" else f" First codes were chosen by {how['warm_start']} on the same text."
+    start = "" if how["warm_start"] == "none" else f" Initial codes were chosen by {how['warm_start']} on the same text."
     step = summary.get("result_of_step", summary.get("steps"))
     best = f" The weights are those of step {step}, the best on held-out text." if step != summary.get("steps") else ""
     trained = "only the routed experts learned" if how["train"] == "experts" else "all weights learned"
@@ -137,13 +144,13 @@ def _limits(facts: Facts) -> str:
     """What was not looked at, in words."""
     lines = ["## Limits", "", "- Rounding changes what a model says. No benchmark, safety or long-context evaluation was run "
              "for this card; evaluate it on your task beside the original."]
-    if facts.qat and not facts.rounded:
+    if facts.qat and facts.experts != "rounded":
         lines.append("- The figures above are of held-out text of the training data's kind; other languages and subjects may "
                      "have lost more.")
         if facts.qat.get("helped") is False:
             lines.append("- **Training did not help: on held-out text plain rounding of the original is nearer to it.**")
     else:
-        lines.append("- Nothing was measured on these weights." if not facts.copied else
+        lines.append("- Nothing was measured on these weights." if facts.experts != "copied" else
                      "- Nothing was measured on these files; their values are the base's.")
     if facts.block_size:
         lines.append("- The drafter changes speed and not what is said. How many drafts are accepted depends on the text.")

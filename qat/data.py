@@ -28,8 +28,8 @@ from modeling.prompt_files import open_data
 from recipes.schema import Data, Source
 from storage.digests import json_digest
 from storage.reading import first_line
+from training.data_files import expand, format_of, json_rows
 from training.epoch_order import EpochOrder
-from training.files import expand, format_of, json_rows
 
 WHERE = "_where"  # in a dialogue on its way to the packer: key, file and line, for messages
 # What a dialogue is made of (`modeling.dialogue_tokens`).

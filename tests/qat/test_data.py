@@ -20,8 +20,8 @@ from qat.data import (
     split_rows,
 )
 from recipes.schema import Data, Source
+from training.data_files import expand
 from training.epoch_order import EpochOrder
-from training.files import expand
 
 
 class CharTokenizer:
