@@ -54,6 +54,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--from and --weights exclude each other: weights are either untrained or trained")
     if args.decode and (args.base is None or args.layout not in (None, "bf16")):
         parser.error("--decode: writes --from BASE in plain bf16, expected --from BASE and no --layout")
+    if args.decode:
+        args.overrides += ["export.layout=bf16", "export.dense=base"]
     if args.layout is not None:
         args.overrides.append(f"export.layout={args.layout}")
     if args.processes is not None:
