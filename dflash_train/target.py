@@ -41,6 +41,9 @@ class TargetFiles:
         if not end_ids:
             raise ValueError(f"{path}: neither generation_config nor the tokenizer names a token that ends an answer")
 
+    def rest(self) -> None:
+        """To be called where ranks whose passes through a divided target may differ in number do something together again."""
+
     def fingerprint(self) -> str:
         """Digest of every byte of the files that decide what the target says: weights, configuration, tokenizer, code."""
         if self._fingerprint is None:
@@ -131,27 +134,34 @@ def target_files(recipe: Recipe) -> TargetFiles:
     return TargetFiles(folder, tokenizer, end_ids(generation, tokenizer), taps, config.get_text_config().vocab_size)
 
 
-def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:
-    """The target that `dflash.target` names.
+def load_target(recipe: Recipe, device: torch.device | str = "cpu", ranks: int = 1) -> Target:
+    """The target that `dflash.target` names: whole, or with `cluster.sharding` divided among the `ranks` processes of a launch.
 
     Raises:
         ValueError: no such folder; tapped layers that it does not have; a tokenizer without an end token; a model whose
             logits are not its head's (see `modeling.output_head`).
     """
     folder = target_folder(recipe)
-    model = load_model(folder, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=recipe.model.trust_remote_code)
+    divided = ranks > 1 and recipe.cluster is not None and recipe.cluster.sharding != "ddp"
+    if divided:
+        from dflash_train.sharded import ShardedTarget, load_divided  # builds on this module
+
+        model, kind = load_divided(recipe, folder, ranks), ShardedTarget
+    else:
+        model = load_model(folder, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=recipe.model.trust_remote_code)
+        model, kind = model.to(device), Target
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
     if recipe.dflash.target == "ptq":
         for tensor in find_expert_tensors(model):
-            fake_quantize_(tensor.parameter.data, tensor.parameter.data, scale_rule=recipe.quantization.scale_rule,
-                           axis=tensor.axis)
+            weight = getattr(tensor.parameter.data, "_local_tensor", tensor.parameter.data)  # whole experts in either case
+            fake_quantize_(weight, weight, scale_rule=recipe.quantization.scale_rule, axis=tensor.axis)
     require_key_value_layers(model.config, folder)
     if not hasattr(model.base_model, "layers"):
         raise ValueError(f"model.path: {folder}: {type(model).__name__} has its decoder layers under another name than "
                          "`layers`; a drafter's target is read layer by layer")
     layers = len(model.base_model.layers)
     taps = tapped_layers(recipe.drafter.target_layer_ids, layers)
-    target = Target(model.to(device), tokenizer, taps, folder)
+    target = kind(model, tokenizer, taps, folder)
     require_plain_head(target.model)
     _require_plain_cache(target)
     return target

@@ -39,6 +39,7 @@ from qat.methods import needed as methods_needed
 from qat.optimizer import make_optimizer
 from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
+from qat.teacher_states import STATES, TeacherStates
 from qat.warm_start import choose_first_codes
 from recipes.schema import Recipe
 from storage.digests import combined, model_digests
@@ -121,6 +122,9 @@ class Trainer(TrainingRun):
         self._load_data()
         self.compare_inputs(newest, lambda: {"base weights": model_digests(local_folder(recipe.model.path)),
                                              "training data": rows_digest(self.loader.dataset)})
+        self.states = TeacherStates(self) if settings.teacher == "disk" else None
+        self.needs_teacher = (self.states is None or not self.states.written or settings.heldout_every > 0
+                              or newest is None and settings.warm_start.method != "none")
         if settings.train == "all" and recipe.model.dtype != "float32":
             raise ValueError("qat.train: all needs model.dtype: float32 (only experts have float32 masters; small updates of "
                              "other bf16 weights would be rounded away)")
@@ -140,6 +144,8 @@ class Trainer(TrainingRun):
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
         self._open_folder(resume, newest)
+        if self.states is not None:
+            self.states.replace_teacher()
 
     def load_model(self) -> nn.Module:
         return load_model(self.recipe.model.path, dtype=getattr(torch, self.recipe.model.dtype),
@@ -150,10 +156,20 @@ class Trainer(TrainingRun):
         require_plain_head(model.to(self.accelerator.device))
         use_all_experts(model)
         self._choose_trainable(without_noise(model))
-        self.teacher = make_teacher(model)
+        self.teacher = make_teacher(model) if self.needs_teacher else None
         self.quantizer = make_quantizer(model, self.recipe)
-        self.originals = [self.teacher.get_parameter(t.name).data for t in self.quantizer.tensors]
         self.others = [p for _, p in self.trained_others(model)]
+
+    def teacher_again(self) -> nn.Module:
+        """The original model from its files, where it did not stay in memory."""
+        model = self.load_model().to(self.accelerator.device)
+        use_all_experts(model)
+        return model.eval().requires_grad_(False)
+
+    def originals(self) -> list[torch.Tensor]:
+        """The unquantized experts (this rank's), in the quantizer's order."""
+        weights = (self.teacher.get_parameter(t.name).data for t in self.quantizer.tensors)
+        return [getattr(weight, "_local_tensor", weight) for weight in weights]
 
     def trained_others(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         experts = {t.name for t in self.quantizer.tensors}
@@ -166,7 +182,7 @@ class Trainer(TrainingRun):
             rows = packed_dataset(recipe.data.train, self.tokenizer, recipe.data, rendering=rendering, seed=recipe.seed)
             self.domains = heldout_domains(recipe.data.heldout, self.tokenizer, recipe.data, rendering)
         self.loader = make_loader(rows, batch_size=recipe.qat.batch_size, seed=recipe.seed, shuffle=recipe.data.shuffle,
-                                  processes=self.accelerator.num_processes)
+                                  processes=self.accelerator.num_processes, numbered=recipe.qat.teacher == "disk")
 
     def _choose_trainable(self, model: nn.Module) -> None:
         """Freezes what the recipe does not train; expert weights get their gradient from the quantizer."""
@@ -187,7 +203,7 @@ class Trainer(TrainingRun):
             self.agree_on_masters()
             self.state.health.rebase()  # what the start changed is not training's doing
         if not resume:
-            self.set_earlier_aside()
+            self.set_earlier_aside(keep=(STATES,))
         if self.main:
             self._print_header(newest)
         self.open_records(newest is not None, self.recipe.name)
@@ -226,10 +242,10 @@ class Trainer(TrainingRun):
         if newest is not None:
             print(f"resuming {newest} at step {self.state.step} of {self.recipe.qat.steps}")
 
-    def batches(self) -> Iterator[torch.Tensor]:
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         return endless_batches(self.accelerator, self.loader, consumed=self.state.batches)
 
-    def update(self, batches: Iterator[torch.Tensor]) -> dict[str, torch.Tensor | float]:
+    def update(self, batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | float]:
         """One optimizer update; returns its losses (means over the tokens of all processes)."""
         settings = self.recipe.qat
         sums: dict[str, torch.Tensor] = {}
@@ -278,16 +294,20 @@ class Trainer(TrainingRun):
         if strength := pull_strength(self.state.step, settings.steps, settings.grid_pull):
             pull_to_grid(self.quantizer, learning_rate * strength)
 
-    def _losses(self, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-        weights = self.recipe.qat.loss
-        with torch.no_grad():
-            taught = run_hidden(self.teacher, ids_BT, layers=weights.hidden > 0)
+    def _losses(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights, ids_BT, teacher = self.recipe.qat.loss, batch["input_ids"], self.teacher
+        if self.states is None:
+            with torch.no_grad():
+                taught = run_hidden(teacher, ids_BT, layers=weights.hidden > 0)
+            taught_BTH = taught.last
+        else:
+            teacher, taught_BTH = self.model, self.states.of_rows(batch["row"])
         seen = run_hidden(self.model, ids_BT, layers=weights.hidden > 0)
         # The last position has no next token, but the teacher's distribution there is as good a lesson as any.
         labels = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=-100)
         predicted = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
         arguments = (seen.last.flatten(0, 1), output_head(self.model), labels.flatten())
-        options = dict(teacher_NH=taught.last.flatten(0, 1), teacher_head=output_head(self.teacher),
+        options = dict(teacher_NH=taught_BTH.flatten(0, 1), teacher_head=output_head(teacher),
                        temperature=weights.temperature, chunk_tokens=weights.chunk_tokens)
         if weights.gradient == "immediate":
             loss, sums = immediate_statistics(*arguments, **options, kl_weight=weights.kl / ids_BT.numel(),
@@ -302,7 +322,7 @@ class Trainer(TrainingRun):
             values["hidden"] = hidden_loss(seen.layers, taught.layers)
             loss = loss + weights.hidden * values["hidden"]
         if weights.hidden_kl:
-            values["hidden_kl"] = hidden_kl(seen.last.flatten(0, 1), taught.last.flatten(0, 1))
+            values["hidden_kl"] = hidden_kl(seen.last.flatten(0, 1), taught_BTH.flatten(0, 1))
             loss = loss + weights.hidden_kl * values["hidden_kl"]
         return values | {"loss": loss}
 
@@ -374,6 +394,8 @@ class Trainer(TrainingRun):
         if self.state.average:
             self.quantizer.requantize(self.state.average)
         began = time.perf_counter()
+        if self.teacher is None:
+            self.teacher = self.teacher_again()
         summary = self.compare(batch_size=self.recipe.qat.batch_size, accelerator=self.accelerator,
                                chunk_tokens=self.recipe.qat.loss.chunk_tokens)
         evaluated = time.perf_counter() - began
@@ -397,7 +419,7 @@ class Trainer(TrainingRun):
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png)")
 
     def compare(self, **options) -> dict:
-        return evaluate.compare(self.model, self.teacher, self.quantizer, self.originals, self.domains,
+        return evaluate.compare(self.model, self.teacher, self.quantizer, self.originals(), self.domains,
                                 dtype=self.recipe.qat.evaluation_dtype, **options)
 
     def save_model(self) -> None:

@@ -99,7 +99,8 @@ def of_transformers(config) -> Published:
                 if part is None:
                     published.fused[name], published.shapes[name] = Fused(fused, axis), (experts, rows, columns)
                 elif part.expert < 0 or axis != -1:
-                    raise ValueError(f"model_type {config.model_type}: {name} is made of {fused} in a way that is not known here")
+                    raise ValueError(f"model_type {config.model_type}: {name} is made of {fused} in a way that is not known "
+                                     "here")
                 else:
                     published.experts[name] = part
                     published.shapes[name] = part.rows.stop - part.rows.start, columns
@@ -141,7 +142,7 @@ def _places_of(model, fused: str, shape: tuple[int, int]) -> dict[str, Place | N
 
 
 def _part(fused: str, places: torch.Tensor, rows: int) -> Place:
-    """Where the rows of a published matrix, which hold their own numbers, come from; expert -1: not from a run of one expert's."""
+    """Where the rows of a published matrix, which hold their own numbers, come from; expert -1: not a run of one expert's."""
     expert, row = divmod(int(places.flatten()[0]), rows)
     count = places.shape[0]
     one = places.ndim == 2 and places.shape[1] == 1 and row + count <= rows
