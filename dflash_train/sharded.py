@@ -48,6 +48,7 @@ class ShardedTarget(Target):
     def __init__(self, model: nn.Module, tokenizer, taps: list[int], path: Path):
         super().__init__(model, tokenizer, taps, path)
         self.embed_tokens, self.head = whole_copy(self.embed_tokens), whole_copy(self.head)
+        self.norm = self.norm and whole_copy(self.norm)
         nothing = torch.tensor([[self.end_ids[0]]], device=self.device)
         self.lockstep = Lockstep(lambda: self._pass(nothing), self.device)
 

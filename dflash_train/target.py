@@ -64,6 +64,7 @@ class Target(TargetFiles):
         self.model = model.eval().requires_grad_(False)
         self.base = model.base_model
         self.embed_tokens, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.norm = getattr(self.base, "norm", None)
         self.hidden_size = self.embed_tokens.weight.shape[1]
         self._caught: dict[int, torch.Tensor] = {}
         for layer in taps:
@@ -283,7 +284,7 @@ def new_drafter(recipe: Recipe, target: Target) -> DFlashDraftModel:
     model = DFlashDraftModel(config).float()
     with torch.no_grad():
         model.mask_embedding.copy_(target.embed_tokens.weight.float().mean(0))
-        norm = norm_scale(getattr(target.base, "norm", None))
+        norm = norm_scale(target.norm)
         if norm is not None and norm.shape == model.norm.weight.shape:
             model.norm.weight.copy_(norm)
         model.fc.weight.mul_(0.3)

@@ -29,6 +29,7 @@ from storage.reading import first_line, read_json
 _NAME = re.compile(r"step-(\d+)$")
 COMPLETE, RECIPE = "complete.json", "resolved.yaml"
 MODEL, STATE = "model.safetensors", "training_state.safetensors"
+SHARDS = "shards"  # a folder that `training.sharding.checkpoint` writes instead of them
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -237,6 +238,9 @@ def read_states(accelerator, path: Path, *, model, states: dict) -> None:
     if processes != accelerator.num_processes:
         raise ValueError(f"{path}: written by {processes} processes, now running {accelerator.num_processes}; "
                          "a run resumes exactly only with the same number of processes")
+    if (path / SHARDS).is_dir():
+        raise ValueError(f"{path}: written by a run that divides what it trains; resume it as it was trained "
+                         "(cluster.sharding=fsdp2, or dflash.shard_drafter=true), or start a new run without --resume")
     if not (path / STATE).is_file():
         raise ValueError(f"{path}: no {STATE}: a checkpoint of an earlier version, whose pickled states are not read, because "
                          "they could run code; start a new run without --resume")

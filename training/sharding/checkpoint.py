@@ -23,15 +23,16 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from training.checkpoint import SHARDS
 from training.sharding.shards import LocalShard
 from training.state_files import host_copy, load_state, random_state, save_state, set_random_state
 
-FOLDER, TRAINER = "shards", "trainer.safetensors"
+TRAINER = "trainer.safetensors"
 
 
 def is_sharded(path: Path) -> bool:
     """Whether a checkpoint was written by a sharded run."""
-    return (path / FOLDER).is_dir()
+    return (path / SHARDS).is_dir()
 
 
 def state_writer(accelerator, tensors: dict[str, dict[str, torch.Tensor]], shards: list[LocalShard], own: dict, *,
@@ -55,7 +56,7 @@ def state_writer(accelerator, tensors: dict[str, dict[str, torch.Tensor]], shard
     name, main = random_states(accelerator), accelerator.is_main_process
 
     def write(folder: Path, group=None) -> None:
-        writer = HuggingFaceStorageWriter(path=str(folder / FOLDER), save_distributed=True)
+        writer = HuggingFaceStorageWriter(path=str(folder / SHARDS), save_distributed=True)
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
         save_state(folder / name, generators)
         if main:
@@ -82,8 +83,8 @@ def read_state(path: Path, shards: list[LocalShard]) -> tuple[dict, dict[str, di
         ValueError: written without sharding, damaged, or of another model.
     """
     if not is_sharded(path):
-        raise ValueError(f"{path}: written without sharding; resume it with cluster.sharding=ddp, or start a new run "
-                         "without --resume")
+        raise ValueError(f"{path}: written without sharding; resume it as it was trained (cluster.sharding=ddp, or "
+                         "dflash.shard_drafter=false), or start a new run without --resume")
     saved, tensors = load_state(path / TRAINER), read_tensors(path, shards)
     for shard in shards:
         shard.local.data.copy_(tensors["master"][shard.name])
@@ -96,11 +97,11 @@ def read_tensors(folder: Path, shards: list[LocalShard]) -> dict[str, dict[str, 
     Raises:
         ValueError: damaged files, or tensors of parameters that this model does not have, or in another shape.
     """
-    reader = HuggingFaceStorageReader(str(folder / FOLDER))
+    reader = HuggingFaceStorageReader(str(folder / SHARDS))
     try:
         stored = reader.read_metadata().state_dict_metadata
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder / FOLDER}: not a whole distributed checkpoint: {error}") from None
+        raise ValueError(f"{folder / SHARDS}: not a whole distributed checkpoint: {error}") from None
     by_name = {shard.name: shard for shard in shards}
     local: dict[str, dict[str, torch.Tensor]] = {}
     state = {}
