@@ -52,6 +52,8 @@ def plain_infos(source: Source) -> dict[str, tuple[tuple[int, ...], str]]:
         for suffix in ("_packed", "_blocks"):
             name = name.removesuffix(suffix)
         kind = container(source, name)
+        if stored.endswith("_scale_inv") and container(source, stored.removesuffix("_scale_inv")) == "fp8":
+            continue
         if kind is not None:
             found[name] = plain_shape(source, name, kind), kind
         elif not stored.endswith(_COMPANIONS):

@@ -488,7 +488,7 @@ def test_older_caches_of_features_make_room_within_the_limit(tmp_path):
         (tmp_path / name / "taps.bf16").write_bytes(bytes(1000))
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
     said: list[str] = []
-    features._make_room(tmp_path / "now", 2500, said.append)
+    state_cache._make_room(tmp_path / "now", 2500, said.append)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["middle", "newest"] and len(said) == 1 and "oldest" in said[0]
-    features._make_room(tmp_path / "now", 100, said.append)
+    state_cache._make_room(tmp_path / "now", 100, said.append)
     assert not list(tmp_path.iterdir())

@@ -134,12 +134,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, shards: list[LocalShard]
             if isinstance(value, torch.Tensor) and value.ndim:
                 tensors.setdefault(f"optimizer.{key}", {})[name] = value
             else:
-                numbers.setdefault(key, {})[name] = float(value)
+                numbers.setdefault(key, {})[name] = value if isinstance(value, int) else float(value)
     return tensors, numbers
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, shards: list[LocalShard], tensors: dict, numbers: dict) -> None:
-    """The inverse of `optimizer_tensors`; numbers come back as 0-d float32 tensors, as torch's optimizers keep steps."""
+    """The inverse of `optimizer_tensors`; floats come back as 0-d float32 tensors, as torch's optimizers keep steps."""
     by_name = {shard.name: shard.local for shard in shards}
     for kind, named in tensors.items():
         if kind.startswith("optimizer."):
@@ -147,4 +147,4 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, shards: list[LocalShard]
                 optimizer.state[by_name[name]][kind.removeprefix("optimizer.")] = tensor
     for key, named in numbers.items():
         for name, number in named.items():
-            optimizer.state[by_name[name]][key] = torch.tensor(number, dtype=torch.float32)
+            optimizer.state[by_name[name]][key] = number if isinstance(number, int) else torch.tensor(number)
