@@ -47,7 +47,7 @@ def special_of(config: dict) -> dict:
     """`dflash_config`, with what older files keep at the top level.
 
     Raises:
-        ValueError: no tapped layers, mask token or block size, or of another form.
+        ValueError: no target layers, mask token or block size, or of another form.
     """
     special = config.get("dflash_config")
     if not isinstance(special, dict):
@@ -103,8 +103,8 @@ def mask_faults(special: dict, mask: dict, hidden_size: int) -> Iterator[Fault]:
         yield Fault(f"{MASK}: embedding of {vector.dtype}, expected bfloat16", grave=False)
 
 
-def dialect_faults(config: dict) -> Iterator[Fault]:
-    """Keys that engines read differently: one that is missing, or that says another thing than its twin."""
+def alias_faults(config: dict) -> Iterator[Fault]:
+    """Keys that engines read differently: one that is missing, or that contradicts its alias."""
     special = special_of(config)
     if config.get("architectures") != [ARCHITECTURE]:
         yield Fault(f"architectures={config.get('architectures')!r}, expected [{ARCHITECTURE!r}]: vLLM and SGLang choose the "
@@ -155,12 +155,12 @@ def _rotary_faults(config: dict, special: dict) -> Iterator[Fault]:
         yield Fault("rope_parameters is missing", grave=False)
     base = special.get("backbone_rotary_base") or rope.get("rope_theta") or config.get("rope_theta")
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    for key, value, wanted in (("rope_parameters.rope_theta", rope.get("rope_theta", base), base),
+    for key, value, expected in (("rope_parameters.rope_theta", rope.get("rope_theta", base), base),
                                ("rope_theta", config.get("rope_theta", base), base),
                                ("partial_rotary_factor", config.get("partial_rotary_factor", share), share)):
-        if value != wanted:
+        if value != expected:
             other = "dflash_config.backbone_rotary_base" if "theta" in key else "rope_parameters"
-            yield Fault(f"{key}={value!r} contradicts {other}, which has {wanted!r}: vLLM and SGLang rotate by {key}, the "
+            yield Fault(f"{key}={value!r} contradicts {other}, which has {expected!r}: vLLM and SGLang rotate by {key}, the "
                         f"published code by {other}", grave=False)
 
 
@@ -237,11 +237,11 @@ def speculators_config(config: dict, verifier: str, architecture: str | None) ->
                 "verifier": {"name_or_path": verifier, "architectures": [architecture] if architecture else []}}}
 
 
-def draft_round(drafter, taps: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Hidden states [1, T, H] of one block at the last of `ids` [1, S + 1], given taps [1, S, n, H]."""
-    S = taps.shape[1]
+def draft_round(drafter, target_hidden: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Hidden states [1, T, H] of one block at the last of `ids` [1, S + 1], given target_hidden [1, S, n, H]."""
+    S = target_hidden.shape[1]
     positions = torch.arange(S)[None]
-    context = drafter.context_keys_values(drafter.fuse(taps.flatten(2)), positions)
+    context = drafter.context_keys_values(drafter.fuse(target_hidden.flatten(2)), positions)
     embeds = drafter.embed_block(ids[:, -1], torch.nn.Embedding.from_pretrained(table))
     return drafter.block_hidden(embeds, S + torch.arange(drafter.block_size)[None], context, positions)
 

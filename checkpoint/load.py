@@ -24,10 +24,10 @@ import torch
 from safetensors import SafetensorError
 
 from checkpoint.containers import Decoded, DecodedExperts, plain_infos, read_plain
+from checkpoint.detect_format import local_folder, open_source
 from checkpoint.families.published import meta_model
 from checkpoint.families.registry import family_of
 from checkpoint.inventory import is_mimo
-from checkpoint.open import local_folder, open_source
 from checkpoint.sources import Source
 from checkpoint.tensor_files import TensorFiles, read_header
 from modeling.names import expert_parts

@@ -86,7 +86,7 @@ def cached_features(target: Target, dialogues: list[Dialogue], rows: PackedRows,
             return {kind: [states[i] for i in items] for kind, states in found.items()}
 
         write_states(folder, items=by_length(dialogues, lambda d: len(d.tokens)), lengths=lengths, dtype=torch.bfloat16,
-                     widths={"taps": len(target.taps) * target.hidden_size, "last": target.hidden_size}, compute=compute,
-                     key="dflash.features_gib", limit_gib=limit_gib, accelerator=accelerator, rest=target.rest, say=say,
+                     widths={"taps": len(target.target_layers) * target.hidden_size, "last": target.hidden_size},
+                     compute=compute, key="dflash.features_gib", limit_gib=limit_gib, accelerator=accelerator, rest=target.rest, say=say,
                      label="features")
     return DiskFeatures(target, rows, folder, accelerator)

@@ -20,8 +20,8 @@ from dflash_train.target import Target
 from dflash_train.trainer import Trainer
 from modeling.fused_experts import fused_experts
 from modeling.modeling_mimo_v2 import CACHE_NAME
-from qat.geometry import model_at
 from qat.losses import HiddenCapture
+from qat.meta_model import model_at
 from recipes.schema import Recipe
 from training.sharding import checkpoint as sharded_checkpoint
 from training.sharding.layout import layout_of, require_divisible
@@ -45,8 +45,8 @@ def load_divided(recipe: Recipe, folder: Path, ranks: int) -> nn.Module:
 class ShardedTarget(Target):
     """A target in shards; see `Lockstep` for what `run` and `rest` mean to the other ranks."""
 
-    def __init__(self, model: nn.Module, tokenizer, taps: list[int], path: Path):
-        super().__init__(model, tokenizer, taps, path)
+    def __init__(self, model: nn.Module, tokenizer, target_layers: list[int], path: Path):
+        super().__init__(model, tokenizer, target_layers, path)
         self.embed_tokens, self.head = whole_copy(self.embed_tokens), whole_copy(self.head)
         self.norm = self.norm and whole_copy(self.norm)
         nothing = torch.tensor([[self.end_ids[0]]], device=self.device)
@@ -66,7 +66,7 @@ class ShardedTarget(Target):
         self._caught.clear()
         with HiddenCapture(self.model) as seen:
             self.model(input_ids=ids_BT, use_cache=cache is not None, logits_to_keep=1, **{CACHE_NAME: cache}, **kwargs)
-        return torch.cat([self._caught[layer] for layer in self.taps], dim=-1), seen.last
+        return torch.cat([self._caught[layer] for layer in self.target_layers], dim=-1), seen.last
 
 
 class ShardedDraftTrainer(Trainer):

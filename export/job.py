@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from checkpoint.checksums import CHECKSUMS, internal, write_checksums
+from checkpoint.detect_format import local_folder, open_source
 from checkpoint.families.registry import family_of, refuse_layout, resolve_layout
 from checkpoint.inventory import configuration
-from checkpoint.open import local_folder, open_source
 from checkpoint.trained import Weights, packed_codes_stored
 from checkpoint.verify import verify
 from export import config_files, drafter_files, model_card

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
 
     def job(recipe: Recipe) -> int:
         if args.plan:
-            from checkpoint.open import local_folder
+            from checkpoint.detect_format import local_folder
             from export import plan
 
             return plan.run(recipe, local_folder(str(args.base)) if args.base else args.weights)

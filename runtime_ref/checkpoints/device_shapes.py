@@ -13,8 +13,8 @@ import torch
 from checkpoint.families.registry import FAMILIES
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from runtime_ref.core.tensor_parallel import SHARES, Ranks
+from runtime_ref.kernels.launches import Heads
 from runtime_ref.kernels.repack import Tile
-from runtime_ref.kernels.row_launches import Heads
 from runtime_ref.kernels.tp_reduction import FP8_BLOCK, LEAST_DEPTH, expert_share, parts_of
 
 

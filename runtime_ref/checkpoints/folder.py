@@ -107,14 +107,14 @@ def verify_checksums(folder: str | Path) -> None:
     if not (folder / CHECKSUM_FILE).is_file():
         raise ValueError(f"{folder}: no {CHECKSUM_FILE}, nothing to compare with")
     for line in (folder / CHECKSUM_FILE).read_text(encoding="utf-8").splitlines():
-        wanted, _, name = line.partition("  ")
+        expected, _, name = line.partition("  ")
         path = folder / name.strip().lstrip("*")
         if not path.is_file():
             raise ValueError(f"{folder}: {name} is missing, {CHECKSUM_FILE} lists it")
         with path.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != wanted:
-            raise ValueError(f"{path}: sha256 {found[:16]}..., expected {wanted[:16]}...: the file is damaged")
+        if found != expected:
+            raise ValueError(f"{path}: sha256 {found[:16]}..., expected {expected[:16]}...: the file is damaged")
 
 
 def drafter_folder(folder: str | Path) -> Path | None:

@@ -1,6 +1,6 @@
-"""An exported folder -> one rank's weights, in the form that the ops of `model.py` take.
+"""An exported folder -> one rank's weights, in the form that the ops of `backends/torch/ops.py` take.
 
-Here: the native layout of MiMo-V2. What other models' folders look like is in `families.py`.
+Here: the native layout of MiMo-V2. What other models' folders look like is in `readers.py`.
 
 Experts stay packed: their codes and scales are the source of truth and are never encoded again. What the torch backend
 multiplies is decoded from them, expert by expert, and kept in a bounded cache (decoding at every step costs more than the
@@ -9,7 +9,7 @@ product itself on a CPU; a limit of 0 bytes decodes every time and gives the sam
 Everything else is held in float32, decoded once: BF16 exactly, FP8 by its 128 x 128 blocks, whose grid restarts with each
 chunk of a fused qkv. In float32 because CPUs multiply it as fast as bf16 at eight rows, without rounding in between.
 
-Files are memory-mapped and each rank copies only its own rows. Forms (parts as in `parallel.py`, own = this rank's):
+Files are memory-mapped and each rank copies only its own rows. Forms (parts: `core/tensor_parallel.py`; own: this rank's):
 
     queries and keys  [own query heads + own key heads, H, D]     values  [own key heads, H, V]
     column-parallel   [own parts, K, N / parts]                   (gate and up columns of a part side by side)

@@ -1,7 +1,7 @@
 """Every op of a step once more, in float64 and without any trick: what a backend's ops are checked against.
 
-Written from the model's definition, not from `model.py`: no parts, no pages, no padding; one matrix product per projection,
-one softmax over all keys that a query may see.
+Written from the model's definition, not from `backends/torch/ops.py`: no parts, no pages, no padding; one matrix product per
+projection, one softmax over all keys that a query may see.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _routed(y, moe, config):
 
 
 def _mxfp8(rows):
-    """Rounded as kernels with native pages round them, from bf16 or float32 [n, ...] of whole blocks."""
+    """Rounded as kernels with hw_fp4 pages round them, from bf16 or float32 [n, ...] of whole blocks."""
     return dequantize_mxfp8(*quantize_mxfp8(rows.flatten(1).float())).double().view_as(rows)
 
 

@@ -12,9 +12,9 @@ from tolerance import MODEL_FP32
 from toy_export import export, gpt_oss_run, make_run, toy_config
 
 from checkpoint.containers import container
+from checkpoint.detect_format import open_source
 from checkpoint.inventory import require_exportable
 from checkpoint.load import load_model
-from checkpoint.open import open_source
 from checkpoint.verify import verify
 from export.job import Request, run
 from modeling.fused_experts import fused_experts
@@ -144,8 +144,8 @@ def test_a_base_is_exported_without_training_and_packed_experts_are_copied(form,
     assert run(recipe, Request(out=tmp_path / "out", base=folder)) == 0
     axes = {n: axis for n, _, axis in fused_experts(meant)}
     for name, value in stock(tmp_path / "out").state_dict().items():
-        wanted = meant.state_dict()[name]
-        assert torch.equal(value, fake_quantize(wanted, axis=axes[name]) if name in axes else wanted), name
+        expected = meant.state_dict()[name]
+        assert torch.equal(value, fake_quantize(expected, axis=axes[name]) if name in axes else expected), name
     manifest = json.loads((tmp_path / "out/export.json").read_text())
     assert manifest["experts"] == ("copied" if form == "compressed-tensors" else "rounded")
 

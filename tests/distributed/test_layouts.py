@@ -21,8 +21,8 @@ from sharded_cases import SHARDED, train
 from tolerance import EXPERT_PARALLEL_MASTERS
 from toy_families import FAMILIES, write_base
 
+from checkpoint.detect_format import open_source
 from checkpoint.load import load_model
-from checkpoint.open import open_source
 from mxfp4 import fake_quantize
 
 COMMON = ("qat.steps=3", "qat.optimizer.max_grad_norm=1e9", "qat.checkpoint_every=1000")

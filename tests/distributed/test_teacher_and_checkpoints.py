@@ -16,7 +16,7 @@ from sharded_cases import SHARDED, train
 from tolerance import EXPERT_PARALLEL_MASTERS
 from toy_families import write_base
 
-from checkpoint.open import open_source
+from checkpoint.detect_format import open_source
 from training.checkpoint import complete_checkpoints
 
 COMMON = ("qat.steps=4", "qat.optimizer.max_grad_norm=1e9", "qat.checkpoint_every=2", "model.dtype=float32")

@@ -51,8 +51,8 @@ def test_a_drafter_is_written_beside_every_layout_with_a_reference_of_its_target
     config = json.loads((out / "dflash/config.json").read_text())
     assert config["architectures"] == ["DFlashDraftModel"] and config["dflash_config"]["mask_token_id"] == 89
     ours = json.loads((out / "dflash-speculators/config.json").read_text())
-    taps = config["dflash_config"]["target_layer_ids"]
-    assert ours["aux_hidden_state_layer_ids"] == [i + 1 for i in taps] and ours["sliding_window_non_causal"]
+    layers = config["dflash_config"]["target_layer_ids"]
+    assert ours["aux_hidden_state_layer_ids"] == [i + 1 for i in layers] and ours["sliding_window_non_causal"]
     assert load_file(out / "dflash-speculators/model.safetensors").keys() == load_file(
         out / "dflash/dflash_draft_model.safetensors").keys()
 
@@ -107,10 +107,10 @@ def other(tmp_path):
     from dflash_train.target import _earlier_drafter
 
     table = torch.randn(90, 96)
-    wanted = drafter_config(hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    expected = drafter_config(hidden_size=96, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                             num_key_value_heads=2, head_dim=24, vocab_size=90, target_layer_ids=[0, 3], num_target_layers=4,
                             mask_token_id=89, rotary_base=1e5, window=None, attention_sink_bias=False)
-    return lambda folder: (_earlier_drafter(folder, wanted, table), table)
+    return lambda folder: (_earlier_drafter(folder, expected, table), table)
 
 
 def test_a_published_drafter_without_a_sidecar_is_started_from_with_the_targets_row(other, tmp_path):

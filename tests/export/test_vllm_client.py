@@ -111,9 +111,10 @@ def accepted_by_our_drafter(folder: Path, tokens: list[int]) -> float:
     target, drafter = load_model(folder, dtype=torch.bfloat16), load_drafter(folder / "dflash")
     text, rounds, accepted, anchor = PROMPT + tokens, 0, 0, len(PROMPT)
     ids = torch.tensor([text])
-    taps = torch.stack(target.model(ids, tap_layers=drafter.target_layer_ids, use_cache=False).taps, dim=2)
+    out = target.model(ids, aux_layers=drafter.target_layer_ids, use_cache=False)
+    target_hidden = torch.stack(out.aux_hidden_states, dim=2)
     while anchor + 1 < len(text):
-        hidden = draft_round(drafter, taps[:, :anchor], ids[:, :anchor + 1], target.model.embed_tokens.weight)
+        hidden = draft_round(drafter, target_hidden[:, :anchor], ids[:, :anchor + 1], target.model.embed_tokens.weight)
         drafts = target.lm_head(hidden[:, 1:]).argmax(-1)[0].tolist()
         matches = next((i for i, (d, t) in enumerate(zip(drafts, text[anchor + 1:], strict=False)) if d != t),
                        min(len(drafts), len(text) - anchor - 1))

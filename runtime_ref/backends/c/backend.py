@@ -1,8 +1,8 @@
 """The program of `core/program.py`, run in one call of the compiled ops (`ops.c`).
 
 The same ops in the same order as the torch backend; what it saves is the calls (a step of the embedded model is a hundred
-ops of microseconds) and the bytes (weights in bf16 where that is exact, experts packed). With several ranks the list is
-cut where a collective is needed. With `watch`, one call per op, and the buffers in the shapes of `model.py`.
+ops of microseconds) and the bytes (weights in bf16 where that is exact, experts packed). With several ranks the program is
+cut where a collective is needed. With `watch`, one call per op, and the buffers in the shapes of `backends/torch/ops.py`.
 
 Numbers: there is one path for each dtype, on every processor. In bf16 the operands of products are rounded to bf16 (weights as
 the file has them, activations where they enter a product), sums are float32. Processors with bf16 dot products do that in one
@@ -25,7 +25,7 @@ import torch
 from modeling.drafter import load_drafter
 from runtime_ref.backends.base import Backend, Capabilities, Drafter
 from runtime_ref.backends.c import structs
-from runtime_ref.backends.c.structs import LANES, Layer, Memory, Workspace, compiled_ops, has_bf16_dot, pad, up
+from runtime_ref.backends.c.structs import Layer, Memory, Workspace, compiled_ops, has_bf16_dot, pad, up
 from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
 from runtime_ref.core.batch import SequenceChunk
@@ -45,11 +45,6 @@ def refuses(weights: TargetWeights) -> str | None:
     for layer in weights.layers:
         if layer.attention.qk_bias is not None:
             return "projections with biases (gpt-oss) are the torch backend's alone"
-        if not isinstance(layer.mlp, Dense):
-            own = layer.mlp.experts
-            width = own.matrices[0]["gate"].codes.shape[0] // own.parts
-            if width % 32:
-                return f"a share of an expert has {width} rows, not a multiple of 32"
     return None
 
 
@@ -208,7 +203,9 @@ class CBackend(Backend):
         layer.correction = memory.pointer(mlp.correction)
         layer.experts = memory.experts(mlp.experts.matrices)
         layer.mlp_parts, layer.count, layer.top = mlp.experts.parts, mlp.experts.count, config.num_experts_per_tok
-        layer.inner = mlp.experts.matrices[0]["gate"].codes.shape[0]
+        one = mlp.experts.matrices[0]
+        rows, cut = one["gate"].codes.shape[0], one["down"].cut
+        layer.inner, layer.width, layer.column = up(rows), rows // mlp.experts.parts, 0 if cut is None else cut.start
         layer.normalize, layer.groups, layer.group_top = int(config.norm_topk_prob), config.n_group, config.topk_group
         layer.softmax = int(mlp.scores == "softmax")
         layer.factor = 1.0 if config.routed_scaling_factor is None else config.routed_scaling_factor
@@ -273,18 +270,18 @@ class CBackend(Backend):
         """Executes the ops in order; returns the logits of the rows that want them and the target hidden states, side by side
         in the order of their layers (`target_hidden`) and by name (`target_hidden.0`).
 
-        `watch` sees all buffers after each op, in the shapes of `model.py`.
+        `watch` sees all buffers after each op, in the shapes of `backends/torch/ops.py`.
         """
-        numbers, runs, tapped = self._code(program)
+        numbers, runs, caught = self._code(program)
         step, ranks = self.step, self.weights.ranks
         self._fit(planned)
         submit(step, planned)
         logits = torch.empty(planned.wanted, step.head.n)
-        buffers = Buffers(step.H, tapped[2] if tapped else {})
-        if tapped is not None:
-            buffers["target_hidden"] = target_hidden = torch.empty(planned.real, tapped[0] * step.H)
+        buffers = Buffers(step.H, caught[2] if caught else {})
+        if caught is not None:
+            buffers["target_hidden"] = target_hidden = torch.empty(planned.real, caught[0] * step.H)
             step.target_hidden, step.hidden_stride = target_hidden.data_ptr(), target_hidden.shape[1]
-            step.hidden_place = tapped[1].buffer_info()[0]
+            step.hidden_place = caught[1].buffer_info()[0]
         step.logits, base = logits.data_ptr(), numbers.buffer_info()[0]
         if watch is None and ranks.count == 1:
             self.run_code(step, base, len(program))
@@ -355,9 +352,8 @@ def attention_fields(memory: Memory, qk: torch.Tensor, v: torch.Tensor, o: list[
 
 def dense_fields(layer: Layer, memory: Memory, gate_up: torch.Tensor, down: torch.Tensor) -> None:
     """The matrices of a dense MLP: gate_up [parts, H, 2 I / parts] and down [parts, I / parts, H] as in `weights`."""
-    gate, upper = (t.transpose(1, 2).flatten(0, 1) for t in gate_up.chunk(2, dim=2))
-    assert gate.shape[0] % LANES == 0
+    gate, upper = (pad(t.transpose(1, 2).flatten(0, 1), 0) for t in gate_up.chunk(2, dim=2))
     layer.gate_up = memory.matrix(torch.cat((gate, upper)))
     layer.down = memory.matrices([part.T for part in down])
-    layer.mlp_parts, layer.inner = down.shape[0], gate.shape[0]
+    layer.mlp_parts, layer.inner, layer.width = down.shape[0], gate.shape[0], down.shape[1]
 

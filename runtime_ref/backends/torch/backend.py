@@ -15,7 +15,7 @@ from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
 from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import Pool
-from runtime_ref.core.program import Op
+from runtime_ref.core.program import Op, run_ops
 from runtime_ref.core.tensor_parallel import shares
 
 
@@ -98,16 +98,7 @@ class TorchBackend(Backend):
     def run(self, program: list[Op], step: Step, watch: Callable[[Op, dict], None] | None = None, *,
             host: bool = True) -> dict[str, torch.Tensor]:
         """Executes the ops in order; returns all buffers."""
-        buffers = {"ids": step.ids}
-        for op in program:
-            found = self.ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
-            if len(op.writes) == 1:
-                buffers[op.writes[0]] = found
-            else:
-                buffers.update(zip(op.writes, found or (), strict=True))
-            if watch is not None:
-                watch(op, buffers)
-        return buffers
+        return run_ops(program, self.ops, step, watch)
 
     def op_embed(self, step, layer, ids):
         return ops.embed(self.weights.embed, ids, self.dtype)

@@ -249,7 +249,7 @@ def drafter_faults(drafter, vocabulary_row: torch.Tensor, bases: Iterable[float]
         yield Fault(f"draft norms {by:+d}", f"{NORM_CAUSE} (drafter)", lambda v, n=by: v.shift_norms(n))
     for parts in ("qkv", "kv", "v"):
         yield Fault(f"raw {parts}", RAW_CAUSE, lambda v, p=parts: v.raw_context_values(p))
-    yield Fault("features reversed", "tapped layers are concatenated in another order (target_layer_ids)",
+    yield Fault("features reversed", "target layers are concatenated in another order (target_layer_ids)",
                 lambda v: v.reverse_features())
 
 

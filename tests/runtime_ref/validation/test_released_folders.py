@@ -1,4 +1,4 @@
-"""validate.py on folders that this project did not write, in the dialect of the published release: right, with notes only."""
+"""validate.py on folders that this project did not write, in the format of the published release: right, with notes only."""
 
 import json
 import os

@@ -20,8 +20,8 @@ from runtime_ref.core.program import target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import Ranks
 from runtime_ref.engine.engine import Engine, EngineOptions
+from runtime_ref.kernels.launches import paired
 from runtime_ref.kernels.repack import unpack_pages
-from runtime_ref.kernels.row_launches import paired
 from runtime_ref.validation.checks.runtime_ops import run_watched
 from tests.runtime_ref.backends.triton.op_by_op import check_each_op, relative
 
@@ -47,7 +47,7 @@ def ids():
     return torch.randint(1, 119, (21,), generator=torch.Generator().manual_seed(2)).tolist()
 
 
-def test_every_op_equals_its_torch_twin_on_the_inputs_it_had(backends, ids):
+def test_every_op_equals_the_torch_backends_on_the_inputs_it_had(backends, ids):
     assert "project_full" in check_each_op(*backends, target_program(backends[0].config, [1]), ids)
 
 
@@ -98,7 +98,7 @@ def test_a_drafter_and_a_batch_change_no_token(folder, ids):
     assert engine.stats()["rounds"] > 0
 
 
-def test_the_walk_refuses_what_it_has_not(backends):
+def test_the_megakernel_refuses_what_it_has_not(backends):
     with pytest.raises(ValueError, match="neither norms of heads nor a softmax router"):
         Megakernel(backends[0], target_program(backends[0].config))
 
