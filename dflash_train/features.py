@@ -85,8 +85,8 @@ def cached_features(target: Target, dialogues: list[Dialogue], rows: PackedRows,
                     found[kind] |= {i: states[b, :lengths[i]].to("cpu", torch.bfloat16) for b, i in enumerate(batch)}
             return {kind: [states[i] for i in items] for kind, states in found.items()}
 
-        write_states(folder, items=by_length(dialogues, lambda d: len(d.tokens)), lengths=lengths, dtype=torch.bfloat16,
-                     widths={"taps": len(target.target_layers) * target.hidden_size, "last": target.hidden_size},
-                     compute=compute, key="dflash.features_gib", limit_gib=limit_gib, accelerator=accelerator, rest=target.rest, say=say,
-                     label="features")
+        widths = {"taps": len(target.target_layers) * target.hidden_size, "last": target.hidden_size}
+        write_states(folder, items=by_length(dialogues, lambda d: len(d.tokens)), lengths=lengths, widths=widths,
+                     dtype=torch.bfloat16, compute=compute, key="dflash.features_gib", limit_gib=limit_gib,
+                     accelerator=accelerator, rest=target.rest, say=say, label="features")
     return DiskFeatures(target, rows, folder, accelerator)
