@@ -98,7 +98,7 @@ def run_case(name: str, recipe: Path, folder: Path) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0",
                __file__, "--measure", str(recipe), *overrides]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
     if done.returncode != 0:
         raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"peak"')))
