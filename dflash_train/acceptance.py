@@ -110,8 +110,8 @@ def judge(target: Target, drafter: DFlashDraftModel, texts: list[Text], temperat
     lengths = [len(t.prompt) + len(t.answer) for t in texts]
     for batch in in_token_batches(order, lengths, TEXT_BATCH, TEXT_TOKENS):
         chosen = [texts[i] for i in batch]
-        taps, last = run_dialogues(target, [t.prompt + t.answer for t in chosen])
-        B, S = taps.shape[:2]
+        target_hidden, last = run_dialogues(target, [t.prompt + t.answer for t in chosen])
+        B, S = target_hidden.shape[:2]
         count = max(len(t.answer) - 1 for t in chosen)
         anchors = torch.full((B, count), -1)
         ids = torch.zeros(B, count, dtype=torch.long)
@@ -121,7 +121,7 @@ def judge(target: Target, drafter: DFlashDraftModel, texts: list[Text], temperat
             ids[b, count - n:] = torch.tensor(text.answer[:n])
         device = target.device
         starts = torch.zeros(B, S, dtype=torch.long, device=device)
-        hidden = drafter(taps, ids.to(device), anchors.to(device), starts, target.embed_tokens)[:, :, 1:]
+        hidden = drafter(target_hidden, ids.to(device), anchors.to(device), starts, target.embed_tokens)[:, :, 1:]
         for b, text in enumerate(chosen):
             n = len(text.answer) - 1
             _judge_one(target, drafter, text, hidden[b, count - n:], last[b, len(text.prompt):], temperature)

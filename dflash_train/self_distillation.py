@@ -32,7 +32,7 @@ from recipes.schema import Recipe
 from storage.files import write_text
 from storage.reading import json_lines
 from storage.revision import git_revision
-from training.files import expand
+from training.data_files import expand
 from training.report import ProgressBar, environment
 
 KEY = "dflash.regenerate.prompts"
@@ -160,12 +160,12 @@ def plan_batches(recipe: Recipe, rows: list[dict], ids: list[list[int]]) -> list
     settings, room = recipe.dflash.regenerate, recipe.dflash.sequence_length - 2
     batches: list[Batch] = []
     for index, one in enumerate(settings.passes):
-        wanted = [i for i, row in enumerate(rows) if all(str(row.get(k)) == v for k, v in one.where.items())]
-        if not wanted:
+        chosen = [i for i, row in enumerate(rows) if all(str(row.get(k)) == v for k, v in one.where.items())]
+        if not chosen:
             raise ValueError(f"dflash.regenerate.passes.{index}.where: {one.where} matches none of {len(rows)} prompts")
-        if one.prompts is not None and one.prompts < len(wanted):
-            wanted = [wanted[i * len(wanted) // one.prompts] for i in range(one.prompts)]
-        short = [i for i in wanted if len(ids[i]) <= room]
+        if one.prompts is not None and one.prompts < len(chosen):
+            chosen = [chosen[i * len(chosen) // one.prompts] for i in range(one.prompts)]
+        short = [i for i in chosen if len(ids[i]) <= room]
         if not short:
             raise ValueError(f"{KEY}: every prompt is longer than dflash.sequence_length - 2 = {room} tokens")
         order = [short[i] for i in by_length(short, lambda i: len(ids[i])) for _ in range(one.samples)]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Drafter training: `accelerate launch dflash_train/train.py recipes/tiny.yaml`.
 
-A leaf: reads arguments and the recipe, answers mistakes at once (no torch import before the recipe is known to be
+An entry script: reads arguments and the recipe, answers mistakes at once (no torch import before the recipe is known to be
 right), and hands over to `dflash_train.plan` or `dflash_train.trainer`. Exit codes: see `recipes.command`.
 """
 

@@ -144,8 +144,8 @@ class Trainer(TrainingRun):
                              "reserved entry that never occurs in text")
 
     def _features_key(self) -> str:
-        """Digest of what determines the features: target, tapped layers, dialogues and where they are cut."""
-        facts = [self.identity, self.target.taps, self.settings.sequence_length, dialogues_digest(self.dialogues)]
+        """Digest of what determines the features: target, its layers, dialogues and where they are cut."""
+        facts = [self.identity, self.target.target_layers, self.settings.sequence_length, dialogues_digest(self.dialogues)]
         return json_digest(facts)[:12]
 
     def _print_header(self) -> None:
@@ -154,7 +154,7 @@ class Trainer(TrainingRun):
         start = self.settings.start_from
         self.say(f"{self.recipe.name}: drafter of {parameters:,} parameters{f' from {start}' if start else ''}, "
                   f"block {self.drafter.block_size}, window {self.drafter.window}, "
-                  f"features of layers {self.target.taps} of {self.target.path}; "
+                  f"features of layers {self.target.target_layers} of {self.target.path}; "
                   f"{len(self.dialogues)} dialogues, {tokens:,} response tokens, {len(self.rows)} rows")
 
     def batches(self) -> Iterator[list[int]]:
@@ -203,12 +203,12 @@ class Trainer(TrainingRun):
         ids = self.rows.tokens[indices].long().gather(1, anchors.clamp_min(0))
         previous = torch.cat((ids[:, :, None], labels[:, :, :-1].clamp_min(0)), dim=2)
         index = teacher_index(anchors, block, self.rows.tokens.shape[1])
-        taps, last = self.features.of_rows(indices)
+        target_hidden, last = self.features.of_rows(indices)
         teacher = last.gather(1, index.flatten(1)[:, :, None].expand(-1, -1, last.shape[-1]).to(device))
         dtype = getattr(torch, self.recipe.model.dtype)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = drafter(taps.to(dtype), ids.to(device), anchors.to(device), self.rows.starts[indices].long().to(device),
-                             self.target.embed_tokens)
+            hidden = drafter(target_hidden.to(dtype), ids.to(device), anchors.to(device),
+                             self.rows.starts[indices].long().to(device), self.target.embed_tokens)
         flat = (hidden[:, :, 1:].flatten(0, 1), labels.flatten(0, 1).to(device), teacher.view(-1, block - 1, last.shape[-1]),
                 previous.flatten(0, 1).to(device))
         return draft_loss(*flat, self.target.head, drafter, settings.loss)

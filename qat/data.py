@@ -24,8 +24,8 @@ from modeling.dialogue_tokens import AUTO, Rendering, begin_ids, dialogue_tokens
 from modeling.prompt_files import open_data
 from recipes.schema import Data, Source
 from storage.reading import first_line
+from training.data_files import expand, format_of, json_rows
 from training.epoch_order import EpochOrder
-from training.files import expand, format_of, json_rows
 
 # What a dialogue is made of (`modeling.dialogue_tokens`).
 DIALOGUE_FIELDS = ("messages", "conversations", "prompt", "response", "completion", "tools")

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from checkpoint.families.registry import refuse_layout, resolve_layout
 from qat import sharded_plan
 from qat.attach import describe, find_expert_tensors
-from qat.geometry import meta_model
+from qat.meta_model import meta_model
 from qat.sharded_plan import CODE_BYTES, GIB, Placement
 from recipes.schema import Recipe
 from training.preflight import print_readiness
@@ -301,7 +301,7 @@ def _notes(recipe: Recipe) -> list[str]:
     elif recipe.cluster.offload_optimizer:
         notes.append("cluster.offload_optimizer is planned here; qat/train.py does not offload")
     if recipe.qat.warm_start.method != "none":
-        notes.append("second moments of the first codes (before training; qat.warm_start.moments_gib) are not counted")
+        notes.append("second moments of the initial codes (before training; qat.warm_start.moments_gib) are not counted")
     return notes
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Quantization-aware training of the MoE experts: `accelerate launch qat/train.py recipes/tiny.yaml`.
 
-A leaf: reads arguments and the recipe, answers mistakes at once (no torch import before the recipe is known to be
+An entry script: reads arguments and the recipe, answers mistakes at once (no torch import before the recipe is known to be
 right), and hands over to `qat.plan` or `qat.trainer`. Exit codes: see `recipes.command`.
 """
 

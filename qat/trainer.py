@@ -23,9 +23,9 @@ import torch
 from accelerate.utils import broadcast
 from torch import nn
 
+from checkpoint.detect_format import local_folder
 from checkpoint.inventory import require_exportable
 from checkpoint.load import load_model, load_tokenizer
-from checkpoint.open import local_folder
 from checkpoint.tokenizer_files import copy_tokenizer
 from modeling.all_experts import use_all_experts
 from modeling.dialogue_tokens import Rendering
@@ -181,7 +181,7 @@ class Trainer(TrainingRun):
         if newest is not None:
             self.read_state(newest)
         elif self.recipe.qat.warm_start.method != "none":
-            self.say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
+            self.say(f"choosing the initial codes ({self.recipe.qat.warm_start.method})")
             choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
                                seed=self.recipe.seed, model=self.model, say=self.say)
             self.agree_on_masters()

@@ -1,4 +1,4 @@
-"""Error-compensating choice of the first codes: GPTQ on fused experts, with MXFP4's fixed grid, in one dimension or both.
+"""Error-compensating choice of the initial codes: GPTQ on fused experts, with MXFP4's fixed grid, in one dimension or both.
 
 Plain rounding minimises the error of each weight; what counts is what the errors of a matrix do together. Its damage is
 nearly tr(S E H E^T) for an error E [O, I] of the matrix, with H [I, I] and S [O, O] second moments of the matrix's inputs
@@ -80,7 +80,7 @@ def choose_first_codes(teacher: nn.Module, quantizer: ExpertQuantizer, rows: tor
                         input_moments(measured, tensors, rows, to_the_end=not settings.layers_together))
         for name, moments in gathered.items():
             if say and (tensors[0].name == name or time.monotonic() > said + 10):
-                say(f"first codes: {len(by_name) - len(left)} of {len(by_name)} tensors; {len(tensors)} measured over "
+                say(f"initial codes: {len(by_name) - len(left)} of {len(by_name)} tensors; {len(tensors)} measured over "
                     f"{rows.numel():,} tokens")
                 said = time.monotonic()
             tensor, master = by_name[name]

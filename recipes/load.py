@@ -162,7 +162,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple, str]]:
             node = loader.get_single_node()
             lines: dict[tuple, str] = {}
             if node is not None:
-                _walk(node, (), lines, str(path))
+                _key_lines(node, (), lines, str(path))
             data = loader.construct_document(node) if node is not None else {}
         finally:
             loader.dispose()
@@ -178,12 +178,12 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple, str]]:
     return data, lines
 
 
-def _walk(node: yaml.Node, key: tuple, lines: dict[tuple, str], source: str) -> None:
+def _key_lines(node: yaml.Node, key: tuple, lines: dict[tuple, str], source: str) -> None:
     where = f"{source}:{node.start_mark.line + 1}"
     lines.setdefault(key, where)
     if isinstance(node, yaml.SequenceNode):
         for i, child in enumerate(node.value):
-            _walk(child, (*key, i), lines, source)
+            _key_lines(child, (*key, i), lines, source)
     if not isinstance(node, yaml.MappingNode):
         return
     for key_node, child in node.value:
@@ -192,7 +192,7 @@ def _walk(node: yaml.Node, key: tuple, lines: dict[tuple, str], source: str) -> 
             dotted = ".".join(map(str, child_key))
             raise RecipeError(f"{source}:{key_node.start_mark.line + 1}: {dotted}: given twice (first at {lines[child_key]})")
         lines[child_key] = f"{source}:{key_node.start_mark.line + 1}"
-        _walk(child, child_key, lines, source)
+        _key_lines(child, child_key, lines, source)
 
 
 def _apply_override(data: dict[str, Any], lines: dict[tuple, str], override: str) -> None:

@@ -103,7 +103,7 @@ class Quantization(Section):
 
 
 class WarmStart(Section):
-    """Choice of the first codes, before any gradient step."""
+    """Choice of the initial codes, before any gradient step."""
 
     method: Literal["none", "gptq", "fisher"] = Field(
         "none", description="none: plain rounding; gptq: error-compensating rounding, by the second moments of each expert's "
@@ -135,7 +135,7 @@ class Scales(Section):
     """Block scales s + d, with s the scale rule's exponent and d one of -1, 0, 1."""
 
     method: Literal["rule", "searched", "learned"] = Field(
-        "rule", description="rule: d = 0; searched: each block's d of least error, chosen with the first codes and kept; "
+        "rule", description="rule: d = 0; searched: each block's d of least error, chosen with the initial codes and kept; "
         "learned: searched, then moved by gradient (LSQ, arXiv 1902.08153, on powers of two)")
     learning_rate: PositiveFloat = Field(0.02, description="learned: peak rate of d in octaves per update")
 

@@ -19,7 +19,8 @@ ALLOWED = {
     "dflash_train": {"storage", "mxfp4", "modeling", "recipes", "checkpoint", "training", "qat"},
     "export": {"storage", "mxfp4", "modeling", "recipes", "checkpoint", "training"},
     "runtime_ref": {"storage", "mxfp4", "modeling", "recipes", "checkpoint"},
-    "tools": {"storage", "mxfp4", "modeling", "recipes", "checkpoint", "training", "qat", "runtime_ref"},
+    "tools": {"storage", "mxfp4", "modeling", "recipes", "checkpoint", "training", "qat", "dflash_train",
+              "runtime_ref"},
 }
 # The same inside the runtime: a storey may import those named, and itself.
 STOREYS = {

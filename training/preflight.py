@@ -12,7 +12,7 @@ from pathlib import Path
 
 from recipes.schema import Recipe, Source
 from training import report
-from training.files import expand
+from training.data_files import expand
 
 JOBS = ("qat", "dflash")
 

@@ -14,8 +14,8 @@ from storage.locks import Lock
 from storage.revision import git_revision
 from training import checkpoint, report
 from training.accelerator import PATIENCE, StopRequest, from_first
+from training.hangs import Watch
 from training.resume import require_same_inputs
-from training.watch import Watch
 
 HANG_MINUTES = 10.0  # where a recipe has no cluster section
 

@@ -62,7 +62,7 @@ class DraftLength:
         return max(self.costs, key=lambda count: self.expected(count) / self.costs[count])
 
     @property
-    def hopeless(self) -> bool:
+    def disabled(self) -> bool:
         """Whether the sequence should stop to ask for drafts for good."""
         return self.retries >= RETRIES or not worth_trying(self.costs)
 
@@ -111,7 +111,7 @@ class Adaptive:
         self.given, self.costs = costs, costs
         # By whether tokens are drawn: who is right about the likeliest token may be wrong about samples.
         self.rates = {drawn: [ASSUMED] * max(DRAFT_COSTS) for drawn in (False, True)}
-        self.unpromising = 0
+        self.skipped = 0
 
     def begin(self, params: SamplingParams) -> tuple[DraftLength, bool]:
         """What decides on a new sequence's drafts, and whether it may draft at all: its features cost something even while it
@@ -128,15 +128,15 @@ class Adaptive:
                 self.costs = self._measured()
             costs, rates = self.costs or DRAFT_COSTS, list(self.rates[params.temperature > 0])
         length = DraftLength({n: cost for n, cost in costs.items() if n < self.drafter.block}, rates)
-        return length, not length.hopeless and (fixed or bool(length.best) or self._explores())
+        return length, not length.disabled and (fixed or bool(length.best) or self._explores())
 
     def learn(self, params: SamplingParams, drafted: int, accepted: int) -> None:
         """Takes in one round's outcome."""
         weigh_in(self.rates[params.temperature > 0], drafted, accepted, NEWEST_OF_ENGINE)
 
     def _explores(self) -> bool:
-        self.unpromising += 1
-        return self.unpromising % EXPLORE == 1
+        self.skipped += 1
+        return self.skipped % EXPLORE == 1
 
     def _measured(self) -> dict[int, float] | None:
         """Seconds of rounds over those of a plain step, for one sequence; None if there is no room to measure now."""

@@ -28,7 +28,7 @@ from runtime_ref.validation.result import Check, ValidationReport
 
 TITLES = {
     "files": "files beside the weights: checksums, tokenizer, chat template, generation settings",
-    "folder": "schema, inventory, dtypes, scale range, sidecar, sinks, taps",
+    "folder": "schema, inventory, dtypes, scale range, sidecar, sinks, target layers",
     "reference": "reference outputs against the folder's model",
     "logits": "logits, layers and drafts against the independent model (float32)",
     "ops": "every op of each backend against its float64 reference",

@@ -235,6 +235,6 @@ def test_the_plan_takes_a_dense_target_as_training_does(draft_recipe, tmp_path):
     Qwen3Config(vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=2, head_dim=16, architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path / "dense")
     options = [f"model.path={tmp_path / 'dense'}"]
-    assert make_plan(load_recipe(draft_recipe, [*options, "dflash.target=base"])).taps == [0, 1, 2]
+    assert make_plan(load_recipe(draft_recipe, [*options, "dflash.target=base"])).target_layers == [0, 1, 2]
     with pytest.raises(ValueError, match="expert"):
         make_plan(load_recipe(draft_recipe, [*options, "dflash.target=ptq"]))

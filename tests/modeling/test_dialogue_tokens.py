@@ -54,8 +54,8 @@ def tokenizers(tmp_path_factory):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_prompts_are_what_transformers_renders(template, tokenizers):
     tokenizer = tokenizers(template)
-    wanted = tokenizer.apply_chat_template(TURNS[:3], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert prompt_tokens({"messages": TURNS[:3]}, tokenizer) == wanted
+    expected = tokenizer.apply_chat_template(TURNS[:3], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert prompt_tokens({"messages": TURNS[:3]}, tokenizer) == expected
 
 
 @pytest.mark.parametrize("row", [

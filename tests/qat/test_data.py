@@ -11,8 +11,8 @@ import torch
 
 from qat.data import Packer, endless_batches, heldout_domains, make_loader, packed_dataset
 from recipes.schema import Data, Source
+from training.data_files import expand
 from training.epoch_order import EpochOrder
-from training.files import expand
 
 
 class CharTokenizer:

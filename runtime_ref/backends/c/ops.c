@@ -1,7 +1,7 @@
-/* The ops of a step (see model.py), compiled for the CPU at hand; native.py builds the structures and calls run().
+/* The ops of a step (as backends/torch/ops.py), compiled for the CPU at hand; structs.py builds the structures, backend.py calls run().
 
    A decoded token multiplies a few megabytes once, so what decides is bytes read and calls made: weights that are exact in
-   bf16 are held so, experts are read packed and decoded in registers, and a whole task list is one call.
+   bf16 are held so, experts are read packed and decoded in registers, and a whole program is one call.
 
    Row-invariant by construction: every output element is one chain of fused multiply-adds in the order of K (or, for packed
    experts and scores, 16 such chains added by one fixed tree); how many rows run beside it only changes how many chains run

@@ -1,4 +1,4 @@
-"""Memory of each rank that every rank can address: what the megakernel sums over ranks in (`kernels/step.py`).
+"""Memory of each rank that every rank can address: what the megakernel sums over ranks in (`megakernel.py`).
 
 Each rank has a buffer of two halves of float32 and flags, int32 [places, ranks]; a kernel gets the addresses of everybody's as
 a table of int64. On GPUs they are torch's symmetric memory (one NVLink domain). In Triton's interpreter they are a file in

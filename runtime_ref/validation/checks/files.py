@@ -1,8 +1,8 @@
 """Check 0: the files beside the weights, and whether anything changed since the export.
 
 Checksums first: a damaged or edited file explains whatever else is found. `checksums.sha256` says which file differs,
-`checksums.json` (CRC-32 of each tensor's bytes, written while exporting) which tensors in it, and `checks_changes.py` what was
-done to them.
+`checksums.json` (CRC-32 of each tensor's bytes, written while exporting) which tensors in it, and `diagnosis/file_changes.py`
+what was done to them.
 
 Then what turns text into tokens and ends answers. None of it touches a logit, so no comparison of outputs can find it: a
 wrong end token makes answers run on, a chat template of another family makes the tokenizer spell its marks out letter by
@@ -70,9 +70,9 @@ def _checksums(check: Check, context: ValidationContext) -> None:
     lines = (folder / CHECKSUM_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     compared, damaged = 0, []
     for number, line in enumerate(filter(str.strip, lines), 1):
-        wanted, _, name = line.partition("  ")
+        expected, _, name = line.partition("  ")
         path = folder / name.strip().lstrip("*")
-        if not re.fullmatch(r"[0-9a-f]{64}", wanted) or folder.resolve() not in path.resolve().parents:
+        if not re.fullmatch(r"[0-9a-f]{64}", expected) or folder.resolve() not in path.resolve().parents:
             check.fail(f"{CHECKSUM_FILE}:{number}: {line[:80]!r}, expected a SHA-256 and a file of this folder", DAMAGED_CAUSE)
         elif not path.is_file():
             check.fail(f"{name} is missing, {CHECKSUM_FILE} lists it", DAMAGED_CAUSE)
@@ -80,10 +80,10 @@ def _checksums(check: Check, context: ValidationContext) -> None:
             with path.open("rb") as stream:
                 found = hashlib.file_digest(stream, "sha256").hexdigest()
             compared += 1
-            if found != wanted:
+            if found != expected:
                 damaged.append(name)
-                where, causes = _damage(folder, name, wanted)
-                check.fail(f"{name}: sha256 {found[:12]}..., exported with {wanted[:12]}...{where}",
+                where, causes = _damage(folder, name, expected)
+                check.fail(f"{name}: sha256 {found[:12]}..., exported with {expected[:12]}...{where}",
                            None if causes else DAMAGED_CAUSE)
                 for cause in causes:
                     check.fail(f"{name}: undoing this gives the exported bytes: {cause}", cause)
@@ -91,10 +91,10 @@ def _checksums(check: Check, context: ValidationContext) -> None:
     check.measure(Number.FILES_DIFFERENT, len(damaged), 0)
 
 
-def _damage(folder: Path, name: str, wanted: str) -> tuple[str, list[str]]:
+def _damage(folder: Path, name: str, expected: str) -> tuple[str, list[str]]:
     """What of a file that differs can be told: (where in it, the causes that are proved)."""
     if name == "config.json":
-        edited = edited_keys(folder / name, wanted)
+        edited = edited_keys(folder / name, expected)
         return (f": {edited[0]}" if edited else ""), [meaning_of(line) for line in edited if "exported with" in line]
     if not name.endswith(".safetensors"):
         return "", []

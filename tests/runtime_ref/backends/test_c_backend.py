@@ -1,4 +1,4 @@
-"""The compiled ops: the codec's bits, the torch backend's numbers, a row's own bits in any company."""
+"""The compiled ops: the codec's bits, the torch backend's numbers, a row's own bits beside any others."""
 
 import pytest
 import torch
