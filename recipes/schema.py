@@ -185,6 +185,7 @@ class Optimizer(Section):
 
     name: Literal["adamw", "muon"] = Field("adamw", description="muon: Newton-Schulz-orthogonalised momentum per expert")
     learning_rate: PositiveFloat = Field(1e-4, description="peak; for muon in units of AdamW (update RMS matched)")
+    relative: bool = Field(False, description="adamw: learning_rate is a share of each tensor's root mean square at the start")
     min_learning_rate_ratio: Fraction = Field(0.0, description="floor of the schedule as a share of the peak")
     warmup_steps: NonNegativeInt = Field(10, description="linear warm-up from 0")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="wsd: constant, then linear decay")
@@ -192,6 +193,12 @@ class Optimizer(Section):
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW moment decays; muon uses the first")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     max_grad_norm: PositiveFloat = Field(1.0, description="gradients are scaled down to this global norm")
+
+    @model_validator(mode="after")
+    def _units_agree(self):
+        if self.relative and self.name != "adamw":
+            raise ValueError(f"optimizer.relative: expected optimizer.name adamw, not {self.name}")
+        return self
 
 
 class QAT(Section):
@@ -224,6 +231,8 @@ class QAT(Section):
     def _methods_agree(self):
         if self.loss.gradient == "immediate" and self.train != "experts":
             raise ValueError("qat.loss.gradient: immediate gives the head no gradient; use recompute with qat.train: all")
+        if self.optimizer.relative and self.grid_pull.strength:
+            raise ValueError("qat.optimizer.relative: grid_pull is in units of one rate for all; expected relative: false")
         if self.scales.method == "learned" and (self.soft_rounding.method != "none" or self.optimizer.name != "adamw"):
             raise ValueError("qat.scales.method: learned needs qat.optimizer.name: adamw and qat.soft_rounding.method: none")
         return self
