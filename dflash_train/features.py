@@ -163,7 +163,7 @@ def write_features(target: Target, dialogues: list[Dialogue], rows: PackedRows, 
     maps = {n: np.memmap(folder / f"{n}.bf16", np.uint16, "r+", shape=(int(offsets[-1]), w)) for n, w in widths.items()}
     order = by_length(dialogues, lambda d: len(d.tokens))
     batches = list(in_token_batches(order, lengths, batch_size, FORWARD_TOKENS))
-    bar = ProgressBar(len(batches), 0, enabled=True, every=max(1, len(batches) // 5), label="features")
+    bar = ProgressBar(len(batches), 0, enabled=True, every=max(1, len(batches) // 5), label="features", unit="features: batch")
     for number, batch in enumerate(batches, 1):
         both = run_dialogues(target, [dialogues[i].tokens[:lengths[i]] for i in batch])
         for name, tensor in zip(FILES, both, strict=True):
