@@ -22,7 +22,7 @@ names all of them. Where a file is too broken to go on, that is a finding, and t
 
 `kind` of a finding is a short stable word by which a caller may look up a cause: checksum, file, config, layout, index,
 missing, unexpected, shape, dtype, values, scales, blocks, training, companion, code, tokens, drafter, `dialect` (aliases of a
-key that disagree), mask, reference.
+key that disagree), engine, mask, reference.
 """
 
 from __future__ import annotations
@@ -322,7 +322,8 @@ class _Verifier(DrafterChecks):
         if (self.against / "config.json").is_file():  # a client's own class may lack what joins q, k and v
             config = configuration(read_json(self.against / "config.json"))
         checks.weights = Weights(trained, trained, config, family_of(config).published(config),
-                                 on_grid=not self.manifest.get("rounded"), scale_rule=self.manifest.get("scale_rule", "even"))
+                                 on_grid=not self.manifest.get("rounded"), scale_rule=self.manifest.get("scale_rule", "even"),
+                                 decoded=self.manifest.get("experts") == "decoded")
         placed = (self.folder / "dflash").is_dir() and self.manifest.get("mask_row", True)
         checks.mask_row = self.mask_row() if placed else None
         for finding in (*companion_differences(self.folder, self.against),

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dflash_train.target import choose_target_layers, configure_drafter
-from dflash_train.trainer import require_sections
+from dflash_train.target import choose_target_layers, configure_drafter, target_folder
+from dflash_train.trainer import require_sections, require_understood
 from modeling.fused_experts import fused_experts
 from qat.attach import find_expert_tensors
 from qat.meta_model import meta_model
@@ -51,7 +51,7 @@ def run(recipe: Recipe) -> int:
     require_sections(recipe)
     plan = make_plan(recipe)
     render(plan, recipe)
-    print_readiness(recipe, "dflash")
+    print_readiness(recipe, "dflash", _misunderstood(recipe))
     total = sum(plan.memory.values())
     if plan.available is not None and total > plan.available:
         largest = max(plan.memory, key=plan.memory.get)
@@ -61,6 +61,19 @@ def run(recipe: Recipe) -> int:
         raise ValueError(f"cluster.memory_gib: a rank needs {total / GIB:.1f} GiB and has {plan.available / GIB:.1f} usable; "
                          f"the largest part is {largest} ({plan.memory[largest] / GIB:.1f} GiB): {advice}")
     return 0
+
+
+def _misunderstood(recipe: Recipe) -> list[str]:
+    """What the job would say before it reads a weight, of a target whose files are there already."""
+    try:
+        target_folder(recipe)
+    except ValueError:
+        return []
+    try:
+        require_understood(recipe)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def make_plan(recipe: Recipe) -> Plan:

@@ -15,6 +15,7 @@ import math
 
 import torch
 
+from qat.data import split_rows
 from qat.losses import run_hidden
 from storage.digests import json_digest
 from training.epoch_order import EpochOrder
@@ -69,7 +70,7 @@ class TeacherStates:
             for start in range(0, len(items), size):
                 if lockstep:
                     lockstep.begin()
-                ids = torch.stack(list(dataset.select(items[start:start + size])["input_ids"]))
+                ids, _ = split_rows(torch.stack(list(dataset.select(items[start:start + size])["input_ids"])))
                 found += last_states(ids).to("cpu", dtype)
             return {KIND: found}
 

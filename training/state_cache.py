@@ -113,7 +113,8 @@ def write_states(folder: Path, *, items: list[int], lengths: list[int], widths: 
     _wait(accelerator)
     pieces = list(_pieces(items, lengths))
     mine = [n for n in range(rank, len(pieces), ranks) if not _file(folder, n).is_file()]
-    bar = ProgressBar(len(mine), 0, enabled=rank == 0, every=max(1, len(mine) // 5), label=label)
+    bar = ProgressBar(len(mine), 0, enabled=rank == 0, every=max(1, len(mine) // 5), label=label,
+                      unit=f"{label}: piece")
     for done, number in enumerate(mine, 1):
         _write_piece(folder, number, compute(pieces[number]), ending)
         bar.update(done, "")

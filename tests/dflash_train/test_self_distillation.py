@@ -452,7 +452,10 @@ def test_default_target_layers_are_even_and_include_first_and_last():
 def test_the_mask_token_must_exist(loaded):
     tokenizer = loaded[1].tokenizer
     assert mask_token_id(263, tokenizer, 264) == 263
-    for setting, words in ((None, "no mask token"), ("<|nope|>", "not an entry"), (264, "from 0 to 263"),
+    assert mask_token_id(None, tokenizer, 264) == 257 == len(tokenizer)  # the first entry that no token has
+    with pytest.raises(ValueError, match="no mask token and uses every entry"):
+        mask_token_id(None, tokenizer, 257)
+    for setting, words in (("<|nope|>", "not an entry"), (264, "from 0 to 263"),
                            ("<|endoftext|>", "the tokenizer's eos token"), (70, "an ordinary entry of the vocabulary")):
         with pytest.raises(ValueError, match=words):
             mask_token_id(setting, tokenizer, 264)
