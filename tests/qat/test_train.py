@@ -346,11 +346,13 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_recipe):
     full = (
         "import errno\n"
         "from training import checkpoint\n"
-        "original = checkpoint.write_states\n"
-        "def full(accelerator, path, **k):\n"
-        "    original(accelerator, path, **k)\n"
-        "    if 'step-00000008' in str(path): raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "checkpoint.write_states = full\n")
+        "original = checkpoint.state_writer\n"
+        "def full(accelerator, **k):\n"
+        "    def write(path, group=None, wrote=original(accelerator, **k)):\n"
+        "        wrote(path, group)\n"
+        "        if 'step-00000008' in str(path): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "    return write\n"
+        "checkpoint.state_writer = full\n")
     said = run_job(SCRIPT, tiny_recipe, expect=1, before=full)
     assert "No space left on device; the last good checkpoint is" in said and "Traceback" not in said
     names = [p.name for p in (folder(tiny_recipe) / "checkpoints").iterdir()]
