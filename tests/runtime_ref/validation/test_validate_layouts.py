@@ -16,9 +16,10 @@ from wrong_folders import edit_json, judged, without_effect
 
 from runtime_ref import validate
 
-# The kernels refuse gpt-oss and GLM-4-MoE: triton/test_kernel_families.py.
-FAMILIES = {"qwen3": (qwen3, "compressed-tensors"), "mixtral": (mixtral, "compressed-tensors")} | ({} if KERNELS else {
-    "gpt-oss": (gpt_oss, "gpt-oss"), "glm4": (lambda: glm4(n_group=1), "compressed-tensors")})
+# The others with the kernels: triton/test_kernel_families.py.
+FAMILIES = {"qwen3": (qwen3, "compressed-tensors")} | ({} if KERNELS else {
+    "mixtral": (mixtral, "compressed-tensors"), "gpt-oss": (gpt_oss, "gpt-oss"),
+    "glm4": (lambda: glm4(n_group=1), "compressed-tensors")})
 
 
 @pytest.fixture(scope="module")
