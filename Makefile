@@ -91,7 +91,7 @@ test-clients: $(VENV)/.ready $(CLIENTS)/.ready
 
 # Every fused-experts model type of the installed transformers: trained a step, exported, loaded by stock clients (two minutes).
 test-families: $(VENV)/.ready
-	FP4_TEST_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/checkpoint/test_families.py tests/checkpoint/test_bases.py
+	FP4_TEST_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/checkpoint/test_families.py tests/checkpoint/test_bases.py tests/checkpoint/test_situations.py
 
 # Minutes of load on the server: thousands of generated requests, a crowd of clients, killed ranks, a benchmark tool.
 LOAD := .venv-load

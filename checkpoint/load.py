@@ -112,7 +112,7 @@ def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_cod
                 **({} if distributed_config is None else {"distributed_config": distributed_config}))
         elif distributed_config is not None:
             raise ValueError("model.path: packed, or shards that the index does not agree with, and a sharded run reads plain "
-                             f"numbers only; decode it first: export/to_hf.py RECIPE --from {path} --layout bf16")
+                             f"numbers only; decode it first: export/to_hf.py RECIPE --from {path} --decode --out FOLDER")
         else:
             model, info = _load_tensors(path, tensors, dtype, trust_remote_code)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -322,7 +322,8 @@ class _Verifier(DrafterChecks):
         if (self.against / "config.json").is_file():  # a client's own class may lack what joins q, k and v
             config = configuration(read_json(self.against / "config.json"))
         checks.weights = Weights(trained, trained, config, family_of(config).published(config),
-                                 on_grid=not self.manifest.get("rounded"), scale_rule=self.manifest.get("scale_rule", "even"))
+                                 on_grid=not self.manifest.get("rounded"), scale_rule=self.manifest.get("scale_rule", "even"),
+                                 decoded=self.manifest.get("experts") == "decoded")
         placed = (self.folder / "dflash").is_dir() and self.manifest.get("mask_row", True)
         checks.mask_row = self.mask_row() if placed else None
         for finding in (*companion_differences(self.folder, self.against),

@@ -146,13 +146,20 @@ def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:
         for tensor in find_expert_tensors(model):
             fake_quantize_(tensor.parameter.data, tensor.parameter.data, scale_rule=recipe.quantization.scale_rule,
                            axis=tensor.axis)
+    return target_of(model.to(device), tokenizer, recipe.drafter.target_layer_ids, folder)
+
+
+def target_of(model: nn.Module, tokenizer, layers: list[int] | None, folder: Path) -> Target:
+    """A model as a drafter's target whose outputs of `layers` are read; tools/family_table.py asks it about every family.
+
+    Raises:
+        ValueError: as `load_target`: what keeps a drafter from being trained for this model.
+    """
     require_key_value_layers(model.config, folder)
     if not hasattr(model.base_model, "layers"):
         raise ValueError(f"model.path: {folder}: {type(model).__name__} has its decoder layers under another name than "
                          "`layers`; a drafter's target is read layer by layer")
-    layers = len(model.base_model.layers)
-    target_layers = choose_target_layers(recipe.drafter.target_layer_ids, layers)
-    target = Target(model.to(device), tokenizer, target_layers, folder)
+    target = Target(model, tokenizer, choose_target_layers(layers, len(model.base_model.layers)), folder)
     require_plain_head(target.model)
     _require_plain_cache(target)
     return target

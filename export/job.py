@@ -53,6 +53,7 @@ class Request:
     out: Path | None = None
     base: Path | None = None
     weights: Path | None = None
+    decode: bool = False  # the base in plain numbers, nothing rounded
     rank: int = 0
     world: int = 1
 
@@ -63,10 +64,10 @@ class Export:
     def __init__(self, recipe: Recipe, request: Request):
         self.recipe, self.request = recipe, request
         self.run_folder = Path(recipe.output) / recipe.name
-        self.rounded = request.base is not None
+        self.rounded = request.base is not None and not request.decode
         self._open_weights()
         self.drafter = None
-        if not self.rounded:
+        if request.base is None:
             require_newest_result(self.run_folder / "dflash")
             self.drafter = drafter_files.open_drafter(self.run_folder / "dflash" / "model", self.text_config)
         units = units_of(self.layout, self.weights, recipe.export.dense)
@@ -79,6 +80,7 @@ class Export:
             raise ValueError(f"export.speculators: no trained drafter in {self.run_folder / 'dflash' / 'model'}")
         self.shards: list[Shard] = plan_shards(units, recipe.export.shard_bytes)
         default = ("model" if self.layout == "native" else self.layout) + ("-ptq" if self.rounded else "")
+        default = "decoded" if request.decode else default
         self.out = Path(os.path.abspath(request.out)) if request.out else self.run_folder / "export" / default
         self._refuse_out()
         self.partial = self.out.with_name(self.out.name + ".partial")
@@ -104,10 +106,11 @@ class Export:
             raise ValueError(f"{base_folder}: no config.json there, nor in {self.trained_folder}")
         self.config = read_json(described / "config.json")
         config = configuration(self.config)
-        self.layout = resolve_layout(recipe.export.layout, config)
+        self.layout = "bf16" if request.decode else resolve_layout(recipe.export.layout, config)
         refuse_layout(self.layout, config, recipe.export.dense)  # before a model is laid out for its names
         self.weights = Weights(trained, base, config, family_of(config).published(config), on_grid=not self.rounded,
-                               scale_rule=recipe.quantization.scale_rule, changed=recipe.qat.train == "all")
+                               scale_rule=recipe.quantization.scale_rule, changed=recipe.qat.train == "all",
+                               decoded=request.decode)
 
     @property
     def text_config(self):
@@ -122,7 +125,10 @@ class Export:
 
     @property
     def experts(self) -> str:
-        """How experts become codes: "trained" on the grid, "rounded" here, or "copied" from a base that is packed already."""
+        """How experts become codes: "trained" on the grid, "rounded" here, or "copied" from a base that is packed already; or
+        they do not: "decoded"."""
+        if self.request.decode:
+            return "decoded"
         if packed_codes_stored(self.weights):
             return "copied"
         return "rounded" if self.rounded else "trained"
@@ -139,6 +145,7 @@ class Export:
         facts = {"shards": [[s.name, s.bytes, hashlib.sha256(s.header).hexdigest()] for s in self.shards],
                  "sources": [stamps(f) for f in dict.fromkeys((self.weights.trained.folder, self.weights.base.folder))],
                  "drafter": None if self.drafter is None else stamps(self.drafter.folder), "rounded": self.rounded,
+                 "decoded": self.request.decode,
                  "rule": self.weights.scale_rule, "changed": self.weights.changed,
                  "mask": None if self.drafter is None else self.drafter.embedding.float().tolist(), "row": self.mask_row}
         return json_digest(facts)
@@ -232,8 +239,8 @@ class Export:
         return model_card.Facts(
             name=self.recipe.name, layout=self.layout,
             base=published(str(self.request.base or self.recipe.export.base_model or self.recipe.model.path)),
-            scale_rule=self.weights.scale_rule, rounded=self.rounded, dense_rounded=self.recipe.export.dense == "fp8",
-            copied=self.experts == "copied", expert_matrices=self._expert_matrices(),
+            scale_rule=self.weights.scale_rule, dense_rounded=self.recipe.export.dense == "fp8",
+            experts=self.experts, expert_matrices=self._expert_matrices(),
             bytes_by_dtype=sizes, block_size=special.get("block_size"),
             qat=self.qat_summary, drafter=self.drafter_summary,
             config=config | {"drafter_window": special.get("swa_window_size")})

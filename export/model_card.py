@@ -25,8 +25,7 @@ class Facts:
     layout: str
     base: str
     scale_rule: str
-    rounded: bool
-    copied: bool  # experts were in MXFP4 already
+    experts: str  # "trained", "rounded", "copied" (they were in MXFP4 already) or "decoded" (they are not quantized)
     dense_rounded: bool
     expert_matrices: int
     bytes_by_dtype: dict[str, int]
@@ -36,18 +35,25 @@ class Facts:
     config: dict = field(default_factory=dict)
 
 
+DECODED = ("`{base}` with every packed or scaled tensor multiplied out to bfloat16. Nothing was rounded to MXFP4: this is a "
+           "checkpoint to train from, for jobs that read plain numbers only.")
+
+
 def card(facts: Facts) -> str:
     """The whole README.md."""
+    if facts.experts == "decoded":
+        return "\n\n".join([_front_matter(facts), f"# {facts.name}, in plain numbers", DECODED.format(base=facts.base)]) + "\n"
     parts = [_front_matter(facts), f"# {facts.name}, experts in MXFP4", _what(facts)]
-    parts += [_qat_table(facts.qat)] if facts.qat and not facts.rounded else []
+    parts += [_qat_table(facts.qat)] if facts.qat and facts.experts != "rounded" else []
     parts += [_acceptance_table(facts)] if facts.drafter and facts.block_size else []
     parts += [_serving(facts)]
     return "\n\n".join(parts) + "\n"
 
 
 def _front_matter(facts: Facts) -> str:
-    tags = ["mxfp4", "fp4-quantization", "moe", facts.config.get("model_type", "moe"),
-            "quantization-aware-training" if not facts.rounded else "post-training-quantization"]
+    tags = ["mxfp4", "fp4-quantization", "quantization-aware-training" if facts.experts != "rounded" else
+            "post-training-quantization"] if facts.experts != "decoded" else []
+    tags += ["moe", facts.config.get("model_type", "moe")]
     tags += ["custom_code"] if "auto_map" in facts.config else []
     tags += ["dflash", "speculative-decoding"] if facts.block_size else []
     fields = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -63,9 +69,9 @@ def _hub_name(base: str) -> bool:
 
 def _what(facts: Facts) -> str:
     sizes = ", ".join(f"{dtype} {size / GB:.3f} GB" for dtype, size in sorted(facts.bytes_by_dtype.items()))
-    if facts.copied:
+    if facts.experts == "copied":
         how = "They are the base's own codes; nothing was rounded."
-    elif facts.rounded:
+    elif facts.experts == "rounded":
         how = f"They were rounded after training (scale rule `{facts.scale_rule}`), without further training."
     else:
         how = ("They were trained on that grid (quantization-aware distillation); nothing was rounded when this checkpoint was "

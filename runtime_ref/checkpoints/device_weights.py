@@ -24,7 +24,7 @@ from checkpoint.tensor_files import TensorFiles
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.names import qkv_rows, qkv_scale_rows
 from mxfp4.format import BLOCK_SIZE
-from runtime_ref.checkpoints.device_shapes import expert_tiles, layer_heads, layer_shapes, outer_shapes
+from runtime_ref.checkpoints.device_shapes import expert_tiles, has_head_norms, layer_heads, layer_shapes, outer_shapes
 from runtime_ref.checkpoints.folder import read_geometry
 from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK, Ranks
 from runtime_ref.kernels.launches import Heads, Matrix, Router, paired
@@ -112,7 +112,8 @@ def require_kernels(folder: str | Path, config) -> None:
     run = [family.model_type for family in FAMILIES.values() if family.kernels]
     if config.model_type not in run:
         raise NotHeld(f"{Path(folder) / 'config.json'}: model_type: {config.model_type!r}, expected {' or '.join(run)}: "
-                      "the kernels have no biases and no clamped SwiGLU; run this checkpoint with --backend torch")
+                      "the kernels have no biases, no clamped SwiGLU and no shared experts; run this checkpoint with "
+                      "--backend torch")
 
 
 def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, device: str = "cpu", hw_fp4: bool = False,
@@ -237,7 +238,7 @@ class _Reader:
             shared = torch.cat([own_share(queries, 0, self.ranks), *(own_keys(t, keys, self.ranks) for t in others)])
             out[f"qkv{suffix}"] = paired(shared, heads)
         self._put_matrix(out, "o", [f"{prefix}.self_attn.o_proj"], columns=True)
-        if self.family.head_norms:
+        if has_head_norms(self.config):
             norms = [self._f32(f"{prefix}.self_attn.{n}_norm.weight").repeat(count)
                      for n, count in (("q", heads.queries), ("k", heads.keys))]
             out["head_norm"] = paired(torch.cat(norms), heads)

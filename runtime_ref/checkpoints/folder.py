@@ -68,6 +68,10 @@ def read_geometry(folder: str | Path) -> tuple[object, dict]:
         kind = raw.get("model_type")
         if kind in FAMILIES and FAMILIES[kind].runtime_layout not in (None, "native"):
             return FAMILIES[kind].geometry(file, raw), raw
+        if kind != "mimo_v2" and raw.get("kv_lora_rank"):
+            raise NotHeld(f"{file}: model_type: {kind!r}: this runtime does not run multi-head latent attention (kv_lora_rank "
+                          f"{raw['kv_lora_rank']}); serve the folder with another engine and judge that: "
+                          f"runtime_ref/validate.py {file.parent} --endpoint URL")
         if kind != "mimo_v2":
             held = [f"{f.model_type} ({f.runtime_layout} layout)" for f in FAMILIES.values() if f.runtime_layout]
             raise NotHeld(f"{file}: model_type: {kind!r}, expected one of {', '.join(held)}{_nearest(raw)}")

@@ -44,6 +44,8 @@ def target_program(config, target_layers: Iterable[int] = ()) -> list[Op]:
         if config.moe_layer_freq[i]:
             program += [Op("route", i, ("y",), ("index", "weight")),
                       Op("experts", i, ("y", "index", "weight"), ("partial",))]
+            if getattr(config, "shared_width", 0):
+                program.append(Op("shared_experts", i, ("y", "partial"), ("partial",)))
         else:
             program.append(Op("dense_mlp", i, ("y",), ("partial",)))
         program.append(Op("add_parts", i, ("x", "partial"), ("x",)))

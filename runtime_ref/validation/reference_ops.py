@@ -50,6 +50,8 @@ def expected(backend: TorchBackend, op: Op, inputs: dict[str, torch.Tensor], chu
         if mxfp8:
             return _experts(x["y"].bfloat16(), x["index"], x["weight"], layer.mlp.experts, _mxfp8)
         return _experts(x["y"], x["index"], x["weight"], layer.mlp.experts, lambda rows: rows)
+    if op.name == "shared_experts":
+        return x["partial"].sum(0) + _mlp(x["y"], layer.mlp.shared)
     if op.name == "head":
         parts = torch.stack([x["y"] @ part.double() for part in w.head])
         return torch.cat(list(w.ranks.gather(parts)), dim=-1)
@@ -65,7 +67,7 @@ def found(op: Op, buffers: dict[str, torch.Tensor], backend) -> torch.Tensor:
     config = backend.config
     if op.name.startswith("project"):
         return torch.cat([buffers["q"].flatten(), buffers["k"].flatten(), buffers["v"].flatten()])
-    if op.name in ("merge_heads", "dense_mlp", "experts"):
+    if op.name in ("merge_heads", "dense_mlp", "experts", "shared_experts"):
         return buffers["partial"].double().sum(0)
     if op.name == "route":
         dense = torch.zeros(buffers["index"].shape[0], config.n_routed_experts, dtype=torch.float64)

@@ -150,6 +150,21 @@ def test_a_base_is_exported_without_training_and_packed_experts_are_copied(form,
     assert manifest["experts"] == ("copied" if form == "compressed-tensors" else "rounded")
 
 
+@pytest.mark.parametrize("form", ["fp8 blocks", "compressed-tensors"])
+def test_a_base_is_decoded_without_rounding_anything(form, tmp_path):
+    """What a sharded run trains from: the numbers that an unsharded one would decode while it loads."""
+    folder, meant = based(tmp_path, form)
+    recipe = load_recipe(write_recipe(tmp_path))
+    assert run(recipe, Request(base=folder, decode=True)) == 0
+    out = tmp_path / "runs/toy/export/decoded"
+    equal_weights(stock(out), meant)
+    axes = {n: axis for n, _, axis in fused_experts(meant)}
+    rounded = all(torch.equal(meant.state_dict()[n], fake_quantize(meant.state_dict()[n], axis=axes[n])) for n in axes)
+    assert rounded == (form == "compressed-tensors")  # a base of FP8 is not on the grid: rounding would have shown
+    assert verify(out, folder).findings == [] and "mxfp4" not in (out / "README.md").read_text()
+    assert json.loads((out / "export.json").read_text())["experts"] == "decoded"
+
+
 def test_the_packed_release_of_gpt_oss_is_trained_and_exported_and_its_bytes_are_copied(tmp_path):
     recipe, model = gpt_oss_run(tmp_path)
     release = export(recipe, "export.layout=gpt-oss", out=tmp_path / "release")

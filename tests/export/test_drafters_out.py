@@ -4,26 +4,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from toy_export import export, gpt_oss_run, make_run, qwen3_run, toy_config
+from safetensors.torch import load_file
+from toy_export import export, gpt_oss_run, make_run, plain_drafter, published_drafter, qwen3_run, toy_config
 
 from checkpoint.drafter_folder import speculators_config
 from checkpoint.verify import verify
-from modeling.drafter import DFlashDraftModel, drafter_config, load_drafter, save_drafter
-
-
-def plain_drafter(hidden: int, layers: int, **changes) -> DFlashDraftModel:
-    """A drafter in z-lab's form: no sinks, no value scale, whole heads rotated."""
-    torch.manual_seed(1)
-    model = DFlashDraftModel(drafter_config(**{
-        "hidden_size": hidden, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 90, "target_layer_ids": [0, layers - 1],
-        "num_target_layers": layers, "mask_token_id": 89, "rotary_base": 1e4, "window": 16, "attention_sink_bias": False,
-        **changes}))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape) * 0.2)
-    return model
+from modeling.drafter import drafter_config, load_drafter, save_drafter
 
 
 def run_of(family, root):
@@ -85,23 +71,6 @@ def test_speculators_reads_what_we_write(tmp_path):
     assert layer.sliding_window == 16 and set(layer.layer_types) == {"sliding_attention"}
 
 
-def published(folder, **special):
-    """A drafter as others publish it: z-lab's keys, no mask_embedding.pt, one file of its own name."""
-    model = plain_drafter(96, 4, window=None)
-    folder.mkdir()
-    tensors = {n: p.detach().bfloat16() for n, p in model.named_parameters() if n != "mask_embedding"}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
-        "block_size": 8, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 24, "vocab_size": 90, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
-        "num_target_layers": 4, "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False,
-        "layer_types": ["full_attention"] * 2, "max_position_embeddings": 256, "use_sliding_window": False,
-        "dflash_config": {"mask_token_id": 89, "target_layer_ids": [0, 3]} | special}))
-    return folder, model
-
-
-
 @pytest.fixture
 def other(tmp_path):
     from dflash_train.target import _earlier_drafter
@@ -114,7 +83,7 @@ def other(tmp_path):
 
 
 def test_a_published_drafter_without_a_sidecar_is_started_from_with_the_targets_row(other, tmp_path):
-    folder, model = published(tmp_path / "z-lab")
+    folder, model = published_drafter(tmp_path / "z-lab")
     found, table = other(folder)
     assert torch.equal(found.mask_embedding, table[89])
     assert torch.equal(found.fc.weight, model.fc.weight.bfloat16().float())
@@ -129,7 +98,7 @@ def test_a_published_drafter_without_a_sidecar_is_started_from_with_the_targets_
     (lambda c: c.__setitem__("rope_theta", 1e4), "rotary base is 10000.0, the recipe's drafter has 100000.0"),
 ])
 def test_what_differs_or_is_not_known_of_a_published_drafter_is_named(edit, words, other, tmp_path):
-    folder, _ = published(tmp_path / "z-lab")
+    folder, _ = published_drafter(tmp_path / "z-lab")
     config = json.loads((folder / "config.json").read_text())
     edit(config)
     (folder / "config.json").write_text(json.dumps(config))

@@ -44,8 +44,10 @@ def refuses(weights: TargetWeights) -> str | None:
         return f"hidden_size {weights.config.hidden_size} is not a multiple of 32"
     for layer in weights.layers:
         if layer.attention.qk_bias is not None:
-            return "projections with biases (gpt-oss) are the torch backend's alone"
+            return "projections with biases are the torch backend's alone"
         if not isinstance(layer.mlp, Dense):
+            if layer.mlp.shared is not None:
+                return "shared experts are the torch backend's alone"
             own = layer.mlp.experts
             width = own.matrices[0]["gate"].codes.shape[0] // own.parts
             if width % 32:

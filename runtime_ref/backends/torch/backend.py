@@ -73,9 +73,10 @@ class TorchBackend(Backend):
             a = layer.attention
             found |= {tuple(a.qk.shape), tuple(a.v.shape), tuple(a.o.shape)}
             found |= {(a.key_heads, a.qk_dim, ops.PAGE), (a.key_heads, ops.PAGE, a.v_dim)}
-            if isinstance(layer.mlp, Dense):
-                found |= {tuple(layer.mlp.gate_up.shape), tuple(layer.mlp.down.shape)}
-            else:
+            dense = layer.mlp if isinstance(layer.mlp, Dense) else layer.mlp.shared
+            if dense is not None:
+                found |= {tuple(dense.gate_up.shape), tuple(dense.down.shape)}
+            if dense is not layer.mlp:
                 parts, inner = layer.mlp.experts.parts, config.moe_intermediate_size // shares(config.moe_intermediate_size)
                 found |= {tuple(layer.mlp.router.shape), (parts, config.hidden_size, 2 * inner),
                           (parts, inner, config.hidden_size)}
@@ -147,6 +148,9 @@ class TorchBackend(Backend):
 
     def op_experts(self, step, layer, y, index, weight):
         return ops.run_experts(y, index, weight, self.weights.layers[layer].mlp.experts, step.real, self.rules)
+
+    def op_shared_experts(self, step, layer, y, partial):
+        return partial + ops.dense_mlp(y, self.weights.layers[layer].mlp.shared, self.rules)
 
     def op_target_hidden(self, step, layer, x):
         return x

@@ -14,6 +14,7 @@ from released_folders import write_release
 
 from checkpoint.load import load_tokenizer
 from runtime_ref import validate
+from runtime_ref.server.request_workers import RequestWorkers
 from runtime_ref.validation.checks.endpoint import tool_call_fault
 from runtime_ref.validation.endpoint_client import Endpoint, _values
 
@@ -28,8 +29,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def preparing(folder):
     """The request workers that the servers of this file share."""
-    from runtime_ref.server.request_workers import RequestWorkers
-
     with contextlib.closing(RequestWorkers(folder)) as workers:
         yield workers
 
@@ -85,6 +84,34 @@ def test_a_server_of_other_weights_is_found(folder, preparing, tmp_path, capsys)
         code, verdict, checks = judged(folder, live.url, tmp_path, capsys)
     assert code == 1 and checks["greedy"]["status"] == "failed"
     assert any("computes something else than this checkpoint" in c for c in verdict["causes"])
+
+
+@pytest.mark.parametrize("judged_by, cause", [
+    ("{% if enable_thinking | default(true) %}think {% endif %}", "thinking is on when served and was off in training"),
+    ("{{ 'more' }}", "the server's tokenizer or chat template is not the checkpoint's")])
+def test_a_server_that_renders_conversations_otherwise_is_found(folder, preparing, tmp_path, capsys, judged_by, cause):
+    """Its template is `PLAIN`; the folder that it is judged by has more text behind it."""
+    PLAIN = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "chat_template.jinja").write_text(PLAIN + judged_by)
+    (tmp_path / "served").mkdir()
+    served = shutil.copytree(folder, tmp_path / "served/model")
+    (served / "chat_template.jinja").write_text(PLAIN)
+    with contextlib.closing(RequestWorkers(served)) as workers, serving(served, workers) as live:
+        code, verdict, checks = judged(copy, live.url, tmp_path, capsys)
+    assert code == 1 and checks["counts"]["status"] == "failed" and any(cause in c for c in verdict["causes"])
+
+
+def test_a_speed_without_drafts_is_only_said_where_none_were_made(folder, preparing, tmp_path, capsys, monkeypatch):
+    with serving(folder, preparing) as live:
+        _, _, checks = judged(folder, live.url, tmp_path, capsys)
+        assert "tokens/s without drafts, one sequence" in checks["speed"]["numbers"]
+        post = Endpoint.post
+        monkeypatch.setattr(Endpoint, "post", lambda self, path, body: post(
+            self, path, {k: v for k, v in body.items() if k != "speculate"}))  # as by a server that does not know the field
+        _, _, checks = judged(folder, live.url, tmp_path, capsys)
+    assert "tokens/s without drafts, one sequence" not in checks["speed"]["numbers"]
+    assert any("cannot turn them off" in reason for reason in checks["speed"]["unchecked"])
 
 
 def test_a_server_that_samples_too_cold_is_found(folder, preparing, tmp_path, capsys, monkeypatch):
