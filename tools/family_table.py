@@ -30,7 +30,7 @@ Each is trained a step, exported in the layouts of its row and loaded again bit 
   published fused have no packed form that clients know (but gpt-oss's).
 - **layouts**: the first is what `export.layout: auto` writes. `bf16` holds the experts decoded exactly, for any engine.
 - **drafter**: a drafter can be trained for it (`dflash_train/train.py`), or why not; a refusal comes before training. vLLM and
-  SGLang must have taps for the family to run it.
+  SGLang must be able to hand out its hidden states to run it.
 - **runtime**: this project's engine, server and `validate` run the first layout (c: on the processor; kernels: also on a GPU).
 
 What is not in the table is refused before training, with the reason: a type without a causal language model, experts of another
