@@ -7,7 +7,7 @@ tokens decoded with a drafter equal those decoded without, and a batch equals it
   library then gives a row the same bits wherever it stands. What holds beyond 8 rows, or for steps of at most 4, depends
   on the library (MKL: any number from 4 on gives the same bits; 1, 2 and 3 do not), so `row_rules` measures it on the
   machine at hand with the shapes that will run, and only what gave the bits of 8 rows is used;
-- the number of parts of a matrix (`core.tensor_parallel.shares`) never depends on the number of ranks, and parts are added in order;
+- the number of parts of a matrix (`tensor_parallel.shares`) never depends on the number of ranks; parts are added in order;
 - attention reduces each page of keys by itself and adds the pages in the order of their positions: hidden or missing pages
   add exact zeros, so the length of a table and the place of a window in its ring do not matter;
 - experts are added in ascending order; a row that did not choose an expert is given weight zero or not computed at all.
