@@ -184,6 +184,7 @@ def speculators_config(config: dict, verifier: str, architecture: str | None) ->
                 "verifier": {"name_or_path": verifier, "architectures": [architecture] if architecture else []}}}
 
 
+@torch.no_grad()
 def draft_round(drafter, target_hidden: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Hidden states [1, T, H] of one block at the last of `ids` [1, S + 1], given target_hidden [1, S, n, H]."""
     S = target_hidden.shape[1]
