@@ -13,7 +13,7 @@ export MALLOC_TOP_PAD_ := 134217728
 PIP := python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo smoke test test-slow test-distributed test-kernels test-kernels-long test-interpreter test-clients test-load test-families \
-        test-newest test-versions lint format lock lock-check clean
+        test-newest test-oldest test-versions lint format lock lock-check clean
 
 # requirements/README.md says why torch comes first and the rest without its dependencies.
 $(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)
@@ -134,11 +134,24 @@ $(LOCK)/.ready:
 	$(LOCK)/bin/$(PIP) install uv==0.13.9
 	@touch $@
 
+COMPILE = $(LOCK)/bin/uv pip compile pyproject.toml --quiet --extra dev --extra serve --universal \
+    --overrides requirements/torch.txt --excludes requirements/not-locked.txt
 lock: $(LOCK)/.ready
-	for version in 3.11 3.12; do $(LOCK)/bin/uv pip compile pyproject.toml --quiet --extra dev --extra serve --universal \
-	    --python-version $$version --overrides requirements/torch.txt --excludes requirements/not-locked.txt $(UPGRADE) \
+	for version in 3.11 3.12; do $(COMPILE) --python-version $$version $(UPGRADE) \
 	    --custom-compile-command "make lock (see requirements/README.md)" \
 	    --output-file requirements/python$$version.txt || exit 1; done
+
+# The whole suite with the oldest versions that pyproject.toml allows (but torch and triton, see requirements/README.md).
+OLDEST := .venv-oldest
+test-oldest: $(LOCK)/.ready
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(COMPILE) --resolution lowest-direct --python-version \
+	    $$($(OLDEST)/bin/python -c "import sys; print('%d.%d' % sys.version_info[:2])") --output-file $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/$(PIP) install $$(grep ^torch== $(OLDEST)/oldest.txt)
+	$(OLDEST)/bin/$(PIP) install --no-deps -r $(OLDEST)/oldest.txt setuptools
+	$(OLDEST)/bin/$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $(OLDEST)/.ready
+	$(MAKE) test VENV=$(OLDEST)
 
 lock-check: $(VENV)/.ready
 	$(BIN)/python -m pytest -q tests/test_lock.py
@@ -151,4 +164,4 @@ format: $(VENV)/.ready
 
 # Everything that the other targets made, trained weights included.
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(LOAD) $(NEWEST) $(LOCK) $(VERSIONS) runs runs-smoke build *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(LOAD) $(NEWEST) $(OLDEST) $(LOCK) $(VERSIONS) runs runs-smoke build *.egg-info

@@ -25,7 +25,7 @@ import torch
 from modeling.drafter import load_drafter
 from runtime_ref.backends.base import Backend, Capabilities, Drafter
 from runtime_ref.backends.c import structs
-from runtime_ref.backends.c.structs import LANES, Layer, Memory, Workspace, compiled_ops, has_bf16_dot, pad, up
+from runtime_ref.backends.c.structs import Layer, Memory, Workspace, compiled_ops, has_bf16_dot, pad, up
 from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
 from runtime_ref.core.batch import SequenceChunk
@@ -45,13 +45,8 @@ def refuses(weights: TargetWeights) -> str | None:
     for layer in weights.layers:
         if layer.attention.qk_bias is not None:
             return "projections with biases are the torch backend's alone"
-        if not isinstance(layer.mlp, Dense):
-            if layer.mlp.shared is not None:
-                return "shared experts are the torch backend's alone"
-            own = layer.mlp.experts
-            width = own.matrices[0]["gate"].codes.shape[0] // own.parts
-            if width % 32:
-                return f"a share of an expert has {width} rows, not a multiple of 32"
+        if not isinstance(layer.mlp, Dense) and layer.mlp.shared is not None:
+            return "shared experts are the torch backend's alone"
     return None
 
 
@@ -210,7 +205,9 @@ class CBackend(Backend):
         layer.correction = memory.pointer(mlp.correction)
         layer.experts = memory.experts(mlp.experts.matrices)
         layer.mlp_parts, layer.count, layer.top = mlp.experts.parts, mlp.experts.count, config.num_experts_per_tok
-        layer.inner = mlp.experts.matrices[0]["gate"].codes.shape[0]
+        one = mlp.experts.matrices[0]
+        rows, cut = one["gate"].codes.shape[0], one["down"].cut
+        layer.inner, layer.width, layer.column = up(rows), rows // mlp.experts.parts, 0 if cut is None else cut.start
         layer.normalize, layer.groups, layer.group_top = int(config.norm_topk_prob), config.n_group, config.topk_group
         layer.softmax = int(mlp.scores == "softmax")
         layer.factor = 1.0 if config.routed_scaling_factor is None else config.routed_scaling_factor
@@ -357,9 +354,8 @@ def attention_fields(memory: Memory, qk: torch.Tensor, v: torch.Tensor, o: list[
 
 def dense_fields(layer: Layer, memory: Memory, gate_up: torch.Tensor, down: torch.Tensor) -> None:
     """The matrices of a dense MLP: gate_up [parts, H, 2 I / parts] and down [parts, I / parts, H] as in `weights`."""
-    gate, upper = (t.transpose(1, 2).flatten(0, 1) for t in gate_up.chunk(2, dim=2))
-    assert gate.shape[0] % LANES == 0
+    gate, upper = (pad(t.transpose(1, 2).flatten(0, 1), 0) for t in gate_up.chunk(2, dim=2))
     layer.gate_up = memory.matrix(torch.cat((gate, upper)))
     layer.down = memory.matrices([part.T for part in down])
-    layer.mlp_parts, layer.inner = down.shape[0], gate.shape[0]
+    layer.mlp_parts, layer.inner, layer.width = down.shape[0], gate.shape[0], down.shape[1]
 

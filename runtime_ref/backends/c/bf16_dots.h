@@ -138,26 +138,27 @@ INLINE vf scales_of(const uint8_t *bytes) {
     return (vf)(wide << 23 | (edge & 0x400000u));
 }
 
-/* out[r] gets, or is added, the products of N panels from the p-th of a packed matrix, its blocks `from` .. `from` + `blocks`,
-   with R vectors x of so many blocks. */
-INLINE void coded_tile(const int R, const int N, const Packed *w, int64_t p, int64_t from, int64_t blocks, const half *const *x,
+/* out[r] gets, or is added, the products of N panels from the p-th of a packed matrix, its eights of columns from `from` to
+   before `to`, with R vectors x of so many. A block of 32 that is cut counts as far as it goes. */
+INLINE void coded_tile(const int R, const int N, const Packed *w, int64_t p, int64_t from, int64_t to, const half *const *x,
                        float *const *out, int add) {
     const __m512i table = (__m512i)E2M1_TABLE;
-    const uint8_t *codes = w->codes + p * w->code_stride + from * 256, *scales = w->scales + p * w->scale_stride + from * L;
+    const uint8_t *codes = w->codes + p * w->code_stride, *scales = w->scales + p * w->scale_stride;
     vf total[8][4];
     for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) total[r][n] = add ? load(out[r] + (p + n) * L) : splat(0);
-    for (int64_t b = 0; b < blocks; b++) {
+    for (int64_t c = from; c < to;) {
+        const int64_t b = c / 4, end = 4 * b + 4 < to ? 4 * b + 4 : to;
         vf part[8][4];
         for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) part[r][n] = splat(0);
-        for (int c = 0; c < 4; c++) {
+        for (; c < end; c++) {
             __m512i four[4];
-            for (int n = 0; n < N; n++) four[n] = whole(codes + n * w->code_stride + b * 256 + c * 64);
-            if (R > 1) for (int n = 0; n < N; n++) soon(codes + (N + n) * w->code_stride + b * 256 + c * 64);
+            for (int n = 0; n < N; n++) four[n] = whole(codes + n * w->code_stride + c * 64);
+            if (R > 1) for (int n = 0; n < N; n++) soon(codes + (N + n) * w->code_stride + c * 64);
             for (int j = 0; j < 4; j++) {
                 __m512i weight[4];
                 for (int n = 0; n < N; n++) weight[n] = _mm512_permutexvar_epi16(_mm512_srli_epi16(four[n], 4 * j), table);
                 for (int r = 0; r < R; r++) {
-                    const __m512i own = both(x[r] + b * 32 + c * 8 + j * 2);
+                    const __m512i own = both(x[r] + (c - from) * 8 + j * 2);
                     for (int n = 0; n < N; n++) part[r][n] = dot(part[r][n], weight[n], own);
                 }
             }
@@ -169,9 +170,9 @@ INLINE void coded_tile(const int R, const int N, const Packed *w, int64_t p, int
     }
     for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) store(out[r] + (p + n) * L, total[r][n]);
 }
-#define CODED(R, N) do { for (; p + N <= n / L; p += N) coded_tile(R, N, w, p, from, blocks, x, out, add); \
-                         for (; p < n / L; p++) coded_tile(R, 1, w, p, from, blocks, x, out, add); } while (0)
-static void coded_product(int64_t R, const Packed *w, int64_t n, int64_t from, int64_t blocks, const half *const *x,
+#define CODED(R, N) do { for (; p + N <= n / L; p += N) coded_tile(R, N, w, p, from, to, x, out, add); \
+                         for (; p < n / L; p++) coded_tile(R, 1, w, p, from, to, x, out, add); } while (0)
+static void coded_product(int64_t R, const Packed *w, int64_t n, int64_t from, int64_t to, const half *const *x,
                           float *const *out, int add) {
     int64_t p = 0;
     switch (R) {
@@ -188,15 +189,15 @@ void decode_panels(const Packed *w, int64_t n, int64_t k, float *out) {
         float *to[8];
         memset(unit, 0, sizeof unit);
         for (int64_t r = 0; r < 8; r++) unit[r][first + r] = 0x3f80, x[r] = unit[r], to[r] = out + (first + r) * n;
-        coded_product(8, w, n, 0, k / 32, x, to, 0);
+        coded_product(8, w, n, 0, k / 8, x, to, 0);
     }
 }
 
 /* As `experts` of ops.c. */
 static void dot_experts(Step *s, const Layer *l) {
-    const int64_t H = s->H, I = l->inner, width = I / l->mlp_parts;
+    const int64_t H = s->H, I = l->inner, width = l->width, room = width + 16;
     float *gate = s->inner, *up = gate + 8 * I;
-    half *middle = s->halves, *rows = middle + 8 * I;
+    half *middle = s->halves, *share = middle + 8 * I, *rows = share + 8 * room;
     memset(s->partial, 0, sizeof(float) * l->mlp_parts * s->R * H);
     for (int64_t r = 0; r < s->R; r++) to_half(s->y + r * H, rows + r * H, H);
     for (int64_t e = 0; e < l->count; e++) {
@@ -208,18 +209,25 @@ static void dot_experts(Step *s, const Layer *l) {
             float *gates[8], *ups[8], *outs[8];
             for (int64_t r = 0; r < R; r++)
                 own[r] = rows + s->list[begin + r] / l->top * H, gates[r] = gate + r * I, ups[r] = up + r * I;
-            coded_product(R, &w->gate, I, 0, H / 32, own, gates, 0);
-            coded_product(R, &w->up, I, 0, H / 32, own, ups, 0);
+            coded_product(R, &w->gate, I, 0, H / 8, own, gates, 0);
+            coded_product(R, &w->up, I, 0, H / 8, own, ups, 0);
             for (int64_t r = 0; r < R; r++) {
                 weighted_swiglu(gates[r], ups[r], s->weight[s->list[begin + r]], I);
                 to_half(gates[r], middle + r * I, I);
             }
             for (int64_t p = 0; p < l->mlp_parts; p++) {
+                const int64_t at = l->column + p * width, before = at % 8;
                 for (int64_t r = 0; r < R; r++) {
                     mids[r] = middle + r * I + p * width;
                     outs[r] = s->partial + (p * s->R + s->list[begin + r] / l->top) * H;
+                    if (width % 8) { /* a share that begins or ends inside of eight columns: zeros for its neighbours' */
+                        half *own_share = share + r * room;
+                        memset(own_share, 0, sizeof(half) * room);
+                        memcpy(own_share + before, mids[r], sizeof(half) * width);
+                        mids[r] = own_share;
+                    }
                 }
-                coded_product(R, &w->down, H, p * width / 32, width / 32, mids, outs, 1);
+                coded_product(R, &w->down, H, at / 8, (at + width + 7) / 8, mids, outs, 1);
             }
         }
     }

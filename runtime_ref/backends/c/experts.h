@@ -82,8 +82,8 @@ static void experts(Step *s, const Layer *l) {
 #ifdef DOTS
     if (s->dots) { dot_experts(s, l); return; }
 #endif
-    const int64_t H = s->H, I = l->inner, width = I / l->mlp_parts;
-    float *x_pairs = s->inner, *gate = x_pairs + 8 * H, *up = gate + 8 * I, *mid = up + 8 * I;
+    const int64_t H = s->H, I = l->inner, width = l->width, room = width + 64;
+    float *x_pairs = s->inner, *gate = x_pairs + 8 * H, *up = gate + 8 * I, *mid = up + 8 * I, *share = mid + 8 * room;
     memset(s->partial, 0, sizeof(float) * l->mlp_parts * s->R * H);
     for (int64_t e = 0; e < l->count; e++) {
         const Expert *w = l->experts + e;
@@ -101,15 +101,18 @@ static void experts(Step *s, const Layer *l) {
             packed_product(R, &w->up, I, 0, H / 32, pairs, ups, 0);
             for (int64_t r = 0; r < R; r++) {
                 weighted_swiglu(gates[r], ups[r], s->weight[s->list[begin + r]], I);
-                split_pairs(gates[r], mid + r * I, I);
-                round_all(s, mid + r * I, mid + r * I, I);
+                round_all(s, gates[r], gates[r], I);
             }
             for (int64_t p = 0; p < l->mlp_parts; p++) {
-                for (int64_t r = 0; r < R; r++) {
-                    mids[r] = mid + r * I + p * width;
+                const int64_t at = l->column + p * width, first = at / 32, blocks = (at + width + 31) / 32 - first;
+                for (int64_t r = 0; r < R; r++) { /* whole blocks, with zeros for the neighbours' columns */
+                    memset(share, 0, sizeof(float) * room);
+                    memcpy(share + at % 32, gates[r] + p * width, sizeof(float) * width);
+                    split_pairs(share, mid + r * room, 32 * blocks);
+                    mids[r] = mid + r * room;
                     outs[r] = s->partial + (p * s->R + s->list[begin + r] / l->top) * H;
                 }
-                packed_product(R, &w->down, H, p * width / 32, width / 32, mids, outs, 1);
+                packed_product(R, &w->down, H, first, blocks, mids, outs, 1);
             }
         }
     }

@@ -36,12 +36,13 @@ typedef uint8_t vb __attribute__((vector_size(16)));
 typedef struct { const void *data; const float *scales; int64_t form, n, k; } Mat;
 typedef struct { const uint8_t *codes, *scales; int64_t code_stride, scale_stride; } Packed; /* rows [n, k / 2], [n, k / 32], or panels */
 typedef struct { Packed gate, up, down; } Expert;
+/* inner: rows of gate and of up in whole vectors; width: columns of down in a part, the first part from `column` on. */
 typedef struct {
     Mat qkv, kv, *o, gate_up, *down, router, *convolutions; /* down and up of attention's and of the MLP's; or NULL */
     const float *input_norm, *post_norm, *q_norm, *k_norm, *sink, *cos, *sin, *correction;
     float *keys, *values;
     const Expert *experts;
-    int64_t slots, kind, Q, K, D, V, Dp, Vp, rotated, parts, mlp_parts, inner, count, top, softmax, normalize, groups, group_top;
+    int64_t slots, kind, Q, K, D, V, Dp, Vp, rotated, parts, mlp_parts, inner, width, column, count, top, softmax, normalize, groups, group_top;
     float q_scale, value_scale, epsilon, factor;
 } Layer;
 typedef struct {
@@ -309,7 +310,7 @@ static void add_parts(Step *s, int64_t parts) {
 INLINE vf silu(vf a) { return a / (vexp(-a) + 1.0f); }
 
 static void dense_mlp(Step *s, const Layer *l) {
-    const int64_t N = l->gate_up.n, half = N / 2, width = l->inner / l->mlp_parts;
+    const int64_t N = l->gate_up.n, half = N / 2, width = l->width;
     for (int64_t begin = 0; begin < s->R; begin += 8) {
         const int64_t n = s->R - begin < 8 ? s->R - begin : 8;
         product(s, &l->gate_up, s->y + begin * s->H, s->H, s->inner, N, n);

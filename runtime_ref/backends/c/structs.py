@@ -58,8 +58,8 @@ class Layer(ctypes.Structure):
                                                 "correction", "keys", "values")),
                 ("experts", ctypes.POINTER(Expert)),
                 *((name, _integer) for name in ("slots", "kind", "Q", "K", "D", "V", "Dp", "Vp", "rotated", "parts",
-                                                "mlp_parts", "inner", "count", "top", "softmax", "normalize", "groups",
-                                                "group_top")),
+                                                "mlp_parts", "inner", "width", "column", "count", "top", "softmax",
+                                                "normalize", "groups", "group_top")),
                 *((name, _real) for name in ("q_scale", "value_scale", "epsilon", "factor"))]
 
 
@@ -232,10 +232,12 @@ class Memory:
         return array
 
     def experts(self, matrices: list[dict]):
-        """Expert structures over packed matrices (`weights.Packed`), in place, or a copy of the same codes in panels."""
+        """Expert structures over packed matrices (`host_weights.Packed`), in place, or a copy of the same codes in panels. Rows
+        are padded to whole vectors with codes of zero."""
         array = (Expert * len(matrices))()
         for expert, named in zip(array, matrices, strict=True):
-            codes, scales = ([getattr(named[kind], what) for kind in ("gate", "up", "down")] for what in ("codes", "scales"))
+            codes, scales = ([pad(getattr(named[kind], what), 0) for kind in ("gate", "up", "down")]
+                             for what in ("codes", "scales"))
             if self.bf16_dot:
                 codes, scales = [coded_panels(t) for t in codes], [scale_panels(t) for t in scales]
                 code_at, scale_at = self._place(*codes), self._place(*scales)
@@ -284,8 +286,9 @@ class Workspace:
         self.top = max(1, *(layer.top for layer in at), 1)
         self.group = max(layer.Q // layer.K for layer in at)
         self.head = max(layer.Dp for layer in at)
-        self.width = max(H, self.heads, *(layer.inner for layer in at))
-        self.inner = max(max(8 * layer.gate_up.n, 8 * H + 24 * layer.inner, 10 * layer.router.n + 64) for layer in at)
+        self.width = max(H, self.heads, *(layer.inner + layer.width + LANES for layer in at))
+        self.inner = max(max(8 * layer.gate_up.n, 8 * H + 16 * layer.inner + 9 * (layer.width + 64), 10 * layer.router.n + 64)
+                         for layer in at)
         self.tensors: dict[str, torch.Tensor] = {}
 
     def fit(self, step: Step, rows: int, context: int) -> None:

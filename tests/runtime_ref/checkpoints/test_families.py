@@ -1,6 +1,8 @@
 """Folders of other models: logits of transformers' own model, tokens whatever the drafts and other rows, bytes of the file."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -140,6 +142,58 @@ def test_compiled_ops_run_qwen3_and_refuse_biases(tmp_path, ids):
     assert "biases" in refuses(load_target(folder))
     folder, _ = exported(tmp_path / "glm", glm4(attention_bias=False, moe_intermediate_size=256), "compressed-tensors")
     assert "shared experts" in refuses(load_target(folder))
+
+
+class Together(Ranks):
+    """Ranks that are threads of one process."""
+
+    def join(self, shelf, barrier):
+        object.__setattr__(self, "shelf", shelf)
+        object.__setattr__(self, "barrier", barrier)
+        return self
+
+    def gather(self, own):
+        self.shelf[self.rank] = own.clone()
+        self.barrier.wait(60)
+        found = torch.cat(self.shelf)
+        self.barrier.wait(60)
+        return found
+
+
+def on_ranks(folder, ids, count, dtype, kind):
+    """Logits of `ids` on so many ranks, which are threads."""
+    shelf, barrier = [None] * count, threading.Barrier(count)
+
+    def rank(number):
+        weights = load_target(folder, Together(number, count).join(shelf, barrier))
+        return computed(kind(weights, dtype=dtype, pages=PAGES), ids, [len(ids) - 3, 1, 2])
+
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(rank, range(count)))
+    assert all(torch.equal(logits, found[0]) for logits in found)
+    return found[0]
+
+
+@pytest.mark.skipif(structs.compiled_ops()[0] is None, reason="no compiled ops")
+@pytest.mark.parametrize("inner", [32, 96, 192, 224])
+def test_compiled_ops_run_every_width_of_experts_that_mxfp4_permits_on_any_ranks(tmp_path, ids, inner):
+    """Eighths of 4, 12, 24 and 28 columns: inside a block, across blocks, and ending inside of eight columns. The dense layer's
+    eighths are of 5."""
+    from runtime_ref.backends.c.backend import CBackend
+
+    config = qwen3(moe_intermediate_size=inner, intermediate_size=40, num_hidden_layers=3, num_attention_heads=8,
+                   num_key_value_heads=4, num_experts_per_tok=3)
+    folder, model = exported(tmp_path, config, "compressed-tensors")
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0]
+    whole = CBackend(load_target(folder), dtype=torch.float32, pages=PAGES)
+    torch.testing.assert_close(computed(whole, ids, [90]), expected, **MODEL_FP32)
+    for dtype in (torch.float32, torch.bfloat16):
+        backend = CBackend(load_target(folder), dtype=dtype, pages=PAGES)
+        found = computed(backend, ids, [90])
+        assert torch.equal(computed(backend, ids, [1] * 20 + [8, 60, 2]), found)
+        for count in (2, 8):
+            assert torch.equal(on_ranks(folder, ids, count, dtype, CBackend), found), (dtype, count)
 
 
 @pytest.mark.parametrize("key, value, said", [
