@@ -17,6 +17,7 @@ Who reads which key (engines as of vLLM 0.33, SGLang 0.5.23):
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,27 @@ def mask_faults(special: dict, mask: dict, hidden_size: int) -> Iterator[Fault]:
         yield Fault(f"{MASK}: the embedding is all zero", grave=False)
     if vector.dtype != torch.bfloat16:
         yield Fault(f"{MASK}: embedding of {vector.dtype}, expected bfloat16", grave=False)
+
+
+def grouping_note(config: dict, target) -> str | None:
+    """What vLLM says of the drafter's depth beside a target; None: nothing.
+
+    It keeps layers of one kind (full, windowed, the drafter's) in cache groups of one size: the smallest number of layers of a
+    kind, or the largest, if that is less than half as much again. A drafter's layers must lie in one group
+    (v1/core/kv_cache_utils.py and v1/spec_decode/llm_base_proposer.py of 0.32).
+    """
+    kinds = getattr(target, "hybrid_layer_pattern", None) or getattr(target, "layer_types", None)
+    counts, own = Counter(kinds or [0] * target.num_hidden_layers).values(), config["num_hidden_layers"]
+
+    def fits(n: int) -> bool:
+        smallest, largest = min(n, *counts), max(n, *counts)
+        return n <= (largest if largest < 1.5 * smallest else smallest)
+
+    if window_of(config, special_of(config)) is None or fits(own):
+        return None
+    return (f"{own} layers beside {' and '.join(map(str, counts))} of the target's kinds of attention: vLLM does not start "
+            '("All drafting layers should belong to the same kv cache group"); one of at most '
+            f"{max(filter(fits, range(1, own)))} layers runs there")
 
 
 def window_of(config: dict, special: dict) -> int | None:

@@ -22,7 +22,7 @@ names all of them. Where a file is too broken to go on, that is a finding, and t
 
 `kind` of a finding is a short stable word by which a caller may look up a cause: checksum, file, config, layout, index,
 missing, unexpected, shape, dtype, values, scales, blocks, training, companion, code, tokens, drafter, `dialect` (aliases of a
-key that disagree), mask, reference.
+key that disagree), engine, mask, reference.
 """
 
 from __future__ import annotations

@@ -42,6 +42,8 @@ class DrafterChecks(Reporter):
         self._add_faults("dialect", label, alias_faults(config))
         if self.model_config is not None:
             self._add_faults("drafter", label, drafter_folder.fit_faults(config, self.model_config.get_text_config()))
+            if (note := drafter_folder.grouping_note(config, self.model_config.get_text_config())) is not None:
+                self.note("engine", f"{label}: {note}")
         else:
             self.unchecked("drafter", "whether the drafter fits its target", "there is no target in this folder")
         if (folder / MASK).is_file():

@@ -150,7 +150,7 @@ def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:
 
 
 def target_of(model: nn.Module, tokenizer, layers: list[int] | None, folder: Path) -> Target:
-    """A model as a drafter's target whose outputs of `layers` are read; tools/family_table.py asks it about every family.
+    """A model as a target whose outputs of `layers` are used; tools/family_table.py asks it about every family.
 
     Raises:
         ValueError: as `load_target`: what keeps a drafter from being trained for this model.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -29,8 +30,8 @@ Each is trained a step, exported in the layouts of its row and loaded again bit 
 - **on disk**: how the experts are published. One matrix per expert can be stored packed under its own name; experts that are
   published fused have no packed form that clients know (but gpt-oss's).
 - **layouts**: the first is what `export.layout: auto` writes. `bf16` holds the experts decoded exactly, for any engine.
-- **drafter**: a drafter can be trained for it (`dflash_train/train.py`), or why not; a refusal comes before training. vLLM and
-  SGLang must be able to hand out its hidden states to run it.
+- **drafter**: whether `dflash_train/train.py` trains a drafter for it, or why it refuses to before it starts. A drafter is
+  exported beside every layout; an engine must be able to hand it the outputs of this family's layers.
 - **runtime**: this project's engine, server and `validate` run the first layout (c: on the processor; kernels: also on a GPU).
 
 What is not in the table is refused before training, with the reason: a type without a causal language model, experts of another
@@ -83,7 +84,7 @@ def _drafter(config) -> str:
     try:
         target_of(AutoModelForCausalLM.from_config(config), types.SimpleNamespace(eos_token_id=2), [0], Path("it"))
     except ValueError as error:
-        return str(error)[:400]
+        return "no: " + re.sub(r"^(model\.path: it|model type \w+): ", "", str(error)).partition(";")[0]
     return "yes"
 
 

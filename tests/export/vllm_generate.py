@@ -1,16 +1,22 @@
-"""Greedy tokens and counters of vLLM for one job, as a line of JSON. Run by test_vllm_client.py with the engine's interpreter.
+"""Greedy tokens and counters of vLLM for several jobs, as one line of JSON. Run by test_vllm_client.py with the engine's own
+interpreter; the engine's imports are most of what a start costs, so all jobs share one process.
 
-    python vllm_generate.py '{"folder": ..., "prompts": [[ids], ...], "tokens": n, "drafter": FOLDER or null, "options": {...}}'
+    python vllm_generate.py FILE    # [{"folder": ..., "prompts": [[ids], ...], "tokens": n, "drafter": FOLDER or null}, ...]
 """
 
+import gc
 import json
 import sys
+import traceback
+from pathlib import Path
 
 
-def main(job: dict) -> None:
+def answers_of(job: dict) -> dict:
     from vllm import LLM, SamplingParams
 
-    options = job.get("options", {})
+    if "quantization_config" in json.loads((Path(job["folder"]) / "config.json").read_text(encoding="utf-8")):
+        allow_any_routing()
+    options = {}
     if job["drafter"]:
         options["speculative_config"] = {"method": "dflash", "model": job["drafter"], "num_speculative_tokens": 7}
     llm = LLM(model=job["folder"], skip_tokenizer_init=True, enforce_eager=True, trust_remote_code=True, dtype="bfloat16",
@@ -18,7 +24,7 @@ def main(job: dict) -> None:
     sampling = SamplingParams(max_tokens=job["tokens"], temperature=0, detokenize=False, ignore_eos=True)
     answers = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling, use_tqdm=False)
     counters = {m.name: m.value for m in llm.get_metrics() if "spec_decode_num" in m.name and hasattr(m, "value")}
-    print("RESULT " + json.dumps({"answers": [list(a.outputs[0].token_ids) for a in answers], "counters": counters}))
+    return {"answers": [list(a.outputs[0].token_ids) for a in answers], "counters": counters}
 
 
 def allow_any_routing() -> None:
@@ -28,8 +34,25 @@ def allow_any_routing() -> None:
     cpu_moe.CPUExpertsMxfp4._supports_routing_method = staticmethod(lambda *args, **kwargs: True)
 
 
+def main(jobs: list[dict]) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    results, earlier = [], {}
+    for job in jobs:
+        try:
+            found = answers_of(job)
+            # Counters are the process's: of a job alone without what was counted before it.
+            counted, found["counters"] = found["counters"], {
+                name: value - earlier.get(name, 0) for name, value in found["counters"].items()}
+            earlier |= counted
+            results.append(found)
+        except Exception:  # the engine's: the others' answers are still wanted
+            results.append({"error": traceback.format_exc()})
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    print("RESULT " + json.dumps(results))
+
+
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    if given.pop("mxfp4", False):
-        allow_any_routing()
-    main(given)
+    with open(sys.argv[1], encoding="utf-8") as file:
+        main(json.load(file))

@@ -45,7 +45,7 @@ def refuses(weights: TargetWeights) -> str | None:
     for layer in weights.layers:
         if layer.attention.qk_bias is not None:
             return "projections with biases are the torch backend's alone"
-        if not isinstance(layer.mlp, Dense) and layer.mlp.shared is not None:
+        if getattr(layer.mlp, "shared", None) is not None:
             return "shared experts are the torch backend's alone"
     return None
 

@@ -24,7 +24,7 @@ from runtime_ref.validation.result import Check
 SURE = 0.5
 # Mean absolute difference of log-probabilities that rounding to bf16 explains with room to spare.
 LOGPROB_ERROR = 0.1
-BINS, ANSWERS, SAMPLED_TOKENS = 20, 64, 16
+BINS, SAMPLED_TOKENS, SIDE_BY_SIDE = 20, 16, 8
 COUNT_CAUSE = "the server's tokenizer or chat template is not the checkpoint's: prompts become other tokens"
 SERVER_CAUSE = "the server computes something else than this checkpoint"
 WEATHER = {"type": "function", "function": {
@@ -38,7 +38,7 @@ class Served:
     """What the checks of a server share.
 
     Attributes:
-        reference: model in float32, or None and why. ends: tokens that end an answer.
+        reference: model in float32, or None and why. ends: tokens that end an answer. samples: answers that are sampled.
         answers: greedy answers to `prompts.all`. counters: of drafting, before and after them.
     """
 
@@ -49,6 +49,7 @@ class Served:
     absent: str
     ends: list[int]
     tokens: int
+    samples: int = 64
     answers: list[Answer] = field(default_factory=list)
     counters: tuple[dict | None, dict | None] = (None, None)
 
@@ -153,9 +154,9 @@ def check_samples(check: Check, served: Served) -> None:
         return
     prompt = max(served.prompts.all, key=len)
     answers: list[Answer] = []
-    for seed in range(0, ANSWERS, 8):
+    for first in range(0, served.samples, SIDE_BY_SIDE):
         answers += served.endpoint.complete(prompt, max_tokens=SAMPLED_TOKENS, temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0,
-                                            n=8, seed=1000 + seed)
+                                            n=min(SIDE_BY_SIDE, served.samples - first), seed=1000 + first)
     if any(answer.tokens is None for answer in answers):
         check.leave_out("the server does not return token ids")
         return

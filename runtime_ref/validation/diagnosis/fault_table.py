@@ -169,8 +169,7 @@ def _rotary_width(config) -> Fault:
 
 def _hf_attention(config, family: str, bases: tuple[float, ...]) -> Iterator[Fault]:
     yield Fault("rope_theta", "wrong rotary base (rope_theta)", lambda v, base: v.rotary_base(base), bases)
-    if config.partial_rotary_factor != 1:  # of a class that leaves a rest of each head alone
-        yield _rotary_width(config)
+    yield _rotary_width(config)
     if config.attention_biases:
         yield Fault("attention biases", "biases of the attention's projections are dropped (attention_bias)",
                     lambda v: v.zero(*(f"{part}_proj.bias" for part in config.attention_biases)))

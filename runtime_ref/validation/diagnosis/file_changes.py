@@ -26,6 +26,7 @@ SHIFT_CAUSE = "expert scales are off by 2^{power:+d}: a scale byte b means 2^(b 
 MEANINGS = {"norm_topk_prob": "routing weights are not normalised, or are although they should not be (norm_topk_prob)",
             "rope_theta": "wrong rotary base (rope_theta)", "swa_rope_theta": "wrong rotary base of the window layers "
             "(swa_rope_theta)", "sliding_window": "the window of the window layers has another size (sliding_window)",
+            "partial_rotary_factor": "wrong rotary width (partial_rotary_factor)",
             "num_experts_per_tok": "another number of experts per token (num_experts_per_tok)",
             "rms_norm_eps": "wrong epsilon of the norms (rms_norm_eps)",
             "layernorm_epsilon": "wrong epsilon of the norms (layernorm_epsilon)",

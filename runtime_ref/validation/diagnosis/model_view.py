@@ -365,10 +365,11 @@ class HfView(ModelView):
         return D, int(D * self.model.config.rope_parameters.get("partial_rotary_factor", 1.0))
 
     def rotary_width(self, entries: float) -> bool:
-        """Of a class that rotates the first entries of a head and leaves the rest."""
+        """Of classes that can rotate the first entries of a head and leave the rest: their configuration says which."""
         width, D = int(entries) // 2 * 2, self.attentions[0].head_dim
-        plain = self.model.config.rope_parameters.get("rope_type", "default") == "default"
-        return plain and 0 < width <= D and self._rotary(partial_rotary_factor=width / D)
+        rope = self.model.config.rope_parameters
+        return ("partial_rotary_factor" in rope and rope.get("rope_type", "default") == "default" and 0 < width <= D
+                and self._rotary(partial_rotary_factor=width / D))
 
     def layer_kind(self, index: int) -> object:
         kinds = getattr(self.model.config, "layer_types", None)

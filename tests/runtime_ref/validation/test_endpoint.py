@@ -1,6 +1,7 @@
 """validate.py --endpoint: a right server of the checkpoint passes; those that compute, count, sample or end wrongly do not."""
 
 import contextlib
+import itertools
 import json
 import shutil
 import threading
@@ -62,6 +63,7 @@ def test_a_server_of_the_checkpoint_is_right(folder, preparing, tmp_path, capsys
     assert numbers["mean difference of log-probabilities (nats)"] < 0.1
     assert checks["acceptance"]["numbers"]["acceptance length"] >= 1
     speeds = checks["speed"]["numbers"]
+    assert "tokens/s without drafts, one sequence" in speeds
     assert speeds["price per million tokens as served, one sequence"] == pytest.approx(
         10 / 3600 / speeds["tokens/s as served, one sequence"] * 1e6)
     assert verdict["model"]["served as"] == "small" and "endpoint" in (tmp_path / "v.html").read_text()
@@ -104,11 +106,8 @@ def test_a_server_that_renders_conversations_otherwise_is_found(folder, preparin
 
 def test_a_speed_without_drafts_is_only_said_where_none_were_made(folder, preparing, tmp_path, capsys, monkeypatch):
     with serving(folder, preparing) as live:
-        _, _, checks = judged(folder, live.url, tmp_path, capsys)
-        assert "tokens/s without drafts, one sequence" in checks["speed"]["numbers"]
-        post = Endpoint.post
-        monkeypatch.setattr(Endpoint, "post", lambda self, path, body: post(
-            self, path, {k: v for k, v in body.items() if k != "speculate"}))  # as by a server that does not know the field
+        rounds = itertools.count()  # as of a server that takes `speculate` for a field that means nothing
+        monkeypatch.setattr(Endpoint, "counters", lambda self: {"drafts": next(rounds), "accepted": 0})
         _, _, checks = judged(folder, live.url, tmp_path, capsys)
     assert "tokens/s without drafts, one sequence" not in checks["speed"]["numbers"]
     assert any("cannot turn them off" in reason for reason in checks["speed"]["unchecked"])
@@ -220,3 +219,19 @@ def test_tokens_drawn_too_greedily_fill_the_lower_bins():
         return chi_square_z(torch.histc(place.double(), bins=20, min=0, max=1), uniform)
 
     assert z(1.0) < 4.3 < z(1.5)
+
+
+@pytest.mark.parametrize("answers, points", [(64, 0.14), (1500, 0.03)])
+def test_the_sampled_answers_show_the_bias_that_the_page_promises(answers, points):
+    """The statistic alone, of 100 repetitions: so many points too many in the likelier half are found, right draws never."""
+    from runtime_ref.validation.checks.endpoint import BINS, CHI_SQUARE_Z, SAMPLED_TOKENS, chi_square_z
+
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.full((BINS,), 1 / BINS, dtype=torch.float64)
+    moved = torch.full((BINS // 2,), 2 * points / BINS, dtype=torch.float64)
+
+    def found(p):
+        draws = (torch.multinomial(p, answers * SAMPLED_TOKENS, replacement=True, generator=generator) for _ in range(100))
+        return sum(chi_square_z(torch.bincount(d, minlength=BINS).double(), uniform) > CHI_SQUARE_Z for d in draws)
+
+    assert found(uniform + torch.cat((moved, -moved))) >= 97 and found(uniform) == 0

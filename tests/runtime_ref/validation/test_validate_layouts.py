@@ -104,7 +104,6 @@ SILENT = {
     "qwen3: epsilon": ("qwen3", config(rms_norm_eps=1e-4), "epsilon"),
     "mixtral: nibbles": ("mixtral", each("weight_packed", nibbles), "nibbles are swapped"),
     "mixtral: rotary base": ("mixtral", rope(rope_theta=1e4), "rotary base"),
-    "glm4: shared experts": ("glm4", each("shared_experts.down_proj.weight", torch.zeros_like), "shared experts are left out"),
     "glm4: rotary width": ("glm4", rope(partial_rotary_factor=1.0), "rotary width"),
     "glm4: factor of the experts' sum": ("glm4", config(routed_scaling_factor=1.0), "routed_scaling_factor"),
     "gpt-oss: nibbles": ("gpt-oss", each("_blocks", nibbles), "nibbles are swapped"),
@@ -127,6 +126,7 @@ LOUD = {
         "config_groups"]["group_0"]["weights"].update(group_size=16)), "blocks of another size"),
     "qwen3: tensors of another layout": ("qwen3", tensors(lambda held: [held.update({n.replace("_packed", ""): held.pop(n)})
                                                                         for n in list(held) if "_packed" in n]), "index"),
+    "glm4: dropped shared experts": ("glm4", drop("shared_experts.down_proj.weight"), "a tensor is missing"),
     "glm4: dropped biases": ("glm4", drop("q_proj.bias"), "biases of the attention's projections are dropped"),
     "gpt-oss: dropped sinks": ("gpt-oss", drop("self_attn.sinks"), "sinks are dropped"),
     "gpt-oss: dropped biases": ("gpt-oss", drop("down_proj_bias"), "biases of the experts are dropped"),
@@ -322,4 +322,5 @@ def test_every_fault_can_be_tried_and_changes_what_it_says(layouts, family):
     silent = {"no clamp", "swiglu clamp", "router chosen", "epsilon=1e-12", "epsilon=1e-08", "epsilon=1e-06", "epsilon=1e-05"}
     if family == "mixtral":  # the head is tied, and all experts are chosen
         silent |= {"tied", "router all"}
-    assert set(without_effect(model, target_faults(geometry), geometry.rope_theta)) <= silent
+    own = geometry.rope_theta, geometry.routed_scaling_factor, int(geometry.head_dim * geometry.partial_rotary_factor)
+    assert set(without_effect(model, target_faults(geometry), *own)) <= silent
