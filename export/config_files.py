@@ -101,9 +101,9 @@ def copy_companions(sources: list[Path], out: Path, *, code: bool) -> list[str]:
             shutil.copyfile(ROOT / "modeling" / name, out / name)
             copied.append(name)
     for names in (TOKENIZER, ("generation_config.json",)):
-        home = next((s for s in sources if any((s / n).is_file() for n in names)), None)
+        location = next((s for s in sources if any((s / n).is_file() for n in names)), None)
         for name in names:
-            if home is not None and (home / name).is_file():
-                write_bytes(out / name, shipped_bytes(home / name))
+            if location is not None and (location / name).is_file():
+                write_bytes(out / name, shipped_bytes(location / name))
                 copied.append(name)
     return copied

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from storage import reading
+
 INCOMPLETE_CAUSE = "the folder is incomplete or damaged"
 
 
@@ -92,7 +94,7 @@ def own_object(path: Path) -> dict:
 
 def first_line(error: Exception, folder: Path) -> str:
     """An error's first line, with names as seen from the folder."""
-    return (str(error).splitlines() or [type(error).__name__])[0].replace(f"{folder}/", "").removeprefix(f"{folder}: ")
+    return reading.first_line(error).replace(f"{folder}/", "").removeprefix(f"{folder}: ")
 
 
 def condensed(findings: list[str]) -> list[str]:
