@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.own_lines import own_lines_only
+from storage.reading import first_line
 from storage.terminal import printable
 
 NAME = "runtime_ref/serve.py"
@@ -298,7 +299,7 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{file}: not valid JSON: {first_line(error)}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file}: {type(found).__name__}, expected an object")
     numbers = {name: found.get(name) for name in SAMPLING}

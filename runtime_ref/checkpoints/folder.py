@@ -12,6 +12,7 @@ from checkpoint.families.geometry import NotHeld
 from checkpoint.families.registry import FAMILIES
 from checkpoint.tensor_files import TensorFiles
 from modeling.configuration_mimo_v2 import MiMoV2Config
+from storage.reading import first_line
 
 
 def end_ids(folder: str | Path, config: dict) -> list[int]:
@@ -45,7 +46,7 @@ def read_config(folder: str | Path) -> tuple[MiMoV2Config, dict]:
     try:
         config = MiMoV2Config.from_dict({k: v for k, v in raw.items() if k not in drop})
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{file}: {first_line(error)}") from None
     if config.attention_bias:
         raise ValueError(f"{file}: attention_bias: true, expected false (no release has it)")
     return config, raw
