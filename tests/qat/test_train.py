@@ -193,16 +193,22 @@ sys.path[0] = {str(ROOT)!r}
 from qat import trainer
 from recipes.load import load_recipe
 
+kept = []
+
 def differently(teacher, quantizer, *_, **__):
+    kept[:] = [value.data.clone() for value in (*quantizer.masters, *quantizer.shifts)]
     for master in quantizer.masters:
         master.data.mul_(1 + 0.1 * torch.distributed.get_rank())
+    for shift in quantizer.shifts:
+        shift.data.add_(0.6 * torch.distributed.get_rank())
     quantizer.requantize()
 
 trainer.choose_first_codes = differently
-job = trainer.Trainer(load_recipe(sys.argv[1], ["qat.warm_start.method=gptq"]), resume=False)
-for tensor, master in job.quantizer:
-    original = job.teacher.get_parameter(tensor.name).float()
-    assert torch.equal(master, original), tensor.name
+recipe = load_recipe(sys.argv[1], ["qat.warm_start.method=gptq", "qat.scales.method=searched"])
+job = trainer.Trainer(recipe, resume=False)
+for ours, first in zip((*job.quantizer.masters, *job.quantizer.shifts), kept, strict=True):
+    assert torch.equal(ours, first) and first.any()
+for tensor, _ in job.quantizer:
     ours = tensor.parameter.detach().float()
     assert torch.equal(2 * ours, job.accelerator.reduce(ours, reduction="sum")), tensor.name
 job.close()
