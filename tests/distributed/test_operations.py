@@ -116,13 +116,16 @@ sys.exit(run_command(sys.argv[1], sys.argv[2:], lambda recipe: trainer.run(recip
 
 
 def test_a_rank_that_is_killed_is_started_again_and_the_run_ends_as_if_nothing_had_been(tiny_recipe, tmp_path):
-    """`torchrun --max-restarts`, with --resume as recipes/launch has it."""
+    """`torchrun --max-restarts`, with --resume as recipes/launch has it. The second time the first rank is late: the other one
+    must not find the address of the first one's predecessor in the launcher's store."""
     marker = tmp_path / "killed"
     script = tmp_path / "killed.py"
     script.write_text(f"""
-import os, signal, sys, pathlib
+import os, signal, sys, pathlib, time
 sys.path[0] = {str(ROOT)!r}
 from qat import trainer
+if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+    time.sleep(5)
 from recipes.load import load_recipe
 from qat.sharded import ShardedTrainer
 original = ShardedTrainer.record

@@ -193,16 +193,22 @@ sys.path[0] = {str(ROOT)!r}
 from qat import trainer
 from recipes.load import load_recipe
 
+kept = []
+
 def differently(teacher, quantizer, *_, **__):
+    kept[:] = [value.data.clone() for value in (*quantizer.masters, *quantizer.shifts)]
     for master in quantizer.masters:
         master.data.mul_(1 + 0.1 * torch.distributed.get_rank())
+    for shift in quantizer.shifts:
+        shift.data.add_(0.6 * torch.distributed.get_rank())
     quantizer.requantize()
 
 trainer.choose_first_codes = differently
-job = trainer.Trainer(load_recipe(sys.argv[1], ["qat.warm_start.method=gptq"]), resume=False)
-for tensor, master in job.quantizer:
-    original = job.teacher.get_parameter(tensor.name).float()
-    assert torch.equal(master, original), tensor.name
+recipe = load_recipe(sys.argv[1], ["qat.warm_start.method=gptq", "qat.scales.method=searched"])
+job = trainer.Trainer(recipe, resume=False)
+for ours, first in zip((*job.quantizer.masters, *job.quantizer.shifts), kept, strict=True):
+    assert torch.equal(ours, first) and first.any()
+for tensor, _ in job.quantizer:
     ours = tensor.parameter.detach().float()
     assert torch.equal(2 * ours, job.accelerator.reduce(ours, reduction="sum")), tensor.name
 job.close()
@@ -340,11 +346,13 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_recipe):
     full = (
         "import errno\n"
         "from training import checkpoint\n"
-        "original = checkpoint.write_states\n"
-        "def full(accelerator, path, **k):\n"
-        "    original(accelerator, path, **k)\n"
-        "    if 'step-00000008' in str(path): raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "checkpoint.write_states = full\n")
+        "original = checkpoint.state_writer\n"
+        "def full(accelerator, **k):\n"
+        "    def write(path, group=None, wrote=original(accelerator, **k)):\n"
+        "        wrote(path, group)\n"
+        "        if 'step-00000008' in str(path): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "    return write\n"
+        "checkpoint.state_writer = full\n")
     said = run_job(SCRIPT, tiny_recipe, expect=1, before=full)
     assert "No space left on device; the last good checkpoint is" in said and "Traceback" not in said
     names = [p.name for p in (folder(tiny_recipe) / "checkpoints").iterdir()]
