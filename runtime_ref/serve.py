@@ -146,7 +146,7 @@ def load(options: argparse.Namespace, ranks, tokenizer):
         drafter_precision=options.drafter_precision, checksum=options.checksum, tokenizer=tokenizer, progress=progress,
         options=EngineOptions(max_context=options.max_context, max_running=options.max_running,
                               rows=max(256, 8 * options.max_running)))
-    ranks.settle()
+    ranks.shorten_timeout()
     if ranks.rank == 0 and (engine.launch.compared or engine.launch.refused):
         report(engine.launch.line(), 0)
     return engine
