@@ -18,11 +18,11 @@ import yaml
 from checkpoint.families.registry import FAMILIES
 from checkpoint.fp8 import dequantize_fp8
 from checkpoint.sources import DTYPES, Source
-from checkpoint.tokenizer_files import TOKENIZER, shipped_bytes
+from checkpoint.tokenizer_files import shipped_bytes, tokenizer_files
 from checkpoint.trained import Weights, plain
 from modeling.names import fused_name, split_qkv
 from mxfp4.exact_pack import same_bytes
-from storage.reading import read_json
+from storage.reading import first_line, read_json
 
 # Keys of config.json that change what a model computes or where it stops, without changing any tensor's shape.
 MEANING = (  # of the keys that a client's own class shares with training's
@@ -117,7 +117,7 @@ def config_differences(config: dict, trained: Path, layout: str | None) -> Itera
 
 def companion_differences(folder: Path, trained: Path) -> Iterator[str]:
     """Tokenizer, chat template and generation settings that the trained checkpoint has and this one has not, or otherwise."""
-    for name in (*TOKENIZER, "generation_config.json"):
+    for name in (*tokenizer_files(trained), "generation_config.json"):
         if not (trained / name).is_file():
             continue
         if not (folder / name).is_file():
@@ -203,6 +203,6 @@ def front_matter(path: Path) -> None:
     try:
         fields = yaml.safe_load(head.removeprefix("---")) if head.startswith("---\n") and head != text else None
     except yaml.YAMLError as error:
-        raise ValueError(f"front matter is not YAML: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"front matter is not YAML: {first_line(error)}") from None
     if not isinstance(fields, dict):
         raise ValueError("no front matter (YAML between lines of three dashes at the start)")

@@ -129,7 +129,8 @@ def generate_answers(recipe: Recipe, target: TargetFiles, path: Path, *, acceler
     say(f"the target answers {len(rows)} prompts: {answers} answers in {len(batches)} batches"
         + (f", {len(done)} of them done before" if done else ""))
     endpoint = Endpoint(settings, target, say) if settings.endpoint and mine else None
-    bar = ProgressBar(len(mine), len(done & {b.number for b in mine}), enabled=rank == 0, every=10, label="answers")
+    bar = ProgressBar(len(mine), len(done & {b.number for b in mine}), enabled=rank == 0, every=10, label="answers",
+                      unit="answers: batch")
     with partial.open("a", encoding="utf-8") as out:
         for position, batch in enumerate(mine, 1):
             if batch.number not in done:
@@ -142,6 +143,7 @@ def generate_answers(recipe: Recipe, target: TargetFiles, path: Path, *, acceler
                 out.flush()
             bar.update(position, f"{tokens / max(1e-9, time.monotonic() - began):,.0f} tok/s")
     bar.close()
+    target.rest()
     if accelerator:
         accelerator.wait_for_everyone()
     if rank == 0:

@@ -25,7 +25,7 @@ from mxfp4.fake_quant import fake_quantize_
 from qat.attach import find_expert_tensors
 from recipes.schema import Drafter, Recipe
 from storage.digests import combined, model_digests
-from storage.reading import read_json
+from storage.reading import first_line, read_json
 from training.accelerator import from_first
 from training.checkpoint import require_newest_result
 
@@ -35,12 +35,17 @@ DEFAULT_TARGET_LAYERS = 5
 class TargetFiles:
     """What is known of a target without its weights: all that is needed where a server of it answers."""
 
-    def __init__(self, path: Path, tokenizer, end_ids: list[int], target_layers: list[int], vocabulary: int):
+    def __init__(self, path: Path, tokenizer, end_ids: list[int], target_layers: list[int], vocabulary: int,
+                 positions: int | None = None):
         self.path, self.tokenizer, self.end_ids = path, tokenizer, end_ids
         self.target_layers, self.vocabulary = target_layers, vocabulary
+        self.positions = positions  # None: not limited, as far as its configuration says
         self._fingerprint: str | None = None
         if not end_ids:
             raise ValueError(f"{path}: neither generation_config nor the tokenizer names a token that ends an answer")
+
+    def rest(self) -> None:
+        """To be called where ranks whose passes through a divided target may differ in number do something together again."""
 
     def fingerprint(self) -> str:
         """Digest of every byte of the files that decide what the target says: weights, configuration, tokenizer, code."""
@@ -58,10 +63,11 @@ class Target(TargetFiles):
 
     def __init__(self, model: nn.Module, tokenizer, target_layers: list[int], path: Path):
         super().__init__(path, tokenizer, end_ids(getattr(model, "generation_config", None), tokenizer), target_layers,
-                         model.get_output_embeddings().weight.shape[0])
+                         model.get_output_embeddings().weight.shape[0], positions_of(model.config))
         self.model = model.eval().requires_grad_(False)
         self.base = model.base_model
         self.embed_tokens, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.norm = getattr(self.base, "norm", None)
         self.hidden_size = self.embed_tokens.weight.shape[1]
         self._caught: dict[int, torch.Tensor] = {}
         for layer in target_layers:
@@ -84,6 +90,10 @@ class Target(TargetFiles):
         self._caught.clear()
         last = self.base(input_ids=ids_BT, use_cache=cache is not None, **{CACHE_NAME: cache}, **kwargs).last_hidden_state
         return torch.cat([self._caught[layer] for layer in self.target_layers], dim=-1), last
+
+
+def positions_of(config) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def end_ids(generation, tokenizer) -> list[int]:
@@ -129,27 +139,35 @@ def target_files(recipe: Recipe) -> TargetFiles:
                   else GenerationConfig.from_model_config(config))
     require_key_value_layers(config, folder)
     target_layers = choose_target_layers(recipe.drafter.target_layer_ids, config.get_text_config().num_hidden_layers)
-    return TargetFiles(folder, tokenizer, end_ids(generation, tokenizer), target_layers, config.get_text_config().vocab_size)
+    return TargetFiles(folder, tokenizer, end_ids(generation, tokenizer), target_layers, config.get_text_config().vocab_size,
+                       positions_of(config))
 
 
-def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:
-    """The target that `dflash.target` names.
+def load_target(recipe: Recipe, device: torch.device | str = "cpu", ranks: int = 1) -> Target:
+    """The target that `dflash.target` names: whole, or with `cluster.sharding` divided among the `ranks` processes of a launch.
 
     Raises:
         ValueError: no such folder; target layers that it does not have; a tokenizer without an end token; a model whose
             logits are not its head's (see `modeling.output_head`).
     """
     folder = target_folder(recipe)
-    model = load_model(folder, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=recipe.model.trust_remote_code)
+    divided = ranks > 1 and recipe.cluster is not None and recipe.cluster.sharding != "ddp"
+    if divided:
+        from dflash_train.sharded import ShardedTarget, load_divided  # builds on this module
+
+        model, kind = load_divided(recipe, folder, ranks), ShardedTarget
+    else:
+        model = load_model(folder, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=recipe.model.trust_remote_code)
+        model, kind = model.to(device), Target
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
     if recipe.dflash.target == "ptq":
         for tensor in find_expert_tensors(model):
-            fake_quantize_(tensor.parameter.data, tensor.parameter.data, scale_rule=recipe.quantization.scale_rule,
-                           axis=tensor.axis)
-    return target_of(model.to(device), tokenizer, recipe.drafter.target_layer_ids, folder)
+            weight = getattr(tensor.parameter.data, "_local_tensor", tensor.parameter.data)  # whole experts in either case
+            fake_quantize_(weight, weight, scale_rule=recipe.quantization.scale_rule, axis=tensor.axis)
+    return target_of(model, tokenizer, recipe.drafter.target_layer_ids, folder, kind)
 
 
-def target_of(model: nn.Module, tokenizer, layers: list[int] | None, folder: Path) -> Target:
+def target_of(model: nn.Module, tokenizer, layers: list[int] | None, folder: Path, kind: type[Target] = Target) -> Target:
     """A model as a target whose outputs of `layers` are used; tools/family_table.py asks it about every family.
 
     Raises:
@@ -159,7 +177,7 @@ def target_of(model: nn.Module, tokenizer, layers: list[int] | None, folder: Pat
     if not hasattr(model.base_model, "layers"):
         raise ValueError(f"model.path: {folder}: {type(model).__name__} has its decoder layers under another name than "
                          "`layers`; a drafter's target is read layer by layer")
-    target = Target(model, tokenizer, choose_target_layers(layers, len(model.base_model.layers)), folder)
+    target = kind(model, tokenizer, choose_target_layers(layers, len(model.base_model.layers)), folder)
     require_plain_head(target.model)
     _require_plain_cache(target)
     return target
@@ -184,7 +202,7 @@ def _require_plain_cache(target: Target) -> None:
         target.run(ids[:, :2], cache=cache)
         target.run(ids[:, 2:], cache=cache)
     except (ValueError, AttributeError, TypeError, IndexError, KeyError, RuntimeError, NotImplementedError) as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        reason = f"{type(error).__name__}: {first_line(error)[:160]}"
         raise ValueError(f"model.path: {target.path}: {target.model.config.model_type} does not decode with a plain cache of "
                          f"keys and values ({reason}); no drafter can be trained for it here") from None
 
@@ -205,7 +223,7 @@ def choose_target_layers(requested: list[int] | None, layers: int) -> list[int]:
 
 
 def mask_token_id(setting: str | int | None, tokenizer, vocabulary: int, ends: Sequence[int] = ()) -> int:
-    """Id of the reserved mask entry.
+    """Id of the reserved mask entry: the recipe's, the tokenizer's, or the first that the tokenizer leaves unused.
 
     Raises:
         ValueError: no such entry, or one that text uses: an ordinary, end (`ends`) or padding token.
@@ -213,8 +231,10 @@ def mask_token_id(setting: str | int | None, tokenizer, vocabulary: int, ends: S
     if setting is None:
         setting = tokenizer.mask_token_id
         if setting is None:
-            raise ValueError("drafter.mask_token: the tokenizer has no mask token; name a reserved vocabulary entry (text or "
-                             "id) that never occurs in text")
+            setting = max(tokenizer.get_vocab().values()) + 1  # vocabularies are padded to a round number
+        if setting >= vocabulary:
+            raise ValueError("drafter.mask_token: the tokenizer has no mask token and uses every entry of the vocabulary; name "
+                             "a reserved one (text or id) that never occurs in text")
     if isinstance(setting, str):
         found = tokenizer.get_vocab().get(setting)
         if found is None:
@@ -281,7 +301,7 @@ def new_drafter(recipe: Recipe, target: Target) -> DFlashDraftModel:
     model = DFlashDraftModel(config).float()
     with torch.no_grad():
         model.mask_embedding.copy_(target.embed_tokens.weight.float().mean(0))
-        norm = norm_scale(getattr(target.base, "norm", None))
+        norm = norm_scale(target.norm)
         if norm is not None and norm.shape == model.norm.weight.shape:
             model.norm.weight.copy_(norm)
         model.fc.weight.mul_(0.3)

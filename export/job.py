@@ -16,6 +16,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -37,7 +38,7 @@ from modeling.names import plain_dtype
 from recipes.load import dump_published, published
 from recipes.schema import Recipe
 from storage.digests import combined, json_digest, model_digests, stamps
-from storage.files import begin_folder, finish_folder, next_free, tree_bytes, write_bytes, write_json, write_text
+from storage.files import begin_folder, bound_earlier, finish_folder, next_free, write_bytes, write_json, write_text
 from storage.locks import Lock
 from storage.reading import read_json
 from storage.terminal import printable, printable_line
@@ -67,9 +68,11 @@ class Export:
         self.rounded = request.base is not None and not request.decode
         self._open_weights()
         self.drafter = None
-        if request.base is None:
+        if request.base is None and recipe.export.drafter != "none":
             require_newest_result(self.run_folder / "dflash")
             self.drafter = drafter_files.open_drafter(self.run_folder / "dflash" / "model", self.text_config)
+            if self.drafter is not None and recipe.export.drafter == "matching" and not request.rank:
+                self._require_matching_drafter()
         units = units_of(self.layout, self.weights, recipe.export.dense)
         if self.drafter is not None:
             if recipe.export.speculators:
@@ -88,10 +91,21 @@ class Export:
     def _refuse_out(self) -> None:
         """An earlier export is set aside for the new one; any other folder of that name stays where it is."""
         out = self.out
-        if out.resolve() in [home.resolve() for home in self.homes]:
+        if out.resolve() in [location.resolve() for location in self.locations]:
             raise ValueError(f"--out {out}: holds the weights that are to be exported, expected another folder")
         if out.exists() and not (out / "export.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"--out {out}: exists and is no earlier export, expected a new folder, e.g. {out / 'model'}")
+
+    def _require_matching_drafter(self) -> None:
+        """Raises ValueError for a drafter that was trained for other weights, where its summary says for which."""
+        was = (self.measured("dflash") or {}).get("target") or {}
+        if was.get("weights") is None or (was.get("kind"), was["weights"]) == ("qat", self.trained_digest):
+            return
+        theirs = f"dflash.target: {was.get('kind')}, {was['weights']}"
+        raise ValueError(f"{self.drafter.folder}: trained for other weights ({theirs}) than those of {self.trained_folder} "
+                         f"({self.trained_digest}), which would reject more of its drafts; "
+                         "train it for them (dflash_train/train.py), or set export.drafter to any (written with a warning and "
+                         "without its numbers) or none")
 
     def _open_weights(self) -> None:
         recipe, request = self.recipe, self.request
@@ -100,8 +114,8 @@ class Export:
         trained = open_source(self.trained_folder)
         base_folder = rounded or (local_folder(recipe.model.path) if recipe.model.path else self.trained_folder)
         base = trained if base_folder == self.trained_folder else open_source(base_folder)
-        self.homes = [f for f in dict.fromkeys((self.trained_folder, base_folder)) if f.is_dir()]
-        described = next((f for f in self.homes if (f / "config.json").is_file()), None)
+        self.locations = [f for f in dict.fromkeys((self.trained_folder, base_folder)) if f.is_dir()]
+        described = next((f for f in self.locations if (f / "config.json").is_file()), None)
         if described is None:
             raise ValueError(f"{base_folder}: no config.json there, nor in {self.trained_folder}")
         self.config = read_json(described / "config.json")
@@ -199,7 +213,7 @@ class Export:
         write_bytes(out / INDEX, index_json(self.shards).encode())
         config = config_files.model_config(self.config, self.layout, self.dtypes())
         write_json(out / "config.json", config, sort_keys=True)
-        config_files.copy_companions(self.homes, out, code="auto_map" in config)
+        config_files.copy_companions(self.locations, out, code="auto_map" in config)
         shutil.rmtree(out / "dflash", ignore_errors=True)
         if self.drafter is not None:
             sums |= drafter_files.write_drafter(self.drafter, out / "dflash", self.recipe.export.shard_bytes)
@@ -207,7 +221,7 @@ class Export:
                 architecture = (config.get("architectures") or [None])[0]
                 sums |= drafter_files.write_speculators(self.drafter, out / "dflash-speculators",
                                                         self.recipe.export.shard_bytes, architecture)
-            fits = drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30
+            fits = 2 * drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30  # it runs in float32
             drafter_files.write_reference(out, real_features=fits)
         # How many processes wrote it is no part of the result.
         settled = self.recipe.export.model_copy(update={"processes": 1})
@@ -238,12 +252,19 @@ class Export:
         special = self.drafter.config["dflash_config"] if self.drafter else {}
         return model_card.Facts(
             name=self.recipe.name, layout=self.layout,
-            base=published(str(self.request.base or self.recipe.export.base_model or self.recipe.model.path)),
+            base=self._base_name(), licence=model_card.licence_of(self.homes),
             scale_rule=self.weights.scale_rule, dense_rounded=self.recipe.export.dense == "fp8",
             experts=self.experts, expert_matrices=self._expert_matrices(),
             bytes_by_dtype=sizes, block_size=special.get("block_size"),
             qat=self.qat_summary, drafter=self.drafter_summary,
             config=config | {"drafter_window": special.get("swa_window_size")})
+
+    def _base_name(self) -> str:
+        """The base as others may know it: the recipe's name for it, or the hub's, which a snapshot's folder is named by."""
+        folder = str(self.request.base or self.recipe.model.path)
+        snapshot = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{os.path.realpath(folder)}/")
+        named = self.recipe.export.base_model if self.request.base is None else None
+        return published(named or (f"{snapshot[1]}/{snapshot[2]}" if snapshot else folder))
 
     def measured(self, job: str) -> dict | None:
         """summary.json of a job of this run, if it is the run's own result that is exported: nothing else was measured."""
@@ -291,10 +312,10 @@ class Export:
         for path in (self.partial / "plan.json", *self.partial.glob("*.sums")):
             path.unlink()
 
-    def rename(self) -> Path | None:
-        """Gives the folder its name; returns where an earlier one was set aside, if there was one that differs.
+    def rename(self) -> None:
+        """Gives the folder its name. An earlier one is set aside, of which the newest `keep_earlier` stay.
 
-        An earlier one with the same checksums is replaced: a second copy of the same bytes is of no use.
+        One with the same checksums is replaced: a second copy of the same bytes is of no use.
         """
         aside = None
         if self.out.exists() and not _same_file(self.out / CHECKSUMS, self.partial / CHECKSUMS):
@@ -302,7 +323,9 @@ class Export:
             self.out.rename(aside)
         self.close()
         finish_folder(self.partial, self.out)
-        return aside
+        if aside is not None:
+            print(f"an earlier export was set aside as {aside}")
+            bound_earlier(self.out, "export.json", self.recipe.keep_earlier)
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -376,9 +399,7 @@ def _run(export: Export, alive, began: float) -> int:
             print(f"FOUND  {printable_line(finding)}")
         print(f"{export.partial}: {len(findings)} findings; not renamed to {export.out}; the same command writes it anew")
         return 1
-    aside = export.rename()
-    if aside is not None:
-        print(f"an earlier export was set aside as {aside} ({tree_bytes(aside) / 1e9:.3f} GB, which removing it gives back)")
+    export.rename()
     drafter = "with a drafter" if export.drafter is not None else "no drafter"
     print(f"written and verified: {export.out} ({export.layout}, {export.bytes / 1e9:.3f} GB in {len(export.shards)} files, "
           f"{drafter}; {written:.1f} s writing, {time.monotonic() - began:.1f} s in all)")

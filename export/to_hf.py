@@ -15,7 +15,6 @@ Exit code: 0 done and verified; 2 a mistake in arguments, recipe or input files;
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,12 +74,7 @@ def main(argv: list[str]) -> int:
             return plan.run(recipe, local_folder(str(args.base)) if args.base else args.weights)
         return _export(recipe, args, argv)
 
-    try:
-        return run_command(args.recipe, args.overrides, job)
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("interrupted; files that are written stay, the same command goes on from there", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return run_command(args.recipe, args.overrides, job, "files that are written stay, the same command goes on from there")
 
 
 def _export(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> int:

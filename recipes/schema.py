@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -30,7 +30,7 @@ class Section(BaseModel):
 class Model(Section):
     """The base checkpoint: a Hugging Face folder or hub name, or (for `--plan` only) a released geometry by name."""
 
-    path: str | None = Field(None, description="folder (from the working directory) or hub name of the base checkpoint")
+    path: str | None = Field(None, description="folder or hub name of the base checkpoint")
     released: str | None = Field(None, description="published geometry for --plan without weights, e.g. MiMo-V2.5-Pro")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of activations and compute weights")
     trust_remote_code: bool = Field(False, description="allow modeling code shipped inside the checkpoint to run")
@@ -82,6 +82,9 @@ class Data(Section):
     sequence_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens per packed sequence")
     eval_sequences: PositiveInt = Field(32, description="packed held-out sequences per domain in the final evaluation")
     shuffle: bool = Field(True, description="new order of sequences each epoch, from the recipe's seed")
+    loss_on: Literal["all", "answers"] = Field(
+        "all", description="tokens that losses and held-out figures cover: all, or of dialogues the assistant's turns alone "
+        "(texts count whole)")
 
 
 class Chat(Section):
@@ -185,6 +188,7 @@ class Optimizer(Section):
 
     name: Literal["adamw", "muon"] = Field("adamw", description="muon: Newton-Schulz-orthogonalised momentum per expert")
     learning_rate: PositiveFloat = Field(1e-4, description="peak; for muon in units of AdamW (update RMS matched)")
+    relative: bool = Field(False, description="adamw: learning_rate is a share of each tensor's root mean square at the start")
     min_learning_rate_ratio: Fraction = Field(0.0, description="floor of the schedule as a share of the peak")
     warmup_steps: NonNegativeInt = Field(10, description="linear warm-up from 0")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="wsd: constant, then linear decay")
@@ -192,6 +196,12 @@ class Optimizer(Section):
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW moment decays; muon uses the first")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     max_grad_norm: PositiveFloat = Field(1.0, description="gradients are scaled down to this global norm")
+
+    @model_validator(mode="after")
+    def _units_agree(self):
+        if self.relative and self.name != "adamw":
+            raise ValueError(f"optimizer.relative: expected optimizer.name adamw, not {self.name}")
+        return self
 
 
 class QAT(Section):
@@ -210,12 +220,20 @@ class QAT(Section):
     soft_rounding: SoftRounding = Field(default_factory=SoftRounding)
     grid_pull: GridPull = Field(default_factory=GridPull)
     average_last: Fraction = Field(0.0, description="round the mean of the masters over this last share of the run")
+    teacher: Literal["model", "disk"] = Field(
+        "model", description="model: the original weights in memory; disk: its last hidden states of all rows that are trained "
+        "on, computed once (the same KL, no second model in memory, no pass of it in a step)")
+    teacher_gib: PositiveFloat = Field(64.0, description="limit of those states on disk, for all ranks")
     evaluation_dtype: Literal["model", "float32"] = Field("model", description="float32: final evaluation on float32 copies")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
     heldout_every: NonNegativeInt = Field(0, description="steps between measurements on held-out text, the first before any; "
                                           "0: only the final evaluation")
     heldout_sequences: PositiveInt = Field(8, description="packed held-out sequences per domain of those measurements")
+    result: Literal["last", "best"] = Field("last", description="what model/ is: the last step, or the one with the least KL "
+                                            "on held-out text, whose checkpoint is kept (needs heldout_every)")
+    patience: NonNegativeInt = Field(0, description="measurements on held-out text without a lower KL after which the run "
+                                     "ends; 0: it never ends early")
     health_every: PositiveInt = Field(50, description="steps between per-layer, per-expert health lines")
     checkpoint_every: PositiveInt = Field(100, description="steps between checkpoints")
     keep_last: PositiveInt = Field(2, description="complete checkpoints kept")
@@ -224,6 +242,20 @@ class QAT(Section):
     def _methods_agree(self):
         if self.loss.gradient == "immediate" and self.train != "experts":
             raise ValueError("qat.loss.gradient: immediate gives the head no gradient; use recompute with qat.train: all")
+        if self.teacher == "disk" and (self.train != "experts" or self.loss.hidden > 0):
+            raise ValueError("qat.teacher: disk keeps the last hidden state alone and takes the model's own head, so it needs "
+                             "qat.train: experts and qat.loss.hidden: 0")
+        if self.optimizer.relative and self.grid_pull.strength:
+            raise ValueError("qat.optimizer.relative: grid_pull is in units of one rate for all; expected relative: false")
+        if not self.heldout_every and (self.result == "best" or self.patience):
+            raise ValueError("qat.result: best and qat.patience go by measurements on held-out text; expected "
+                             "qat.heldout_every above 0")
+        if self.result == "best" and (self.average_last or self.soft_rounding.method != "none"):
+            raise ValueError("qat.result: best takes the weights of one step, as they are served; expected "
+                             "qat.average_last: 0 and qat.soft_rounding.method: none")
+        if self.oscillation.method == "freeze" and self.scales.method != "rule":
+            raise ValueError("qat.oscillation.method: freeze pins values under the scale rule's scales; expected "
+                             "qat.scales.method: rule")
         if self.scales.method == "learned" and (self.soft_rounding.method != "none" or self.optimizer.name != "adamw"):
             raise ValueError("qat.scales.method: learned needs qat.optimizer.name: adamw and qat.soft_rounding.method: none")
         return self
@@ -247,7 +279,8 @@ class Drafter(Section):
     attention_value_scale: float | None = Field(None, description="factor on the values")
     partial_rotary_factor: Fraction = Field(0.5, description="share of head_dim that is rotated")
     rotary_base: PositiveFloat | None = Field(None, description="none: the target's base of full-attention layers")
-    mask_token: str | int | None = Field(None, description="reserved entry of the vocabulary; none: the tokenizer's mask token")
+    mask_token: str | int | None = Field(None, description="reserved entry of the vocabulary; none: the tokenizer's mask "
+                                         "token, or else the first entry that the tokenizer leaves unused")
     rms_norm_eps: PositiveFloat = 1e-5
     convolution_rank: NonNegativeInt = Field(0, description="in-block dynamic convolution (DFlash 2); 0: off")
     markov_rank: NonNegativeInt = Field(0, description="low-rank Markov head (DSpark); 0: off")
@@ -333,6 +366,8 @@ class DFlash(Section):
                             "and response, or text")
     features: Literal["online", "disk"] = Field("online", description="target features: computed in the loop, or once to disk")
     features_gib: PositiveFloat = Field(8.0, description="limit of the cache on disk")
+    shard_drafter: bool = Field(False, description="with cluster.sharding: divide the drafter's weights, gradients and moments "
+                                "among the ranks, too")
     loss: DraftLoss = Field(default_factory=DraftLoss)
     optimizer: DraftOptimizer = Field(default_factory=DraftOptimizer)
     regenerate: Regenerate = Field(default_factory=Regenerate)
@@ -355,8 +390,11 @@ class Export(Section):
     processes: PositiveInt = Field(1, description="processes that write different files side by side")
     speculators: bool = Field(False, description="also write the drafter in the format of `speculators` "
                               "(dflash-speculators/); needs one without sinks, value scale and partial rotation")
-    reference_gib: NonNegativeFloat = Field(8.0, description="checkpoints up to this size are loaded once to record the "
-                                            "drafter's reference from real features")
+    drafter: Literal["matching", "any", "none"] = Field(
+        "matching", description="a drafter that was trained for other weights than those exported is refused; any: it is "
+        "written, with a warning and without its numbers; none: no drafter is written")
+    reference_gib: NonNegativeFloat = Field(16.0, description="targets whose float32 weights take up to this much memory are "
+                                            "run once, to record the drafter's reference from real features")
 
 
 class Cluster(Section):
@@ -391,6 +429,19 @@ class Cluster(Section):
         return self
 
 
+class _Checkpoint(Section):
+    """Checkpoints of both training jobs; intervals and numbers are the jobs' own (`checkpoint_every`, `keep_last`)."""
+
+    @property
+    def asynchronous(self) -> bool:
+        return getattr(self, "async")
+
+
+# By its name in recipes, which Python keeps for itself.
+Checkpoint = create_model("Checkpoint", __base__=_Checkpoint, __doc__=_Checkpoint.__doc__, **{"async": (bool, Field(
+    False, description="write while training goes on, from a copy of the rank's state in host memory"))})
+
+
 class Tracking(Section):
     """Where metrics go besides runs/<name>/."""
 
@@ -407,6 +458,8 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: NonNegativeInt = 0
     output: str = Field("runs", description="parent of the run folder")
+    keep_earlier: NonNegativeInt | None = Field(None, description="results set aside by later runs that are kept, of each job; "
+                                                "none: all")
     model: Model
     data: Data
     chat: Chat = Field(default_factory=Chat)
@@ -416,4 +469,5 @@ class Recipe(Section):
     dflash: DFlash | None = None
     export: Export = Field(default_factory=Export)
     cluster: Cluster | None = None
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)

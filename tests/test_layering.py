@@ -35,7 +35,7 @@ STOREYS = {
     "measure": {"core", "kernels", "checkpoints", "backends", "engine", "triton_cpu"},
 }
 ENTRY_SCRIPTS = {"qat.train", "dflash_train.train", "dflash_train.regenerate", "export.to_hf", "export.verify",
-                 "runtime_ref.serve", "runtime_ref.validate", "runtime_ref.bench"}
+                 "training.compare", "runtime_ref.serve", "runtime_ref.validate", "runtime_ref.bench"}
 FILES = sorted(p for package in ALLOWED for p in (ROOT / package).rglob("*.py"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from storage.files import write_text
+from storage.files import write_bytes, write_text
 from storage.reading import json_lines
 from storage.revision import git_revision
 
@@ -184,10 +185,17 @@ def draw_curves(metrics_path: Path, png_path: Path, title: str) -> None:
     if 0 < len(layers) <= 10:
         axes[1, 1].legend(fontsize=6)
     figure.suptitle(title)
-    aside = png_path.with_name(png_path.stem + ".tmp.png")
-    figure.savefig(aside, dpi=120)
+    save_picture(figure, png_path)
+
+
+def save_picture(figure, path: Path) -> None:
+    """Replaces a PNG file by the figure, and closes the figure."""
+    from matplotlib import pyplot as plt
+
+    data = io.BytesIO()
+    figure.savefig(data, dpi=120, format="png")
     plt.close(figure)
-    os.replace(aside, png_path)
+    write_bytes(path, data.getvalue())
 
 
 def mean(values: Iterable[float]) -> float:
@@ -196,13 +204,16 @@ def mean(values: Iterable[float]) -> float:
 
 
 class ProgressBar:
-    """Rich progress bar on the main process of a terminal; a plain line every `every` steps elsewhere (logs, CI)."""
+    """Rich progress bar on the main process of a terminal; a plain line every `every` steps elsewhere (logs, CI).
 
-    def __init__(self, total: int, start: int, *, enabled: bool, every: int, label: str = "QAT"):
+    unit: what is counted.
+    """
+
+    def __init__(self, total: int, start: int, *, enabled: bool, every: int, label: str = "QAT", unit: str = "step"):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.enabled, self.every, self.total = enabled, every, total
+        self.enabled, self.every, self.total, self.unit = enabled, every, total, unit
         self._began = time.monotonic()
         self._start = start
         console = Console()
@@ -219,7 +230,7 @@ class ProgressBar:
         elif self.enabled and (step % self.every == 0 or step == self.total):
             done = max(step - self._start, 1)
             left = (time.monotonic() - self._began) / done * (self.total - step)
-            print(f"step {step}/{self.total}  {text}  ETA {left:.0f} s", flush=True)
+            print(f"{self.unit} {step}/{self.total}  {text}  ETA {left:.0f} s", flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from runtime_ref.core.tensor_parallel import RankLost, Ranks
 from runtime_ref.validation.result import Check
+from storage.reading import first_line
 
 UNREADABLE_CAUSE = "the folder is incomplete or damaged in a way that no check expects"
 
@@ -33,7 +34,7 @@ def guarded(check: Check, run: Callable[[Check], object], ranks: Ranks | None = 
         if ranks is not None and ranks.count > 1:
             ranks.abandon()
             raise
-        line = (str(error).splitlines() or [""])[0][:200]
+        line = first_line(error)[:200]
         check.fail(f"the check broke off: {type(error).__name__}: {line}", UNREADABLE_CAUSE)
         return None
 
@@ -49,14 +50,17 @@ def bounded(call: Callable[[], object], *, seconds: float, extra_bytes: int = 1 
     that it doubles takes all memory.
 
     Raises:
-        OutOfBounds: more than `seconds`, or `extra_bytes` beyond what this process has. ValueError: what the call raised, as
-            "TypeName: first line".
+        OutOfBounds: more than `seconds` of processor time (what else the machine does is no fault of the folder's; asleep, six
+            times as long), or `extra_bytes` beyond what this process has. ValueError: what the call raised, as "TypeName:
+            first line".
     """
     import resource
 
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             os.close(reading)
             with open("/proc/self/statm", encoding="ascii") as file:
@@ -69,18 +73,18 @@ def bounded(call: Callable[[], object], *, seconds: float, extra_bytes: int = 1 
         except MemoryError:
             answer = ["memory", ""]
         except BaseException as error:  # of a child that ends here
-            answer = ["error", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"]
+            answer = ["error", f"{type(error).__name__}: {first_line(error)[:200]}"]
         with open(writing, "w", encoding="utf-8") as pipe:
             pipe.write(json.dumps(answer))
         os._exit(0)
     os.close(writing)
     try:
-        answer = _read_all(reading, seconds)
+        answer = _read_all(reading, 6 * seconds)
     finally:
         os.close(reading)
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    if answer is None:
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if answer is None or ended == -signal.SIGPROF:
         raise OutOfBounds(f"no end after {seconds:g} s")
     kind, value = json.loads(answer) if answer else ("memory", "")
     if kind == "memory":

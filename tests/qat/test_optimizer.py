@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qat.optimizer import make_optimizer
+from qat.optimizer import make_optimizer, matched_rate
 from recipes.schema import Optimizer
-from training.schedule import learning_rate_factor, make_schedule
+from training.schedule import learning_rate_factor, make_schedule, present_rate
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
@@ -54,6 +54,20 @@ def test_muon_treats_experts_of_a_fused_tensor_separately():
     torch.testing.assert_close(update[1], alone.detach()[0])
 
 
+def test_a_relative_rate_moves_every_tensor_by_the_same_share_of_its_size():
+    torch.manual_seed(0)
+    small, large, zero = torch.randn(3, 8, 32), 8 * torch.randn(3, 32, 8), torch.zeros(4)
+    parameters = [torch.nn.Parameter(t.clone()) for t in (small, large, zero)]
+    optimizer = make_optimizer(parameters, Optimizer(learning_rate=1e-3, relative=True))
+    for p in parameters:
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    shares = [float((p.detach() - t).norm() / t.norm()) for p, t in zip(parameters, (small, large), strict=False)]
+    assert shares == pytest.approx([1e-3, 1e-3], rel=1e-3) and not parameters[2].detach().any()
+    with pytest.raises(ValueError, match="adamw"):
+        Optimizer(name="muon", relative=True)
+
+
 def test_adamw_follows_the_schedule():
     parameter = torch.nn.Parameter(torch.zeros(4))
     settings = Optimizer(learning_rate=0.5, warmup_steps=3)
@@ -81,3 +95,18 @@ def test_both_optimizers_step_under_accelerate_and_a_schedule(name):
     prepared.step()
     schedule.step()
     assert not torch.equal(parameter, torch.ones(2, 4, 8))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_rate_that_is_recorded_is_the_recipes_whatever_units_the_optimizer_has(name):
+    settings = Optimizer(name=name, learning_rate=1e-3, warmup_steps=3)
+    parameter = torch.nn.Parameter(torch.zeros(1, 64, 512))
+    optimizer = make_optimizer([parameter], settings)
+    schedule = make_schedule(optimizer, 10, settings)
+    units = matched_rate(1.0, (64, 512)) if name == "muon" else 1.0
+    for now in range(10):
+        assert schedule.get_last_lr()[0] == pytest.approx(units * present_rate(now, 10, settings), rel=1e-12)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        schedule.step()
+    assert present_rate(3, 10, settings) == 1e-3 and units == (1.0 if name == "adamw" else pytest.approx(0.2 * 512**0.5))

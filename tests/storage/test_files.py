@@ -13,7 +13,7 @@ import pytest
 
 from storage import files
 from storage.digests import combined, differences, file_digests, model_digests
-from storage.files import folder_aside, next_free, write_bytes, write_json, write_text
+from storage.files import bound_earlier, folder_aside, next_free, write_bytes, write_json, write_text
 from storage.locks import Lock, Locked
 from storage.reading import first_line, inner_name, json_lines, read_json
 from storage.terminal import printable, printable_line
@@ -163,7 +163,7 @@ def test_the_lock_of_another_machine_is_believed_while_it_gives_signs_of_life(tm
     target = tmp_path / "qat"
     path = tmp_path / ".qat.lock"
     path.write_text(json.dumps({"host": "far", "boot": "another", "pid": 7, "since": "today", "command": "train"}))
-    with pytest.raises(Locked, match="process 7 on far .*its last sign of life is [01] s old; if it is gone, try again in"):
+    with pytest.raises(Locked, match="process 7 on far .*its last sign of life is \\d+ s old; if it is gone, try again in"):
         Lock(target).__enter__()
     os.utime(path, (time.time() - 1000,) * 2)
     with Lock(target):
@@ -204,6 +204,14 @@ def test_digests_are_kept_until_somebody_writes(tmp_path, monkeypatch):
     (folder / "a.safetensors").write_bytes(b"x" * 100)
     (folder / "notes.txt").write_text("no part of the model")
     first = model_digests(folder)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="read again"):
+        patch.setattr(digests, "SETTLED_SECONDS", 1000.0)  # the next change could have the time of the last one
+        model_digests(folder)
+        patch.setattr(digests, "sha256", lambda path: (_ for _ in ()).throw(RuntimeError("read again")))
+        model_digests(folder)
+    time.sleep(0.1)
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", 0.1)
+    model_digests(folder)
     assert first.keys() == {"a.safetensors"} and (tmp_path / "cache/fp4-dflash").stat().st_mode & 0o777 == 0o700
     with monkeypatch.context() as patch:
         patch.setattr(digests, "sha256", lambda path: pytest.fail("read again"))
@@ -249,3 +257,18 @@ def test_control_characters_are_shown_not_obeyed():
     assert printable("a\x1b[2J\x07\x9b\u202e\u2028\ud800\tb\nü") == "a\\x1b[2J\\x07\\x9b\\u202e\\u2028\\ud800\tb\nü"
     assert printable_line("a\nb\tc") == "a\\nb\\tc"
     assert first_line(ValueError("\n  x \ny")) == "x" and first_line(KeyError()) == "KeyError"
+
+
+def test_only_results_that_were_set_aside_are_removed_and_the_newest_stay(tmp_path, capsys):
+    run = tmp_path / "qat"
+    for name in ("qat", "qat.2", "qat.9", "qat.10", "qat.11.old", "qat.12", "qat.best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "resolved.yaml").touch()
+    (tmp_path / "qat.12" / "resolved.yaml").unlink()  # somebody else's
+    assert next_free(run).name == "qat.13"
+    bound_earlier(run, "resolved.yaml", None)
+    assert "3, 0.000 GB in all" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 7
+    bound_earlier(run, "resolved.yaml", 1)
+    assert {p.name for p in tmp_path.iterdir()} == {"qat", "qat.10", "qat.11.old", "qat.12", "qat.best"}
+    bound_earlier(run, "resolved.yaml", 0)
+    assert {p.name for p in tmp_path.iterdir()} == {"qat", "qat.11.old", "qat.12", "qat.best"}

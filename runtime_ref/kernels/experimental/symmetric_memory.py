@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from runtime_ref.core.tensor_parallel import Ranks
+from storage.reading import first_line
 
 _SHARED = Path("/dev/shm")
 _LINE = 128  # bytes that one piece of memory keeps to itself
@@ -78,6 +79,6 @@ def _symmetric(ranks: Ranks, size: int, device: str) -> tuple[list[int], object]
     try:
         handle = _symmetric_memory.rendezvous(own, dist.group.WORLD)
     except RuntimeError as error:
-        raise ValueError(f"rank {ranks.rank}: no memory that {ranks.count} GPUs share ({str(error).splitlines()[0][:160]}); "
+        raise ValueError(f"rank {ranks.rank}: no memory that {ranks.count} GPUs share ({first_line(error)[:160]}); "
                          "expected GPUs of one NVLink domain, or steps op by op") from None
     return list(handle.buffer_ptrs), (own, handle)

@@ -21,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 
 from runtime_ref.checkpoints.folder import CHECKSUM_FILE
 from runtime_ref.validation.checks.chat_template import check_template
-from runtime_ref.validation.context import INCOMPLETE_CAUSE, ValidationContext, Wrong, first_line, read_object
+from runtime_ref.validation.context import INCOMPLETE_CAUSE, ValidationContext, Wrong, line_within, read_object
 from runtime_ref.validation.diagnosis.file_changes import TRIED, causes_of_tensors, crc, edited_keys, meaning_of
 from runtime_ref.validation.quantities import Number
 from runtime_ref.validation.result import Check
+from storage.reading import first_line
 
 TENSOR_SUMS = "checksums.json"
 DAMAGED_CAUSE = "a file is not the one that was exported: a damaged or partial download, or edited afterwards"
@@ -106,7 +107,7 @@ def _damage(folder: Path, name: str, expected: str) -> tuple[str, list[str]]:
             wrong = [key for key in listed if crc(file.get_tensor(key)) != sums[prefix + key]]
             causes = causes_of_tensors({prefix + key: file.get_tensor(key) for key in wrong[:TRIED]}, sums)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        return f" (which tensors, is not known: {(str(error).splitlines() or [type(error).__name__])[0][:80]})", []
+        return f" (which tensors, is not known: {first_line(error)[:80]})", []
     if not listed:
         return "", []
     where = f"the first {wrong[0]}" if wrong else ""
@@ -123,7 +124,7 @@ def _generation_config(check: Check, folder: Path) -> dict:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        check.fail(f"generation_config.json: not valid JSON: {str(error).splitlines()[0]}", GENERATION_CAUSE)
+        check.fail(f"generation_config.json: not valid JSON: {first_line(error)}", GENERATION_CAUSE)
         return {}
     if not isinstance(found, dict):
         check.fail(f"generation_config.json: {type(found).__name__}, expected an object", GENERATION_CAUSE)
@@ -151,7 +152,7 @@ def _tokenizer(check: Check, folder: Path, raw: dict, special: dict, generation:
     try:
         tokenizer = load_tokenizer(folder)
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:  # transformers reads config.json for it too
-        check.fail(f"no usable tokenizer: {first_line(error, folder)}".replace("no usable tokenizer: no usable", "no usable"),
+        check.fail(f"no usable tokenizer: {line_within(error, folder)}".replace("no usable tokenizer: no usable", "no usable"),
                    TOKENIZER_CAUSE if raw else INCOMPLETE_CAUSE)
         return
     size = raw.get("vocab_size") if isinstance(raw.get("vocab_size"), int) else 0

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint.families.geometry import NotHeld
 from checkpoint.inventory import layout_of, scale_name
-from checkpoint.tensor_files import TensorFiles
+from checkpoint.tensor_files import REFERENCE, TensorFiles
 from checkpoint.verify import Finding, Verification, verify
 from modeling.drafter import read_mask
 from modeling.names import fused_name
@@ -29,14 +29,14 @@ from runtime_ref.validation.context import (
     ValidationContext,
     Wrong,
     condensed,
-    first_line,
+    line_within,
     own_object,
     read_object,
 )
 from runtime_ref.validation.quantities import Number
 from runtime_ref.validation.result import Check
+from storage.reading import first_line
 
-REFERENCE = "dflash_reference.safetensors"
 MASK_FILE = "mask_embedding.pt"
 # Kinds of findings that other checks make, with more to say; kinds that every folder with a stored reference owes.
 ELSEWHERE = {"checksum", "reference"}
@@ -70,7 +70,6 @@ def check_folder(check: Check, context: ValidationContext) -> None:
         check.fail(str(error), error.cause)
         return
     context.family = context.raw["model_type"]
-    context.ours = any((folder / name).is_file() for name in ("export.json", f"dflash/{REFERENCE}"))
     if not _packed(check, context):
         return
     context.loadable = context.drafter_loadable = True
@@ -125,7 +124,7 @@ def _geometry(folder: Path, raw: dict):
     except NotHeld:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise Wrong(first_line(error, folder), causes.IMPOSSIBLE) from None
+        raise Wrong(line_within(error, folder), causes.IMPOSSIBLE) from None
 
 
 def _packed(check: Check, context: ValidationContext) -> bool:
@@ -233,7 +232,7 @@ def _read_reference(check: Check, context: ValidationContext, path: Path, specia
             context.reference = {key: file.get_tensor(key) for key in file.keys()}
             context.reference_info = json.loads((file.metadata() or {}).get("reference", "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        check.fail(f"dflash/{path.name}: {str(error).splitlines()[0]}", "the stored reference is damaged")
+        check.fail(f"dflash/{path.name}: {first_line(error)}", "the stored reference is damaged")
         context.reference = None
         return
     expected = {"input_ids": 2, "taps": 4, "draft_hidden": 3, "draft_logits": 3}
