@@ -4,16 +4,22 @@ From running means of the conditional acceptance by position follow the tokens e
 tokens per unit of cost wins, 0 (plain decoding) included. Costs are relative to a plain step; the engine measures them once,
 on rank 0, and tells the others, so that all ranks decide alike. A sequence starts from what the engine's sequences accepted
 last, greedy ones and drawn ones apart. One that does not draft tries again ever more rarely, and gives up.
+
+Where the backend makes drafts and judges them in one call, a round also leaves out those that the target will hardly come to:
+the drafter's own probabilities say which, corrected by how often they were right.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from runtime_ref.backends.base import Backend, Drafter
+from runtime_ref.backends.base import Backend, Cut, Drafter
 from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import PAGE, KvCache, OutOfPages
 from runtime_ref.core.program import Op
@@ -38,14 +44,20 @@ class DraftLength:
     """Number of drafts of a sequence's next round.
 
     Attributes:
-        costs: number of drafts -> cost of a round of that many (drafting and verifying), a plain step being 1.
+        costs: number of drafts -> cost of a round of that many (drafting and verifying), a plain step being 1. row: what
+            verifying one draft less saves of it.
+        explores: whether the first round is a whole block of drafts, whatever is expected of it.
         rates: P(draft i accepted | all before it were), running means.
+        kept: number of drafts -> how many of so many were put before the target, running means.
     """
 
     costs: dict[int, float]
     rates: list[float] = field(default_factory=list)
     plain: int = 0
     retries: int = 0
+    row: float = 0.0
+    explores: bool = False
+    kept: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.rates:
@@ -53,33 +65,48 @@ class DraftLength:
 
     def next(self) -> int:
         best = self.best
-        if best == 0 and self.plain >= RETRY_AFTER << self.retries:
-            return min((c for c in self.costs if c), default=0)
+        if best == 0 and (self.explores or self.plain >= RETRY_AFTER << self.retries):
+            return (max if self.explores else min)((c for c in self.costs if c), default=0)
         return best
 
     @property
     def best(self) -> int:
-        return max(self.costs, key=lambda count: self.expected(count) / self.costs[count])
+        return max(self.costs, key=self.value)
+
+    def value(self, count: int) -> float:
+        """Tokens per cost of rounds of `count` drafts, a plain step's being 1."""
+        kept = self.kept.get(count, count)
+        return self.expected(kept) / (self.costs[count] - self.row * (count - kept))
+
+    @property
+    def worth(self) -> float:
+        """How likely a draft has to be reached and right to pay for its row."""
+        return self.row * max(map(self.value, self.costs))
 
     @property
     def hopeless(self) -> bool:
         """Whether the sequence should stop to ask for drafts for good."""
         return self.retries >= RETRIES or not worth_trying(self.costs)
 
-    def expected(self, count: int) -> float:
-        """Tokens of a round of `count` drafts."""
+    def expected(self, count: float) -> float:
+        """Tokens of a round of `count` drafts (a mean)."""
         reached, total = 1.0, 1.0
-        for rate in self.rates[:count]:
+        for i, rate in enumerate(self.rates[:math.ceil(count)]):
             reached *= rate
-            total += reached
+            total += reached * min(1.0, count - i)
         return total
 
-    def update(self, drafted: int, accepted: int) -> None:
-        if not drafted:
+    def update(self, drafted: int, accepted: int, beyond: Iterable[float] = ()) -> None:
+        """Takes in a round. `beyond`: how likely each draft that was left out behind the others was to be right."""
+        beyond = list(beyond)
+        asked = drafted + len(beyond)
+        if not asked:
             self.plain += 1
             return
-        tried, self.plain = self.plain > 0, 0
-        weigh_in(self.rates, drafted, accepted, NEWEST)
+        tried, self.plain, self.explores = self.plain > 0, 0, False
+        weigh_in(self.rates, drafted, accepted, NEWEST, beyond)
+        kept = self.kept.get(asked, asked)
+        self.kept[asked] = kept + NEWEST * (drafted - kept)
         if self.best:
             self.retries = 0
         elif tried:
@@ -91,10 +118,13 @@ def worth_trying(costs: dict[int, float]) -> bool:
     return any((count + 1) / cost >= WORTH_TRYING for count, cost in costs.items() if count)
 
 
-def weigh_in(rates: list[float], drafted: int, accepted: int, weight: float) -> None:
-    """Moves running means by one round's outcome."""
+def weigh_in(rates: list[float], drafted: int, accepted: int, weight: float, beyond: Sequence[float] = ()) -> None:
+    """Moves running means by one round's outcome, and, if all its drafts were accepted, by what is likely of those left out."""
     for i in range(min(accepted + 1, drafted)):
         rates[i] += weight * ((i < accepted) - rates[i])
+    if accepted == drafted:
+        for i, chance in enumerate(beyond, drafted):
+            rates[i] += weight * (chance - rates[i])
 
 
 class Adaptive:
@@ -111,6 +141,9 @@ class Adaptive:
         self.given, self.costs = costs, costs
         # By whether tokens are drawn: who is right about the likeliest token may be wrong about samples.
         self.rates = {drawn: [ASSUMED] * max(DRAFT_COSTS) for drawn in (False, True)}
+        self.rounds = {drawn: 0 for drawn in (False, True)}
+        self.truth = {drawn: array("f", [(i + 0.5) / 16 for i in range(16)]) for drawn in (False, True)}
+        self.row = 0.0
         self.unpromising = 0
 
     def begin(self, params: SamplingParams) -> tuple[DraftLength, bool]:
@@ -127,12 +160,26 @@ class Adaptive:
             if self.costs is None:
                 self.costs = self._measured()
             costs, rates = self.costs or DRAFT_COSTS, list(self.rates[params.temperature > 0])
-        length = DraftLength({n: cost for n, cost in costs.items() if n < self.drafter.block}, rates)
-        return length, not length.hopeless and (fixed or bool(length.best) or self._explores())
+        length = DraftLength({n: cost for n, cost in costs.items() if n < self.drafter.block}, rates,
+                             row=0.0 if fixed else self.row)
+        length.explores = not (fixed or length.best or length.hopeless) and self._explores()
+        return length, not length.hopeless and (fixed or bool(length.best) or length.explores)
 
-    def learn(self, params: SamplingParams, drafted: int, accepted: int) -> None:
-        """Takes in one round's outcome."""
-        weigh_in(self.rates[params.temperature > 0], drafted, accepted, NEWEST_OF_ENGINE)
+    def cut(self, params: SamplingParams, length: DraftLength) -> Cut | None:
+        """Which drafts of a sequence's next round are worth their rows; None: all."""
+        return Cut(length.worth, self.truth[params.temperature > 0]) if length.row else None
+
+    def learn(self, params: SamplingParams, length: DraftLength, asked: int, proposal: Proposal, accepted: int) -> None:
+        """Takes in one round's outcome, of `asked` drafts."""
+        drawn, drafted = params.temperature > 0, len(proposal.tokens)
+        chances, truth = proposal.chances or [], self.truth[drawn]
+        bins = [min(int(16 * chance), 15) for chance in chances]
+        for i, own in enumerate(bins[:min(accepted + 1, drafted)]):
+            truth[own] += NEWEST_OF_ENGINE * ((i < accepted) - truth[own])
+        beyond = [truth[own] for own in bins[drafted:asked]]
+        length.update(drafted, accepted, beyond)
+        self.rounds[drawn] += 1
+        weigh_in(self.rates[drawn], drafted, accepted, max(NEWEST_OF_ENGINE, 1 / (2 + self.rounds[drawn])), beyond)
 
     def _explores(self) -> bool:
         self.unpromising += 1
@@ -156,9 +203,16 @@ class Adaptive:
         clock = time.process_time if alone else time.perf_counter
         params, markov = SamplingParams(temperature=0.0), self.drafter.markov
         features = {n: torch.zeros(1 + n // 2, width, device=device) for n in seconds}
+        rows = []
         for _ in range(MEASURED_ROUNDS):
             for n, found in seconds.items():
-                began, proposal = clock(), Proposal([])
+                began = clock()
+                if n and self.drafter.one_call:
+                    self.backend.run_round(self.program, [SequenceChunk(tables, start, [0] * (1 + n))], self.drafter, [0],
+                                           [DraftRequest(tables, 0, start, n, features[n])], [None])
+                    found.append(clock() - began)
+                    continue
+                proposal = Proposal([])
                 if n:
                     drafts = self.drafter.logits([DraftRequest(tables, 0, start, n, features[n])])[0]
                     proposal = propose(drafts, params, start, markov)
@@ -166,6 +220,13 @@ class Adaptive:
                 buffers = self.backend.run(self.program, step)
                 accept(buffers["logits"], proposal, params, start, [0], [])
                 found.append(clock() - began)
+            if self.drafter.one_call:
+                began = clock()
+                self.backend.run(self.program, self.backend.plan([SequenceChunk(tables, start, [0] * self.drafter.block)]))
+                rows.append(clock() - began)
         self.cache.release(tables)
         plain = min(seconds[0])
-        return self.backend.ranks.broadcast({n: min(found) / plain for n, found in seconds.items()})
+        costs = {n: min(found) / plain for n, found in seconds.items()}
+        if rows:
+            self.row = max(0.0, min(rows) / plain - 1) / (self.drafter.block - 1)
+        return self.backend.ranks.broadcast(costs)
