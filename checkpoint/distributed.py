@@ -71,9 +71,9 @@ class DistributedSource(Source):
         self._require_whole(name, filled, out.numel())
         return out
 
-    def _require_whole(self, name: str, filled: int, wanted: int) -> None:
-        if filled != wanted:
-            raise ValueError(f"{self.folder}: tensor {name}: its pieces hold {filled} of {wanted} values")
+    def _require_whole(self, name: str, filled: int, expected: int) -> None:
+        if filled != expected:
+            raise ValueError(f"{self.folder}: tensor {name}: its pieces hold {filled} of {expected} values")
 
     def _piece(self, name: str, chunk) -> torch.Tensor:
         """A stored piece: from memory, or from its file."""

@@ -17,6 +17,7 @@ Who reads which key (engines as of vLLM 0.33, SGLang 0.5.23):
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def special_of(config: dict) -> dict:
     """`dflash_config`, with what older files keep at the top level.
 
     Raises:
-        ValueError: no tapped layers, mask token or block size, or of another form.
+        ValueError: no target layers, mask token or block size, or of another form.
     """
     special = config.get("dflash_config")
     if not isinstance(special, dict):
@@ -103,8 +104,8 @@ def mask_faults(special: dict, mask: dict, hidden_size: int) -> Iterator[Fault]:
         yield Fault(f"{MASK}: embedding of {vector.dtype}, expected bfloat16", grave=False)
 
 
-def dialect_faults(config: dict) -> Iterator[Fault]:
-    """Keys that engines read differently: one that is missing, or that says another thing than its twin."""
+def alias_faults(config: dict) -> Iterator[Fault]:
+    """Keys that engines read differently: one that is missing, or that contradicts its alias."""
     special = special_of(config)
     if config.get("architectures") != [ARCHITECTURE]:
         yield Fault(f"architectures={config.get('architectures')!r}, expected [{ARCHITECTURE!r}]: vLLM and SGLang choose the "
@@ -140,6 +141,27 @@ def _window_faults(config: dict, special: dict) -> Iterator[Fault]:
         yield Fault(f"dflash_config.causal is missing, expected {causal}", grave=False)
 
 
+def grouping_note(config: dict, target) -> str | None:
+    """What vLLM says of the drafter's depth beside a target; None: nothing.
+
+    It keeps layers of one kind (full, windowed, the drafter's) in cache groups of one size: the smallest number of layers of a
+    kind, or the largest, if that is less than half as much again. A drafter's layers must lie in one group
+    (v1/core/kv_cache_utils.py and v1/spec_decode/llm_base_proposer.py of 0.32).
+    """
+    kinds = getattr(target, "hybrid_layer_pattern", None) or getattr(target, "layer_types", None)
+    counts, own = Counter(kinds or [0] * target.num_hidden_layers).values(), config["num_hidden_layers"]
+
+    def fits(n: int) -> bool:
+        smallest, largest = min(n, *counts), max(n, *counts)
+        return n <= (largest if largest < 1.5 * smallest else smallest)
+
+    if window_of(config, special_of(config)) is None or fits(own):
+        return None
+    return (f"{own} layers beside {' and '.join(map(str, counts))} of the target's kinds of attention: vLLM does not start "
+            '("All drafting layers should belong to the same kv cache group"); one of at most '
+            f"{max(filter(fits, range(1, own)))} layers runs there")
+
+
 def window_of(config: dict, special: dict) -> int | None:
     """Positions that are seen, None = all: as vLLM and the published code read it."""
     if special.get("use_swa"):
@@ -155,12 +177,12 @@ def _rotary_faults(config: dict, special: dict) -> Iterator[Fault]:
         yield Fault("rope_parameters is missing", grave=False)
     base = special.get("backbone_rotary_base") or rope.get("rope_theta") or config.get("rope_theta")
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    for key, value, wanted in (("rope_parameters.rope_theta", rope.get("rope_theta", base), base),
+    for key, value, expected in (("rope_parameters.rope_theta", rope.get("rope_theta", base), base),
                                ("rope_theta", config.get("rope_theta", base), base),
                                ("partial_rotary_factor", config.get("partial_rotary_factor", share), share)):
-        if value != wanted:
+        if value != expected:
             other = "dflash_config.backbone_rotary_base" if "theta" in key else "rope_parameters"
-            yield Fault(f"{key}={value!r} contradicts {other}, which has {wanted!r}: vLLM and SGLang rotate by {key}, the "
+            yield Fault(f"{key}={value!r} contradicts {other}, which has {expected!r}: vLLM and SGLang rotate by {key}, the "
                         f"published code by {other}", grave=False)
 
 
@@ -237,11 +259,11 @@ def speculators_config(config: dict, verifier: str, architecture: str | None) ->
                 "verifier": {"name_or_path": verifier, "architectures": [architecture] if architecture else []}}}
 
 
-def draft_round(drafter, taps: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Hidden states [1, T, H] of one block at the last of `ids` [1, S + 1], given taps [1, S, n, H]."""
-    S = taps.shape[1]
+def draft_round(drafter, target_hidden: torch.Tensor, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Hidden states [1, T, H] of one block at the last of `ids` [1, S + 1], given target_hidden [1, S, n, H]."""
+    S = target_hidden.shape[1]
     positions = torch.arange(S)[None]
-    context = drafter.context_keys_values(drafter.fuse(taps.flatten(2)), positions)
+    context = drafter.context_keys_values(drafter.fuse(target_hidden.flatten(2)), positions)
     embeds = drafter.embed_block(ids[:, -1], torch.nn.Embedding.from_pretrained(table))
     return drafter.block_hidden(embeds, S + torch.arange(drafter.block_size)[None], context, positions)
 

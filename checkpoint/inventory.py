@@ -213,7 +213,7 @@ def tensor_faults(name: str, tensor: torch.Tensor, *, zero_norms: bool = False) 
         return
     if not tensor.is_floating_point():
         return
-    # Piece by piece: the float32 twin of an embedding is what would take the most memory of all.
+    # Piece by piece: the float32 copy of an embedding is what would take the most memory of all.
     pieces = tensor.contiguous().view(-1).split(FLOATS_AT_ONCE)
     if not all(bool(torch.isfinite(piece.float()).all()) for piece in pieces):
         bad = (~torch.isfinite(tensor.float())).nonzero()

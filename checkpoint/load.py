@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError
 
 from checkpoint.containers import Decoded, plain_infos, read_plain
+from checkpoint.detect_format import open_source
 from checkpoint.families.published import meta_model
 from checkpoint.inventory import is_mimo
-from checkpoint.open import open_source
 from checkpoint.sources import Source
 from checkpoint.tensor_files import TensorFiles, read_header
 from modeling.names import expert_parts
@@ -112,7 +112,7 @@ def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_cod
                 **({} if distributed_config is None else {"distributed_config": distributed_config}))
         elif distributed_config is not None:
             raise ValueError("model.path: packed, or shards that the index does not agree with, and a sharded run reads plain "
-                             f"numbers only; decode it first: export/to_hf.py RECIPE --from {path} --layout bf16")
+                             f"numbers only; decode it first: export/to_hf.py RECIPE --from {path} --decode --out FOLDER")
         else:
             model, info = _load_tensors(path, tensors, dtype, trust_remote_code)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -121,8 +121,8 @@ class TensorChecks:
                 return
             if not codes and name in weights.names.fused:
                 for e, own in enumerate(tensor.mT if weights.names.fused[name].axis == 1 else tensor):
-                    wanted = decoded_expert(weights, f"{name}[{e}]")
-                    report.findings += [("training", text) for text in _unequal(f"{name}[{e}]", own, wanted)]
+                    expected = decoded_expert(weights, f"{name}[{e}]")
+                    report.findings += [("training", text) for text in _unequal(f"{name}[{e}]", own, expected)]
                     report.experts += 1
                 return
             if not codes:
@@ -145,26 +145,26 @@ class TensorChecks:
             yield f"{name.removesuffix('_blocks')}[{e}]", codes[e].flatten(-2), scales[e]
 
 
-def expert_difference(name: str, codes: torch.Tensor, scales: torch.Tensor, wanted: torch.Tensor) -> Iterator[str]:
-    """Where codes and scales do not decode to `wanted` (bf16), bit for bit."""
+def expert_difference(name: str, codes: torch.Tensor, scales: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
+    """Where codes and scales do not decode to `expected` (bf16), bit for bit."""
     shape = [*codes.shape[:-1], 2 * codes.shape[-1]]
-    if list(wanted.shape) != shape:
-        yield f"{name}: decodes to {shape}, trained {list(wanted.shape)}"
-    elif scales.dtype != torch.uint8 or scales.numel() * BLOCK_SIZE != wanted.numel():
+    if list(expected.shape) != shape:
+        yield f"{name}: decodes to {shape}, trained {list(expected.shape)}"
+    elif scales.dtype != torch.uint8 or scales.numel() * BLOCK_SIZE != expected.numel():
         yield f"{name}: {scales.dtype} scales {list(scales.shape)} decode nothing of shape {shape}"
-    elif not decodes_to(codes, scales, wanted):
-        yield from _unequal(name, unpack(codes, scales), wanted)
+    elif not decodes_to(codes, scales, expected):
+        yield from _unequal(name, unpack(codes, scales), expected)
 
 
-def _unequal(name: str, ours: torch.Tensor, wanted: torch.Tensor) -> Iterator[str]:
+def _unequal(name: str, ours: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
     """Where bf16 values are not those of training, bit for bit."""
-    if ours.shape != wanted.shape or ours.dtype != wanted.dtype:
-        yield f"{name}: {ours.dtype} {list(ours.shape)}, trained {wanted.dtype} {list(wanted.shape)}"
+    if ours.shape != expected.shape or ours.dtype != expected.dtype:
+        yield f"{name}: {ours.dtype} {list(ours.shape)}, trained {expected.dtype} {list(expected.shape)}"
         return
-    off = (wanted.contiguous().view(torch.int16) != ours.contiguous().view(torch.int16)).nonzero()
+    off = (expected.contiguous().view(torch.int16) != ours.contiguous().view(torch.int16)).nonzero()
     if off.numel():
-        yield (f"{name}: {off.shape[0]} of {wanted.numel()} weights differ from training (contract C2), the first at "
-               f"{off[0].tolist()}: {float(ours[tuple(off[0])]):.6g}, trained {float(wanted[tuple(off[0])]):.6g}")
+        yield (f"{name}: {off.shape[0]} of {expected.numel()} weights differ from training (contract C2), the first at "
+               f"{off[0].tolist()}: {float(ours[tuple(off[0])]):.6g}, trained {float(expected[tuple(off[0])]):.6g}")
 
 
 def side_by_side(pool: Executor, work: Callable, items: Iterable, ahead: int) -> Iterator:

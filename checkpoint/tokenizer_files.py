@@ -8,9 +8,17 @@ from pathlib import Path
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
              "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
+# What some tokenizers have beside them: code of their own, vocabularies of other libraries, further templates.
+MORE = ("tokenization_*.py", "*.tiktoken", "tiktoken.model", "tekken.json", "additional_chat_templates/*.jinja")
 # What transformers 5 writes for a tokenizer without a class of its own, and the class that 4 and 5 both know.
 _NEW_CLASS, _OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 _NEW_KEYS = ("backend", "is_local", "local_files_only")
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the tokenizer's files that `folder` has."""
+    more = {path.relative_to(folder).as_posix() for pattern in MORE for path in folder.glob(pattern) if path.is_file()}
+    return [name for name in TOKENIZER if (folder / name).is_file()] + sorted(more)
 
 
 def shipped_bytes(path: Path) -> bytes:
@@ -36,7 +44,8 @@ def shipped_bytes(path: Path) -> bytes:
 
 def copy_tokenizer(folder: Path, out: Path) -> list[str]:
     """Copies the tokenizer's files that `folder` has, byte for byte; returns their names."""
-    names = [name for name in TOKENIZER if (folder / name).is_file()]
+    names = tokenizer_files(folder)
     for name in names:
+        (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, out / name)
     return names

@@ -29,6 +29,7 @@ class Weights:
         on_grid: experts must lie on the MXFP4 grid (they were trained there): anything else is an error.
         scale_rule: how experts that are not trained are rounded.
         changed: other weights than experts may differ from the base (`qat.train: all`).
+        decoded: experts stay the numbers that they are (a packed base made readable, not quantized).
     """
 
     trained: Source
@@ -38,6 +39,7 @@ class Weights:
     on_grid: bool
     scale_rule: str
     changed: bool = False
+    decoded: bool = False
 
 
 def expert_values(weights: Weights, name: str) -> torch.Tensor:
@@ -94,7 +96,7 @@ def codes_of(weights: Weights, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def decoded_expert(weights: Weights, name: str) -> torch.Tensor:
     """What an exported matrix must decode to, bf16 [out, in]: the trained weight, or the base's rounded by the rule."""
-    if weights.on_grid and packed_codes(weights, name) is None:
+    if (weights.on_grid or weights.decoded) and packed_codes(weights, name) is None:
         return computed(weights, expert_values(weights, name)).to(torch.bfloat16)
     return dequantize(*codes_of(weights, name), dtype=torch.bfloat16)
 

@@ -21,7 +21,8 @@ from their files (`checkpoint.tensor_checks`) as an engine would read them. Find
 names all of them. Where a file is too broken to go on, that is a finding, and the checks that need it are left out.
 
 `kind` of a finding is a short stable word by which a caller may look up a cause: checksum, file, config, layout, index,
-missing, unexpected, shape, dtype, values, scales, blocks, training, companion, code, tokens, drafter, dialect, mask, reference.
+missing, unexpected, shape, dtype, values, scales, blocks, training, companion, code, tokens, drafter, `dialect` (aliases of a
+key that disagree), engine, mask, reference.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ from checkpoint.contradictions import (
     refuse_oversize,
     token_faults,
 )
+from checkpoint.detect_format import open_source
 from checkpoint.families.registry import FAMILIES, family_of
 from checkpoint.findings import DAMAGE, MANY, Finding, Verification
 from checkpoint.inventory import configuration, expected_inventory, is_mimo, layout_of
-from checkpoint.open import open_source
 from checkpoint.quantization import module_names, quantization_config
 from checkpoint.tensor_checks import TensorChecks, side_by_side, usable_cores
 from checkpoint.tensor_files import INDEX, SINGLE, TensorFiles
@@ -321,7 +322,8 @@ class _Verifier(DrafterChecks):
         if (self.against / "config.json").is_file():  # a client's own class may lack what joins q, k and v
             config = configuration(read_json(self.against / "config.json"))
         checks.weights = Weights(trained, trained, config, family_of(config).published(config),
-                                 on_grid=not self.manifest.get("rounded"), scale_rule=self.manifest.get("scale_rule", "even"))
+                                 on_grid=not self.manifest.get("rounded"), scale_rule=self.manifest.get("scale_rule", "even"),
+                                 decoded=self.manifest.get("experts") == "decoded")
         placed = (self.folder / "dflash").is_dir() and self.manifest.get("mask_row", True)
         checks.mask_row = self.mask_row() if placed else None
         for finding in (*companion_differences(self.folder, self.against),

@@ -38,9 +38,11 @@ class DrafterChecks(Reporter):
         for fault in code_faults(folder, config.get("auto_map") or {}):
             self.promised("code", f"{where}{fault}")
         special = drafter_folder.special_of(config)
-        self._add_faults("dialect", label, drafter_folder.dialect_faults(config))
+        self._add_faults("dialect", label, drafter_folder.alias_faults(config))
         if self.model_config is not None:
             self._add_faults("drafter", label, drafter_folder.fit_faults(config, self.model_config.get_text_config()))
+            if (note := drafter_folder.grouping_note(config, self.model_config.get_text_config())) is not None:
+                self.note("engine", f"{label}: {note}")
         else:
             self.unchecked("drafter", "whether the drafter fits its target", "there is no target in this folder")
         if (folder / MASK).is_file():

@@ -89,9 +89,9 @@ class ZeroSource(Source):
         self._pieces = (_cut_each if stage == 3 else _cut_groups)(folder, groups, parts, shards)
         infos |= {name: (shape, "F32") for name, shape in shapes.items()}
         infos |= self._frozen(model, stage)
-        for name, twin in (first.get("shared_params") or {}).items():
-            if twin in infos:
-                infos[name], self._pieces[name] = infos[twin], self._pieces[twin]
+        for name, owner in (first.get("shared_params") or {}).items():
+            if owner in infos:
+                infos[name], self._pieces[name] = infos[owner], self._pieces[owner]
         super().__init__(folder, infos)
         self.masters = next((t.dtype for n, t in _part(model[0], first, "module").items() if n in shapes), torch.float32)
         self._states.clear()
@@ -142,17 +142,17 @@ class ZeroSource(Source):
     def _read(self, name: str, shape: tuple[int, ...], skipped: int) -> torch.Tensor:
         """`shape` values of a tensor, from its value number `skipped` on."""
         out = torch.empty(shape, dtype=DTYPES[self.infos[name][1]])
-        width, wanted = out.itemsize, out.numel()
-        view, done = memoryview(out.view(-1).view(torch.uint8).numpy()) if wanted else memoryview(b""), 0
+        width, expected = out.itemsize, out.numel()
+        view, done = memoryview(out.view(-1).view(torch.uint8).numpy()) if expected else memoryview(b""), 0
         for piece in self._pieces[name]:
             within = min(skipped, piece.count)
             skipped -= within
-            count = min(piece.count - within, wanted - done)
+            count = min(piece.count - within, expected - done)
             if count:
                 self._last.fill(piece.path, piece.start + within * width, view[done * width:(done + count) * width], name)
                 done += count
-        if done != wanted:
-            raise ValueError(f"{self.tag}: tensor {name} has {done} of {wanted} values in the shards")
+        if done != expected:
+            raise ValueError(f"{self.tag}: tensor {name} has {done} of {expected} values in the shards")
         return out
 
 

@@ -42,7 +42,7 @@ from dflash_train.reference_decoding import (
     probabilities,
     speculate,
 )
-from dflash_train.target import Target
+from dflash_train.target import Target, TargetFiles
 from modeling.dialogue_tokens import Rendering
 from modeling.drafter import DFlashDraftModel
 from recipes.schema import Recipe
@@ -110,8 +110,8 @@ def judge(target: Target, drafter: DFlashDraftModel, texts: list[Text], temperat
     lengths = [len(t.prompt) + len(t.answer) for t in texts]
     for batch in in_token_batches(order, lengths, TEXT_BATCH, TEXT_TOKENS):
         chosen = [texts[i] for i in batch]
-        taps, last = run_dialogues(target, [t.prompt + t.answer for t in chosen])
-        B, S = taps.shape[:2]
+        target_hidden, last = run_dialogues(target, [t.prompt + t.answer for t in chosen])
+        B, S = target_hidden.shape[:2]
         count = max(len(t.answer) - 1 for t in chosen)
         anchors = torch.full((B, count), -1)
         ids = torch.zeros(B, count, dtype=torch.long)
@@ -121,7 +121,7 @@ def judge(target: Target, drafter: DFlashDraftModel, texts: list[Text], temperat
             ids[b, count - n:] = torch.tensor(text.answer[:n])
         device = target.device
         starts = torch.zeros(B, S, dtype=torch.long, device=device)
-        hidden = drafter(taps, ids.to(device), anchors.to(device), starts, target.embed_tokens)[:, :, 1:]
+        hidden = drafter(target_hidden, ids.to(device), anchors.to(device), starts, target.embed_tokens)[:, :, 1:]
         for b, text in enumerate(chosen):
             n = len(text.answer) - 1
             _judge_one(target, drafter, text, hidden[b, count - n:], last[b, len(text.prompt):], temperature)
@@ -201,13 +201,14 @@ def distinct_8gram(answers: list[list[int]]) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
-def groups(recipe: Recipe, target: Target) -> dict[tuple[str, str], list[list[int]]]:
+def groups(recipe: Recipe, target: TargetFiles) -> dict[tuple[str, str], list[list[int]]]:
     """Prompts by (domain, "task_t0" or "open_t1"), at most `prompts_per_group` each.
 
     Raises:
-        ValueError: no prompts.
+        ValueError: no prompts; one that leaves no room for an answer in the target's positions.
     """
     settings = recipe.dflash.acceptance
+    room = None if target.positions is None else target.positions - settings.max_new_tokens
     if not settings.prompts:
         raise ValueError("dflash.acceptance.prompts: required (JSONL files of held-out prompts)")
     found: dict[tuple[str, str], list[list[int]]] = defaultdict(list)
@@ -217,7 +218,11 @@ def groups(recipe: Recipe, target: Target) -> dict[tuple[str, str], list[list[in
         for kind in kinds:
             group = found[row.get("domain", "all"), kind]
             if len(group) < settings.prompts_per_group:
-                group.append(row_prompt(row, settings.prompt_field, target.tokenizer, "dflash.acceptance.prompts", rendering))
+                ids = row_prompt(row, settings.prompt_field, target.tokenizer, "dflash.acceptance.prompts", rendering)
+                if room is not None and len(ids) > room:
+                    raise ValueError(f"dflash.acceptance.prompts: {row['_where']}: {len(ids)} tokens and max_new_tokens="
+                                     f"{settings.max_new_tokens} are more than the target's {target.positions} positions")
+                group.append(ids)
     if not found:
         raise ValueError(f"dflash.acceptance.prompts: {', '.join(settings.prompts)}: no prompt there")
     return dict(found)

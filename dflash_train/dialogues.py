@@ -16,7 +16,7 @@ import torch
 
 from modeling.dialogue_tokens import AUTO, Rendering, answered_turns
 from modeling.prompt_files import prompt_ids
-from training.files import expand, format_of, json_rows
+from training.data_files import expand, format_of, json_rows
 
 
 @dataclass(frozen=True)

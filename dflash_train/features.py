@@ -3,7 +3,7 @@
 The target always sees each dialogue alone, padded on the right, where a causal model cannot see it: its features are
 those of serving, not of whatever stands next to it in a packed row.
 
-Disk cache: two memory-mapped files of bf16 values, tapped layers and last hidden state, dialogues one after the other,
+Disk cache: two memory-mapped files of bf16 values, target layers and last hidden state, dialogues one after the other,
 and an index with a CRC-32 of each file, written last. Logits are never stored (a vocabulary is a hundred times wider
 than a hidden state): they are recomputed from the last hidden state.
 """
@@ -145,7 +145,7 @@ def _make_room(folder: Path, room: int, say: Callable[[str], None]) -> None:
 def write_features(target: Target, dialogues: list[Dialogue], rows: PackedRows, folder: Path, *, limit_gib: float,
                    batch_size: int, say: Callable[[str], None]) -> None:
     lengths = sizes(dialogues, rows)
-    widths = {"taps": len(target.taps) * target.hidden_size, "last": target.hidden_size}
+    widths = {"taps": len(target.target_layers) * target.hidden_size, "last": target.hidden_size}
     need = sum(lengths) * sum(widths.values()) * 2
     if need > limit_gib * 2**30:
         raise ValueError(f"dflash.features: disk: {need / 2**30:.1f} GiB for {sum(lengths):,} tokens, more than "
@@ -163,7 +163,7 @@ def write_features(target: Target, dialogues: list[Dialogue], rows: PackedRows, 
     maps = {n: np.memmap(folder / f"{n}.bf16", np.uint16, "r+", shape=(int(offsets[-1]), w)) for n, w in widths.items()}
     order = by_length(dialogues, lambda d: len(d.tokens))
     batches = list(in_token_batches(order, lengths, batch_size, FORWARD_TOKENS))
-    bar = ProgressBar(len(batches), 0, enabled=True, every=max(1, len(batches) // 5), label="features")
+    bar = ProgressBar(len(batches), 0, enabled=True, every=max(1, len(batches) // 5), label="features", unit="features: batch")
     for number, batch in enumerate(batches, 1):
         both = run_dialogues(target, [dialogues[i].tokens[:lengths[i]] for i in batch])
         for name, tensor in zip(FILES, both, strict=True):

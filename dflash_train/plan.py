@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dflash_train.target import configure_drafter, tapped_layers
-from dflash_train.trainer import require_sections
+from dflash_train.target import choose_target_layers, configure_drafter, target_folder
+from dflash_train.trainer import require_sections, require_understood
 from qat.attach import find_expert_tensors
-from qat.geometry import meta_model
+from qat.meta_model import meta_model
 from recipes.schema import Recipe
 from training.preflight import print_readiness
 
@@ -26,7 +26,7 @@ class Plan:
     """What is printed; bytes unless named otherwise."""
 
     target: str
-    taps: list[int]
+    target_layers: list[int]
     ranks: int
     tensors: int
     parameters: int
@@ -49,7 +49,7 @@ def run(recipe: Recipe) -> int:
     require_sections(recipe)
     plan = make_plan(recipe)
     render(plan, recipe)
-    print_readiness(recipe, "dflash")
+    print_readiness(recipe, "dflash", _misunderstood(recipe))
     total = sum(plan.memory.values())
     if plan.available is not None and total > plan.available:
         largest = max(plan.memory, key=plan.memory.get)
@@ -61,6 +61,19 @@ def run(recipe: Recipe) -> int:
     return 0
 
 
+def _misunderstood(recipe: Recipe) -> list[str]:
+    """What the job would say before it reads a weight, of a target whose files are there already."""
+    try:
+        target_folder(recipe)
+    except ValueError:
+        return []
+    try:
+        require_understood(recipe)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 def make_plan(recipe: Recipe) -> Plan:
     """Adds everything up, on the meta device."""
     import torch
@@ -70,10 +83,11 @@ def make_plan(recipe: Recipe) -> Plan:
 
     model, name, _ = meta_model(recipe)
     config = model.config.get_text_config()
-    taps = tapped_layers(recipe.drafter.target_layer_ids, config.num_hidden_layers)
+    target_layers = choose_target_layers(recipe.drafter.target_layer_ids, config.num_hidden_layers)
     mask_id = recipe.drafter.mask_token if isinstance(recipe.drafter.mask_token, int) else 0
     try:
-        drafter_config = configure_drafter(recipe.drafter, recipe.dflash, config=config, taps=taps, mask_id=mask_id)
+        drafter_config = configure_drafter(recipe.drafter, recipe.dflash, config=config, target_layers=target_layers,
+                                           mask_id=mask_id)
     except ValueError as error:
         raise ValueError(f"drafter: {error}") from None
     with torch.device("meta"):
@@ -91,18 +105,19 @@ def make_plan(recipe: Recipe) -> Plan:
     memory = {f"target, {'divided' if divided else 'whole'} ({recipe.model.dtype})": target_bytes // (ranks if divided else 1),
               "drafter's weights (float32)": 4 * parameters, "gradients (float32)": 4 * parameters,
               f"moments ({job.optimizer.name})": moments,
-              "activations (estimate)": _activation_bytes(recipe, config, len(taps)),
+              "activations (estimate)": _activation_bytes(recipe, config, len(target_layers)),
               "logits of a chunk": job.loss.chunk_anchors * (recipe.drafter.block_size - 1) * config.vocab_size * 4 * 5}
     return Plan(
-        target=name, taps=taps, ranks=ranks, tensors=len(sizes) - 1, parameters=parameters, muon_parameters=muon,
+        target=name, target_layers=target_layers, ranks=ranks, tensors=len(sizes) - 1, parameters=parameters,
+        muon_parameters=muon,
         drafter_bytes=2 * (parameters - sizes["mask_embedding"]), memory=memory,
         signals_per_step=job.batch_size * job.anchors * (recipe.drafter.block_size - 1) * ranks,
         tokens_per_step=job.batch_size * job.sequence_length * ranks,
-        feature_bytes_per_token=2 * config.hidden_size * (len(taps) + 1),
+        feature_bytes_per_token=2 * config.hidden_size * (len(target_layers) + 1),
         available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None, notes=_notes(recipe))
 
 
-def _activation_bytes(recipe: Recipe, config, taps: int) -> int:
+def _activation_bytes(recipe: Recipe, config, features: int) -> int:
     """bf16: per layer and block position input, normed input twice, queries, values out, three MLP inner states; per context
     position the features, the fused state and each layer's keys and values."""
     drafter, job, H = recipe.drafter, recipe.dflash, config.hidden_size
@@ -114,7 +129,7 @@ def _activation_bytes(recipe: Recipe, config, taps: int) -> int:
     keys = min(drafter.window or job.sequence_length, job.sequence_length) + drafter.block_size
     scores = drafter.num_attention_heads * keys * drafter.num_hidden_layers  # flex_attention keeps none of them
     on_cpu = recipe.cluster is None
-    return 2 * (blocks * (per_block + scores * on_cpu) + context * ((taps + 3) * H + drafter.num_hidden_layers * pairs))
+    return 2 * (blocks * (per_block + scores * on_cpu) + context * ((features + 3) * H + drafter.num_hidden_layers * pairs))
 
 
 def _notes(recipe: Recipe) -> list[str]:
@@ -137,7 +152,7 @@ def render(plan: Plan, recipe: Recipe) -> None:
 
     console = Console()
     drafter, job = recipe.drafter, recipe.dflash
-    console.print(f"[bold]{recipe.name}[/]: drafter for {plan.target}, features of layers {plan.taps}, block "
+    console.print(f"[bold]{recipe.name}[/]: drafter for {plan.target}, features of layers {plan.target_layers}, block "
                   f"{drafter.block_size}, window {drafter.window}, {'causal' if drafter.causal else 'not causal'} in the block")
     table = Table(title="drafter")
     table.add_column("what")
@@ -149,7 +164,7 @@ def render(plan: Plan, recipe: Recipe) -> None:
         ("first weights", job.start_from or "fresh"), ("steps", f"{job.steps:,}"),
         ("tokens per step", f"{plan.tokens_per_step:,}"),
         ("predictions per step (anchors x masked positions)", f"{plan.signals_per_step:,}"),
-        ("features per token (tapped layers and last state)", f"{plan.feature_bytes_per_token:,} bytes"),
+        ("features per token (target layers and last state)", f"{plan.feature_bytes_per_token:,} bytes"),
     ):
         table.add_row(what, value)
     console.print(table)

@@ -129,10 +129,10 @@ class DraftContext:
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.positions = torch.zeros(1, 0, dtype=torch.long)
 
-    def append(self, taps: torch.Tensor, start: int) -> None:
+    def append(self, target_hidden: torch.Tensor, start: int) -> None:
         """Features [1, S, n * H] of the positions start, start + 1, ..."""
-        positions = torch.arange(start, start + taps.shape[1], device=taps.device)[None]
-        new = self.drafter.context_keys_values(self.drafter.fuse(taps), positions)
+        positions = torch.arange(start, start + target_hidden.shape[1], device=target_hidden.device)[None]
+        new = self.drafter.context_keys_values(self.drafter.fuse(target_hidden), positions)
         keep = None if self.drafter.window is None else -(self.drafter.window - 1)
         old = self.pairs or [(k[:, :, :0], v[:, :, :0]) for k, v in new]
         self.pairs = [tuple(torch.cat(both, dim=2)[:, :, keep:] for both in zip(was, now, strict=True))
@@ -228,21 +228,21 @@ def speculate(target: Target, drafter: DFlashDraftModel, prompt: list[int], *, m
     device = target.device
     cache = SlotCache(len(target.base.layers), len(prompt) + max_new_tokens + drafter.block_size)
     context = DraftContext(drafter)
-    taps, last = target.run(torch.tensor([prompt], device=device), cache=cache)
-    context.append(taps, 0)
+    target_hidden, last = target.run(torch.tensor([prompt], device=device), cache=cache)
+    context.append(target_hidden, 0)
     out = Decoded([int(pick(target.head(last[:, -1]), temperature, generator))])
     position = len(prompt)  # of the anchor, which is the newest token
     while out.tokens[-1] not in target.end_ids and len(out.tokens) < max_new_tokens:
         drafts, q = draft(drafter, target, context, out.tokens[-1], position, temperature=temperature, generator=generator)
         ids = torch.cat((torch.tensor(out.tokens[-1:], device=device), drafts))[None]
-        taps, last = target.run(ids, cache=cache)
+        target_hidden, last = target.run(ids, cache=cache)
         p = probabilities(target.head(last[0]), temperature)
         accepted, token = verify(drafts, q, p, generator)
         new = [*drafts[:accepted].tolist(), token][:max_new_tokens - len(out.tokens)]
         ended = next((i for i, t in enumerate(new) if t in target.end_ids), len(new) - 1)
         out.tokens += new[:ended + 1]
         out.lengths.append(ended + 1)
-        context.append(taps[:, :accepted + 1], position)
+        context.append(target_hidden[:, :accepted + 1], position)
         cache.crop(position + accepted + 1)
         position += accepted + 1
     return out

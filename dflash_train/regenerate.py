@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The target answers the recipe's prompts: `accelerate launch dflash_train/regenerate.py recipes/tiny.yaml`.
 
-A leaf, for doing this step alone (on other machines, or through a serving engine with
+An entry script, for doing this step alone (on other machines, or through a serving engine with
 `dflash.regenerate.endpoint=http://127.0.0.1:8000/v1`); `dflash_train/train.py` does it by itself when the answers are
 not there. Resumable: run it again after an interruption.
 """

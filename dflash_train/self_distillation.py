@@ -32,7 +32,7 @@ from recipes.schema import Recipe
 from storage.files import write_text
 from storage.reading import json_lines
 from storage.revision import git_revision
-from training.files import expand
+from training.data_files import expand
 from training.report import ProgressBar, environment
 
 KEY = "dflash.regenerate.prompts"
@@ -129,7 +129,8 @@ def generate_answers(recipe: Recipe, target: TargetFiles, path: Path, *, acceler
     say(f"the target answers {len(rows)} prompts: {answers} answers in {len(batches)} batches"
         + (f", {len(done)} of them done before" if done else ""))
     endpoint = Endpoint(settings, target, say) if settings.endpoint and mine else None
-    bar = ProgressBar(len(mine), len(done & {b.number for b in mine}), enabled=rank == 0, every=10, label="answers")
+    bar = ProgressBar(len(mine), len(done & {b.number for b in mine}), enabled=rank == 0, every=10, label="answers",
+                      unit="answers: batch")
     with partial.open("a", encoding="utf-8") as out:
         for position, batch in enumerate(mine, 1):
             if batch.number not in done:
@@ -160,12 +161,12 @@ def plan_batches(recipe: Recipe, rows: list[dict], ids: list[list[int]]) -> list
     settings, room = recipe.dflash.regenerate, recipe.dflash.sequence_length - 2
     batches: list[Batch] = []
     for index, one in enumerate(settings.passes):
-        wanted = [i for i, row in enumerate(rows) if all(str(row.get(k)) == v for k, v in one.where.items())]
-        if not wanted:
+        chosen = [i for i, row in enumerate(rows) if all(str(row.get(k)) == v for k, v in one.where.items())]
+        if not chosen:
             raise ValueError(f"dflash.regenerate.passes.{index}.where: {one.where} matches none of {len(rows)} prompts")
-        if one.prompts is not None and one.prompts < len(wanted):
-            wanted = [wanted[i * len(wanted) // one.prompts] for i in range(one.prompts)]
-        short = [i for i in wanted if len(ids[i]) <= room]
+        if one.prompts is not None and one.prompts < len(chosen):
+            chosen = [chosen[i * len(chosen) // one.prompts] for i in range(one.prompts)]
+        short = [i for i in chosen if len(ids[i]) <= room]
         if not short:
             raise ValueError(f"{KEY}: every prompt is longer than dflash.sequence_length - 2 = {room} tokens")
         order = [short[i] for i in by_length(short, lambda i: len(ids[i])) for _ in range(one.samples)]

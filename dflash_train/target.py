@@ -2,9 +2,9 @@
 
 By default the result of quantization-aware training, whose expert weights *are* the MXFP4 values that will be served;
 for comparison also `model.path` with rounded experts (`ptq`) or as it is (`base`). Works on any transformers causal
-language model whose base model has `layers`: features are caught by forward hooks on the tapped layers.
+language model whose base model has `layers`: features are caught by forward hooks on the target layers.
 
-Shape legend: B sequences, T tokens, H hidden size, n tapped layers.
+Shape legend: B sequences, T tokens, H hidden size, n target layers.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ from mxfp4.fake_quant import fake_quantize_
 from qat.attach import find_expert_tensors
 from recipes.schema import Drafter, Recipe
 from storage.digests import combined, model_digests
-from storage.reading import read_json
+from storage.reading import first_line, read_json
 from training.accelerator import from_first
 from training.checkpoint import require_newest_result
 
-DEFAULT_TAPS = 5
+DEFAULT_TARGET_LAYERS = 5
 
 
 class TargetFiles:
     """What is known of a target without its weights: all that is needed where a server of it answers."""
 
-    def __init__(self, path: Path, tokenizer, end_ids: list[int], taps: list[int], vocabulary: int):
-        self.path, self.tokenizer, self.end_ids, self.taps, self.vocabulary = path, tokenizer, end_ids, taps, vocabulary
+    def __init__(self, path: Path, tokenizer, end_ids: list[int], target_layers: list[int], vocabulary: int,
+                 positions: int | None = None):
+        self.path, self.tokenizer, self.end_ids = path, tokenizer, end_ids
+        self.target_layers, self.vocabulary = target_layers, vocabulary
+        self.positions = positions  # None: not limited, as far as its configuration says
         self._fingerprint: str | None = None
         if not end_ids:
             raise ValueError(f"{path}: neither generation_config nor the tokenizer names a token that ends an answer")
@@ -53,17 +56,17 @@ class TargetFiles:
 
 
 class Target(TargetFiles):
-    """A frozen causal language model, its tokenizer, and hooks that collect the outputs of the layers `taps`."""
+    """A frozen causal language model, its tokenizer, and hooks that collect the outputs of the layers `target_layers`."""
 
-    def __init__(self, model: nn.Module, tokenizer, taps: list[int], path: Path):
-        super().__init__(path, tokenizer, end_ids(getattr(model, "generation_config", None), tokenizer), taps,
-                         model.get_output_embeddings().weight.shape[0])
+    def __init__(self, model: nn.Module, tokenizer, target_layers: list[int], path: Path):
+        super().__init__(path, tokenizer, end_ids(getattr(model, "generation_config", None), tokenizer), target_layers,
+                         model.get_output_embeddings().weight.shape[0], positions_of(model.config))
         self.model = model.eval().requires_grad_(False)
         self.base = model.base_model
         self.embed_tokens, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.hidden_size = self.embed_tokens.weight.shape[1]
         self._caught: dict[int, torch.Tensor] = {}
-        for layer in taps:
+        for layer in target_layers:
             self.base.layers[layer].register_forward_hook(lambda module, args, output, i=layer: self._catch(i, output))
 
     def _catch(self, layer: int, output) -> None:
@@ -82,7 +85,11 @@ class Target(TargetFiles):
         """
         self._caught.clear()
         last = self.base(input_ids=ids_BT, use_cache=cache is not None, **{CACHE_NAME: cache}, **kwargs).last_hidden_state
-        return torch.cat([self._caught[layer] for layer in self.taps], dim=-1), last
+        return torch.cat([self._caught[layer] for layer in self.target_layers], dim=-1), last
+
+
+def positions_of(config) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def end_ids(generation, tokenizer) -> list[int]:
@@ -127,15 +134,16 @@ def target_files(recipe: Recipe) -> TargetFiles:
     generation = (GenerationConfig.from_pretrained(str(folder)) if (folder / "generation_config.json").is_file()
                   else GenerationConfig.from_model_config(config))
     require_key_value_layers(config, folder)
-    taps = tapped_layers(recipe.drafter.target_layer_ids, config.get_text_config().num_hidden_layers)
-    return TargetFiles(folder, tokenizer, end_ids(generation, tokenizer), taps, config.get_text_config().vocab_size)
+    target_layers = choose_target_layers(recipe.drafter.target_layer_ids, config.get_text_config().num_hidden_layers)
+    return TargetFiles(folder, tokenizer, end_ids(generation, tokenizer), target_layers, config.get_text_config().vocab_size,
+                       positions_of(config))
 
 
 def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:
     """The target that `dflash.target` names.
 
     Raises:
-        ValueError: no such folder; tapped layers that it does not have; a tokenizer without an end token; a model whose
+        ValueError: no such folder; target layers that it does not have; a tokenizer without an end token; a model whose
             logits are not its head's (see `modeling.output_head`).
     """
     folder = target_folder(recipe)
@@ -145,13 +153,20 @@ def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:
         for tensor in find_expert_tensors(model):
             fake_quantize_(tensor.parameter.data, tensor.parameter.data, scale_rule=recipe.quantization.scale_rule,
                            axis=tensor.axis)
+    return target_of(model.to(device), tokenizer, recipe.drafter.target_layer_ids, folder)
+
+
+def target_of(model: nn.Module, tokenizer, layers: list[int] | None, folder: Path) -> Target:
+    """A model as a target whose outputs of `layers` are used; tools/family_table.py asks it about every family.
+
+    Raises:
+        ValueError: as `load_target`: what keeps a drafter from being trained for this model.
+    """
     require_key_value_layers(model.config, folder)
     if not hasattr(model.base_model, "layers"):
         raise ValueError(f"model.path: {folder}: {type(model).__name__} has its decoder layers under another name than "
                          "`layers`; a drafter's target is read layer by layer")
-    layers = len(model.base_model.layers)
-    taps = tapped_layers(recipe.drafter.target_layer_ids, layers)
-    target = Target(model.to(device), tokenizer, taps, folder)
+    target = Target(model, tokenizer, choose_target_layers(layers, len(model.base_model.layers)), folder)
     require_plain_head(target.model)
     _require_plain_cache(target)
     return target
@@ -176,28 +191,28 @@ def _require_plain_cache(target: Target) -> None:
         target.run(ids[:, :2], cache=cache)
         target.run(ids[:, 2:], cache=cache)
     except (ValueError, AttributeError, TypeError, IndexError, KeyError, RuntimeError, NotImplementedError) as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        reason = f"{type(error).__name__}: {first_line(error)[:160]}"
         raise ValueError(f"model.path: {target.path}: {target.model.config.model_type} does not decode with a plain cache of "
                          f"keys and values ({reason}); no drafter can be trained for it here") from None
 
 
-def tapped_layers(wanted: list[int] | None, layers: int) -> list[int]:
+def choose_target_layers(requested: list[int] | None, layers: int) -> list[int]:
     """Layers whose outputs are the features: those asked for, or up to five, evenly from the first to the last.
 
     Raises:
         ValueError: a layer that the target does not have.
     """
-    if wanted is None:
-        count = min(DEFAULT_TAPS, layers)
+    if requested is None:
+        count = min(DEFAULT_TARGET_LAYERS, layers)
         return sorted({round(i * (layers - 1) / max(1, count - 1)) for i in range(count)})
-    for layer in wanted:
+    for layer in requested:
         if layer >= layers:
             raise ValueError(f"drafter.target_layer_ids: layer {layer}, but the target has layers 0 to {layers - 1}")
-    return list(wanted)
+    return list(requested)
 
 
 def mask_token_id(setting: str | int | None, tokenizer, vocabulary: int, ends: Sequence[int] = ()) -> int:
-    """Id of the reserved mask entry.
+    """Id of the reserved mask entry: the recipe's, the tokenizer's, or the first that the tokenizer leaves unused.
 
     Raises:
         ValueError: no such entry, or one that text uses: an ordinary, end (`ends`) or padding token.
@@ -205,8 +220,10 @@ def mask_token_id(setting: str | int | None, tokenizer, vocabulary: int, ends: S
     if setting is None:
         setting = tokenizer.mask_token_id
         if setting is None:
-            raise ValueError("drafter.mask_token: the tokenizer has no mask token; name a reserved vocabulary entry (text or "
-                             "id) that never occurs in text")
+            setting = max(tokenizer.get_vocab().values()) + 1  # vocabularies are padded to a round number
+        if setting >= vocabulary:
+            raise ValueError("drafter.mask_token: the tokenizer has no mask token and uses every entry of the vocabulary; name "
+                             "a reserved one (text or id) that never occurs in text")
     if isinstance(setting, str):
         found = tokenizer.get_vocab().get(setting)
         if found is None:
@@ -234,7 +251,7 @@ def rotary_base(config) -> float:
     return float(getattr(config, "rope_theta", None) or rope.get("rope_theta") or nested.get("rope_theta") or 10_000.0)
 
 
-def configure_drafter(settings: Drafter, dflash, *, config, taps: list[int], mask_id: int):
+def configure_drafter(settings: Drafter, dflash, *, config, target_layers: list[int], mask_id: int):
     """The drafter's configuration from the recipe and the target's transformers configuration.
 
     Args:
@@ -243,7 +260,7 @@ def configure_drafter(settings: Drafter, dflash, *, config, taps: list[int], mas
     """
     return drafter_config(
         hidden_size=config.hidden_size, vocab_size=config.vocab_size, num_target_layers=config.num_hidden_layers,
-        target_layer_ids=taps, mask_token_id=mask_id, rotary_base=settings.rotary_base or rotary_base(config),
+        target_layer_ids=target_layers, mask_token_id=mask_id, rotary_base=settings.rotary_base or rotary_base(config),
         max_position_embeddings=getattr(config, "max_position_embeddings", 262144),
         num_anchors=dflash.anchors if dflash else 512, loss_decay_gamma=dflash.loss.decay_gamma if dflash else 7.0,
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id,
@@ -254,7 +271,7 @@ def new_drafter(recipe: Recipe, target: Target) -> DFlashDraftModel:
     """A fresh float32 drafter for `target`, started near it.
 
     The mask embedding starts as the mean of the vocabulary's embeddings, the final norm as the target's (the shared head
-    expects its scale), and `fc` passes the last tapped layer on: worth about 20 of the first 60 steps.
+    expects its scale), and `fc` passes the last target layer on: worth about 20 of the first 60 steps.
 
     With `dflash.start_from` its weights are those of an earlier drafter instead.
 
@@ -264,7 +281,7 @@ def new_drafter(recipe: Recipe, target: Target) -> DFlashDraftModel:
     mask_id = mask_token_id(recipe.drafter.mask_token, target.tokenizer, target.vocabulary, target.end_ids)
     try:
         config = configure_drafter(recipe.drafter, recipe.dflash, config=target.model.config.get_text_config(),
-                                   taps=target.taps, mask_id=mask_id)
+                                   target_layers=target.target_layers, mask_id=mask_id)
     except ValueError as error:
         raise ValueError(f"drafter: {error}") from None
     if recipe.dflash is not None and recipe.dflash.start_from is not None:
@@ -296,8 +313,8 @@ KNOWN_FLAGS = {"target_layer_ids", "mask_token_id", "num_anchors", "block_size",
                "num_target_layers", "convolution_rank", "markov_rank", "selector_top_k"}
 
 
-def _earlier_drafter(folder: Path, wanted, vocabulary: torch.Tensor) -> DFlashDraftModel:
-    """The drafter in `folder`, float32, if everything that its weights depend on is as in the configuration `wanted`.
+def _earlier_drafter(folder: Path, expected, vocabulary: torch.Tensor) -> DFlashDraftModel:
+    """The drafter in `folder`, float32, if everything that its weights depend on is as in the configuration `expected`.
 
     It may be anybody's: what counts is what its configuration means, whichever keys say it; without a mask_embedding.pt the
     mask token's row of the target's `vocabulary` is taken.
@@ -316,11 +333,11 @@ def _earlier_drafter(folder: Path, wanted, vocabulary: torch.Tensor) -> DFlashDr
     except ValueError as error:
         raise ValueError(f"dflash.start_from: {error}") from None
     with torch.device("meta"):
-        mine, theirs = _meaning(DFlashDraftModel(wanted)), _meaning(model)
+        mine, theirs = _meaning(DFlashDraftModel(expected)), _meaning(model)
     for key in mine:
         if mine[key] != theirs[key]:
             raise ValueError(f"dflash.start_from: {folder}: {key} is {theirs[key]}, the recipe's drafter has {mine[key]}")
-    model.config = wanted  # every key in every spelling
+    model.config = expected  # every key in every spelling
     return model
 
 
@@ -345,7 +362,7 @@ def identity(target: TargetFiles, recipe: Recipe) -> list:
 
 
 def describe_target(target: TargetFiles, recipe: Recipe) -> dict:
-    """Facts for provenance: folder, kind, fingerprint, tapped layers."""
+    """Facts for provenance: folder, kind, fingerprint, target layers."""
     return {"folder": str(target.path), "kind": recipe.dflash.target, "dtype": recipe.model.dtype,
-            "weights": target.fingerprint(), "taps": target.taps,
+            "weights": target.fingerprint(), "taps": target.target_layers,
             "model_type": json.loads((target.path / "config.json").read_text())["model_type"]}

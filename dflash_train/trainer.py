@@ -27,9 +27,10 @@ from dflash_train.features import OnlineFeatures, cached_features
 from dflash_train.losses import draft_loss
 from dflash_train.optimizer import make_optimizer
 from dflash_train.self_distillation import regenerated
-from dflash_train.target import describe_target, identity, load_target, new_drafter
+from dflash_train.target import describe_target, identity, load_target, mask_token_id, new_drafter, target_files
 from modeling.dialogue_tokens import Rendering
 from modeling.drafter import load_drafter, save_drafter
+from recipes.load import published
 from recipes.schema import Recipe
 from storage.digests import combined, json_digest, model_digests
 from storage.files import write_json
@@ -39,7 +40,7 @@ from training.epoch_order import EpochOrder
 from training.preflight import require_ready
 from training.resume import checkpoint_to_resume, require_same_inputs
 from training.run import TrainingRun
-from training.schedule import make_schedule
+from training.schedule import make_schedule, present_rate
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -53,14 +54,24 @@ def require_sections(recipe: Recipe) -> None:
             raise ValueError(f"{name}: the recipe has no such section, which drafter training needs (see recipes/tiny.yaml)")
 
 
-def run(recipe: Recipe, *, resume: bool, max_steps: int | None) -> int:
+def require_understood(recipe: Recipe) -> None:
+    """Raises ValueError for what can be known before a weight is read: the mask token, and the prompts that are measured at the
+    end."""
+    files = target_files(recipe)
+    mask_token_id(recipe.drafter.mask_token, files.tokenizer, files.vocabulary, files.end_ids)
+    acceptance.groups(recipe, files)
+
+
+def run(recipe: Recipe, *, resume: bool, max_steps: int | None, other_processes: bool = False) -> int:
     """Runs the job; returns the exit code.
+
+    other_processes: a checkpoint of another number of processes may be resumed.
 
     Raises:
         ValueError: a mistake in the recipe or its files. OSError: a file cannot be written. NonFinite: see there.
     """
     require_sections(recipe)
-    return Trainer(recipe, resume=resume).run(max_steps)
+    return Trainer(recipe, resume=resume, other_processes=other_processes).run(max_steps)
 
 
 @dataclass
@@ -81,20 +92,20 @@ class Trainer(TrainingRun):
 
     label = "drafter"
 
-    def __init__(self, recipe: Recipe, *, resume: bool):
-        self.recipe, self.settings = recipe, recipe.dflash
+    def __init__(self, recipe: Recipe, *, resume: bool, other_processes: bool = False):
+        self.recipe, self.settings, self.other_processes = recipe, recipe.dflash, other_processes
         self.accelerator = make_accelerator()
         self.main = self.accelerator.is_main_process
         self.folder = run_folder(recipe)
         require_ready(recipe, "dflash")
         self.lock()
         newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say, self.accelerator) if resume else None
+        require_understood(recipe)
         self.target = load_target(recipe, self.accelerator.device)
         self.target.agree_on_fingerprint(self.accelerator)
         self.identity = identity(self.target, recipe)
         if newest is not None:
             require_same_inputs(newest, {"target": self.identity})  # before it answers prompts anew
-        acceptance.groups(recipe, self.target)  # a mistake in what is measured at the end is told before hours of training
         self.drafter = new_drafter(recipe, self.target).to(self.accelerator.device).train()
         self._load_data()
         self.compare_inputs(newest, lambda: {"target": self.identity, "training data": dialogues_digest(self.dialogues)})
@@ -144,8 +155,8 @@ class Trainer(TrainingRun):
                              "reserved entry that never occurs in text")
 
     def _features_key(self) -> str:
-        """Digest of what determines the features: target, tapped layers, dialogues and where they are cut."""
-        facts = [self.identity, self.target.taps, self.settings.sequence_length, dialogues_digest(self.dialogues)]
+        """Digest of what determines the features: target, its layers, dialogues and where they are cut."""
+        facts = [self.identity, self.target.target_layers, self.settings.sequence_length, dialogues_digest(self.dialogues)]
         return json_digest(facts)[:12]
 
     def _print_header(self) -> None:
@@ -153,8 +164,8 @@ class Trainer(TrainingRun):
         tokens = sum(len(d.response) for d in self.dialogues)
         start = self.settings.start_from
         self.say(f"{self.recipe.name}: drafter of {parameters:,} parameters{f' from {start}' if start else ''}, "
-                  f"block {self.drafter.block_size}, window {self.drafter.window}, "
-                  f"features of layers {self.target.taps} of {self.target.path}; "
+                  f"block {self.drafter.block_size}, window {self.drafter.window}, mask token {self.drafter.mask_token_id}, "
+                  f"features of layers {self.target.target_layers} of {self.target.path}; "
                   f"{len(self.dialogues)} dialogues, {tokens:,} response tokens, {len(self.rows)} rows")
 
     def batches(self) -> Iterator[list[int]]:
@@ -187,7 +198,7 @@ class Trainer(TrainingRun):
         if not (torch.isfinite(norm) and torch.isfinite(sums["loss"])):
             self._raise_non_finite(float(sums["loss"]), trained)
         torch.nn.utils.clip_grads_with_norm_([p for _, p in trained], self.settings.optimizer.max_grad_norm, norm)
-        learning_rate = self.schedule.get_last_lr()[0]
+        learning_rate = present_rate(self.state.step, self.settings.steps, self.settings.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -203,12 +214,12 @@ class Trainer(TrainingRun):
         ids = self.rows.tokens[indices].long().gather(1, anchors.clamp_min(0))
         previous = torch.cat((ids[:, :, None], labels[:, :, :-1].clamp_min(0)), dim=2)
         index = teacher_index(anchors, block, self.rows.tokens.shape[1])
-        taps, last = self.features.of_rows(indices)
+        target_hidden, last = self.features.of_rows(indices)
         teacher = last.gather(1, index.flatten(1)[:, :, None].expand(-1, -1, last.shape[-1]).to(device))
         dtype = getattr(torch, self.recipe.model.dtype)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = drafter(taps.to(dtype), ids.to(device), anchors.to(device), self.rows.starts[indices].long().to(device),
-                             self.target.embed_tokens)
+            hidden = drafter(target_hidden.to(dtype), ids.to(device), anchors.to(device),
+                             self.rows.starts[indices].long().to(device), self.target.embed_tokens)
         flat = (hidden[:, :, 1:].flatten(0, 1), labels.flatten(0, 1).to(device), teacher.view(-1, block - 1, last.shape[-1]),
                 previous.flatten(0, 1).to(device))
         return draft_loss(*flat, self.target.head, drafter, settings.loss)
@@ -253,8 +264,10 @@ class Trainer(TrainingRun):
             "inputs": self.inputs, "weights": combined(model_digests(final)),
             "steps": self.settings.steps, "seed": self.recipe.seed, "target": describe_target(self.target, self.recipe),
             "start_from": self.settings.start_from, "parameters": sum(p.numel() for p in self.drafter.parameters()),
-            "response_tokens": sum(len(d.response) for d in self.dialogues),
-            "seconds": self.training_seconds(),
+            "response_tokens": sum(len(d.response) for d in self.dialogues), "dialogues": len(self.dialogues),
+            "prompts": [published(name) for name in self.settings.data or self.settings.regenerate.prompts],
+            "own_data": bool(self.settings.data),
+            "seconds": self.training_seconds(self.settings.steps),
             "measuring_seconds": time.perf_counter() - began, "environment": report.environment(),
         }
         write_json(self.folder / "summary.json", acceptance.without_nan(summary))

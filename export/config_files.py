@@ -9,7 +9,7 @@ from pathlib import Path
 from checkpoint.contradictions import AUTO_MAP, SPELLINGS
 from checkpoint.inventory import is_mimo
 from checkpoint.quantization import quantization_config
-from checkpoint.tokenizer_files import TOKENIZER, shipped_bytes
+from checkpoint.tokenizer_files import shipped_bytes, tokenizer_files
 from storage.files import write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,8 +89,14 @@ def flash_config(config: dict) -> dict:
         "mlp_layer_types": ["sparse" if moe else "dense" for moe in config.get("moe_layer_freq") or [0] * layers]}
 
 
+def is_licence(path: Path) -> bool:
+    """Whether a file is a licence's text or a notice that it asks to be handed on."""
+    name = re.fullmatch(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([._-].{1,40})?", path.name, re.IGNORECASE)
+    return name is not None and path.is_file()
+
+
 def copy_companions(sources: list[Path], out: Path, *, code: bool) -> list[str]:
-    """Remote code (if `code`), tokenizer and generation_config.json; returns the names of what was copied.
+    """Remote code (if `code`), tokenizer, generation_config.json and licences; returns the names of what was copied.
 
     Args:
         sources: folders to look in, the first that has a tokenizer wins.
@@ -100,10 +106,15 @@ def copy_companions(sources: list[Path], out: Path, *, code: bool) -> list[str]:
         for name in REMOTE_CODE:
             shutil.copyfile(ROOT / "modeling" / name, out / name)
             copied.append(name)
-    for names in (TOKENIZER, ("generation_config.json",)):
-        home = next((s for s in sources if any((s / n).is_file() for n in names)), None)
-        for name in names:
-            if home is not None and (home / name).is_file():
-                write_bytes(out / name, shipped_bytes(home / name))
-                copied.append(name)
+    def settings(home: Path) -> list[str]:
+        return [name for name in ("generation_config.json",) if (home / name).is_file()]
+
+    def licences(home: Path) -> list[str]:
+        return sorted(path.name for path in home.iterdir() if is_licence(path))
+
+    for kind in (tokenizer_files, settings, licences):
+        home = next((source for source in sources if kind(source)), None)
+        for name in kind(home) if home is not None else ():
+            write_bytes(out / name, shipped_bytes(home / name))
+            copied.append(name)
     return copied

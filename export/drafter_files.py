@@ -4,7 +4,7 @@
     dflash_draft_model.safetensors      published names, without `model.` prefix; model.safetensors.index.json beside it
     mask_embedding.pt                   the vector of the masked positions; the same vector is in the target's vocabulary row
     dflash.py, block_mask.py            the drafter's code, for AutoModel with trust_remote_code
-    dflash_reference.safetensors        one worked example: inputs, tapped hidden states, draft logits
+    dflash_reference.safetensors        one worked example: inputs, hidden states of the target, draft logits
 
 The mask token's row of a target's embedding is untrained, and an engine that does not know mask_embedding.pt reads that
 row; with the vector in both places the drafter works either way.
@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from checkpoint.detect_format import open_source
 from checkpoint.drafter_folder import (
     EMBEDDING,
     HEAD,
     MASK,
-    dialect_faults,
+    alias_faults,
     draft_round,
     expected_tensors,
     fit_faults,
@@ -33,7 +34,6 @@ from checkpoint.drafter_folder import (
     special_of,
     speculators_config,
 )
-from checkpoint.open import open_source
 from checkpoint.sources import Source
 from checkpoint.tensor_files import REFERENCE
 from export.layouts import Unit
@@ -68,7 +68,7 @@ def open_drafter(folder: Path, target_config) -> TrainedDrafter | None:
     """The trained drafter in `folder`, or None if there is no such folder.
 
     Raises:
-        ValueError: files that are missing or do not fit the target: size, vocabulary, tapped layers.
+        ValueError: files that are missing or do not fit the target: size, vocabulary, target layers.
     """
     if not folder.is_dir():
         return None
@@ -79,7 +79,7 @@ def open_drafter(folder: Path, target_config) -> TrainedDrafter | None:
     mask = read_mask(folder)
     mask["embedding"] = mask["embedding"].to(torch.bfloat16)
     for fault in (*fit_faults(config, target_config), *mask_faults(special_of(config), mask, target_config.hidden_size),
-                  *dialect_faults(config)):
+                  *alias_faults(config)):
         raise ValueError(f"{folder}: {fault.text}")
     drafter = TrainedDrafter(folder, config, mask["mask_token_id"], mask["embedding"])
     _weights(drafter)  # before the target is written
@@ -160,7 +160,7 @@ def target_bytes(folder: Path) -> int:
 
 
 def _features(model, ids: torch.Tensor, layers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Outputs of the tapped layers [1, S, n, H], the last hidden state after the norm [1, S, H]) of any causal model."""
+    """(Outputs of the target layers [1, S, n, H], the last hidden state after the norm [1, S, H]) of any causal model."""
     caught: dict[int, torch.Tensor] = {}
 
     def catch(layer: int):
@@ -188,13 +188,13 @@ def reference_length(windows: list[int], features: int, longest: int) -> int:
 def write_reference(folder: Path, *, real_features: bool) -> None:
     """Writes dflash_reference.safetensors: one round of drafting, computed in float32 from the exported files.
 
-    input_ids int64 [1, S + 1] (the last one is the anchor, at position S), taps float32 [1, S, n, H] (outputs of
+    input_ids int64 [1, S + 1] (the last one is the anchor, at position S), `taps` float32 [1, S, n, H] (outputs of
     `target_layer_ids`), draft_hidden [1, T, H] (after the drafter's norm), draft_logits [1, T - 1, vocabulary]; with real
     features also target_logits float32 [1, T, vocabulary] of the last T text positions.
 
     Args:
         folder: the whole exported checkpoint, target included.
-        real_features: run the target; otherwise the taps are seeded normal numbers (said in the file's metadata), for
+        real_features: run the target; otherwise the hidden states are seeded normal numbers (said in the file's metadata), for
             targets that do not fit this machine.
     """
     from checkpoint.load import load_model
@@ -215,17 +215,17 @@ def write_reference(folder: Path, *, real_features: bool) -> None:
     ids = torch.randint(0, table.shape[0], (1, S + 1), generator=generator)
     more = {}
     if real_features:
-        taps, last = _features(load_model(folder, dtype=torch.float32), ids[:, :-1], layers)
+        target_hidden, last = _features(load_model(folder, dtype=torch.float32), ids[:, :-1], layers)
         more["target_logits"] = (last[:, -drafter.block_size:] @ head.T).contiguous()
     else:
-        taps = torch.randn((1, S, len(layers), table.shape[1]), generator=generator)
-    hidden = draft_round(drafter, taps, ids, table)
+        target_hidden = torch.randn((1, S, len(layers), table.shape[1]), generator=generator)
+    hidden = draft_round(drafter, target_hidden, ids, table)
     logits = hidden[:, 1:] @ head.T
     facts = {"target_layer_ids": layers, "anchor_position": S, "dtype": "float32",
              "features": "target" if real_features else "seeded normal numbers"}
     # One entry: the writer puts several in an order of its own, different each time.
     metadata = {"reference": json.dumps(facts, sort_keys=True)}
-    save_file({"input_ids": ids, "taps": taps.contiguous(), "draft_hidden": hidden.contiguous(),
+    save_file({"input_ids": ids, "taps": target_hidden.contiguous(), "draft_hidden": hidden.contiguous(),
                "draft_logits": logits.contiguous()} | more, folder / "dflash" / REFERENCE, metadata=metadata)
     shutil.copymode(folder / "dflash" / "config.json", folder / "dflash" / REFERENCE)  # safetensors' own: nobody else may read
     torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -25,9 +26,9 @@ from pathlib import Path
 import torch
 
 from checkpoint.checksums import CHECKSUMS, internal, write_checksums
+from checkpoint.detect_format import local_folder, open_source
 from checkpoint.families.registry import family_of, refuse_layout, resolve_layout
 from checkpoint.inventory import configuration
-from checkpoint.open import local_folder, open_source
 from checkpoint.trained import Weights, packed_codes_stored
 from checkpoint.verify import verify
 from export import config_files, drafter_files, model_card
@@ -37,7 +38,7 @@ from modeling.names import plain_dtype
 from recipes.load import dump_published, published
 from recipes.schema import Recipe
 from storage.digests import combined, json_digest, model_digests, stamps
-from storage.files import begin_folder, finish_folder, next_free, tree_bytes, write_bytes, write_json, write_text
+from storage.files import begin_folder, bound_earlier, finish_folder, next_free, write_bytes, write_json, write_text
 from storage.locks import Lock
 from storage.reading import read_json
 from storage.terminal import printable, printable_line
@@ -53,6 +54,7 @@ class Request:
     out: Path | None = None
     base: Path | None = None
     weights: Path | None = None
+    decode: bool = False  # the base in plain numbers, nothing rounded
     rank: int = 0
     world: int = 1
 
@@ -63,12 +65,14 @@ class Export:
     def __init__(self, recipe: Recipe, request: Request):
         self.recipe, self.request = recipe, request
         self.run_folder = Path(recipe.output) / recipe.name
-        self.rounded = request.base is not None
+        self.rounded = request.base is not None and not request.decode
         self._open_weights()
         self.drafter = None
-        if not self.rounded:
+        if request.base is None and recipe.export.drafter != "none":
             require_newest_result(self.run_folder / "dflash")
             self.drafter = drafter_files.open_drafter(self.run_folder / "dflash" / "model", self.text_config)
+            if self.drafter is not None and recipe.export.drafter == "matching" and not request.rank:
+                self._require_matching_drafter()
         units = units_of(self.layout, self.weights, recipe.export.dense)
         if self.drafter is not None:
             if recipe.export.speculators:
@@ -79,6 +83,7 @@ class Export:
             raise ValueError(f"export.speculators: no trained drafter in {self.run_folder / 'dflash' / 'model'}")
         self.shards: list[Shard] = plan_shards(units, recipe.export.shard_bytes)
         default = ("model" if self.layout == "native" else self.layout) + ("-ptq" if self.rounded else "")
+        default = "decoded" if request.decode else default
         self.out = Path(os.path.abspath(request.out)) if request.out else self.run_folder / "export" / default
         self._refuse_out()
         self.partial = self.out.with_name(self.out.name + ".partial")
@@ -90,6 +95,17 @@ class Export:
             raise ValueError(f"--out {out}: holds the weights that are to be exported, expected another folder")
         if out.exists() and not (out / "export.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"--out {out}: exists and is no earlier export, expected a new folder, e.g. {out / 'model'}")
+
+    def _require_matching_drafter(self) -> None:
+        """Raises ValueError for a drafter that was trained for other weights, where its summary says for which."""
+        was = (self.measured("dflash") or {}).get("target") or {}
+        if was.get("weights") is None or (was.get("kind"), was["weights"]) == ("qat", self.trained_digest):
+            return
+        theirs = f"dflash.target: {was.get('kind')}, {was['weights']}"
+        raise ValueError(f"{self.drafter.folder}: trained for other weights ({theirs}) than those of {self.trained_folder} "
+                         f"({self.trained_digest}), which would reject more of its drafts; "
+                         "train it for them (dflash_train/train.py), or set export.drafter to any (written with a warning and "
+                         "without its numbers) or none")
 
     def _open_weights(self) -> None:
         recipe, request = self.recipe, self.request
@@ -104,10 +120,11 @@ class Export:
             raise ValueError(f"{base_folder}: no config.json there, nor in {self.trained_folder}")
         self.config = read_json(described / "config.json")
         config = configuration(self.config)
-        self.layout = resolve_layout(recipe.export.layout, config)
+        self.layout = "bf16" if request.decode else resolve_layout(recipe.export.layout, config)
         refuse_layout(self.layout, config, recipe.export.dense)  # before a model is laid out for its names
         self.weights = Weights(trained, base, config, family_of(config).published(config), on_grid=not self.rounded,
-                               scale_rule=recipe.quantization.scale_rule, changed=recipe.qat.train == "all")
+                               scale_rule=recipe.quantization.scale_rule, changed=recipe.qat.train == "all",
+                               decoded=request.decode)
 
     @property
     def text_config(self):
@@ -122,7 +139,10 @@ class Export:
 
     @property
     def experts(self) -> str:
-        """How experts become codes: "trained" on the grid, "rounded" here, or "copied" from a base that is packed already."""
+        """How experts become codes: "trained" on the grid, "rounded" here, or "copied" from a base that is packed already; or
+        they do not: "decoded"."""
+        if self.request.decode:
+            return "decoded"
         if packed_codes_stored(self.weights):
             return "copied"
         return "rounded" if self.rounded else "trained"
@@ -139,6 +159,7 @@ class Export:
         facts = {"shards": [[s.name, s.bytes, hashlib.sha256(s.header).hexdigest()] for s in self.shards],
                  "sources": [stamps(f) for f in dict.fromkeys((self.weights.trained.folder, self.weights.base.folder))],
                  "drafter": None if self.drafter is None else stamps(self.drafter.folder), "rounded": self.rounded,
+                 "decoded": self.request.decode,
                  "rule": self.weights.scale_rule, "changed": self.weights.changed,
                  "mask": None if self.drafter is None else self.drafter.embedding.float().tolist(), "row": self.mask_row}
         return json_digest(facts)
@@ -200,7 +221,7 @@ class Export:
                 architecture = (config.get("architectures") or [None])[0]
                 sums |= drafter_files.write_speculators(self.drafter, out / "dflash-speculators",
                                                         self.recipe.export.shard_bytes, architecture)
-            fits = drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30
+            fits = 2 * drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30  # it runs in float32
             drafter_files.write_reference(out, real_features=fits)
         # How many processes wrote it is no part of the result.
         settled = self.recipe.export.model_copy(update={"processes": 1})
@@ -231,12 +252,19 @@ class Export:
         special = self.drafter.config["dflash_config"] if self.drafter else {}
         return model_card.Facts(
             name=self.recipe.name, layout=self.layout,
-            base=published(str(self.request.base or self.recipe.export.base_model or self.recipe.model.path)),
-            scale_rule=self.weights.scale_rule, rounded=self.rounded, dense_rounded=self.recipe.export.dense == "fp8",
-            copied=self.experts == "copied", expert_matrices=self._expert_matrices(),
+            base=self._base_name(), licence=model_card.licence_of(self.homes),
+            scale_rule=self.weights.scale_rule, dense_rounded=self.recipe.export.dense == "fp8",
+            experts=self.experts, expert_matrices=self._expert_matrices(),
             bytes_by_dtype=sizes, block_size=special.get("block_size"),
             qat=self.qat_summary, drafter=self.drafter_summary,
             config=config | {"drafter_window": special.get("swa_window_size")})
+
+    def _base_name(self) -> str:
+        """The base as others may know it: the recipe's name for it, or the hub's, which a snapshot's folder is named by."""
+        folder = str(self.request.base or self.recipe.model.path)
+        snapshot = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", f"{os.path.realpath(folder)}/")
+        named = self.recipe.export.base_model if self.request.base is None else None
+        return published(named or (f"{snapshot[1]}/{snapshot[2]}" if snapshot else folder))
 
     def measured(self, job: str) -> dict | None:
         """summary.json of a job of this run, if it is the run's own result that is exported: nothing else was measured."""
@@ -284,10 +312,10 @@ class Export:
         for path in (self.partial / "plan.json", *self.partial.glob("*.sums")):
             path.unlink()
 
-    def rename(self) -> Path | None:
-        """Gives the folder its name; returns where an earlier one was set aside, if there was one that differs.
+    def rename(self) -> None:
+        """Gives the folder its name. An earlier one is set aside, of which the newest `keep_earlier` stay.
 
-        An earlier one with the same checksums is replaced: a second copy of the same bytes is of no use.
+        One with the same checksums is replaced: a second copy of the same bytes is of no use.
         """
         aside = None
         if self.out.exists() and not _same_file(self.out / CHECKSUMS, self.partial / CHECKSUMS):
@@ -295,7 +323,9 @@ class Export:
             self.out.rename(aside)
         self.close()
         finish_folder(self.partial, self.out)
-        return aside
+        if aside is not None:
+            print(f"an earlier export was set aside as {aside}")
+            bound_earlier(self.out, "export.json", self.recipe.keep_earlier)
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -369,9 +399,7 @@ def _run(export: Export, alive, began: float) -> int:
             print(f"FOUND  {printable_line(finding)}")
         print(f"{export.partial}: {len(findings)} findings; not renamed to {export.out}; the same command writes it anew")
         return 1
-    aside = export.rename()
-    if aside is not None:
-        print(f"an earlier export was set aside as {aside} ({tree_bytes(aside) / 1e9:.3f} GB, which removing it gives back)")
+    export.rename()
     drafter = "with a drafter" if export.drafter is not None else "no drafter"
     print(f"written and verified: {export.out} ({export.layout}, {export.bytes / 1e9:.3f} GB in {len(export.shards)} files, "
           f"{drafter}; {written:.1f} s writing, {time.monotonic() - began:.1f} s in all)")

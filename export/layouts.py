@@ -31,7 +31,7 @@ from checkpoint.containers import read_plain
 from checkpoint.families.registry import refuse_layout
 from checkpoint.fp8 import grid_shape, quantize_fp8
 from checkpoint.sources import DTYPES, Source
-from checkpoint.trained import Weights, codes_of, plain
+from checkpoint.trained import Weights, codes_of, decoded_expert, plain
 from modeling.names import PublishedTensor, fused_name, plain_dtype, published_tensors, qkv_rows, qkv_scale_rows, split_qkv
 from mxfp4 import BLOCK_SIZE, dequantize
 
@@ -162,10 +162,16 @@ def published_units(weights: Weights, layout: str) -> Iterator[Unit]:
 
 def _matrix_unit(weights: Weights, name: str, shape, layout: str) -> Unit:
     if layout == "bf16":
-        return Unit((PublishedTensor(name, shape, "BF16"),),
-                    lambda: [dequantize(*codes_of(weights, name), dtype=torch.bfloat16)])
+        return Unit((PublishedTensor(name, shape, "BF16"),), lambda: [_decoded(weights, name)])
     codes, scales = {"hf-fp8": ("", "_scale_inv"), "compressed-tensors": ("_packed", "_scale")}[layout]
     return expert_unit(weights, name, shape, (name + codes, name + scales), "I8" if layout == "hf-fp8" else "U8")
+
+
+def _decoded(weights: Weights, name: str) -> torch.Tensor:
+    """One expert's matrix in bf16: what its codes mean, or, of a base that is only to be read, its own numbers."""
+    if weights.decoded:
+        return decoded_expert(weights, name)
+    return dequantize(*codes_of(weights, name), dtype=torch.bfloat16)
 
 
 def _fused_unit(weights: Weights, name: str, shape, layout: str) -> Unit:
@@ -175,15 +181,12 @@ def _fused_unit(weights: Weights, name: str, shape, layout: str) -> Unit:
     if inner % BLOCK_SIZE:
         raise ValueError(f"{name}: {inner} inputs, expected a multiple of {BLOCK_SIZE}")
 
-    def packed() -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [codes_of(weights, f"{name}[{e}]") for e in range(experts)]
-
     def blocks() -> list[torch.Tensor]:
-        made = packed()
+        made = [codes_of(weights, f"{name}[{e}]") for e in range(experts)]
         return [torch.stack([c.unflatten(-1, (-1, BLOCK_SIZE // 2)) for c, _ in made]), torch.stack([s for _, s in made])]
 
     def values() -> list[torch.Tensor]:
-        decoded = torch.stack([dequantize(*codes, dtype=torch.bfloat16) for codes in packed()])
+        decoded = torch.stack([_decoded(weights, f"{name}[{e}]") for e in range(experts)])
         return [decoded if axis == -1 else decoded.mT.contiguous()]
 
     if layout == "bf16":

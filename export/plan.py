@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.detect_format import local_folder, open_source
 from checkpoint.families.registry import family_of, refuse_layout, resolve_layout
 from checkpoint.inventory import configuration
-from checkpoint.open import local_folder, open_source
 from checkpoint.sources import Source
 from checkpoint.trained import Weights
 from export.config_files import REMOTE_CODE

@@ -3,6 +3,7 @@
 
     --layout native|hf-fp8|compressed-tensors|gpt-oss    names and containers for a client (default: the recipe's)
     --from BASE          round the experts of an untrained checkpoint instead (the baseline of training)
+    --decode             with --from: only make the checkpoint readable, in bf16; nothing is rounded (to train from, sharded)
     --weights DIR        these trained weights instead of the run's result: any checkpoint folder
     --processes N        N writers side by side (or start this script by torchrun); the bytes are the same
     --plan               tensors, bytes, files and memory, without weights
@@ -14,7 +15,6 @@ Exit code: 0 done and verified; 2 a mistake in arguments, recipe or input files;
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +41,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="result (default: <output>/<name>/export/model, or the "
                         "layout's name for another one; with --from, -ptq is added)")
     parser.add_argument("--from", dest="base", type=Path, metavar="BASE", help="round this untrained checkpoint")
+    parser.add_argument("--decode", action="store_true", help="with --from: every tensor in plain bf16, nothing rounded "
+                        "to MXFP4: what a sharded run trains from")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="trained weights (default: the run's model/)")
     parser.add_argument("--processes", type=int, metavar="N", help="writers side by side (export.processes)")
     parser.add_argument("--plan", action="store_true", help="print what would be written; write nothing")
@@ -50,6 +52,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--processes {args.processes}: expected a positive number")
     if args.base is not None and args.weights is not None:
         parser.error("--from and --weights exclude each other: weights are either untrained or trained")
+    if args.decode and (args.base is None or args.layout not in (None, "bf16")):
+        parser.error("--decode: writes --from BASE in plain bf16, expected --from BASE and no --layout")
+    if args.decode:
+        args.overrides += ["export.layout=bf16", "export.dense=base"]
     if args.layout is not None:
         args.overrides.append(f"export.layout={args.layout}")
     if args.processes is not None:
@@ -62,18 +68,13 @@ def main(argv: list[str]) -> int:
 
     def job(recipe: Recipe) -> int:
         if args.plan:
-            from checkpoint.open import local_folder
+            from checkpoint.detect_format import local_folder
             from export import plan
 
             return plan.run(recipe, local_folder(str(args.base)) if args.base else args.weights)
         return _export(recipe, args, argv)
 
-    try:
-        return run_command(args.recipe, args.overrides, job)
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("interrupted; files that are written stay, the same command goes on from there", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return run_command(args.recipe, args.overrides, job, "files that are written stay, the same command goes on from there")
 
 
 def _export(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> int:
@@ -100,7 +101,7 @@ def _export(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> int:
     from export import job
 
     try:
-        code = job.run(recipe, job.Request(args.out, args.base, args.weights, rank, world), alive)
+        code = job.run(recipe, job.Request(args.out, args.base, args.weights, args.decode, rank, world), alive)
     finally:
         for helper in helpers:
             if helper.poll() is None:
@@ -109,7 +110,7 @@ def _export(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> int:
     if code == 0 and rank == 0 and args.push:
         from export.push import push
 
-        out = args.out or job.Export(recipe, job.Request(args.out, args.base, args.weights)).out
+        out = args.out or job.Export(recipe, job.Request(args.out, args.base, args.weights, args.decode)).out
         push(out, args.push)
     return code
 

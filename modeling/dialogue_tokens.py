@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from storage.reading import first_line
+
 PROMPT_FORMATS = ("auto", "chat", "text")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
                    "bing": "assistant", "bard": "assistant", "system": "system", "tool": "tool", "observation": "tool",
@@ -167,7 +169,7 @@ def render(tokenizer, messages: list[dict], *, answer_next: bool, tools=None, op
             messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
         return list(run(messages))
     except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError((str(error).splitlines() or [type(error).__name__])[0][:160]) from None
+        raise ValueError(first_line(error)[:160]) from None
 
 
 def without_answers(messages: list[dict]) -> list[dict]:
@@ -261,16 +263,70 @@ def dialogue_tokens(row: dict, tokenizer, rendering: Rendering = AUTO) -> list[i
     Raises:
         ValueError: no dialogue in any known form, or one that the template refuses.
     """
+    messages = _whole_dialogue(row, tokenizer, rendering)
+    if messages is None:
+        return text_ids(tokenizer, row["prompt"] + (_answer(row) or ""))
+    return render(tokenizer, messages, answer_next=False, tools=row.get("tools"), options=rendering.template_options)
+
+
+def _whole_dialogue(row: dict, tokenizer, rendering: Rendering) -> list[dict] | None:
+    """The messages of a row, its answer included; None where prompt and answer are one text. Raises ValueError: no dialogue."""
     messages, answer = row_messages(row), _answer(row)
     if messages is None and isinstance(row.get("prompt"), str):
         if not as_chat(row, row["prompt"], tokenizer, rendering):
-            return text_ids(tokenizer, row["prompt"] + (answer or ""))
+            return None
         messages = [{"role": "user", "content": row["prompt"]}]
     if messages is None:
         raise ValueError(f"no dialogue; it has {sorted(row)}")
     if isinstance(answer, str) and messages[-1]["role"] != "assistant":
         messages = [*messages, {"role": "assistant", "content": answer}]
-    return render(tokenizer, messages, answer_next=False, tools=row.get("tools"), options=rendering.template_options)
+    return messages
+
+
+def said_by_assistant(row: dict, ids: list[int], tokenizer, rendering: Rendering = AUTO) -> list[bool]:
+    """Which of a dialogue's tokens (`ids`, as `dialogue_tokens` gives them) are answers, with the token that ends each.
+
+    Templates need no marks of their own for it: a turn lies between what the dialogue has in common, from both ends, with one
+    that has another text in its place. Where the dialogue before it, opened for an answer, begins this one, the turn begins
+    there: what the template puts before the text (the opening of a thought) is then the assistant's to say. A turn that cannot
+    be found so, because the template demands what stands there, is not marked, unless the dialogue up to its end begins this.
+
+    Raises:
+        ValueError: as `dialogue_tokens`.
+    """
+    said = [False] * len(ids)
+    messages = _whole_dialogue(row, tokenizer, rendering)
+    if messages is None:
+        begin = _common(ids, text_ids(tokenizer, row["prompt"])) if row["prompt"] else 0
+        return said[:begin] + [True] * (len(ids) - begin)
+
+    def rendered(turns: list[dict], answer_next: bool = False) -> list[int]:
+        return render(tokenizer, turns, answer_next=answer_next, tools=row.get("tools"), options=rendering.template_options)
+
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        opening = rendered(messages[:i], answer_next=True) if i else []
+        opened = ids[:len(opening)] == opening
+        alike = message["content"].encode(errors="replace").endswith(_OTHER_TEXTS[0].encode()[-1:])
+        other = {"role": "assistant", "content": _OTHER_TEXTS[alike]}
+        try:
+            changed = rendered([*messages[:i], other, *messages[i + 1:]])
+            begin = len(opening) if opened else _common(ids, changed)
+            end = min(len(ids), len(ids) - _common(ids[::-1], changed[::-1]) + 1)
+        except ValueError:  # a result of a tool whose call is gone
+            begin = len(opening) if opened else len(ids)
+            end = _common(ids, rendered(messages[:i + 1]))
+        said[begin:end] = [True] * max(0, end - begin)
+    return said
+
+
+_OTHER_TEXTS = "\ue000", "\ue001"  # private use, which end in different bytes
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many entries both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def end_token(tokenizer, end_ids: list[int]) -> int:

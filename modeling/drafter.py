@@ -18,7 +18,7 @@ heads, G = Q / K, D width of queries and keys, V width of values.
 Options (off by default; a checkpoint without them has exactly the published tensors):
 - `causal`: a position of the block sees only those before it (JetSpec; speculators' default);
 - `convolution`: x_t + c(x_t) * x_(t-1) inside the block around each sublayer, c of low rank and zero at the start
-  (our reading of DFlash 2's two-tap dynamic depthwise convolution);
+  (our reading of DFlash 2's two-point dynamic depthwise convolution);
 - `markov_rank`: logits of a position get U[previous token] . W[token] added (DSpark, arXiv 2607.05147); decoded token by
   token, or, as in DFlash 2's path selector, by the best path through the `selector_top_k` candidates of each position.
 
@@ -56,7 +56,7 @@ def drafter_config(*, hidden_size: int, intermediate_size: int, num_hidden_layer
                    bos_token_id: int | None = None, eos_token_id: int | None = None) -> Qwen3Config:
     """Configuration with every released key, plus the explicit ones that keep clients from guessing.
 
-    Window and causality are written in each dialect (`layer_types`, `sliding_window`, `use_sliding_window`, `is_causal`,
+    Window and causality stand under each engine's key (`layer_types`, `sliding_window`, `use_sliding_window`, `is_causal`,
     `dflash_config.use_swa`, `.causal`): readers differ in the key that they believe. `rope_theta` and
     `rope_parameters.rope_theta` are the backbone's base, the one that is used (the released file leaves 10,000 there).
 
@@ -284,17 +284,18 @@ class DFlashDraftModel(PreTrainedModel):
         angles = positions[..., None].float() * self.rotary_base**-exponents
         return angles.cos(), angles.sin()
 
-    def fuse(self, taps: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor:
-        """Context features [..., S, H] of the target's tapped layers: a sequence of [..., S, H], or already concatenated.
+    def fuse(self, target_hidden: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor:
+        """Context features [..., S, H] of the target's layers `target_layer_ids`: a sequence of [..., S, H], or already
+        concatenated.
 
         Raises:
-            ValueError: another number of taps than the drafter was built for.
+            ValueError: another number of features than the drafter was built for.
         """
-        taps = taps if isinstance(taps, torch.Tensor) else torch.cat(tuple(taps), dim=-1)
-        if taps.shape[-1] != self.fc.in_features:
-            raise ValueError(f"taps: {taps.shape[-1]} features, expected {self.fc.in_features} (outputs of layers "
-                             f"{self.target_layer_ids})")
-        return self.hidden_norm(self.fc(taps.to(self.fc.weight.dtype)))
+        target_hidden = target_hidden if isinstance(target_hidden, torch.Tensor) else torch.cat(tuple(target_hidden), dim=-1)
+        if target_hidden.shape[-1] != self.fc.in_features:
+            raise ValueError(f"target_hidden: {target_hidden.shape[-1]} features, expected {self.fc.in_features} (outputs of "
+                             f"layers {self.target_layer_ids})")
+        return self.hidden_norm(self.fc(target_hidden.to(self.fc.weight.dtype)))
 
     def context_keys_values(self, context: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per layer: keys [B, K, S, D], values [B, K, S, V] of fused features [B, S, H] at positions [B or 1, S]."""
@@ -337,12 +338,12 @@ class DFlashDraftModel(PreTrainedModel):
         out = weights @ values[:, :, None] + own @ v
         return out.permute(0, 3, 1, 2, 4).reshape(B, T, -1)
 
-    def forward(self, taps: torch.Tensor, anchor_ids_BA: torch.Tensor, anchors_BA: torch.Tensor, starts_BS: torch.Tensor,
-                embed_tokens: nn.Module, *, attention: str | None = None) -> torch.Tensor:
+    def forward(self, target_hidden: torch.Tensor, anchor_ids_BA: torch.Tensor, anchors_BA: torch.Tensor,
+                starts_BS: torch.Tensor, embed_tokens: nn.Module, *, attention: str | None = None) -> torch.Tensor:
         """Training: all blocks of packed rows in one pass; hidden states [B, A, T, H] after the final norm.
 
         Args:
-            taps: [B, S, n * H], features of each token of the row.
+            target_hidden: [B, S, n * H], features of each token of the row.
             anchor_ids_BA: token ids of the anchors.
             anchors_BA: their index in the row, ascending, with negative entries (no anchor; output meaningless) first.
             starts_BS: index at which the document of each token begins; positions are counted from there.
@@ -352,13 +353,13 @@ class DFlashDraftModel(PreTrainedModel):
         Raises:
             ValueError: unknown attention; anchors not sorted.
         """
-        attention = attention or ("flex" if taps.is_cuda else "blocked")
+        attention = attention or ("flex" if target_hidden.is_cuda else "blocked")
         if attention not in _ATTENTIONS:
             raise ValueError(f"attention={attention!r}: expected one of {', '.join(_ATTENTIONS)}")
         if bool((anchors_BA[:, 1:] < anchors_BA[:, :-1]).any()):
             raise ValueError("anchors_BA: expected ascending indices in each row")
-        context = self.fuse(taps)
-        rows = torch.arange(starts_BS.shape[1], device=taps.device)
+        context = self.fuse(target_hidden)
+        rows = torch.arange(starts_BS.shape[1], device=target_hidden.device)
         cos_sin_context = self.cos_sin(rows - starts_BS)
         begins = starts_BS.gather(1, anchors_BA.clamp_min(0))
         cos_sin_block = self.cos_sin(block_positions(anchors_BA - begins, self.block_size))
@@ -590,12 +591,12 @@ def load_drafter(folder: str | Path, dtype: torch.dtype = torch.bfloat16, *,
     if token != model.mask_token_id:
         raise ValueError(f"{folder / MASK_FILE}: mask_token_id {token}, config.json says {model.mask_token_id}")
     tensors["mask_embedding"] = embedding
-    wanted = dict(model.named_parameters())
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    expected = dict(model.named_parameters())
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise ValueError(f"{folder}: drafter tensors missing {missing or 'none'}, unexpected {extra or 'none'}")
     for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{folder}: {name}: shape {list(tensor.shape)}, expected {list(wanted[name].shape)}")
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{folder}: {name}: shape {list(tensor.shape)}, expected {list(expected[name].shape)}")
     model.load_state_dict(tensors)
     return model.to(dtype).eval()

@@ -57,7 +57,7 @@ CACHE_NAME = ("cache" if "cache" in inspect.signature(GenerationMixin.prepare_in
 @dataclass
 class MiMoV2Output(ModelOutput):
     """last_hidden_state [B, T, H] after the final norm; the cache, under the name of this transformers (`CACHE_NAME`);
-    taps: outputs [B, T, H] of the decoder layers asked for."""
+    aux_hidden_states: outputs [B, T, H] of the decoder layers asked for."""
 
     last_hidden_state: torch.Tensor | None = None
     if CACHE_NAME == "cache":
@@ -66,12 +66,12 @@ class MiMoV2Output(ModelOutput):
         past_key_values: Cache | None = None
         cache = property(lambda self: self.past_key_values)
     hidden_states: tuple[torch.Tensor, ...] | None = None
-    taps: tuple[torch.Tensor, ...] | None = None
+    aux_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class MiMoV2CausalLMOutput(ModelOutput):
-    """loss (if labels), logits [B, T or logits_to_keep, vocabulary], cache (`CACHE_NAME`) and taps."""
+    """loss (if labels), logits [B, T or logits_to_keep, vocabulary], cache (`CACHE_NAME`) and aux_hidden_states."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -81,7 +81,7 @@ class MiMoV2CausalLMOutput(ModelOutput):
         past_key_values: Cache | None = None
         cache = property(lambda self: self.past_key_values)
     hidden_states: tuple[torch.Tensor, ...] | None = None
-    taps: tuple[torch.Tensor, ...] | None = None
+    aux_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class RMSNorm(nn.Module):
@@ -451,7 +451,7 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, use_cache=None,
-                output_hidden_states=None, tap_layers=(), past_key_values=None, **kwargs) -> MiMoV2Output:
+                output_hidden_states=None, aux_layers=(), past_key_values=None, **kwargs) -> MiMoV2Output:
         """Runs the decoder.
 
         Args:
@@ -460,18 +460,18 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
             position_ids: [B, T]; by default counted over what is not padding.
             cache: keys and values of earlier tokens; a new DynamicCache if use_cache. Window layers keep W - 1 positions.
             past_key_values: the same, by its name before transformers 5.24.
-            tap_layers: indices of decoder layers whose outputs are returned (before the final norm), in this order.
+            aux_layers: indices of decoder layers whose outputs are returned (before the final norm), in this order.
 
         Raises:
-            ValueError: inputs, masks, caches or tap layers that do not fit.
+            ValueError: inputs, masks, caches or layers that do not fit.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         layers = len(self.layers)
-        for layer in tap_layers:
+        for layer in aux_layers:
             if not -layers <= layer < layers:
-                raise ValueError(f"tap_layers: layer {layer}, expected {-layers} to {layers - 1}")
+                raise ValueError(f"aux_layers: layer {layer}, expected {-layers} to {layers - 1}")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         # A recomputed layer would append its keys twice.
         use_cache = use_cache and not (self.gradient_checkpointing and self.training)
@@ -485,7 +485,7 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         start = cache.get_seq_length() if cache is not None else 0
         visible_from = self._padding(attention_mask, start + x.shape[1])
         positions = self._positions(position_ids, visible_from, start, x)
-        wanted = {layer % layers: None for layer in tap_layers}
+        wanted = {layer % layers: None for layer in aux_layers}
         hidden = [x] if output_hidden_states else None
         for i, layer in enumerate(self.layers):
             x = layer(x, positions, visible_from, cache)
@@ -494,8 +494,9 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
             if hidden is not None and i + 1 < layers:
                 hidden.append(x)
         x = self.norm(x)
-        taps = tuple(wanted[layer % layers] for layer in tap_layers) or None
-        return MiMoV2Output(last_hidden_state=x, taps=taps, hidden_states=(*hidden, x) if hidden is not None else None,
+        aux_hidden_states = tuple(wanted[layer % layers] for layer in aux_layers) or None
+        return MiMoV2Output(last_hidden_state=x, aux_hidden_states=aux_hidden_states,
+                            hidden_states=(*hidden, x) if hidden is not None else None,
                             **{CACHE_NAME: cache})
 
     @staticmethod
@@ -541,7 +542,8 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        return MiMoV2CausalLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states, taps=out.taps,
+        return MiMoV2CausalLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states,
+                                   aux_hidden_states=out.aux_hidden_states,
                                     **{CACHE_NAME: getattr(out, CACHE_NAME)})
 
 

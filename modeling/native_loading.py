@@ -112,8 +112,10 @@ class Decode(ConversionOps):
     def _one(name, tensor, scale, kind, config, dtype):
         if tensor.dtype == torch.uint8 and kind == "_scale":
             return decode_mxfp4(tensor, scale, dtype)
-        if tensor.dtype == torch.float8_e4m3fn and kind == "_scale_inv":
-            return decode_fp8(tensor, scale, scale_segments(name, config), dtype)
+        if tensor.is_floating_point() and kind == "_scale_inv":
+            codes = tensor.to(torch.float8_e4m3fn)  # transformers 5.17 to 5.19 give it in the model's dtype, which is exact
+            if codes.dtype == tensor.dtype or torch.equal(codes.to(tensor.dtype), tensor):
+                return decode_fp8(codes, scale, scale_segments(name, config), dtype)
         if tensor.is_floating_point() and not kind:
             return tensor.to(dtype)
         raise ValueError(f"{name}: a tensor of {tensor.dtype} with {'scale weight' + kind if kind else 'no scale'}")

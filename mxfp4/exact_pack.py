@@ -120,13 +120,13 @@ def unpack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return out.view(codes.shape[0], -1)
 
 
-def decodes_to(codes: torch.Tensor, scales: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether `unpack(codes, scales)` has the bits of `wanted`, without holding it: chunk by chunk, in the cache.
+def decodes_to(codes: torch.Tensor, scales: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether `unpack(codes, scales)` has the bits of `expected`, without holding it: chunk by chunk, in the cache.
 
     Args:
-        codes: uint8 [rows, columns / 2]; scales: uint8 [rows, columns / 32]; wanted: bfloat16 [rows, columns].
+        codes: uint8 [rows, columns / 2]; scales: uint8 [rows, columns / 32]; expected: bfloat16 [rows, columns].
     """
-    values = wanted.contiguous().view(-1, BLOCK_SIZE)
+    values = expected.contiguous().view(-1, BLOCK_SIZE)
     return all(same_bits(decode(_scratch.decoded), values[part]) for part, decode in _decoders(codes, scales))
 
 

@@ -6,7 +6,7 @@ two), so a compiler that fuses them into the additions changes nothing. Blocks t
 maxima below 2^-100 that are not zero, non-finite values) raise a flag; the call is then done again by `round_chunks`, which
 treats them as the codec does and refuses what is not finite.
 
-Reference twin: `fake_quant.round_chunks`, bit for bit. `fake_quantize_` calls this on GPUs. The rule `mse` has no kernel and is
+Reference: `fake_quant.round_chunks`, bit for bit. `fake_quantize_` calls this on GPUs. The rule `mse` has no kernel and is
 refused here.
 
 Rejected: the codec's midpoints (seven comparisons a value); a kernel that writes codes, then one that reads them.

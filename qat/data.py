@@ -6,6 +6,9 @@ file), or a whole .txt file, line breaks included: to end it at each line would 
 Loading, tokenizing and caching is the `datasets` library's (memory-mapped Arrow: a corpus need not fit in memory). The
 order of rows in epoch e is a permutation drawn from (seed, e), so the position in the data is one integer: rows
 consumed.
+
+With `data.loss_on: answers` a token that nobody is to learn to say is stored as its complement, ~id: rows stay one column, and
+their digest covers the mask. `split_rows` takes them apart. Rows without an answer are left out.
 """
 
 from __future__ import annotations
@@ -20,13 +23,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from modeling.dialogue_tokens import AUTO, Rendering, begin_ids, dialogue_tokens
+from modeling.dialogue_tokens import AUTO, Rendering, begin_ids, dialogue_tokens, said_by_assistant
 from modeling.prompt_files import open_data
 from recipes.schema import Data, Source
+from storage.digests import json_digest
 from storage.reading import first_line
+from training.data_files import expand, format_of, json_rows
 from training.epoch_order import EpochOrder
-from training.files import expand, format_of, json_rows
 
+WHERE = "_where"  # in a dialogue on its way to the packer: key, file and line, for messages
 # What a dialogue is made of (`modeling.dialogue_tokens`).
 DIALOGUE_FIELDS = ("messages", "conversations", "prompt", "response", "completion", "tools")
 
@@ -61,24 +66,55 @@ def packed_dataset(sources: list[str | Source], tokenizer, data: Data, *, key: s
                                            stopping_strategy="all_exhausted")
     # In this process, batch after batch: a batch's rest begins the next one's first row.
     try:
-        packed = raw.map(Packer(tokenizer, data.sequence_length, rendering), batched=True, batch_size=1000,
-                         remove_columns=raw.column_names, desc=f"tokenizing {key}")
+        packed = raw.map(Packer(tokenizer, data.sequence_length, rendering, answers_only=data.loss_on == "answers"),
+                         batched=True, batch_size=1000, remove_columns=raw.column_names, desc=f"tokenizing {key}")
     except ValueError as error:
-        raise ValueError(f"{key}: {first_line(error)}") from None
+        text = first_line(error)
+        raise ValueError(text if text.startswith(f"{key}: ") else f"{key}: {text}") from None
     if len(packed) == 0:
-        raise ValueError(f"{key}: fewer than sequence_length={data.sequence_length} tokens in all")
+        raise ValueError(f"{key}: fewer than sequence_length={data.sequence_length} tokens in all"
+                         + (", or no answer in them (data.loss_on: answers)" if data.loss_on == "answers" else ""))
     return packed.with_format("torch")
+
+
+def split_rows(rows_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(token ids, which positions a loss covers) of packed rows, int64 and bool [B, T]; None where it covers all.
+
+    A position counts if the token after it is to be learned; the last one of a masked row does not.
+    """
+    if bool((rows_BT >= 0).all()):
+        return rows_BT, None
+    ids = torch.where(rows_BT < 0, ~rows_BT, rows_BT)
+    return ids, torch.nn.functional.pad(rows_BT[:, 1:] >= 0, (0, 1), value=False)
+
+
+def counted_positions(rows_BT: torch.Tensor) -> int:
+    """How many positions of packed rows a loss covers."""
+    ids, counted = split_rows(rows_BT)
+    return ids.numel() if counted is None else int(counted.sum())
+
+
+def _pieces(rows) -> Iterator[np.ndarray]:
+    """The stored values of packed rows, in order."""
+    if rows._indices is None:
+        for chunk in rows.with_format("arrow").data.column("input_ids").chunks:
+            yield np.ascontiguousarray(chunk.flatten().to_numpy(zero_copy_only=False), dtype="<i4")
+    else:
+        for row in rows.with_format("numpy")["input_ids"]:
+            yield np.ascontiguousarray(row, dtype="<i4")
 
 
 def rows_digest(rows) -> str:
     """SHA-256 (hex) of packed rows: their token ids in order, whatever type and pieces they are stored in. About 1 GB/s."""
     found = hashlib.sha256(f"{len(rows)} rows".encode())
-    for chunk in rows.with_format("arrow").data.column("input_ids").chunks if rows._indices is None else ():
-        found.update(np.ascontiguousarray(chunk.flatten().to_numpy(zero_copy_only=False), dtype="<i4").tobytes())
-    if rows._indices is not None:
-        for row in rows.with_format("numpy")["input_ids"]:
-            found.update(np.ascontiguousarray(row, dtype="<i4").tobytes())
+    for piece in _pieces(rows):
+        found.update(piece.tobytes())
     return found.hexdigest()
+
+
+def learned_tokens(rows) -> int:
+    """How many tokens of packed rows are to be learned (all of them, but with `data.loss_on: answers`)."""
+    return sum(int((piece >= 0).sum()) for piece in _pieces(rows))
 
 
 def _source(source: Source, field: str, key: str):
@@ -204,7 +240,7 @@ def document_of(row: dict, field: str, where: str) -> dict:
     found = {name: row[name] for name in DIALOGUE_FIELDS if row.get(name) is not None}
     if not {"messages", "conversations", "prompt"} & set(found):
         raise ValueError(f"{where}: no {field!r} (data.text_field) and no dialogue; it has {sorted(row)}")
-    return {"text": None, "dialogue": json.dumps(found)}
+    return {"text": None, "dialogue": json.dumps(found | {WHERE: where})}
 
 
 def _has_text(file: str) -> bool:
@@ -219,10 +255,12 @@ class Packer:
     batch. A text begins as the tokenizer begins texts (with its beginning-of-text token, if it has one); a dialogue is what
     the chat template makes of it. Before the first call it is the same for the same arguments, so `datasets` finds what it
     has packed before.
+
+    answers_only: mark what nobody is to learn (see the module's text).
     """
 
-    def __init__(self, tokenizer, length: int, rendering: Rendering = AUTO):
-        self.tokenizer, self.length, self.rendering = tokenizer, length, rendering
+    def __init__(self, tokenizer, length: int, rendering: Rendering = AUTO, *, answers_only: bool = False):
+        self.tokenizer, self.length, self.rendering, self.answers_only = tokenizer, length, rendering, answers_only
         self.begin, self.end = begin_ids(tokenizer), tokenizer.eos_token_id
         self.rest: list[int] = []
 
@@ -235,11 +273,22 @@ class Packer:
             if text is not None:
                 ids += [*self.begin, *next(tokenized), self.end]
             elif dialogue is not None:
-                own = dialogue_tokens(json.loads(dialogue), self.tokenizer, self.rendering)
-                ids += own if own[-1] == self.end else [*own, self.end]
+                ids += self._dialogue(json.loads(dialogue))
         whole = len(ids) // length * length
         self.rest = ids[whole:]
-        return {"input_ids": [ids[i:i + length] for i in range(0, whole, length)]}
+        rows = [ids[i:i + length] for i in range(0, whole, length)]
+        return {"input_ids": [row for row in rows if max(row[1:]) >= 0] if self.answers_only else rows}
+
+    def _dialogue(self, row: dict) -> list[int]:
+        where = row.pop(WHERE, None)
+        try:
+            ids = dialogue_tokens(row, self.tokenizer, self.rendering)
+            said = said_by_assistant(row, ids, self.tokenizer, self.rendering) if self.answers_only else [True] * len(ids)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}" if where else str(error)) from None
+        if ids[-1] != self.end:
+            ids, said = [*ids, self.end], [*said, said[-1]]
+        return [token if learned else ~token for token, learned in zip(ids, said, strict=True)]
 
 
 def make_loader(dataset, *, batch_size: int, seed: int, shuffle: bool, processes: int) -> DataLoader:
@@ -268,7 +317,7 @@ def endless_batches(accelerator, loader, *, consumed: int) -> Iterator[torch.Ten
 
 
 def heldout_domains(patterns: list[str], tokenizer, data: Data, rendering: Rendering = AUTO) -> dict[str, torch.Tensor]:
-    """Evaluation rows by domain: file "code.heldout.jsonl" is domain "code". int64 [rows, T], at most eval_sequences.
+    """Evaluation rows by domain: file "code.heldout.jsonl" is domain "code". int64 [rows, T] as packed, at most eval_sequences.
 
     Raises:
         ValueError: as `packed_dataset`; two files of one domain.
@@ -285,3 +334,8 @@ def heldout_domains(patterns: list[str], tokenizer, data: Data, rendering: Rende
         rows = rows.select(range(min(len(rows), data.eval_sequences)))
         domains[domain] = torch.stack(list(rows["input_ids"]))
     return domains
+
+
+def heldout_digest(domains: dict[str, torch.Tensor]) -> str:
+    """SHA-256 (hex) of what `heldout_domains` gave: runs whose digests differ were measured on different text."""
+    return json_digest({name: hashlib.sha256(rows.numpy().tobytes()).hexdigest() for name, rows in domains.items()})

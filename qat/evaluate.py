@@ -15,6 +15,7 @@ from torch import nn
 
 from mxfp4.fake_quant import fake_quantize_
 from qat.attach import ExpertQuantizer
+from qat.data import split_rows
 from qat.losses import chunked_statistics, output_head, run_hidden
 
 
@@ -25,7 +26,7 @@ def evaluate_domains(model: nn.Module, teacher: nn.Module, domains: dict[str, to
 
     Args:
         model, teacher: causal language models in eval mode, on one device.
-        domains: int64 [rows, T] by domain.
+        domains: int64 [rows, T] by domain, as packed (`qat.data.split_rows`): what a loss does not cover is not judged either.
         accelerator: splits the rows over its processes and sums their results.
         together: every process runs equally many batches, as the collectives of a sharded model demand; what is too many is
             not counted.
@@ -61,8 +62,8 @@ class HeldOut:
                  chunk_tokens: int):
         self.teacher, self.chunk_tokens = teacher, chunk_tokens
         device = next(teacher.parameters()).device
-        self.batches = {name: [(part, run_hidden(teacher, part).last[:, :-1].flatten(0, 1))
-                               for part in rows[:sequences].to(device).split(batch_size)] for name, rows in domains.items()}
+        self.batches = {name: [(part, _hidden(teacher, part)) for part in rows[:sequences].to(device).split(batch_size)]
+                        for name, rows in domains.items()}
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict:
@@ -85,14 +86,22 @@ def evaluation_mode(model: nn.Module):
             module.training = training
 
 
-def _sums(model, teacher, ids_BT, chunk_tokens, teacher_h=None) -> torch.Tensor:
-    student_h = run_hidden(model, ids_BT).last[:, :-1].flatten(0, 1)
+def _hidden(model: nn.Module, rows_BT: torch.Tensor) -> torch.Tensor:
+    """Last hidden states [N, H] of the positions that predict a token which counts."""
+    ids, counted = split_rows(rows_BT)
+    last = run_hidden(model, ids).last[:, :-1]
+    return last.flatten(0, 1) if counted is None else last[counted[:, :-1]]
+
+
+def _sums(model, teacher, rows_BT, chunk_tokens, teacher_h=None) -> torch.Tensor:
+    student_h = _hidden(model, rows_BT)
     if teacher_h is None:
-        teacher_h = student_h if teacher is model else run_hidden(teacher, ids_BT).last[:, :-1].flatten(0, 1)
-    sums = chunked_statistics(student_h, output_head(model), ids_BT[:, 1:].flatten(), teacher_NH=teacher_h,
+        teacher_h = student_h if teacher is model else _hidden(teacher, rows_BT)
+    labels = rows_BT[:, 1:]
+    sums = chunked_statistics(student_h, output_head(model), labels[labels >= 0], teacher_NH=teacher_h,
                               teacher_head=output_head(teacher), chunk_tokens=chunk_tokens)
     values = [sums.cross_entropy, sums.kl, sums.agree, torch.tensor(float(sums.tokens))]
-    return torch.stack([v.double().to(ids_BT.device) for v in values])
+    return torch.stack([v.double().to(rows_BT.device) for v in values])
 
 
 def _means(sums: torch.Tensor) -> dict[str, float]:
@@ -112,22 +121,19 @@ def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, or
         originals: the unquantized expert weights, in the quantizer's order.
         dtype: "model", or "float32": run float32 copies of both models, so that what differs is the weights alone and
             not also the rounding of activations (a bf16 model differs from its own float32 run by a KL of the order
-            of a tenth of what MXFP4 rounding does). Needs memory for two float32 copies.
+            of a tenth of what MXFP4 rounding does). Needs memory for two float32 copies, "model" for one set of experts.
         options: passed to `evaluate_domains`.
 
     Returns:
         {"bf16": ..., "ptq": ..., "qat": ...} (each with loss, kl, top1_agreement, domains) and kl_gap_closed.
     """
-    plain = [torch.empty_like(tensor.parameter.data) for tensor in quantizer.tensors]
-    for tensor, out, original in zip(quantizer.tensors, plain, originals, strict=True):
-        fake_quantize_(out, original.data, scale_rule=quantizer.scale_rule, axis=tensor.axis)
-    student, judge = model, teacher
-    if dtype == "float32":
-        student, judge = copy.deepcopy(model).float(), copy.deepcopy(teacher).float()
+    judge = copy.deepcopy(teacher).float() if dtype == "float32" else teacher
+    variants = {"bf16": evaluate_domains(judge, judge, domains, **options)}
+    # One after the other: the plainly rounded experts are gone before the student's float32 copy is made.
+    variants["ptq"] = evaluate_domains(_rounded(judge, quantizer, originals), judge, domains, **options)
+    student = copy.deepcopy(model).float() if dtype == "float32" else model
     with evaluation_mode(student):
-        variants = {"bf16": evaluate_domains(judge, judge, domains, **options),
-                    "ptq": evaluate_domains(_with_experts(judge, quantizer, plain), judge, domains, **options),
-                    "qat": evaluate_domains(student, judge, domains, **options)}
+        variants["qat"] = evaluate_domains(student, judge, domains, **options)
     return summarized(variants)
 
 
@@ -138,21 +144,28 @@ def summarized(variants: dict[str, dict]) -> dict:
     return summary
 
 
+def shown(kl: float) -> str:
+    """A KL with digits that count: five after the point, or three of a small one."""
+    return f"{kl:.5f}" if kl >= 0.001 or kl == 0 else f"{kl:.2e}"
+
+
 def doubt(summary: dict) -> str | None:
     """A line about a run that did not help, or None."""
     plain, trained = summary["ptq"]["kl"], summary["qat"]["kl"]
-    if trained < plain:
+    if trained < plain or plain == 0:
         return None
-    return (f"training did not help: KL to the original is {trained:.5f}, and {plain:.5f} with plain rounding; a lower "
+    return (f"training did not help: KL to the original is {shown(trained)}, and {shown(plain)} with plain rounding; a lower "
             "qat.optimizer.learning_rate, more steps or a start (qat.warm_start) are what helps usually")
 
 
-def _with_experts(model: nn.Module, quantizer: ExpertQuantizer, weights: list[torch.Tensor]) -> nn.Module:
-    """A copy of the frozen `model` that has these expert weights and shares everything else with it."""
+def _rounded(model: nn.Module, quantizer: ExpertQuantizer, originals: list[torch.Tensor]) -> nn.Module:
+    """A copy of the frozen `model` whose experts are `originals`, plainly rounded; it shares everything else with it."""
     shared: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for tensor, value in zip(quantizer.tensors, weights, strict=True):
+    for tensor, original in zip(quantizer.tensors, originals, strict=True):
         expert = model.get_parameter(tensor.name)
-        shared[id(expert)] = nn.Parameter(value.to(expert.dtype), requires_grad=False)
+        value = torch.empty_like(expert.data)
+        fake_quantize_(value, original.data, scale_rule=quantizer.scale_rule, axis=tensor.axis)
+        shared[id(expert)] = nn.Parameter(value, requires_grad=False)
     return copy.deepcopy(model, shared)
 
 
@@ -165,6 +178,6 @@ def comparison_table(summary: dict):
         table.add_column(column, justify="left" if column in ("weights", "domain") else "right")
     for name in ("bf16", "ptq", "qat"):
         for domain, row in {"all": summary[name], **summary[name]["domains"]}.items():
-            table.add_row(name if domain == "all" else "", domain, f"{row['loss']:.4f}", f"{row['kl']:.5f}",
+            table.add_row(name if domain == "all" else "", domain, f"{row['loss']:.4f}", shown(row["kl"]),
                           f"{100 * row['top1_agreement']:.2f} %")
     return table

@@ -91,7 +91,7 @@ class MethodQuantizer(ExpertQuantizer):
 
     @torch.no_grad()
     def take_shift_gradients(self) -> None:
-        """Gradients of learned shifts, from those that the masters have by now (means over processes, not clipped)."""
+        """Gradients of learned shifts, from those that the masters have by now: means over processes, clipped with them."""
         if self.settings.scales.method != "learned":
             return
         for i, (tensor, master) in enumerate(self):

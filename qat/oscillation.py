@@ -7,8 +7,9 @@ released. Three remedies, all optional:
 - `ema`: the model is given the rounding of a running mean of the master instead of the master itself, so a code changes
   only when the mean crosses a threshold. This is the idea of TetraJet's Q-EMA (arXiv 2502.20853), which picks between
   the two neighbours of the master by the mean; here the mean itself is rounded.
-- `freeze`: an element that has flipped `freeze_flips` times is pinned to the code it has held most recently, and its
-  master no longer moves (after Nagel et al., arXiv 2203.11086).
+- `freeze`: an element that has flipped `freeze_flips` times is pinned to the value it has held most recently, and its
+  master no longer moves (after Nagel et al., arXiv 2203.11086). A block's scale follows its largest element: where a step
+  would move a pinned value by moving the scale, the whole block stays as it was before that step.
 - `reset`: over every `reset_every` steps, the ways of each master and of its rounded value are summed up; where the rounded
   value went `reset_ratio` times as far, the master is put on the rounded value, the middle of its cell (OsciReset of
   TetraJet-v2, arXiv 2510.27527).
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import torch
 
+from mxfp4 import BLOCK_SIZE
 from qat.attach import ExpertQuantizer
 from recipes.schema import Oscillation
 
@@ -62,10 +64,28 @@ class OscillationControl:
         for old, master, frozen in zip(before, self.quantizer.masters, self.frozen, strict=True):
             master.data[frozen] = old[frozen].float()
         self.quantizer.requantize()
+        if self._put_back(before):
+            self.quantizer.requantize()
         for i, old, flips, frozen in zip(count, before, self.flips, self.frozen, strict=True):
             flipped = self.quantizer.rounded(i) != old
             flips += flipped & (flips < 255)
             frozen |= flips >= self.settings.freeze_flips
+
+    def _put_back(self, before: list[torch.Tensor]) -> bool:
+        """Puts the masters of blocks in which a pinned value has moved on the values `before`; whether there were any.
+
+        Values on the grid round to themselves, whatever scale they came from.
+        """
+        any_moved = False
+        for i, (old, master, frozen) in enumerate(zip(before, self.quantizer.masters, self.frozen, strict=True)):
+            moved = frozen & (self.quantizer.rounded(i) != old)
+            if not bool(moved.any()):
+                continue
+            any_moved, axis = True, self.quantizer.tensors[i].axis
+            blocks = moved.movedim(axis, -1).unflatten(-1, (-1, BLOCK_SIZE)).any(-1).repeat_interleave(BLOCK_SIZE, dim=-1)
+            blocks = blocks.movedim(-1, axis)
+            master.data.copy_(torch.where(blocks, old.float(), master.data))
+        return any_moved
 
     def _requantize_reset(self, step: int) -> None:
         quantizer, masters = self.quantizer, self.quantizer.masters

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from checkpoint.families.registry import refuse_layout, resolve_layout
 from qat import sharded_plan
 from qat.attach import describe, find_expert_tensors
-from qat.geometry import meta_model
+from qat.meta_model import meta_model
 from qat.sharded_plan import CODE_BYTES, GIB, Placement
 from recipes.schema import Recipe
 from training.preflight import print_readiness
@@ -112,14 +112,17 @@ def make_plan(recipe: Recipe) -> Plan:
         held = place(lambda: meta_model(recipe)[0], {t.name for t in tensors}, layout)
         state = sharded_plan.state_bytes(recipe, held)
         working = sharded_plan.working_bytes(recipe, held, layout, shape) | _passing_bytes(recipe, model, sizes.width)
+        shards = layout.ranks // layout.replicas
         communication, over_link = sharded_plan.communication(recipe, held, layout, shape)
         checkpoint = sharded_plan.checkpoint_bytes(recipe, shape)
         notes = sharded_plan.notes(held, layout, shape) + notes
     else:
         state = _state_bytes(recipe, sizes)
         working = _working_bytes(recipe, sizes) | _passing_bytes(recipe, model, sizes.width)
+        shards = 1
         communication, over_link = _communication(recipe, sizes), set()
         checkpoint = sizes.total * sizes.width + int(sizes.experts * CODE_BYTES) + sum(state.values())
+    working |= _evaluation_bytes(recipe, model, sizes, shards)
     return Plan(
         model=name, ranks=sizes.ranks, steps=qat.steps,
         tokens_per_step=qat.batch_size * recipe.data.sequence_length * qat.gradient_accumulation * sizes.ranks,
@@ -247,6 +250,17 @@ def _passing_bytes(recipe: Recipe, model, width: int) -> dict[str, int]:
     }
 
 
+def _evaluation_bytes(recipe: Recipe, model, sizes: _Sizes, shards: int) -> dict[str, int]:
+    """What held-out text takes beyond training: states of the teacher; float32 copies at the end, when gradients are gone."""
+    qat, found = recipe.qat, {}
+    if qat.heldout_every:
+        tokens = qat.heldout_sequences * len(recipe.data.heldout) * recipe.data.sequence_length
+        found["held-out states (heldout_every)"] = tokens * model.config.get_text_config().hidden_size * sizes.width
+    if qat.evaluation_dtype == "float32":
+        found["float32 copies at the end, beyond gradients"] = max(0, 8 * sizes.total - 4 * sizes.trained) // shards
+    return found
+
+
 def activation_bytes(config, tokens: int, width: int, *, recomputed: bool, hidden_loss: bool = False) -> int:
     """Estimate of what autograd keeps for `tokens` tokens, in bytes, with fused attention (no stored scores).
 
@@ -301,7 +315,7 @@ def _notes(recipe: Recipe) -> list[str]:
     elif recipe.cluster.offload_optimizer:
         notes.append("cluster.offload_optimizer is planned here; qat/train.py does not offload")
     if recipe.qat.warm_start.method != "none":
-        notes.append("second moments of the first codes (before training; qat.warm_start.moments_gib) are not counted")
+        notes.append("second moments of the initial codes (before training; qat.warm_start.moments_gib) are not counted")
     return notes
 
 
@@ -329,10 +343,10 @@ def render(plan: Plan) -> None:
 
     console = Console(width=110)
     total, experts = sum(plan.groups.values()), plan.groups[EXPERTS]
-    console.print(f"[bold]{plan.model}[/]: {total / 1e9:,.2f} B parameters, {experts / 1e9:,.2f} B of them in "
+    console.print(f"[bold]{plan.model}[/]: {_short(total)} parameters, {_short(experts)} of them in "
                   f"{plan.matrices:,} expert matrices quantized to MXFP4", highlight=False, soft_wrap=True)
-    console.print(f"{plan.ranks} ranks, {plan.tokens_per_step:,} tokens per step, "
-                  f"{plan.tokens_per_step * plan.steps / 1e9:,.2f} B tokens in {plan.steps:,} steps", highlight=False)
+    console.print(f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}, {plan.tokens_per_step:,} tokens per step, "
+                  f"{_short(plan.tokens_per_step * plan.steps)} tokens in {plan.steps:,} steps", highlight=False)
     table = Table("tensors", "shape", "count", "parameters", title="what is quantized")
     for pattern, shape, count, parameters in plan.quantized:
         table.add_row(pattern, shape, str(count), f"{parameters:,}")
@@ -355,6 +369,16 @@ def render(plan: Plan) -> None:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
+def _short(count: int) -> str:
+    """A count in billions or millions, in full below."""
+    return f"{count / 1e9:,.2f} B" if count >= 1e8 else f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,}"
+
+
+def _figure(value: float) -> str:
+    """Two digits after the point, or two that count."""
+    return f"{value:,.2f}" if value >= 0.1 or not value else f"{value:.2g}"
+
+
 def _bytes_table(console, title: str, rows: dict[str, int], available: int | None, *, total: bool = True,
                  seconds: dict[str, float] | None = None) -> None:
     from rich.table import Table
@@ -363,10 +387,10 @@ def _bytes_table(console, title: str, rows: dict[str, int], available: int | Non
     last = [f"{sum(seconds.values()):.1f}"] if seconds else []
     for name, size in rows.items():
         cells = [f"{seconds[name]:.1f}" if name in seconds else "?"] if seconds else []
-        table.add_row(name, f"{size / GIB:,.2f}", f"{size / 1e9:,.2f}", *cells)
+        table.add_row(name, _figure(size / GIB), _figure(size / 1e9), *cells)
     if total:
         size = sum(rows.values())
-        table.add_row("[bold]total[/]", f"{size / GIB:,.2f}", f"{size / 1e9:,.2f}", *last)
+        table.add_row("[bold]total[/]", _figure(size / GIB), _figure(size / 1e9), *last)
     if available is not None:
         table.add_row("available", f"{available / GIB:,.2f}", f"{available / 1e9:,.2f}")
     console.print(table)

@@ -26,7 +26,7 @@ from modeling.output_head import require_plain_head
 from mxfp4.fake_quant import saturated
 from qat import evaluate
 from qat.attach import ExpertQuantizer, ExpertTensor, find_expert_tensors, require_finite, without_noise
-from qat.geometry import meta_model
+from qat.meta_model import meta_model
 from qat.methods import needed as methods_needed
 from qat.trainer import Trainer
 from training.sharding import checkpoint as sharded_checkpoint
@@ -105,14 +105,14 @@ class ShardedTrainer(Trainer):
                              "for codes; expected fsdp2")
         self.layout = layout_of(recipe.cluster, self.accelerator.num_processes)
         self.whole = self.layout.ranks == 1
+        if methods_needed(recipe.qat):  # on one process too: checkpoints of this form do not hold them
+            raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers "
+                             "codes of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none "
+                             f"with cluster.sharding: {recipe.cluster.sharding}")
         if self.whole:
             return super().load_model()
         if recipe.cluster.offload_optimizer:
             raise ValueError("cluster.offload_optimizer: planned by --plan, not built; expected false to train")
-        if methods_needed(recipe.qat):
-            raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers "
-                             "codes of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none "
-                             f"with cluster.sharding: {recipe.cluster.sharding}")
         if recipe.qat.warm_start.layers_together:
             raise ValueError("qat.warm_start.layers_together measures a model that is whole on one process; expected 0 with "
                              f"cluster.sharding: {recipe.cluster.sharding}")
@@ -208,7 +208,7 @@ class ShardedTrainer(Trainer):
                 "step": state.step, "batches": state.batches, "averaged_steps": state.averaged_steps,
                 "layout": asdict(self.layout),
                 "optimizer": numbers, "rates": [g["lr"] for g in self.optimizer.param_groups],
-                "schedule": self.schedule.state_dict(), "routed": health["routed"]})
+                "schedule": self.schedule.state_dict(), "routed": health["routed"], "heldout": state.heldout()})
 
     def read_state(self, path: Path) -> None:
         if not sharded_checkpoint.is_sharded(path):
@@ -224,6 +224,7 @@ class ShardedTrainer(Trainer):
             group["lr"] = rate
         self.schedule.load_state_dict(saved["schedule"])
         state.step, state.averaged_steps = saved["step"], saved["averaged_steps"]
+        state.load_heldout(saved.get("heldout"))
         of = {kind: [named[n] for n in names] for kind, named in tensors.items() if names[0] in named}
         state.average = of.get("average", [])
         control = {kind: of.get(kind) for kind in ("means", "flips", "frozen", "last")}

@@ -113,8 +113,8 @@ def checkpoint_bytes(recipe: Recipe, shape: Shape) -> int:
 def communication(recipe: Recipe, held: Placement, layout: Layout, shape: Shape) -> tuple[dict[str, int], set[str]]:
     """Bytes that one rank receives per step, and which rows stay within a node when expert parallelism does."""
     qat, w = recipe.qat, 4 if recipe.model.dtype == "float32" else 2
-    micro, twins, shards, ep = qat.gradient_accumulation, layout.expert_shards, layout.fsdp, layout.expert_parallel
-    group, far = shape.experts // ep, (twins - 1) / twins
+    micro, holders, shards, ep = qat.gradient_accumulation, layout.expert_shards, layout.fsdp, layout.expert_parallel
+    group, far = shape.experts // ep, (holders - 1) / holders
     rows = {
         f"all-gather of expert {'codes (4.25 bits)' if held.even else 'weights (uneven shards)'}": int(
             2 * micro * group * (CODE_BYTES if held.even else w) * far),

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Quantization-aware training of the MoE experts: `accelerate launch qat/train.py recipes/tiny.yaml`.
 
-A leaf: reads arguments and the recipe, answers mistakes at once (no torch import before the recipe is known to be
+An entry script: reads arguments and the recipe, answers mistakes at once (no torch import before the recipe is known to be
 right), and hands over to `qat.plan` or `qat.trainer`. Exit codes: see `recipes.command`.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 # Launched by path, Python puts this script's folder first on sys.path, where qat/'s files would shadow real packages.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from recipes.command import job_parser, parse_job, run_command
+from recipes.command import first_rank, job_parser, parse_job, run_command
 from recipes.own_lines import own_lines_only
 from recipes.schema import Recipe
 
@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
         parser.error("--gpus goes with --plan and is at least 1")
 
     def job(recipe: Recipe) -> int:
+        if args.plan and not first_rank():  # one plan, however many processes were launched
+            return 0
         if args.plan:
             from qat import plan
 
@@ -39,7 +41,8 @@ def main(argv: list[str]) -> int:
             return plan.run(recipe)
         from qat import trainer
 
-        return trainer.run(recipe, resume=args.resume, max_steps=args.max_steps)
+        return trainer.run(recipe, resume=args.resume, max_steps=args.max_steps,
+                           other_processes=args.other_processes)
 
     return run_command(args.recipe, args.overrides, job)
 

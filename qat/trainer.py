@@ -16,30 +16,41 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
 from torch import nn
 
+from checkpoint.detect_format import local_folder
 from checkpoint.inventory import require_exportable
 from checkpoint.load import load_model, load_tokenizer
-from checkpoint.open import local_folder
 from checkpoint.tokenizer_files import copy_tokenizer
 from modeling.all_experts import use_all_experts
 from modeling.dialogue_tokens import Rendering
 from modeling.output_head import require_plain_head
 from qat import evaluate
 from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite, without_noise
-from qat.data import endless_batches, heldout_domains, make_loader, packed_dataset, rows_digest
+from qat.data import (
+    counted_positions,
+    endless_batches,
+    heldout_digest,
+    heldout_domains,
+    learned_tokens,
+    make_loader,
+    packed_dataset,
+    rows_digest,
+    split_rows,
+)
 from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, output_head, run_hidden
 from qat.methods import MethodQuantizer, pull_strength, pull_to_grid
 from qat.methods import needed as methods_needed
 from qat.optimizer import make_optimizer
 from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
+from qat.state import TrainingState
 from qat.warm_start import choose_first_codes
+from recipes.load import published
 from recipes.schema import Recipe
 from storage.digests import combined, model_digests
 from storage.files import write_json
@@ -48,11 +59,13 @@ from training.accelerator import make_accelerator
 from training.preflight import require_ready
 from training.resume import checkpoint_to_resume
 from training.run import TrainingRun
-from training.schedule import make_schedule
+from training.schedule import make_schedule, present_rate
 
 
-def run(recipe: Recipe, *, resume: bool, max_steps: int | None) -> int:
+def run(recipe: Recipe, *, resume: bool, max_steps: int | None, other_processes: bool = False) -> int:
     """Runs the job; returns the exit code.
+
+    other_processes: a checkpoint of another number of processes may be resumed.
 
     Raises:
         ValueError: a mistake in the recipe or its files. OSError: a file cannot be written. NonFinite: see there.
@@ -60,49 +73,15 @@ def run(recipe: Recipe, *, resume: bool, max_steps: int | None) -> int:
     if recipe.cluster is not None and recipe.cluster.sharding != "ddp":
         from qat.sharded import ShardedTrainer
 
-        return ShardedTrainer(recipe, resume=resume).run(max_steps)
-    return Trainer(recipe, resume=resume).run(max_steps)
-
-
-@dataclass
-class TrainingState:
-    """What a checkpoint holds beside weights, optimizer, schedule and generators. `step` counts finished updates."""
-
-    quantizer: ExpertQuantizer
-    oscillation: OscillationControl
-    health: Health
-    step: int = 0
-    batches: int = 0
-    averaged_steps: int = 0
-    average: list[torch.Tensor] = field(default_factory=list)
-
-    def state_dict(self) -> dict:
-        return {"step": self.step, "batches": self.batches, "masters": [m.data for m in self.quantizer.masters],
-                "oscillation": self.oscillation.state_dict(), "health": self.health.state_dict(),
-                "averaged_steps": self.averaged_steps, "average": self.average,
-                "methods": self.quantizer.state_dict() if isinstance(self.quantizer, MethodQuantizer) else None}
-
-    def load_state_dict(self, state: dict) -> None:
-        for tensor, master, saved in zip(self.quantizer.tensors, self.quantizer.masters, state["masters"], strict=True):
-            if master.shape != saved.shape:
-                raise RuntimeError(f"{tensor.name}: shape {list(saved.shape)} in the checkpoint, {list(master.shape)} here")
-            master.data.copy_(saved)
-        self.step, self.batches = state["step"], state["batches"]
-        # Accelerate reads checkpoints to the CPU.
-        self.averaged_steps = state["averaged_steps"]
-        self.average = [a.to(m.device) for a, m in zip(state["average"], self.quantizer.masters, strict=False)]
-        self.oscillation.load_state_dict(state["oscillation"])
-        self.health.load_state_dict(state["health"])
-        if isinstance(self.quantizer, MethodQuantizer):
-            self.quantizer.load_state_dict(state["methods"])
-            self.quantizer.set_step(self.step)
+        return ShardedTrainer(recipe, resume=resume).run(max_steps)  # whose checkpoints fit any number of processes
+    return Trainer(recipe, resume=resume, other_processes=other_processes).run(max_steps)
 
 
 class Trainer(TrainingRun):
     """One QAT run, from its recipe to its summary."""
 
-    def __init__(self, recipe: Recipe, *, resume: bool):
-        self.recipe, self.settings = recipe, recipe.qat
+    def __init__(self, recipe: Recipe, *, resume: bool, other_processes: bool = False):
+        self.recipe, self.settings, self.other_processes = recipe, recipe.qat, other_processes
         settings = self.settings
         if recipe.model.path is None:
             raise ValueError("model.path: required to train (model.released serves --plan only)")
@@ -165,6 +144,9 @@ class Trainer(TrainingRun):
         with self.accelerator.main_process_first():
             rows = packed_dataset(recipe.data.train, self.tokenizer, recipe.data, rendering=rendering, seed=recipe.seed)
             self.domains = heldout_domains(recipe.data.heldout, self.tokenizer, recipe.data, rendering)
+        if recipe.data.loss_on == "answers":
+            learned, all_tokens = learned_tokens(rows), len(rows) * recipe.data.sequence_length
+            self.say(f"losses cover answers: {learned:,} of {all_tokens:,} tokens in {len(rows):,} rows")
         self.loader = make_loader(rows, batch_size=recipe.qat.batch_size, seed=recipe.seed, shuffle=recipe.data.shuffle,
                                   processes=self.accelerator.num_processes)
 
@@ -181,7 +163,7 @@ class Trainer(TrainingRun):
         if newest is not None:
             self.read_state(newest)
         elif self.recipe.qat.warm_start.method != "none":
-            self.say(f"choosing the first codes ({self.recipe.qat.warm_start.method})")
+            self.say(f"choosing the initial codes ({self.recipe.qat.warm_start.method})")
             choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
                                seed=self.recipe.seed, model=self.model, say=self.say)
             self.agree_on_masters()
@@ -199,11 +181,12 @@ class Trainer(TrainingRun):
                 self._measure_heldout()
 
     def agree_on_masters(self) -> None:
-        """Gives every process the first one's masters: each computed its own, and libraries do not promise equal bits."""
+        """Gives every process the first one's masters (and scales): each computed its own, and libraries do not promise equal
+        bits."""
         if self.accelerator.num_processes == 1:
             return
-        for master in self.quantizer.masters:
-            master.data.copy_(broadcast(master.data))
+        for value in (*self.quantizer.masters, *getattr(self.quantizer, "shifts", ())):
+            value.data.copy_(broadcast(value.data))
         self.quantizer.requantize()
 
     def _calibration_rows(self) -> torch.Tensor:
@@ -211,7 +194,7 @@ class Trainer(TrainingRun):
         dataset, wanted = self.loader.dataset, self.recipe.qat.warm_start.sequences
         spread = torch.linspace(0, len(dataset) - 1, min(wanted, len(dataset))).long().tolist()
         rows = dataset.select(spread)["input_ids"]
-        return torch.stack(list(rows)).to(self.accelerator.device)
+        return split_rows(torch.stack(list(rows)))[0].to(self.accelerator.device)
 
     def _print_header(self, newest: Path | None) -> None:
         from rich.console import Console
@@ -230,12 +213,13 @@ class Trainer(TrainingRun):
         return endless_batches(self.accelerator, self.loader, consumed=self.state.batches)
 
     def update(self, batches: Iterator[torch.Tensor]) -> dict[str, torch.Tensor | float]:
-        """One optimizer update; returns its losses (means over the tokens of all processes)."""
+        """One optimizer update; returns its losses (means over the tokens of all processes that count)."""
         settings = self.recipe.qat
         sums: dict[str, torch.Tensor] = {}
-        for _ in range(settings.gradient_accumulation):
+        rows = [next(batches) for _ in range(settings.gradient_accumulation)]
+        for part, share in zip(rows, self._shares(rows), strict=True):
             with self.accelerator.accumulate(self.model):
-                values = self._losses(next(batches))
+                values = self._losses(part, share)
                 self.accelerator.backward(values["loss"])
             self.state.batches += 1
             for name, value in values.items():
@@ -248,7 +232,7 @@ class Trainer(TrainingRun):
         if not (torch.isfinite(norm) and torch.isfinite(means).all()):
             self._raise_non_finite(dict(zip(names, means.tolist(), strict=True)))
         torch.nn.utils.clip_grads_with_norm_(trained, settings.optimizer.max_grad_norm, norm)
-        learning_rate = self.schedule.get_last_lr()[0]
+        learning_rate = present_rate(self.state.step, settings.steps, settings.optimizer)
         self._before_step(learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -260,6 +244,15 @@ class Trainer(TrainingRun):
         self._average()
         self.state.step += 1
         return dict(zip(names, means.tolist(), strict=True)) | {"grad_norm": float(norm), "learning_rate": learning_rate}
+
+    def _shares(self, rows: list[torch.Tensor]) -> list[float]:
+        """Tokens that count in each micro-step, relative to the mean over micro-steps and processes: means of such means would
+        weigh a token by how many others its batch has."""
+        if self.recipe.data.loss_on == "all":
+            return [1.0] * len(rows)
+        found = [counted_positions(part) for part in rows]
+        counts = torch.tensor(found, dtype=torch.float32, device=self.accelerator.device)
+        return (counts / self.accelerator.reduce(counts.mean(), reduction="mean")).tolist()
 
     def take_gradients(self) -> tuple[list[nn.Parameter], torch.Tensor]:
         """Gives every trained parameter its gradient, averaged over processes; the parameters and the norm over all of them."""
@@ -278,31 +271,35 @@ class Trainer(TrainingRun):
         if strength := pull_strength(self.state.step, settings.steps, settings.grid_pull):
             pull_to_grid(self.quantizer, learning_rate * strength)
 
-    def _losses(self, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _losses(self, rows_BT: torch.Tensor, share: float = 1.0) -> dict[str, torch.Tensor]:
+        """Losses of one micro-step, those of tokens times `share`. Hidden errors cover all positions: answers read them."""
         weights = self.recipe.qat.loss
+        ids_BT, counted = split_rows(rows_BT)
         with torch.no_grad():
             taught = run_hidden(self.teacher, ids_BT, layers=weights.hidden > 0)
         seen = run_hidden(self.model, ids_BT, layers=weights.hidden > 0)
         # The last position has no next token, but the teacher's distribution there is as good a lesson as any.
         labels = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=-100)
-        predicted = ids_BT.shape[0] * (ids_BT.shape[1] - 1)
-        arguments = (seen.last.flatten(0, 1), output_head(self.model), labels.flatten())
-        options = dict(teacher_NH=taught.last.flatten(0, 1), teacher_head=output_head(self.teacher),
-                       temperature=weights.temperature, chunk_tokens=weights.chunk_tokens)
+        student, teacher, labels = (t.flatten(0, 1) if counted is None else t[counted]
+                                    for t in (seen.last, taught.last, labels))
+        predicted = ids_BT.shape[0] * (ids_BT.shape[1] - 1) if counted is None else len(labels)
+        arguments = (student, output_head(self.model), labels)
+        options = dict(teacher_NH=teacher, teacher_head=output_head(self.teacher), temperature=weights.temperature,
+                       chunk_tokens=weights.chunk_tokens)
         if weights.gradient == "immediate":
-            loss, sums = immediate_statistics(*arguments, **options, kl_weight=weights.kl / ids_BT.numel(),
-                                              ce_weight=weights.cross_entropy / predicted)
+            loss, sums = immediate_statistics(*arguments, **options, kl_weight=share * weights.kl / len(labels),
+                                              ce_weight=share * weights.cross_entropy / predicted)
         else:
             sums = chunked_statistics(*arguments, **options)
-        values = {"kl": sums.kl / sums.tokens, "cross_entropy": sums.cross_entropy / predicted,
-                  "top1_agreement": sums.agree / sums.tokens}
+        values = {"kl": share * sums.kl / sums.tokens, "cross_entropy": share * sums.cross_entropy / predicted,
+                  "top1_agreement": share * sums.agree / sums.tokens}
         if weights.gradient == "recompute":
             loss = weights.kl * values["kl"] + weights.cross_entropy * values["cross_entropy"]
         if weights.hidden:
             values["hidden"] = hidden_loss(seen.layers, taught.layers)
             loss = loss + weights.hidden * values["hidden"]
         if weights.hidden_kl:
-            values["hidden_kl"] = hidden_kl(seen.last.flatten(0, 1), taught.last.flatten(0, 1))
+            values["hidden_kl"] = share * hidden_kl(student, teacher)
             loss = loss + weights.hidden_kl * values["hidden_kl"]
         return values | {"loss": loss}
 
@@ -359,10 +356,39 @@ class Trainer(TrainingRun):
 
     def _measure_heldout(self) -> None:
         found = self.heldout.measure(self.model)
+        state = self.state
+        # All processes measure the same, but libraries do not promise equal bits, and they must decide alike.
+        kl = float(self.accelerator.reduce(torch.tensor(found["kl"], device=self.accelerator.device), reduction="mean"))
+        if state.step and (state.best is None or kl < state.best["kl"]):
+            state.best, state.measured_since = {"step": state.step, "kl": kl}, 0
+        elif state.step:
+            state.measured_since += 1
         if self.metrics is not None:
             self.metrics.write("heldout", self.state.step, **found)
-        self.say(f"held-out text at step {self.state.step}: KL {found['kl']:.5f}, top-1 agreement "
+        self.say(f"held-out text at step {self.state.step}: KL {evaluate.shown(found['kl'])}, top-1 agreement "
                  f"{100 * found['top1_agreement']:.2f} %")
+
+    def ended_early(self) -> bool:
+        return 0 < self.settings.patience <= self.state.measured_since
+
+    def best_step(self) -> int | None:
+        return self.state.best["step"] if self.settings.result == "best" and self.state.best else None
+
+    def _take_best(self) -> None:
+        """Goes back to the checkpoint of the least KL on held-out text, if it is not the last one."""
+        step = self.best_step()
+        if step is None or step == self.state.step:
+            return
+        path = checkpoint.checkpoint_path(self.folder / "checkpoints", step)
+        fault = checkpoint.damage(self.accelerator, path)
+        if fault is not None:
+            self.say(f"qat.result: best: {fault}; the result is the last step's")
+            return
+        self.say(f"least KL on held-out text at step {step}: its weights are the result")
+        self.read_state(path)
+
+    def moved(self, before: int) -> None:
+        self.state.batches = self.state.batches * before // self.accelerator.num_processes
 
     def draw_curves(self, metrics: Path, picture: Path) -> None:
         report.draw_curves(metrics, picture, self.recipe.name)
@@ -371,8 +397,11 @@ class Trainer(TrainingRun):
         """Evaluates BF16, PTQ and QAT on held-out text; writes model/, summary.json and the last curves."""
         from rich.console import Console
 
-        if self.state.average:
-            self.quantizer.requantize(self.state.average)
+        state = self.state
+        ended, batches, measured = state.step, state.batches, state.best
+        self._take_best()
+        if state.average:
+            self.quantizer.requantize(state.average)
         began = time.perf_counter()
         summary = self.compare(batch_size=self.recipe.qat.batch_size, accelerator=self.accelerator,
                                chunk_tokens=self.recipe.qat.loss.chunk_tokens)
@@ -380,19 +409,22 @@ class Trainer(TrainingRun):
         self.save_model()
         if not self.main:
             return
-        settings = self.recipe.qat
+        tokens = batches * self.recipe.qat.batch_size * self.recipe.data.sequence_length * self.accelerator.num_processes
         summary |= {
-            "tokens": self.state.batches * settings.batch_size * self.recipe.data.sequence_length
-            * self.accelerator.num_processes,
-            "seconds": self.training_seconds(), "evaluation_seconds": evaluated,
-            "seed": self.recipe.seed, "steps": settings.steps, "scale_rule": self.quantizer.scale_rule,
-            "environment": report.environment(), "inputs": self.inputs,
+            "tokens": tokens, "seconds": self.training_seconds(ended), "evaluation_seconds": evaluated,
+            "seed": self.recipe.seed, "steps": ended, "result_of_step": state.step, "scale_rule": self.quantizer.scale_rule,
+            "environment": report.environment(), "inputs": self.inputs, "training": describe_training(self.recipe),
+            "heldout": heldout_digest(self.domains),
         }
+        if measured is not None:
+            summary["best_heldout"] = measured
+        line = evaluate.doubt(summary)
+        summary["helped"] = line is None
         summary["weights"] = combined(model_digests(self.folder / "model"))
         write_json(self.folder / "summary.json", summary)
         self.draw()
         Console().print(evaluate.comparison_table(summary))
-        if line := evaluate.doubt(summary):
+        if line is not None:
             print(line)
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png)")
 
@@ -411,6 +443,18 @@ class Trainer(TrainingRun):
         """As it came, if it came from a folder: transformers would write it anew in the words of its own version."""
         if not copy_tokenizer(local_folder(self.recipe.model.path), folder):
             self.tokenizer.save_pretrained(folder)
+
+
+def describe_training(recipe: Recipe) -> dict:
+    """What a card says about how the weights were made."""
+    settings = recipe.qat
+    sources = [s if isinstance(s, str) else s.path or f"hub:{s.hub}" for s in recipe.data.train]
+    return {"data": [published(source) for source in sources], "loss_on": recipe.data.loss_on, "train": settings.train,
+            "sequence_length": recipe.data.sequence_length, "batch_size": settings.batch_size,
+            "gradient_accumulation": settings.gradient_accumulation, "optimizer": settings.optimizer.name,
+            "learning_rate": settings.optimizer.learning_rate, "warm_start": settings.warm_start.method,
+            "loss": {name: weight for name in ("kl", "cross_entropy", "hidden", "hidden_kl")
+                     if (weight := getattr(settings.loss, name))}}
 
 
 def make_quantizer(model: nn.Module, recipe: Recipe) -> ExpertQuantizer:

@@ -1,4 +1,4 @@
-"""Error-compensating choice of the first codes: GPTQ on fused experts, with MXFP4's fixed grid, in one dimension or both.
+"""Error-compensating choice of the initial codes: GPTQ on fused experts, with MXFP4's fixed grid, in one dimension or both.
 
 Plain rounding minimises the error of each weight; what counts is what the errors of a matrix do together. Its damage is
 nearly tr(S E H E^T) for an error E [O, I] of the matrix, with H [I, I] and S [O, O] second moments of the matrix's inputs
@@ -80,7 +80,7 @@ def choose_first_codes(teacher: nn.Module, quantizer: ExpertQuantizer, rows: tor
                         input_moments(measured, tensors, rows, to_the_end=not settings.layers_together))
         for name, moments in gathered.items():
             if say and (tensors[0].name == name or time.monotonic() > said + 10):
-                say(f"first codes: {len(by_name) - len(left)} of {len(by_name)} tensors; {len(tensors)} measured over "
+                say(f"initial codes: {len(by_name) - len(left)} of {len(by_name)} tensors; {len(tensors)} measured over "
                     f"{rows.numel():,} tokens")
                 said = time.monotonic()
             tensor, master = by_name[name]
@@ -150,21 +150,29 @@ class _Gate:
 
     def __init__(self, teacher: nn.Module, tensors: list[ExpertTensor]):
         self.module = module = teacher.get_submodule(tensors[0].module)
-        if not hasattr(module, "_apply_gate") or getattr(module, "has_bias", False):
+        if not hasattr(module, "_apply_gate"):
             raise ValueError(f"qat.warm_start.method: gptq and fisher do not support {type(module).__name__} "
-                             "(experts with biases or an unknown gate); use none")
+                             "(experts of an unknown gate); use none")
         self.owned = tensors[0].owned
         self.gated = getattr(module, "has_gate", True)
         self.first = "gate_up_proj" if self.gated else "up_proj"
         names = {t.name.rpartition(".")[2]: t.name for t in tensors}
         self.up, self.down = names[self.first], names["down_proj"]
 
+    def _of(self, name: str, expert: int) -> torch.Tensor:
+        whole = getattr(self.module, name)
+        if hasattr(whole, "placements"):  # expert parallelism: the gathered experts of this rank
+            whole = whole.to_local()
+        return whole[(self.owned.start + expert) % whole.shape[0]]
+
     def matrix(self, name: str, expert: int) -> torch.Tensor:
-        weight = getattr(self.module, name)
-        if hasattr(weight, "placements"):  # expert parallelism: the gathered experts of this rank
-            weight = weight.to_local()
-        weight = weight[(self.owned.start + expert) % weight.shape[0]]
+        weight = self._of(name, expert)
         return weight.T if self.module.is_transposed else weight
+
+    def before_gate(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """What the gate sees of inputs [n, H], in their dtype: the first product, with the expert's bias if it has one."""
+        z = x @ self.matrix(self.first, expert).to(x.dtype).T
+        return z + self._of(f"{self.first}_bias", expert).to(x.dtype) if getattr(self.module, "has_bias", False) else z
 
     def inner(self, z: torch.Tensor) -> torch.Tensor:
         return self.module._apply_gate(z) if self.gated else self.module.act_fn(z)
@@ -211,7 +219,7 @@ def input_moments(teacher: nn.Module, tensors: list[ExpertTensor], rows: torch.T
     def gather(gate: _Gate) -> Callable:
         def hook(_, args, kwargs):
             for e, _, x, weight in gate.routed(args, kwargs):
-                inner = gate.inner(x @ gate.matrix(gate.first, e).T)
+                inner = gate.inner(gate.before_gate(x, e))
                 _accumulate(moments[gate.up].inputs[e], x.float(), weight**2)
                 _accumulate(moments[gate.down].inputs[e], inner.float(), weight**2)
             if gate is gates[-1] and not to_the_end:
@@ -241,7 +249,7 @@ def fisher_moments(teacher: nn.Module, tensors: list[ExpertTensor], rows: torch.
                 for e, token, x, weight in gate.routed(args, kwargs):
                     out_grad = grad_NH[token].float() * weight
                     with torch.enable_grad():
-                        z = (x.float() @ gate.matrix(gate.first, e).float().T).requires_grad_(True)
+                        z = gate.before_gate(x.float(), e).requires_grad_(True)
                         inner = gate.inner(z)
                     z_grad, = torch.autograd.grad(inner, z, out_grad @ gate.matrix("down_proj", e).float())
                     for name, inputs, gradients in ((gate.up, x.float(), z_grad), (gate.down, inner.detach(), out_grad)):

@@ -7,6 +7,7 @@ Imports no torch: arguments and recipe are judged before anything heavy is loade
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ def job_parser(program: str, description: str, example: str) -> argparse.Argumen
     parser.add_argument("recipe", help="YAML recipe, e.g. recipes/tiny.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replace a value of the recipe")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint, bit for bit")
+    parser.add_argument("--other-processes", action="store_true", help="with --resume: also from a checkpoint of another "
+                        "number of processes, from the same weights and moments but not bit for bit")
     parser.add_argument("--plan", action="store_true", help="print what would be trained, memory, bytes; run nothing")
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop (with a checkpoint) after optimizer step N")
     return parser
@@ -37,21 +40,35 @@ def job_parser(program: str, description: str, example: str) -> argparse.Argumen
 
 def parse_job(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
+    if args.other_processes and not args.resume:
+        parser.error("--other-processes goes with --resume")
     if args.max_steps is not None and args.max_steps < 1:
         parser.error(f"--max-steps {args.max_steps}: expected a positive number of steps")
     return args
 
 
-def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int]) -> int:
+def first_rank() -> bool:
+    """Whether this is the first process of a launch, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int],
+                interrupted: str = "finished files and checkpoints stay, --resume goes on from the newest") -> int:
     """Loads the recipe and runs `job` on it; mistakes become one line on stderr and an exit code.
 
     Every process says its own (a full disk may be one machine's); all but the first put their rank before it.
+
+    interrupted: what is said after Ctrl-C, by the first process alone.
     """
     where = "a file"
     try:
         loaded = load_recipe(recipe, overrides)
         where = f"a file below {Path(loaded.output) / loaded.name}"
         return job(loaded)
+    except KeyboardInterrupt:
+        if first_rank():
+            print(f"interrupted; {interrupted}", file=sys.stderr)
+        return 128 + signal.SIGINT
     except ValueError as error:  # RecipeError included
         code, text = 2, own_message(error, where)
     except (OSError, ArithmeticError) as error:
@@ -60,8 +77,7 @@ def run_command(recipe: str, overrides: list[str], job: Callable[[Recipe], int])
         if not _no_memory(error):
             raise
         code, text = 1, f"not enough memory: {first_line(error)}; --plan says what a job needs"
-    rank = os.environ.get("RANK", "0")
-    print(printable(f"error: {text}" if rank == "0" else f"rank {rank}: error: {text}"), file=sys.stderr)
+    print(printable(f"error: {text}" if first_rank() else f"rank {os.environ['RANK']}: error: {text}"), file=sys.stderr)
     return code
 
 

@@ -9,12 +9,17 @@ A recipe may build on another one: `base: mimo.yaml` (from the recipe's own fold
 recipe's keys, and this one's replace them, section by section; a list is replaced whole, and `null` takes a section away. What
 came of it is written into every run's folder as resolved.yaml.
 
+Names of files and folders are relative to the working directory, which wins, or else to the recipe's own folder (then to that
+of the recipe that it builds on). `~` is the user's home.
+
 No torch or transformers import: a wrong recipe is refused in a fraction of a second.
 """
 
 from __future__ import annotations
 
 import difflib
+import glob
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
@@ -25,6 +30,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from recipes.schema import SOURCE_TAGS, Recipe
+from storage.reading import first_line
 
 # Faults whose text by pydantic speaks of Python's classes or of regular expressions.
 _EXPECTED = {
@@ -32,6 +38,11 @@ _EXPECTED = {
     "string_pattern_mismatch": "expected letters, digits, '.', '_' and '-', the first a letter or digit",
     "too_short": "expected at least {min_length} entry, found {actual_length}",
 }
+
+
+# Keys that name files or folders to be read.
+PATHS = ("model.path", "data.train", "data.heldout", "dflash.start_from", "dflash.data", "dflash.regenerate.prompts",
+         "dflash.acceptance.prompts")
 
 
 class RecipeError(ValueError):
@@ -73,9 +84,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: the file is missing, is not YAML, or any key or value is wrong; all mistakes in one text.
     """
     path = find_recipe(Path(path))
-    data, lines = _composed(path)
+    homes: list[Path] = []
+    data, lines = _composed(path, homes)
     for override in overrides:
         _apply_override(data, lines, override)
+    _locate(data, list(dict.fromkeys(homes)))
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -83,9 +96,40 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError("\n".join(faults)) from None
 
 
-def _composed(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[tuple, str]]:
-    """`_read_yaml` of a recipe and of those that it builds on, put together."""
+def _locate(data: dict[str, Any], homes: list[Path]) -> None:
+    """Names of files in `data`: those that nothing has in the working directory are looked for beside the recipe."""
+    for dotted in PATHS:
+        *sections, last = dotted.split(".")
+        section: Any = data
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or last not in section:
+            continue
+        value = section[last]
+        if isinstance(value, list):
+            section[last] = [entry | {"path": _located(entry["path"], homes)} if isinstance(entry, dict) and "path" in entry
+                             else _located(entry, homes) for entry in value]
+        else:
+            section[last] = _located(value, homes)
+
+
+def _located(value: Any, homes: list[Path]) -> Any:
+    if not isinstance(value, str) or value.startswith("hub:"):
+        return value
+    value = os.path.expanduser(value)
+    if os.path.isabs(value) or _names_something(value):
+        return value
+    return next((str(home / value) for home in homes if _names_something(str(home / value))), value)
+
+
+def _names_something(pattern: str) -> bool:
+    return os.path.exists(pattern) or next(glob.iglob(pattern, recursive=True), None) is not None
+
+
+def _composed(path: Path, homes: list[Path], above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[tuple, str]]:
+    """`_read_yaml` of a recipe and of those that it builds on, put together. Their folders are added to `homes`."""
     data, lines = _read_yaml(path)
+    homes.append(path.parent)
     if "base" not in data:
         return data, lines
     name, where = data.pop("base"), lines.pop(("base",))
@@ -100,7 +144,7 @@ def _composed(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any],
     if base.resolve() in chain:
         circle = " -> ".join(p.name for p in (*chain[chain.index(base.resolve()):], base))
         raise RecipeError(f"{where}: base: {name}: recipes that build on each other ({circle})")
-    below, below_lines = _composed(base, tuple(chain))
+    below, below_lines = _composed(base, homes, tuple(chain))
     return _merged(below, data), below_lines | lines
 
 
@@ -162,7 +206,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple, str]]:
             node = loader.get_single_node()
             lines: dict[tuple, str] = {}
             if node is not None:
-                _walk(node, (), lines, str(path))
+                _key_lines(node, (), lines, str(path))
             data = loader.construct_document(node) if node is not None else {}
         finally:
             loader.dispose()
@@ -172,18 +216,18 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple, str]]:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"{path}: not valid YAML: {first_line(error)}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping of sections, found {type(data).__name__}")
     return data, lines
 
 
-def _walk(node: yaml.Node, key: tuple, lines: dict[tuple, str], source: str) -> None:
+def _key_lines(node: yaml.Node, key: tuple, lines: dict[tuple, str], source: str) -> None:
     where = f"{source}:{node.start_mark.line + 1}"
     lines.setdefault(key, where)
     if isinstance(node, yaml.SequenceNode):
         for i, child in enumerate(node.value):
-            _walk(child, (*key, i), lines, source)
+            _key_lines(child, (*key, i), lines, source)
     if not isinstance(node, yaml.MappingNode):
         return
     for key_node, child in node.value:
@@ -192,7 +236,7 @@ def _walk(node: yaml.Node, key: tuple, lines: dict[tuple, str], source: str) -> 
             dotted = ".".join(map(str, child_key))
             raise RecipeError(f"{source}:{key_node.start_mark.line + 1}: {dotted}: given twice (first at {lines[child_key]})")
         lines[child_key] = f"{source}:{key_node.start_mark.line + 1}"
-        _walk(child, child_key, lines, source)
+        _key_lines(child, child_key, lines, source)
 
 
 def _apply_override(data: dict[str, Any], lines: dict[tuple, str], override: str) -> None:

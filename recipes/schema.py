@@ -30,7 +30,7 @@ class Section(BaseModel):
 class Model(Section):
     """The base checkpoint: a Hugging Face folder or hub name, or (for `--plan` only) a released geometry by name."""
 
-    path: str | None = Field(None, description="folder (from the working directory) or hub name of the base checkpoint")
+    path: str | None = Field(None, description="folder or hub name of the base checkpoint")
     released: str | None = Field(None, description="published geometry for --plan without weights, e.g. MiMo-V2.5-Pro")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="dtype of activations and compute weights")
     trust_remote_code: bool = Field(False, description="allow modeling code shipped inside the checkpoint to run")
@@ -82,6 +82,9 @@ class Data(Section):
     sequence_length: Annotated[int, Field(ge=8)] = Field(512, description="tokens per packed sequence")
     eval_sequences: PositiveInt = Field(32, description="packed held-out sequences per domain in the final evaluation")
     shuffle: bool = Field(True, description="new order of sequences each epoch, from the recipe's seed")
+    loss_on: Literal["all", "answers"] = Field(
+        "all", description="tokens that losses and held-out figures cover: all, or of dialogues the assistant's turns alone "
+        "(texts count whole)")
 
 
 class Chat(Section):
@@ -103,7 +106,7 @@ class Quantization(Section):
 
 
 class WarmStart(Section):
-    """Choice of the first codes, before any gradient step."""
+    """Choice of the initial codes, before any gradient step."""
 
     method: Literal["none", "gptq", "fisher"] = Field(
         "none", description="none: plain rounding; gptq: error-compensating rounding, by the second moments of each expert's "
@@ -135,7 +138,7 @@ class Scales(Section):
     """Block scales s + d, with s the scale rule's exponent and d one of -1, 0, 1."""
 
     method: Literal["rule", "searched", "learned"] = Field(
-        "rule", description="rule: d = 0; searched: each block's d of least error, chosen with the first codes and kept; "
+        "rule", description="rule: d = 0; searched: each block's d of least error, chosen with the initial codes and kept; "
         "learned: searched, then moved by gradient (LSQ, arXiv 1902.08153, on powers of two)")
     learning_rate: PositiveFloat = Field(0.02, description="learned: peak rate of d in octaves per update")
 
@@ -216,6 +219,10 @@ class QAT(Section):
     heldout_every: NonNegativeInt = Field(0, description="steps between measurements on held-out text, the first before any; "
                                           "0: only the final evaluation")
     heldout_sequences: PositiveInt = Field(8, description="packed held-out sequences per domain of those measurements")
+    result: Literal["last", "best"] = Field("last", description="what model/ is: the last step, or the one with the least KL "
+                                            "on held-out text, whose checkpoint is kept (needs heldout_every)")
+    patience: NonNegativeInt = Field(0, description="measurements on held-out text without a lower KL after which the run "
+                                     "ends; 0: it never ends early")
     health_every: PositiveInt = Field(50, description="steps between per-layer, per-expert health lines")
     checkpoint_every: PositiveInt = Field(100, description="steps between checkpoints")
     keep_last: PositiveInt = Field(2, description="complete checkpoints kept")
@@ -224,6 +231,15 @@ class QAT(Section):
     def _methods_agree(self):
         if self.loss.gradient == "immediate" and self.train != "experts":
             raise ValueError("qat.loss.gradient: immediate gives the head no gradient; use recompute with qat.train: all")
+        if not self.heldout_every and (self.result == "best" or self.patience):
+            raise ValueError("qat.result: best and qat.patience go by measurements on held-out text; expected "
+                             "qat.heldout_every above 0")
+        if self.result == "best" and (self.average_last or self.soft_rounding.method != "none"):
+            raise ValueError("qat.result: best takes the weights of one step, as they are served; expected "
+                             "qat.average_last: 0 and qat.soft_rounding.method: none")
+        if self.oscillation.method == "freeze" and self.scales.method != "rule":
+            raise ValueError("qat.oscillation.method: freeze pins values under the scale rule's scales; expected "
+                             "qat.scales.method: rule")
         if self.scales.method == "learned" and (self.soft_rounding.method != "none" or self.optimizer.name != "adamw"):
             raise ValueError("qat.scales.method: learned needs qat.optimizer.name: adamw and qat.soft_rounding.method: none")
         return self
@@ -247,7 +263,8 @@ class Drafter(Section):
     attention_value_scale: float | None = Field(None, description="factor on the values")
     partial_rotary_factor: Fraction = Field(0.5, description="share of head_dim that is rotated")
     rotary_base: PositiveFloat | None = Field(None, description="none: the target's base of full-attention layers")
-    mask_token: str | int | None = Field(None, description="reserved entry of the vocabulary; none: the tokenizer's mask token")
+    mask_token: str | int | None = Field(None, description="reserved entry of the vocabulary; none: the tokenizer's mask "
+                                         "token, or else the first entry that the tokenizer leaves unused")
     rms_norm_eps: PositiveFloat = 1e-5
     convolution_rank: NonNegativeInt = Field(0, description="in-block dynamic convolution (DFlash 2); 0: off")
     markov_rank: NonNegativeInt = Field(0, description="low-rank Markov head (DSpark); 0: off")
@@ -355,8 +372,11 @@ class Export(Section):
     processes: PositiveInt = Field(1, description="processes that write different files side by side")
     speculators: bool = Field(False, description="also write the drafter in the format of `speculators` "
                               "(dflash-speculators/); needs one without sinks, value scale and partial rotation")
-    reference_gib: NonNegativeFloat = Field(8.0, description="checkpoints up to this size are loaded once to record the "
-                                            "drafter's reference from real features")
+    drafter: Literal["matching", "any", "none"] = Field(
+        "matching", description="a drafter that was trained for other weights than those exported is refused; any: it is "
+        "written, with a warning and without its numbers; none: no drafter is written")
+    reference_gib: NonNegativeFloat = Field(16.0, description="targets whose float32 weights take up to this much memory are "
+                                            "run once, to record the drafter's reference from real features")
 
 
 class Cluster(Section):
@@ -407,6 +427,8 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: NonNegativeInt = 0
     output: str = Field("runs", description="parent of the run folder")
+    keep_earlier: NonNegativeInt | None = Field(None, description="results set aside by later runs that are kept, of each job; "
+                                                "none: all")
     model: Model
     data: Data
     chat: Chat = Field(default_factory=Chat)

@@ -6,8 +6,8 @@
     python runtime_ref/bench.py --suite gpu --json FILE [--page F --checkpoint DIR]
                                                                correctness, then speed, on one GPU, in under ten minutes
 
-A leaf: reads arguments and hands over. A speed is printed only after every check before it was green. Exit codes: 0, 1 if
-a check or a part of the suite failed, 2 for a mistake in the arguments or a machine that cannot run what was asked.
+An entry script: reads arguments and hands over. A speed is printed only after every check before it was green. Exit codes: 0, 1
+if a check or a part of the suite failed, 2 for a mistake in the arguments or a machine that cannot run what was asked.
 """
 
 import argparse

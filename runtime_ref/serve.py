@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.own_lines import own_lines_only
+from storage.reading import first_line
 from storage.terminal import printable
 
 NAME = "runtime_ref/serve.py"
@@ -98,30 +99,30 @@ def main(argv: list[str] | None = None) -> int:
 
     missing = [name for name in ("fastapi", "uvicorn", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
-        return told(f"needs {', '.join(missing)}: pip install -e '.[serve]'", 2)
+        return report(f"needs {', '.join(missing)}: pip install -e '.[serve]'", 2)
     if not options.folder.is_dir():
-        return told(f"{options.folder}: no such folder, expected an exported checkpoint", 2)
+        return report(f"{options.folder}: no such folder, expected an exported checkpoint", 2)
     try:
         rules = access_rules(options)
     except ValueError as error:
-        return told(error, 2)
+        return report(error, 2)
     from runtime_ref.core.tensor_parallel import RankLost, leave, ranks_from_environment
 
     try:
         ranks = ranks_from_environment()
     except ValueError as error:
-        return told(error, 2)
+        return report(error, 2)
     try:
         code = serve(options, ranks, rules) if ranks.rank == 0 else assist(options, ranks)
     except ValueError as error:
-        return told(error, 2) if ranks.rank == 0 else 2
+        return report(error, 2) if ranks.rank == 0 else 2
     except RankLost as error:
-        return told(error, 1)
+        return report(error, 1)
     leave(ranks)
     return code
 
 
-def told(message: object, code: int) -> int:
+def report(message: object, code: int) -> int:
     print(printable(f"{NAME}: {message}"), file=sys.stderr, flush=True)
     return code
 
@@ -147,7 +148,7 @@ def load(options: argparse.Namespace, ranks, tokenizer):
                               rows=max(256, 8 * options.max_running)))
     ranks.settle()
     if ranks.rank == 0 and (engine.launch.compared or engine.launch.refused):
-        told(engine.launch.line(), 0)
+        report(engine.launch.line(), 0)
     return engine
 
 
@@ -298,7 +299,7 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{file}: not valid JSON: {first_line(error)}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file}: {type(found).__name__}, expected an object")
     numbers = {name: found.get(name) for name in SAMPLING}
@@ -317,4 +318,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # while importing or loading; later ones are the server's
-        sys.exit(told("interrupted while loading", 1))
+        sys.exit(report("interrupted while loading", 1))

@@ -40,6 +40,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--original", type=Path, metavar="DIR",
                         help="the trained checkpoint that was exported: compare the folder's model with it, layer by layer")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer (%(default)s)")
+    parser.add_argument("--samples", type=int, default=64, metavar="N", help="answers of 16 tokens that --endpoint samples "
+                        "(%(default)s); 1500 show a bias of three points")
     parser.add_argument("--prompts-per-domain", type=int, default=8, metavar="N", help="(%(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="what is served (%(default)s)")
     parser.add_argument("--backend", default="auto", help="what runs the steps, as in serve.py (%(default)s)")
@@ -66,7 +68,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--html", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
-    for name in ("tokens", "prompts_per_domain"):
+    for name in ("tokens", "prompts_per_domain", "samples"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}, expected 1 or more")
     if options.node_hour is not None and not options.node_hour > 0:

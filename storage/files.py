@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import json
 import os
 import secrets
@@ -187,8 +188,27 @@ def folder_aside(final: Path) -> Iterator[Path]:
 
 
 def next_free(path: Path) -> Path:
-    """`<path>.1`, or the first number that is free: where an earlier result is set aside."""
-    return next(p for n in range(1, 100_000) if not (p := path.with_name(f"{path.name}.{n}")).exists())
+    """`<path>.1`, or the number after the highest that is there: where an earlier result is set aside."""
+    return path.with_name(f"{path.name}.{max(_set_aside(path), default=0) + 1}")
+
+
+def _set_aside(path: Path) -> dict[int, Path]:
+    """What has been set aside of `path`, by number."""
+    found = path.parent.glob(f"{glob.escape(path.name)}.*")
+    return {int(p.name.rpartition(".")[2]): p for p in found if p.name.removeprefix(f"{path.name}.").isdecimal()}
+
+
+def bound_earlier(path: Path, mark: str, keep: int | None) -> None:
+    """Removes all but the newest `keep` results that were set aside of `path`, folders that hold a file `mark`, and says so;
+    with None it says what all of them hold."""
+    earlier = [folder for _, folder in sorted(_set_aside(path).items()) if (folder / mark).is_file()]
+    if keep is None:
+        print(f"results set aside of {path}: {len(earlier)}, {sum(map(tree_bytes, earlier)) / 1e9:.3f} GB in all, which "
+              "removing them gives back (keep_earlier: N in the recipe keeps the newest N)")
+        return
+    for folder in earlier[:len(earlier) - keep]:
+        print(f"removed by keep_earlier: {keep}: {folder} ({tree_bytes(folder) / 1e9:.3f} GB)")
+        shutil.rmtree(folder)
 
 
 def tree_bytes(folder: Path) -> int:

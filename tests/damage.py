@@ -91,7 +91,7 @@ def rename_tensor(tensors, name):
     tensors["model." + name] = tensors.pop(name)
 
 
-def shift_taps(config):
+def shift_target_layers(config):
     config["dflash_config"]["target_layer_ids"] = [i + 1 for i in config["dflash_config"]["target_layer_ids"]]
 
 

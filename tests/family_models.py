@@ -45,6 +45,6 @@ def stock(folder):
 
 
 def equal_weights(model, trained) -> None:
-    wanted = trained.state_dict()
+    expected = trained.state_dict()
     for name, value in model.state_dict().items():
-        assert torch.equal(value.float(), wanted[name].float()), name
+        assert torch.equal(value.float(), expected[name].float()), name

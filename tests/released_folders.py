@@ -1,4 +1,4 @@
-"""Small folders in the dialect of the published MiMo releases, written without this project's own code.
+"""Small folders in the format of the published MiMo releases, written without this project's own code.
 
 Everything here is typed from the published configurations and tensor lists: names, dtypes, which keys are there and which are
 not, the fused query/key/value matrix in one chunk per key head, FP8 in blocks of 128 x 128 whose grid restarts with each chunk,

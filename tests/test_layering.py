@@ -19,7 +19,8 @@ ALLOWED = {
     "dflash_train": {"storage", "mxfp4", "modeling", "recipes", "checkpoint", "training", "qat"},
     "export": {"storage", "mxfp4", "modeling", "recipes", "checkpoint", "training"},
     "runtime_ref": {"storage", "mxfp4", "modeling", "recipes", "checkpoint"},
-    "tools": {"storage", "mxfp4", "modeling", "recipes", "checkpoint", "training", "qat", "runtime_ref"},
+    "tools": {"storage", "mxfp4", "modeling", "recipes", "checkpoint", "training", "qat", "dflash_train",
+              "runtime_ref"},
 }
 # The same inside the runtime: a storey may import those named, and itself.
 STOREYS = {
@@ -34,7 +35,7 @@ STOREYS = {
     "measure": {"core", "kernels", "checkpoints", "backends", "engine", "triton_cpu"},
 }
 ENTRY_SCRIPTS = {"qat.train", "dflash_train.train", "dflash_train.regenerate", "export.to_hf", "export.verify",
-                 "runtime_ref.serve", "runtime_ref.validate", "runtime_ref.bench"}
+                 "training.compare", "runtime_ref.serve", "runtime_ref.validate", "runtime_ref.bench"}
 FILES = sorted(p for package in ALLOWED for p in (ROOT / package).rglob("*.py"))
 
 

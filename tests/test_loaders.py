@@ -14,7 +14,7 @@ import torch
 import yaml
 from toy_export import export, make_run
 
-from checkpoint.open import open_source
+from checkpoint.detect_format import open_source
 from checkpoint.verify import verify
 from export.job import Request, run
 from recipes.load import _RecipeYaml, load_recipe

@@ -1,8 +1,10 @@
 """A tiny trained run: MiMo-V2 in bf16 with experts on the grid, its untrained base, a drafter, and their recipe."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from checkpoint.families.registry import family_of
 from checkpoint.trained import Weights
@@ -77,6 +79,36 @@ def toy_drafter(config: MiMoV2Config) -> DFlashDraftModel:
         for p in model.parameters():
             p.copy_(torch.randn(p.shape) * 0.2)
     return model
+
+
+def plain_drafter(hidden: int, layers: int, vocabulary: int = 90, **changes) -> DFlashDraftModel:
+    """A drafter in z-lab's form: no sinks, no value scale, whole heads rotated."""
+    torch.manual_seed(1)
+    model = DFlashDraftModel(drafter_config(**{
+        "hidden_size": hidden, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 24, "vocab_size": vocabulary, "target_layer_ids": [0, layers - 1],
+        "num_target_layers": layers, "mask_token_id": vocabulary - 1, "rotary_base": 1e4, "window": 16,
+        "attention_sink_bias": False, **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) * 0.2)
+    return model
+
+
+def published_drafter(folder: Path, vocabulary: int = 90, **special):
+    """A drafter as others publish it: z-lab's keys, no mask_embedding.pt, one file of its own name."""
+    model = plain_drafter(96, 4, vocabulary, window=None)
+    folder.mkdir()
+    tensors = {n: p.detach().bfloat16() for n, p in model.named_parameters() if n != "mask_embedding"}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "block_size": 8, "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 24, "vocab_size": vocabulary, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
+        "num_target_layers": 4, "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False,
+        "layer_types": ["full_attention"] * 2, "max_position_embeddings": 256, "use_sliding_window": False,
+        "dflash_config": {"mask_token_id": vocabulary - 1, "target_layer_ids": [0, 3]} | special}))
+    return folder, model
 
 
 def make_run(root: Path, *, drafter: bool = True, config: MiMoV2Config | None = None) -> Path:

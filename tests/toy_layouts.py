@@ -1,4 +1,4 @@
-"""Tiny random Qwen3-MoE, Mixtral and gpt-oss models, exported into the layouts of their families."""
+"""Tiny random Qwen3-MoE, GLM-4-MoE, Mixtral and gpt-oss models, exported into the layouts of their families."""
 
 import torch
 from toy_export import RECIPE, export, put_on_grid
@@ -35,6 +35,18 @@ def mixtral(**changes):
         "tie_word_embeddings": True, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, **changes})
 
 
+def glm4(**changes):
+    """Groups of which one is chosen, two shared experts, half of each head rotated, every bias and norm that the class has."""
+    from transformers import Glm4MoeConfig
+
+    return Glm4MoeConfig(**{
+        "vocab_size": 120, "hidden_size": 96, "intermediate_size": 160, "moe_intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "n_routed_experts": 6, "num_experts_per_tok": 2,
+        "n_group": 2, "topk_group": 1, "n_shared_experts": 2, "routed_scaling_factor": 2.5, "first_k_dense_replace": 1,
+        "partial_rotary_factor": 0.5, "attention_bias": True, "use_qk_norm": True, "tie_word_embeddings": False,
+        "max_position_embeddings": 512, "rms_norm_eps": 1e-5, **changes})
+
+
 def exported(root, config, layout):
     """Folder in a layout, and transformers' model of it in float32."""
     from mxfp4 import fake_quantize
@@ -44,6 +56,9 @@ def exported(root, config, layout):
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(1.0, 0.1) if "norm" in name else p.normal_(std=0.15 if p.ndim > 1 else 0.5)
+        for name, b in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                b.normal_(std=0.1)
     model.save_pretrained(root / "base")
     if layout == "gpt-oss":
         with torch.no_grad():

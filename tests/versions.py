@@ -103,10 +103,13 @@ def folders(run: Path, root: Path):
     expected = expectation(ours, ids, "native", load_tokenizer(run / "export/model"))
     yield "MiMo-V2, native (shipped code)", run / "export/model", expected
     drafter = load_drafter(run / "export/model/dflash") if (run / "export/model/dflash").is_dir() else None
-    for layout in ("hf-fp8", "compressed-tensors"):
+    for layout in ("hf-fp8", "compressed-tensors", "bf16", "native"):
+        options = ["export.dense=fp8"] if layout == "native" else []
         subprocess.run([sys.executable, "export/to_hf.py", run / "export/model/resolved.yaml", "--layout", layout, "--weights",
-                        run / "qat/model", "--out", root / layout], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        yield f"MiMo-V2, {layout}", root / layout, expected | {"layout": layout}
+                        run / "qat/model", "--out", root / layout, *options], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        if layout == "native":  # the rest rounded to FP8, as the released checkpoints have it: another model
+            expected = expectation(load_model(root / layout, dtype=torch.bfloat16), ids, layout, load_tokenizer(root / layout))
+        yield f"MiMo-V2, {layout}{' (FP8 around the experts)' if options else ''}", root / layout, expected | {"layout": layout}
     if drafter is not None:
         yield "its drafter (shipped code)", run / "export/model/dflash", {
             "kind": "drafter", "weights": dict(drafter.named_parameters())}

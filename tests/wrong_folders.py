@@ -31,15 +31,15 @@ def write_reference(folder: Path) -> None:
     ids = torch.randint(0, 260, (1, text), generator=torch.Generator().manual_seed(0))
     layers = list(drafter.target_layer_ids)
     with torch.no_grad():
-        out = target(input_ids=ids[:, :-1], tap_layers=layers, use_cache=False, logits_to_keep=8)
-        taps = torch.stack(out.taps, dim=2)
+        out = target(input_ids=ids[:, :-1], aux_layers=layers, use_cache=False, logits_to_keep=8)
+        target_hidden = torch.stack(out.aux_hidden_states, dim=2)
         positions = torch.arange(text - 1)[None]
-        context = drafter.context_keys_values(drafter.fuse(taps.flatten(2)), positions)
+        context = drafter.context_keys_values(drafter.fuse(target_hidden.flatten(2)), positions)
         hidden = drafter.block_hidden(drafter.embed_block(ids[:, -1], target.model.embed_tokens),
                                       text - 1 + torch.arange(8)[None], context, positions)
         logits = target.lm_head(hidden[:, 1:])
     context = json.dumps({"target_layer_ids": layers, "features": "target"})
-    save_file({"input_ids": ids, "taps": taps.contiguous(), "draft_hidden": hidden.contiguous(),
+    save_file({"input_ids": ids, "taps": target_hidden.contiguous(), "draft_hidden": hidden.contiguous(),
                "draft_logits": logits.contiguous(), "target_logits": out.logits.contiguous()},
               folder / "dflash" / "dflash_reference.safetensors", metadata={"reference": context})
 

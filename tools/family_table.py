@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -29,13 +30,15 @@ Each is trained a step, exported in the layouts of its row and loaded again bit 
 - **on disk**: how the experts are published. One matrix per expert can be stored packed under its own name; experts that are
   published fused have no packed form that clients know (but gpt-oss's).
 - **layouts**: the first is what `export.layout: auto` writes. `bf16` holds the experts decoded exactly, for any engine.
+- **drafter**: whether `dflash_train/train.py` trains a drafter for it, or why it refuses to before it starts. A drafter is
+  exported beside every layout; an engine must be able to hand it the outputs of this family's layers.
 - **runtime**: this project's engine, server and `validate` run the first layout (c: on the processor; kernels: also on a GPU).
 
 What is not in the table is refused before training, with the reason: a type without a causal language model, experts of another
 form, a layout that its client cannot load. `checkpoint/families/` has one object per family that has something of its own.
 
-| model type | on disk | layouts | runtime |
-|---|---|---|---|
+| model type | on disk | layouts | drafter | runtime |
+|---|---|---|---|---|
 """
 
 
@@ -47,24 +50,42 @@ def page() -> str:
     from tools.family_configs import tiny, types
 
     logging.disable(logging.WARNING)
-    rows, refused = [("mimo_v2", "one matrix per expert", FAMILIES["mimo_v2"].layouts, FAMILIES["mimo_v2"])], []
+    rows, refused = [("mimo_v2", "one matrix per expert", FAMILIES["mimo_v2"].layouts, "yes", FAMILIES["mimo_v2"])], []
     for model_type in types():
         config = tiny(model_type)
         family = family_of(config)
         try:
             names = family.published(config)
         except ValueError as error:
-            refused.append(f"| {model_type} | {str(error).split(': ', 1)[1]} | refused before training | |")
+            refused.append(f"| {model_type} | {str(error).split(': ', 1)[1]} | refused before training | | |")
             continue
         form = "one matrix per expert" if names.experts else "fused"
         if names.experts:
             form += f" (`{'.'.join(next(iter(names.experts)).split('.')[3:])}`)"
-        rows.append((model_type, form, [layout for layout in family.layouts if _holds(refuse_layout, layout, config)], family))
+        layouts = [layout for layout in family.layouts if _holds(refuse_layout, layout, config)]
+        rows.append((model_type, form, layouts, _drafter(config), family))
     text = HEAD.format(version=transformers.__version__)
-    for model_type, form, layouts, family in rows:
+    for model_type, form, layouts, drafter, family in rows:
         runs = "" if not family.runtime_layout else "c, kernels" if family.kernels else "c"
-        text += f"| {model_type} | {form} | {', '.join(layouts)} | {runs} |\n"
+        text += f"| {model_type} | {form} | {', '.join(layouts)} | {drafter} | {runs} |\n"
     return text + "\n".join(refused) + "\n"
+
+
+def _drafter(config) -> str:
+    """Whether a tiny model of this configuration can be a drafter's target, asked of the trainer itself."""
+    import types
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dflash_train.target import target_of
+
+    torch.manual_seed(0)
+    try:
+        target_of(AutoModelForCausalLM.from_config(config), types.SimpleNamespace(eos_token_id=2), [0], Path("it"))
+    except ValueError as error:
+        return "no: " + re.sub(r"^(model\.path: it|model type \w+): ", "", str(error)).partition(";")[0]
+    return "yes"
 
 
 def _holds(refuse, layout: str, config) -> bool:

@@ -43,7 +43,7 @@ def arrow(axes, start: tuple[float, float], end: tuple[float, float]) -> None:
 def jobs():
     """One recipe, four jobs, and the folder that each leaves."""
     figure, axes = canvas(11, 2.9)
-    names = [("1  quantization-aware\ntraining", "qat/train.py", BLUE, "runs/NAME/qat/model\nexperts on the MXFP4 grid"),
+    names = [("1  quantization-\naware training", "qat/train.py", BLUE, "runs/NAME/qat/model\nexperts on the MXFP4 grid"),
              ("2  drafter training", "dflash_train/train.py", GREEN, "runs/NAME/dflash/model\nDFlash drafter, block 8"),
              ("3  export", "export/to_hf.py", AMBER, "runs/NAME/export/model\none Hugging Face folder"),
              ("4  serve and validate", "runtime_ref/serve.py, validate.py", RED, "OpenAI API; verdict\nin text, JSON, HTML")]
@@ -88,7 +88,7 @@ def dflash_round():
     """One round of block-diffusion drafting, block 8, four drafts accepted."""
     figure, axes = canvas(11, 4.6)
     y = 3.6
-    axes.text(0.2, 4.4, "One round: the drafter proposes 7 tokens in one pass, the target judges all of them in one pass",
+    axes.text(0.2, 4.4, "One round: the drafter proposes 7 tokens in one pass, the target verifies them in one pass",
               fontsize=10, weight="bold", color=INK, va="center")
     axes.text(0.2, y + 0.25, "text so far", fontsize=9, color=INK, va="center")
     for i, token in enumerate(("def", "add", "(", "a", ",")):

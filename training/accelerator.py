@@ -46,7 +46,8 @@ def make_accelerator(gradient_accumulation: int = 1):
     accelerator = Accelerator(gradient_accumulation_plugin=accumulation,
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     if launched > 1 and accelerator.num_processes == 1:
-        raise ValueError(f"launched with WORLD_SIZE={launched}, but Accelerate sees one process: {launched} independent "
+        found = "" if torch.accelerator.is_available() else " (no GPU is visible to torch on this machine)"
+        raise ValueError(f"launched with WORLD_SIZE={launched}, but Accelerate sees one process{found}: {launched} independent "
                          f"runs would overwrite each other. Launch {LAUNCH_HELP.format(script=sys.argv[0])}")
     return accelerator
 

@@ -63,8 +63,10 @@ def require_newest_result(folder: Path) -> None:
 
 
 def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, facts: dict, keep_last: int,
-                    write: Callable[[Path], None]) -> Path:
+                    write: Callable[[Path], None], keep: int | None = None) -> Path:
     """Saves what `write` writes into a folder as the checkpoint of `step`; all processes call it.
+
+    The last `keep_last` stay, and that of step `keep`.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched and the partial one is removed.
@@ -89,7 +91,8 @@ def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, f
             seal(partial, {"step": step, "processes": accelerator.num_processes} | facts, sums)
             finish_folder(partial, final)
             for old in complete_checkpoints(folder)[:-keep_last]:
-                shutil.rmtree(old)
+                if step_of(old) != keep:
+                    shutil.rmtree(old)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         kept = complete_checkpoints(folder)
@@ -208,20 +211,23 @@ def _same(a, b) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.numel() > 0
 
 
-def read_states(accelerator, path: Path, *, model, states: dict) -> None:
-    """Restores what `write_states` wrote.
+def read_states(accelerator, path: Path, *, model, states: dict, other_processes: bool = False) -> int:
+    """Restores what `write_states` wrote; returns the number of processes that wrote it.
+
+    other_processes: it may be another number than now; generators are then left as they are.
 
     Raises:
-        ValueError: written by another number of processes, by a version with pickled states, or of another shape.
+        ValueError: written by another number of processes, unless that is allowed; by a version with pickled states; of another
+            shape.
     """
     from safetensors.torch import load_file
 
     from training.state_files import load_state, set_random_state
 
     processes = read_json(path / COMPLETE)["processes"]
-    if processes != accelerator.num_processes:
-        raise ValueError(f"{path}: written by {processes} processes, now running {accelerator.num_processes}; "
-                         "a run resumes exactly only with the same number of processes")
+    if processes != accelerator.num_processes and not other_processes:
+        raise ValueError(f"{path}: written by {processes} processes, now running {accelerator.num_processes}; a run resumes "
+                         "exactly only with the same number (--other-processes goes on from its weights all the same)")
     if not (path / STATE).is_file():
         raise ValueError(f"{path}: no {STATE}: a checkpoint of an earlier version, whose pickled states are not read, because "
                          "they could run code; start a new run without --resume")
@@ -235,9 +241,11 @@ def read_states(accelerator, path: Path, *, model, states: dict) -> None:
         saved = load_state(path / STATE)
         for name, state in states.items():
             state.load_state_dict(saved[name])
-        generators = load_state(path / f"random_states_{accelerator.process_index}.safetensors")
-        set_random_state(generators)
-        accelerator.step = generators["micro_step"]
+        if processes == accelerator.num_processes:
+            generators = load_state(path / f"random_states_{accelerator.process_index}.safetensors")
+            set_random_state(generators)
+            accelerator.step = generators["micro_step"]
     except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
         text = str(error).strip().splitlines()
         raise ValueError(f"{path}: does not fit this recipe's model: {text[-1].strip() if text else error!r}") from None
+    return processes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from recipes.schema import Recipe, Source
 from training import report
-from training.files import expand
+from training.data_files import expand
 
 JOBS = ("qat", "dflash")
 
@@ -35,9 +35,9 @@ def require_ready(recipe: Recipe, job: str) -> None:
         raise ValueError("\n".join([found[0], *(f"error: {text}" for text in found[1:])]))
 
 
-def print_readiness(recipe: Recipe, job: str) -> None:
-    """For --plan: what would stop the run, or that nothing is known to."""
-    found = problems(recipe, job)
+def print_readiness(recipe: Recipe, job: str, more: list[str] | None = None) -> None:
+    """For --plan: what would stop the run, or that nothing is known to. more: problems that the job alone can find."""
+    found = list(dict.fromkeys([*problems(recipe, job), *(more or [])]))
     if recipe.model.path is None:
         found = ["model.path: required to train", *found]
     for text in found:
@@ -56,7 +56,7 @@ def _base(recipe: Recipe, job: str) -> list[str]:
     path = recipe.model.path
     if path is None or Path(path).exists() or (len(Path(path).parts) <= 2 and not path.startswith((".", "/", "~"))):
         return []
-    return [f"model.path: {path}: no such checkpoint folder (looked from {Path.cwd()})"]
+    return [f"model.path: {path}: no such checkpoint folder, neither from {Path.cwd()} nor from the recipe's folder"]
 
 
 def _named(recipe: Recipe, job: str) -> dict[str, list[str]]:

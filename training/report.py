@@ -196,13 +196,16 @@ def mean(values: Iterable[float]) -> float:
 
 
 class ProgressBar:
-    """Rich progress bar on the main process of a terminal; a plain line every `every` steps elsewhere (logs, CI)."""
+    """Rich progress bar on the main process of a terminal; a plain line every `every` steps elsewhere (logs, CI).
 
-    def __init__(self, total: int, start: int, *, enabled: bool, every: int, label: str = "QAT"):
+    unit: what is counted.
+    """
+
+    def __init__(self, total: int, start: int, *, enabled: bool, every: int, label: str = "QAT", unit: str = "step"):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.enabled, self.every, self.total = enabled, every, total
+        self.enabled, self.every, self.total, self.unit = enabled, every, total, unit
         self._began = time.monotonic()
         self._start = start
         console = Console()
@@ -219,7 +222,7 @@ class ProgressBar:
         elif self.enabled and (step % self.every == 0 or step == self.total):
             done = max(step - self._start, 1)
             left = (time.monotonic() - self._began) / done * (self.total - step)
-            print(f"step {step}/{self.total}  {text}  ETA {left:.0f} s", flush=True)
+            print(f"{self.unit} {step}/{self.total}  {text}  ETA {left:.0f} s", flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

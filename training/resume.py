@@ -19,17 +19,19 @@ import yaml
 
 from recipes.schema import Recipe
 from storage.digests import differences
-from storage.reading import read_json, read_text
+from storage.reading import first_line, read_json, read_text
 from training.checkpoint import COMPLETE, RECIPE, newest_whole, step_of
 
 _SAID = {"model.path", "data.train", "qat.steps", "dflash.steps", "dflash.data", "dflash.regenerate.prompts"}
 _FREE = {
     "qat": ("name", "output", "data.heldout", "data.eval_sequences", "qat.evaluation_dtype", "qat.loss.chunk_tokens",
-            "qat.gradient_checkpointing", "qat.log_every", "qat.health_every", "qat.checkpoint_every", "qat.keep_last",
+            "qat.gradient_checkpointing", "qat.log_every", "qat.heldout_every",
+            "qat.heldout_sequences", "qat.result", "qat.patience", "keep_earlier",
+            "qat.health_every", "qat.checkpoint_every", "qat.keep_last",
             "qat.warm_start", "drafter", "dflash", "export", "cluster", "tracking", "model.released",
             "model.trust_remote_code", "quantization.expected_tensors"),
-    "dflash": ("name", "output", "data", "qat", "dflash.log_every", "dflash.checkpoint_every", "dflash.keep_last",
-               "dflash.acceptance", "dflash.features", "dflash.features_gib", "dflash.loss.chunk_anchors",
+    "dflash": ("name", "output", "keep_earlier", "data", "qat", "dflash.log_every", "dflash.checkpoint_every",
+               "dflash.keep_last", "dflash.acceptance", "dflash.features", "dflash.features_gib", "dflash.loss.chunk_anchors",
                "dflash.start_from", "dflash.regenerate.endpoint", "dflash.regenerate.endpoint_model",
                "export", "cluster", "tracking", "model.released", "model.trust_remote_code", "quantization.expected_tensors"),
 }
@@ -86,7 +88,7 @@ def _saved_recipe(path: Path) -> dict:
     try:
         saved = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: not valid YAML: {first_line(error)}") from None
     if not isinstance(saved, dict):
         raise ValueError(f"{path}: not a recipe")
     return saved

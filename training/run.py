@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from recipes.load import dump_recipe
-from storage.files import next_free, tree_bytes, write_json, write_text
+from storage.files import bound_earlier, next_free, write_json, write_text
 from storage.locks import Lock
 from storage.revision import git_revision
 from training import checkpoint, report
 from training.accelerator import PATIENCE, StopRequest, from_first
+from training.hangs import Watch
 from training.resume import require_same_inputs
-from training.watch import Watch
 
 HANG_MINUTES = 10.0  # where a recipe has no cluster section
 
@@ -40,6 +40,7 @@ class TrainingRun:
     drawn = 0.0
     inputs: dict = {}
     held: AbstractContextManager = nullcontext()
+    other_processes = False  # whether a checkpoint of another number of processes may be resumed
 
     def batches(self) -> Iterator:
         """What `update` takes, step by step, from the state's position on."""
@@ -60,6 +61,17 @@ class TrainingRun:
         """Evaluates and writes what the job was for."""
         raise NotImplementedError
 
+    def ended_early(self) -> bool:
+        """Whether the run ends here, before its last step."""
+        return False
+
+    def best_step(self) -> int | None:
+        """The step whose checkpoint is kept whatever its age; it is the present one if a checkpoint is due for it."""
+        return None
+
+    def moved(self, before: int) -> None:
+        """Called when a state was read that `before` processes, another number, had written."""
+
     def facts(self) -> dict:
         """What a checkpoint's complete.json tells beside the recipe."""
         return {"git_revision": git_revision(), "inputs": self.inputs}
@@ -69,7 +81,7 @@ class TrainingRun:
         try:
             if stopped_by := self.train(max_steps):
                 return 128 + stopped_by
-            if self.state.step == self.settings.steps:
+            if self.state.step == self.settings.steps or self.ended_early():
                 self.finish()
             return 0
         finally:
@@ -86,14 +98,15 @@ class TrainingRun:
         batches = watch.batches(self.batches(), lambda: state.step)
         with StopRequest() as stop:
             try:
-                while state.step < last:
+                while state.step < last and not self.ended_early():
                     began = time.perf_counter()
                     values = self.update(batches)
                     watch.at(state.step, "report")
                     self.record(values, time.perf_counter() - began, bar)
                     signal = stop.agreed(self.accelerator)
                     watch.begin()
-                    if state.step % settings.checkpoint_every == 0 or state.step == last or signal:
+                    due = state.step % settings.checkpoint_every == 0 or state.step in (last, self.best_step())
+                    if due or signal or self.ended_early():
                         watch.at(state.step, "checkpoint")
                         self.save()
                     if signal:
@@ -103,7 +116,10 @@ class TrainingRun:
             finally:
                 bar.close()
                 watch.end(PATIENCE)
-        if last < settings.steps:
+        if self.ended_early() and state.step < settings.steps:
+            self.say(f"ended at step {state.step} of {settings.steps}: no lower KL on held-out text for {settings.patience} "
+                     "measurements (qat.patience)")
+        elif last < settings.steps:
             self.draw()
             self.say(f"stopped at --max-steps {last}; --resume continues to step {settings.steps}")
         return None
@@ -124,7 +140,10 @@ class TrainingRun:
             require_same_inputs(newest, self.inputs)
 
     def set_earlier_aside(self, keep: tuple[str, ...] = ()) -> None:
-        """Gives an earlier run's folder another name, once this run is known to start; the folders `keep` stay in use."""
+        """Gives an earlier run's folder another name, once this run is known to start; the folders `keep` stay in use.
+
+        Of those set aside the newest `keep_earlier` stay.
+        """
         self.accelerator.wait_for_everyone()
         if self.main and (self.folder / "resolved.yaml").exists():
             aside = next_free(self.folder)
@@ -133,8 +152,8 @@ class TrainingRun:
             for kept in keep:
                 if (aside / kept).exists():
                     (aside / kept).rename(self.folder / kept)
-            print(f"an earlier run was set aside as {aside} (--resume would have continued it); it holds "
-                  f"{tree_bytes(aside) / 1e9:.3f} GB, which removing it gives back")
+            print(f"an earlier run was set aside as {aside} (--resume would have continued it)")
+            bound_earlier(self.folder, "resolved.yaml", self.recipe.keep_earlier)
         self.accelerator.wait_for_everyone()
 
     def open_records(self, resumed: bool, name: str) -> None:
@@ -157,7 +176,11 @@ class TrainingRun:
 
     def read_state(self, path: Path) -> None:
         """Restores the run from a checkpoint. Raises ValueError: it does not fit this launch or this recipe."""
-        checkpoint.read_states(self.accelerator, path, **self._restored())
+        before = checkpoint.read_states(self.accelerator, path, **self._restored(), other_processes=self.other_processes)
+        if before != self.accelerator.num_processes:
+            self.moved(before)
+            self.say(f"--resume: written by {before} processes, now {self.accelerator.num_processes}: goes on from the same "
+                     "weights and moments, not bit for bit")
 
     def _restored(self) -> dict:
         return {"model": self.model, "states": {"optimizer": self.optimizer, "schedule": self.schedule, "job": self.state}}
@@ -165,7 +188,7 @@ class TrainingRun:
     def save(self) -> None:
         checkpoint.save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state.step,
                                    recipe_yaml=dump_recipe(self.recipe), keep_last=self.settings.keep_last, facts=self.facts(),
-                                   write=self.write_state)
+                                   write=self.write_state, keep=self.best_step())
         if time.monotonic() - self.drawn > report.CURVES_SECONDS:
             self.draw()
 
@@ -180,10 +203,10 @@ class TrainingRun:
         advice = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         raise NonFinite(f"step {self.state.step + 1}: {what}; stopped before the update, {advice}")
 
-    def training_seconds(self) -> float:
-        """Time in updates, from the logged steps: survives resumes, which the process's own clock does not."""
+    def training_seconds(self, steps: int) -> float:
+        """Time in that many updates, from the logged ones: survives resumes, which the process's own clock does not."""
         records = [r for r in report.read_metrics(self.folder / "metrics.jsonl") if r["kind"] == "train"]
-        return report.mean(r.get("seconds", 0.0) for r in records) * self.settings.steps
+        return report.mean(r.get("seconds", 0.0) for r in records) * steps
 
     def say(self, text: str) -> None:
         if self.main:

@@ -14,6 +14,11 @@ def make_schedule(optimizer: torch.optim.Optimizer, total: int, settings: Optimi
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, settings))
 
 
+def present_rate(step: int, total: int, settings: Optimizer) -> float:
+    """The recipe's learning rate at optimizer step `step`; groups may have other units (`qat.optimizer.matched_rate`)."""
+    return settings.learning_rate * learning_rate_factor(step, total, settings)
+
+
 def learning_rate_factor(step: int, total: int, settings: Optimizer) -> float:
     """Share of the peak learning rate at optimizer step `step` (0-based) of `total`."""
     if step < settings.warmup_steps:

@@ -24,7 +24,6 @@ class Family:
         layouts: that an export can have, the usual one first.
         runtime_layout: the one that the runtime runs; None: it does not run this family. kernels: also on its GPU kernels.
         router: how the runtime weighs the chosen experts: "sigmoid", "softmax" or "softmax of the chosen".
-        head_norms: norms of each query and key head. biases: of the attention, the router and the experts.
         sinks: the name of the attention's sink logits within self_attn, or None.
         moe, gate, parts: how the mixture of experts is called within a layer, its router within that, and an expert's gate, up
             and down matrices.
@@ -36,8 +35,6 @@ class Family:
     runtime_layout: str | None = None
     kernels: bool = False
     router: str = "softmax"
-    head_norms: bool = False
-    biases: bool = False
     sinks: str | None = None
     moe: str = "mlp"
     gate: str = "gate"

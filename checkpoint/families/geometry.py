@@ -22,7 +22,10 @@ class NotHeld(ValueError):
 class Geometry:
     """The configuration of a model without a MiMo-V2 configuration; names and meanings are those of `MiMoV2Config`.
 
-    `rotary` is (inverse frequencies or None for powers of rope_theta, factor of cosines and sines).
+    Attributes:
+        rotary: (inverse frequencies or None for powers of rope_theta, factor of cosines and sines).
+        head_norms: norms of each query and key head. attention_biases: which of the projections q, k, v, o have one.
+        shared_width: rows of the gate of the shared experts, all of them together; 0: none.
     """
 
     model_type: str
@@ -46,16 +49,26 @@ class Geometry:
     rope_theta: float
     rotary: tuple[tuple[float, ...] | None, float]
     clamp: tuple[float, float] | None = None
+    head_norms: bool = False
+    attention_biases: str = ""
+    shared_width: int = 0
     n_group: int = 1
     topk_group: int = 1
     routed_scaling_factor: float | None = None
     partial_rotary_factor: float = 1.0
     attention_value_scale: float | None = None
     add_full_attention_sink_bias: bool = False
+    add_swa_attention_sink_bias: bool = False
 
     @property
     def v_head_dim(self) -> int:
         return self.head_dim
+
+    def __getattr__(self, name: str):
+        """Window layers have the heads and the rotation of full ones: swa_head_dim is head_dim."""
+        if not name.startswith("swa_"):
+            raise AttributeError(name)
+        return getattr(self, name.removeprefix("swa_"))
 
 
 def known_config(file: Path):
@@ -104,6 +117,7 @@ def require_packed(file: Path, raw: dict, key: str, expected: str, layout: str) 
 def shared_keys(config) -> dict:
     return {key: getattr(config, key) for key in (
         "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "num_experts_per_tok", "max_position_embeddings", "tie_word_embeddings", "sliding_window")} | {
+        "num_experts_per_tok", "max_position_embeddings", "tie_word_embeddings")} | {
+        "sliding_window": getattr(config, "sliding_window", None),
         "layernorm_epsilon": config.rms_norm_eps, "rope_theta": config.rope_parameters["rope_theta"],
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads}

@@ -25,7 +25,6 @@ class GptOss(Family):
     layouts: tuple[str, ...] = ("gpt-oss", "bf16")
     runtime_layout: str | None = "gpt-oss"
     router: str = "softmax of the chosen"
-    biases: bool = True
     sinks: str | None = "sinks"
     gate: str = "router"
 
@@ -36,5 +35,5 @@ class GptOss(Family):
         return Geometry(**shared_keys(config), hybrid_layer_pattern=[int(t == "sliding_attention") for t in config.layer_types],
                         moe_layer_freq=[1] * config.num_hidden_layers, intermediate_size=config.intermediate_size,
                         moe_intermediate_size=config.intermediate_size, n_routed_experts=config.num_local_experts,
-                        norm_topk_prob=True, rotary=rotary_of(file, config),
+                        norm_topk_prob=True, rotary=rotary_of(file, config), attention_biases="qkvo",
                         clamp=(float(config.swiglu_limit), float(getattr(config, "swiglu_alpha", CLAMP_ALPHA))))

@@ -14,6 +14,7 @@ class Mixtral(Family):
     model_type: str = "mixtral"
     architecture: str | None = "MixtralForCausalLM"
     runtime_layout: str | None = "compressed-tensors"
+    kernels: bool = True
     moe: str = "block_sparse_moe"
     parts: tuple[str, str, str] = ("w1", "w3", "w2")
 

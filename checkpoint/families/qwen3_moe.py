@@ -15,7 +15,6 @@ class Qwen3Moe(Family):
     architecture: str | None = "Qwen3MoeForCausalLM"
     runtime_layout: str | None = "compressed-tensors"
     kernels: bool = True
-    head_norms: bool = True
 
     def geometry(self, file: Path, raw: dict) -> Geometry:
         require_packed(file, raw, "format", "mxfp4-pack-quantized", self.runtime_layout)
@@ -29,4 +28,4 @@ class Qwen3Moe(Family):
         return Geometry(**shared_keys(config) | {"sliding_window": None}, hybrid_layer_pattern=[0] * layers,
                         moe_layer_freq=sparse, intermediate_size=config.intermediate_size,
                         moe_intermediate_size=config.moe_intermediate_size, n_routed_experts=config.num_experts,
-                        norm_topk_prob=config.norm_topk_prob, rotary=rotary_of(file, config))
+                        norm_topk_prob=config.norm_topk_prob, rotary=rotary_of(file, config), head_norms=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from checkpoint.families.base import Family
+from checkpoint.families.glm4_moe import Glm4Moe
 from checkpoint.families.gpt_oss import GptOss
 from checkpoint.families.mimo_v2 import MiMoV2
 from checkpoint.families.mixtral import Mixtral
 from checkpoint.families.qwen3_moe import Qwen3Moe
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (MiMoV2(), Qwen3Moe(), GptOss(), Mixtral())}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (MiMoV2(), Qwen3Moe(), Glm4Moe(), GptOss(), Mixtral())}
 
 
 def family_of(config) -> Family:

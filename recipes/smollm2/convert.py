@@ -33,6 +33,8 @@ if __name__ == "__main__":  # launched by path, Python puts this script's own fo
 import torch
 from torch.nn import functional as F
 
+from storage.reading import first_line
+
 # Text whose logits are compared: prose, code, arithmetic, a chat turn's words.
 PROBE = ("The kettle had gone cold by the time she found the letter, folded twice and pushed under the clock.\n\n"
          "def mean(values):\n    return sum(values) / len(values)\n\n"
@@ -62,7 +64,7 @@ def load_dense(source: str) -> tuple:
         model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{source}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise ValueError(f"{source}: cannot be loaded: {first_line(error)}") from None
     if model.config.model_type != "llama":
         raise ValueError(f"{source}: model type {model.config.model_type!r}, expected llama")
     return _unmarked(model), tokenizer

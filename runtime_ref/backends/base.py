@@ -17,7 +17,7 @@ import torch
 
 from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache, Pool, Table
-from runtime_ref.core.launch import LaunchReport
+from runtime_ref.core.launch_report import LaunchReport
 from runtime_ref.core.markov import MarkovHead
 from runtime_ref.core.program import Op
 from runtime_ref.core.tensor_parallel import Ranks
@@ -142,7 +142,7 @@ class Backend(ABC):
 
     def choose_launch(self, asked: str, program: list[Op], drafter: Drafter | None, cache: KvCache, running: int,
                       context: int) -> tuple[LaunchReport, Drafter | None]:
-        """Decides how steps of this program and rounds of this drafter are launched (`core.launch.LAUNCHES`).
+        """Decides how steps of this program and rounds of this drafter are launched (`core.launch_report.LAUNCHES`).
 
         Args:
             running: sequences that will be served side by side. context: tokens of the longest.

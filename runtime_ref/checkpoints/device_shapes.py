@@ -10,11 +10,10 @@ import os
 
 import torch
 
-from checkpoint.families.registry import FAMILIES
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from runtime_ref.core.tensor_parallel import SHARES, Ranks
+from runtime_ref.kernels.launches import Heads
 from runtime_ref.kernels.repack import Tile
-from runtime_ref.kernels.row_launches import Heads
 from runtime_ref.kernels.tp_reduction import FP8_BLOCK, LEAST_DEPTH, expert_share, parts_of
 
 
@@ -57,7 +56,7 @@ def expert_tiles(config: MiMoV2Config, ranks: Ranks, shares: int = SHARES, hw_fp
 
 def has_head_norms(config) -> bool:
     """Whether queries and keys are normed head by head."""
-    return FAMILIES[config.model_type].head_norms
+    return getattr(config, "head_norms", False)
 
 
 def layer_shapes(config: MiMoV2Config, index: int, ranks: Ranks, fp8: frozenset[str], shares: int = SHARES,

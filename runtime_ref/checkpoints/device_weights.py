@@ -2,10 +2,10 @@
 
 Nothing is decoded and nothing is encoded: FP8 matrices keep their bytes, with one row of scales per row of the matrix (the grid
 of 128 x 128 blocks restarts inside a fused qkv, so a rank's share has no grid of its own); expert codes and scales are only
-moved into pages (`kernels/repack.py`). `weights.py` holds the same tensors for the torch backend, decoded to float32.
+moved into pages (`kernels/repack.py`). `host_weights.py` holds the same tensors for the torch backend, decoded to float32.
 
-All tensors of a rank lie in one `Arena`, a single allocation, because the persistent step finds them by 32-bit offsets: its
-program is a table of int32. Sizes are known from the configuration (`kernel_shapes.py`) before anything is read, so loading
+All tensors of a rank lie in one `Arena`, a single allocation, because the megakernel finds them by 32-bit offsets: its
+program is a table of int32. Sizes are known from the configuration (`device_shapes.py`) before anything is read, so loading
 never holds more than a layer twice, and a geometry can be filled with random bytes instead (`random_weights`) to be timed.
 """
 
@@ -24,11 +24,11 @@ from checkpoint.tensor_files import TensorFiles
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.names import qkv_rows, qkv_scale_rows
 from mxfp4.format import BLOCK_SIZE
-from runtime_ref.checkpoints.device_shapes import expert_tiles, layer_heads, layer_shapes, outer_shapes
+from runtime_ref.checkpoints.device_shapes import expert_tiles, has_head_norms, layer_heads, layer_shapes, outer_shapes
 from runtime_ref.checkpoints.folder import read_geometry
 from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK, Ranks
+from runtime_ref.kernels.launches import Heads, Matrix, Router, paired
 from runtime_ref.kernels.repack import MAX_SCALE_BYTE, SCALE_OFFSET, ExpertPages, Tile, repack_experts
-from runtime_ref.kernels.row_launches import Heads, Matrix, Router, paired
 from runtime_ref.kernels.tp_reduction import (
     FP8_BLOCK,
     LEAST_DEPTH,
@@ -85,7 +85,7 @@ class KernelLayer:
     sink: torch.Tensor | None
     input_norm: torch.Tensor
     post_norm: torch.Tensor
-    head_norm: torch.Tensor | None = None  # of each query and key head, in the order of `row_launches.project` (Qwen3)
+    head_norm: torch.Tensor | None = None  # of each query and key head, in the order of `launches.project` (Qwen3)
     gate_up: Matrix | None = None
     down: Matrix | None = None
     router: Router | None = None
@@ -112,12 +112,13 @@ def require_kernels(folder: str | Path, config) -> None:
     run = [family.model_type for family in FAMILIES.values() if family.kernels]
     if config.model_type not in run:
         raise NotHeld(f"{Path(folder) / 'config.json'}: model_type: {config.model_type!r}, expected {' or '.join(run)}: "
-                      "the kernels have no biases and no clamped SwiGLU; run this checkpoint with --backend torch")
+                      "the kernels have no biases, no clamped SwiGLU and no shared experts; run this checkpoint with "
+                      "--backend torch")
 
 
 def load_kernel_weights(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, device: str = "cpu", hw_fp4: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> KernelWeights:
-    """One rank's weights from an exported folder. hw_fp4: experts in hw_fp4 pages (`kernels/blackwell_mxfp4.py`).
+    """One rank's weights from an exported folder. hw_fp4: experts in hw_fp4 pages (`kernels/experimental/blackwell_mxfp4.py`).
 
     Raises:
         ValueError: a damaged or incomplete folder, a geometry that the ranks cannot share, a scale byte that pages cannot hold,
@@ -237,7 +238,7 @@ class _Reader:
             shared = torch.cat([own_share(queries, 0, self.ranks), *(own_keys(t, keys, self.ranks) for t in others)])
             out[f"qkv{suffix}"] = paired(shared, heads)
         self._put_matrix(out, "o", [f"{prefix}.self_attn.o_proj"], columns=True)
-        if self.family.head_norms:
+        if has_head_norms(self.config):
             norms = [self._f32(f"{prefix}.self_attn.{n}_norm.weight").repeat(count)
                      for n, count in (("q", heads.queries), ("k", heads.keys))]
             out["head_norm"] = paired(torch.cat(norms), heads)

@@ -12,6 +12,7 @@ from checkpoint.families.geometry import NotHeld
 from checkpoint.families.registry import FAMILIES
 from checkpoint.tensor_files import TensorFiles
 from modeling.configuration_mimo_v2 import MiMoV2Config
+from storage.reading import first_line
 
 
 def end_ids(folder: str | Path, config: dict) -> list[int]:
@@ -45,7 +46,7 @@ def read_config(folder: str | Path) -> tuple[MiMoV2Config, dict]:
     try:
         config = MiMoV2Config.from_dict({k: v for k, v in raw.items() if k not in drop})
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{file}: {first_line(error)}") from None
     if config.attention_bias:
         raise ValueError(f"{file}: attention_bias: true, expected false (no release has it)")
     return config, raw
@@ -68,6 +69,10 @@ def read_geometry(folder: str | Path) -> tuple[object, dict]:
         kind = raw.get("model_type")
         if kind in FAMILIES and FAMILIES[kind].runtime_layout not in (None, "native"):
             return FAMILIES[kind].geometry(file, raw), raw
+        if kind != "mimo_v2" and raw.get("kv_lora_rank"):
+            raise NotHeld(f"{file}: model_type: {kind!r}: this runtime does not run multi-head latent attention (kv_lora_rank "
+                          f"{raw['kv_lora_rank']}); serve the folder with another engine and judge that: "
+                          f"runtime_ref/validate.py {file.parent} --endpoint URL")
         if kind != "mimo_v2":
             held = [f"{f.model_type} ({f.runtime_layout} layout)" for f in FAMILIES.values() if f.runtime_layout]
             raise NotHeld(f"{file}: model_type: {kind!r}, expected one of {', '.join(held)}{_nearest(raw)}")
@@ -107,14 +112,14 @@ def verify_checksums(folder: str | Path) -> None:
     if not (folder / CHECKSUM_FILE).is_file():
         raise ValueError(f"{folder}: no {CHECKSUM_FILE}, nothing to compare with")
     for line in (folder / CHECKSUM_FILE).read_text(encoding="utf-8").splitlines():
-        wanted, _, name = line.partition("  ")
+        expected, _, name = line.partition("  ")
         path = folder / name.strip().lstrip("*")
         if not path.is_file():
             raise ValueError(f"{folder}: {name} is missing, {CHECKSUM_FILE} lists it")
         with path.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != wanted:
-            raise ValueError(f"{path}: sha256 {found[:16]}..., expected {wanted[:16]}...: the file is damaged")
+        if found != expected:
+            raise ValueError(f"{path}: sha256 {found[:16]}..., expected {expected[:16]}...: the file is damaged")
 
 
 def drafter_folder(folder: str | Path) -> Path | None:

@@ -1,6 +1,6 @@
-"""An exported folder -> one rank's weights, in the form that the ops of `model.py` take.
+"""An exported folder -> one rank's weights, in the form that the ops of `backends/torch/ops.py` take.
 
-Here: the native layout of MiMo-V2. What other models' folders look like is in `families.py`.
+Here: the native layout of MiMo-V2. What other models' folders look like is in `readers.py`.
 
 Experts stay packed: their codes and scales are the source of truth and are never encoded again. What the torch backend
 multiplies is decoded from them, expert by expert, and kept in a bounded cache (decoding at every step costs more than the
@@ -9,7 +9,7 @@ product itself on a CPU; a limit of 0 bytes decodes every time and gives the sam
 Everything else is held in float32, decoded once: BF16 exactly, FP8 by its 128 x 128 blocks, whose grid restarts with each
 chunk of a fused qkv. In float32 because CPUs multiply it as fast as bf16 at eight rows, without rounding in between.
 
-Files are memory-mapped and each rank copies only its own rows. Forms (parts as in `parallel.py`, own = this rank's):
+Files are memory-mapped and each rank copies only its own rows. Forms (parts: `core/tensor_parallel.py`; own: this rank's):
 
     queries and keys  [own query heads + own key heads, H, D]     values  [own key heads, H, V]
     column-parallel   [own parts, K, N / parts]                   (gate and up columns of a part side by side)
@@ -147,6 +147,7 @@ class Moe:
     experts: Experts
     scores: str = "sigmoid"  # or "softmax" over all experts, or "softmax of the chosen"
     bias: torch.Tensor | None = None  # [E], of the router's product
+    shared: Dense | None = None  # cut into as many parts as the experts
 
 
 @dataclass
@@ -196,9 +197,10 @@ class Reader:
             raise ValueError(f"{self.files.folder}: {name}: shape {list(raw.shape)}, expected [{size}]")
         return raw.to(torch.float32, copy=True)
 
-    def columns_of(self, w: torch.Tensor) -> torch.Tensor:
-        """Own parts of the output rows of w [N, K]: [own, K, N / parts]."""
-        return w.unflatten(0, (shares(w.shape[0]), -1))[self.ranks.part(w.shape[0])].transpose(1, 2).contiguous()
+    def columns_of(self, w: torch.Tensor, size: int | None = None) -> torch.Tensor:
+        """Own parts of the output rows of w [N, K], cut into `shares(size)` (of N): [own, K, N / parts]."""
+        size = size or w.shape[0]
+        return w.unflatten(0, (shares(size), -1))[self.ranks.part(size)].transpose(1, 2).contiguous()
 
     def rows_of(self, w: torch.Tensor, size: int) -> torch.Tensor:
         """Own parts of the reduction dimension of w [N, K], cut into `shares(size)`: [own, K / parts, N]."""
@@ -208,7 +210,8 @@ class Reader:
         config, prefix = self.config, f"model.layers.{index}"
         norms = [self.vector(f"{prefix}.{n}.weight", config.hidden_size)
                  for n in ("input_layernorm", "post_attention_layernorm")]
-        mlp = self._moe(f"{prefix}.mlp", index, cache) if config.moe_layer_freq[index] else self._dense(f"{prefix}.mlp")
+        mlp = self._moe(f"{prefix}.mlp", index, cache) if config.moe_layer_freq[index] else self._dense(
+            f"{prefix}.mlp", config.intermediate_size, config.intermediate_size)
         return Layer(self._attention(f"{prefix}.self_attn", index), *norms, mlp)
 
     def _attention(self, prefix: str, index: int) -> Attention:
@@ -255,10 +258,11 @@ class Reader:
         rows = qkv_rows(self.config, index)
         return tuple(torch.cat([fused[s] for s in rows[n]]) for n in "qkv")
 
-    def _dense(self, prefix: str) -> Dense:
-        H, inner = self.config.hidden_size, self.config.intermediate_size
-        gate, up = (self.columns_of(self.matrix(f"{prefix}.{n}_proj.weight", (inner, H))) for n in ("gate", "up"))
-        return Dense(torch.cat((gate, up), dim=2), self.rows_of(self.matrix(f"{prefix}.down_proj.weight", (H, inner)), inner))
+    def _dense(self, prefix: str, inner: int, cut: int) -> Dense:
+        """An MLP of `inner` rows, cut into the parts of a matrix of `cut` rows."""
+        H = self.config.hidden_size
+        gate, up = (self.columns_of(self.matrix(f"{prefix}.{n}_proj.weight", (inner, H)), cut) for n in ("gate", "up"))
+        return Dense(torch.cat((gate, up), dim=2), self.rows_of(self.matrix(f"{prefix}.down_proj.weight", (H, inner)), cut))
 
     def _moe(self, prefix: str, index: int, cache: DecodedCache) -> Moe:
         config = self.config

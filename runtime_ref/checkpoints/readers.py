@@ -51,17 +51,28 @@ class FamilyReader(Reader):
         window = self.config.sliding_window if self.config.hybrid_layer_pattern[index] else None
         sink = self.vector(f"{prefix}.{self.family.sinks}", heads) if self.family.sinks else None
         found = self.cut_attention(prefix, qkv, self._sizes(), sink, window, None)
-        if self.family.head_norms:
+        if self.config.head_norms:
             found.q_norm, found.k_norm = (self.vector(f"{prefix}.{n}_norm.weight", D) for n in "qk")
+        if "q" in self.config.attention_biases:
+            own_q, own_k = self.own_heads(heads, keys)
+            parts = ("q", heads, D, own_q), ("k", keys, D, own_k), ("v", keys, V, own_k)
+            q, k, v = (self.vector(f"{prefix}.{n}_proj.bias", size * width).view(size, 1, width)[own]
+                       for n, size, width, own in parts)
+            found.qk_bias, found.v_bias = torch.cat((q, k)), v.contiguous()
+        if "o" in self.config.attention_biases and self.ranks.rank == 0:
+            found.o_bias = self.vector(f"{prefix}.o_proj.bias", self.config.hidden_size)
         return found
 
     def _moe(self, prefix: str, index: int, cache: DecodedCache) -> Moe:
-        found = super()._moe(f"{prefix.rpartition('.')[0]}.{self.family.moe}", index, cache)
+        prefix = f"{prefix.rpartition('.')[0]}.{self.family.moe}"
+        found = super()._moe(prefix, index, cache)
         found.scores = self.family.router
+        if self.config.shared_width:
+            found.shared = self._dense(f"{prefix}.shared_experts", self.config.shared_width, self.config.moe_intermediate_size)
         return found
 
-    def _correction(self, prefix: str) -> None:
-        return None
+    def _correction(self, prefix: str) -> torch.Tensor | None:
+        return super()._correction(prefix) if self.family.router == "sigmoid" else None
 
     def _packed(self, name: str, own: slice, *, down: bool):
         H, inner = self.config.hidden_size, self.config.moe_intermediate_size
@@ -72,18 +83,7 @@ class FamilyReader(Reader):
 
 
 class GptOssReader(FamilyReader):
-    """gpt-oss: fused blocks and scales, biases."""
-
-    def _attention(self, prefix: str, index: int) -> Attention:
-        found = super()._attention(prefix, index)
-        heads, keys, D, V = self._sizes()
-        own_q, own_k = self.own_heads(heads, keys)
-        q, k, v = (self.vector(f"{prefix}.{n}_proj.bias", size * width).view(size, 1, width)[own] for n, size, width, own in (
-            ("q", heads, D, own_q), ("k", keys, D, own_k), ("v", keys, V, own_k)))
-        found.qk_bias, found.v_bias = torch.cat((q, k)), v.contiguous()
-        if self.ranks.rank == 0:
-            found.o_bias = self.vector(f"{prefix}.o_proj.bias", self.config.hidden_size)
-        return found
+    """gpt-oss: fused blocks and scales, biases of router and experts."""
 
     def _moe(self, prefix: str, index: int, cache: DecodedCache) -> Moe:
         config, prefix_of = self.config, f"{prefix}.experts."

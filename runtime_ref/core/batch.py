@@ -25,6 +25,17 @@ def logit_rows(chunk: SequenceChunk) -> int:
     return {"all": len(chunk.tokens), "last": 1, "none": 0}[chunk.logits]
 
 
+def lay_out(chunks: list[SequenceChunk]) -> tuple[list[int], list[int], list[int]]:
+    """(ids, positions, rows whose logits are wanted) of the chunks' rows side by side. Sets `chunk.row`."""
+    ids, positions, head = [], [], []
+    for chunk in chunks:
+        chunk.row, n = len(ids), len(chunk.tokens)
+        ids += chunk.tokens
+        positions += range(chunk.start, chunk.start + n)
+        head += range(chunk.row + n - logit_rows(chunk), chunk.row + n)
+    return ids, positions, head
+
+
 @dataclass
 class DraftRequest:
     """One sequence that wants drafts.

@@ -1,11 +1,11 @@
-"""A program with neighbours joined: what a fused kernel does at once is one task.
+"""A program with neighbours joined: what a fused kernel does at once is one op.
 
 `fused` looks for the runs of ops below and nothing else; every other op stays. The result is a program like any other
-(`check_program` holds for it): the Triton backend runs it op by op, the persistent step encodes it as its table. Buffers that
+(`check_program` holds for it): the Triton backend runs it op by op, the megakernel encodes it as its table. Buffers that
 only pass between joined ops (y of a projection, partial sums) disappear.
 
-Op by op on several ranks, a sum over ranks stands between product and residual: those two stay apart (`ranks`). A walk sums
-over ranks inside the op, so its list is that of one rank.
+Op by op on several ranks, a sum over ranks stands between product and residual: those two stay apart (`ranks`). A megakernel
+sums over ranks inside the op, so its program is that of one rank.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A step of the target as a list of ops: the schedule is data.
 
 `target_program` writes down, once per model, which op reads and writes which buffer of which layer. The torch backend
-(`TorchBackend.run`) executes the list op by op; a backend that runs a whole step in one launch reads the same list, and a
-test can compare the two after any task. Ops are looked up by name, so a backend may also replace single ones.
+(`TorchBackend.run`) executes it op by op; a backend that runs a whole step in one launch reads the same one, and a
+test can compare the two after any op. Ops are looked up by name, so a backend may also replace single ones.
 
 Buffers by name: x (residual stream), y (normed), q, k, v, heads, partial, index, weight (routing), logits,
 target_hidden.<layer>.
@@ -10,7 +10,7 @@ target_hidden.<layer>.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -44,6 +44,8 @@ def target_program(config, target_layers: Iterable[int] = ()) -> list[Op]:
         if config.moe_layer_freq[i]:
             program += [Op("route", i, ("y",), ("index", "weight")),
                       Op("experts", i, ("y", "index", "weight"), ("partial",))]
+            if getattr(config, "shared_width", 0):
+                program.append(Op("shared_experts", i, ("y", "partial"), ("partial",)))
         else:
             program.append(Op("dense_mlp", i, ("y",), ("partial",)))
         program.append(Op("add_parts", i, ("x", "partial"), ("x",)))
@@ -61,3 +63,19 @@ def check_program(program: list[Op]) -> None:
         known |= set(op.writes)
 
 
+
+
+def run_op(op: Op, ops: dict[str, Callable], step, buffers: dict) -> None:
+    """Runs one op on the buffers that it reads, and keeps what it makes under the names that it writes."""
+    made = ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
+    buffers.update({op.writes[0]: made} if len(op.writes) == 1 else zip(op.writes, made or (), strict=True))
+
+
+def run_ops(program: list[Op], ops: dict[str, Callable], step, watch: Callable[[Op, dict], None] | None = None) -> dict:
+    """Runs a program op by op; returns its buffers, which `watch` sees after each op."""
+    buffers = {"ids": step.ids}
+    for op in program:
+        run_op(op, ops, step, buffers)
+        if watch is not None:
+            watch(op, buffers)
+    return buffers

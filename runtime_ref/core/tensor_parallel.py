@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public way to change it later
 
+from storage.reading import first_line
+
 SHARES = 8
 # Ranks load at their own pace, and some work is rank 0's alone; but a step takes milliseconds: a peer that is silent for so
 # long while requests are served is gone. (One that ends is noticed at once.)
@@ -98,7 +100,7 @@ class Ranks:
         try:
             return collective(*args, **kwargs)
         except (RuntimeError, dist.DistBackendError) as error:
-            reason = str(error).strip().splitlines()[0][:160]
+            reason = first_line(error)[:160]
             raise RankLost(f"rank {self.rank}: another of the {self.count} ranks ended or does not answer ({reason})") from None
 
 

@@ -84,7 +84,7 @@ class DraftLength:
         return self.row * max(map(self.value, self.costs))
 
     @property
-    def hopeless(self) -> bool:
+    def disabled(self) -> bool:
         """Whether the sequence should stop to ask for drafts for good."""
         return self.retries >= RETRIES or not worth_trying(self.costs)
 
@@ -144,7 +144,7 @@ class Adaptive:
         self.rounds = {drawn: 0 for drawn in (False, True)}
         self.truth = {drawn: array("f", [(i + 0.5) / 16 for i in range(16)]) for drawn in (False, True)}
         self.row = 0.0
-        self.unpromising = 0
+        self.skipped = 0
 
     def begin(self, params: SamplingParams) -> tuple[DraftLength, bool]:
         """What decides on a new sequence's drafts, and whether it may draft at all: its features cost something even while it
@@ -162,8 +162,8 @@ class Adaptive:
             costs, rates = self.costs or DRAFT_COSTS, list(self.rates[params.temperature > 0])
         length = DraftLength({n: cost for n, cost in costs.items() if n < self.drafter.block}, rates,
                              row=0.0 if fixed else self.row)
-        length.explores = not (fixed or length.best or length.hopeless) and self._explores()
-        return length, not length.hopeless and (fixed or bool(length.best) or length.explores)
+        length.explores = not (fixed or length.best or length.disabled) and self._explores()
+        return length, not length.disabled and (fixed or bool(length.best) or length.explores)
 
     def cut(self, params: SamplingParams, length: DraftLength) -> Cut | None:
         """Which drafts of a sequence's next round are worth their rows; None: all."""
@@ -182,8 +182,8 @@ class Adaptive:
         weigh_in(self.rates[drawn], drafted, accepted, max(NEWEST_OF_ENGINE, 1 / (2 + self.rounds[drawn])), beyond)
 
     def _explores(self) -> bool:
-        self.unpromising += 1
-        return self.unpromising % EXPLORE == 1
+        self.skipped += 1
+        return self.skipped % EXPLORE == 1
 
     def _measured(self) -> dict[int, float] | None:
         """Seconds of rounds over those of a plain step, for one sequence; None if there is no room to measure now."""

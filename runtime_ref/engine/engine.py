@@ -28,7 +28,7 @@ from runtime_ref.checkpoints.folder import drafter_folder, end_ids, read_geometr
 from runtime_ref.checkpoints.host_weights import DECODED_BYTES
 from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk, logit_rows
 from runtime_ref.core.kv_cache import PAGE, KvCache
-from runtime_ref.core.launch import LAUNCHES, LaunchReport
+from runtime_ref.core.launch_report import LAUNCHES, LaunchReport
 from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
@@ -101,7 +101,7 @@ class Engine:
         Args:
             backend: see `backends.load.load_backend`.
             drafter_precision: "bf16", or "int8": half the time of a draft on the c backend, and other drafts.
-            launch: how steps and drafts reach the device, one of `core.launch.LAUNCHES`; see `Backend.choose_launch`.
+            launch: how steps and drafts reach the device, one of `core.launch_report.LAUNCHES`; see `Backend.choose_launch`.
 
         Raises:
             ValueError: a folder that cannot be served (what is wrong with it is said), an unknown backend.
@@ -354,7 +354,7 @@ class Engine:
             self._per_position[i] += 1
         if sequence.length is not None:
             self.adaptive.learn(sequence.params, sequence.length, asked, proposal, accepted)
-            if sequence.length.hopeless:
+            if sequence.length.disabled:
                 sequence.drafting, sequence.length, sequence.target_hidden = False, None, []
 
     def _emit(self, sequence: Sequence, emitted: list[int], logits: torch.Tensor | None) -> Output | None:

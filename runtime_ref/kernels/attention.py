@@ -7,7 +7,7 @@ The drafter's rows (`draft`) see the context before their block, within the wind
 A block is up to T (8) consecutive tokens of a sequence; its pages come from the sequence's table, whose window kind is a ring
 (the table says which logical page it begins with). Query heads of a key head and all rows of a block form one tile of
 M = G T rows; with more than MOST_ROWS of them, several tiles (a larger one does not fit in registers beside the rest of a
-persistent step; their keys meet in the cache). A program takes a chunk of `CHUNK` logical pages, at absolute multiples of
+megakernel; their keys meet in the cache). A program takes a chunk of `CHUNK` logical pages, at absolute multiples of
 CHUNK: the cut does not depend on the block. Partial results are joined in the order of chunks by whoever delivers the last.
 
 *Row invariance* (C4): pages and chunks that a row can't see leave its maximum, sum and values exactly as they are (factors

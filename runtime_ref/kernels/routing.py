@@ -10,7 +10,7 @@ to the lower index, which torch does not promise.
 
 SOFTMAX (Qwen3) instead: the best by logit, weighted by their share of all experts' exponentials, or (NORMED) of the chosen.
 
-Rejected: a launch (in the persistent step: a barrier) of its own for the choice.
+Rejected: a launch (in the megakernel: a barrier) of its own for the choice.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from runtime_ref.kernels.dense import row_scales
 from runtime_ref.kernels.mxfp4_decode import narrow
-from runtime_ref.kernels.rows import row_scales
 
 _ROWS = tl.constexpr(8)
 

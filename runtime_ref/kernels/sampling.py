@@ -14,8 +14,8 @@ unless the uniform number lies within the rounding of a float64 sum of a boundar
 the last place of the exponential differ).
 
 Penalties, top-k, top-p, min-p and rule "rejection" stay with `engine.sampler` (`can_verify`): they are a contract that
-drafting must not change, and a vocabulary-wide sort belongs to no walk. Who judges a sequence follows from its own parameters
-alone, so company cannot change its tokens.
+drafting must not change, and a vocabulary-wide sort belongs to no megakernel. Who judges a sequence follows from its own
+parameters alone, so other rows cannot change its tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _APART = 4  # between the counter of rows and those of chunks: both aligned, wha
 
 
 @triton.jit
-def _draw(logits, best, mass, goal, heat, vocabulary, CHUNKS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _draw(logits, best, mass, goal, temperature, vocabulary, CHUNKS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """The token of a row [vocabulary] at which the cumulative distribution passes `goal` in [0, 1); never one of probability 0.
 
     best float32 and mass float64 [CHUNKS]: each chunk's highest value, and the sum of exponentials above it.
@@ -40,21 +40,21 @@ def _draw(logits, best, mass, goal, heat, vocabulary, CHUNKS: tl.constexpr, WIDE
     c = tl.arange(0, WIDE)
     own = tl.load(best + c, mask=c < CHUNKS, other=float("-inf"))
     top = tl.max(own, 0)
-    share = tl.load(mass + c, mask=c < CHUNKS, other=0.0) * tl.exp((own.to(tl.float64) - top) / heat)
+    share = tl.load(mass + c, mask=c < CHUNKS, other=0.0) * tl.exp((own.to(tl.float64) - top) / temperature)
     running = tl.cumsum(share, 0)
     goal = goal * tl.max(running, 0)
     hit = tl.minimum(tl.sum(((running <= goal) & (c < CHUNKS)).to(tl.int32), 0), CHUNKS - 1)
     before = tl.sum(tl.where(c == hit - 1, running, 0.0), 0)
     at = hit * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(logits + at, mask=at < vocabulary, other=float("-inf"))
-    weights = tl.exp((values.to(tl.float64) - top) / heat)
+    weights = tl.exp((values.to(tl.float64) - top) / temperature)
     passed = (before + tl.cumsum(weights, 0) <= goal) & (at < vocabulary)
     last = tl.max(tl.where(weights > 0, at, -1), 0)
     return tl.minimum(hit * BLOCK + tl.sum(passed.to(tl.int32), 0), last)
 
 
 @triton.jit(do_not_specialize=["R", "sequences"])
-def verify_kernel(logits, drafts, first, count, heat, uniform, best, place, mass, arrived, tokens, accepted, rows_left,
+def verify_kernel(logits, drafts, first, count, temperatures, uniform, best, place, mass, arrived, tokens, accepted, rows_left,
                  vocabulary, R, sequences, CHUNKS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Program (row, chunk). `verify` documents and fills the arguments."""
     row = tl.program_id(0)
@@ -63,10 +63,10 @@ def verify_kernel(logits, drafts, first, count, heat, uniform, best, place, mass
     source = logits + row.to(tl.int64) * vocabulary
     values = tl.load(source + at, mask=at < vocabulary, other=float("-inf"))
     top = tl.max(values, 0)
-    warm = tl.load(heat + row)
-    if warm > 0:
+    temperature = tl.load(temperatures + row)
+    if temperature > 0:
         above = values.to(tl.float64) - tl.where(top == float("-inf"), 0.0, top)
-        tl.store(mass + row * CHUNKS + chunk, tl.sum(tl.exp(above / warm), 0))
+        tl.store(mass + row * CHUNKS + chunk, tl.sum(tl.exp(above / temperature), 0))
     # A maximum passes over NaN, so logits that are not finite are marked: their row has no token.
     broken = tl.max(((values - values != 0) & (at < vocabulary)).to(tl.int32), 0) > 0
     tl.store(best + row * CHUNKS + chunk, tl.where(broken, float("nan"), top))
@@ -78,9 +78,9 @@ def verify_kernel(logits, drafts, first, count, heat, uniform, best, place, mass
         found = tl.load(best + row * CHUNKS + c, mask=c < CHUNKS, other=float("-inf"))
         if tl.max((found != found).to(tl.int32), 0) > 0:
             tl.store(tokens + row, -1)
-        elif warm > 0:
-            token = _draw(source, best + row * CHUNKS, mass + row * CHUNKS, tl.load(uniform + row), warm, vocabulary, CHUNKS,
-                          WIDE, BLOCK)
+        elif temperature > 0:
+            token = _draw(source, best + row * CHUNKS, mass + row * CHUNKS, tl.load(uniform + row), temperature, vocabulary,
+                          CHUNKS, WIDE, BLOCK)
             tl.store(tokens + row, token)
         else:
             tl.store(tokens + row, tl.load(place + row * CHUNKS + tl.argmax(found, 0, tie_break_left=True)))

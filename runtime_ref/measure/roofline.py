@@ -41,7 +41,7 @@ PUBLISHED = (
     ("experts of a layer, bf16, TileOPs, H200", "82 % of the bandwidth", "tile-ai/TileOPs#2127"))
 
 # The drafter as published for MiMo-V2.5-Pro; other targets get one of the same depth at their own width.
-DRAFT_LAYERS, DRAFT_TAPS, DRAFT_HEAD_DIM, DRAFT_KEY_HEADS = 5, 5, 128, 8
+DRAFT_LAYERS, DRAFT_FEATURES, DRAFT_HEAD_DIM, DRAFT_KEY_HEADS = 5, 5, 128, 8
 
 
 def distinct_experts(experts: int, chosen: int, tokens: int) -> float:
@@ -84,7 +84,7 @@ def drafter_bytes(config: dict) -> float:
     """bf16 bytes of a DFlash drafter of this width, and of the target's head, which it reads once more."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     layer = hidden * (2 * heads * DRAFT_HEAD_DIM + 2 * DRAFT_KEY_HEADS * DRAFT_HEAD_DIM + 3 * config["intermediate_size"])
-    return 2 * (DRAFT_LAYERS * layer + DRAFT_TAPS * hidden * hidden + config["vocab_size"] * hidden)
+    return 2 * (DRAFT_LAYERS * layer + DRAFT_FEATURES * hidden * hidden + config["vocab_size"] * hidden)
 
 
 def step_bytes(config: dict, tokens: int, *, distinct_share: float = 1.0, drafter: bool = True) -> StepBytes:

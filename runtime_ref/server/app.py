@@ -100,7 +100,7 @@ def _routes(app: FastAPI, api: Api) -> None:
 def _errors(app: FastAPI, api: Api) -> None:
     offered = sorted({route.path.replace(":path", "") for route in app.routes if getattr(route, "include_in_schema", False)})
 
-    async def told(request: Request, error: Exception) -> Response:
+    async def error_response(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):
             error.detail = _where_to(request, error, offered)
         return api.error(error)
@@ -112,7 +112,7 @@ def _errors(app: FastAPI, api: Api) -> None:
         return api.error(HTTPException(500, "a mistake in the server; its log has the details"))
 
     for kind in (schema.BadRequest, Refused, Busy, EngineDown, HTTPException):
-        app.add_exception_handler(kind, told)
+        app.add_exception_handler(kind, error_response)
     app.add_exception_handler(Gone, gone)
     app.add_exception_handler(500, broken)
 

@@ -84,25 +84,25 @@ def limited(most: int, *, head_seconds: float = HEAD_SECONDS, write_seconds: flo
                                               "refused": 0})
 
 
-def possible_connections(wanted: int) -> int:
+def possible_connections(requested: int) -> int:
     """So many as the limit of descriptors allows, which is raised as far as it may be.
 
     Raises:
-        ValueError: fewer than wanted.
+        ValueError: fewer than requested.
     """
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + DESCRIPTORS_KEPT
+    needed = requested + DESCRIPTORS_KEPT
     if soft != resource.RLIM_INFINITY and soft < needed:
         able = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (able, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if soft < needed:
-            raise ValueError(f"--max-connections {wanted}: this process may open {soft} files, expected at least {needed} "
+            raise ValueError(f"--max-connections {requested}: this process may open {soft} files, expected at least {needed} "
                              f"(ulimit -n), or at most {max(0, soft - DESCRIPTORS_KEPT)} connections")
-    return wanted
+    return requested
 
 
 class Server(uvicorn.Server):

@@ -32,7 +32,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-from runtime_ref.triton_cpu import c_code, c_text, elements, emitter, ptx_code, ttir
+from runtime_ref.triton_cpu import c_code, c_prelude, elements, emitter, ptx_code, ttir
 
 # The GPU whose front end and passes are used.
 LIKE = GPUTarget("cuda", 90, 32)
@@ -61,7 +61,7 @@ def compiler() -> str:
 @functools.cache
 def _made_of() -> str:
     """What the C of a kernel, and what becomes of it, depends on beside the kernel."""
-    modules = ttir, c_code, c_text, elements, emitter, ptx_code
+    modules = ttir, c_code, c_prelude, elements, emitter, ptx_code
     texts = [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
     return hashlib.sha256("\n".join((*texts, *FLAGS, version)).encode()).hexdigest()

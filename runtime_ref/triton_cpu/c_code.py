@@ -20,7 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from runtime_ref.triton_cpu.c_text import LAUNCHER, PREAMBLE
+from runtime_ref.triton_cpu.c_prelude import LAUNCHER, PREAMBLE
 from runtime_ref.triton_cpu.elements import ELEMENTWISE, c_type, elementwise, literal, to_float, undefined
 from runtime_ref.triton_cpu.emitter import Emitter, Value, linear
 from runtime_ref.triton_cpu.ptx_code import ptx_body
@@ -368,7 +368,7 @@ class _Writer(Emitter):
         condition = self._get(operation.operands[0]).scalar
         for word, region in zip((f"if ({condition}) {{", "else {"), operation.regions, strict=False):
             self._emit(word)
-            # The compiler's time grows faster than a function: a walk, which is all ops in one kernel, is cut at its branches.
+            # The compiler's time grows faster than a function: a megakernel, all ops in one kernel, is cut at its branches.
             apart = self._fresh("branch") if _size(region) > LARGE else None
             if apart:
                 self._emit(f"__attribute__((noinline)) void {apart}(void) {{")

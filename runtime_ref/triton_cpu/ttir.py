@@ -4,7 +4,7 @@ The text is what Triton's front end and target-independent passes leave of a ker
 starts from. One operation per line, regions in braces. Only the forms that kernels of this repository (and most plain ones)
 have are read; anything else is refused with its line.
 
-Rejected: walking the operations through Triton's Python bindings, which do not show regions' arguments and most attributes.
+Rejected: reading the operations through Triton's Python bindings, which do not show regions' arguments and most attributes.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from storage.reading import first_line
+
 INCOMPLETE_CAUSE = "the folder is incomplete or damaged"
 
 
@@ -76,7 +78,7 @@ def read_object(path: Path) -> dict:
     except FileNotFoundError:
         raise Wrong(f"{where} is missing", INCOMPLETE_CAUSE) from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Wrong(f"{where}: not valid JSON: {str(error).splitlines()[0]}", INCOMPLETE_CAUSE) from None
+        raise Wrong(f"{where}: not valid JSON: {first_line(error)}", INCOMPLETE_CAUSE) from None
     if not isinstance(found, dict):
         raise Wrong(f"{where}: {type(found).__name__}, expected an object", INCOMPLETE_CAUSE)
     return found
@@ -90,9 +92,9 @@ def own_object(path: Path) -> dict:
         return {}
 
 
-def first_line(error: Exception, folder: Path) -> str:
+def line_within(error: Exception, folder: Path) -> str:
     """An error's first line, with names as seen from the folder."""
-    return (str(error).splitlines() or [type(error).__name__])[0].replace(f"{folder}/", "").removeprefix(f"{folder}: ")
+    return first_line(error).replace(f"{folder}/", "").removeprefix(f"{folder}: ")
 
 
 def condensed(findings: list[str]) -> list[str]:

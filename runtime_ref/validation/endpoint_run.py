@@ -79,7 +79,7 @@ def _served(options: argparse.Namespace, server: Endpoint, folder: Path | None) 
         else:
             absent = "the model in float32 does not fit (--reference-gib)"
     prompts = read_prompts(options.prompts, tokenizer, vocabulary, per_domain=options.prompts_per_domain, longest=1024)
-    return checks.Served(server, prompts, tokenizer, reference, absent, ends, options.tokens)
+    return checks.Served(server, prompts, tokenizer, reference, absent, ends, options.tokens, options.samples)
 
 
 def _tokenizer(folder: Path):

@@ -20,7 +20,7 @@ from runtime_ref.validation.checks.folder import check_folder
 from runtime_ref.validation.checks.reference import Probe, check_reference, probe_for
 from runtime_ref.validation.checks.runtime_ops import OpErrors, check_kernels, check_ops, check_runtime, outputs_of
 from runtime_ref.validation.checks.sampling import check_sampler
-from runtime_ref.validation.context import ValidationContext, first_line
+from runtime_ref.validation.context import ValidationContext, line_within
 from runtime_ref.validation.guard import UserMistake, guarded
 from runtime_ref.validation.provenance import environment, model_facts
 from runtime_ref.validation.quantities import Number
@@ -28,7 +28,7 @@ from runtime_ref.validation.result import Check, ValidationReport
 
 TITLES = {
     "files": "files beside the weights: checksums, tokenizer, chat template, generation settings",
-    "folder": "schema, inventory, dtypes, scale range, sidecar, sinks, taps",
+    "folder": "schema, inventory, dtypes, scale range, sidecar, sinks, target layers",
     "reference": "reference outputs against the folder's model",
     "logits": "logits, layers and drafts against the independent model (float32)",
     "ops": "every op of each backend against its float64 reference",
@@ -109,7 +109,7 @@ def _probe(run: FolderRun) -> Probe | None:
     try:
         probe, why = probe_for(run.context, rank=run.ranks.rank, limit_gib=run.options.reference_gib), ""
     except (ValueError, OSError, RuntimeError) as error:
-        probe, why = None, first_line(error, run.context.folder)
+        probe, why = None, line_within(error, run.context.folder)
     why = run.ranks.broadcast(why)
     if why:
         run.check("reference", lambda check: check.fail(why, "the weights cannot be decoded"))
@@ -166,7 +166,7 @@ def _engine(run: FolderRun, served: torch.dtype) -> Engine | None:
     except ValueError as error:
         if str(error).startswith("backend"):
             raise UserMistake(str(error)) from None
-        why = first_line(error, context.folder)
+        why = line_within(error, context.folder)
     run.check("logits", lambda check: check.fail(f"the runtime refuses the folder: {why}", "the folder cannot be served"))
     run.leave_out_the_rest("the runtime refuses the folder")
     return None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from runtime_ref.core.tensor_parallel import RankLost, Ranks
 from runtime_ref.validation.result import Check
+from storage.reading import first_line
 
 UNREADABLE_CAUSE = "the folder is incomplete or damaged in a way that no check expects"
 
@@ -33,7 +34,7 @@ def guarded(check: Check, run: Callable[[Check], object], ranks: Ranks | None = 
         if ranks is not None and ranks.count > 1:
             ranks.abandon()
             raise
-        line = (str(error).splitlines() or [""])[0][:200]
+        line = first_line(error)[:200]
         check.fail(f"the check broke off: {type(error).__name__}: {line}", UNREADABLE_CAUSE)
         return None
 
@@ -69,7 +70,7 @@ def bounded(call: Callable[[], object], *, seconds: float, extra_bytes: int = 1 
         except MemoryError:
             answer = ["memory", ""]
         except BaseException as error:  # of a child that ends here
-            answer = ["error", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"]
+            answer = ["error", f"{type(error).__name__}: {first_line(error)[:200]}"]
         with open(writing, "w", encoding="utf-8") as pipe:
             pipe.write(json.dumps(answer))
         os._exit(0)

@@ -1,7 +1,7 @@
 """Every op of a step once more, in float64 and without any trick: what a backend's ops are checked against.
 
-Written from the model's definition, not from `model.py`: no parts, no pages, no padding; one matrix product per projection,
-one softmax over all keys that a query may see.
+Written from the model's definition, not from `backends/torch/ops.py`: no parts, no pages, no padding; one matrix product per
+projection, one softmax over all keys that a query may see.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def expected(backend: TorchBackend, op: Op, inputs: dict[str, torch.Tensor], chu
         if mxfp8:
             return _experts(x["y"].bfloat16(), x["index"], x["weight"], layer.mlp.experts, _mxfp8)
         return _experts(x["y"], x["index"], x["weight"], layer.mlp.experts, lambda rows: rows)
+    if op.name == "shared_experts":
+        return x["partial"].sum(0) + _mlp(x["y"], layer.mlp.shared)
     if op.name == "head":
         parts = torch.stack([x["y"] @ part.double() for part in w.head])
         return torch.cat(list(w.ranks.gather(parts)), dim=-1)
@@ -65,7 +67,7 @@ def found(op: Op, buffers: dict[str, torch.Tensor], backend) -> torch.Tensor:
     config = backend.config
     if op.name.startswith("project"):
         return torch.cat([buffers["q"].flatten(), buffers["k"].flatten(), buffers["v"].flatten()])
-    if op.name in ("merge_heads", "dense_mlp", "experts"):
+    if op.name in ("merge_heads", "dense_mlp", "experts", "shared_experts"):
         return buffers["partial"].double().sum(0)
     if op.name == "route":
         dense = torch.zeros(buffers["index"].shape[0], config.n_routed_experts, dtype=torch.float64)
@@ -153,7 +155,7 @@ def _routed(y, moe, config):
 
 
 def _mxfp8(rows):
-    """Rounded as kernels with native pages round them, from bf16 or float32 [n, ...] of whole blocks."""
+    """Rounded as kernels with hw_fp4 pages round them, from bf16 or float32 [n, ...] of whole blocks."""
     return dequantize_mxfp8(*quantize_mxfp8(rows.flatten(1).float())).double().view_as(rows)
 
 

@@ -12,9 +12,9 @@ from tolerance import MODEL_FP32
 from toy_export import export, gpt_oss_run, make_run, toy_config
 
 from checkpoint.containers import container
+from checkpoint.detect_format import open_source
 from checkpoint.inventory import require_exportable
 from checkpoint.load import load_model
-from checkpoint.open import open_source
 from checkpoint.verify import verify
 from export.job import Request, run
 from modeling.fused_experts import fused_experts
@@ -144,10 +144,25 @@ def test_a_base_is_exported_without_training_and_packed_experts_are_copied(form,
     assert run(recipe, Request(out=tmp_path / "out", base=folder)) == 0
     axes = {n: axis for n, _, axis in fused_experts(meant)}
     for name, value in stock(tmp_path / "out").state_dict().items():
-        wanted = meant.state_dict()[name]
-        assert torch.equal(value, fake_quantize(wanted, axis=axes[name]) if name in axes else wanted), name
+        expected = meant.state_dict()[name]
+        assert torch.equal(value, fake_quantize(expected, axis=axes[name]) if name in axes else expected), name
     manifest = json.loads((tmp_path / "out/export.json").read_text())
     assert manifest["experts"] == ("copied" if form == "compressed-tensors" else "rounded")
+
+
+@pytest.mark.parametrize("form", ["fp8 blocks", "compressed-tensors"])
+def test_a_base_is_decoded_without_rounding_anything(form, tmp_path):
+    """What a sharded run trains from: the numbers that an unsharded one would decode while it loads."""
+    folder, meant = based(tmp_path, form)
+    recipe = load_recipe(write_recipe(tmp_path))
+    assert run(recipe, Request(base=folder, decode=True)) == 0
+    out = tmp_path / "runs/toy/export/decoded"
+    equal_weights(stock(out), meant)
+    axes = {n: axis for n, _, axis in fused_experts(meant)}
+    rounded = all(torch.equal(meant.state_dict()[n], fake_quantize(meant.state_dict()[n], axis=axes[n])) for n in axes)
+    assert rounded == (form == "compressed-tensors")  # a base of FP8 is not on the grid: rounding would have shown
+    assert verify(out, folder).findings == [] and "mxfp4" not in (out / "README.md").read_text()
+    assert json.loads((out / "export.json").read_text())["experts"] == "decoded"
 
 
 def test_the_packed_release_of_gpt_oss_is_trained_and_exported_and_its_bytes_are_copied(tmp_path):

@@ -97,8 +97,8 @@ def test_a_tied_head_is_left_out_and_tied_again(model_type, tmp_path):
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
     axes = {n: a for n, _, a in fused_experts(model)}
     for name, p in loaded.named_parameters():
-        wanted = model.get_parameter(name)
-        assert torch.equal(p, fake_quantize(wanted, axis=axes[name]) if name in axes else wanted), name
+        expected = model.get_parameter(name)
+        assert torch.equal(p, fake_quantize(expected, axis=axes[name]) if name in axes else expected), name
 
 
 def test_names_of_a_family_say_where_each_expert_is_in_training():

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from toy_export import export, make_run, put_on_grid, toy_config, toy_model
 
-from checkpoint.open import open_source
+from checkpoint.detect_format import open_source
 from checkpoint.sources import LastFile
 from checkpoint.zero_shards import zero_folder
 

@@ -182,11 +182,11 @@ def test_batched_answers_are_those_of_each_prompt_alone(loaded):
 
 def test_the_drafter_keeps_only_its_window_of_context(loaded):
     _, target, drafter = loaded
-    taps, _ = target.run(torch.randint(0, 200, (1, 70)))
+    target_hidden, _ = target.run(torch.randint(0, 200, (1, 70)))
     pieces, whole = DraftContext(drafter), DraftContext(drafter)
     for begin, end in itertools.pairwise([0, 1, 9, 40, 63, 70]):
-        pieces.append(taps[:, begin:end], begin)
-    whole.append(taps, 0)
+        pieces.append(target_hidden[:, begin:end], begin)
+    whole.append(target_hidden, 0)
     assert pieces.positions.tolist() == [list(range(70 - 23, 70))]
     settings = dict(temperature=0.0)
     with torch.no_grad():

@@ -122,6 +122,7 @@ def test_a_qwen3_moe_target_trains_a_drafter_through_the_same_sections(draft_rec
 MISTAKES = {
     "dflash.loss.decay=3": "did you mean dflash.loss.decay_gamma",
     "drafter.mask_token=999": "drafter.mask_token: 999, expected an id from 0 to 263",
+    "dflash.acceptance.max_new_tokens=250": "are more than the target's 256 positions",
     "drafter.num_key_value_heads=3": "drafter: num_attention_heads=4 is not a multiple",
     "drafter.target_layer_ids=[0, 7]": "drafter.target_layer_ids: layer 7, but the target has layers 0 to 2",
     "dflash.target=qat": "run qat/train.py with this recipe first",
@@ -235,6 +236,6 @@ def test_the_plan_takes_a_dense_target_as_training_does(draft_recipe, tmp_path):
     Qwen3Config(vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=2, head_dim=16, architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path / "dense")
     options = [f"model.path={tmp_path / 'dense'}"]
-    assert make_plan(load_recipe(draft_recipe, [*options, "dflash.target=base"])).taps == [0, 1, 2]
+    assert make_plan(load_recipe(draft_recipe, [*options, "dflash.target=base"])).target_layers == [0, 1, 2]
     with pytest.raises(ValueError, match="expert"):
         make_plan(load_recipe(draft_recipe, [*options, "dflash.target=ptq"]))

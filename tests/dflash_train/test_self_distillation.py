@@ -23,12 +23,12 @@ from dflash_train.reference_decoding import by_length, generate, in_token_batche
 from dflash_train.self_distillation import answer_file, generate_answers, judge_answers, plan_batches, regenerated
 from dflash_train.target import (
     TargetFiles,
+    choose_target_layers,
     describe_target,
     load_target,
     mask_token_id,
     norm_scale,
     rotary_base,
-    tapped_layers,
     target_files,
 )
 from recipes.command import own_message
@@ -160,7 +160,7 @@ def test_whatever_decides_what_the_target_says_is_in_its_fingerprint(file, draft
 def test_a_target_without_its_weights_knows_what_the_loaded_one_does(loaded):
     recipe, target, _ = loaded
     files = target_files(recipe)
-    assert (files.end_ids, files.taps, files.path) == (target.end_ids, target.taps, target.path)
+    assert (files.end_ids, files.target_layers, files.path) == (target.end_ids, target.target_layers, target.path)
     assert describe_target(files, recipe) == describe_target(target, recipe)
 
 
@@ -343,11 +343,11 @@ def test_forward_passes_are_bounded_and_take_every_dialogue_once(size, tokens):
 
 def test_features_are_those_of_each_dialogue_alone(packed):
     target, dialogues, rows = packed
-    taps, last = OnlineFeatures(target, dialogues, rows).of_rows([2, 0])
+    target_hidden, last = OnlineFeatures(target, dialogues, rows).of_rows([2, 0])
     for b, r in enumerate((2, 0)):
         for i, begin, size in rows.members[r]:
             alone = target.run(torch.tensor([dialogues[i].tokens[:size]]))
-            torch.testing.assert_close(taps[b, begin:begin + size], alone[0][0], **MODEL_FP32)
+            torch.testing.assert_close(target_hidden[b, begin:begin + size], alone[0][0], **MODEL_FP32)
             torch.testing.assert_close(last[b, begin:begin + size], alone[1][0], **MODEL_FP32)
 
 
@@ -421,28 +421,31 @@ def test_a_flipped_bit_in_the_cache_is_found(packed, tmp_path):
         DiskFeatures(target, dialogues, rows, tmp_path / "f")
 
 
-def test_taps_are_the_layers_outputs_in_the_recipes_order(loaded):
+def test_features_are_the_layers_outputs_in_the_recipes_order(loaded):
     _, target, _ = loaded
     ids = torch.randint(0, 200, (2, 9))
-    taps, last = target.run(ids)
-    hidden = target.model(input_ids=ids, output_hidden_states=True, use_cache=False, tap_layers=target.taps)
-    assert torch.equal(taps, torch.cat(hidden.taps, dim=-1))
+    target_hidden, last = target.run(ids)
+    hidden = target.model(input_ids=ids, output_hidden_states=True, use_cache=False, aux_layers=target.target_layers)
+    assert torch.equal(target_hidden, torch.cat(hidden.aux_hidden_states, dim=-1))
     assert torch.equal(last, hidden.hidden_states[-1])
-    assert target.taps == [0, 1, 2]
+    assert target.target_layers == [0, 1, 2]
 
 
-def test_default_taps_are_even_and_include_first_and_last():
-    assert tapped_layers(None, 70) == [0, 17, 34, 52, 69]
-    assert tapped_layers(None, 3) == [0, 1, 2] and tapped_layers(None, 1) == [0]
-    assert tapped_layers([5, 2], 6) == [5, 2]
+def test_default_target_layers_are_even_and_include_first_and_last():
+    assert choose_target_layers(None, 70) == [0, 17, 34, 52, 69]
+    assert choose_target_layers(None, 3) == [0, 1, 2] and choose_target_layers(None, 1) == [0]
+    assert choose_target_layers([5, 2], 6) == [5, 2]
     with pytest.raises(ValueError, match="layer 6, but the target has layers 0 to 5"):
-        tapped_layers([6], 6)
+        choose_target_layers([6], 6)
 
 
 def test_the_mask_token_must_exist(loaded):
     tokenizer = loaded[1].tokenizer
     assert mask_token_id(263, tokenizer, 264) == 263
-    for setting, words in ((None, "no mask token"), ("<|nope|>", "not an entry"), (264, "from 0 to 263"),
+    assert mask_token_id(None, tokenizer, 264) == 257 == len(tokenizer)  # the first entry that no token has
+    with pytest.raises(ValueError, match="no mask token and uses every entry"):
+        mask_token_id(None, tokenizer, 257)
+    for setting, words in (("<|nope|>", "not an entry"), (264, "from 0 to 263"),
                            ("<|endoftext|>", "the tokenizer's eos token"), (70, "an ordinary entry of the vocabulary")):
         with pytest.raises(ValueError, match=words):
             mask_token_id(setting, tokenizer, 264)

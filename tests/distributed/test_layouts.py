@@ -21,8 +21,8 @@ from sharded_cases import SHARDED, train
 from tiny_models import write_tokenizer
 from tolerance import EXPERT_PARALLEL_MASTERS
 
+from checkpoint.detect_format import open_source
 from checkpoint.load import load_model
-from checkpoint.open import open_source
 from mxfp4 import fake_quantize
 
 FAMILIES = ("qwen3", "mixtral", "gpt_oss", "mimo")

@@ -28,9 +28,9 @@ from toy_export import (
     toy_weights,
 )
 
+from checkpoint.detect_format import open_source
 from checkpoint.fp8 import dequantize_fp8
 from checkpoint.load import load_model
-from checkpoint.open import open_source
 from checkpoint.trained import expert_values
 from checkpoint.verify import verify
 from export.job import Request, run
@@ -336,12 +336,12 @@ def test_a_run_in_float32_is_published_in_the_precision_that_its_config_promises
     for file in (tmp_path / "base/model.safetensors", tmp_path / "runs/toy/qat/model/model.safetensors"):
         save_file({n: t.float() for n, t in load_file(file).items()}, file, metadata={"format": "pt"})
     out = export(path, f"export.layout={layout}", out=tmp_path / "wide")
-    wanted, written = tensors(narrow), tensors(out)
+    expected, written = tensors(narrow), tensors(out)
     router = (".mlp.gate.weight",) if layout == "native" else ()  # may be float32 there, as released
     for name, tensor in written.items():
-        assert torch.equal(tensor.to(wanted[name].dtype), wanted[name])
-        assert tensor.dtype == (torch.float32 if name.endswith(router) else wanted[name].dtype), name
-    assert written.keys() == wanted.keys()
+        assert torch.equal(tensor.to(expected[name].dtype), expected[name])
+        assert tensor.dtype == (torch.float32 if name.endswith(router) else expected[name].dtype), name
+    assert written.keys() == expected.keys()
     name = next(n for n in written if n.endswith("input_layernorm.weight"))
     change(name, lambda held, n: held.__setitem__(n, held[n].float()))(out)
     seal(out)
@@ -412,6 +412,6 @@ def test_decoding_of_the_verifier_equals_the_codec_for_every_code_and_scale():
     codes = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16).contiguous()
     for scale in range(256):
         scales = torch.full((256, 1), scale, dtype=torch.uint8)
-        ours, wanted = unpack(codes, scales), dequantize(codes, scales, dtype=torch.bfloat16)
-        assert torch.equal(ours.isnan(), wanted.isnan())
-        assert torch.equal(ours.nan_to_num(0).view(torch.int16), wanted.nan_to_num(0).view(torch.int16)), scale
+        ours, expected = unpack(codes, scales), dequantize(codes, scales, dtype=torch.bfloat16)
+        assert torch.equal(ours.isnan(), expected.isnan())
+        assert torch.equal(ours.nan_to_num(0).view(torch.int16), expected.nan_to_num(0).view(torch.int16)), scale

@@ -16,6 +16,7 @@ from jobs import Job, run_job
 from safetensors.torch import load_file, save_file
 from toy_export import export, make_run, qwen3_run
 
+from checkpoint.verify import verify
 from export.drafter_files import MASK, REFERENCE
 from recipes.load import load_recipe
 from storage.digests import combined, model_digests
@@ -122,15 +123,40 @@ def test_the_card_names_a_base_that_a_hub_can_have_and_no_folder_of_this_machine
     assert fields["base_model"] == "Some-Org/Some-Model-1.5" and fields["base_model_relation"] == "quantized"
 
 
-def write_summaries(root: Path, **target) -> None:
-    """As the two jobs leave them, of the weights that are there."""
+def test_the_card_carries_licence_and_base_on_and_says_how_it_was_trained_and_its_limits(tmp_path):
+    recipe = make_run(tmp_path / "models--Some-Org--Some-Model" / "snapshots" / "abc", drafter=False)
+    root = recipe.parent
+    (root / "base" / "README.md").write_text("---\nlicense: other\nlicense_name: some-licence\ntags: [a]\n---\ntext\n")
+    (root / "base" / "LICENSE").write_text("You may.")
+    (root / "base" / "NOTICE.txt").write_text("By them.")
+    own = ("tokenizer.json", "tokenization_own.py", "own.tiktoken", "additional_chat_templates/tools.jinja")
+    for name in own:
+        (root / "base" / name).parent.mkdir(exist_ok=True)
+        (root / "base" / name).write_text("{}")
+    write_summaries(root, jobs=("qat",), qat={
+        "tokens": 2048, "steps": 4, "helped": False, "training": {
+            "data": ["own/*.jsonl"], "loss_on": "answers", "train": "experts", "sequence_length": 128, "warm_start": "none",
+            "optimizer": "adamw", "learning_rate": 1e-4, "loss": {"kl": 1.0}}})
+    out = export(recipe)
+    fields, card = front_matter(out), (out / "README.md").read_text()
+    assert (fields["license"], fields["license_name"], fields["base_model"]) == ("other", "some-licence", "Some-Org/Some-Model")
+    assert (out / "LICENSE").read_text() == "You may." and (out / "NOTICE.txt").read_text() == "By them."
+    assert all((out / name).read_text() == "{}" for name in own)
+    for words in ("`own/*.jsonl`", "2,048 tokens in 4 updates of 512", "answers alone", "## Limits", "Training did not help",
+                  "licence (some-licence)"):
+        assert words in card, words
+    assert verify(out).findings == []
+
+
+def write_summaries(root: Path, jobs=("qat", "dflash"), qat=None, **target) -> None:
+    """As the jobs leave them, of the weights that are there."""
     numbers = {"loss": 1.0, "kl": 0.5, "top1_agreement": 0.75, "eval_tokens": 10}
-    trained, drafter = (combined(model_digests(root / "runs/toy" / job / "model")) for job in ("qat", "dflash"))
-    summaries = {"qat": {"bf16": numbers, "ptq": numbers, "qat": numbers, "kl_gap_closed": 0.123, "weights": trained},
-                 "dflash": {"acceptance": {"a": {"task_t0": 4.25, "lookup_task_t0": 1.5}}, "weights": drafter,
-                            "target": {"kind": "qat", "weights": trained} | target}}
-    for job, summary in summaries.items():
-        (root / "runs/toy" / job / "summary.json").write_text(json.dumps(summary))
+    digests = {job: combined(model_digests(root / "runs/toy" / job / "model")) for job in jobs}
+    summaries = {"qat": {"bf16": numbers, "ptq": numbers, "qat": numbers, "kl_gap_closed": 0.123} | (qat or {}),
+                 "dflash": {"acceptance": {"a": {"task_t0": 4.25, "lookup_task_t0": 1.5}},
+                            "target": {"kind": "qat", "weights": digests["qat"]} | target}}
+    for job in jobs:
+        (root / "runs/toy" / job / "summary.json").write_text(json.dumps(summaries[job] | {"weights": digests[job]}))
 
 
 def test_figures_of_a_run_are_told_of_its_own_result_only(tmp_path):
@@ -161,7 +187,13 @@ def test_a_drafters_figures_are_told_with_the_weights_they_were_measured_with_on
     write_summaries(tmp_path, **({"kind": "ptq"} if what == "kind" else {}))
     if what in ("target", "drafter"):
         nudge(tmp_path / "runs/toy" / {"target": "qat", "drafter": "dflash"}[what] / "model/model.safetensors")
-    out = export(recipe)
+    if what in ("target", "kind"):  # it is known that the drafter was trained for other weights
+        with pytest.raises(ValueError, match=r"dflash/model: trained for other weights \(dflash.target: .* set export.drafter"):
+            export(recipe)
+        bare = export(recipe, "export.drafter=none", out=tmp_path / "bare")
+        assert not (bare / "dflash").exists() and "no drafter" in (bare / "README.md").read_text()
+        capsys.readouterr()
+    out = export(recipe, "export.drafter=any")
     card, manifest = (out / "README.md").read_text(), json.loads((out / "export.json").read_text())
     assert ("0.123" in card) == (what != "target")
     assert ("4.25" in card) == ("acceptance" in manifest) == (what == "nothing")

@@ -7,8 +7,8 @@ import pytest
 from jobs import run_job
 from toy_export import export, gpt_oss_run, make_run, qwen3_run
 
+from checkpoint.detect_format import open_source
 from checkpoint.inventory import configuration
-from checkpoint.open import open_source
 from checkpoint.tensor_files import TensorFiles
 from export.plan import make_plan
 from recipes.load import load_recipe

@@ -11,7 +11,7 @@ from damage import seal
 from toy_export import put_on_grid, toy_config, toy_model, toy_weights
 
 from checkpoint import distributed
-from checkpoint.open import open_source
+from checkpoint.detect_format import open_source
 from checkpoint.tensor_checks import side_by_side
 from checkpoint.tensor_files import TensorFiles
 from checkpoint.trained import expert_values
@@ -55,10 +55,10 @@ def test_every_tensor_is_read_once_to_be_verified_alone(exported, monkeypatch):
 def test_threads_that_read_one_source_get_their_own_bytes(exported):
     source = open_source(exported)
     names = source.in_order()[::-1] * 3
-    wanted = {name: source.read(name) for name in set(names)}
+    expected = {name: source.read(name) for name in set(names)}
     with ThreadPoolExecutor(8) as threads:
         for name, tensor in zip(names, threads.map(source.read, names), strict=True):
-            assert torch.equal(tensor.view(torch.uint8), wanted[name].view(torch.uint8)), name
+            assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
 
 
 def test_fused_tensors_of_a_distributed_checkpoint_are_loaded_once_each(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from damage import (
     remove,
     rename_tensor,
     seal,
-    shift_taps,
+    shift_target_layers,
     swap_files,
     swap_nibbles,
     tensor,
@@ -90,14 +90,14 @@ DAMAGE = {
     "drafter in float32": (tensor("dflash/fc.weight", lambda t: t.float()), "fc.weight: F32", True),
     "drafter not finite": (tensor("dflash/norm.weight", lambda t: put(t, float("nan"))), "norm.weight: not finite", True),
     "drafter of another training": (tensor("dflash/fc.weight", lambda t: t * 1.5), "other logits than recorded", True),
-    "taps off by one": (json_edit("dflash/config.json", shift_taps), "target_layer_ids", True),
-    "tap beyond the last layer": (json_edit("dflash/config.json", lambda v: v["dflash_config"].__setitem__(
+    "target layers off by one": (json_edit("dflash/config.json", shift_target_layers), "target_layer_ids", True),
+    "target layer beyond the last one": (json_edit("dflash/config.json", lambda v: v["dflash_config"].__setitem__(
         "target_layer_ids", [0, 4])), "target_layer_ids=[0, 4]", True),
     "mask token beyond the vocabulary": (json_edit("dflash/config.json", lambda v: v["dflash_config"].__setitem__(
         "mask_token_id", 90)), "mask_token_id=90: expected 0 to 89", True),
     "mask token that differs": (json_edit("dflash/config.json", lambda v: v["dflash_config"].__setitem__("mask_token_id", 5)),
                                 "mask_token_id=5, mask_embedding.pt has 89", True),
-    "window in one dialect only": (json_edit("dflash/config.json", lambda v: v.pop("layer_types")), "layer_types is missing",
+    "window in one alias only": (json_edit("dflash/config.json", lambda v: v.pop("layer_types")), "layer_types is missing",
                                    True),
     "drafter made causal": (json_edit("dflash/config.json", lambda v: v.__setitem__("is_causal", True)), "is_causal=True",
                             True),
@@ -141,7 +141,7 @@ def test_there_are_at_least_25_kinds_of_damage_and_each_changes_something():
 def test_all_damage_is_reported_in_one_run(exported, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(exported, folder)
-    for kind in ("not a number", "scale of 255", "taps off by one", "card lost"):
+    for kind in ("not a number", "scale of 255", "target layers off by one", "card lost"):
         DAMAGE[kind][0](folder)
     report = tmp_path / "findings.json"
     said = run_job("export/verify.py", folder, "--json", report, expect=1)

@@ -31,7 +31,7 @@ def test_a_release_is_right_and_what_engines_read_differently_is_a_note(name, in
     assert bool([f for f in found.notes if f.kind == "dialect"]) == ("drafter" in RELEASES[name])
 
 
-def test_notes_name_the_engines_that_read_a_dialect_otherwise(release):
+def test_notes_name_the_engines_that_read_an_alias_otherwise(release):
     notes = [f for f in verify(release).notes if f.kind == "dialect"]
     window = next(f for f in notes if "layer_types" in f.text)
     assert set(window.engines) >= {"vLLM", "SGLang"} and "--speculative-draft-window-size 24" in window.text
@@ -81,7 +81,7 @@ WRONG = {
                                   "experts.5."),
     "a file cut short": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "file",
                          "model.safetensors: cannot be opened"),
-    "taps beyond the target": (json_edit("dflash/config.json", lambda v: v["dflash_config"].__setitem__(
+    "layers beyond the target's": (json_edit("dflash/config.json", lambda v: v["dflash_config"].__setitem__(
         "target_layer_ids", [0, 2, 4])), "drafter", "expected layers from 0 to 3"),
     "a drafter of another target": (json_edit("dflash/config.json", lambda v: v.__setitem__("num_target_layers", 70)),
                                     "drafter", "num_target_layers=70"),
@@ -94,11 +94,11 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_what_is_wrong_with_a_release_is_found(kind, release, tmp_path):
-    damage, wanted, words = WRONG[kind]
+    damage, expected, words = WRONG[kind]
     folder = shutil.copytree(release, tmp_path / "copy")
     damage(folder)
     found = verify(folder)
-    assert any(f.kind == wanted and words in f.text for f in found.wrong), (found.findings, found.notes)
+    assert any(f.kind == expected and words in f.text for f in found.wrong), (found.findings, found.notes)
 
 
 def test_a_hubs_snapshot_of_links_is_verified_as_the_files_are(exported, tmp_path):

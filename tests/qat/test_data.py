@@ -9,10 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qat.data import Packer, endless_batches, heldout_domains, make_loader, packed_dataset
+from qat.data import (
+    Packer,
+    endless_batches,
+    heldout_domains,
+    learned_tokens,
+    make_loader,
+    packed_dataset,
+    rows_digest,
+    split_rows,
+)
 from recipes.schema import Data, Source
+from training.data_files import expand
 from training.epoch_order import EpochOrder
-from training.files import expand
 
 
 class CharTokenizer:
@@ -247,3 +256,61 @@ def test_texts_begin_as_the_tokenizer_begins_texts():
             return {"input_ids": [[250] * add_special_tokens + ids for ids in super().__call__(texts, False)["input_ids"]]}
 
     assert Packer(Begins(), 3)({"text": ["a", "b"]})["input_ids"] == [[250, 98, 0], [250, 99, 0]]
+
+
+def dialogues(tmp_path, documents=40):
+    """Dialogues of one turn, with texts between them, and a tokenizer with a template."""
+    from tiny_models import write_tokenizer
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = ("{% for m in messages %}{{ ('Q' if m.role == 'user' else 'A') + m.content }}"
+                               "{% if m.role != 'user' %}{{ eos_token }}{% endif %}{% endfor %}"
+                               "{% if add_generation_prompt %}{{ 'A' }}{% endif %}")
+    file = tmp_path / "chat.jsonl"
+    rows = [{"messages": [{"role": "user", "content": "?" * (7 + i % 5)}, {"role": "assistant", "content": "!" * (1 + i % 9)}]}
+            if i % 3 else {"text": "+" * (i % 7)} for i in range(documents)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tokenizer, file, rows
+
+
+def test_with_losses_on_answers_the_same_tokens_are_packed_and_what_nobody_says_is_marked(tmp_path):
+    tokenizer, file, _ = dialogues(tmp_path)
+    settings = dict(train=[str(file)], heldout=[str(file)], sequence_length=16)
+    packed = [packed_dataset([str(file)], tokenizer, Data(**settings, loss_on=what)) for what in ("all", "answers")]
+    every, answers = (torch.stack(list(rows["input_ids"])) for rows in packed)
+    ids, counted = split_rows(answers)
+    kept = [row for row in every if any(tokenizer.decode([t]) not in "?QA" for t in row[1:].tolist())]
+    assert torch.equal(ids, torch.stack(kept))
+    for row, mask in zip(ids.tolist(), counted.tolist(), strict=True):
+        said = [tokenizer.decode([t]) not in "?QA" for t in row]
+        assert mask == [*said[1:], False]
+    assert split_rows(every)[1] is None and torch.equal(split_rows(every)[0], every)
+
+
+def test_rows_without_an_answer_are_left_out_and_none_at_all_is_one_line(tmp_path):
+    tokenizer, file, _ = dialogues(tmp_path)
+    rows = [{"messages": [{"role": "user", "content": "?" * 200}, {"role": "assistant", "content": "!"}]}]
+    settings = dict(train=[str(file)], heldout=[str(file)], sequence_length=16)
+    file.write_text(json.dumps(rows[0]) + "\n")
+    assert len(packed_dataset([str(file)], tokenizer, Data(**settings))) == 12
+    with pytest.raises(ValueError, match=r"or no answer in them \(data.loss_on: answers\)"):
+        packed_dataset([str(file)], tokenizer, Data(**settings, loss_on="answers"))
+
+
+def test_the_digest_knows_what_is_learned(tmp_path):
+    tokenizer, file, _ = dialogues(tmp_path)
+    settings = dict(train=[str(file)], heldout=[str(file)], sequence_length=16)
+    found = [packed_dataset([str(file)], tokenizer, Data(**settings, loss_on=what)) for what in ("all", "answers")]
+    assert rows_digest(found[0]) != rows_digest(found[1])
+    assert learned_tokens(found[0]) == 16 * len(found[0]) and 0 < learned_tokens(found[1]) < 16 * len(found[1])
+
+
+def test_a_dialogue_that_cannot_be_rendered_is_named_by_file_and_line(tmp_path):
+    tokenizer, file, rows = dialogues(tmp_path)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    file.write_text('{"text": "fine"}\n' + json.dumps(rows[1]) + "\n")
+    with pytest.raises(ValueError) as caught:
+        packed_dataset([str(file)], tokenizer, Data(train=[str(file)], heldout=[str(file)], sequence_length=16))
+    assert str(caught.value) == f"data.train: {file}:2: no such role"

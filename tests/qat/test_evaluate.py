@@ -82,3 +82,19 @@ def test_sums_do_not_depend_on_the_batch_size(attached, domains, batch_size):
 def test_a_run_that_did_not_help_is_told(plain, trained, said):
     line = doubt({"ptq": {"kl": plain}, "qat": {"kl": trained}})
     assert (line is not None) == said and (not said or f"{trained:.5f}" in line)
+
+
+def test_what_losses_do_not_cover_is_not_judged(attached, domains):
+    """Marking tokens leaves the model's input as it is: means over parts add up to the mean over all."""
+    model, teacher, _, _ = attached
+    whole = evaluate_domains(model, teacher, domains, batch_size=3)["all"]
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    chosen = {name: torch.rand(rows.shape, generator=generator) < 0.4 for name, rows in domains.items()}
+    for marked in (chosen, {name: ~mask for name, mask in chosen.items()}):
+        rows = {name: torch.where(marked[name], ~ids, ids) for name, ids in domains.items()}
+        parts.append(evaluate_domains(model, teacher, rows, batch_size=2)["all"])
+    assert sum(part["eval_tokens"] for part in parts) == whole["eval_tokens"]
+    for key in ("loss", "kl", "top1_agreement"):
+        total = sum(part[key] * part["eval_tokens"] for part in parts) / whole["eval_tokens"]
+        assert total == pytest.approx(whole[key], rel=1e-4, abs=EVALUATION_KL)

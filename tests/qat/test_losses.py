@@ -1,8 +1,11 @@
 """Chunked losses equal the whole-batch formulas, in value and gradient, and never hold more logits than a chunk."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import MODEL_FP32
 from torch import nn
 
 from qat.losses import chunked_statistics, hidden_loss
@@ -61,3 +64,29 @@ def test_hidden_loss_is_relative_to_the_teacher_and_zero_for_equals():
     assert float(hidden_loss(layers, layers)) == 0
     shifted = [x + 0.1 * x.std() for x in layers]
     torch.testing.assert_close(hidden_loss(shifted, layers), torch.tensor(0.01))
+
+
+@pytest.mark.parametrize("gradient", ["recompute", "immediate"])
+def test_a_token_counts_the_same_in_whatever_micro_step_it_stands(model, gradient):
+    """Losses on answers: the gradient of unequal micro-steps is that of one batch, the mean over its counted tokens."""
+    from qat.attach import ExpertQuantizer
+    from qat.trainer import Trainer, make_teacher
+    from recipes.schema import QAT
+
+    ids = torch.randint(1, 250, (4, 24))
+    rows = torch.where(torch.rand(4, 24) < torch.tensor([0.1, 0.9, 0.5, 0.6])[:, None], ~ids, ids)
+    teacher, quantizer = make_teacher(model.eval()), ExpertQuantizer(model)
+    settings = QAT(steps=1, loss={"kl": 1.0, "cross_entropy": 0.3, "hidden_kl": 0.1, "gradient": gradient})
+    recipe = SimpleNamespace(qat=settings, data=SimpleNamespace(loss_on="answers"))
+    alone = SimpleNamespace(device="cpu", reduce=lambda value, reduction: value)
+    job = SimpleNamespace(recipe=recipe, model=model, teacher=teacher, accelerator=alone)
+    found = []
+    for parts in ([rows], rows.split(1)):
+        for part, share in zip(parts, Trainer._shares(job, list(parts)), strict=True):
+            (Trainer._losses(job, part, share)["loss"] / len(parts)).backward()
+        quantizer.pull_gradients()
+        found.append([m.grad for m in quantizer.masters])
+        for master in quantizer.masters:
+            master.grad = None
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other / one.abs().max(), one / one.abs().max(), **MODEL_FP32)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qat.optimizer import make_optimizer
+from qat.optimizer import make_optimizer, matched_rate
 from recipes.schema import Optimizer
-from training.schedule import learning_rate_factor, make_schedule
+from training.schedule import learning_rate_factor, make_schedule, present_rate
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
@@ -81,3 +81,18 @@ def test_both_optimizers_step_under_accelerate_and_a_schedule(name):
     prepared.step()
     schedule.step()
     assert not torch.equal(parameter, torch.ones(2, 4, 8))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_rate_that_is_recorded_is_the_recipes_whatever_units_the_optimizer_has(name):
+    settings = Optimizer(name=name, learning_rate=1e-3, warmup_steps=3)
+    parameter = torch.nn.Parameter(torch.zeros(1, 64, 512))
+    optimizer = make_optimizer([parameter], settings)
+    schedule = make_schedule(optimizer, 10, settings)
+    units = matched_rate(1.0, (64, 512)) if name == "muon" else 1.0
+    for now in range(10):
+        assert schedule.get_last_lr()[0] == pytest.approx(units * present_rate(now, 10, settings), rel=1e-12)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        schedule.step()
+    assert present_rate(3, 10, settings) == 1e-3 and units == (1.0 if name == "adamw" else pytest.approx(0.2 * 512**0.5))

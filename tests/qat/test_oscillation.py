@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mxfp4 import fake_quantize
 from qat.attach import ExpertQuantizer
 from qat.oscillation import OscillationControl
 from recipes.schema import Oscillation
@@ -73,3 +74,26 @@ def test_state_survives_a_round_trip(model, method):
         assert all(torch.equal(e, t.parameter) for e, t in zip(expected, quantizer.tensors, strict=True))
     else:
         assert all(torch.equal(a, b) for a, b in zip(first.flips, second.flips, strict=True))
+
+
+@pytest.mark.parametrize("rule", ["even", "floor", "rceil"])
+def test_a_pinned_value_never_moves_again_whatever_its_block_does(model, rule):
+    quantizer = ExpertQuantizer(model, scale_rule=rule)
+    control = OscillationControl(quantizer, Oscillation(method="freeze", start=0.0, freeze_flips=2), 60)
+    generator = torch.Generator().manual_seed(0)
+    pinned: list[dict] = [{} for _ in quantizer.tensors]
+    moved = 0
+    for step in range(60):
+        with torch.no_grad():
+            for master in quantizer.masters:  # rough enough that block scales move
+                master += master.std() * 0.3 * torch.randn(master.shape, generator=generator)
+        control.requantize(step)
+        for i, frozen in enumerate(control.frozen):
+            now = quantizer.rounded(i)
+            if "mask" in pinned[i]:
+                before = pinned[i]
+                assert torch.equal(now[before["mask"]], before["values"][before["mask"]]), step
+                moved += int((now != before["values"]).sum())
+            assert torch.equal(now, fake_quantize(now, scale_rule=rule, axis=quantizer.tensors[i].axis))
+            pinned[i] = {"mask": frozen.clone(), "values": now.clone()}
+    assert moved and 0 < int(sum(p["mask"].sum() for p in pinned))

@@ -11,7 +11,7 @@ from torch import nn
 from qat.attach import ExpertQuantizer
 from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
-from qat.trainer import TrainingState
+from qat.state import TrainingState
 from recipes.schema import Oscillation
 
 

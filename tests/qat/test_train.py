@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -167,6 +168,9 @@ def test_an_earlier_run_is_set_aside_not_overwritten(tiny_recipe):
     output = run_job(SCRIPT, tiny_recipe, "--max-steps", 1)
     assert "an earlier run was set aside as" in output
     assert (folder(tiny_recipe).with_name("qat.1") / "checkpoints" / "step-00000001").is_dir()
+    said = run_job(SCRIPT, tiny_recipe, "--max-steps", 1, "keep_earlier=1")
+    assert "removed by keep_earlier: 1: " in said
+    assert sorted(p.name for p in folder(tiny_recipe).parent.glob("qat*")) == ["qat", "qat.2"]
 
 
 def test_two_processes_train_together(tiny_recipe):
@@ -233,11 +237,11 @@ def test_a_non_finite_gradient_of_another_tensor_is_named_too(tiny_recipe):
         "import torch\n"
         "from qat.trainer import Trainer\n"
         "original = Trainer._losses\n"
-        "def poisoned(self, ids):\n"
+        "def poisoned(self, *rows):\n"
         "    if self.state.step == 2:\n"
         "        self.model.get_parameter('model.norm.weight').register_hook(\n"
         "            lambda g: g.index_fill(0, torch.tensor([5]), float('nan')))\n"
-        "    return original(self, ids)\n"
+        "    return original(self, *rows)\n"
         "Trainer._losses = poisoned\n")
     error = run_job(SCRIPT, tiny_recipe, "qat.train=all", "model.dtype=float32", expect=1, before=poison)
     assert "step 3: " in error and "gradient of model.norm.weight: 1 non-finite values, the first at index [5]" in error
@@ -291,7 +295,46 @@ def test_another_number_of_processes_is_refused_on_resume(tiny_recipe):
     run_job(SCRIPT, tiny_recipe, "--max-steps", 1)
     reseal(complete_checkpoints(folder(tiny_recipe) / "checkpoints")[0], processes=8)
     assert "written by 8 processes, now running 1" in run_job(SCRIPT, tiny_recipe, "--resume", expect=2)
+    said = run_job(SCRIPT, tiny_recipe, "--resume", "--other-processes", "--max-steps", 2)
+    assert "written by 8 processes, now 1: goes on from the same weights and moments, not bit for bit" in said
+    newest = complete_checkpoints(folder(tiny_recipe) / "checkpoints")[-1]
+    assert load_state(newest / "training_state.safetensors")["job"]["batches"] == 8 + 1  # as many rows as eight processes took
 
+
+def test_the_best_measured_step_is_the_result_and_a_run_that_only_gets_worse_ends_early(tiny_recipe):
+    measured = (
+        "from qat import evaluate\n"
+        "original = evaluate.HeldOut.measure\n"
+        "def measured(self, model, kl=iter([0.9, 0.5, 0.4, 0.45, 0.4, 0.6])):\n"  # before any step, after the first, ...
+        "    return original(self, model) | {'kl': next(kl)}\n"
+        "evaluate.HeldOut.measure = measured\n")
+    options = ("qat.heldout_every=1", "qat.heldout_sequences=1", "qat.result=best", "qat.patience=3",
+               "qat.checkpoint_every=100", "qat.keep_last=1")
+    said = run_job(SCRIPT, tiny_recipe, *options, before=measured)
+    summary = json.loads((folder(tiny_recipe) / "summary.json").read_text())
+    assert "ended at step 5 of 12: no lower KL" in said and "least KL on held-out text at step 2: its weights are" in said
+    assert (summary["steps"], summary["result_of_step"]) == (5, 2)
+    assert summary["best_heldout"] == {"step": 2, "kl": pytest.approx(0.4)} and summary["tokens"] == 5 * 2 * 64
+    kept = complete_checkpoints(folder(tiny_recipe) / "checkpoints")
+    assert [p.name for p in kept] == ["step-00000002", "step-00000005"]
+    result = load_file(folder(tiny_recipe) / "model" / "model.safetensors")
+    stored, last = (load_file(p / "model.safetensors")["model.layers.1.mlp.experts.down_proj"] for p in kept)
+    ours = torch.stack([result[f"model.layers.1.mlp.experts.{e}.down_proj.weight"] for e in range(4)])
+    assert torch.equal(ours, stored) and not torch.equal(ours, last)
+    run_job(SCRIPT, tiny_recipe, *options, "--resume")  # nothing is left to train: the same result once more
+    again = load_file(folder(tiny_recipe) / "model" / "model.safetensors")
+    assert all(torch.equal(weight, result[name]) for name, weight in again.items())
+
+
+def test_losses_on_answers_train_and_are_said(tiny_recipe, text_files, tmp_path):
+    rows = [{"prompt": "expert router block", "completion": " scale code token"} for _ in range(200)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = run_job(SCRIPT, tiny_recipe, f"data.train=[{tmp_path / 'pairs.jsonl'}]", "data.loss_on=answers", "qat.steps=2",
+                   "qat.gradient_accumulation=2")
+    learned, whole = re.search(r"losses cover answers: ([\d,]+) of ([\d,]+) tokens", said).groups()
+    assert 0 < int(learned.replace(",", "")) < int(whole.replace(",", ""))
+    summary = json.loads((folder(tiny_recipe) / "summary.json").read_text())
+    assert summary["training"]["loss_on"] == "answers" and summary["steps"] == 2
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tiny_recipe):
     full = (

@@ -8,7 +8,7 @@ from tolerance import MODEL_FP32
 
 from mxfp4 import fake_quantize
 from mxfp4.codec import round_to_scales
-from qat.attach import ExpertQuantizer
+from qat.attach import ExpertQuantizer, find_expert_tensors
 from qat.trainer import make_teacher
 from qat.warm_start import Moments, choose_first_codes, compensated, fisher_moments, input_moments, sweeps
 from recipes.schema import WarmStart
@@ -54,8 +54,6 @@ def test_uncorrelated_equal_inputs_leave_nothing_to_compensate():
 
 def test_second_moments_are_those_of_the_routed_tokens(model):
     model.eval()
-    from qat.attach import find_expert_tensors
-
     tensors = [t for t in find_expert_tensors(model) if t.module == "model.layers.1.mlp.experts"]
     rows = torch.randint(0, 250, (3, 40))
     seen = []
@@ -129,8 +127,6 @@ def test_both_dimensions_nested_are_gptq_on_the_product_of_the_moments():
 
 def test_fisher_moments_are_those_of_autograd(model):
     """Against gradients with respect to every expert output taken one expert at a time on a dense copy of the layer."""
-    from qat.attach import find_expert_tensors
-
     model = model.eval().requires_grad_(False)
     name = "model.layers.2.mlp.experts"
     tensors = [t for t in find_expert_tensors(model) if t.module == name]
@@ -217,3 +213,73 @@ def test_groups_hold_the_given_number_of_layers(model):
     tensors = ExpertQuantizer(model).tensors
     assert [len(group) for group in sweeps(tensors, WarmStart(layers_together=1))] == [2] * (len(tensors) // 2)
     assert [len(group) for group in sweeps(tensors, WarmStart())] == [len(tensors)]
+
+
+def gpt_oss():
+    """A gpt-oss layer stack: transposed experts with biases, gate and up interleaved, both clamped."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(3)
+    model = GptOssForCausalLM(GptOssConfig(
+        vocab_size=264, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, num_local_experts=3, num_experts_per_tok=2, sliding_window=16, swiglu_limit=2.0,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4})).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.normal_(0, 1.0 if "bias" in name else 0.3)
+    return model
+
+
+def test_experts_with_biases_are_measured_behind_their_biases():
+    """gpt-oss, against the module's own arithmetic written out, values and gradients."""
+    model, rows = gpt_oss(), torch.randint(0, 250, (2, 20))
+    tensors = [t for t in find_expert_tensors(model) if t.module == "model.layers.1.mlp.experts"]
+    experts, kept = model.get_submodule(tensors[0].module), {}
+
+    def written_out(module, args, kwargs, output):
+        x, chosen, weights = (*args, *kwargs.values())[:3]
+        total = torch.zeros_like(output)
+        for e in range(3):
+            token, slot = (chosen == e).nonzero(as_tuple=True)
+            z = (x[token] @ module.gate_up_proj[e] + module.gate_up_proj_bias[e]).detach().requires_grad_(True)
+            gate, up = z[:, ::2].clamp(max=module.limit), z[:, 1::2].clamp(-module.limit, module.limit)
+            inner = (up + 1) * gate * torch.sigmoid(gate * module.alpha)
+            out = inner @ module.down_proj[e] + module.down_proj_bias[e]
+            out.retain_grad()
+            kept[e] = (x[token].detach(), z, inner.detach(), out, weights[token, slot, None].detach())
+            total = total.index_add(0, token, out * weights[token, slot, None])
+        return total
+
+    handle = experts.register_forward_hook(written_out, with_kwargs=True)
+    hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state
+    handle.remove()
+    log_p = model.lm_head(hidden.flatten(0, 1)).log_softmax(-1)
+    sampled = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(5))
+    (-log_p.gather(1, sampled).sum()).backward()
+    plain, fisher = input_moments(model, tensors, rows), fisher_moments(model, tensors, rows, seed=5)
+    assert any((z.abs() > experts.limit).any() for _, z, *_ in kept.values())  # the clamp is at work
+    for e, (x, z, inner, out, weight) in kept.items():
+        for tensor, inputs, gradients in ((tensors[0], x, z.grad), (tensors[1], inner, out.grad)):
+            by_outputs, by_inputs = (t.square().sum(1, keepdim=True) for t in (gradients, inputs))
+            for found, wanted in ((plain[tensor.name].inputs[e], (inputs * weight**2).T @ inputs),
+                                  (fisher[tensor.name].inputs[e], (inputs * by_outputs).T @ inputs),
+                                  (fisher[tensor.name].outputs[e], (gradients * by_inputs).T @ gradients)):
+                scale = wanted.abs().max().clamp_min(1e-12)
+                torch.testing.assert_close(found / scale, wanted / scale, **MODEL_FP32)
+
+
+@pytest.mark.parametrize("method", ["gptq", "fisher"])
+def test_a_start_of_transposed_experts_with_biases_errs_less_than_plain_rounding(method):
+    model, rows = gpt_oss(), torch.randint(0, 250, (16, 64))
+    student = copy.deepcopy(model)
+    quantizer = ExpertQuantizer(student)
+
+    def error() -> float:
+        with torch.no_grad():
+            ours, wanted = (m.model(input_ids=rows).last_hidden_state for m in (student, model))
+            return float((ours - wanted).norm())
+
+    plain = error()
+    choose_first_codes(model, quantizer, rows, WarmStart(method=method))
+    assert error() < 0.9 * plain
+    assert all(torch.equal(t.parameter, fake_quantize(m.data, axis=t.axis)) for t, m in quantizer)

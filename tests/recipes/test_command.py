@@ -1,6 +1,8 @@
 """A job's mistakes are one line on every process, with the rank of all but the first."""
 
 import errno
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,21 @@ def test_every_process_says_what_stopped_it(capsys, monkeypatch, rank, prefix, o
     assert run_command(TINY, [override], full_disk) == code
     said = capsys.readouterr().err
     assert said.startswith(f"{prefix}error: ") and words in said and said.count("\n") == 1
+
+
+def test_ctrl_c_outside_of_a_training_loop_is_one_line(tmp_path, capsys):
+    def job(recipe):
+        raise KeyboardInterrupt
+
+    assert run_command(TINY, [], job) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("interrupted; ") and "--resume" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["qat.train", "dflash_train.train"])
+def test_a_plan_is_printed_once_however_many_processes_there_are(script, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "path", [str(Path(TINY).parents[1]), *sys.path])  # whose first entry entry scripts replace
+    assert importlib.import_module(script).main([TINY, "--plan"]) == 0
+    said = capsys.readouterr()
+    assert said.out == said.err == ""

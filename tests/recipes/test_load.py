@@ -128,3 +128,42 @@ def test_reading_a_recipe_imports_no_torch_or_transformers():
             "heavy = {'torch', 'transformers', 'accelerate', 'datasets', 'matplotlib'} & sys.modules.keys()\n"
             "assert not heavy, heavy")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_files_are_found_beside_the_recipe_and_those_of_the_working_directory_win(tmp_path, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home, here):
+        folder.mkdir()
+    (home / "a.jsonl").touch()
+    (home / "more-1.parquet").touch()
+    (home / "b.jsonl").touch()
+    (here / "b.jsonl").touch()
+    monkeypatch.chdir(here)
+    recipe = load_recipe(write(home, GOOD), ["data.train=[a.jsonl, hub:a.jsonl, {path: 'more-*.parquet'}, nowhere.jsonl]"])
+    names = [entry if isinstance(entry, str) else entry.path for entry in recipe.data.train]
+    assert names == [f"{home}/a.jsonl", "hub:a.jsonl", f"{home}/more-*.parquet", "nowhere.jsonl"]
+    assert recipe.data.heldout == ["b.jsonl"] and recipe.model.path == "somewhere"
+
+
+def test_a_recipe_built_on_another_finds_the_files_beside_both(tmp_path, monkeypatch):
+    below, above = tmp_path / "below", tmp_path / "above"
+    for folder in (below, above):
+        folder.mkdir()
+    (below / "somewhere").mkdir()
+    (above / "c.jsonl").touch()
+    write(below, GOOD)
+    (above / "own.yaml").write_text("base: ../below/r.yaml\ndata: {train: [c.jsonl]}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    recipe = load_recipe(above / "own.yaml", ["data.heldout=[~/d.jsonl]"])
+    assert recipe.data.train == [f"{above}/c.jsonl"] and recipe.data.heldout == [f"{tmp_path}/user/d.jsonl"]
+    assert Path(recipe.model.path).resolve() == below / "somewhere"
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("qat.result=best", "expected qat.heldout_every above 0"), ("qat.patience=2", "expected qat.heldout_every above 0"),
+    ("qat={steps: 9, result: best, heldout_every: 3, average_last: 0.5}", "expected qat.average_last: 0"),
+    ("qat={steps: 9, oscillation: {method: freeze}, scales: {method: searched}}", "expected qat.scales.method: rule"),
+])
+def test_options_that_contradict_each_other_are_refused(tmp_path, override, words):
+    assert words in error(tmp_path, GOOD, override)

@@ -13,7 +13,7 @@ import pytest
 
 from storage import files
 from storage.digests import combined, differences, file_digests, model_digests
-from storage.files import folder_aside, next_free, write_bytes, write_json, write_text
+from storage.files import bound_earlier, folder_aside, next_free, write_bytes, write_json, write_text
 from storage.locks import Lock, Locked
 from storage.reading import first_line, inner_name, json_lines, read_json
 from storage.terminal import printable, printable_line
@@ -249,3 +249,18 @@ def test_control_characters_are_shown_not_obeyed():
     assert printable("a\x1b[2J\x07\x9b\u202e\u2028\ud800\tb\nü") == "a\\x1b[2J\\x07\\x9b\\u202e\\u2028\\ud800\tb\nü"
     assert printable_line("a\nb\tc") == "a\\nb\\tc"
     assert first_line(ValueError("\n  x \ny")) == "x" and first_line(KeyError()) == "KeyError"
+
+
+def test_only_results_that_were_set_aside_are_removed_and_the_newest_stay(tmp_path, capsys):
+    run = tmp_path / "qat"
+    for name in ("qat", "qat.2", "qat.9", "qat.10", "qat.11.old", "qat.12", "qat.best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "resolved.yaml").touch()
+    (tmp_path / "qat.12" / "resolved.yaml").unlink()  # somebody else's
+    assert next_free(run).name == "qat.13"
+    bound_earlier(run, "resolved.yaml", None)
+    assert "3, 0.000 GB in all" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 7
+    bound_earlier(run, "resolved.yaml", 1)
+    assert {p.name for p in tmp_path.iterdir()} == {"qat", "qat.10", "qat.11.old", "qat.12", "qat.best"}
+    bound_earlier(run, "resolved.yaml", 0)
+    assert {p.name for p in tmp_path.iterdir()} == {"qat", "qat.11.old", "qat.12", "qat.best"}

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.runtime_ref.conftest import seed_folder
-from tools.seed import build_tokenizer, own_text, tasks
+from tools.seed import build_tokenizer, tasks
 from tools.seed.corpus import (
     CODE_SOURCES,
     DOMAINS,
@@ -203,26 +202,3 @@ def test_the_licence_text_of_every_source_lies_beside_the_text():
             source = document["source"].split("/")[0]
             package = names.get(source, source.removeprefix("python-").removesuffix("-doc"))
             assert (SEED / "text" / "licences" / f"{package}.txt").stat().st_size > 500, source
-
-
-def test_text_of_the_models_own_goes_on_where_a_killed_run_ended(tmp_path):
-    folder = seed_folder(tmp_path / "rounded")
-
-    def write(name, tokens):
-        assert own_text.main([str(folder), "--out", str(tmp_path / name), "--length", "32", "--tokens", str(tokens)]) == 0
-        return (tmp_path / name).read_text()
-
-    whole = write("whole.jsonl", 4 * 32)
-    half = write("part.jsonl", 2 * 32)
-    (tmp_path / "part.jsonl").write_text(half + '{"text": "cut o')
-    assert write("part.jsonl", 4 * 32) == whole
-    rows = [json.loads(row)["text"] for row in whole.splitlines()]
-    assert len(rows) == 4 and len(set(rows)) == 4
-
-
-@pytest.mark.parametrize("more, words", [(["--length", "24"], "--length 24"), ([], "nowhere: no such folder")])
-def test_own_text_refuses_mistakes_in_one_line(more, words, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        own_text.main(["nowhere", "--out", str(tmp_path / "x.jsonl"), *more])
-    said = capsys.readouterr().err
-    assert words in said.splitlines()[-1] and not (tmp_path / "x.jsonl").exists()

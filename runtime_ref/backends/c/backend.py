@@ -1,8 +1,8 @@
 """The program of `core/program.py`, run in one call of the compiled ops (`ops.c`).
 
 The same ops in the same order as the torch backend; what it saves is the calls (a step of the embedded model is a hundred
-ops of microseconds) and the bytes (weights in bf16 where that is exact, experts packed). With several ranks the list is
-cut where a collective is needed. With `watch`, one call per op, and the buffers in the shapes of `model.py`.
+ops of microseconds) and the bytes (weights in bf16 where that is exact, experts packed). With several ranks the program is
+cut where a collective is needed. With `watch`, one call per op, and the buffers in the shapes of `backends/torch/ops.py`.
 
 Numbers: there is one path for each dtype, on every processor. In bf16 the operands of products are rounded to bf16 (weights as
 the file has them, activations where they enter a product), sums are float32. Processors with bf16 dot products do that in one
@@ -45,7 +45,9 @@ def refuses(weights: TargetWeights) -> str | None:
         return f"hidden_size {weights.config.hidden_size} is not a multiple of 32"
     for layer in weights.layers:
         if layer.attention.qk_bias is not None:
-            return "projections with biases (gpt-oss) are the torch backend's alone"
+            return "projections with biases are the torch backend's alone"
+        if getattr(layer.mlp, "shared", None) is not None:
+            return "shared experts are the torch backend's alone"
     return None
 
 
@@ -274,7 +276,7 @@ class CBackend(Backend):
         in the order of their layers (`target_hidden`) and by name (`target_hidden.0`). On one rank also `best`: the likeliest
         token of each row of the logits, -1 where they are not finite.
 
-        `watch` sees all buffers after each op, in the shapes of `model.py`.
+        `watch` sees all buffers after each op, in the shapes of `backends/torch/ops.py`.
         """
         numbers, runs, _ = self._code(program)
         step, ranks = self.step, self.weights.ranks
@@ -301,18 +303,18 @@ class CBackend(Backend):
 
     def _begin(self, program: list[Op], planned: CStep) -> tuple[Buffers, torch.Tensor]:
         """Points the step at a plan and at new memory for what it leaves: (buffers, logits in whole vectors)."""
-        step, tapped = self.step, self._code(program)[2]
+        step, caught = self.step, self._code(program)[2]
         self._fit(planned)
         submit(step, planned)
         logits = torch.empty(planned.wanted, step.head.n)
         step.logits = logits.data_ptr()
-        buffers = Buffers(step.H, tapped[2] if tapped else {})
+        buffers = Buffers(step.H, caught[2] if caught else {})
         buffers["best"] = best = array("i", bytes(4 * planned.wanted))
         step.best = best.buffer_info()[0]
-        if tapped is not None:
-            buffers["target_hidden"] = target_hidden = torch.empty(planned.real, tapped[0] * step.H)
+        if caught is not None:
+            buffers["target_hidden"] = target_hidden = torch.empty(planned.real, caught[0] * step.H)
             step.target_hidden, step.hidden_stride = target_hidden.data_ptr(), target_hidden.shape[1]
-            step.hidden_place = tapped[1].buffer_info()[0]
+            step.hidden_place = caught[1].buffer_info()[0]
         return buffers, logits
 
     @torch.inference_mode()

@@ -1,7 +1,7 @@
-/* The ops of a step (see model.py), compiled for the CPU at hand; native.py builds the structures and calls run().
+/* The ops of a step (as backends/torch/ops.py), compiled for the CPU at hand; structs.py builds the structures, backend.py calls run().
 
    A decoded token multiplies a few megabytes once, so what decides is bytes read and calls made: weights that are exact in
-   bf16 are held so, experts are read packed and decoded in registers, and a whole task list is one call.
+   bf16 are held so, experts are read packed and decoded in registers, and a whole program is one call.
 
    Row-invariant by construction: every output element is one chain of fused multiply-adds in the order of K (or, for packed
    experts and scores, 16 such chains added by one fixed tree); how many rows run beside it only changes how many chains run
@@ -62,7 +62,7 @@ typedef struct {
     const int32_t *numbers; /* ids, positions, then by kind low, high, table_at, table_first, slots; tables, head_rows if `picks` */
     int64_t rows, kinds, pages, picks;
     int32_t *best; /* of each wanted row: the likeliest token, -1 where a logit is not finite */
-    float *chance; /* its probability; or NULL */
+    float *chance; /* its probability, 0 where there is none; or NULL */
     int64_t vocabulary;
 } Step;
 
@@ -464,7 +464,7 @@ static void choose(Step *s) {
         float rest = 0;
         for (int64_t j = 0; j < i; j += L) sum = sum + vexp(load(own + j) - top);
         for (; i < V; i++) rest += vexp(splat(own[i] - top))[0];
-        s->chance[r] = 1.0f / (lanes(sum) + rest);
+        s->chance[r] = s->best[r] < 0 ? 0 : 1.0f / (lanes(sum) + rest);
     }
 }
 

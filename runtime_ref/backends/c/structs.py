@@ -259,7 +259,7 @@ class Memory:
 
 
 def _huge(size: int) -> torch.Tensor:
-    """Memory [size] bytes in large pages where the system has them: a step walks through all of it."""
+    """Memory [size] bytes in large pages where the system has them: a step reads all of it."""
     pages = mmap.mmap(-1, size + LARGE_PAGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)

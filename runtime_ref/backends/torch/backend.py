@@ -15,7 +15,7 @@ from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
 from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import Pool
-from runtime_ref.core.program import Op
+from runtime_ref.core.program import Op, run_ops
 from runtime_ref.core.tensor_parallel import shares
 
 
@@ -73,9 +73,10 @@ class TorchBackend(Backend):
             a = layer.attention
             found |= {tuple(a.qk.shape), tuple(a.v.shape), tuple(a.o.shape)}
             found |= {(a.key_heads, a.qk_dim, ops.PAGE), (a.key_heads, ops.PAGE, a.v_dim)}
-            if isinstance(layer.mlp, Dense):
-                found |= {tuple(layer.mlp.gate_up.shape), tuple(layer.mlp.down.shape)}
-            else:
+            dense = layer.mlp if isinstance(layer.mlp, Dense) else layer.mlp.shared
+            if dense is not None:
+                found |= {tuple(dense.gate_up.shape), tuple(dense.down.shape)}
+            if dense is not layer.mlp:
                 parts, inner = layer.mlp.experts.parts, config.moe_intermediate_size // shares(config.moe_intermediate_size)
                 found |= {tuple(layer.mlp.router.shape), (parts, config.hidden_size, 2 * inner),
                           (parts, inner, config.hidden_size)}
@@ -98,16 +99,7 @@ class TorchBackend(Backend):
     def run(self, program: list[Op], step: Step, watch: Callable[[Op, dict], None] | None = None, *,
             host: bool = True) -> dict[str, torch.Tensor]:
         """Executes the ops in order; returns all buffers."""
-        buffers = {"ids": step.ids}
-        for op in program:
-            found = self.ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
-            if len(op.writes) == 1:
-                buffers[op.writes[0]] = found
-            else:
-                buffers.update(zip(op.writes, found or (), strict=True))
-            if watch is not None:
-                watch(op, buffers)
-        return buffers
+        return run_ops(program, self.ops, step, watch)
 
     def op_embed(self, step, layer, ids):
         return ops.embed(self.weights.embed, ids, self.dtype)
@@ -156,6 +148,9 @@ class TorchBackend(Backend):
 
     def op_experts(self, step, layer, y, index, weight):
         return ops.run_experts(y, index, weight, self.weights.layers[layer].mlp.experts, step.real, self.rules)
+
+    def op_shared_experts(self, step, layer, y, partial):
+        return partial + ops.dense_mlp(y, self.weights.layers[layer].mlp.shared, self.rules)
 
     def op_target_hidden(self, step, layer, x):
         return x

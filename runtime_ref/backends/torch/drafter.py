@@ -1,4 +1,4 @@
-"""The DFlash drafter inside the runtime: its ops are those of `model.py`, so drafts do not depend on the batch either.
+"""The DFlash drafter inside the runtime: its ops are those of `ops.py`, so drafts do not depend on the batch either.
 
 Context features become keys and values once and stay in pages of kind "draft". The block's own keys are written to the same
 pages, at the positions that they stand for: they are provisional, and the features of what is committed overwrite them. So

@@ -1,6 +1,6 @@
 """The ops of a step: pure functions with one reference meaning each, row-invariant on a CPU.
 
-Row-invariant: what an op computes for a row (a token) has the same bits alone, in any position and in any company. Then
+Row-invariant: what an op computes for a row (a token) has the same bits alone, in any position and beside any other rows. Then
 tokens decoded with a drafter equal those decoded without, and a batch equals its members. What it takes:
 
 - every matrix product is a batch of products of fixed shape [n rows, K] x [K, N], rows padded to a multiple of 8: a CPU's
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from runtime_ref.backends.torch.rotary import Rotary
 from runtime_ref.checkpoints.host_weights import Attention, Dense, Experts, Moe
-from runtime_ref.core.batch import SequenceChunk, logit_rows
+from runtime_ref.core.batch import SequenceChunk, lay_out
 from runtime_ref.core.kv_cache import PAGE, Pool
 from runtime_ref.core.tensor_parallel import Ranks
 
@@ -167,19 +167,12 @@ class Step:
 
 def plan_rows(chunks: list[SequenceChunk], rules: RowRules = STRICT) -> tuple[Step, list[tuple[SequenceChunk, int, int]]]:
     """Rows of the chunks side by side, and the blocks (chunk, first position, count) they make."""
-    ids: list[int] = []
-    positions: list[int] = []
-    head: list[int] = []
+    ids, positions, head = lay_out(chunks)
     blocks, block_rows = [], []
     T = NARROW if rules.quantum == NARROW and max(len(chunk.tokens) for chunk in chunks) <= NARROW else ROWS
     for chunk in chunks:
-        chunk.row = len(ids)
-        n = len(chunk.tokens)
-        ids += chunk.tokens
-        positions += range(chunk.start, chunk.start + n)
-        head += range(chunk.row + n - logit_rows(chunk), chunk.row + n)
-        for begin in range(0, n, T):
-            count = min(T, n - begin)
+        for begin in range(0, len(chunk.tokens), T):
+            count = min(T, len(chunk.tokens) - begin)
             blocks.append((chunk, chunk.start + begin, count))
             block_rows += [chunk.row + begin + min(i, count - 1) for i in range(T)]
     real = len(ids)

@@ -8,7 +8,8 @@ import torch
 def rotary_tables(config) -> dict[str, Rotary]:
     """Rotary tables by kind of attention."""
     if hasattr(config, "rotary"):
-        return dict.fromkeys(("full", "window"), Rotary(config.rope_theta, config.head_dim, config.head_dim, *config.rotary))
+        rotated = int(config.head_dim * config.partial_rotary_factor)
+        return dict.fromkeys(("full", "window"), Rotary(config.rope_theta, rotated, config.head_dim, *config.rotary))
     geometry = {"full": (config.rope_theta, config.head_dim), "window": (config.swa_rope_theta, config.swa_head_dim)}
     return {kind: Rotary(base, int(width * config.partial_rotary_factor), width) for kind, (base, width) in geometry.items()}
 

@@ -1,1 +1,1 @@
-"""The GPU backend: a step on Triton kernels, op by op or in one persistent launch."""
+"""The GPU backend: a step on Triton kernels, op by op or in one megakernel launch."""

@@ -1,16 +1,16 @@
-"""Runs programs with the Triton kernels: the same list, the same buffers, the same caches as `TorchBackend`.
+"""Runs programs with the Triton kernels: the same ops, the same buffers, the same caches as `TorchBackend`.
 
-Every op of the list has a kernel; none falls back to torch. The list is fused first (`fusion.py`); a caller that watches
-buffers gets the list as it is, op by op. On a machine without a GPU the kernels are compiled for the CPU (`kernels/host`), or
+Every op of a program has a kernel; none falls back to torch. A program is fused first (`core/fusion.py`); a caller that watches
+buffers gets it as it is, op by op. On a machine without a GPU the kernels are compiled for the CPU (`triton_cpu/`), or
 run in Triton's interpreter if TRITON_INTERPRET=1 is set: for tests and checks.
 
 Numbers: bf16 only. Operands of products are rounded to bf16, which the torch backend does not do, so logits of the two agree
 within a tolerance. Where experts lie in hw_fp4 pages (backend "triton-mxfp8") their activations are rounded to MXFP8. What they
-share is C4: no kernel lets a row see its company.
+share is C4: no kernel lets a row see the others of its batch.
 
 With several ranks, the parts of a sum leave the kernels, are gathered (NCCL or gloo) and added in order; a rank that has all
-parts adds them in the same order inside the kernel (`kernels/parts.py`): bits do not depend on the number of ranks (C5). A
-walk (`persistent.py`) sums over ranks without leaving the kernel.
+parts adds them in the same order inside the kernel (`kernels/tp_reduction.py`): bits do not depend on the number of ranks (C5).
+A megakernel (`megakernel.py`) sums over ranks without leaving the kernel.
 
 Rejected: torch ops for the small steps in between, which is what makes decoding wait for launches.
 """
@@ -33,16 +33,16 @@ from runtime_ref.checkpoints.device_shapes import interpreted
 from runtime_ref.checkpoints.device_weights import KernelWeights, load_kernel_weights
 from runtime_ref.checkpoints.host_weights import TargetWeights
 from runtime_ref.checkpoints.load import load_target
-from runtime_ref.core.batch import SequenceChunk, logit_rows
+from runtime_ref.core.batch import SequenceChunk, lay_out
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, KvCache, Pool, Table
-from runtime_ref.core.launch import LaunchReport, WaitGivenUp
-from runtime_ref.core.program import Op
+from runtime_ref.core.launch_report import LaunchReport, WaitGivenUp
+from runtime_ref.core.program import Op, run_ops
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
-from runtime_ref.kernels import row_launches as launches
+from runtime_ref.kernels import launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.experts import MAX_TOKENS, Launch, Workspace, run_experts
-from runtime_ref.kernels.row_launches import Tiling
+from runtime_ref.kernels.launches import Tiling
 
 BLOCK = 8
 
@@ -194,13 +194,7 @@ class TritonBackend(Backend):
 
     def plan(self, chunks: list[SequenceChunk]) -> KernelStep:
         """The step that computes the tokens of `chunks`, whose tables must reach to their ends."""
-        ids, positions, head = [], [], []
-        for chunk in chunks:
-            chunk.row = len(ids)
-            n = len(chunk.tokens)
-            ids += chunk.tokens
-            positions += range(chunk.start, chunk.start + n)
-            head += range(chunk.row + n - logit_rows(chunk), chunk.row + n)
+        ids, positions, head = lay_out(chunks)
         ids, positions, rows = (torch.tensor(c, dtype=torch.int32, device=self.device) for c in (ids, positions, head or [0]))
         step = KernelStep(ids, positions, rows, ids.shape[0], len(head))
         for kind, pool in self.pools.items():
@@ -217,8 +211,8 @@ class TritonBackend(Backend):
     @torch.inference_mode()
     def run(self, program: list[Op], step: KernelStep, watch: Callable[[Op, dict], None] | None = None, *,
             host: bool = True) -> dict[str, torch.Tensor]:
-        """Executes the ops in order; returns the buffers, logits on the host unless told otherwise. `watch` sees the buffers
-        after each op of the list as it is."""
+        """Executes the ops in order; returns the buffers, logits on the host unless `host` is False. `watch` sees the buffers
+        after each op of the program, which is not fused then."""
         if watch is None and self.runner is not None and self.runner.serves(program, step):
             buffers = self.runner.run(step)
         else:
@@ -231,16 +225,8 @@ class TritonBackend(Backend):
     def launch_ops(self, program: list[Op], step: KernelStep, watch: Callable[[Op, dict], None] | None = None, *,
                    fuse: bool = False) -> dict[str, torch.Tensor]:
         """Buffers of a step, op by op. fuse: also where somebody watches."""
-        buffers = {"ids": step.ids}
-        for op in program if watch is not None and not fuse else fused(program, self.ranks.count):
-            found = self.ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
-            if len(op.writes) == 1:
-                buffers[op.writes[0]] = found
-            else:
-                buffers.update(zip(op.writes, found or (), strict=True))
-            if watch is not None:
-                watch(op, buffers)
-        return buffers
+        whole = program if watch is not None and not fuse else fused(program, self.ranks.count)
+        return run_ops(whole, self.ops, step, watch)
 
     def choose_launch(self, asked: str, program: list[Op], drafter: Drafter | None, cache: KvCache, running: int,
                       context: int) -> tuple[LaunchReport, Drafter | None]:
@@ -383,7 +369,7 @@ class TritonBackend(Backend):
         return self.head_logits(x, step.head_rows.shape[0], norm=(self.kernel_weights.norm, self.epsilon), rows=step.head_rows)
 
     def head_logits(self, x: torch.Tensor, count: int, **options) -> torch.Tensor:
-        """float32 logits [count, vocabulary] through the head; options as of `row_launches.product`."""
+        """float32 logits [count, vocabulary] through the head; options as of `launches.product`."""
         head = self.kernel_weights.head
         return self.whole_vocabulary(
             launches.product(x, head, self._empty(count, head.w.shape[0], dtype=torch.float32), self.tiling, **options))
@@ -432,7 +418,8 @@ def default_launch() -> Launch:
 def load_triton_backend(folder: str | Path, ranks: Ranks = SINGLE_RANK, *, dtype: torch.dtype = torch.bfloat16,
                         pages: dict[str, int], positions: int, hw_fp4: bool = False,
                         progress: Callable[[int, int], None] | None = None) -> TritonBackend:
-    """A backend on an exported folder. hw_fp4: experts for tensor cores that read E2M1 (`kernels/blackwell_mxfp4.py`).
+    """A backend on an exported folder. hw_fp4: experts for tensor cores that read E2M1
+    (`kernels/experimental/blackwell_mxfp4.py`).
 
     Raises:
         ValueError: no GPU and no interpreter, a dtype other than bfloat16, a folder that the kernels cannot run.

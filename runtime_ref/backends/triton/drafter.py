@@ -1,12 +1,13 @@
-"""The DFlash drafter on the Triton kernels: the passes of `drafter.Drafter`, which documents the idea, launch by launch.
+"""The DFlash drafter on the Triton kernels: the passes of `backends/torch/drafter.py`, which documents the idea, launch by
+launch.
 
-Reference: `drafter.Drafter`. Differences: everything is bf16 where a product reads it; a block has exactly the rows that
+Reference: the torch drafter. Differences: everything is bf16 where a product reads it; a block has exactly the rows that
 are wanted (the anchor and its drafts), and only the drafts' rows meet the head.
 
 Ranks share its heads and inner dimensions as those of the target, and sum o_proj and down in parts that the model fixes
-(`kernels/parts.py`): read whole by every rank, the published drafter would cost one of eight a quarter of its step. Of what
-joins the features (`fc`) each makes a share of the columns. A drafter whose sizes the ranks cannot share is held by each of
-them, in the same parts.
+(`kernels/tp_reduction.py`): read whole by every rank, the published drafter would cost one of eight a quarter of its step. Of
+what joins the features (`fc`) each makes a share of the columns. A drafter whose sizes the ranks cannot share is held by each
+of them, in the same parts.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.drafter_checks import check_drafter
 from runtime_ref.core.kv_cache import Table
 from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK, Ranks
-from runtime_ref.kernels import row_launches as launches
+from runtime_ref.kernels import launches
 from runtime_ref.kernels.attention import attend
-from runtime_ref.kernels.row_launches import Heads, Matrix, paired
+from runtime_ref.kernels.launches import Heads, Matrix, paired
 from runtime_ref.kernels.tp_reduction import own_keys, own_share, parts_of
 
 CONTEXT_ROWS = 64
@@ -87,7 +88,7 @@ class TritonDrafter(Drafter):
         self._place(device)
 
     def _place(self, device: str) -> None:
-        """Moves what a walk finds by offset into one arena."""
+        """Moves what the megakernel finds by offset into one arena."""
         pieces = [self.fc.w, self.hidden_norm, *(getattr(t, "w", t) for layer in self.layers for t in layer.values()
                                                  if t is not None)]
         self.arena = Arena(sum(piece_bytes(t) for t in pieces), device)

@@ -25,7 +25,7 @@ from runtime_ref.backends.triton.megakernel_drafter import MegakernelDrafter
 from runtime_ref.checkpoints.device_shapes import interpreted
 from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import PAGE, KvCache, OutOfPages
-from runtime_ref.core.launch import LaunchReport
+from runtime_ref.core.launch_report import LaunchReport
 from runtime_ref.core.program import Op
 from runtime_ref.kernels.experimental.megakernel import WARPS
 from runtime_ref.kernels.experts import MAX_TOKENS

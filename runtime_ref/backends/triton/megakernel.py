@@ -31,7 +31,7 @@ from runtime_ref.kernels.attention import CHUNK_PAGES, attention_constants
 from runtime_ref.kernels.experimental.megakernel import STAGES, SUMS, Instruction, launch_options, step_kernel
 from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
 from runtime_ref.kernels.experts import MAX_TOKENS, POLLS, Workspace
-from runtime_ref.kernels.row_launches import Heads, Matrix
+from runtime_ref.kernels.launches import Heads, Matrix
 
 _KINDS = {"full": "F", "window": "W"}
 

@@ -23,7 +23,7 @@ from runtime_ref.kernels.attention import CHUNK_PAGES
 from runtime_ref.kernels.experimental.megakernel import Instruction, launch_options, step_kernel
 from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
 from runtime_ref.kernels.experts import MAX_TOKENS, POLLS
-from runtime_ref.kernels.row_launches import Matrix
+from runtime_ref.kernels.launches import Matrix
 
 
 def encode_drafter(drafter: TritonDrafter) -> torch.Tensor:

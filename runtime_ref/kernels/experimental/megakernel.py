@@ -3,7 +3,7 @@
 The program is data: a table of int32 [ops, FIELDS] with an `Instruction` for each op of the fused program (`core.fusion`).
 Every Triton program of the grid reads the same instructions in the same order, takes every P-th tile of each, and meets the
 others at a grid barrier between two of them.
-The tiles are those of `rows`, `routing`, `attention` and `experts`, so the numbers are those of the launches one by one, bit
+The tiles are those of `dense`, `routing`, `attention` and `experts`, so the numbers are those of the launches one by one, bit
 for bit; `runtime_ref.backends.triton.megakernel` builds the table and runs both.
 
 The same kernel runs the drafter's program (HEAD_NORM, DRAFT): features through `fc`, keys and values of the context, blocks.
@@ -19,10 +19,10 @@ router's choice fused into their neighbours there are five (attention layer with
 
 Several ranks run the same program at the same time and sum o_proj and down inside it, without leaving the kernel: whoever
 finishes a tile stores the rank's parts of it in memory that all ranks can read, and says so to each of them; when a program has
-no tile of its own left, it waits for those that it adds up, in order (`parts.py`). No second barrier: o_proj's sums and those
-of the MLP lie in different halves of that memory, and they alternate, so when a rank writes a half again, all have passed the
-other one since. Flags hold the number of the sum (`launches` before this one, times the sums of a launch, plus the op's ordinal
-among them), kept on the device, so that a captured graph can be replayed.
+no tile of its own left, it waits for those that it adds up, in order (`tp_reduction.py`). No second barrier: o_proj's sums and
+those of the MLP lie in different halves of that memory, and they alternate, so when a rank writes a half again, all have passed
+the other one since. Flags hold the number of the sum (`launches` before this one, times the sums of a launch, plus the op's
+ordinal among them), kept on the device, so that a captured graph can be replayed.
 
 In Triton's interpreter programs run one after another, so a grid has one program there; several at once are proven by the
 tests' harness of one process per program, and ranks by processes that share memory.
@@ -39,10 +39,10 @@ import triton
 import triton.language as tl
 
 from runtime_ref.kernels.attention import attend_tile
+from runtime_ref.kernels.dense import gather_tile, product_tile, project_tile, swiglu_tile
 from runtime_ref.kernels.experts import experts_work
 from runtime_ref.kernels.mxfp4_decode import narrow
 from runtime_ref.kernels.routing import route_tile
-from runtime_ref.kernels.rows import gather_tile, product_tile, project_tile, swiglu_tile
 from runtime_ref.kernels.sync import grid_barrier, signal_ranks, sum_ranks, wait_ranks
 
 OPS = ("embed", "enter_full", "enter_window", "attend_full", "attend_window", "merge_add", "norm_gate_up", "down_add",
@@ -60,7 +60,7 @@ class Instruction:
         extra: attention sinks, weights of the norms of heads, the router's correction, or pages of down.
         place: which layer of a KV pool, or which of the stored hidden states.
         window: whether heads have the geometry of window layers.
-        count, ordinal: of an op that sums over ranks, how many of its kind the program has, and the how manieth this is from 1
+        count, ordinal: of an op that sums over ranks, how many of its kind the program has, and which of them this is, from 1
             on: with the number of launches they make the epoch of its flags. (`count` lies where gamma would: such an op has
             no norm before it.)
     """

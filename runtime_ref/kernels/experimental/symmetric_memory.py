@@ -1,4 +1,4 @@
-"""Memory of each rank that every rank can address: what the megakernel sums over ranks in (`kernels/step.py`).
+"""Memory of each rank that every rank can address: what the megakernel sums over ranks in (`megakernel.py`).
 
 Each rank has a buffer of two halves of float32 and flags, int32 [places, ranks]; a kernel gets the addresses of everybody's as
 a table of int64. On GPUs they are torch's symmetric memory (one NVLink domain). In Triton's interpreter they are a file in
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from runtime_ref.core.tensor_parallel import Ranks
+from storage.reading import first_line
 
 _SHARED = Path("/dev/shm")
 _LINE = 128  # bytes that one piece of memory keeps to itself
@@ -78,6 +79,6 @@ def _symmetric(ranks: Ranks, size: int, device: str) -> tuple[list[int], object]
     try:
         handle = _symmetric_memory.rendezvous(own, dist.group.WORLD)
     except RuntimeError as error:
-        raise ValueError(f"rank {ranks.rank}: no memory that {ranks.count} GPUs share ({str(error).splitlines()[0][:160]}); "
+        raise ValueError(f"rank {ranks.rank}: no memory that {ranks.count} GPUs share ({first_line(error)[:160]}); "
                          "expected GPUs of one NVLink domain, or steps op by op") from None
     return list(handle.buffer_ptrs), (own, handle)

@@ -201,8 +201,8 @@ def check_attention(window: int | None, device: str, **options) -> dict:
         moved = (t if t is None else t.to(device) for t in (q, keys, values, sink))
         return attend(*moved, *tables, rows=8, window=window, longest=max(ends), out=out, **options).cpu()
 
-    out, wanted = run([(0, 0, 8), (1, 0, 8)]), torch.cat(expected, 1)
-    error = float((out - wanted).norm() / wanted.norm())
+    out, whole = run([(0, 0, 8), (1, 0, 8)]), torch.cat(expected, 1)
+    error = float((out - whole).norm() / whole.norm())
     same = all(torch.equal(run([(i, r, 1)])[:, 8 * i + r], out[:, 8 * i + r]) for i, r in ((0, 0), (0, 7), (1, 3)))
     return {"name": f"attention, {f'window {window} with sinks' if window else 'all positions'}",
             "passed": error < TOLERANCE and same,

@@ -1,5 +1,5 @@
 """An exported folder through the engine, for `bench.py --suite gpu`: does drafting give the tokens of plain decoding, op by op
-and walked, and how fast is each.
+and in one megakernel launch, and how fast is each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check_folder(folder: Path) -> None:
 
 
 def measure_engine(folder, problems: list[str], seconds_left: Callable[[], float], tokens: int = 128) -> dict:
-    """G5: an exported folder through the engine, op by op and walked, each without and with its drafter.
+    """G5: an exported folder through the engine, op by op and as megakernels, each without and with its drafter.
 
     Everything is generated twice and the second pass counts, because the first compiles what steps of these lengths need; so
     that the second computes as much as the first, no beginnings of prompts are kept.
@@ -41,9 +41,9 @@ def measure_engine(folder, problems: list[str], seconds_left: Callable[[], float
         problems: is told what failed or found no time. seconds_left: until no further pass is to begin.
 
     Returns:
-        greedy_equal: by way, whether drafting gave the tokens of plain decoding. walked_as_op_by_op: for each prompt, how many
-        tokens from the first on are those of the other way; two orders of sums, so fewer than all is no error. failed: whose
-        waits were given up: then the walked way has no speed. tokens_per_second, timeline (drafting), acceptance_length.
+        greedy_equal: by way, whether drafting gave the tokens of plain decoding. `walked_as_op_by_op`: for each prompt, how
+        many tokens from the first on are those of the other way; two orders of sums, so fewer than all is no error. failed:
+        whose waits were given up: then the megakernel has no speed. tokens_per_second, timeline (drafting), acceptance_length.
     """
     engine = Engine.from_folder(folder, backend="triton", options=EngineOptions(prefix_cache=False), launch="ops")
     generator = torch.Generator().manual_seed(0)
@@ -99,10 +99,10 @@ def alike(one: list[int], other: list[int]) -> int:
 
 
 def given_up(engine) -> list[str]:
-    """Whose walks gave up a wait: "step", "draft"."""
-    walks = {"step": engine.backend.runner, "draft": engine.drafter if isinstance(engine.drafter,
+    """Whose megakernel gave up a wait: "step", "draft"."""
+    megakernels = {"step": engine.backend.runner, "draft": engine.drafter if isinstance(engine.drafter,
                                                                                       MegakernelDrafter) else None}
-    return [name for name, walk in walks.items() if walk is not None and walk.failed()]
+    return [name for name, one in megakernels.items() if one is not None and one.failed()]
 
 
 def timeline(call, most: int = 400) -> list[list]:

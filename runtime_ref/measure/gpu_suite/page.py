@@ -61,7 +61,7 @@ def goals(report: dict) -> list[tuple[str, str, str, str]]:
     best = min((row["seconds"] for row in report.get("experts", []) if not row["failed"]), default=None)
     micro = None if best is None else 1e6 * best
     step, quantize = report.get("step", {}), report.get("fake_quantize", {})
-    both, walk = step.get("step_and_draft_seconds"), (step.get("walk") or {}).get("seconds")
+    both, megakernel = step.get("step_and_draft_seconds"), (step.get("walk") or {}).get("seconds")
     for name, limit in EXPERTS_US.items():
         judged(f"G1 experts, 8 tokens ({name})", micro, f"{micro or 0:.1f} us", f"at most {limit:g} us",
                micro is not None and micro <= limit)
@@ -80,15 +80,15 @@ def goals(report: dict) -> list[tuple[str, str, str, str]]:
     barrier = step.get("barrier_seconds")
     judged("G3 grid barrier", barrier, f"{1e6 * (barrier or 0):.2f} us", f"at most {BARRIER_US:g} us",
            1e6 * (barrier or 1) <= BARRIER_US)
-    walked = step["op_by_op"]["seconds"] / walk if walk and step["op_by_op"] else None
-    judged("G3 graphed launches over the walk", walked, f"{walked or 0:.2f}", "above 1", (walked or 0) > 1)
+    gain = step["op_by_op"]["seconds"] / megakernel if megakernel and step["op_by_op"] else None
+    judged("G3 graphed launches over the megakernel", gain, f"{gain or 0:.2f}", "above 1", (gain or 0) > 1)
     share = quantize.get("share_of_copy")
     judged("G4 fused fake quantization, share of copy bandwidth", share, f"{100 * (share or 0):.0f} %",
            f"at least {100 * COPY_SHARE:.0f} %", (share or 0) >= COPY_SHARE)
     ours = report.get("qat_step", {}).get("ratio", {}).get("ours")
     judged("G4 training step with expert QAT over one without", ours, f"{ours or 0:.2f}", "", None)
     equal = report.get("engine", {}).get("greedy_equal")
-    judged("G5 greedy tokens: drafting = plain, " + (" and ".join(equal) if equal else "op by op and walked"),
+    judged("G5 greedy tokens: drafting = plain, " + (" and ".join(equal) if equal else "op by op and as megakernels"),
            1.0 if equal else None, "equal" if equal and all(equal.values()) else "DIFFERENT", "equal",
            bool(equal) and all(equal.values()))
     return found
@@ -147,18 +147,18 @@ def _steps(report: dict) -> list[str]:
     if "step" not in report:
         return []
     step = report["step"]
-    walk, draft, compared = (step[name] or {} for name in ("walk", "draft", "compared"))
+    megakernel, draft, compared = (step[name] or {} for name in ("walk", "draft", "compared"))
     lines = ["## A step of one of eight ranks, full geometry, random weights", "",
              f"{step['weights_bytes'] / 1e9:.1f} GB of weights, {step['position']} tokens in the cache, no communication."]
     if compared:
         where = "of the logits" if compared["layer"] < 0 else f"of layer {compared['layer']}"
         apart = "not finite" if compared["difference"] is None else f"{compared['difference']:.1e}"
-        lines += ["", f"Each layer walked and launched from the same input: relative difference of a row at most {apart} "
+        lines += ["", f"Each layer, megakernel and launches from the same input: relative difference of a row at most {apart} "
                       f"({where})" + (f"; {compared['distinct_experts']:.1f} distinct experts per layer."
                                       if compared["distinct_experts"] else ".")]
     rows = [("verification, graphed launches", step["op_by_op"], step["launches_op_by_op"]),
-            ("verification, walked", step["walk"], walk.get("launches")),
-            ("drafter's round, walked", step["draft"], draft.get("launches")),
+            ("verification, megakernel", step["walk"], megakernel.get("launches")),
+            ("drafter's round, megakernel", step["draft"], draft.get("launches")),
             ("verdict", step["verify"], (step["verify"] or {}).get("launches"))]
     lines += ["", "| | ms | launches |", "|---|---|---|", *(_step_row(*row) for row in rows), ""]
     if "bytes_beyond_a_rank" in draft:
@@ -192,9 +192,9 @@ def _engine(report: dict, picture: str | None) -> list[str]:
     lines += [f"Drafting and plain, {way}: {'the same tokens' if equal else '**DIFFERENT** tokens'}."
               for way, equal in engine["greedy_equal"].items()]
     if same is not None:
-        lines += [f"Walked and op by op, plain: the first {' and '.join(map(str, same))} of {engine['tokens']} tokens of the "
-                  "prompts are alike (two orders of sums; fewer than all is no error)."]
-    lines += [f"**A wait was given up** by the walk of the {walk}: walked speeds are left out." for walk in engine["failed"]]
+        lines += [f"Megakernel and op by op, plain: the first {' and '.join(map(str, same))} of {engine['tokens']} tokens of "
+                  "the prompts are alike (two orders of sums; fewer than all is no error)."]
+    lines += [f"**A wait was given up** by the megakernel of the {name}: its speeds are left out." for name in engine["failed"]]
     return [*lines, "", *([f"![launches in time]({picture})", ""] if picture else [])]
 
 

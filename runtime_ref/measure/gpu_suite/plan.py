@@ -25,13 +25,13 @@ FAULTS = (*peers.REFUSALS, ArithmeticError, subprocess.SubprocessError)
 
 
 class Plan:
-    """Which parts are wanted, and until when each may begin something.
+    """Which parts are requested, and until when each may begin something.
 
     skipped: what did not fit or lacked something. refused: what failed, with its reason.
     """
 
     def __init__(self, only: Sequence[str] = ()):
-        """only: parts that are wanted, by default all.
+        """only: parts that are requested, by default all.
 
         Raises:
             ValueError: a part that is not known.
@@ -39,7 +39,7 @@ class Plan:
         unknown = [name for name in only if name not in PARTS]
         if unknown:
             raise ValueError(f"--only: {unknown[0]!r}, expected some of {', '.join(PARTS)}")
-        self.wanted = [name for name in PARTS if not only or name in only]
+        self.requested = [name for name in PARTS if not only or name in only]
         self.skipped: list[str] = []
         self.refused: list[str] = []
         self.end = time.monotonic() + SECONDS
@@ -47,12 +47,12 @@ class Plan:
     def seconds_left(self, part: str | None = None) -> float:
         """Until what comes after `part`, or after the checks, would not fit any more."""
         at = -1 if part is None else list(PARTS).index(part)
-        return self.end - time.monotonic() - sum(PARTS[name] for name in self.wanted if list(PARTS).index(name) > at)
+        return self.end - time.monotonic() - sum(PARTS[name] for name in self.requested if list(PARTS).index(name) > at)
 
     def begins(self, part: str, what: str) -> bool:
-        """Whether a part is wanted and fits; if it does not fit, `what` was skipped."""
+        """Whether a part is requested and fits; if it does not fit, `what` was skipped."""
         left = self.end - time.monotonic() if part in FIRST else self.seconds_left(part)
-        return part in self.wanted and self._fits(left >= PARTS[part], what)
+        return part in self.requested and self._fits(left >= PARTS[part], what)
 
     def spares(self, part: str, what: str) -> bool:
         """Whether there is time for something in a part that it could do without; if not, `what` was skipped."""

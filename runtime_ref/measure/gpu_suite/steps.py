@@ -30,10 +30,10 @@ from runtime_ref.checkpoints.device_weights import random_weights
 from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, KvCache
-from runtime_ref.core.program import target_program
+from runtime_ref.core.program import run_op, target_program
 from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK
 from runtime_ref.kernels.experimental.megakernel import WARPS
-from runtime_ref.kernels.row_launches import Tiling
+from runtime_ref.kernels.launches import Tiling
 from runtime_ref.kernels.sampling import verify
 from runtime_ref.kernels.sync import grid_barrier
 from runtime_ref.measure.gpu_suite.plan import kept
@@ -43,9 +43,9 @@ BARRIERS = 200
 QUANTIZED = 1 << 29  # bfloat16 weights
 ALL_REDUCE_SECONDS = (3e-6, 5e-6, 8e-6, 12e-6)
 ACCEPTANCE = 6.30
-# Relative difference of a row of a layer, made from the same input by a walk and by launches, above which the walk is wrong.
-# Sums within a row are made in another order (8 warps, 4 warps), so a value near a tie may be rounded to its other bf16
-# neighbour, which is at most 2^-8 away: as if all of them were. A few in ten thousand are; a wrong op is off by far more.
+# Relative difference of a row of a layer, made from the same input by a megakernel and by launches, above which the megakernel
+# is wrong. Sums within a row are made in another order (8 warps, 4 warps), so a value near a tie may be rounded to its other
+# bf16 neighbour, which is at most 2^-8 away: as if all of them were. A few in ten thousand are; a wrong op is off by far more.
 MEGAKERNEL_DIFFERENCE = 2.0**-8
 # The same of a draft's logits, through all its layers: such values then differ in what every further product reads.
 DRAFT_DIFFERENCE = 2.0**-5
@@ -131,7 +131,7 @@ class Prepared:
 
 @torch.inference_mode()
 def compare_megakernel(ready: Prepared, programs: int) -> dict:
-    """A walk of eight rows against the launches, each layer from what the walk itself gave that layer.
+    """The megakernel on eight rows against the launches, each layer from what the megakernel itself gave it.
 
     Why not only the logits: routers of random weights are full of near ties, so one value that is rounded to its other
     neighbour sends a row to another expert, and some layers later nothing is alike. From equal inputs each layer can be judged
@@ -139,36 +139,35 @@ def compare_megakernel(ready: Prepared, programs: int) -> dict:
 
     Returns:
         difference: relative (norms of a row), of the worst row of the worst layer, None if not finite; layer: that one, -1 for
-        the logits. equal: whether all bits are. repeated: whether a second walk has the bits of the first. failed: a wait was
+        the logits. equal: whether all bits are. repeated: whether a second launch has the bits of the first. failed: a wait was
         given up. distinct_experts: per layer, on average (None without any): they decide what a step reads. wrong: why the
-        walk is, or None.
+        megakernel is, or None.
     """
     backend, step, config = ready.backend, ready.step(8), ready.config
     program = target_program(config, range(config.num_hidden_layers))
-    walk = Megakernel(backend, program, programs)
-    walked, again = walk.run(step), walk.run(step)
+    megakernel = Megakernel(backend, program, programs)
+    first, again = megakernel.run(step), megakernel.run(step)
     buffers, distinct = {"ids": step.ids}, []
     rows = []  # of every layer and of the logits: difference of the worst row, layer
     equal = repeated = True
     for op in fused(program):
-        made = backend.ops[op.name](step, op.layer, *[buffers[name] for name in op.reads])
-        buffers.update(zip(op.writes, (made,) if len(op.writes) == 1 else made or (), strict=True))
+        run_op(op, backend.ops, step, buffers)
         if op.name == "norm_route":
             distinct.append(buffers["index"].unique().numel())
-        for name in set(op.writes) & walked.keys():
-            rows.append((float(_row_differences(walked[name], buffers[name]).max()), op.layer))
-            equal &= torch.equal(walked[name], buffers[name])
-            repeated &= torch.equal(walked[name], again[name])
-            buffers["x"] = walked[name] if op.name == "target_hidden" else buffers["x"]
+        for name in set(op.writes) & first.keys():
+            rows.append((float(_row_differences(first[name], buffers[name]).max()), op.layer))
+            equal &= torch.equal(first[name], buffers[name])
+            repeated &= torch.equal(first[name], again[name])
+            buffers["x"] = first[name] if op.name == "target_hidden" else buffers["x"]
     finite = all(difference < float("inf") for difference, _ in rows)
     worst, layer = max(rows) if finite else next(row for row in rows if not row[0] < float("inf"))
     wrong = [words for words, is_so in (
-        (f"not finite after {_where(layer)}", not finite), ("a wait was given up", walk.failed()),
-        ("two walks differ", not repeated),
+        (f"not finite after {_where(layer)}", not finite), ("a wait was given up", megakernel.failed()),
+        ("two megakernel launches differ", not repeated),
         (f"{worst:.1e} from the launches at {_where(layer)}, expected at most {MEGAKERNEL_DIFFERENCE:.1e}",
          finite and worst > MEGAKERNEL_DIFFERENCE)) if is_so]
     return {"difference": worst if finite else None, "layer": layer, "equal": equal, "repeated": repeated,
-            "failed": walk.failed(), "distinct_experts": sum(distinct) / len(distinct) if distinct else None,
+            "failed": megakernel.failed(), "distinct_experts": sum(distinct) / len(distinct) if distinct else None,
             "wrong": "; ".join(wrong) or None}
 
 
@@ -183,11 +182,11 @@ def _where(layer: int) -> str:
 
 
 def check_steps(device: str, programs: int) -> list[dict]:
-    """Eight rows against one row at a time, and a walk against the launches, on a toy with every feature.
+    """Eight rows against one row at a time, and the megakernel against the launches, on a toy with every feature.
 
-    The walk is held against launches with its own number of warps, so that sums within a row are made in one order and all bits
-    should be equal. Whether they are is said; red is what is further away than roundings are, because compilers may still
-    fuse a product and a sum in one of two kernels.
+    The megakernel is held against launches with its own number of warps, so that sums within a row are made in one order and
+    all bits should be equal. Whether they are is said; red is what is further away than roundings are, because compilers may
+    still fuse a product and a sum in one of two kernels.
     """
     served = Prepared(MiMoV2Config(**TOY), device, 70, SHARES)
     launched = served.backend.run(served.program, served.step(8))["logits"].cpu()
@@ -197,9 +196,9 @@ def check_steps(device: str, programs: int) -> list[dict]:
     found = compare_megakernel(Prepared(MiMoV2Config(**TOY), device, 70, SHARES, replace(default_tiling(), warps=WARPS)),
                                programs)
     return [{"name": "step, 8 rows and 1 row", "passed": same and fine, "detail": f"bits {'equal' if same else 'DIFFER'}"},
-            {"name": "persistent step", "passed": found["wrong"] is None,
+            {"name": "megakernel", "passed": found["wrong"] is None,
              "detail": found["wrong"] or f"bits of the launches {'equal' if found['equal'] else 'not equal'}, relative "
-                                         f"difference {found['difference']:.1e}, two walks equal"}]
+                                         f"difference {found['difference']:.1e}, two megakernel launches equal"}]
 
 
 def check_fake_quantize(device: str) -> dict:
@@ -247,7 +246,7 @@ def count_launches(call: Callable[[], object]) -> int | None:
 
 def measure_steps(config: MiMoV2Config, time_graph, problems: list[str], *, position: int = 8192,
                   reductions: int = 140) -> dict:
-    """G2 and G3 on this GPU; a walk that is wrong has no speed ("refused" says why).
+    """G2 and G3 on this GPU; a megakernel that is wrong has no speed ("refused" says why).
 
     Args:
         config: of one rank (`rank_config`). time_graph: seconds of a list of calls (`gpu_suite`).
@@ -260,11 +259,12 @@ def measure_steps(config: MiMoV2Config, time_graph, problems: list[str], *, posi
     programs = torch.cuda.get_device_properties(0).multi_processor_count
     ready = Prepared(config, "cuda", position, 1)
     step, backend, program = ready.step(8), ready.backend, ready.program
-    compared = part("walk against launches", lambda: compare_megakernel(ready, programs))
+    compared = part("megakernel against launches", lambda: compare_megakernel(ready, programs))
     wrong = compared["wrong"] if compared else "not compared with the launches"
     report = {"weights_bytes": backend.kernel_weights.arena.used, "position": position, "compared": compared,
               "op_by_op": part("op by op", lambda: time_graph([lambda: backend.run(program, step, host=False)])),
-              "walk": {"refused": wrong} if wrong else part("walked", lambda: _measure_megakernel(ready, programs, time_graph)),
+              "walk": {"refused": wrong} if wrong else part(
+                  "megakernel", lambda: _measure_megakernel(ready, programs, time_graph)),
               "barrier_seconds": part("barriers", lambda: measure_barrier(programs, time_graph)),
               "verify": part("verdict", lambda: measure_verify(config, time_graph)),
               "draft": part("draft", lambda: measure_draft(ready, programs, time_graph)),
@@ -278,12 +278,12 @@ def measure_steps(config: MiMoV2Config, time_graph, problems: list[str], *, posi
 
 
 def _measure_megakernel(ready: Prepared, programs: int, time_graph) -> dict:
-    step, walk = ready.step(8), Megakernel(ready.backend, ready.program, programs)
-    timed = time_graph([lambda: walk.run(step)])
-    launches = count_launches(lambda: walk.run(step))
-    if walk.failed():
+    step, megakernel = ready.step(8), Megakernel(ready.backend, ready.program, programs)
+    timed = time_graph([lambda: megakernel.run(step)])
+    launches = count_launches(lambda: megakernel.run(step))
+    if megakernel.failed():
         return {"refused": "a wait was given up"}
-    return timed | {"launches": launches, "barriers": len(walk.program), "refused": None}
+    return timed | {"launches": launches, "barriers": len(megakernel.program), "refused": None}
 
 
 def measure_barrier(programs: int, time_graph) -> float:
@@ -310,30 +310,30 @@ def measure_verify(config: MiMoV2Config, time_graph) -> dict:
     rows = {"device": "cuda", "dtype": torch.int32}
     logits = torch.randn(BLOCK, config.vocab_size * RANKS, device="cuda")
     drafts, first, count = (torch.tensor(c, **rows) for c in ([3] * BLOCK, [0], [BLOCK - 1]))
-    heat = torch.tensor([0.0, 0.8] * (BLOCK // 2), dtype=torch.float64, device="cuda")
+    temperatures = torch.tensor([0.0, 0.8] * (BLOCK // 2), dtype=torch.float64, device="cuda")
     numbers = torch.full((BLOCK,), 0.5, dtype=torch.float64, device="cuda")
 
     def verdict():
-        verify(logits, drafts, first, count, temperature=heat, uniform=numbers)
+        verify(logits, drafts, first, count, temperature=temperatures, uniform=numbers)
 
     return time_graph([verdict]) | {"launches": count_launches(verdict)}
 
 
 def measure_draft(ready: Prepared, programs: int, time_graph) -> dict:
-    """The walk of a rank's drafter: features of seven accepted tokens, then a block of seven drafts, in one launch; its logits
-    against those of the drafter launch by launch."""
+    """The megakernel of a rank's drafter: features of seven accepted tokens, then a block of seven drafts, in one launch; its
+    logits against those of the drafter launch by launch."""
     backend, position = ready.backend, ready.position
     model = rank_drafter(ready.config, RANKS, ready.device)
     drafter = TritonDrafter(model, backend, position // PAGE + 2, position + 2 * PAGE, shares=1)
-    walk = MegakernelDrafter(drafter, programs)
+    megakernel = MegakernelDrafter(drafter, programs)
     cache = KvCache({KIND: drafter.pool}, prefix=False)
     tables = cache.tables()
     cache.extend(tables, [KIND], position + BLOCK)
     width = len(drafter.target_layers) * ready.config.hidden_size
     features = torch.randn(BLOCK - 1, width, device=ready.device).to(torch.bfloat16)
     requests = [DraftRequest(tables, 5, position, BLOCK - 1, features)]
-    arguments = walk.prepare(requests)
-    walk.launch(arguments)
+    arguments = megakernel.prepare(requests)
+    megakernel.launch(arguments)
     difference = float(_row_differences(arguments["logits"], drafter.logits(requests)[0]).max())
     finite = difference < float("inf")
     # A rank of eight would read an eighth of the features' product; here it is read whole.
@@ -344,9 +344,9 @@ def measure_draft(ready: Prepared, programs: int, time_graph) -> dict:
         return report | {"refused": "not finite"}
     if difference > DRAFT_DIFFERENCE:
         return report | {"refused": f"{difference:.1e} from the launches, expected at most {DRAFT_DIFFERENCE:.1e}"}
-    timed = time_graph([lambda: walk.launch(arguments)])
-    launches = count_launches(lambda: walk.launch(arguments))
-    if walk.failed():
+    timed = time_graph([lambda: megakernel.launch(arguments)])
+    launches = count_launches(lambda: megakernel.launch(arguments))
+    if megakernel.failed():
         return report | {"refused": "a wait was given up"}
     return report | timed | {"launches": launches, "refused": None}
 
@@ -359,7 +359,7 @@ def projected(seconds: float, reductions: int) -> dict:
 
 
 def use_megakernel(engine, programs: int) -> None:
-    """Makes an engine of the Triton backend walk its steps and its drafter's rounds."""
+    """Makes an engine of the Triton backend run its steps and its drafter's rounds as megakernels."""
     engine.backend.runner = Megakernel(engine.backend, engine.program, programs)
     if engine.drafter is not None:
         engine.drafter = MegakernelDrafter(engine.drafter, programs)

@@ -2,7 +2,7 @@
 
 Correctness first: if a check is red the file holds the checks and no speed. Then pure-read and copy bandwidth of the same
 minutes, which are the denominators, then the expert kernel: launch variants at 8 tokens, the token sweep with the best. The
-file is written anew after every check and every part (`gpu_plan.py`), because the next may take the process with it.
+file is written anew after every check and every part (`plan.py`), because the next may take the process with it.
 
 A measurement is a CUDA graph of calls with different routings over one layer of 384 experts (850 MB, 17 times the cache), so
 that no call finds its experts cached; its time per call includes the gaps between launches. The median of several replays
@@ -83,7 +83,7 @@ def run(path: Path, checkpoint: Path | None = None, page_path: Path | None = Non
     report = {"device": torch.cuda.get_device_name(), "command": " ".join([Path(sys.executable).name, *sys.argv]),
               "revision": git_revision(), "date": datetime.datetime.now().isoformat(timespec="seconds"),
               "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
-              "complete": False, "parts": plan.wanted, "checks": [], "skipped": plan.skipped, "refused": plan.refused}
+              "complete": False, "parts": plan.requested, "checks": [], "skipped": plan.skipped, "refused": plan.refused}
 
     def save(found: dict | None = None) -> None:
         report.update(found or {})

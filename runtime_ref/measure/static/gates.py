@@ -98,7 +98,7 @@ def compile_kernel(kernel, constants: dict, target, changed: dict[str, str] | No
     """
     from triton.compiler import ASTSource, compile
 
-    from runtime_ref.measure.static.launches import ALIGNED, FLOATS, POINTERS, ROW_POINTERS
+    from runtime_ref.measure.static.kernel_arguments import ALIGNED, FLOATS, POINTERS, ROW_POINTERS
 
     names, pointers = kernel.arg_names, POINTERS | ROW_POINTERS | (changed or {})
     assert constants.keys() <= set(names), constants.keys() - set(names)
@@ -130,7 +130,7 @@ def quads_together(ttgir: str) -> bool:
     """Whether every decoding assembly sees four neighbouring bytes of a row in consecutive registers of a thread.
 
     Args:
-        ttgir: Triton's GPU dialect: layouts of operands are `kWidth` (matrix operands) or `sizePerThread` (blocked).
+        ttgir: Triton's GPU IR: layouts of operands are `kWidth` (matrix operands) or `sizePerThread` (blocked).
     """
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
     for line in ttgir.splitlines():
@@ -153,7 +153,7 @@ def rows() -> list[Row]:
     from runtime_ref.kernels.experimental import blackwell_mxfp4 as blackwell_mxfp4
     from runtime_ref.kernels.experimental import megakernel as step
     from runtime_ref.measure.gpu_suite import suite as gpu_suite
-    from runtime_ref.measure.static.launches import draft_constants, small_kernels, step_constants
+    from runtime_ref.measure.static.kernel_arguments import draft_constants, small_kernels, step_constants
 
     found, tile = [], Tile()
     for tokens in (8, 64):
@@ -184,11 +184,11 @@ def rows() -> list[Row]:
                                  num_warps=8))
         shapes = experts_constants(8, tile, tickets=False, ptx=True)
         deep = shapes | {"STAGES": step.STAGES}
-        walks = {"8 tokens, sums over 8 ranks": step_constants(deep, 8),
+        megakernels = {"8 tokens, sums over 8 ranks": step_constants(deep, 8),
                  "drafter, block of 8, sums over 8 ranks": draft_constants(shapes, 8)}
-        if target == "sm_90a":  # what one Hopper GPU walks of a rank
-            walks["8 tokens"] = step_constants(deep, 1)
-        for name, constants in walks.items():
+        if target == "sm_90a":  # what one Hopper GPU runs of a rank
+            megakernels["8 tokens"] = step_constants(deep, 1)
+        for name, constants in megakernels.items():
             found.append(_nvidia_row(f"step_kernel, {name}", target, step.step_kernel, constants, None,
                                      **step.launch_options(interpreted=False)))
     return found

@@ -67,7 +67,7 @@ def _thinking(check: Check, rendered: dict[str, str], default: str, folder: Path
     if rendered["True"] == rendered["False"]:
         return
     served = default == rendered["True"]
-    trained = _trained_switch(folder / "resolved.yaml")
+    trained = _trained_switch(folder / "resolved.yaml", served)
     words = {True: "on", False: "off"}
     if trained is None:
         check.notes.append(f"chat template: enable_thinking is {words[served]} unless a request says otherwise; acceptance "
@@ -77,12 +77,13 @@ def _thinking(check: Check, rendered: dict[str, str], default: str, folder: Path
                    f"{words[trained]}", THINKING_CAUSE)
 
 
-def _trained_switch(recipe: Path) -> bool | None:
-    """The value of a key `enable_thinking` anywhere in the recipe that a folder carries."""
+def _trained_switch(recipe: Path, default: bool) -> bool | None:
+    """The value of a key `enable_thinking` anywhere in the recipe that a folder carries; the template's default where a recipe
+    of this project says nothing else."""
     import yaml
 
     try:
-        waiting = [yaml.safe_load(recipe.read_text(encoding="utf-8"))]
+        waiting = [found := yaml.safe_load(recipe.read_text(encoding="utf-8"))]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return None
     while waiting:
@@ -93,4 +94,4 @@ def _trained_switch(recipe: Path) -> bool | None:
             waiting += item.values()
         elif isinstance(item, list):
             waiting += item
-    return None
+    return default if isinstance(found, dict) and "chat" in found else None

@@ -171,7 +171,7 @@ def check_acceptance(check: Check, engine: Engine, prompts: Prompts, tokens: int
         if stored and length + 2 * error < ACCEPTANCE_SHARE * stored:  # few prompts may be hard ones
             check.fail(f"{domain}: acceptance length {length:.2f} (standard error {error:.2f}), training measured {stored:.2f}",
                        OTHER_TARGET_CAUSE if length < CHANCE else
-                       "the drafter is fed something else than in training (taps, positions, mask embedding, causality)")
+                       "the drafter is fed something else than in training (features, positions, mask embedding, causality)")
     check.tables[Table.ACCEPTANCE] = rows
     if positions:
         check.tables[Table.POSITIONS] = [["domain", *range(1, len(positions[0]))], *positions]

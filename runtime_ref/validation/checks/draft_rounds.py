@@ -17,7 +17,9 @@ from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine, EngineOptions
 from runtime_ref.validation.checks.reference import ENGINE_CAUSE, Probe, features, name_causes, target_bases
 from runtime_ref.validation.context import ValidationContext
-from runtime_ref.validation.diagnosis.draft_rounds import (
+from runtime_ref.validation.diagnosis.fault_table import drafter_faults
+from runtime_ref.validation.diagnosis.faults import SAME, difference, matching_faults
+from runtime_ref.validation.diagnosis.feed_faults import (
     HIT_CAUSE,
     RecordingDrafter,
     Round,
@@ -26,8 +28,6 @@ from runtime_ref.validation.diagnosis.draft_rounds import (
     feed_faults,
     matching_feed_faults,
 )
-from runtime_ref.validation.diagnosis.fault_table import drafter_faults
-from runtime_ref.validation.diagnosis.faults import SAME, difference, matching_faults
 from runtime_ref.validation.quantities import Number
 from runtime_ref.validation.result import Check
 

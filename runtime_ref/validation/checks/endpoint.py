@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runtime_ref.validation.checks.chat_template import DIALOGUE
+from runtime_ref.validation.checks.chat_template import DIALOGUE, THINKING_CAUSE
 from runtime_ref.validation.checks.decoding import ACCEPTANCE_SHARE, OTHER_TARGET_CAUSE, Prompts, prices
 from runtime_ref.validation.checks.files import STOP_CAUSE
 from runtime_ref.validation.checks.sampling import CHI_SQUARE_Z, chi_square_z
@@ -24,7 +24,7 @@ from runtime_ref.validation.result import Check
 SURE = 0.5
 # Mean absolute difference of log-probabilities that rounding to bf16 explains with room to spare.
 LOGPROB_ERROR = 0.1
-BINS, ANSWERS, SAMPLED_TOKENS = 20, 64, 16
+BINS, SAMPLED_TOKENS, SIDE_BY_SIDE = 20, 16, 8
 COUNT_CAUSE = "the server's tokenizer or chat template is not the checkpoint's: prompts become other tokens"
 SERVER_CAUSE = "the server computes something else than this checkpoint"
 WEATHER = {"type": "function", "function": {
@@ -38,7 +38,7 @@ class Served:
     """What the checks of a server share.
 
     Attributes:
-        reference: model in float32, or None and why. ends: tokens that end an answer.
+        reference: model in float32, or None and why. ends: tokens that end an answer. samples: answers that are sampled.
         answers: greedy answers to `prompts.all`. counters: of drafting, before and after them.
     """
 
@@ -49,6 +49,7 @@ class Served:
     absent: str
     ends: list[int]
     tokens: int
+    samples: int = 64
     answers: list[Answer] = field(default_factory=list)
     counters: tuple[dict | None, dict | None] = (None, None)
 
@@ -81,10 +82,17 @@ def check_counts(check: Check, served: Served) -> None:
         rows += 1
         if found != len(ids):
             check.fail(f"the server counts {found} tokens in a conversation, the checkpoint's template makes {len(ids)}",
-                       COUNT_CAUSE)
+                       THINKING_CAUSE if found in _other_switches(served.tokenizer) else COUNT_CAUSE)
     else:
         check.unchecked.append("conversations: the tokenizer has no chat template")
     check.measure(Number.REQUESTS, rows)
+
+
+def _other_switches(tokenizer) -> set[int]:
+    """Lengths of the conversation with thinking on and off, where the template knows that switch."""
+    found = {len(tokenizer.apply_chat_template(DIALOGUE, add_generation_prompt=True, return_dict=True,
+                                               enable_thinking=on)["input_ids"]) for on in (True, False)}
+    return found if len(found) > 1 else set()
 
 
 def check_greedy(check: Check, served: Served) -> None:
@@ -146,9 +154,9 @@ def check_samples(check: Check, served: Served) -> None:
         return
     prompt = max(served.prompts.all, key=len)
     answers: list[Answer] = []
-    for seed in range(0, ANSWERS, 8):
+    for first in range(0, served.samples, SIDE_BY_SIDE):
         answers += served.endpoint.complete(prompt, max_tokens=SAMPLED_TOKENS, temperature=1.0, top_p=1.0, top_k=-1, min_p=0.0,
-                                            n=8, seed=1000 + seed)
+                                            n=min(SIDE_BY_SIDE, served.samples - first), seed=1000 + first)
     if any(answer.tokens is None for answer in answers):
         check.leave_out("the server does not return token ids")
         return
@@ -273,13 +281,17 @@ def check_speed(check: Check, served: Served, node_hour: float | None) -> None:
                    for p in prompts]
         return sum(a.completion_tokens or len(a.tokens or []) for a in answers) / sum(a.seconds for a in answers)
 
-    speeds = {Number.SPEED_SERVED: rate()}
+    def rounds() -> float | None:
+        return (served.endpoint.counters() or {}).get("drafts")
+
+    speeds, before = {Number.SPEED_SERVED: rate()}, rounds()
     try:
-        speeds[Number.SPEED_PLAIN] = rate(speculate=False)
+        plain = rate(speculate=False)
     except Refused:
-        pass
-    if served.counters[1] is None or Number.SPEED_PLAIN not in speeds:
-        speeds.pop(Number.SPEED_PLAIN, None)
+        plain = None
+    if plain is not None and before is not None and rounds() == before:
+        speeds[Number.SPEED_PLAIN] = plain
+    else:  # refused, or taken for a field that means nothing
         check.unchecked.append("tokens/s without drafts: the server cannot turn them off for a request")
     with ThreadPoolExecutor(8) as pool:
         import time

@@ -1,8 +1,8 @@
 """Check 0: the files beside the weights, and whether anything changed since the export.
 
 Checksums first: a damaged or edited file explains whatever else is found. `checksums.sha256` says which file differs,
-`checksums.json` (CRC-32 of each tensor's bytes, written while exporting) which tensors in it, and `checks_changes.py` what was
-done to them.
+`checksums.json` (CRC-32 of each tensor's bytes, written while exporting) which tensors in it, and `diagnosis/file_changes.py`
+what was done to them.
 
 Then what turns text into tokens and ends answers. None of it touches a logit, so no comparison of outputs can find it: a
 wrong end token makes answers run on, a chat template of another family makes the tokenizer spell its marks out letter by
@@ -21,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 
 from runtime_ref.checkpoints.folder import CHECKSUM_FILE
 from runtime_ref.validation.checks.chat_template import check_template
-from runtime_ref.validation.context import INCOMPLETE_CAUSE, ValidationContext, Wrong, first_line, read_object
+from runtime_ref.validation.context import INCOMPLETE_CAUSE, ValidationContext, Wrong, line_within, read_object
 from runtime_ref.validation.diagnosis.file_changes import TRIED, causes_of_tensors, crc, edited_keys, meaning_of
 from runtime_ref.validation.quantities import Number
 from runtime_ref.validation.result import Check
+from storage.reading import first_line
 
 TENSOR_SUMS = "checksums.json"
 DAMAGED_CAUSE = "a file is not the one that was exported: a damaged or partial download, or edited afterwards"
@@ -70,9 +71,9 @@ def _checksums(check: Check, context: ValidationContext) -> None:
     lines = (folder / CHECKSUM_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
     compared, damaged = 0, []
     for number, line in enumerate(filter(str.strip, lines), 1):
-        wanted, _, name = line.partition("  ")
+        expected, _, name = line.partition("  ")
         path = folder / name.strip().lstrip("*")
-        if not re.fullmatch(r"[0-9a-f]{64}", wanted) or folder.resolve() not in path.resolve().parents:
+        if not re.fullmatch(r"[0-9a-f]{64}", expected) or folder.resolve() not in path.resolve().parents:
             check.fail(f"{CHECKSUM_FILE}:{number}: {line[:80]!r}, expected a SHA-256 and a file of this folder", DAMAGED_CAUSE)
         elif not path.is_file():
             check.fail(f"{name} is missing, {CHECKSUM_FILE} lists it", DAMAGED_CAUSE)
@@ -80,10 +81,10 @@ def _checksums(check: Check, context: ValidationContext) -> None:
             with path.open("rb") as stream:
                 found = hashlib.file_digest(stream, "sha256").hexdigest()
             compared += 1
-            if found != wanted:
+            if found != expected:
                 damaged.append(name)
-                where, causes = _damage(folder, name, wanted)
-                check.fail(f"{name}: sha256 {found[:12]}..., exported with {wanted[:12]}...{where}",
+                where, causes = _damage(folder, name, expected)
+                check.fail(f"{name}: sha256 {found[:12]}..., exported with {expected[:12]}...{where}",
                            None if causes else DAMAGED_CAUSE)
                 for cause in causes:
                     check.fail(f"{name}: undoing this gives the exported bytes: {cause}", cause)
@@ -91,10 +92,10 @@ def _checksums(check: Check, context: ValidationContext) -> None:
     check.measure(Number.FILES_DIFFERENT, len(damaged), 0)
 
 
-def _damage(folder: Path, name: str, wanted: str) -> tuple[str, list[str]]:
+def _damage(folder: Path, name: str, expected: str) -> tuple[str, list[str]]:
     """What of a file that differs can be told: (where in it, the causes that are proved)."""
     if name == "config.json":
-        edited = edited_keys(folder / name, wanted)
+        edited = edited_keys(folder / name, expected)
         return (f": {edited[0]}" if edited else ""), [meaning_of(line) for line in edited if "exported with" in line]
     if not name.endswith(".safetensors"):
         return "", []
@@ -106,7 +107,7 @@ def _damage(folder: Path, name: str, wanted: str) -> tuple[str, list[str]]:
             wrong = [key for key in listed if crc(file.get_tensor(key)) != sums[prefix + key]]
             causes = causes_of_tensors({prefix + key: file.get_tensor(key) for key in wrong[:TRIED]}, sums)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        return f" (which tensors, is not known: {(str(error).splitlines() or [type(error).__name__])[0][:80]})", []
+        return f" (which tensors, is not known: {first_line(error)[:80]})", []
     if not listed:
         return "", []
     where = f"the first {wrong[0]}" if wrong else ""
@@ -123,7 +124,7 @@ def _generation_config(check: Check, folder: Path) -> dict:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        check.fail(f"generation_config.json: not valid JSON: {str(error).splitlines()[0]}", GENERATION_CAUSE)
+        check.fail(f"generation_config.json: not valid JSON: {first_line(error)}", GENERATION_CAUSE)
         return {}
     if not isinstance(found, dict):
         check.fail(f"generation_config.json: {type(found).__name__}, expected an object", GENERATION_CAUSE)
@@ -151,7 +152,7 @@ def _tokenizer(check: Check, folder: Path, raw: dict, special: dict, generation:
     try:
         tokenizer = load_tokenizer(folder)
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:  # transformers reads config.json for it too
-        check.fail(f"no usable tokenizer: {first_line(error, folder)}".replace("no usable tokenizer: no usable", "no usable"),
+        check.fail(f"no usable tokenizer: {line_within(error, folder)}".replace("no usable tokenizer: no usable", "no usable"),
                    TOKENIZER_CAUSE if raw else INCOMPLETE_CAUSE)
         return
     size = raw.get("vocab_size") if isinstance(raw.get("vocab_size"), int) else 0

@@ -29,12 +29,13 @@ from runtime_ref.validation.context import (
     ValidationContext,
     Wrong,
     condensed,
-    first_line,
+    line_within,
     own_object,
     read_object,
 )
 from runtime_ref.validation.quantities import Number
 from runtime_ref.validation.result import Check
+from storage.reading import first_line
 
 REFERENCE = "dflash_reference.safetensors"
 MASK_FILE = "mask_embedding.pt"
@@ -125,7 +126,7 @@ def _geometry(folder: Path, raw: dict):
     except NotHeld:
         raise
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise Wrong(first_line(error, folder), causes.IMPOSSIBLE) from None
+        raise Wrong(line_within(error, folder), causes.IMPOSSIBLE) from None
 
 
 def _packed(check: Check, context: ValidationContext) -> bool:
@@ -233,11 +234,11 @@ def _read_reference(check: Check, context: ValidationContext, path: Path, specia
             context.reference = {key: file.get_tensor(key) for key in file.keys()}
             context.reference_info = json.loads((file.metadata() or {}).get("reference", "{}"))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        check.fail(f"dflash/{path.name}: {str(error).splitlines()[0]}", "the stored reference is damaged")
+        check.fail(f"dflash/{path.name}: {first_line(error)}", "the stored reference is damaged")
         context.reference = None
         return
-    wanted = {"input_ids": 2, "taps": 4, "draft_hidden": 3, "draft_logits": 3}
-    bad = [n for n, dims in wanted.items() if n not in context.reference or context.reference[n].ndim != dims]
+    expected = {"input_ids": 2, "taps": 4, "draft_hidden": 3, "draft_logits": 3}
+    bad = [n for n, dims in expected.items() if n not in context.reference or context.reference[n].ndim != dims]
     if bad or not isinstance(context.reference_info, dict):
         check.fail(f"dflash/{path.name}: {bad[0] if bad else 'its metadata'}: missing or of another form",
                    "the stored reference is damaged")
@@ -250,5 +251,5 @@ def _read_reference(check: Check, context: ValidationContext, path: Path, specia
     stored, own = context.reference_info.get("target_layer_ids"), special.get("target_layer_ids")
     if stored is not None and stored != own:
         check.fail(f"dflash_config.target_layer_ids {own}, the stored reference has {stored}",
-                   causes.TAPS if sorted(stored) != sorted(own or []) else
-                   "tapped layers are in another order (target_layer_ids): the features are concatenated in this order")
+                   causes.TARGET_LAYERS if sorted(stored) != sorted(own or []) else
+                   "target layers are in another order (target_layer_ids): the features are concatenated in this order")

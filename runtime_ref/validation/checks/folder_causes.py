@@ -23,7 +23,7 @@ IMPOSSIBLE = "config.json describes a model that cannot be"
 MASK = "the mask embedding is missing: mask_embedding.pt must be there, the vocabulary row of the mask token is untrained"
 MASK_ID = "the mask token's id is off: the vocabulary holds the mask embedding in another row than mask_token_id"
 HEAD = "the drafter has a head or embedding of its own: both are the target's, shared"
-TAPS = "taps are off by one or of other layers: an id i means the output of decoder layer i, counted from 0"
+TARGET_LAYERS = "target layers are off by one or of other layers: an id i means the output of decoder layer i, counted from 0"
 OTHER_DRAFTER = "the drafter was made for another target (num_target_layers, hidden_size)"
 BLOCK_SIZE = "block size: one key says another than the other, or than the stored reference"
 WINDOW = "wrong window of the drafter for some engines: they read different keys, which must agree"
@@ -37,10 +37,10 @@ STOP = "answers end at the wrong token: generation_config.json, config.json and 
 _DRAFTER = (
     ("", r"sink", DRAFTER_SINKS), ("", r"lm_head|embed_tokens", HEAD), ("values", r"", FINITE), ("dtype", r"", DTYPE),
     ("", r"published names have no model\. prefix", "the drafter's tensors are called otherwise (no 'model.' prefix)"),
-    ("", r"target_layer_ids", TAPS), ("", r"num_target_layers|hidden_size|vocab_size", OTHER_DRAFTER),
+    ("", r"target_layer_ids", TARGET_LAYERS), ("", r"num_target_layers|hidden_size|vocab_size", OTHER_DRAFTER),
     ("", r"block_size", BLOCK_SIZE), ("", r"mask_embedding|mask_token_id", MASK),
     ("dialect", r"is_causal|\.causal", CAUSAL), ("dialect", r"layer_types|window", WINDOW), ("dialect", r"rope|rotary", ROTARY),
-    ("shape", r"", "number of tapped layers or KV layout of the drafter (target_layer_ids, num_key_value_heads, head_dim)"),
+    ("shape", r"", "number of target layers or KV layout of the drafter (target_layer_ids, num_key_value_heads, head_dim)"),
     ("", r": missing|tensor is missing|unexpected tensor", DRAFTER_FORM), ("", r"", "the drafter's folder is incomplete"))
 _FOLDER = (
     ("missing", r"experts.*_scales?:", "scales"), ("unexpected", r"_scale", "scales"), ("missing", r"sink", SINKS),

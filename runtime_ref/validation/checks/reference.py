@@ -169,7 +169,7 @@ def _count_suspicions(check: Check, context: ValidationContext, why: str) -> Non
 def features(model, ids: torch.Tensor, layers: list[int]) -> torch.Tensor:
     """Outputs [S, n, H] of decoder layers."""
     if model.config.model_type == "mimo_v2":
-        return torch.stack(model.model(input_ids=ids, tap_layers=layers, use_cache=False).taps, dim=2)[0]
+        return torch.stack(model.model(input_ids=ids, aux_layers=layers, use_cache=False).aux_hidden_states, dim=2)[0]
     found: dict[int, torch.Tensor] = {}
     hooks = [model.model.layers[i].register_forward_hook(lambda _, __, out, i=i: found.__setitem__(
         i, out[0] if isinstance(out, tuple) else out)) for i in set(layers)]
@@ -222,7 +222,7 @@ def _judge_features(check: Check, context: ValidationContext, probe: Probe,
     moved = [next((i for i in range(every.shape[1]) if difference(every[:, i], stored[:, k]) < SAME), None)
              for k in range(len(layers))]
     if None not in moved:
-        check.fail(f"{whose} features are those of layers {moved}, not {layers}", causes.TAPS)
+        check.fail(f"{whose} features are those of layers {moved}, not {layers}", causes.TARGET_LAYERS)
         return False
     _explain_target(check, context, probe, ids, stored, layers, first)
     return False
@@ -266,10 +266,11 @@ def name_causes(check: Check, found: list, otherwise: str, prefix: str = "") -> 
 
 def _stored_drafts(check: Check, context: ValidationContext, probe: Probe) -> None:
     stored, ids = context.reference["draft_hidden"][0], context.reference["input_ids"]
-    taps = context.reference["taps"]
-    if taps.shape[2] * taps.shape[3] != probe.drafter.fc.in_features:
-        check.fail(f"the stored reference has {taps.shape[2]} tapped layers, the drafter {len(probe.drafter.target_layer_ids)}",
-                   "number of tapped layers (target_layer_ids)")
+    target_hidden = context.reference["taps"]
+    if target_hidden.shape[2] * target_hidden.shape[3] != probe.drafter.fc.in_features:
+        check.fail(f"the stored reference has {target_hidden.shape[2]} target layers, the drafter "
+                   f"{len(probe.drafter.target_layer_ids)}",
+                   "number of target layers (target_layer_ids)")
         return
     if stored.shape[0] != probe.drafter.block_size:
         check.fail(f"the stored reference drafts {stored.shape[0]} positions, the drafter {probe.drafter.block_size}",
@@ -278,7 +279,7 @@ def _stored_drafts(check: Check, context: ValidationContext, probe: Probe) -> No
     embed = probe.target.model.embed_tokens
 
     def run(drafter):
-        return draft_round(drafter, taps, ids[0, -1], ids.shape[1] - 1, embed)
+        return draft_round(drafter, target_hidden, ids[0, -1], ids.shape[1] - 1, embed)
 
     hidden = run(probe.drafter)
     error = difference(hidden, stored)
@@ -326,10 +327,11 @@ def _judge_logits(check: Check, context: ValidationContext, probe: Probe, ids: t
 
 
 @torch.no_grad()
-def draft_round(drafter: DFlashDraftModel, taps: torch.Tensor, anchor: torch.Tensor, position: int, embed) -> torch.Tensor:
+def draft_round(drafter: DFlashDraftModel, target_hidden: torch.Tensor, anchor: torch.Tensor, position: int,
+                embed) -> torch.Tensor:
     """Hidden states [T, H] of one block of the reference drafter, given features [1, S, n, H]."""
-    S = taps.shape[1]
+    S = target_hidden.shape[1]
     positions = torch.arange(position - S, position)[None]
-    context = drafter.context_keys_values(drafter.fuse(taps.flatten(2)), positions)
+    context = drafter.context_keys_values(drafter.fuse(target_hidden.flatten(2)), positions)
     embeds = drafter.embed_block(anchor[None], embed)
     return drafter.block_hidden(embeds, position + torch.arange(drafter.block_size)[None], context, positions)[0]

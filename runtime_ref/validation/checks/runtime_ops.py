@@ -61,7 +61,7 @@ def run_watched(backend: Backend, ids: list[int], *, target_layers=(), watch=Non
 class Outputs:
     """What a backend makes of the probe's text: outputs of the layers [tokens, layers, hidden] and logits, as it has them."""
 
-    taps: torch.Tensor
+    layers: torch.Tensor
     logits: torch.Tensor
 
 
@@ -108,12 +108,12 @@ class OpErrors:
     def _watch(self, op: Op, buffers: dict) -> None:
         inputs, rows = {name: self._kept[name] for name in op.reads if name in self._kept}, len(self._chunk.tokens)
         if len(inputs) == len(op.reads) and all(bool(torch.isfinite(x).all()) for x in inputs.values()):
-            wanted = self.expected(op, inputs, self._chunk, rows)
-            if wanted is not None:
+            expected = self.expected(op, inputs, self._chunk, rows)
+            if expected is not None:
                 got = reference_ops.found(op, buffers, self.backend)
                 if op.name.startswith("attend"):
                     got = got[:, :rows]
-                self.found.append((op, self.error(op, got.cpu().double(), wanted)))
+                self.found.append((op, self.error(op, got.cpu().double(), expected)))
         # Some backends show only what a op touches: what it left alone is as it was.
         self._kept |= {name: value.to("cpu", copy=True) for name, value in buffers.items()}
 
@@ -167,7 +167,7 @@ def check_runtime(check: Check, context: ValidationContext, probe: Probe, exact:
         served: of the backend that serves, if that is another one. ops: of `exact`. To be called on all ranks alike.
     """
     layers, n = context.config.num_hidden_layers, len(probe.ids)
-    runs = [(run.taps.float().cpu(), run.logits) for run in (outputs_of(exact, probe), served) if run is not None]
+    runs = [(run.layers.float().cpu(), run.logits) for run in (outputs_of(exact, probe), served) if run is not None]
     rounds = engine_rounds(exact, drafter, probe) if drafter is not None else None
     if probe.target is None:
         check.leave_out(probe.absent)
@@ -178,7 +178,7 @@ def check_runtime(check: Check, context: ValidationContext, probe: Probe, exact:
         logits = probe.target(input_ids=ids).logits[0]
     rows = [["layer", "float32", *(["as served"] if len(runs) > 1 else [])]]
     for i in range(layers):
-        rows.append([i, *(difference(taps[:, i], expected[:, i]) for taps, _ in runs)])
+        rows.append([i, *(difference(hidden[:, i], expected[:, i]) for hidden, _ in runs)])
     rows.append(["logits", *(difference(found, logits) for _, found in runs)])
     check.tables[Table.LAYERS] = rows
     check.measure(Number.LOGITS_ERROR, rows[-1][1], SAME)
@@ -199,7 +199,7 @@ def check_kernels(check: Check, context: ValidationContext, probe: Probe, ops: O
     Args:
         check: of `check_ops`. ops, served: of the kernels. drafter: theirs, or None. To be called on all ranks alike.
     """
-    drafts = None if drafter is None else _runtime_drafts(probe, ops.backend, drafter, served.taps).cpu()
+    drafts = None if drafter is None else _runtime_drafts(probe, ops.backend, drafter, served.layers).cpu()
     if probe.target is None:
         return
     if ops.first_wrong is not None:
@@ -208,7 +208,7 @@ def check_kernels(check: Check, context: ValidationContext, probe: Probe, ops: O
         for hypothesis in found:
             check.fail(f"explained by: {hypothesis.name}", f"{ENGINE_CAUSE}: {hypothesis.cause}")
     elif drafts is not None and probe.drafter is not None:
-        _compare_drafts(check, context, probe, drafts, served.taps.cpu().float(), KERNEL_DRAFT_ERROR)
+        _compare_drafts(check, context, probe, drafts, served.layers.cpu().float(), KERNEL_DRAFT_ERROR)
 
 
 def _rounding(check: Check, served: torch.Tensor, logits: torch.Tensor) -> None:
@@ -232,13 +232,13 @@ def _blame_runtime(check: Check, context: ValidationContext, probe: Probe, ids, 
     name_causes(check, hypotheses, otherwise, f"{ENGINE_CAUSE}: ")
 
 
-def _runtime_drafts(probe: Probe, exact: Backend, drafter: Drafter, taps: torch.Tensor) -> torch.Tensor:
+def _runtime_drafts(probe: Probe, exact: Backend, drafter: Drafter, target_hidden: torch.Tensor) -> torch.Tensor:
     """The runtime's draft logits after the probe's text but its last token, which is the anchor."""
     n = len(probe.ids) - 1
     cache = KvCache({KIND: drafter.pool}, prefix=False)
     tables = cache.tables()
     cache.extend(tables, [KIND], n + drafter.block)
-    features = torch.cat([taps[:n, i] for i in drafter.target_layers], dim=-1)
+    features = torch.cat([target_hidden[:n, i] for i in drafter.target_layers], dim=-1)
     drafter.extend_tables(features[:n - 3], 0, tables[KIND])
     logits = drafter.logits([DraftRequest(tables, probe.ids[n], n, drafter.block - 1, features[n - 3:])])[0]
     cache.release(tables)
@@ -250,10 +250,10 @@ def _compare_drafts(check: Check, context: ValidationContext, probe: Probe, foun
                     bound: float) -> None:
     """The runtime's draft logits, rounded as kernels round them, against the drafter model's on the outputs of `layers`."""
     n, embed = len(probe.ids) - 1, probe.target.model.embed_tokens
-    taps, anchor = layers[None, :n][:, :, probe.drafter.target_layer_ids], torch.tensor(probe.ids[n])
+    target_hidden, anchor = layers[None, :n][:, :, probe.drafter.target_layer_ids], torch.tensor(probe.ids[n])
 
     def run(drafter):
-        return probe.target.lm_head(draft_round(drafter, taps, anchor, n, embed)[1:])
+        return probe.target.lm_head(draft_round(drafter, target_hidden, anchor, n, embed)[1:])
 
     error = difference(found, run(probe.drafter))
     check.measure(Number.DRAFT_LOGITS_ERROR, error, bound)
@@ -306,7 +306,7 @@ def _large_activations(ops: OpErrors) -> float:
             index, weight = backend.ops["route"](step, i, y)
             inputs = {"y": y, "index": index, "weight": weight}
             op = Op("experts", i, tuple(inputs), ("partial",))
-        wanted = ops.expected(op, {name: t.cpu() for name, t in inputs.items()}, SequenceChunk({}, 0, []), 8)
+        expected = ops.expected(op, {name: t.cpu() for name, t in inputs.items()}, SequenceChunk({}, 0, []), 8)
         got = backend.ops[op.name](step, i, *inputs.values()).cpu().double().sum(0)
-        worst = max(worst, ops.error(op, got, wanted))
+        worst = max(worst, ops.error(op, got, expected))
     return worst

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.nn.functional as F
 
+from checkpoint.families.registry import FAMILIES
 from runtime_ref.validation.diagnosis.faults import Fault
 from runtime_ref.validation.diagnosis.model_view import DrafterView
 
@@ -40,7 +41,7 @@ def target_faults(config, bases: Iterable[float] = ()) -> Iterator[Fault]:
     """
     family = config.model_type
     yield from _expert_faults(config, family)
-    yield from (_mimo_routers if family == "mimo_v2" else _softmax_routers)(config, family)
+    yield from (_sigmoid_routers if FAMILIES[family].router == "sigmoid" else _softmax_routers)(config, family)
     yield from _window_faults(config)
     yield from _sink_faults()
     starts = tuple(sorted({*BASES, *bases}))
@@ -53,7 +54,7 @@ def target_faults(config, bases: Iterable[float] = ()) -> Iterator[Fault]:
 
 
 def clamp_cause(family: str) -> str:
-    name = {"mimo_v2": "MiMo-V2", "qwen3_moe": "Qwen3-MoE"}.get(family, family)
+    name = {"mimo_v2": "MiMo-V2", "qwen3_moe": "Qwen3-MoE", "glm4_moe": "GLM-4-MoE"}.get(family, family)
     return f"SwiGLU is clamped at 7 as in gpt-oss: {name}'s experts have no clamp"
 
 
@@ -99,16 +100,21 @@ def _gpt_oss_experts(limit: float, alpha: float) -> Iterator[Fault]:
                 lambda v: v.zero("gate_up_proj_bias"))
 
 
-def _mimo_routers(config, family: str) -> Iterator[Fault]:
+def _sigmoid_routers(config, family: str) -> Iterator[Fault]:
     yield Fault("router bias", "e_score_correction_bias of the routers is ignored",
                 lambda v: v.zero_buffers("e_score_correction_bias"))
     yield Fault("router norm", NORMALISED_CAUSE, lambda v: v.router_setting("norm_topk_prob", lambda on: not on))
     yield Fault("routed scale", "wrong routed_scaling_factor of the experts' sum",
                 lambda v, factor: v.router_setting("routed_scaling_factor", lambda _: factor), (0.25, 0.5, 1.0, 2.5, 16.0))
-    yield Fault("softmax router", "router scores by softmax: MiMo-V2's are sigmoids (scoring_func)",
-                lambda v: v.route(softmax=True))
+    yield Fault("softmax router", "router scores by softmax: they are sigmoids (scoring_func)", lambda v: v.route(softmax=True))
     yield Fault("bias in weights", "e_score_correction_bias is added to the routing weights: it decides the choice, no more",
                 lambda v: v.route(biased=True))
+    if config.n_group > 1:
+        yield Fault("router groups", "groups of experts are ignored (n_group, topk_group)", lambda v: v.router_setting(
+            "n_group", lambda _: 1) & v.router_setting("topk_group", lambda _: 1))
+    if getattr(config, "shared_width", 0):
+        yield Fault("shared experts", "the shared experts are left out (n_shared_experts)",
+                    lambda v: v.zero("shared_experts.down_proj.weight"))
 
 
 def _softmax_routers(config, family: str) -> Iterator[Fault]:
@@ -116,7 +122,7 @@ def _softmax_routers(config, family: str) -> Iterator[Fault]:
     cause = chosen if family == "gpt_oss" else NORMALISED_CAUSE
     for kind in ("all", "chosen"):
         yield Fault(f"router {kind}", cause, lambda v, k=kind: v.score(k))
-    yield Fault("sigmoid router", "router scores by sigmoid, as in MiMo-V2: these are a softmax", lambda v: v.score("sigmoid"))
+    yield Fault("sigmoid router", "router scores by sigmoid: these are a softmax", lambda v: v.score("sigmoid"))
     if family == "gpt_oss":
         yield Fault("router bias", "the routers' bias is dropped (router.bias)", lambda v: v.zero("router.bias"))
 
@@ -148,9 +154,7 @@ def _mimo_attention(config, family: str, bases: tuple[float, ...]) -> Iterator[F
     for full, key in ((True, "rope_theta"), (False, "swa_rope_theta")):
         yield Fault(key, f"wrong rotary base of the {'full' if full else 'window'} layers ({key})",
                     lambda v, base, f=full: v.rotary_base(base, f), bases)
-    widths = tuple(sorted({2 * max(1, int(config.head_dim * f) // 2) for f in (0.25, 1 / 3, 0.5, 1.0)}))
-    yield Fault("rotary width", "wrong rotary width: only the first int(head_dim x partial_rotary_factor) entries of a head "
-                "are rotated", lambda v, entries: v.rotary_width(entries), widths, whole=True)
+    yield _rotary_width(config)
     yield Fault("no value scale", SCALE_CAUSE, lambda v: v.value_scale(None))
     yield Fault("value scale", SCALE_CAUSE, lambda v, scale: v.value_scale(scale), VALUE_SCALES)
     for name, back in (("qkv order", False), ("qkv order back", True)):
@@ -158,8 +162,18 @@ def _mimo_attention(config, family: str, bases: tuple[float, ...]) -> Iterator[F
                     "queries | all keys | all values]", lambda v, b=back: v.fused_rows(back=b))
 
 
+def _rotary_width(config) -> Fault:
+    widths = tuple(sorted({2 * max(1, int(config.head_dim * f) // 2) for f in (0.25, 1 / 3, 0.5, 1.0)}))
+    return Fault("rotary width", "wrong rotary width: only the first int(head_dim x partial_rotary_factor) entries of a head "
+                 "are rotated", lambda v, entries: v.rotary_width(entries), widths, whole=True)
+
+
 def _hf_attention(config, family: str, bases: tuple[float, ...]) -> Iterator[Fault]:
     yield Fault("rope_theta", "wrong rotary base (rope_theta)", lambda v, base: v.rotary_base(base), bases)
+    yield _rotary_width(config)
+    if config.attention_biases:
+        yield Fault("attention biases", "biases of the attention's projections are dropped (attention_bias)",
+                    lambda v: v.zero(*(f"{part}_proj.bias" for part in config.attention_biases)))
     if family != "gpt_oss":
         yield Fault("qk norm", "the norms of query and key heads are dropped (q_norm, k_norm)", lambda v: v.drop_qk_norm())
         return
@@ -167,8 +181,6 @@ def _hf_attention(config, family: str, bases: tuple[float, ...]) -> Iterator[Fau
                 lambda v: v.rotary_unextended(factor_only=False))
     yield Fault("yarn factor", "yarn's factor of cosines and sines is ignored (0.1 ln(factor) + 1)",
                 lambda v: v.rotary_unextended(factor_only=True))
-    yield Fault("attention biases", "biases of the attention's projections are dropped (attention_bias)",
-                lambda v: v.zero("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias"))
     yield Fault("output bias", "the bias of the attention's output projection is dropped (o_proj.bias)",
                 lambda v: v.zero("o_proj.bias"))
 
@@ -249,7 +261,7 @@ def drafter_faults(drafter, vocabulary_row: torch.Tensor, bases: Iterable[float]
         yield Fault(f"draft norms {by:+d}", f"{NORM_CAUSE} (drafter)", lambda v, n=by: v.shift_norms(n))
     for parts in ("qkv", "kv", "v"):
         yield Fault(f"raw {parts}", RAW_CAUSE, lambda v, p=parts: v.raw_context_values(p))
-    yield Fault("features reversed", "tapped layers are concatenated in another order (target_layer_ids)",
+    yield Fault("features reversed", "target layers are concatenated in another order (target_layer_ids)",
                 lambda v: v.reverse_features())
 
 

@@ -26,6 +26,7 @@ SHIFT_CAUSE = "expert scales are off by 2^{power:+d}: a scale byte b means 2^(b 
 MEANINGS = {"norm_topk_prob": "routing weights are not normalised, or are although they should not be (norm_topk_prob)",
             "rope_theta": "wrong rotary base (rope_theta)", "swa_rope_theta": "wrong rotary base of the window layers "
             "(swa_rope_theta)", "sliding_window": "the window of the window layers has another size (sliding_window)",
+            "partial_rotary_factor": "wrong rotary width (partial_rotary_factor)",
             "num_experts_per_tok": "another number of experts per token (num_experts_per_tok)",
             "rms_norm_eps": "wrong epsilon of the norms (rms_norm_eps)",
             "layernorm_epsilon": "wrong epsilon of the norms (layernorm_epsilon)",
@@ -114,8 +115,8 @@ def causes_of_tensors(wrong: dict[str, torch.Tensor], sums: dict[str, str]) -> l
     return [cause for cause, _ in found.most_common(4)]
 
 
-def _fits(tensor: torch.Tensor, undo, wanted: str) -> bool:
-    return tensor.ndim > 0 and crc(undo(tensor)) == wanted
+def _fits(tensor: torch.Tensor, undo, expected: str) -> bool:
+    return tensor.ndim > 0 and crc(undo(tensor)) == expected
 
 
 def _exchanged(name: str, owner: str) -> str:
@@ -128,11 +129,11 @@ def _exchanged(name: str, owner: str) -> str:
     return f"tensors are exchanged: {name} holds what was exported as {owner}"
 
 
-def edited_keys(file: Path, wanted: str) -> list[str]:
+def edited_keys(file: Path, expected: str) -> list[str]:
     """Which one key of config.json, set back to another value, gives the exported file: "key: found, exported with value".
 
     Args:
-        wanted: SHA-256 of the exported file.
+        expected: SHA-256 of the exported file.
     """
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -140,7 +141,7 @@ def edited_keys(file: Path, wanted: str) -> list[str]:
         return []
     if not isinstance(raw, dict):
         return []
-    if _sha(raw) == wanted:
+    if _sha(raw) == expected:
         return ["only its form was edited: every value is the exported one"]
     holders = [(raw, ""), *((v, f"{k}.") for k, v in raw.items() if isinstance(v, dict))]
     for holder, prefix in holders:
@@ -151,7 +152,7 @@ def edited_keys(file: Path, wanted: str) -> list[str]:
                     before = [one[key] for one in group]  # 10000 and 10000.0 are equal, and written otherwise
                     for one in group:
                         one[key] = other
-                    if _sha(raw) == wanted:
+                    if _sha(raw) == expected:
                         return [f"{prefix}{key}: {value!r}, exported with {other!r}"]
                     for one, own in zip(group, before, strict=True):
                         one[key] = own

@@ -1,6 +1,6 @@
 """One view of a model for faults to change: experts, routers, attentions, norms, layers, whatever its class calls them.
 
-`view_of` knows this project's MiMo-V2 (`MimoView`), transformers' classes of Qwen3-MoE and gpt-oss (`HfView`) and the drafter
+`view_of` knows this project's MiMo-V2 (`MimoView`), transformers' classes of other families (`HfView`) and the drafter
 (`DrafterView`). A fault is written once against `ModelView`; what it cannot be in a model (no sinks, no window, shapes that do
 not allow it) returns False. Views change the model that they were made of: give them a copy.
 
@@ -214,6 +214,20 @@ class ModelView:
         raise NotImplementedError
 
 
+def routed(router, x: torch.Tensor, count: int, normed: bool, factor: float | None, *, softmax: bool,
+           biased: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices and weights of a router of sigmoid scores without groups that scores by softmax instead, or has the correction
+    bias in the weights, not only in the choice."""
+    logits = F.linear(x.float(), router.weight.float())
+    scores = logits.softmax(-1) if softmax else logits.sigmoid()
+    choice = scores + router.e_score_correction_bias
+    index = choice.topk(count, dim=-1).indices
+    weight = (choice if biased else scores).gather(1, index)
+    if normed:
+        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+    return index, weight * (factor or 1.0)
+
+
 class MimoView(ModelView):
     """This project's MiMo-V2."""
 
@@ -315,22 +329,16 @@ class MimoView(ModelView):
         return 0 < count <= most and self.router_setting("num_experts_per_tok", lambda _: int(count))
 
     def route(self, *, softmax: bool = False, biased: bool = False) -> bool:
-        """Scores by softmax instead of sigmoid; the correction bias in the weights, not only in the choice."""
         if any(router.config.n_group > 1 for router in self.routers):
             return False
-
-        def forward(router, x):
-            config, logits = router.config, F.linear(x.float(), router.weight.float())
-            scores = logits.softmax(-1) if softmax else logits.sigmoid()
-            choice = scores + router.e_score_correction_bias
-            index = choice.topk(config.num_experts_per_tok, dim=-1).indices
-            weight = (choice if biased else scores).gather(1, index)
-            if config.norm_topk_prob:
-                weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-            return index, weight * (config.routed_scaling_factor or 1.0)
-
         for router in self.routers:
-            router.forward = lambda x, router=router: forward(router, x)
+            config = router.config
+
+            def forward(x, router=router, settings=(config.num_experts_per_tok, config.norm_topk_prob,
+                                                    config.routed_scaling_factor)):
+                return routed(router, x, *settings, softmax=softmax, biased=biased)
+
+            router.forward = forward
         return bool(self.routers)
 
     def layer_kind(self, index: int) -> object:
@@ -338,7 +346,7 @@ class MimoView(ModelView):
 
 
 class HfView(ModelView):
-    """transformers' Qwen3-MoE and gpt-oss."""
+    """transformers' Qwen3-MoE, GLM-4-MoE, Mixtral and gpt-oss."""
 
     epsilon_name, sink_name = "variance_epsilon", "sinks"
 
@@ -380,8 +388,25 @@ class HfView(ModelView):
         rotary.attention_scaling = 1.0
         return True
 
+    def rotary_width(self, entries: float) -> bool:
+        """Of classes that can rotate the first entries of a head and leave the rest: their configuration says which."""
+        width, rotary, config = int(entries) // 2 * 2, self.body.rotary_emb, self.model.config
+        D = self._qk_dim(self.attentions[0])
+        rope = config.rope_parameters
+        if "partial_rotary_factor" not in rope or not 0 < width <= D or rope.get("rope_type", "default") != "default":
+            return False
+        config.rope_parameters = dict(rope) | {"partial_rotary_factor": width / D}
+        rotary.inv_freq = rotary.compute_default_rope_parameters(config)[0]
+        return True
+
     def rotary_pairs(self) -> None:
-        self.head_rows(lambda rows: rows.view(-1, 2).T.flatten())
+        share = self.model.config.rope_parameters.get("partial_rotary_factor", 1.0)
+
+        def pairs(rows):
+            n = int(len(rows) * share)
+            return torch.cat((rows[:n].view(-1, 2).T.flatten(), rows[n:]))
+
+        self.head_rows(pairs)
 
     def drop_sinks(self) -> bool:
         return self.fill_sinks(-1e30)
@@ -391,6 +416,24 @@ class HfView(ModelView):
             if not 0 < count <= router.weight.shape[0]:
                 return False
             router.top_k = int(count)
+        return bool(self.routers)
+
+    def router_setting(self, key: str, change: Callable) -> bool:
+        key = {"n_group": "num_group"}.get(key, key)
+        for router in self.routers:
+            setattr(router, key, change(getattr(router, key)))
+        return bool(self.routers)
+
+    def route(self, *, softmax: bool = False, biased: bool = False) -> bool:
+        if any(router.num_group > 1 for router in self.routers):
+            return False
+        for router in self.routers:
+            def forward(x, router=router):
+                index, weight = routed(router, x.reshape(-1, x.shape[-1]), router.top_k, router.norm_topk_prob,
+                                       router.routed_scaling_factor, softmax=softmax, biased=biased)
+                return None, weight, index
+
+            router.forward = forward
         return bool(self.routers)
 
     def score(self, kind: str) -> bool:

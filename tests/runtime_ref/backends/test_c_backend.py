@@ -1,4 +1,4 @@
-"""The compiled ops: the codec's bits, the torch backend's numbers, a row's own bits in any company."""
+"""The compiled ops: the codec's bits, the torch backend's numbers, a row's own bits beside any others."""
 
 from array import array
 from dataclasses import replace
@@ -164,7 +164,7 @@ def test_a_drafter_that_computes_no_numbers_proposes_nothing_and_changes_no_toke
     plain = engine.generate(prompts[:3], replace(drafting, speculate=False))
     with torch.inference_mode():
         engine.drafter.norm.fill_(float("nan"))
-    assert engine.generate(prompts[:3], drafting) == plain
+    assert engine.generate(prompts[:3], drafting) == plain == engine.generate(prompts[:3], replace(drafting, adaptive=True))
     assert engine.stats()["rounds"] and not engine.stats()["drafted"]
 
 
@@ -193,7 +193,7 @@ def test_the_likeliest_of_equals_is_the_first_and_what_is_not_finite_has_none():
     structs.compiled_ops()[0].run(step, code.buffer_info()[0], 1)
     right = [0, 1, 2, 5]
     assert [best[i] for i in right] == [int(logits[i, :V].argmax()) for i in right] and best[1] == 0 and best[2] == 36
-    assert best[3] == best[4] == -1
+    assert best[3] == best[4] == -1 and chance[3] == chance[4] == 0
     torch.testing.assert_close(torch.tensor(chance)[right], logits[right, :V].softmax(-1).amax(-1), **MODEL_FP32)
 
 

@@ -1,4 +1,4 @@
-"""bf16 dot products of the compiled ops: the codec's bits, the other ops' numbers, a row's own bits in any company; bytes."""
+"""bf16 dot products of the compiled ops: the codec's bits, the other ops' numbers, a row's own bits beside others; bytes."""
 
 from types import SimpleNamespace
 
@@ -56,14 +56,14 @@ def op_errors(backend, ids) -> dict[str, float]:
         if len(inputs) == len(op.reads):
             if op.name.startswith("attend") and backend.bf16_dot:
                 shown.pools = {kind: in_rows(pool) for kind, pool in backend.pools.items()}
-            wanted = naive.expected(shown, op, inputs, span, len(ids))
-            if wanted is not None:
+            expected = naive.expected(shown, op, inputs, span, len(ids))
+            if expected is not None:
                 got = naive.found(op, buffers, backend)
                 if op.name == "route":  # a rounded activation may decide between two experts that score alike
-                    same = ((got > 0) == (wanted > 0)).all(1)
+                    same = ((got > 0) == (expected > 0)).all(1)
                     chosen.extend(same.tolist())
-                    got, wanted = got[same], wanted[same]
-                worst[op.name] = max(worst.get(op.name, 0.0), error(got, wanted))
+                    got, expected = got[same], expected[same]
+                worst[op.name] = max(worst.get(op.name, 0.0), error(got, expected))
         kept.update({name: value.clone() for name, value in buffers.items()})
 
     backend.run(target_program(backend.config), backend.plan([span]), watch)

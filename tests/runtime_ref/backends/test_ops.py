@@ -61,7 +61,7 @@ def test_logits_do_not_depend_on_how_the_text_is_cut(weights, ids, dtype, pieces
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_do_not_depend_on_the_company(weights, ids, dtype):
+def test_logits_do_not_depend_on_other_rows(weights, ids, dtype):
     backend, program = new_backend(weights, dtype), target_program(weights.config)
     alone = computed(backend, program, ids, [100, 1, 7])
     cache = KvCache(backend.pools)
@@ -79,7 +79,7 @@ def test_logits_do_not_depend_on_the_company(weights, ids, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 13, 24, 64, 100])
-def test_every_op_gives_a_row_the_same_bits_in_any_position_and_company(weights, dtype, rows):
+def test_every_op_gives_a_row_the_same_bits_in_any_position_and_batch(weights, dtype, rows):
     generator = torch.Generator().manual_seed(rows)
     rules = new_backend(weights, dtype).rules
     R = ops.padded(rows, rules)
@@ -179,8 +179,8 @@ def test_drafts_are_those_of_the_drafter_model(folder, weights, ids):
     cache = KvCache(backend.pools | {"draft": drafter.pool})
     tables, n = cache.tables(), 130
     with torch.no_grad():
-        out = target.model(input_ids=torch.tensor([ids[:n]]), tap_layers=reference.target_layer_ids)
-        target_hidden = torch.cat(out.taps, dim=-1)
+        out = target.model(input_ids=torch.tensor([ids[:n]]), aux_layers=reference.target_layer_ids)
+        target_hidden = torch.cat(out.aux_hidden_states, dim=-1)
         positions = torch.arange(n)[None]
         context = reference.context_keys_values(reference.fuse(target_hidden), positions)
         embeds = reference.embed_block(torch.tensor([ids[n]]), target.model.embed_tokens)

@@ -1,4 +1,4 @@
-"""Folders of other models: logits of transformers' own model, tokens whatever the drafts and the company, bytes of the file."""
+"""Folders of other models: logits of transformers' own model, tokens whatever the drafts and other rows, bytes of the file."""
 
 import json
 import threading
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tolerance import MODEL_FP32
-from toy_layouts import exported, gpt_oss, mixtral, qwen3
+from toy_layouts import exported, glm4, gpt_oss, mixtral, qwen3
 
 from runtime_ref.backends.c import structs
 from runtime_ref.backends.torch.backend import TorchBackend
@@ -24,10 +24,12 @@ from runtime_ref.engine.engine import Engine, EngineOptions
 PAGES = {"full": 12, "window": 12}
 
 
-@pytest.fixture(scope="module", params=["qwen3", "gpt-oss", "mixtral", "mixtral-window"])
+@pytest.fixture(scope="module", params=["qwen3", "glm4", "glm4-plain", "gpt-oss", "mixtral", "mixtral-window"])
 def made(request, tmp_path_factory):
     config, layout = {"qwen3": (qwen3(), "compressed-tensors"), "gpt-oss": (gpt_oss(), "gpt-oss"),
-                      "mixtral": (mixtral(), "compressed-tensors"),
+                      "mixtral": (mixtral(), "compressed-tensors"), "glm4": (glm4(), "compressed-tensors"),
+                      "glm4-plain": (glm4(n_group=1, attention_bias=False, use_qk_norm=False, n_shared_experts=1,
+                                          norm_topk_prob=False, num_hidden_layers=2), "compressed-tensors"),
                       "mixtral-window": (mixtral(sliding_window=24, num_experts_per_tok=2, tie_word_embeddings=False),
                                          "compressed-tensors")}[request.param]
     return exported(tmp_path_factory.mktemp(request.param), config, layout)
@@ -77,7 +79,8 @@ def test_parts_of_the_ranks_make_the_whole(made, ids):
             merged = ops.merge_heads(heads, own.attention.o, own.attention.o_bias)
             if not hasattr(own.mlp, "experts"):
                 return merged, ops.dense_mlp(y, own.mlp)
-            return merged, ops.run_experts(y, *ops.route(y, own.mlp, weights.config), own.mlp.experts, 16)
+            shared = [] if own.mlp.shared is None else [ops.dense_mlp(y, own.mlp.shared)]
+            return merged, ops.run_experts(y, *ops.route(y, own.mlp, weights.config), own.mlp.experts, 16), *shared
         for one, two in zip(partials(whole), zip(*(partials(h) for h in halves), strict=True), strict=True):
             assert torch.equal(one, torch.cat(two))
     assert sum(h.packed_bytes for h in halves) >= whole.packed_bytes
@@ -111,7 +114,7 @@ def test_packed_experts_are_the_files_bytes(made):
     held = weights.layers[1].mlp.experts.matrices[3]
     if weights.config.model_type != "gpt_oss":
         for kind, part in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
-            name = (f"model.layers.1.mlp.experts.3.{kind}_proj.weight" if weights.config.model_type == "qwen3_moe" else
+            name = (f"model.layers.1.mlp.experts.3.{kind}_proj.weight" if weights.config.model_type != "mixtral" else
                     f"model.layers.1.block_sparse_moe.experts.3.{part}.weight")
             assert torch.equal(held[kind].codes, files[name + "_packed"])
             assert torch.equal(held[kind].scales, files[name + "_scale"])
@@ -137,6 +140,8 @@ def test_compiled_ops_run_qwen3_and_refuse_biases(tmp_path, ids):
     assert torch.equal(computed(backend, ids, [1] * 20 + [8, 60, 2]), found)
     folder, _ = exported(tmp_path / "oss", gpt_oss(), "gpt-oss")
     assert "biases" in refuses(load_target(folder))
+    folder, _ = exported(tmp_path / "glm", glm4(attention_bias=False, moe_intermediate_size=256), "compressed-tensors")
+    assert "shared experts" in refuses(load_target(folder))
 
 
 class Together(Ranks):
@@ -197,7 +202,7 @@ def test_compiled_ops_run_every_width_of_experts_that_mxfp4_permits_on_any_ranks
     ("hidden_act", "gelu", "hidden_act: 'gelu', expected 'silu'"),
     ("quantization_config", {"format": "nvfp4-pack-quantized"}, "expected 'mxfp4-pack-quantized'"),
     ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "rope_type: 'dynamic', expected default"),
-    ("model_type", "llama", "expected one of mimo_v2")])
+("model_type", "llama", "expected one of mimo_v2")])
 def test_what_is_not_held_is_refused_by_name(tmp_path, key, value, said):
     raw = qwen3().to_dict() | {"quantization_config": {"format": "mxfp4-pack-quantized"}}
     (tmp_path / "config.json").write_text(json.dumps(raw | {key: value}, default=str))
@@ -220,3 +225,13 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path, made):
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=said):
             load_target(folder)
+
+
+def test_latent_attention_is_refused_by_name_with_what_judges_it_instead(tmp_path):
+    from transformers import DeepseekV3Config
+
+    raw = DeepseekV3Config(kv_lora_rank=48).to_dict() | {"quantization_config": {"format": "mxfp4-pack-quantized"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw, default=str))
+    with pytest.raises(ValueError, match=r"config.json: model_type: 'deepseek_v3': .* multi-head latent attention "
+                                         r"\(kv_lora_rank 48\); .* --endpoint URL$"):
+        read_geometry(tmp_path)

@@ -1,4 +1,4 @@
-"""The attention kernel against the runtime's torch attention: rings, sinks, odd sizes, and bits that ignore the company."""
+"""The attention kernel against the runtime's torch attention: rings, sinks, odd sizes, and bits that ignore other rows."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ def rounded(x):
 
 
 @pytest.mark.parametrize("hidden", [32, 160, 1056])
-def test_rounding_is_that_of_the_twin_bit_for_bit(hidden):
+def test_rounding_is_that_of_the_reference_bit_for_bit(hidden):
     generator = torch.Generator().manual_seed(hidden)
     x = (torch.randn(9, hidden, generator=generator) * torch.exp2(torch.linspace(-130, 120, 9))[:, None]).to(torch.bfloat16)
     if INTERPRETED:  # the interpreter takes subnormal bf16 for zero

@@ -182,7 +182,7 @@ def test_an_all_reduce_that_does_not_wait_is_found():
 @triton.jit
 def alternating_sums(buffers, signals, partials, out, rank, first_epoch, failed, N: tl.constexpr, PARTS: tl.constexpr,
                      EPOCHS: tl.constexpr, LATE: tl.constexpr, WAIT: tl.constexpr, RANKS: tl.constexpr, POLLS: tl.constexpr):
-    """Sums over ranks one after another, in alternating halves, nothing in between: the protocol inside a walk."""
+    """Sums over ranks one after another, in alternating halves, nothing in between: the protocol inside a megakernel."""
     at = tl.arange(0, N)
     own = tl.load(buffers + rank).to(tl.pointer_type(tl.float32))
     for i in range(0, EPOCHS):

@@ -5,8 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
-from runtime_ref.kernels import counters
-from runtime_ref.kernels import row_launches as launches
+from runtime_ref.kernels import counters, launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.sampling import verify
 from tests.runtime_ref.kernels.at_once import INTERPRETED

@@ -70,8 +70,9 @@ def card(monkeypatch):
         monkeypatch.setattr(module, name, lambda *_, found=found: found)
 
 
-STEP = {"weights_bytes": 1, "position": 8, "compared": None, "op_by_op": None, "walk": {"refused": "two walks differ"},
-        "barrier_seconds": None, "verify": None, "draft": None, "launches_op_by_op": None}
+STEP = {"weights_bytes": 1, "position": 8, "compared": None, "op_by_op": None,
+        "walk": {"refused": "two megakernel launches differ"}, "barrier_seconds": None,
+        "verify": None, "draft": None, "launches_op_by_op": None}
 ENGINE = {"tokens": 8, "greedy_equal": {"op by op": True}, "tokens_per_second": {"plain, op by op": 9.0}, "timeline": {},
           "failed": [], "walked_as_op_by_op": None, "acceptance_length": None}
 
@@ -242,27 +243,27 @@ def test_its_check_of_whole_steps_is_green_in_the_interpreter(monkeypatch):
 
 
 def spoiled(name: str):
-    """A launch of a walk that then changes its logits, what it gave its first layer's successor, or only the second walk."""
-    launch, walks = gpu_steps.Megakernel.launch, []
+    """A launch of a megakernel that then changes its logits, what it gave its first layer's successor, or only the second."""
+    launch, seen = gpu_steps.Megakernel.launch, []
 
     def call(self, step, logits, target_hidden):
         launch(self, step, logits, target_hidden)
-        walks.append(self)
+        seen.append(self)
         if name == "logits":
             logits[3] *= 1.01
         elif name == "target_hidden":
             target_hidden[0, 7] *= 1.01
         elif name == "infinite":
             target_hidden[0, 2, 5] = float("inf")
-        elif name == "second" and len(walks) == 2:
+        elif name == "second" and len(seen) == 2:
             target_hidden[0, 0, 0] += 1
     return call
 
 
 @pytest.mark.parametrize("name, said", [("logits", "at the logits"), ("target_hidden", "at layer 0"), ("second",
-                                        "two walks differ"), ("infinite", "not finite after layer 0"), ("failed",
+                                        "two megakernel launches differ"), ("infinite", "not finite after layer 0"), ("failed",
                                                                                                         "a wait was given up")])
-def test_its_check_of_whole_steps_is_red_when_a_walk_is_wrong(small_toy, monkeypatch, name, said):
+def test_its_check_of_whole_steps_is_red_when_a_megakernel_is_wrong(small_toy, monkeypatch, name, said):
     if name == "failed":
         monkeypatch.setattr(gpu_steps.Megakernel, "failed", lambda self: True)
     else:
@@ -271,20 +272,20 @@ def test_its_check_of_whole_steps_is_red_when_a_walk_is_wrong(small_toy, monkeyp
     assert one["passed"] and not other["passed"] and said in other["detail"]
 
 
-def test_a_wrong_walk_has_no_speed(small_toy, monkeypatch):
+def test_a_wrong_megakernel_has_no_speed(small_toy, monkeypatch):
     """Though everything else of the step has one."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=1))
     weights = SimpleNamespace(arena=SimpleNamespace(used=1))
     monkeypatch.setattr(gpu_steps, "Prepared", lambda *_: SimpleNamespace(
         step=lambda rows: None, program=[], backend=SimpleNamespace(kernel_weights=weights)))
-    monkeypatch.setattr(gpu_steps, "compare_megakernel", lambda *_: {"wrong": "two walks differ"})
+    monkeypatch.setattr(gpu_steps, "compare_megakernel", lambda *_: {"wrong": "two megakernel launches differ"})
     monkeypatch.setattr(gpu_steps, "_measure_megakernel", lambda *_: pytest.fail("timed"))
     for name in ("measure_verify", "measure_draft", "measure_barrier"):
         monkeypatch.setattr(gpu_steps, name, lambda *_: {"seconds": 2e-3, "refused": None, "reductions": 10, "launches": 1})
     monkeypatch.setattr(gpu_steps, "measure_barrier", raising(RuntimeError("a wait was given up")))
     problems = []
     report = gpu_steps.measure_steps(None, lambda calls: {"seconds": 1e-3}, problems)
-    assert report["walk"] == {"refused": "two walks differ"} and report["step_and_draft_seconds"] == 3e-3
+    assert report["walk"] == {"refused": "two megakernel launches differ"} and report["step_and_draft_seconds"] == 3e-3
     assert problems == ["a rank's step, barriers: RuntimeError: a wait was given up"] and report["barrier_seconds"] is None
 
 
@@ -403,7 +404,7 @@ def test_drafting_is_judged_within_its_way_and_the_ways_apart(stubbed, wrong, eq
     assert report["greedy_equal"] == equal and report["walked_as_op_by_op"] == alike
 
 
-def test_a_wait_that_was_given_up_is_told_and_takes_the_walked_speeds(stubbed):
+def test_a_wait_that_was_given_up_is_reported_and_takes_the_megakernels_speeds(stubbed):
     report, _ = stubbed(Stub(failed=True))
     assert report["failed"] == ["step"] and list(report["tokens_per_second"]) == ["plain, op by op", "drafting, op by op"]
 
@@ -415,7 +416,7 @@ def test_a_profiler_that_fails_takes_only_the_timeline(stubbed, monkeypatch):
     assert problems == [f"the timeline, {way}: RuntimeError: not permitted" for way in ("op by op", "walked")]
 
 
-def test_an_engine_that_is_late_or_cannot_walk_keeps_what_it_has(stubbed, monkeypatch):
+def test_an_engine_that_is_late_or_has_no_megakernel_keeps_what_it_has(stubbed, monkeypatch):
     left = iter([1.0, 1.0, -1.0, -1.0])
     report, problems = stubbed(Stub(), lambda: next(left))
     assert list(report["greedy_equal"]) == ["op by op"]
@@ -446,12 +447,12 @@ def test_launches_are_counted_and_a_profiler_that_sees_none_counts_nothing(monke
     assert gpu_page.launches({"step": step}) == 4 and gpu_page.launches({"step": STEP}) is None
 
 
-def test_a_page_says_what_a_wrong_walk_is_and_gives_it_no_speed():
+def test_a_page_says_what_a_wrong_megakernel_is_and_gives_it_no_speed():
     report = dict.fromkeys(("device", "date", "torch", "triton", "python", "revision", "command"), "")
     report |= {"checks": [], "skipped": [], "refused": [], "complete": True, "step": STEP,
                "engine": ENGINE | {"failed": ["step"]}}
     words = gpu_page.page(report, None)
-    assert "| verification, walked (**WRONG**: two walks differ) | not measured | not counted |" in words
-    assert "**A wait was given up** by the walk of the step" in words
+    assert "| verification, megakernel (**WRONG**: two megakernel launches differ) | not measured | not counted |" in words
+    assert "**A wait was given up** by the megakernel of the step" in words
     goals = {what: found for what, found, *_ in gpu_page.goals(report)}
     assert goals["G3 launches of a step, its draft and verdict"] == "not measured"

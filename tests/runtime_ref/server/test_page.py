@@ -97,11 +97,11 @@ class Knowing(Drafter):
     def __init__(self, answer, prompt_length, vocabulary):
         self.answer, self.begin, self.vocabulary = answer, prompt_length, vocabulary
 
-    def logits(self, wanted):
+    def logits(self, requests):
         import torch
 
         out = []
-        for w in wanted:
+        for w in requests:
             rows = torch.zeros(w.count, self.vocabulary)
             for i in range(w.count):
                 at = w.position - self.begin + 1 + i

@@ -1,6 +1,7 @@
 """validate.py --endpoint: a right server of the checkpoint passes; those that compute, count, sample or end wrongly do not."""
 
 import contextlib
+import itertools
 import json
 import shutil
 import threading
@@ -14,6 +15,7 @@ from released_folders import write_release
 
 from checkpoint.load import load_tokenizer
 from runtime_ref import validate
+from runtime_ref.server.request_workers import RequestWorkers
 from runtime_ref.validation.checks.endpoint import tool_call_fault
 from runtime_ref.validation.endpoint_client import Endpoint, _values
 
@@ -28,8 +30,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def preparing(folder):
     """The request workers that the servers of this file share."""
-    from runtime_ref.server.request_workers import RequestWorkers
-
     with contextlib.closing(RequestWorkers(folder)) as workers:
         yield workers
 
@@ -63,6 +63,7 @@ def test_a_server_of_the_checkpoint_is_right(folder, preparing, tmp_path, capsys
     assert numbers["mean difference of log-probabilities (nats)"] < 0.1
     assert checks["acceptance"]["numbers"]["acceptance length"] >= 1
     speeds = checks["speed"]["numbers"]
+    assert "tokens/s without drafts, one sequence" in speeds
     assert speeds["price per million tokens as served, one sequence"] == pytest.approx(
         10 / 3600 / speeds["tokens/s as served, one sequence"] * 1e6)
     assert verdict["model"]["served as"] == "small" and "endpoint" in (tmp_path / "v.html").read_text()
@@ -85,6 +86,31 @@ def test_a_server_of_other_weights_is_found(folder, preparing, tmp_path, capsys)
         code, verdict, checks = judged(folder, live.url, tmp_path, capsys)
     assert code == 1 and checks["greedy"]["status"] == "failed"
     assert any("computes something else than this checkpoint" in c for c in verdict["causes"])
+
+
+@pytest.mark.parametrize("judged_by, cause", [
+    ("{% if enable_thinking | default(true) %}think {% endif %}", "thinking is on when served and was off in training"),
+    ("{{ 'more' }}", "the server's tokenizer or chat template is not the checkpoint's")])
+def test_a_server_that_renders_conversations_otherwise_is_found(folder, preparing, tmp_path, capsys, judged_by, cause):
+    """Its template is `PLAIN`; the folder that it is judged by has more text behind it."""
+    PLAIN = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "chat_template.jinja").write_text(PLAIN + judged_by)
+    (tmp_path / "served").mkdir()
+    served = shutil.copytree(folder, tmp_path / "served/model")
+    (served / "chat_template.jinja").write_text(PLAIN)
+    with contextlib.closing(RequestWorkers(served)) as workers, serving(served, workers) as live:
+        code, verdict, checks = judged(copy, live.url, tmp_path, capsys)
+    assert code == 1 and checks["counts"]["status"] == "failed" and any(cause in c for c in verdict["causes"])
+
+
+def test_a_speed_without_drafts_is_only_said_where_none_were_made(folder, preparing, tmp_path, capsys, monkeypatch):
+    with serving(folder, preparing) as live:
+        rounds = itertools.count()  # as of a server that takes `speculate` for a field that means nothing
+        monkeypatch.setattr(Endpoint, "counters", lambda self: {"drafts": next(rounds), "accepted": 0})
+        _, _, checks = judged(folder, live.url, tmp_path, capsys)
+    assert "tokens/s without drafts, one sequence" not in checks["speed"]["numbers"]
+    assert any("cannot turn them off" in reason for reason in checks["speed"]["unchecked"])
 
 
 def test_a_server_that_samples_too_cold_is_found(folder, preparing, tmp_path, capsys, monkeypatch):
@@ -193,3 +219,19 @@ def test_tokens_drawn_too_greedily_fill_the_lower_bins():
         return chi_square_z(torch.histc(place.double(), bins=20, min=0, max=1), uniform)
 
     assert z(1.0) < 4.3 < z(1.5)
+
+
+@pytest.mark.parametrize("answers, points", [(64, 0.14), (1500, 0.03)])
+def test_the_sampled_answers_show_the_bias_that_the_page_promises(answers, points):
+    """The statistic alone, of 100 repetitions: so many points too many in the likelier half are found, right draws never."""
+    from runtime_ref.validation.checks.endpoint import BINS, CHI_SQUARE_Z, SAMPLED_TOKENS, chi_square_z
+
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.full((BINS,), 1 / BINS, dtype=torch.float64)
+    moved = torch.full((BINS // 2,), 2 * points / BINS, dtype=torch.float64)
+
+    def found(p):
+        draws = (torch.multinomial(p, answers * SAMPLED_TOKENS, replacement=True, generator=generator) for _ in range(100))
+        return sum(chi_square_z(torch.bincount(d, minlength=BINS).double(), uniform) > CHI_SQUARE_Z for d in draws)
+
+    assert found(uniform + torch.cat((moved, -moved))) >= 97 and found(uniform) == 0

@@ -38,11 +38,11 @@ def stale(patch, folder):
     """The four newest context keys are not seen."""
     right = Drafter._metadata
 
-    def wrong(self, wanted, positions, T):
-        found = right(self, wanted, positions, T)
-        first = self.pool.first_needed(wanted[0].position)
+    def wrong(self, requests, positions, T):
+        found = right(self, requests, positions, T)
+        first = self.pool.first_needed(requests[0].position)
         keys = first * PAGE + torch.arange(found.attention.hidden.shape[1] * PAGE).view(1, -1, 1, PAGE)
-        late = (keys >= wanted[0].position - 4) & (keys < wanted[0].position)
+        late = (keys >= requests[0].position - 4) & (keys < requests[0].position)
         found.attention.hidden.masked_fill_(late, float("-inf"))
         return found
 
@@ -85,15 +85,15 @@ def padded(patch, folder):
     """Features are filled up to whole eights, and the position runs on."""
     right = Drafter.logits
 
-    def wrong(self, wanted):
-        wanted = list(wanted)
-        for i, w in enumerate(wanted):
+    def wrong(self, requests):
+        requests = list(requests)
+        for i, w in enumerate(requests):
             if w.target_hidden is None or not w.target_hidden.shape[0]:
                 pad = -w.position % 8
                 last = getattr(self, "last_features", None)
-                wanted[i] = dataclasses.replace(w, target_hidden=last.expand(pad, -1) if pad else None,
+                requests[i] = dataclasses.replace(w, target_hidden=last.expand(pad, -1) if pad else None,
                                                 position=w.position + pad)
-        return right(self, wanted)
+        return right(self, requests)
 
     extend = Drafter.extend
 

@@ -1,4 +1,4 @@
-"""validate.py on folders that this project did not write, in the dialect of the published release: right, with notes only."""
+"""validate.py on folders that this project did not write, in the format of the published release: right, with notes only."""
 
 import json
 import os
@@ -133,6 +133,9 @@ def test_thinking_that_training_had_off_is_named(copied, tmp_path, capsys):
     (copied / "resolved.yaml").write_text("dflash: {regenerate: {template: {enable_thinking: false}}}\n")
     code, verdict = judged(copied, tmp_path, capsys)
     assert code == 1 and any("thinking is on when served and was off in training" in c for c in verdict["causes"])
+    (copied / "resolved.yaml").write_text("chat: {prompts: auto, template_options: {}}\n")  # the template's own default
+    code, verdict = judged(copied, tmp_path, capsys)
+    assert code == 0 and not any("enable_thinking" in n for n in verdict["checks"][0]["notes"])
 
 
 def test_a_template_that_rewrites_earlier_turns_is_named(copied, tmp_path, capsys):

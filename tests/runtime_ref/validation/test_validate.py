@@ -70,15 +70,15 @@ WRONG_FILES = {
     "target sinks zero": (target(lambda t: [t[n].zero_() for n in t if "sink" in n]), "sinks are dropped"),
     "drafter sinks missing": (drafter_file(lambda t: [t.pop(n) for n in list(t) if "sink" in n]), "sinks of the drafter"),
     "drafter sinks switched off": (drafter(special={"attention_sink_bias": False}), "sinks of the drafter"),
-    "drafter window in one dialect": (drafter({"sliding_window": None}), "window of the drafter"),
-    "drafter window in all dialects": (drafter({"sliding_window": 20}, {"swa_window_size": 20}), "window of the drafter"),
-    "drafter causal in one dialect": (drafter({"is_causal": True}), "causality"),
-    "drafter causal in all dialects": (drafter({"is_causal": True}, {"causal": True}), "causality"),
-    "taps off by one": (drafter(special={"target_layer_ids": [1, 3, 4]}), "taps are off by one"),
-    "taps of other layers": (drafter(special={"target_layer_ids": [0, 1, 3]}), "taps are off by one"),
+    "drafter window in one alias": (drafter({"sliding_window": None}), "window of the drafter"),
+    "drafter window in all aliases": (drafter({"sliding_window": 20}, {"swa_window_size": 20}), "window of the drafter"),
+    "drafter causal in one alias": (drafter({"is_causal": True}), "causality"),
+    "drafter causal in all aliases": (drafter({"is_causal": True}, {"causal": True}), "causality"),
+    "target layers off by one": (drafter(special={"target_layer_ids": [1, 3, 4]}), "target layers are off by one"),
+    "features of other layers": (drafter(special={"target_layer_ids": [0, 1, 3]}), "target layers are off by one"),
     "swiglu clamp": (config(swiglu_limit=7.0), "no clamp"),
     "drafter rotary base": (drafter(special={"backbone_rotary_base": 3e5}), "rotary base of the drafter"),
-    "drafter rotary base in all dialects": (drafter({"rope_theta": 3e5, "rope_parameters": {
+    "drafter rotary base in all aliases": (drafter({"rope_theta": 3e5, "rope_parameters": {
         "rope_type": "default", "rope_theta": 3e5, "partial_rotary_factor": 0.5}}, {"backbone_rotary_base": 3e5}),
         "rotary base of the drafter"),
     "drafter rotary width": (drafter({"partial_rotary_factor": 1.0, "rope_parameters": {
@@ -99,7 +99,7 @@ WRONG_FILES = {
 }
 
 
-@pytest.mark.parametrize("bug", faults(WRONG_FILES, {"drafter causal in all dialects"}))
+@pytest.mark.parametrize("bug", faults(WRONG_FILES, {"drafter causal in all aliases"}))
 def test_a_wrong_file_is_found_and_named(copied, tmp_path, capsys, bug):
     inject, cause = WRONG_FILES[bug]
     inject(copied)
@@ -317,7 +317,7 @@ def test_wrong_kernels_are_found_and_named(exported, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.skipif(KERNELS, reason="a bug of the torch ops; rows of the kernels: tests/runtime_ref/kernels")
-def test_ops_that_depend_on_the_company_are_found(exported, tmp_path, capsys, monkeypatch):
+def test_ops_that_depend_on_other_rows_are_found(exported, tmp_path, capsys, monkeypatch):
     from runtime_ref.backends.torch import ops as model
 
     right = model.norm

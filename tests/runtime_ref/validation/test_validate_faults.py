@@ -39,8 +39,8 @@ def exchanged(pairs):
     def change(tensors):
         for one, other in pairs:
             for name in [n for n in tensors if one in n]:
-                twin = name.replace(one, other)
-                tensors[name], tensors[twin] = tensors[twin], tensors[name]
+                partner = name.replace(one, other)
+                tensors[name], tensors[partner] = tensors[partner], tensors[name]
 
     return target(change)
 
@@ -76,7 +76,7 @@ def norms_on_a_grid(tensors):
         tensors[name] = (tensors[name].float() * 256).round().div(256).to(tensors[name].dtype)
 
 
-def taps_exchanged(folder):
+def target_layers_exchanged(folder):
     edit_json(folder / "dflash" / "config.json", lambda raw: raw["dflash_config"].update(
         target_layer_ids=[raw["dflash_config"]["target_layer_ids"][i] for i in (1, 0)]
         + raw["dflash_config"]["target_layer_ids"][2:]))
@@ -149,8 +149,8 @@ WRONG = {
     "truncated": (truncated, "damaged or truncated"),
     "another drafter": (drafter_file(shuffled), "another drafter's"),
     "a drafter of another depth": (drafter({"num_target_layers": 48}), "made for another target"),
-    "taps in another order": (taps_exchanged, "in another order"),
-    "block size in all dialects": (drafter({"block_size": 4}, {"block_size": 4}), "block size"),
+    "target layers in another order": (target_layers_exchanged, "in another order"),
+    "block size in all aliases": (drafter({"block_size": 4}, {"block_size": 4}), "block size"),
     "mask id off by one": (both(drafter(special={"mask_token_id": 261}), mask_of(lambda s: s | {"mask_token_id": 261})),
                            "the mask token's id is off"),
     "end token out of range": (generation(eos_token_id=9999), "end at the wrong token"),
@@ -162,7 +162,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("bug", faults(WRONG, {"gate and up of one layer", "taps in another order", "another layout",
+@pytest.mark.parametrize("bug", faults(WRONG, {"gate and up of one layer", "target layers in another order", "another layout",
                                                "a drafter's weight that is not"}))
 def test_a_wrong_folder_is_found_and_named(copied, tmp_path, capsys, bug):
     inject, cause = WRONG[bug]
@@ -186,7 +186,7 @@ UNREADABLE = {
     "index names a lost shard": text("model.safetensors.index.json", b'{"weight_map": {"a": "b.safetensors"}}'),
     "weights are empty": text("model.safetensors", b""), "drafter's config is a list": text("dflash/config.json", b"[]"),
     "drafter's config is no JSON": text("dflash/config.json", b"x"),
-    "taps are text": drafter(special={"target_layer_ids": "a"}),
+    "target layers are text": drafter(special={"target_layer_ids": "a"}),
     "no mask token": drafter(special={"mask_token_id": None}), "no heads": drafter({"num_attention_heads": 0}),
     "sidecar is no pickle": text("dflash/mask_embedding.pt", b"x"),
     "sidecar is a tensor": lambda f: torch.save(torch.zeros(64), f / "dflash" / "mask_embedding.pt"),

@@ -11,14 +11,15 @@ import pytest
 import torch
 from pace import KERNELS
 from safetensors.torch import load_file, save_file
-from toy_layouts import exported, gpt_oss, mixtral, qwen3
+from toy_layouts import exported, glm4, gpt_oss, mixtral, qwen3
 from wrong_folders import edit_json, judged, without_effect
 
 from runtime_ref import validate
 
-# The kernels refuse gpt-oss and Mixtral: triton/test_kernel_families.py.
+# The others with the kernels: triton/test_kernel_families.py.
 FAMILIES = {"qwen3": (qwen3, "compressed-tensors")} | ({} if KERNELS else {
-    "gpt-oss": (gpt_oss, "gpt-oss"), "mixtral": (mixtral, "compressed-tensors")})
+    "mixtral": (mixtral, "compressed-tensors"), "gpt-oss": (gpt_oss, "gpt-oss"),
+    "glm4": (lambda: glm4(n_group=1), "compressed-tensors")})
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,8 @@ SILENT = {
     "qwen3: epsilon": ("qwen3", config(rms_norm_eps=1e-4), "epsilon"),
     "mixtral: nibbles": ("mixtral", each("weight_packed", nibbles), "nibbles are swapped"),
     "mixtral: rotary base": ("mixtral", rope(rope_theta=1e4), "rotary base"),
+    "glm4: rotary width": ("glm4", rope(partial_rotary_factor=1.0), "rotary width"),
+    "glm4: factor of the experts' sum": ("glm4", config(routed_scaling_factor=1.0), "routed_scaling_factor"),
     "gpt-oss: nibbles": ("gpt-oss", each("_blocks", nibbles), "nibbles are swapped"),
     "gpt-oss: scales off by one power": ("gpt-oss", each("_scales", lambda t: t - 1), "a scale byte b means"),
     "gpt-oss: gate and up as halves": ("gpt-oss", lambda f: [each(f"gate_up_proj_{n}", lambda t: torch.cat(
@@ -124,6 +127,8 @@ LOUD = {
         "config_groups"]["group_0"]["weights"].update(group_size=16)), "blocks of another size"),
     "qwen3: tensors of another layout": ("qwen3", tensors(lambda held: [held.update({n.replace("_packed", ""): held.pop(n)})
                                                                         for n in list(held) if "_packed" in n]), "index"),
+    "glm4: dropped shared experts": ("glm4", drop("shared_experts.down_proj.weight"), "a tensor is missing"),
+    "glm4: dropped biases": ("glm4", drop("q_proj.bias"), "biases of the attention's projections are dropped"),
     "gpt-oss: dropped sinks": ("gpt-oss", drop("self_attn.sinks"), "sinks are dropped"),
     "gpt-oss: dropped biases": ("gpt-oss", drop("down_proj_bias"), "biases of the experts are dropped"),
     "gpt-oss: scale byte 255": ("gpt-oss", each("layers.1.mlp.experts.down_proj_scales", lambda t: t.index_fill(
@@ -240,6 +245,12 @@ def _decode_swapped(patch):
     patch.setattr(Packed, "decode", lambda self: right(self).unflatten(-1, (-1, 2)).flip(-1).flatten(-2))
 
 
+def _shared_left_out(patch):
+    from runtime_ref.backends.torch.backend import TorchBackend
+
+    patch.setattr(TorchBackend, "op_shared_experts", lambda self, step, layer, y, partial: partial)
+
+
 def _rotary_unscaled(patch):
     from runtime_ref.backends.torch.rotary import Rotary
 
@@ -251,6 +262,7 @@ WRONG_PORTS = {
     "qwen3: routing weights": ("qwen3", _route_as_all, "norm_topk_prob"),
     "qwen3: norms of heads": ("qwen3", _project_without_norms, "norms of query and key heads"),
     "qwen3: nibbles": ("qwen3", _decode_swapped, "nibbles are swapped"),
+    "glm4: shared experts": ("glm4", _shared_left_out, "shared experts are left out"),
     "gpt-oss: clamp": ("gpt-oss", _gated_without_clamp, "the clamp of gpt-oss"),
     "gpt-oss: routing weights": ("gpt-oss", _route_as_all, "softmax of the chosen"),
     "gpt-oss: sinks": ("gpt-oss", _attend_without_sinks, "sinks are dropped"),
@@ -311,4 +323,5 @@ def test_every_fault_can_be_tried_and_changes_what_it_says(layouts, family):
     silent = {"no clamp", "swiglu clamp", "router chosen", "epsilon=1e-12", "epsilon=1e-08", "epsilon=1e-06", "epsilon=1e-05"}
     if family == "mixtral":  # the head is tied, and all experts are chosen
         silent |= {"tied", "router all"}
-    assert set(without_effect(model, target_faults(geometry), geometry.rope_theta)) <= silent
+    own = geometry.rope_theta, geometry.routed_scaling_factor, int(geometry.head_dim * geometry.partial_rotary_factor)
+    assert set(without_effect(model, target_faults(geometry), *own)) <= silent

@@ -13,7 +13,7 @@ from ranks import on_ranks
 from sharded_cases import SHARDED, train
 from tolerance import EXPERT_PARALLEL_MASTERS
 
-from checkpoint.open import open_source
+from checkpoint.detect_format import open_source
 from training.report import read_metrics
 
 COMMON = ("qat.steps=4", "qat.optimizer.max_grad_norm=1e9", "qat.checkpoint_every=2", "qat.health_every=2")

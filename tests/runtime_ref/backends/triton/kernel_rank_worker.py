@@ -2,7 +2,7 @@
 
     kernel_rank_worker.py FOLDER 1 2
 
-JSON lines, tokens and hashes of logits (the target's and the drafter's): op by op, and with several ranks walked too.
+JSON lines, tokens and hashes of logits (the target's and the drafter's): op by op, and with several ranks as megakernels too.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ from runtime_ref.measure.gpu_suite.steps import use_megakernel
 from tests.runtime_ref.kernels.quick_interpreter import quick_interpreter
 
 
-def answers(folder, ranks, walked):
+def answers(folder, ranks, megakernel):
     options = EngineOptions(max_context=128, prefix_pages=2, max_running=2)
     engine = Engine.from_folder(folder, ranks=ranks, options=options, backend="triton")
-    if walked:
+    if megakernel:
         use_megakernel(engine, 1)
     generator = torch.Generator().manual_seed(7)
     prompts = [torch.randint(1, 128, (n,), generator=generator).tolist() for n in (1, 9)]
@@ -41,11 +41,11 @@ def answers(folder, ranks, walked):
     engine.cache.extend(tables, list(tables), 20)
     width = len(engine.drafter.target_layers) * engine.backend.config.hidden_size
     target_hidden = torch.randn(5, width, generator=generator).to(torch.bfloat16)
-    drafts = torch.cat([engine.drafter.logits([wanted])[0]
-                        for wanted in (DraftRequest(tables, 5, 9, 7, target_hidden), DraftRequest(tables, 7, 9, 2, None))])
+    drafts = torch.cat([engine.drafter.logits([request])[0]
+                        for request in (DraftRequest(tables, 5, 9, 7, target_hidden), DraftRequest(tables, 7, 9, 2, None))])
     share = getattr(engine.drafter, "drafter", engine.drafter).share
     if ranks.rank == 0:
-        print(json.dumps({"ranks": ranks.count, "rank": ranks.rank, "walked": walked, "tokens": tokens,
+        print(json.dumps({"ranks": ranks.count, "rank": ranks.rank, "megakernel": megakernel, "tokens": tokens,
                           "logits": hashed(logits), "drafts": hashed(drafts), "drafters": share.ranks.count,
                           "parts": [share.parts_o, share.parts_down]}), flush=True)
 
@@ -61,8 +61,8 @@ def child(folder, rank, count, port):
     torch.set_num_threads(1)
     ranks = ranks_from_environment()
     with quick_interpreter():
-        for walked in (False, True)[:count]:
-            answers(folder, ranks, walked)
+        for megakernel in (False, True)[:count]:
+            answers(folder, ranks, megakernel)
     leave(ranks)
 
 

@@ -1,5 +1,5 @@
-"""Contract C5 for the kernels: any number of ranks makes the bits of one, op by op (sums gathered outside) and walked (sums
-over ranks inside the kernel, in memory that all ranks map); a sum that does not wait for its peers is found."""
+"""Contract C5 for the kernels: any number of ranks makes the bits of one, op by op (sums gathered outside) and as a megakernel
+(sums over ranks inside the kernel, in memory that all ranks map); a sum that does not wait for its peers is found."""
 
 import json
 import multiprocessing
@@ -23,7 +23,7 @@ from runtime_ref.core.batch import SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import target_program
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
-from runtime_ref.kernels.experimental import megakernel as walk
+from runtime_ref.kernels.experimental import megakernel as kernel
 from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
 from runtime_ref.kernels.repack import unpack_pages
 from runtime_ref.kernels.tp_reduction import ExpertShare, Parts, expert_share, layer_parts, parts_of
@@ -87,42 +87,42 @@ def alone_and_shared(shared_folder):
     return expected, program, [(backend, a_step(backend)) for backend in backends]
 
 
-def ranks_at_once(alone_and_shared, monkeypatch, walks=2, seconds=120):
-    """Whether RANKS x PROGRAMS processes end, and every rank has the bits of one rank alone after each walk."""
+def ranks_at_once(alone_and_shared, monkeypatch, launches=2, seconds=120):
+    """Whether RANKS x PROGRAMS processes end, and every rank has the bits of one rank alone after each kernel."""
     expected, program, ranks = alone_and_shared
     monkeypatch.setattr(persistent, "Symmetric", InOneProcess)
     monkeypatch.delattr(InOneProcess, "pieces", raising=False)
     calls, found = [], []
     for backend, step in ranks:
-        walked = Megakernel(backend, program, programs=PROGRAMS, polls=MANY)
+        megakernel = Megakernel(backend, program, programs=PROGRAMS, polls=MANY)
         logits, target_hidden = torch.full((8, 65), float("nan")), torch.full((2, 9, 64), float("nan"), dtype=torch.bfloat16)
-        arguments, constants = walked.arguments(step, logits, target_hidden)
+        arguments, constants = megakernel.arguments(step, logits, target_hidden)
         for value in arguments.values():
             if isinstance(value, torch.Tensor):
                 shared(value)
         calls.append((arguments, constants))
-        found.append((logits, target_hidden, walked))
+        found.append((logits, target_hidden, megakernel))
 
     ended = [multiprocessing.get_context("fork").Barrier(PROGRAMS) for _ in range(RANKS)]
 
     def job(process):
         rank, program = divmod(process, PROGRAMS)
         fixed_program(program, PROGRAMS)
-        for _ in range(walks):
-            walk.step_kernel[(1,)](**calls[rank][0], **calls[rank][1])
+        for _ in range(launches):
+            kernel.step_kernel[(1,)](**calls[rank][0], **calls[rank][1])
             ended[rank].wait()  # a launch begins when all programs of the one before have ended
 
     codes = at_once(RANKS * PROGRAMS, job, seconds)
     monkeypatch.delattr(InOneProcess, "pieces", raising=False)
     same = torch.equal(torch.cat([logits for logits, _, _ in found], 1), expected["logits"])
-    for _, target_hidden, walked in found:
+    for _, target_hidden, megakernel in found:
         same = same and all(torch.equal(own, expected[f"target_hidden.{i}"])
                             for own, i in zip(target_hidden, (0, 2), strict=True))
-        same = same and int(walked.symmetric.launches) == walks and not walked.scratch["failed"].any()
+        same = same and int(megakernel.symmetric.launches) == launches and not megakernel.scratch["failed"].any()
     return codes == [0] * RANKS * PROGRAMS and same
 
 
-def test_two_ranks_of_two_programs_walk_to_the_bits_of_one_rank_alone(alone_and_shared, monkeypatch):
+def test_two_ranks_of_two_programs_make_the_bits_of_one_rank_alone(alone_and_shared, monkeypatch):
     assert ranks_at_once(alone_and_shared, monkeypatch)
 
 
@@ -133,15 +133,15 @@ def no_wait(signals, place, rank, epoch, failed, RANKS: tl.constexpr, POLLS: tl.
 
 
 def test_a_sum_that_does_not_wait_for_its_peers_is_found(alone_and_shared, monkeypatch):
-    monkeypatch.setattr(walk, "wait_ranks", no_wait)
-    monkeypatch.setattr(walk, "_add_product", triton.jit(walk._add_product.fn))  # what a kernel calls is compiled once
-    monkeypatch.setattr(walk, "step_kernel", triton.jit(walk.step_kernel.fn))
-    assert not ranks_at_once(alone_and_shared, monkeypatch, walks=1, seconds=60)
+    monkeypatch.setattr(kernel, "wait_ranks", no_wait)
+    monkeypatch.setattr(kernel, "_add_product", triton.jit(kernel._add_product.fn))  # what a kernel calls is compiled once
+    monkeypatch.setattr(kernel, "step_kernel", triton.jit(kernel.step_kernel.fn))
+    assert not ranks_at_once(alone_and_shared, monkeypatch, launches=1, seconds=60)
 
 
 @pytest.fixture(scope="module")
 def answers(shared_folder):
-    """Lines of the worker: an engine of one rank op by op, of two ranks op by op and walked."""
+    """Lines of the worker: an engine of one rank op by op, of two ranks op by op and as megakernels."""
     done = subprocess.run([sys.executable, str(WORKER), str(shared_folder), "1", "2"], capture_output=True, text=True,
                           timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -151,7 +151,7 @@ def answers(shared_folder):
 def test_tokens_and_logits_of_two_ranks_are_those_of_one(answers):
     """The drafter's too, which the ranks share: its products are cut into two parts (o_proj) and four (down)."""
     assert [(line["drafters"], line["parts"]) for line in answers] == [(1, [2, 4]), (2, [1, 2]), (2, [1, 2])]
-    assert [(line["ranks"], line["rank"], line["walked"]) for line in answers] == [
+    assert [(line["ranks"], line["rank"], line["megakernel"]) for line in answers] == [
         (1, 0, False), (2, 0, False), (2, 0, True)]
     for line in answers[1:]:
         assert all(line[name] == answers[0][name] for name in ("tokens", "logits", "drafts"))

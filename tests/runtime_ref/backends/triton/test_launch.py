@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 from runtime_ref.backends.triton import launch as choice
 from runtime_ref.backends.triton.megakernel import Megakernel
 from runtime_ref.backends.triton.megakernel_drafter import MegakernelDrafter
-from runtime_ref.core.launch import WaitGivenUp
+from runtime_ref.core.launch_report import WaitGivenUp
 from runtime_ref.core.sampling_params import SamplingParams
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
@@ -79,8 +79,8 @@ def test_a_wait_that_is_given_up_while_serving_is_found_before_its_tokens_are_us
 def test_ways_that_are_not_there_are_refused_by_name_in_one_line(small_engine, make_engine):
     with pytest.raises(ValueError, match="CUDA graphs of steps need a GPU.*expected --launch auto, persistent or ops"):
         launched(small_engine, "graph")
-    with pytest.raises(ValueError, match="launch 'walk': expected auto, persistent, graph, ops"):
-        launched(small_engine, "walk")
+    with pytest.raises(ValueError, match="launch 'loop': expected auto, persistent, graph, ops"):
+        launched(small_engine, "loop")
     with pytest.raises(ValueError, match="--launch persistent: the torch backend has no other way than its ops"):
         make_engine(backend="torch", launch="persistent")
     assert make_engine(backend="torch").launch.chosen["target"] == "ops"

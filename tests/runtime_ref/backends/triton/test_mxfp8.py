@@ -31,7 +31,7 @@ def logits(engine, prompt):
     return found
 
 
-def test_drafts_and_company_change_no_token(engines, small_prompts):
+def test_drafts_and_other_rows_change_no_token(engines, small_prompts):
     engine = engines[0]
     prompts = [prompt[:20] for prompt in small_prompts]
     together = engine.generate(prompts, GREEDY)
@@ -47,7 +47,7 @@ def test_its_numbers_are_near_those_of_bf16_activations_but_others(engines, smal
     assert [e.backend.capabilities.mxfp8_activations for e in engines] == [True, False]
 
 
-def test_a_walk_refuses_it_in_one_line(engines):
+def test_a_megakernel_refuses_it_in_one_line(engines):
     with pytest.raises(ValueError, match="no experts for FP4 tensor cores .*they run op by op"):
         use_megakernel(engines[0], 1)
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="minutes where kernels are i
 
 
 @pytest.mark.parametrize("name", ["MiMo-V2.5-Pro", pytest.param("MiMo-V2-Flash", marks=pytest.mark.long)])
-def test_rows_alone_launches_and_walks_make_the_same_bits(name):
+def test_rows_alone_launches_and_megakernels_make_the_same_bits(name):
     config = rank_config(released_config(name), 8)
     config.num_hidden_layers, config.hybrid_layer_pattern, config.moe_layer_freq = 3, [0, 1, 0], [0, 1, 1]
     config.n_routed_experts, config.vocab_size = 16, 1024
@@ -28,5 +28,5 @@ def test_rows_alone_launches_and_walks_make_the_same_bits(name):
     assert launched.isfinite().all() and launched.std() > 0.1
     rows = [ready.backend.run(ready.program, ready.step(1, i))["logits"] for i in (0, 7)]
     assert torch.equal(torch.cat(rows), launched[[0, 7]])
-    walk = Megakernel(ready.backend, ready.program, 3)
-    assert torch.equal(walk.run(step)["logits"], launched) and not walk.failed()
+    megakernel = Megakernel(ready.backend, ready.program, 3)
+    assert torch.equal(megakernel.run(step)["logits"], launched) and not megakernel.failed()

@@ -26,8 +26,8 @@ from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import SINGLE_RANK
 from runtime_ref.engine import accept_on_device
 from runtime_ref.engine.engine import Engine
+from runtime_ref.kernels.launches import paired
 from runtime_ref.kernels.repack import unpack_pages
-from runtime_ref.kernels.row_launches import paired
 from runtime_ref.validation.checks.runtime_ops import run_watched
 from tests.runtime_ref.backends.triton.op_by_op import check_each_op, relative
 from tests.runtime_ref.conftest import OracleProposer
@@ -59,7 +59,7 @@ def alone(small_engine, small_prompts):
     return [engine.generate([p], PLAIN)[0] for p in small_prompts]
 
 
-def test_every_op_equals_its_torch_twin_on_the_inputs_it_had(backend, torch_backend, ids):
+def test_every_op_equals_the_torch_backends_on_the_inputs_it_had(backend, torch_backend, ids):
     assert len(check_each_op(backend, torch_backend, target_program(backend.config, [0, 2]), ids)) == 18
 
 

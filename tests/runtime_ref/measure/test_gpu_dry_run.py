@@ -1,7 +1,6 @@
-"""The GPU suite from its first line to its JSON on a machine without a GPU: a dress rehearsal, because a card's minutes are
-few.
+"""The GPU suite from its first line to its JSON on a machine without a GPU: a dry run, because a GPU's minutes are few.
 
-torch.cuda is played by the CPU: tensors meant for "cuda" are made there, graphs call what they would have recorded, events say
+torch.cuda is mocked by the CPU: tensors meant for "cuda" are made there, graphs call what they would have recorded, events say
 a millisecond. Kernels are compiled for the CPU, cooperative launches are threads. What comes out are no measurements.
 """
 
@@ -121,7 +120,7 @@ class ReferencePeer(gpu_suite.peers.Peer):
 
 
 @pytest.fixture
-def played(monkeypatch, request):
+def mocked(monkeypatch, request):
     """A card, as far as the suite looks: a Hopper one, or of the compute capability that is asked for."""
     capability = getattr(request, "param", (9, 0))
     card = SimpleNamespace(multi_processor_count=1)
@@ -146,7 +145,7 @@ def played(monkeypatch, request):
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
     for name, value in {"is_available": lambda: True, "get_device_capability": lambda *_: capability,
                         "synchronize": lambda: None, "is_current_stream_capturing": lambda: bool(capturing),
-                        "get_device_name": lambda *_: "NVIDIA H200 (played)", "get_device_properties": lambda *_: card,
+                        "get_device_name": lambda *_: "NVIDIA H200 (mocked)", "get_device_properties": lambda *_: card,
                         "empty_cache": lambda: None, "CUDAGraph": Graph, "graph": recording, "Event": Event}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     launched_names = []
@@ -178,9 +177,9 @@ def played(monkeypatch, request):
     assert not mode.mixed, f"tensors of the host and of the card in one call: {sorted(set(mode.mixed))}"
 
 
-@pytest.mark.parametrize("played", [pytest.param((9, 0), id="Hopper"),
+@pytest.mark.parametrize("mocked", [pytest.param((9, 0), id="Hopper"),
                                     pytest.param((10, 0), id="Blackwell", marks=pytest.mark.long)], indirect=True)
-def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch):
+def test_the_whole_suite_runs_to_its_json(mocked, folder, tmp_path, monkeypatch):
     small = released_config("MiMo-V2.5-Pro") | gpu_steps.TOY | {
         "hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 8, "swa_num_attention_heads": 16,
         "swa_num_key_value_heads": 8, "moe_intermediate_size": 8 * 64, "intermediate_size": 8 * 256, "n_routed_experts": 8}
@@ -220,7 +219,7 @@ def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch)
     assert report["step"]["projected"]["reductions"] == 150
     assert report["step"]["step_and_draft_seconds"] > draft["seconds"] > 0
     words = page.read_text()
-    assert "# The kernels on NVIDIA H200 (played)" in words and "DIFFER" not in words and "given up" not in words
+    assert "# The kernels on NVIDIA H200 (mocked)" in words and "DIFFER" not in words and "given up" not in words
     goals = [line for line in words.splitlines() if line.startswith("| G")]
     assert len(goals) == 13 and sum("not measured" in line for line in goals) == 1  # no peer at 8 tokens in this sweep
     assert report["peers"]["reference"]["refused"] is None and [row["ratio"] for row in report["against"]] == [1.0, 1.0]
@@ -229,8 +228,8 @@ def test_the_whole_suite_runs_to_its_json(played, folder, tmp_path, monkeypatch)
     assert picture.count("<title>") > 20 and "product_kernel" in picture and "step_kernel" in picture
 
 
-def test_an_engine_keeps_to_the_card(played, folder):
-    """Adaptive (costs are measured), drawn on the card, judged by the host, with log-probabilities: together, and walked."""
+def test_an_engine_keeps_to_the_card(mocked, folder):
+    """Adaptive, drawn on the card, verified on the host, with log-probabilities: together, and in megakernels."""
     engine = Engine.from_folder(folder, backend="triton", launch="ops", options=EngineOptions(max_context=256, max_running=5))
     assert engine.backend.device == "cuda"
     params = [SamplingParams(max_tokens=6, ignore_eos=True, **own) for own in (
@@ -242,14 +241,14 @@ def test_an_engine_keeps_to_the_card(played, folder):
     assert engine.generate(prompts, params) == found and all(len(answer) == 6 for answer in found)
 
 
-def test_validate_judges_what_lies_on_the_card(played, exported, tmp_path, capsys):
+def test_validate_judges_what_lies_on_the_card(mocked, exported, tmp_path, capsys):
     code, verdict = judged(exported, tmp_path, capsys, "--backend", "triton", "--launch", "ops")
     assert code == 0, verdict["causes"]
     assert {check["status"] for check in verdict["checks"]} <= {"passed", "unchecked"}
 
 
 @pytest.mark.long
-def test_validate_names_a_fault_of_what_lies_on_the_card(played, copied, tmp_path, capsys, monkeypatch):
+def test_validate_names_a_fault_of_what_lies_on_the_card(mocked, copied, tmp_path, capsys, monkeypatch):
     """Of the kernels, so that every comparison with what they serve is made."""
     from runtime_ref.backends.triton import backend as triton_backend
 

@@ -45,10 +45,10 @@ class RecordingDrafter:
     def __getattr__(self, name: str):
         return getattr(self._drafter, name)
 
-    def logits(self, wanted: list[DraftRequest]) -> list[torch.Tensor]:
-        found = self._drafter.logits(wanted)
+    def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
+        found = self._drafter.logits(requests)
         self.rounds += [Round(w.anchor, w.position, rows.float().cpu().clone())
-                        for w, rows in zip(wanted, found, strict=True)]
+                        for w, rows in zip(requests, found, strict=True)]
         return found
 
 
@@ -83,12 +83,12 @@ class FeedFault:
 @torch.no_grad()
 def drafted(model: DFlashDraftModel, fed: Fed, embed: torch.nn.Module, count: int) -> torch.Tensor:
     """Hidden states [count, H] of the block's drafts; the block ends with them (its positions see each other)."""
-    taps = fed.outputs[:, [i + 1 for i in fed.layers]].flatten(1)[None]
+    target_hidden = fed.outputs[:, [i + 1 for i in fed.layers]].flatten(1)[None]
     block = fed.start + torch.arange(count + 1)[None]
     if fed.longest is not None:
         right, model = model.cos_sin, copy.copy(model)
         model.cos_sin = lambda positions: right(positions.clamp_max(fed.longest - 1))
-    context = model.context_keys_values(model.fuse(taps), fed.angles[None])
+    context = model.context_keys_values(model.fuse(target_hidden), fed.angles[None])
     embeds = model.embed_block(torch.tensor([fed.anchor]), embed)[:, :count + 1]
     return model.block_hidden(embeds, block, context, fed.positions[None])[0, 1:]
 

@@ -1,8 +1,9 @@
 """Products of a few rows (tokens) with a weight matrix, and what stands around them: norms, rotation, residual, SwiGLU.
 
 Every op exists twice: a *tile* (a device function that computes one tile for eight rows) and a thin kernel that calls it, one
-program per (tile, group of eight rows). The persistent step (`step.py`) calls the same tiles, so both make the same numbers.
-A number of rows is one compilation for all its values (`do_not_specialize`): no access gets wider by its divisors.
+program per (tile, group of eight rows). The megakernel (`experimental/megakernel.py`) calls the same tiles, so both make the
+same numbers. A number of rows is one compilation for all its values (`do_not_specialize`): no access gets wider by its
+divisors.
 
 Tokens lie on the narrow side of the tensor-core instruction: [BN output rows of the weight, BK] x [BK, 8 tokens]. A group
 always has eight columns, real or not, and K runs in one order: a row has the same bits alone and among others (C4).

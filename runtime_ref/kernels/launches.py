@@ -1,4 +1,4 @@
-"""The launches of `rows.py` and `routing.py`: tensors in, tensors out, one launch each.
+"""The launches of `dense.py` and `routing.py`: tensors in, tensors out, one launch each.
 
 Sizes of tiles change speed, never meaning; `Tiling` holds them. In Triton's interpreter `Tiling(float_dot=True)` is needed: it
 multiplies bf16 matrices wrongly.
@@ -12,8 +12,7 @@ import torch
 import triton
 
 from runtime_ref.kernels.counters import arrivals
-from runtime_ref.kernels.routing import route_kernel
-from runtime_ref.kernels.rows import (
+from runtime_ref.kernels.dense import (
     FP8_BLOCK,
     GROUP,
     add_kernel,
@@ -25,6 +24,7 @@ from runtime_ref.kernels.rows import (
     swiglu_kernel,
     write_kernel,
 )
+from runtime_ref.kernels.routing import route_kernel
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def project(x: torch.Tensor, matrix: Matrix, heads: Heads, table: tuple[torch.Te
 def product(x: torch.Tensor, matrix: Matrix, out: torch.Tensor, tiling: Tiling, *,
             norm: tuple[torch.Tensor, float] | None = None, rows: torch.Tensor | None = None,
             residual: torch.Tensor | None = None, parts: int = 1) -> torch.Tensor:
-    """out [R, N] float32 or bfloat16 = x w^T, see `rows.product_tile`; returns it. An out of [parts, R, N] keeps parts apart.
+    """out [R, N] float32 or bfloat16 = x w^T, see `dense.product_tile`; returns it. An out of [parts, R, N] keeps parts apart.
 
     Args:
         x: [., K] or heads [Q, R, V] with Q V = K. rows: int32 [R], which rows of x (default: the first R).

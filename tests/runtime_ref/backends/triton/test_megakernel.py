@@ -1,5 +1,5 @@
-"""The persistent step: a walk of the encoded task list makes the bits of the launches one by one, with one program and with
-three at the same time; a walk that does not wait is found."""
+"""The megakernel: one launch of the encoded program makes the bits of the launches one by one, with one program and with
+three at the same time; one that does not wait is found."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import Op, target_program
 from runtime_ref.core.sampling_params import SamplingParams
-from runtime_ref.kernels.experimental import megakernel as walk
+from runtime_ref.kernels.experimental import megakernel as kernel
 from runtime_ref.measure.gpu_suite.steps import use_megakernel
 from tests.runtime_ref.kernels.at_once import programs_at_once, shared
 
@@ -51,44 +51,44 @@ def same(found, expected):
                for name in ("logits", "target_hidden.0", "target_hidden.2"))
 
 
-def poison(walked):
-    for name, t in walked.scratch.items():
+def poison(megakernel):
+    for name, t in megakernel.scratch.items():
         if t.is_floating_point():
             t.fill_(float("nan"))
         elif name == "index":
             t.fill_(1 << 20)
-    for space in walked.spaces.values():
+    for space in megakernel.spaces.values():
         space.inner.fill_(float("nan"))
         space.partial.fill_(float("nan"))
 
 
-def test_a_walk_makes_the_bits_of_the_launches_and_can_be_repeated(prepared):
-    walked = Megakernel(prepared.backend, prepared.program)
-    poison(walked)
+def test_a_megakernel_makes_the_bits_of_the_launches_and_can_be_repeated(prepared):
+    megakernel = Megakernel(prepared.backend, prepared.program)
+    poison(megakernel)
     for _ in range(2):
-        assert same(walked.run(prepared.step), prepared.expected)
-        assert not walked.failed() and not walked.scratch["barrier"].any()
+        assert same(megakernel.run(prepared.step), prepared.expected)
+        assert not megakernel.failed() and not megakernel.scratch["barrier"].any()
 
 
 @triton.jit
 def no_barrier(counter, epoch, failed, POLLS: tl.constexpr):
-    """What a walk that forgets to wait would call."""
+    """What a megakernel that forgets to wait would call."""
     tl.debug_barrier()
 
 
-def walked_at_once(prepared, seconds=60):
-    """Whether PROGRAMS processes, each a program of one walk over shared memory, end and make the expected bits."""
+def launched_at_once(prepared, seconds=60):
+    """Whether PROGRAMS processes, each a program of one launch over shared memory, end and make the expected bits."""
     backend = prepared.backend
-    walked = Megakernel(backend, prepared.program, programs=PROGRAMS, polls=MANY)
-    poison(walked)
+    megakernel = Megakernel(backend, prepared.program, programs=PROGRAMS, polls=MANY)
+    poison(megakernel)
     logits, target_hidden = torch.full(prepared.expected["logits"].shape, float("nan")), torch.zeros(2, 9, 64,
                                                                                                      dtype=torch.bfloat16)
-    arguments, constants = walked.arguments(prepared.step, logits, target_hidden)
+    arguments, constants = megakernel.arguments(prepared.step, logits, target_hidden)
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor):
             arguments[name] = shared(value)
     def launch():
-        walk.step_kernel[(1,)](**arguments, **constants)
+        kernel.step_kernel[(1,)](**arguments, **constants)
 
     codes = programs_at_once(PROGRAMS, launch, seconds)
     found = {"logits": logits, "target_hidden.0": target_hidden[0], "target_hidden.2": target_hidden[1]}
@@ -96,22 +96,22 @@ def walked_at_once(prepared, seconds=60):
 
 
 def test_three_programs_at_once_make_the_bits_of_one(prepared):
-    assert walked_at_once(prepared)
+    assert launched_at_once(prepared)
 
 
-def test_a_walk_without_barriers_is_found(prepared, monkeypatch):
-    monkeypatch.setattr(walk, "grid_barrier", no_barrier)
-    monkeypatch.setattr(walk, "step_kernel", triton.jit(walk.step_kernel.fn))  # what a kernel calls is compiled once
-    assert not walked_at_once(prepared, seconds=10)
+def test_a_megakernel_without_barriers_is_found(prepared, monkeypatch):
+    monkeypatch.setattr(kernel, "grid_barrier", no_barrier)
+    monkeypatch.setattr(kernel, "step_kernel", triton.jit(kernel.step_kernel.fn))  # what a kernel calls is compiled once
+    assert not launched_at_once(prepared, seconds=10)
 
 
-def test_a_walk_of_the_drafter_makes_the_bits_of_its_launches(small_engine):
+def test_the_drafters_megakernel_makes_the_bits_of_its_launches(small_engine):
     """With pending features and without, blocks of two sequences."""
     drafter = small_engine().drafter
-    walked = MegakernelDrafter(drafter)
+    megakernel = MegakernelDrafter(drafter)
     target_hidden = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     found = []
-    for proposer in (drafter, walked):
+    for proposer in (drafter, megakernel):
         cache = KvCache({"draft": drafter.pool}, prefix=False)
         tables = [cache.tables() for _ in range(2)]
         for own in tables:
@@ -124,10 +124,10 @@ def test_a_walk_of_the_drafter_makes_the_bits_of_its_launches(small_engine):
         for own in tables:
             cache.release(own)
     assert found[0].shape == (13, 130) and not found[0].isnan().any()
-    assert torch.equal(*found) and not walked.failed() and not walked.scratch["barrier"].any()
+    assert torch.equal(*found) and not megakernel.failed() and not megakernel.scratch["barrier"].any()
 
 
-def test_an_engine_that_walks_gives_the_tokens_of_one_that_launches(small_engine, small_prompts):
+def test_an_engine_on_megakernels_gives_the_tokens_of_one_that_launches(small_engine, small_prompts):
     params = SamplingParams(max_tokens=3, ignore_eos=True)
     engine = small_engine(prefix_cache=False)
     expected = engine.generate(small_prompts[:2], params)
@@ -140,11 +140,11 @@ def test_an_engine_that_walks_gives_the_tokens_of_one_that_launches(small_engine
 
 def test_the_table_names_every_weight_in_the_arena(prepared):
     backend = prepared.backend
-    walked = Megakernel(backend, prepared.program)
+    megakernel = Megakernel(backend, prepared.program)
     arena, layers = backend.kernel_weights.arena, backend.kernel_weights.layers
-    assert walked.table.shape == (len(walked.program), walk.FIELDS) and walked.table.dtype == torch.int32
-    for op, row in zip(walked.program, walked.table.tolist(), strict=True):
-        assert walk.OPS[row[0]] == op.name
+    assert megakernel.table.shape == (len(megakernel.program), kernel.FIELDS) and megakernel.table.dtype == torch.int32
+    for op, row in zip(megakernel.program, megakernel.table.tolist(), strict=True):
+        assert kernel.OPS[row[0]] == op.name
         if op.name == "merge_add":
             w = layers[op.layer].o.w
             piece = arena.data[row[1] * 128:][:w.numel() * 2].view(torch.bfloat16)

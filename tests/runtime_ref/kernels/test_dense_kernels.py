@@ -1,4 +1,4 @@
-"""Products of rows and what stands around them: against the torch ops, at odd sizes, with bits that ignore the company."""
+"""Products of rows and what stands around them: against the torch ops, at odd sizes, with bits that ignore other rows."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from tolerance import ROW_KERNEL
 
 from runtime_ref.backends.torch import ops
 from runtime_ref.core.tensor_parallel import SINGLE_RANK
-from runtime_ref.kernels import row_launches as launches
-from runtime_ref.kernels.row_launches import Heads, Matrix, Tiling
+from runtime_ref.kernels import launches
+from runtime_ref.kernels.launches import Heads, Matrix, Tiling
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
 TILING = Tiling(columns=32, depth=64, experts=16, block=64, float_dot=INTERPRETED)

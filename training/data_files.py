@@ -40,7 +40,8 @@ def expand(patterns: list[str], key: str) -> list[str]:
         # A name may look like a pattern: "a[1].jsonl".
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         if not matches:
-            raise ValueError(f"{key}: {pattern!r} matches no file (looked from {Path.cwd()})")
+            raise ValueError(f"{key}: {pattern!r} matches no file, neither from {Path.cwd()} nor from the recipe's "
+                             "folder")
         files += matches
     for file in files:
         if format_of(file) is None:

@@ -1,0 +1,244 @@
+#!/usr/bin/env python
+"""Greedy decoding on a CPU, one sequence at a time: the runtime beside other engines, one process each, as ratios.
+
+    python benchmarks/decode_peers.py --prompts FILE.jsonl [--json FILE] \\
+        fp4=runtime:runs/smollm2/export/model \\
+        drafts=runtime-drafts:runs/smollm2/export/model \\
+        bf16=transformers:runs/smollm2-moe \\
+        vllm=vllm:runs/smollm2-moe@.venv-clients/bin/python \\
+        llama.cpp=llama.cpp:model.gguf@/path/to/python
+
+Each argument is NAME=ENGINE:MODEL[@PYTHON]: an engine (runtime, runtime-drafts, runtime-torch, transformers, vllm, llama.cpp),
+the folder or file that it loads, and the interpreter of the environment that has it (this one unless given). Every prompt goes
+to every engine as the same token ids (the first MODEL's tokenizer and chat template) before the next prompt does, for a fixed
+number of tokens, and all is repeated: whatever else the machine does hits all alike. A figure is the median over prompts and
+repeats of tokens per second of wall time, the prompt's pass included; memory is the process's own after the last answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+
+def runtime(model: str, *, backend: str = "c", drafts: bool = False):
+    from runtime_ref.core.sampling_params import SamplingParams
+    from runtime_ref.engine.engine import Engine, EngineOptions
+
+    engine = Engine.from_folder(model, backend=backend, drafter=drafts,
+                                options=EngineOptions(max_context=4096, prefix_cache=False))
+
+    def decode(ids: list[int], count: int) -> list[int]:
+        return engine.generate([ids], SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, speculate=drafts))[0]
+    return decode
+
+
+def transformers(model: str):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    held = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+
+    def decode(ids: list[int], count: int) -> list[int]:
+        given = torch.tensor([ids])
+        with torch.no_grad():
+            found = held.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=count, min_new_tokens=count,
+                                  do_sample=False, eos_token_id=None, pad_token_id=0)
+        return found[0, len(ids):].tolist()
+    return decode
+
+
+def vllm(model: str):
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(model=model, dtype="bfloat16", max_model_len=4096, enable_prefix_caching=False, max_num_seqs=8)
+
+    def decode(ids: list[int], count: int) -> list[int]:
+        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+        return list(engine.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0].outputs[0].token_ids)
+    return decode
+
+
+def llama_cpp(model: str):
+    from llama_cpp import Llama
+
+    engine = Llama(model, n_ctx=4096, n_threads=int(os.environ["OMP_NUM_THREADS"]), verbose=False)
+
+    def decode(ids: list[int], count: int) -> list[int]:
+        engine.reset()
+        found: list[int] = []
+        for token in engine.generate(ids, temp=0.0, reset=False):
+            found.append(token)
+            if len(found) == count:
+                return found
+        return found
+    return decode
+
+
+ENGINES = {"runtime": runtime, "runtime-drafts": lambda model: runtime(model, drafts=True),
+           "runtime-torch": lambda model: runtime(model, backend="torch"), "transformers": transformers, "vllm": vllm,
+           "llama.cpp": llama_cpp}
+
+
+def resident_bytes() -> int:
+    """Of this process and its children (vLLM's engine is one)."""
+    import psutil
+
+    me = psutil.Process()
+    return sum(p.memory_info().rss for p in [me, *me.children(recursive=True)])
+
+
+def serve(kind: str, model: str) -> None:
+    """Answers requests of standard input, a line of JSON each, until it closes."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever an engine prints is none of the answers
+    decode = ENGINES[kind](model)
+    decode([1, 2, 3], 4)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        ask = json.loads(line)
+        began = time.perf_counter()
+        found = decode(ask["ids"], ask["tokens"])
+        taken = time.perf_counter() - began
+        print(json.dumps({"ids": found, "seconds": taken, "resident": resident_bytes()}), file=answers, flush=True)
+
+
+class Way:
+    """One engine in a process of its own.
+
+    Raises:
+        ValueError: not NAME=ENGINE:MODEL[@PYTHON]; an engine that is not one of ENGINES; a model that is not there.
+        RuntimeError: the process ended.
+    """
+
+    def __init__(self, text: str, threads: int):
+        self.name, _, rest = text.partition("=")
+        self.kind, _, rest = rest.partition(":")
+        self.model, _, python = rest.partition("@")
+        if self.kind not in ENGINES:
+            raise ValueError(f"{text!r}: expected NAME=ENGINE:MODEL[@PYTHON] with an engine of {', '.join(ENGINES)}")
+        if not Path(self.model).exists():
+            raise ValueError(f"{self.name}: {self.model}: no such file or folder")
+        self.command = [python or sys.executable, str(Path(__file__).resolve()), "--serve", self.kind, self.model]
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        self.resident = 0
+
+    def start(self, log) -> None:
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                                        env=self.environment)
+        self._read()
+
+    def _read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name}: its process ended with {self.process.wait()} (--log has what it printed)")
+        return json.loads(line)
+
+    def decode(self, ids: list[int], tokens: int) -> tuple[list[int], float]:
+        self.process.stdin.write(json.dumps({"ids": ids, "tokens": tokens}) + "\n")
+        self.process.stdin.flush()
+        said = self._read()
+        self.resident = said["resident"]
+        return said["ids"], said["seconds"]
+
+
+def prompts(files: list[Path], folder: str, count: int) -> dict[str, list[list[int]]]:
+    """{file: token ids of its first prompts}: rows with "turns", "prompt" or "question", as chats if there is a template.
+
+    Raises:
+        ValueError: a row without any of these.
+    """
+    from checkpoint.load import load_tokenizer
+
+    tokenizer = load_tokenizer(Path(folder))
+    found = {}
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:count]]
+        texts = [r["turns"][0] if "turns" in r else r.get("prompt", r.get("question")) for r in rows]
+        if None in texts:
+            raise ValueError(f'{file}:{texts.index(None) + 1}: expected "turns", "prompt" or "question"')
+        found[file.name.split(".")[0]] = [
+            tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True, return_dict=False)
+            if tokenizer.chat_template else tokenizer.encode(t) for t in texts]
+    return found
+
+
+def measure(ways: list[Way], asked: dict[str, list[list[int]]], tokens: int, repeats: int) -> dict:
+    """{domain: {name: {"tokens_per_second", "equal"}}}; equal: answers that are the first way's."""
+    table = {}
+    for domain, rows in asked.items():
+        rates: dict[str, list[float]] = {w.name: [] for w in ways}
+        equal = dict.fromkeys(rates, 0)
+        for repeat in range(repeats):
+            for ids in rows:
+                first = None
+                for way in ways:
+                    answer, seconds = way.decode(ids, tokens)
+                    first = first or answer
+                    rates[way.name].append(len(answer) / seconds)
+                    equal[way.name] += repeat == 0 and answer == first
+        table[domain] = {n: {"tokens_per_second": statistics.median(r), "equal": equal[n], "of": len(rows)}
+                         for n, r in rates.items()}
+        print_table(domain, table[domain])
+    return table
+
+
+def print_table(domain: str, rows: dict) -> None:
+    first = next(iter(rows.values()))["tokens_per_second"]
+    for name, row in rows.items():
+        print(f"{domain:12} {name:14} {row['tokens_per_second']:8.1f} tokens/s  {row['tokens_per_second'] / first:5.2f}x  "
+              f"answers equal to the first's: {row['equal']} of {row['of']}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parse = argparse.ArgumentParser(prog="benchmarks/decode_peers.py", description=__doc__.splitlines()[0])
+    parse.add_argument("ways", nargs="+", metavar="NAME=ENGINE:MODEL[@PYTHON]")
+    parse.add_argument("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL, a row of the table each")
+    parse.add_argument("--count", type=int, default=4, help="prompts of each file (default 4)")
+    parse.add_argument("--tokens", type=int, default=96, help="per answer (default 96)")
+    parse.add_argument("--repeats", type=int, default=3, help="default 3")
+    parse.add_argument("--threads", type=int, default=1, help="of each engine (default 1)")
+    parse.add_argument("--log", type=Path, default=Path(os.devnull), help="what the engines print")
+    parse.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+    options = parse.parse_args(argv)
+    ways: list[Way] = []
+    try:
+        ways = [Way(text, options.threads) for text in options.ways]
+        asked = prompts(options.prompts, ways[0].model, options.count)
+        with options.log.open("a") as log:
+            for way in ways:
+                way.start(log)
+            table = measure(ways, asked, options.tokens, options.repeats)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"benchmarks/decode_peers.py: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
+    finally:
+        for way in ways:
+            if hasattr(way, "process"):
+                way.process.stdin.close()
+                way.process.wait(60)
+    for way in ways:
+        print(f"{way.name:14} {way.resident / 2**20:,.0f} MiB resident")
+    if options.json:
+        options.json.write_text(json.dumps({
+            "ways": {w.name: {"engine": w.kind, "model": Path(w.model).name, "resident_bytes": w.resident} for w in ways},
+            "table": table, "tokens": options.tokens, "count": options.count, "repeats": options.repeats,
+            "threads": options.threads, "machine": platform.platform()}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        sys.exit(serve(*sys.argv[2:4]))
+    sys.exit(main())

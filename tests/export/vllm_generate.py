@@ -1,0 +1,58 @@
+"""Greedy tokens and counters of vLLM for several jobs, as one line of JSON. Run by test_vllm_client.py with the engine's own
+interpreter; the engine's imports are most of what a start costs, so all jobs share one process.
+
+    python vllm_generate.py FILE    # [{"folder": ..., "prompts": [[ids], ...], "tokens": n, "drafter": FOLDER or null}, ...]
+"""
+
+import gc
+import json
+import sys
+import traceback
+from pathlib import Path
+
+
+def answers_of(job: dict) -> dict:
+    from vllm import LLM, SamplingParams
+
+    if "quantization_config" in json.loads((Path(job["folder"]) / "config.json").read_text(encoding="utf-8")):
+        allow_any_routing()
+    options = {}
+    if job["drafter"]:
+        options["speculative_config"] = {"method": "dflash", "model": job["drafter"], "num_speculative_tokens": 7}
+    llm = LLM(model=job["folder"], skip_tokenizer_init=True, enforce_eager=True, trust_remote_code=True, dtype="bfloat16",
+              max_model_len=512, max_num_seqs=4, max_num_batched_tokens=512, disable_log_stats=False, **options)
+    sampling = SamplingParams(max_tokens=job["tokens"], temperature=0, detokenize=False, ignore_eos=True)
+    answers = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling, use_tqdm=False)
+    counters = {m.name: m.value for m in llm.get_metrics() if "spec_decode_num" in m.name and hasattr(m, "value")}
+    return {"answers": [list(a.outputs[0].token_ids) for a in answers], "counters": counters}
+
+
+def allow_any_routing() -> None:
+    """The CPU kernel for MXFP4 gets its experts chosen by the caller; its list of routing methods only lacks sigmoids."""
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+    cpu_moe.CPUExpertsMxfp4._supports_routing_method = staticmethod(lambda *args, **kwargs: True)
+
+
+def main(jobs: list[dict]) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    results, earlier = [], {}
+    for job in jobs:
+        try:
+            found = answers_of(job)
+            # Counters are the process's: of a job alone without what was counted before it.
+            counted, found["counters"] = found["counters"], {
+                name: value - earlier.get(name, 0) for name, value in found["counters"].items()}
+            earlier |= counted
+            results.append(found)
+        except Exception:  # the engine's: the others' answers are still wanted
+            results.append({"error": traceback.format_exc()})
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    print("RESULT " + json.dumps(results))
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], encoding="utf-8") as file:
+        main(json.load(file))
