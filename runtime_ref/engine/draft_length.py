@@ -119,12 +119,16 @@ def worth_trying(costs: dict[int, float]) -> bool:
 
 
 def weigh_in(rates: list[float], drafted: int, accepted: int, weight: float, beyond: Sequence[float] = ()) -> None:
-    """Moves running means by one round's outcome, and, if all its drafts were accepted, by what is likely of those left out."""
+    """Moves running means by one round's outcome; if all its drafts were accepted also those behind: of drafts that were left
+    out by how likely they were (`beyond`), of positions without a draft towards the last one with one."""
     for i in range(min(accepted + 1, drafted)):
         rates[i] += weight * ((i < accepted) - rates[i])
-    if accepted == drafted:
+    asked = drafted + len(beyond)
+    if accepted == drafted and asked:
         for i, chance in enumerate(beyond, drafted):
             rates[i] += weight * (chance - rates[i])
+        for i in range(asked, len(rates)):
+            rates[i] += weight * (rates[asked - 1] - rates[i])
 
 
 class Adaptive:

@@ -195,10 +195,10 @@ def test_a_prompt_of_anything_but_tokens_is_refused(make_engine, wrong):
 @pytest.mark.skipif(KERNELS, reason="the same for every backend: runs with the default one")
 def test_costs_of_rounds_decide_whether_an_adaptive_request_drafts(make_engine):
     adaptive = SamplingParams(max_tokens=150, ignore_eos=True, adaptive=True)
-    for costs, rounds in (({0: 1.0, 3: 4.0, 7: 9.0}, 0), ({0: 1.0, 3: 3.0, 7: 6.0}, 2)):
+    for costs, rounds in (({0: 1.0, 3: 4.0, 7: 9.0}, 0), ({0: 1.0, 3: 3.0, 7: 6.0}, 3)):
         engine = make_engine(draft_costs=costs)
         engine.generate([[5, 6, 7]], adaptive)
-        assert engine.stats()["rounds"] == rounds  # never, or after 32 and 64 plain tokens
+        assert engine.stats()["rounds"] == rounds  # never, or at once and after 32 and 64 plain tokens
         for _ in range(4):
             engine.generate([[5, 6, 7]], adaptive)
         assert engine.stats()["rounds"] == rounds  # the next ones take the first one's word for it
@@ -207,6 +207,25 @@ def test_costs_of_rounds_decide_whether_an_adaptive_request_drafts(make_engine):
     assert engine.adaptive.costs[0] == 1.0 and all(cost > 1 for n, cost in engine.adaptive.costs.items() if n)
     engine.cache.clear_prefixes()
     assert set(engine.stats()["pages"].values()) == {0}
+
+
+def test_three_drafts_that_are_always_accepted_lead_to_seven():
+    length = DraftLength({0: 1.0, 3: 2.7, 7: 4.2}, rates=[0.8] * 3 + [0.5] * 4)
+    assert length.next() == 3
+    for _ in range(40):
+        length.update(length.next(), length.next())
+    assert length.next() == 7
+
+
+def test_drafts_that_are_left_out_cost_no_row_and_count_by_how_likely_they_were():
+    whole, cut = (DraftLength({0: 1.0, 7: 4.0}, rates=[0.6] * 7, row=0.3) for _ in range(2))
+    for _ in range(60):
+        whole.update(7, 2)
+        cut.update(2, 2, [0.0] + [0.5] * 4)
+    assert cut.kept == {7: pytest.approx(2, abs=0.01)} and whole.kept == {7: 7}
+    assert cut.value(7) == pytest.approx(3 / (4.0 - 5 * 0.3), rel=0.01) and whole.value(7) < 1
+    assert cut.rates[2] < 0.01 and cut.rates[3] == pytest.approx(0.5, abs=0.01)
+    assert cut.worth == 0.3 * max(1.0, cut.value(7))
 
 
 def test_draft_length_follows_what_is_accepted():
