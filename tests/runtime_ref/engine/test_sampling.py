@@ -177,6 +177,7 @@ def test_logits_that_are_not_finite_end_the_engine_and_say_where(make_engine, mo
 
     def broken(*args, **options):
         found = run(*args, **options)
+        found.pop("best", None)  # what the compiled ops say of sound logits
         return found | {"logits": found["logits"].clone().index_fill_(1, torch.tensor([7]), float("nan"))}
 
     monkeypatch.setattr(engine.backend, "run", broken)
