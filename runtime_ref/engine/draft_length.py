@@ -33,8 +33,10 @@ MEASURED_ROUNDS = 24
 RETRY_AFTER, RETRIES = 32, 3
 # Weight of the newest round in a sequence's means and in the engine's; what is assumed before anything was measured.
 NEWEST, NEWEST_OF_ENGINE, ASSUMED = 0.15, 0.02, 0.7
+# The same of a step's cost; plain steps of a sequence that begins before any was timed.
+NEWEST_COST, PLAIN_FIRST = 0.05, 4
 # Where the engine's sequences show that drafts do not pay, one in so many new ones finds out whether that still holds.
-EXPLORE = 16
+EXPLORE = 8
 # Tokens per cost that a round must be able to reach, all drafts accepted, to be tried at all.
 WORTH_TRYING = 1.1
 
@@ -46,7 +48,9 @@ class DraftLength:
     Attributes:
         costs: number of drafts -> cost of a round of that many (drafting and verifying), a plain step being 1. row: what
             verifying one draft less saves of it.
-        explores: whether the first round is a whole block of drafts, whatever is expected of it.
+        lead: plain steps before anything else. rounds: so far; the first ones weigh most.
+        explores: whether the next round is a whole block of drafts whatever is expected of it: the first one of some sequences,
+            and one after a round that paid.
         rates: P(draft i accepted | all before it were), running means.
         kept: number of drafts -> how many of so many were put before the target, running means.
     """
@@ -57,6 +61,8 @@ class DraftLength:
     retries: int = 0
     row: float = 0.0
     explores: bool = False
+    lead: int = 0
+    rounds: int = 0
     kept: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -65,6 +71,8 @@ class DraftLength:
 
     def next(self) -> int:
         best = self.best
+        if self.lead:
+            return 0
         if best == 0 and (self.explores or self.plain >= RETRY_AFTER << self.retries):
             return (max if self.explores else min)((c for c in self.costs if c), default=0)
         return best
@@ -101,10 +109,12 @@ class DraftLength:
         beyond = list(beyond)
         asked = drafted + len(beyond)
         if not asked:
-            self.plain += 1
+            self.plain, self.lead = self.plain + (not self.lead), max(0, self.lead - 1)
             return
-        tried, self.plain, self.explores = self.plain > 0, 0, False
-        weigh_in(self.rates, drafted, accepted, NEWEST, beyond)
+        tried, self.plain = self.plain > 0, 0
+        self.explores = accepted + 1 > self.costs.get(asked, asked + 1)
+        self.rounds += 1
+        weigh_in(self.rates, drafted, accepted, max(NEWEST, 1 / (1 + self.rounds)), beyond)
         kept = self.kept.get(asked, asked)
         self.kept[asked] = kept + NEWEST * (drafted - kept)
         if self.best:
@@ -148,6 +158,7 @@ class Adaptive:
         self.rounds = {drawn: 0 for drawn in (False, True)}
         self.truth = {drawn: array("f", [(i + 0.5) / 16 for i in range(16)]) for drawn in (False, True)}
         self.row = 0.0
+        self.seconds: dict[int, float] = {}  # of plain steps and of rounds of so many drafts, running means
         self.skipped = 0
 
     def begin(self, params: SamplingParams) -> tuple[DraftLength, bool]:
@@ -159,15 +170,34 @@ class Adaptive:
         """
         fixed = params.rule == "rejection" and params.temperature > 0
         if fixed:
-            costs, rates = self.given or DRAFT_COSTS, []
+            costs, rates = self._possible(self.given or DRAFT_COSTS), []
         else:
             if self.costs is None:
                 self.costs = self._measured()
-            costs, rates = self.costs or DRAFT_COSTS, list(self.rates[params.temperature > 0])
-        length = DraftLength({n: cost for n, cost in costs.items() if n < self.drafter.block}, rates,
-                             row=0.0 if fixed else self.row)
+            costs, rates = self._possible(self.costs or DRAFT_COSTS), list(self.rates[params.temperature > 0])
+        length = DraftLength(costs, rates, row=0.0 if fixed else self.row)
+        length.lead = PLAIN_FIRST if length.row and 0 not in self.seconds else 0
         length.explores = not (fixed or length.best or length.disabled) and self._explores()
         return length, not length.disabled and (fixed or bool(length.best) or length.explores)
+
+    def _possible(self, costs: dict[int, float]) -> dict[int, float]:
+        """Those of the drafter's block: the very same dictionary if they all are, so that sequences see what is learned."""
+        return costs if max(costs) < self.drafter.block else {n: cost for n, cost in costs.items() if n < self.drafter.block}
+
+    def took(self, asked: int, kept: int, seconds: float) -> None:
+        """Takes in what a step of one sequence cost, `asked` drafts of which `kept` were judged (0: a plain step).
+
+        What was measured beforehand is the best case; beside other work rounds lose more than plain steps.
+        """
+        if not self.row or asked not in self.costs or asked and 0 not in self.seconds:
+            return
+        if asked:
+            seconds += (asked - kept) * self.row * self.seconds[0]
+        known = self.seconds.setdefault(asked, seconds)
+        self.seconds[asked] = known + NEWEST_COST * (min(seconds, 3 * known) - known)
+        for n, mean in self.seconds.items():
+            # Not beyond what is worth trying at all: nothing would be tried, and nothing learned, any more.
+            self.costs[n] = min(mean / self.seconds[0], (n + 1) / WORTH_TRYING) if n else 1.0
 
     def cut(self, params: SamplingParams, length: DraftLength) -> Cut | None:
         """Which drafts of a sequence's next round are worth their rows; None: all."""

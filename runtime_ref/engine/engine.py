@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -213,7 +214,7 @@ class Engine:
                 self.backend.ranks.abandon()
 
     def _step(self) -> list[Output]:
-        scheduled = self.scheduler.plan()
+        scheduled, began = self.scheduler.plan(), time.thread_time()
         if not scheduled:
             return []
         chunks = []
@@ -238,6 +239,8 @@ class Engine:
                                   verified.get(item.sequence.id))
             if output is not None:
                 outputs.append(output)
+        if self.adaptive is not None and len(scheduled) == 1 and not scheduled[0].reads_prompt:
+            self.adaptive.took(scheduled[0].drafts, len(chunks[0].tokens) - 1, time.thread_time() - began)
         return sorted(outputs, key=lambda o: o.id)
 
     def _computed(self, step, scheduled: list[ScheduledSequence], chunks: list[SequenceChunk],

@@ -229,6 +229,29 @@ def test_drafts_that_are_left_out_cost_no_row_and_count_by_how_likely_they_were(
     assert cut.worth == 0.3 * max(1.0, cut.value(7))
 
 
+def test_costs_follow_what_rounds_take_beside_other_work(make_engine):
+    adaptive = make_engine(draft_costs={0: 1.0, 3: 2.0, 7: 3.0}).adaptive
+    adaptive.took(7, 7, 9.0)
+    assert adaptive.costs == {0: 1.0, 3: 2.0, 7: 3.0}  # given, not measured: nothing moves them
+    adaptive.row = 0.25
+    adaptive.took(7, 7, 9.0)  # nothing to compare it with yet
+    length, _ = adaptive.begin(SamplingParams(adaptive=True))
+    asked = []
+    for _ in range(6):
+        asked.append(length.next())
+        length.update(asked[-1], asked[-1])
+    assert asked == [0, 0, 0, 0, 3, 3]  # first what a plain step costs
+    for _ in range(200):
+        adaptive.took(0, 0, 2.0)
+        adaptive.took(7, 3, 8.0)  # and four rows that were left out
+    assert length.costs == {0: 1.0, 3: 2.0, 7: pytest.approx(5.0)}
+    adaptive.took(7, 7, 1e9)
+    assert adaptive.costs[7] < 6
+    for _ in range(100):
+        adaptive.took(7, 7, 1e9)
+    assert adaptive.costs[7] == pytest.approx(8 / 1.1)  # so that somebody may find out that it is better by now
+
+
 def test_draft_length_follows_what_is_accepted():
     good, bad = (DraftLength({0: 1.0, 3: 1.6, 7: 2.2}) for _ in range(2))
     for _ in range(30):
@@ -238,6 +261,17 @@ def test_draft_length_follows_what_is_accepted():
             good.update(0, 0)
         bad.update(bad.next(), 0)
     assert good.next() == 7 and bad.next() == 0
+    tried = bad.rounds
     for _ in range(40):
         bad.update(bad.next(), 0)
-    assert bad.plain < 34  # it tries again now and then
+    assert bad.rounds > tried  # it tries again now and then
+
+
+def test_a_round_that_paid_is_followed_by_another():
+    length = DraftLength({0: 1.0, 7: 5.2}, rates=[0.5] * 7, explores=True)
+    for accepted in (7, 6):
+        assert length.best == 0 and length.next() == 7
+        length.update(7, accepted)
+    length = DraftLength({0: 1.0, 7: 5.2}, rates=[0.5] * 7, explores=True)
+    length.update(length.next(), 4)
+    assert length.next() == 0
