@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import torch
 
-from checkpoint.fp8 import dequantize_fp8
+from checkpoint.fp8 import dequantize_fp8, require_grid
 from checkpoint.sources import DTYPES, Source
+from modeling.names import FP8_BLOCK, qkv_scale_rows
 from mxfp4 import BLOCK_SIZE, dequantize
 
 FLOATS = ("F32", "BF16", "F16", "F64")
@@ -51,6 +52,8 @@ def plain_infos(source: Source) -> dict[str, tuple[tuple[int, ...], str]]:
         for suffix in ("_packed", "_blocks"):
             name = name.removesuffix(suffix)
         kind = container(source, name)
+        if stored.endswith("_scale_inv") and container(source, stored.removesuffix("_scale_inv")) == "fp8":
+            continue
         if kind is not None:
             found[name] = plain_shape(source, name, kind), kind
         elif not stored.endswith(_COMPANIONS):
@@ -85,8 +88,11 @@ def stored_codes(source: Source, name: str, expert: int | None = None) -> tuple[
     return source.read(codes).view(torch.uint8), source.read(scales)
 
 
-def read_plain(source: Source, name: str, dtype: torch.dtype, config=None) -> torch.Tensor:
+def read_plain(source: Source, name: str, dtype: torch.dtype, config=None, rows: range | None = None) -> torch.Tensor:
     """A tensor in plain numbers, decoded in float32 and then cast.
+
+    Args:
+        rows: of dimension 0, which alone are read (of FP8 matrices, whole blocks of 128 rows); None: all.
 
     Raises:
         ValueError: it is not there, or stored in a way that is not read here.
@@ -97,29 +103,83 @@ def read_plain(source: Source, name: str, dtype: torch.dtype, config=None) -> to
             source.shape(name + "_scale")  # says that it is missing
         raise ValueError(f"{source.folder}: {name}: dtype {source.read(name).dtype}, expected a float, FP8 E4M3 or packed "
                          "MXFP4")
-    if kind == "plain":
-        tensor = source.read(name)
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
     if kind == "fp8":
-        return dequantize_fp8(name, source.read(name), source.read(name + "_scale_inv"), config).to(dtype)
+        return _read_fp8(source, name, config, rows).to(dtype)
+
+    def read(stored: str) -> torch.Tensor:
+        return source.read(stored) if rows is None else source.run(stored, 0, rows.start, len(rows))
+
+    if kind == "plain":
+        tensor = read(name)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    codes, scales = (read(name + suffix) for suffix in _MXFP4[kind][:2])
     if kind == "gpt-oss":
-        blocks, scales = source.read(name + "_blocks"), source.read(name + "_scales")
-        return torch.stack([dequantize(b.flatten(-2), s, dtype=dtype).T for b, s in zip(blocks, scales, strict=True)])
-    return dequantize(*stored_codes(source, name), dtype=dtype)
+        out = torch.empty(len(codes), codes.shape[2] * BLOCK_SIZE, codes.shape[1], dtype=dtype)
+        for expert, whole in enumerate(out):
+            whole.copy_(dequantize(codes[expert].flatten(-2), scales[expert], dtype=dtype).T)
+        return out
+    return dequantize(codes.view(torch.uint8), scales, dtype=dtype)
+
+
+def _read_fp8(source: Source, name: str, config, rows: range | None) -> torch.Tensor:
+    height = source.shape(name)[0]
+    if rows is None or len(qkv_scale_rows(name, height, config)) > 1:  # the grid restarts within the rows
+        whole = dequantize_fp8(name, source.read(name), source.read(name + "_scale_inv"), config)
+        return whole if rows is None else whole[rows.start:rows.stop].clone()
+    require_grid(name, source.shape(name + "_scale_inv"), [height], source.shape(name)[1])
+    first, last = rows.start // FP8_BLOCK, -(-rows.stop // FP8_BLOCK)
+    top, bottom = first * FP8_BLOCK, min(last * FP8_BLOCK, height)
+    weight, scales = source.run(name, 0, top, bottom - top), source.run(name + "_scale_inv", 0, first, last - first)
+    return dequantize_fp8(name, weight, scales)[rows.start - top:rows.stop - top].clone()
 
 
 class Decoded:
-    """A tensor that is decoded when somebody takes it: `tensor[...]`, as transformers' loader takes a file's slices."""
+    """A tensor that is decoded when somebody takes it: `tensor[...]`, as transformers' loader takes a file's slices.
+
+    Of a slice of the first dimension only those rows are read.
+    """
 
     def __init__(self, source: Source, name: str):
         kind = container(source, name)
         stored = {"plain": DTYPES.get(source.infos.get(name, (0, ""))[1]), "fp8": torch.float32}
         self.dtype = stored.get(kind, torch.bfloat16)  # which holds MXFP4 exactly
         self.shape = torch.Size(plain_shape(source, name, kind))
-        self._of = source, name, self.dtype
+        self.source, self._of = source, (source, name, self.dtype)
 
     def __getitem__(self, index) -> torch.Tensor:
-        return read_plain(*self._of)[index]
+        first = index[0] if isinstance(index, tuple) and index else index
+        if not self.shape or not isinstance(first, slice) or first.step not in (None, 1):
+            return read_plain(*self._of)[index]
+        start, stop, _ = first.indices(self.shape[0])
+        rows = read_plain(*self._of, rows=None if stop - start == self.shape[0] else range(start, max(start, stop)))
+        return rows[(slice(None), *index[1:])] if isinstance(index, tuple) else rows
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+
+class DecodedExperts:
+    """A fused expert tensor [experts, ., .] of a checkpoint that has one matrix per expert, put together when somebody takes
+    experts of it: nothing else is read.
+
+    Args:
+        parts: of each expert, the names of its matrices and the rows of [., .] that they are.
+    """
+
+    def __init__(self, source: Source, parts: list[list[tuple[str, slice]]], shape: tuple[int, ...], dtype: torch.dtype):
+        self.source, self.parts, self.shape, self.dtype = source, parts, torch.Size(shape), dtype
+
+    def __getitem__(self, index) -> torch.Tensor:
+        first, *rest = index if isinstance(index, tuple) and index else (slice(None),)
+        chosen = self.parts[first]
+        out = torch.empty((len(chosen), *self.shape[1:]), dtype=self.dtype)
+        for expert, parts in zip(out, chosen, strict=True):
+            for name, rows in parts:
+                expert[rows] = read_plain(self.source, name, self.dtype)
+        return out[(slice(None), *rest)]
 
     def get_shape(self) -> list[int]:
         return list(self.shape)

@@ -29,11 +29,11 @@ def spread_rows(scale_inv: torch.Tensor, segments: list[int]) -> torch.Tensor:
     return torch.cat(spread)
 
 
-def require_grid(name: str, scale_inv: torch.Tensor, segments: list[int], columns: int) -> None:
-    """ValueError if a grid of scales is not that of a matrix [sum(segments), columns]."""
+def require_grid(name: str, found: tuple[int, ...], segments: list[int], columns: int) -> None:
+    """ValueError if scales of shape `found` are not the grid of a matrix [sum(segments), columns]."""
     expected = grid_shape(segments, columns)
-    if tuple(scale_inv.shape) != expected:
-        raise ValueError(f"{name}_scale_inv: shape {list(scale_inv.shape)}, expected {list(expected)} "
+    if tuple(found) != expected:
+        raise ValueError(f"{name}_scale_inv: shape {list(found)}, expected {list(expected)} "
                          f"for a weight of {[sum(segments), columns]}")
 
 
@@ -52,7 +52,7 @@ def dequantize_fp8(name: str, weight: torch.Tensor, scale_inv: torch.Tensor, con
     """
     rows, columns = weight.shape
     segments = qkv_scale_rows(name, rows, config)
-    require_grid(name, scale_inv, segments, columns)
+    require_grid(name, scale_inv.shape, segments, columns)
     return weight.float() * spread_rows(scale_inv, segments).repeat_interleave(FP8_BLOCK, 1)[:, :columns]
 
 

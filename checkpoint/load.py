@@ -23,13 +23,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from checkpoint.containers import Decoded, plain_infos, read_plain
-from checkpoint.detect_format import open_source
+from checkpoint.containers import Decoded, DecodedExperts, plain_infos, read_plain
+from checkpoint.detect_format import local_folder, open_source
 from checkpoint.families.published import meta_model
+from checkpoint.families.registry import family_of
+from checkpoint.findings import one_line
 from checkpoint.inventory import is_mimo
 from checkpoint.sources import Source
 from checkpoint.tensor_files import TensorFiles, read_header
 from modeling.names import expert_parts
+from storage.reading import first_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -51,10 +54,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False):
     if folder.is_dir() and not trust_remote_code and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise ValueError(f"{path}: no tokenizer ({', '.join(_TOKENIZER_FILES)})")
     AutoConfig.register("mimo_v2", MiMoV2Config, exist_ok=True)  # or transformers warns of a type that it does not know
-    try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from None
+    with one_line(folder, "no usable tokenizer"):
+        try:
+            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: no usable tokenizer: {first_line(error)}") from None
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False, distributed_config=None):
@@ -72,10 +76,6 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
     _require_folder(path)
     config = _read_config(path)
     if not is_mimo(config):
-        if distributed_config is not None and config.get("quantization_config"):
-            kind = config["quantization_config"].get("quant_method")
-            raise ValueError(f"{path}: quantized weights ({kind}) cannot be read into shards: transformers cuts them apart "
-                             "from their scales; decode the checkpoint to bf16 first")
         return _load_by_transformers(path, dtype, trust_remote_code, distributed_config)
     if not Path(path).is_dir():
         raise ValueError(f"model.path: {path}: a MiMo-V2 checkpoint is read from a folder, download it first")
@@ -103,18 +103,16 @@ def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_cod
     """As AutoModelForCausalLM loads it, except that what it would initialise at random with a warning is an error."""
     from transformers import AutoModelForCausalLM
 
-    tensors = _decoded_tensors(Path(path)) if Path(path).is_dir() else None
+    if distributed_config is not None:
+        path = local_folder(str(path))
+    tensors = _decoded_tensors(Path(path), always=distributed_config is not None) if Path(path).is_dir() else None
     try:
         if tensors is None:
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **({} if distributed_config is None else {"distributed_config": distributed_config}))
-        elif distributed_config is not None:
-            raise ValueError("model.path: packed, or shards that the index does not agree with, and a sharded run reads plain "
-                             f"numbers only; decode it first: export/to_hf.py RECIPE --from {path} --decode --out FOLDER")
+                ignore_mismatched_sizes=True)
         else:
-            model, info = _load_tensors(path, tensors, dtype, trust_remote_code)
+            model, info = _load_tensors(path, tensors, dtype, trust_remote_code, distributed_config)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None
     if info["mismatched_keys"]:
@@ -125,13 +123,14 @@ def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_cod
     return model
 
 
-def _decoded_tensors(folder: Path) -> dict[str, Decoded] | None:
-    """The tensors of a folder that transformers would not read as they are meant; None if it does."""
+def _decoded_tensors(folder: Path, *, always: bool = False) -> dict[str, Decoded] | None:
+    """The tensors of a folder that transformers would not read as they are meant; None if it does (but not if `always`)."""
     source = open_source(folder)
     kinds = plain_infos(source)
     packed = any(kind != "plain" for _, kind in kinds.values())
     shards = set(source.where.values()) if isinstance(source, TensorFiles) else set()
-    if not packed and sum(len(read_header(folder / file)) for file in shards) == len(source.infos) * bool(shards):
+    agreed = sum(len(read_header(folder / file)) for file in shards) == len(source.infos) * bool(shards)
+    if agreed and not packed and not always:
         return None
     if packed and (method := (_read_config(folder).get("quantization_config") or {}).get("quant_method")) not in (
             "fp8", "mxfp4", "compressed-tensors"):
@@ -140,19 +139,51 @@ def _decoded_tensors(folder: Path) -> dict[str, Decoded] | None:
     return {name: Decoded(source, name) for name in kinds}
 
 
-def _load_tensors(path: str | Path, tensors: dict[str, Decoded], dtype: torch.dtype, trust_remote_code: bool):
+def _load_tensors(path: str | Path, tensors: dict[str, Decoded], dtype: torch.dtype, trust_remote_code: bool,
+                  distributed_config=None):
+    """(model, transformers' report) of tensors that are decoded here, when transformers' loader takes them.
+
+    Into shards experts are read by this project alone: each rank's, into the place where they stay. transformers would stack
+    them (twice the memory of a layer's) and cannot make a stack of none.
+    """
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):  # what is returned is decoded
         del config.quantization_config
-    kind = type(meta_model(config))
+    kind, options = type(meta_model(config)), {}
+    if distributed_config is not None:
+        options, tensors = {"distributed_config": distributed_config}, _with_fused_experts(tensors, config, dtype)
     model, info = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True,
-                                       ignore_mismatched_sizes=True)
+                                       ignore_mismatched_sizes=True, **options)
+    if distributed_config is not None:
+        model.__dict__.pop("_weight_conversions", None)  # those that were used; a save needs those of the experts, too
     model.config.name_or_path = str(path)
     if (Path(path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(path))
     return model.eval(), info
+
+
+def _with_fused_experts(tensors: dict[str, Decoded], config, dtype: torch.dtype) -> dict[str, Decoded | DecodedExperts]:
+    """The same checkpoint with fused expert tensors instead of one matrix per expert, where it has all of them."""
+    published = family_of(config).published(config)
+    source = next(iter(tensors.values())).source
+    parts: dict[str, dict[int, list]] = {}
+    for name, place in published.experts.items():
+        parts.setdefault(place.fused, {}).setdefault(place.expert, []).append((name, place.rows))
+    found = dict(tensors)
+    for fused, experts in parts.items():
+        names = [name for members in experts.values() for name, _ in members]
+        if not all(name in tensors for name in names):
+            continue  # named as an earlier version of transformers did, which it knows
+        for name in names:
+            shape = tuple(found.pop(name).shape)
+            if shape != published.shapes[name]:
+                raise ValueError(f"{name}: shape {list(shape)}, expected {list(published.shapes[name])}")
+        rows = sum(part.stop - part.start for _, part in experts[0])
+        found[fused] = DecodedExperts(source, [experts[e] for e in range(len(experts))],
+                                      (len(experts), rows, published.shapes[names[0]][1]), dtype)
+    return found
 
 
 def _fill(model, folder: Path, dtype: torch.dtype, device: torch.device):
@@ -184,8 +215,9 @@ def _assemble(name: str, empty: torch.Tensor, files: Source, config, dtype: torc
     rows = owned_rows(empty)
     parts = expert_parts(name, empty.shape)
     if parts is None:
-        whole = _checked(name, _decoded(name, files, config, dtype), empty.shape, files.folder)
-        return whole if len(rows) == empty.shape[0] else whole[rows.start:rows.stop].clone()
+        all_of_it = len(rows) == empty.shape[0]
+        value = _decoded(name, files, config, dtype, None if all_of_it else rows)
+        return _checked(name, value, (len(rows), *empty.shape[1:]), files.folder)
     value = torch.empty((len(rows), *empty.shape[1:]), dtype=dtype)
     for part in parts:
         if part.expert not in rows:
@@ -214,17 +246,17 @@ def _as_shard(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def _checked(name: str, tensor: torch.Tensor, shape: torch.Size, folder: Path) -> torch.Tensor:
+def _checked(name: str, tensor: torch.Tensor, shape: tuple[int, ...], folder: Path) -> torch.Tensor:
     if tensor.shape != shape:
         raise ValueError(f"{folder}: {name}: shape {list(tensor.shape)}, expected {list(shape)}")
     return tensor
 
 
-def _decoded(name: str, files: Source, config, dtype: torch.dtype) -> torch.Tensor:
+def _decoded(name: str, files: Source, config, dtype: torch.dtype, rows: range | None = None) -> torch.Tensor:
     for suffix in ("_scale", "_scale_inv"):
         if name + suffix in files.infos:
             files.leave(name + suffix)
-    return read_plain(files, name, dtype, config)
+    return read_plain(files, name, dtype, config, rows)
 
 
 def _require_folder(path: str | Path) -> None:

@@ -87,6 +87,10 @@ class Source:
         """`tensor[expert, rows]` of a fused tensor, without reading the rest where the format allows."""
         return self.read(name)[expert, rows]
 
+    def run(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
+        """Entries start .. start + length - 1 of dimension `dim`, without reading the rest where the format allows."""
+        return self.read(name).narrow(dim, start, length)
+
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(self.bytes_of(name) for name in self.infos)

@@ -84,7 +84,8 @@ class TensorFiles(Source):
         return self._read(name, (last - first, *rest), (expert * height + first) * torch.Size(rest).numel())
 
     def run(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
-        """Entries start .. start + length - 1 of rows (dim 0) or columns (dim 1) of a matrix; nothing else is copied.
+        """Entries start .. start + length - 1 of rows (dim 0, of any tensor) or columns (dim 1) of a matrix; nothing else is
+        copied.
 
         Raises:
             ValueError: as `read`.

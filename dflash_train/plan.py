@@ -3,7 +3,7 @@
 Exact from shapes: parameters, weights, masters' gradients and moments, features on disk. Estimated (and said so):
 activations, as the hidden states, head inputs and MLP inner states that autograd keeps for every block position and
 context position of a rank's rows. The target is counted in `model.dtype`, as the job loads it, also where its experts lie on
-the MXFP4 grid: whole on every rank, or divided where the recipe plans a sharding (which the job does not do yet, and says so).
+the MXFP4 grid: whole on every rank, or divided with `cluster.sharding`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 
 from dflash_train.target import choose_target_layers, configure_drafter, target_folder
 from dflash_train.trainer import require_sections, require_understood
+from modeling.fused_experts import fused_experts
 from qat.attach import find_expert_tensors
 from qat.meta_model import meta_model
 from recipes.schema import Recipe
 from training.preflight import print_readiness
+from training.sharding.layout import layout_of, require_divisible
 
 GIB = 2**30
 RESERVED_SHARE = 0.08  # what the allocator and communication buffers take of an accelerator
@@ -99,22 +101,52 @@ def make_plan(recipe: Recipe) -> Plan:
     parameters = sum(sizes.values())
     if job.target == "ptq":
         find_expert_tensors(model)  # refuses a target without any, as the job does
-    target_bytes = sum(p.numel() for p in model.parameters()) * getattr(torch, recipe.model.dtype).itemsize
-    moments = 4 * muon + 8 * (parameters - muon) if job.optimizer.name == "muon" else 8 * parameters
-    divided = cluster is not None and cluster.sharding != "ddp"
-    memory = {f"target, {'divided' if divided else 'whole'} ({recipe.model.dtype})": target_bytes // (ranks if divided else 1),
-              "drafter's weights (float32)": 4 * parameters, "gradients (float32)": 4 * parameters,
-              f"moments ({job.optimizer.name})": moments,
-              "activations (estimate)": _activation_bytes(recipe, config, len(target_layers)),
-              "logits of a chunk": job.loss.chunk_anchors * (recipe.drafter.block_size - 1) * config.vocab_size * 4 * 5}
     return Plan(
         target=name, target_layers=target_layers, ranks=ranks, tensors=len(sizes) - 1, parameters=parameters,
         muon_parameters=muon,
-        drafter_bytes=2 * (parameters - sizes["mask_embedding"]), memory=memory,
+        drafter_bytes=2 * (parameters - sizes["mask_embedding"]), memory=_memory(recipe, model, drafter, muon, ranks),
         signals_per_step=job.batch_size * job.anchors * (recipe.drafter.block_size - 1) * ranks,
         tokens_per_step=job.batch_size * job.sequence_length * ranks,
         feature_bytes_per_token=2 * config.hidden_size * (len(target_layers) + 1),
         available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None, notes=_notes(recipe))
+
+
+def _memory(recipe: Recipe, model, drafter, muon: int, ranks: int) -> dict[str, int]:
+    """Bytes of one rank. muon: parameters that Muon updates, which keep one moment."""
+    cluster, job, config = recipe.cluster, recipe.dflash, model.config.get_text_config()
+    parameters = sum(p.numel() for p in drafter.parameters())
+    moments = 4 * muon + 8 * (parameters - muon) if job.optimizer.name == "muon" else 8 * parameters
+    divided = cluster is not None and cluster.sharding != "ddp" and ranks > 1
+    memory = _target_memory(recipe, model, ranks if divided else 1)
+    share = ranks if divided and job.shard_drafter else 1
+    memory |= {"drafter's weights (float32)": 4 * parameters // share, "gradients (float32)": 4 * parameters // share,
+               f"moments ({job.optimizer.name})": moments // share}
+    if share > 1:
+        layers, layer = drafter.config.num_hidden_layers, sum(p.numel() for p in drafter.layers[0].parameters())
+        gathered = parameters - max(0, layers - 2) * layer
+        memory["drafter's gathered layers (two) and the rest, with gradients"] = 8 * gathered
+    return memory | {
+        "activations (estimate)": _activation_bytes(recipe, config, len(drafter.target_layer_ids)),
+        "logits of a chunk": job.loss.chunk_anchors * (recipe.drafter.block_size - 1) * config.vocab_size * 4 * 5}
+
+
+def _target_memory(recipe: Recipe, model, ranks: int) -> dict[str, int]:
+    """The frozen target; of a divided one also embedding and head, whole on every rank, and what a layer's pass gathers."""
+    import torch
+
+    width, dtype = getattr(torch, recipe.model.dtype).itemsize, recipe.model.dtype
+    total = sum(p.numel() for p in model.parameters())
+    if ranks == 1:
+        return {f"target, whole ({dtype})": total * width}
+    layout = layout_of(recipe.cluster, ranks)
+    require_divisible(layout, {name: weight.shape[0] for name, weight, _ in fused_experts(model)})
+    head = model.get_output_embeddings().weight.numel()
+    layers = [(sum(p.numel() for p in layer.parameters() if p.ndim == 3), sum(p.numel() for p in layer.parameters()))
+              for layer in model.base_model.layers]
+    inside, layer = max(layers)
+    return {f"target, divided ({dtype})": -(-total // ranks) * width, "target's embedding and head, whole": 2 * head * width,
+            "target's gathered layers (two), norm and head": width * (
+                2 * (layer - inside) + inside // layout.expert_parallel + head)}
 
 
 def _activation_bytes(recipe: Recipe, config, features: int) -> int:
@@ -134,9 +166,6 @@ def _activation_bytes(recipe: Recipe, config, features: int) -> int:
 
 def _notes(recipe: Recipe) -> list[str]:
     notes = []
-    if recipe.cluster is not None and recipe.cluster.sharding != "ddp":
-        notes.append(f"sharding {recipe.cluster.sharding} of the target is planned here; dflash_train/train.py itself loads it "
-                     "whole on every rank so far")
     if isinstance(recipe.drafter.mask_token, str) or recipe.drafter.mask_token is None:
         notes.append("drafter.mask_token is looked up in the tokenizer when the job starts")
     if recipe.dflash.features == "disk":

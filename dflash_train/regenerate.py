@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         trainer.require_sections(recipe)
         accelerator = make_accelerator()
         served = recipe.dflash.regenerate.endpoint is not None
-        target = target_files(recipe) if served else load_target(recipe, accelerator.device)
+        target = target_files(recipe) if served else load_target(recipe, accelerator.device, accelerator.num_processes)
         folder = trainer.run_folder(recipe)
         held = Lock(folder)
         from_first(accelerator, lambda: held.__enter__() and None)

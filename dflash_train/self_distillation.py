@@ -143,6 +143,7 @@ def generate_answers(recipe: Recipe, target: TargetFiles, path: Path, *, acceler
                 out.flush()
             bar.update(position, f"{tokens / max(1e-9, time.monotonic() - began):,.0f} tok/s")
     bar.close()
+    target.rest()
     if accelerator:
         accelerator.wait_for_everyone()
     if rank == 0:

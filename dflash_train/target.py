@@ -44,6 +44,9 @@ class TargetFiles:
         if not end_ids:
             raise ValueError(f"{path}: neither generation_config nor the tokenizer names a token that ends an answer")
 
+    def rest(self) -> None:
+        """To be called where ranks whose passes through a divided target may differ in number do something together again."""
+
     def fingerprint(self) -> str:
         """Digest of every byte of the files that decide what the target says: weights, configuration, tokenizer, code."""
         if self._fingerprint is None:
@@ -64,6 +67,7 @@ class Target(TargetFiles):
         self.model = model.eval().requires_grad_(False)
         self.base = model.base_model
         self.embed_tokens, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.norm = getattr(self.base, "norm", None)
         self.hidden_size = self.embed_tokens.weight.shape[1]
         self._caught: dict[int, torch.Tensor] = {}
         for layer in target_layers:
@@ -139,24 +143,31 @@ def target_files(recipe: Recipe) -> TargetFiles:
                        positions_of(config))
 
 
-def load_target(recipe: Recipe, device: torch.device | str = "cpu") -> Target:
-    """The target that `dflash.target` names.
+def load_target(recipe: Recipe, device: torch.device | str = "cpu", ranks: int = 1) -> Target:
+    """The target that `dflash.target` names: whole, or with `cluster.sharding` divided among the `ranks` processes of a launch.
 
     Raises:
         ValueError: no such folder; target layers that it does not have; a tokenizer without an end token; a model whose
             logits are not its head's (see `modeling.output_head`).
     """
     folder = target_folder(recipe)
-    model = load_model(folder, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=recipe.model.trust_remote_code)
+    divided = ranks > 1 and recipe.cluster is not None and recipe.cluster.sharding != "ddp"
+    if divided:
+        from dflash_train.sharded import ShardedTarget, load_divided  # builds on this module
+
+        model, kind = load_divided(recipe, folder, ranks), ShardedTarget
+    else:
+        model = load_model(folder, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=recipe.model.trust_remote_code)
+        model, kind = model.to(device), Target
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
     if recipe.dflash.target == "ptq":
         for tensor in find_expert_tensors(model):
-            fake_quantize_(tensor.parameter.data, tensor.parameter.data, scale_rule=recipe.quantization.scale_rule,
-                           axis=tensor.axis)
-    return target_of(model.to(device), tokenizer, recipe.drafter.target_layer_ids, folder)
+            weight = getattr(tensor.parameter.data, "_local_tensor", tensor.parameter.data)  # whole experts in either case
+            fake_quantize_(weight, weight, scale_rule=recipe.quantization.scale_rule, axis=tensor.axis)
+    return target_of(model, tokenizer, recipe.drafter.target_layer_ids, folder, kind)
 
 
-def target_of(model: nn.Module, tokenizer, layers: list[int] | None, folder: Path) -> Target:
+def target_of(model: nn.Module, tokenizer, layers: list[int] | None, folder: Path, kind: type[Target] = Target) -> Target:
     """A model as a target whose outputs of `layers` are used; tools/family_table.py asks it about every family.
 
     Raises:
@@ -166,7 +177,7 @@ def target_of(model: nn.Module, tokenizer, layers: list[int] | None, folder: Pat
     if not hasattr(model.base_model, "layers"):
         raise ValueError(f"model.path: {folder}: {type(model).__name__} has its decoder layers under another name than "
                          "`layers`; a drafter's target is read layer by layer")
-    target = Target(model, tokenizer, choose_target_layers(layers, len(model.base_model.layers)), folder)
+    target = kind(model, tokenizer, choose_target_layers(layers, len(model.base_model.layers)), folder)
     require_plain_head(target.model)
     _require_plain_cache(target)
     return target
@@ -290,7 +301,7 @@ def new_drafter(recipe: Recipe, target: Target) -> DFlashDraftModel:
     model = DFlashDraftModel(config).float()
     with torch.no_grad():
         model.mask_embedding.copy_(target.embed_tokens.weight.float().mean(0))
-        norm = norm_scale(getattr(target.base, "norm", None))
+        norm = norm_scale(target.norm)
         if norm is not None and norm.shape == model.norm.weight.shape:
             model.norm.weight.copy_(norm)
         model.fc.weight.mul_(0.3)

@@ -1,8 +1,8 @@
 """The drafter's job: the target answers prompts, the drafter learns to foresee the answers, its acceptance is measured.
 
-Runs on one process or under data parallelism, as `qat.trainer` does (same Accelerator, checkpoints, metrics, signals);
-gradients are averaged here, in float32. The drafter's weights are float32; its forward pass runs in the target's dtype
-(autocast), because that is what will be served.
+Runs on one process or under data parallelism, as `qat.trainer` does (same Accelerator, checkpoints, metrics, signals), also on
+a target that is divided among the ranks (`dflash_train.sharded`); gradients are averaged here, in float32. The drafter's
+weights are float32; its forward pass runs in the target's dtype (autocast), because that is what will be served.
 
 Output, in <recipe.output>/<recipe.name>/dflash/:
     resolved.yaml environment.json metrics.jsonl curves.png checkpoints/ data/ features/ model/ summary.json
@@ -11,6 +11,7 @@ Output, in <recipe.output>/<recipe.name>/dflash/:
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,7 +72,14 @@ def run(recipe: Recipe, *, resume: bool, max_steps: int | None, other_processes:
         ValueError: a mistake in the recipe or its files. OSError: a file cannot be written. NonFinite: see there.
     """
     require_sections(recipe)
-    return Trainer(recipe, resume=resume, other_processes=other_processes).run(max_steps)
+    if recipe.dflash.shard_drafter and (recipe.cluster is None or recipe.cluster.sharding == "ddp"):
+        raise ValueError("dflash.shard_drafter: divides the drafter as cluster.sharding: fsdp2 divides the target; this recipe "
+                         f"has {'no cluster section' if recipe.cluster is None else 'cluster.sharding: ddp'}")
+    kind = Trainer
+    if recipe.dflash.shard_drafter and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from dflash_train.sharded import ShardedDraftTrainer as kind  # builds on this module
+
+    return kind(recipe, resume=resume, other_processes=other_processes).run(max_steps)
 
 
 @dataclass
@@ -101,7 +109,7 @@ class Trainer(TrainingRun):
         self.lock()
         newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say, self.accelerator) if resume else None
         require_understood(recipe)
-        self.target = load_target(recipe, self.accelerator.device)
+        self.target = load_target(recipe, self.accelerator.device, self.accelerator.num_processes)
         self.target.agree_on_fingerprint(self.accelerator)
         self.identity = identity(self.target, recipe)
         if newest is not None:
@@ -111,17 +119,20 @@ class Trainer(TrainingRun):
         self.compare_inputs(newest, lambda: {"target": self.identity, "training data": dialogues_digest(self.dialogues)})
         if not resume:
             self.set_earlier_aside(keep=("data", "features"))
-        optimizer = make_optimizer(self.drafter, self.settings.optimizer)
-        self.schedule = make_schedule(optimizer, self.settings.steps, self.settings.optimizer)
+        self.prepare()
+        self.schedule = make_schedule(self.optimizer.optimizer, self.settings.steps, self.settings.optimizer)
         self.state = Progress()
-        # evaluation_mode: no DistributedDataParallel wrapper; gradients are averaged in `_update`.
-        self.model = self.accelerator.prepare_model(self.drafter, evaluation_mode=True)
-        self.optimizer = self.accelerator.prepare(optimizer)
         if newest is not None:
             self.read_state(newest)
             self.say(f"resuming {newest} at step {self.state.step} of {self.settings.steps}")
         self._print_header()
         self.open_records(newest is not None, f"{recipe.name}-dflash")
+
+    def prepare(self) -> None:
+        """Sets `model` and `optimizer`."""
+        # evaluation_mode: no DistributedDataParallel wrapper; gradients are averaged in `take_gradients`.
+        self.model = self.accelerator.prepare_model(self.drafter, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare(make_optimizer(self.drafter, self.settings.optimizer))
 
     def _load_data(self) -> None:
         settings, target = self.settings, self.target
@@ -141,10 +152,9 @@ class Trainer(TrainingRun):
         if settings.features == "online":
             self.features = OnlineFeatures(target, self.dialogues, self.rows)
             return
-        with self.accelerator.main_process_first():
-            self.features = cached_features(target, self.dialogues, self.rows, self.folder / "features" / self._features_key(),
-                                            limit_gib=settings.features_gib, batch_size=settings.regenerate.batch_size,
-                                            say=self.say)
+        self.features = cached_features(target, self.dialogues, self.rows, self.folder / "features" / self._features_key(),
+                                        limit_gib=settings.features_gib, batch_size=settings.regenerate.batch_size,
+                                        accelerator=self.accelerator, say=self.say)
 
     def _require_unused_mask(self) -> None:
         """Raises ValueError if the mask token occurs in own data: the export overwrites its embedding in the target."""
@@ -186,15 +196,11 @@ class Trainer(TrainingRun):
             share = sums["anchors"] / self.accelerator.reduce(sums["anchors"], reduction="sum")
             loss = loss * share * self.accelerator.num_processes
         self.accelerator.backward(loss)
-        trained = [(n, p) for n, p in self.drafter.named_parameters() if p.grad is not None]
-        if self.accelerator.num_processes > 1:
-            for _, parameter in trained:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        trained, norm = self.take_gradients()
         names = sorted(sums)
         flat = self.accelerator.reduce(torch.cat([sums[n].float().flatten() for n in names]), reduction="sum")
         parts = flat.split([sums[n].numel() for n in names])
         sums = {n: part.view(sums[n].shape) for n, part in zip(names, parts, strict=True)}
-        norm = torch.nn.utils.get_total_norm([p.grad for _, p in trained])
         if not (torch.isfinite(norm) and torch.isfinite(sums["loss"])):
             self._raise_non_finite(float(sums["loss"]), trained)
         torch.nn.utils.clip_grads_with_norm_([p for _, p in trained], self.settings.optimizer.max_grad_norm, norm)
@@ -204,6 +210,18 @@ class Trainer(TrainingRun):
         self.schedule.step()
         self.state.step += 1
         return self._means(sums) | {"grad_norm": float(norm), "learning_rate": learning_rate}
+
+    def take_gradients(self) -> tuple[list[tuple[str, nn.Parameter]], torch.Tensor]:
+        """Every trained parameter by name, with its gradient averaged over processes; and the norm over all of them."""
+        trained = [(n, p) for n, p in self.drafter.named_parameters() if p.grad is not None]
+        if self.accelerator.num_processes > 1:
+            for _, parameter in trained:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        return trained, torch.nn.utils.get_total_norm([p.grad for _, p in trained])
+
+    def whole_drafter(self) -> nn.Module:
+        """The drafter with all its weights; every process calls it."""
+        return self.drafter
 
     def _loss(self, indices: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         settings, device, drafter = self.settings, self.accelerator.device, self.drafter
@@ -215,6 +233,8 @@ class Trainer(TrainingRun):
         previous = torch.cat((ids[:, :, None], labels[:, :, :-1].clamp_min(0)), dim=2)
         index = teacher_index(anchors, block, self.rows.tokens.shape[1])
         target_hidden, last = self.features.of_rows(indices)
+        if settings.features == "online":
+            self.target.rest()
         teacher = last.gather(1, index.flatten(1)[:, :, None].expand(-1, -1, last.shape[-1]).to(device))
         dtype = getattr(torch, self.recipe.model.dtype)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -251,15 +271,18 @@ class Trainer(TrainingRun):
         """Writes model/, measures it as read back from disk, writes summary.json and prints the table."""
         from rich.console import Console
 
+        whole = self.whole_drafter()
         if not self.main:
+            self.target.rest()  # while the first process measures
             return
         final = self.folder / "model"
         with checkpoint.folder_aside(final) as partial:
-            save_drafter(self.drafter, partial)
+            save_drafter(whole, partial)
         self.say("measuring acceptance on held-out prompts")
         began = time.perf_counter()
         drafter = load_drafter(final, getattr(torch, self.recipe.model.dtype)).to(self.accelerator.device)
         summary = acceptance.measure(self.recipe, self.target, drafter, say=self.say)
+        self.target.rest()
         summary |= {
             "inputs": self.inputs, "weights": combined(model_digests(final)),
             "steps": self.settings.steps, "seed": self.recipe.seed, "target": describe_target(self.target, self.recipe),

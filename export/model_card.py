@@ -158,7 +158,7 @@ def _limits(facts: Facts) -> str:
         lines.append("- The drafter's acceptance was not measured with these weights.")
     licence = facts.licence.get("license_name") or facts.licence.get("license")
     lines.append(f"- The licence{f' ({licence})' if licence else ''}, intended use and limits of `{facts.base}` hold here too"
-                 + ("." if licence else "; no card with its name was found beside its weights."))
+                 + ("." if licence else "; no card that names the licence was found beside its weights."))
     return "\n".join(lines)
 
 

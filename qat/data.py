@@ -291,8 +291,10 @@ class Packer:
         return [token if learned else ~token for token, learned in zip(ids, said, strict=True)]
 
 
-def make_loader(dataset, *, batch_size: int, seed: int, shuffle: bool, processes: int) -> DataLoader:
+def make_loader(dataset, *, batch_size: int, seed: int, shuffle: bool, processes: int, numbered: bool = False) -> DataLoader:
     """DataLoader over packed rows, incomplete batches dropped. Its `sampler` is an `EpochOrder`.
+
+    numbered: batches also say which rows of the dataset they are ("row", int64 [batch]).
 
     Raises:
         ValueError: fewer rows than one batch for every process.
@@ -300,19 +302,20 @@ def make_loader(dataset, *, batch_size: int, seed: int, shuffle: bool, processes
     if len(dataset) < batch_size * processes:
         raise ValueError(f"data.train: {len(dataset)} packed sequences, fewer than one batch of qat.batch_size="
                          f"{batch_size} on each of {processes} processes")
+    if numbered:
+        dataset = dataset.add_column("row", range(len(dataset)))
     return DataLoader(dataset, batch_size=batch_size, drop_last=True,
                       sampler=EpochOrder(len(dataset), seed=seed, shuffle=shuffle))
 
 
-def endless_batches(accelerator, loader, *, consumed: int) -> Iterator[torch.Tensor]:
-    """[batch, T] int64 batches for ever, epoch after epoch, beginning after `consumed` batches of this process."""
+def endless_batches(accelerator, loader, *, consumed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches ("input_ids", int64 [batch, T]) for ever, epoch after epoch, beginning after `consumed` of this process."""
     per_epoch = len(loader)
     epoch, skip = divmod(consumed, per_epoch)
     while True:
         loader.set_epoch(epoch)
         epoch_loader = accelerator.skip_first_batches(loader, skip) if skip else loader
-        for batch in epoch_loader:
-            yield batch["input_ids"]
+        yield from epoch_loader
         epoch, skip = epoch + 1, 0
 
 

@@ -89,6 +89,11 @@ def _model_at(path: str, trust_remote_code: bool):
     return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), 0, False
 
 
+def model_at(path: str, trust_remote_code: bool):
+    """The model of a folder or hub name, to be called on the meta device. Raises ValueError: no configuration there."""
+    return _model_at(path, trust_remote_code)[0]
+
+
 def _mtp_layers(folder: Path) -> int:
     from checkpoint.tensor_files import INDEX, weight_map
 

@@ -30,10 +30,27 @@ def matched_decay(weight_decay: float, shape: tuple[int, ...]) -> float:
     return weight_decay / matched_rate(1.0, shape)
 
 
+def root_mean_square(parameter: torch.Tensor) -> float:
+    """Of a whole parameter, sharded or not.
+
+    A block's codes are as far apart as its weights are large, so a rate in this unit moves every tensor by the same share of
+    that distance, whatever factor it carries (the scaling of Adafactor, arXiv 1804.04235).
+    """
+    norm = torch.linalg.vector_norm(parameter.detach())
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) / math.sqrt(parameter.numel())
+
+
 def make_optimizer(parameters: list[torch.nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
-    """Optimizer over float32 parameters."""
+    """Optimizer over float32 parameters.
+
+    Raises:
+        ValueError: parameters that are no matrices, for Muon.
+    """
     if settings.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=tuple(settings.betas),
+        rates = [settings.learning_rate * (root_mean_square(p) if settings.relative else 1.0) for p in parameters]
+        groups = [{"params": [p for p, r in zip(parameters, rates, strict=True) if r == rate], "lr": rate}
+                  for rate in dict.fromkeys(rates)]
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=tuple(settings.betas),
                                  weight_decay=settings.weight_decay)
     from muon import SingleDeviceMuon
 

@@ -130,7 +130,8 @@ def make_plan(recipe: Recipe) -> Plan:
         precision=_precision(groups, inventory, recipe.model.dtype),
         mtp_parameters=sum(t.elements for t in inventory or () if _kind(t.name) == MTP and "scale" not in t.name),
         memory=working | ({} if offload else state), host_memory=state if offload else {},
-        disk={"training checkpoint": checkpoint, f"checkpoints kept ({qat.keep_last})": checkpoint * qat.keep_last},
+        disk={"training checkpoint": checkpoint, f"checkpoints kept ({qat.keep_last})": checkpoint * qat.keep_last}
+        | _teacher_states(recipe, model, sizes),
         export=_export_bytes(inventory, sizes),
         communication=communication, seconds=_seconds(recipe, communication, over_link),
         available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None,
@@ -198,6 +199,15 @@ def _groups(model, experts: set[str]) -> dict[str, int]:
     return groups
 
 
+def _teacher_states(recipe: Recipe, model, sizes: _Sizes) -> dict[str, int]:
+    """Last hidden states of all rows that the run trains on, at most; texts that are trained on again need no more."""
+    qat = recipe.qat
+    if qat.teacher == "model":
+        return {}
+    tokens = qat.steps * qat.gradient_accumulation * qat.batch_size * recipe.data.sequence_length * sizes.ranks
+    return {"the teacher's last states, at most": tokens * model.config.get_text_config().hidden_size * sizes.width}
+
+
 def _precision(groups: dict[str, int], inventory, dtype: str) -> dict[str, tuple[str, str]]:
     """(in training, in the exported files) of each group."""
     exported: dict[str, list[str]] = {}
@@ -233,7 +243,7 @@ def _working_bytes(recipe: Recipe, sizes: _Sizes) -> dict[str, int]:
     """What lies on the accelerator of one process beside the optimizer's side and what passes through."""
     return {
         f"compute weights ({recipe.model.dtype})": sizes.total * sizes.width,
-        "teacher's own weights": sizes.trained * sizes.width,
+        "teacher's own weights": 0 if recipe.qat.teacher == "disk" else sizes.trained * sizes.width,
         "gradients (float32)": sizes.trained * 4,
         "last codes (health)": int(sizes.experts * CODE_BYTES),
     }

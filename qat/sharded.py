@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpoint.load import load_model, owned_rows
+from checkpoint.load import owned_rows
 from modeling.all_experts import use_all_experts
 from modeling.output_head import require_plain_head
 from mxfp4.fake_quant import saturated
@@ -30,15 +30,11 @@ from qat.meta_model import meta_model
 from qat.methods import needed as methods_needed
 from qat.trainer import Trainer
 from training.sharding import checkpoint as sharded_checkpoint
-from training.sharding.layout import layout_of, require_divisible, require_experts_everywhere
+from training.sharding.layout import layout_of, require_divisible
 from training.sharding.model_folder import folder_of_all_ranks, write_model
 from training.sharding.quantized_gather import QuantizedGather
-from training.sharding.shards import LocalShard, copies, gather_rows, local_shards, reshard, settle, total_norm
-from training.state_files import load_state, random_state, save_state, set_random_state
-
-
-def random_states(accelerator) -> str:
-    return f"random_states_{accelerator.process_index}.safetensors"
+from training.sharding.shards import LocalShard, copies, gather_rows, local_shards, reshard, total_norm
+from training.sharding.trees import load_shards
 
 
 class ShardedQuantizer(ExpertQuantizer):
@@ -120,25 +116,15 @@ class ShardedTrainer(Trainer):
         model = meta_model(recipe)[0]
         tensors = find_expert_tensors(model)
         require_divisible(self.layout, {t.name: t.num_experts for t in tensors})
-        if model.config.model_type != "mimo_v2":  # read by transformers, whose converters cannot make a shard of nothing
-            require_experts_everywhere(self.layout, {t.name: t.num_experts for t in tensors})
         self.expert_modules = tuple(dict.fromkeys(t.module for t in tensors))
         self.say(f"sharding: {self.layout}")
         return self.load_tree(self.compute_dtype, masters=True)
 
     def load_tree(self, compute_dtype: torch.dtype, *, masters: bool) -> nn.Module:
         """The base model in shards; with `masters` its experts are float32 and FSDP units of their own."""
-        mixed = compute_dtype is torch.bfloat16
-        config = self.layout.distributed_config(mixed_precision=mixed, experts=self.expert_modules if masters else ())
-        model = load_model(self.recipe.model.path, dtype=getattr(torch, self.recipe.model.dtype),
-                           trust_remote_code=self.recipe.model.trust_remote_code, distributed_config=config)
-        if compute_dtype is torch.float32:
-            model.float()
-        elif masters:
-            for name in self.expert_modules:
-                model.get_submodule(name).float()
-        settle(model)
-        return model
+        model = self.recipe.model
+        return load_shards(model.path, self.layout, dtype=getattr(torch, model.dtype), compute_dtype=compute_dtype,
+                           trust_remote_code=model.trust_remote_code, masters=self.expert_modules if masters else ())
 
     def attach(self, model: nn.Module) -> None:
         if self.whole:
@@ -146,18 +132,23 @@ class ShardedTrainer(Trainer):
             self.shards = [LocalShard(t.name, t.parameter, m) for t, m in self.quantizer]
             self.shards += [LocalShard(n, p, p) for n, p in self.trained_others(model)]
             return
-        self.teacher = self.load_tree(self.compute_dtype, masters=False).eval().requires_grad_(False)
-        require_plain_head(self.teacher)
+        self.teacher = self.teacher_again() if self.needs_teacher else None
         self._choose_trainable(without_noise(model))
         if self.layout.expert_parallel == 1:
             use_all_experts(model)
         settings = self.recipe.quantization
         self.quantizer = ShardedQuantizer(model, compute_dtype=self.compute_dtype, scale_rule=settings.scale_rule,
                                           ste=settings.ste, expected_tensors=settings.expected_tensors)
-        self.originals = [self.teacher.get_parameter(t.name)._local_tensor for t in self.quantizer.tensors]
         self.other_shards = local_shards(self.trained_others(model))
         self.others = [shard.local for shard in self.other_shards]
         self.shards = [*self.quantizer.shards, *self.other_shards]
+
+    def teacher_again(self) -> nn.Module:
+        if self.whole:
+            return super().teacher_again()
+        teacher = self.load_tree(self.compute_dtype, masters=False).eval().requires_grad_(False)
+        require_plain_head(teacher)
+        return teacher
 
     def agree_on_masters(self) -> None:
         """Nothing to do: each expert's masters are computed by one rank (or by replicas, from the same numbers)."""
@@ -189,7 +180,7 @@ class ShardedTrainer(Trainer):
 
     # Checkpoints
 
-    def write_state(self, folder: Path) -> None:
+    def state_writer(self, *, copied: bool):
         state, names = self.state, [t.name for t in self.quantizer.tensors]
         tensors = {"master": {s.name: s.local.detach() for s in self.shards}}
         moments, numbers = sharded_checkpoint.optimizer_tensors(self.optimizer.optimizer, self.shards)
@@ -201,24 +192,14 @@ class ShardedTrainer(Trainer):
         kinds = {"average": state.average, **control, "codes": [c for c, _ in health["last"]],
                  "scales": [s for _, s in health["last"]]}
         tensors |= moments | {kind: dict(zip(names, values, strict=True)) for kind, values in kinds.items() if values}
-        sharded_checkpoint.write_tensors(folder, tensors, self.shards)
-        save_state(folder / random_states(self.accelerator), random_state() | {"micro_step": self.accelerator.step})
-        if self.main:
-            save_state(folder / sharded_checkpoint.TRAINER, {
-                "step": state.step, "batches": state.batches, "averaged_steps": state.averaged_steps,
-                "layout": asdict(self.layout),
-                "optimizer": numbers, "rates": [g["lr"] for g in self.optimizer.param_groups],
-                "schedule": self.schedule.state_dict(), "routed": health["routed"], "heldout": state.heldout()})
+        return sharded_checkpoint.state_writer(self.accelerator, tensors, self.shards, {
+            "step": state.step, "batches": state.batches, "averaged_steps": state.averaged_steps,
+            "layout": asdict(self.layout), "optimizer": numbers, "rates": [g["lr"] for g in self.optimizer.param_groups],
+            "schedule": self.schedule.state_dict(), "routed": health["routed"], "heldout": state.heldout()}, copied=copied)
 
     def read_state(self, path: Path) -> None:
-        if not sharded_checkpoint.is_sharded(path):
-            raise ValueError(f"{path}: written without sharding; resume it with cluster.sharding=ddp, or start a new run "
-                             "without --resume")
-        saved = load_state(path / sharded_checkpoint.TRAINER)
-        tensors = sharded_checkpoint.read_tensors(path, self.shards)
+        saved, tensors = sharded_checkpoint.read_state(path, self.shards)
         state, names = self.state, [t.name for t in self.quantizer.tensors]
-        for shard in self.shards:
-            shard.local.data.copy_(tensors["master"][shard.name])
         sharded_checkpoint.restore_optimizer(self.optimizer.optimizer, self.shards, tensors, saved["optimizer"])
         for group, rate in zip(self.optimizer.param_groups, saved["rates"], strict=True):
             group["lr"] = rate
@@ -237,9 +218,7 @@ class ShardedTrainer(Trainer):
         before = saved["layout"]
         state.batches = saved["batches"] * before["ranks"] // self.layout.ranks
         if before == asdict(self.layout):
-            generators = load_state(path / random_states(self.accelerator))
-            set_random_state(generators)
-            self.accelerator.step = generators["micro_step"]
+            sharded_checkpoint.restore_generators(self.accelerator, path)
         else:
             self.say(f"--resume: written by {before['ranks']} ranks (expert parallel {before['expert_parallel']}, replicas "
                      f"{before['replicas']}), now {self.layout}: goes on from the same weights and moments, not bit for bit")
@@ -263,7 +242,7 @@ class ShardedTrainer(Trainer):
         trained = [shard.local.detach().clone() for shard in self.other_shards]
         reshard(judge)
         self._put_others(student, [judge.get_parameter(shard.name)._local_tensor for shard in self.other_shards])
-        quantizer.requantize([original.float() for original in self.originals])
+        quantizer.requantize([original.float() for original in self.originals()])
         variants["ptq"] = evaluate.evaluate_domains(student, judge, self.domains, **options)
         self._put_others(student, trained)
         quantizer.requantize(sources)

@@ -7,7 +7,7 @@ e expert weights and o other weights of w bytes each that it holds:
     optimizer           (e, or all) x 8 (muon: 4)
     gradients           (e, or all) x 4             reduced in every micro-step, float32
     other weights       o x w                       student
-    teacher             (e + o) x w                 a second tree
+    teacher             (e + o) x w                 a second tree (qat.teacher: disk: none after the start)
     codes               e x 17/32 x 2               sent in gathers; of the last report
     gathered experts    one layer's, of the rank's expert-parallel group: codes and decoded weights
     gathered layer      everything else of two layers, and norm and head of both models
@@ -92,7 +92,7 @@ def working_bytes(recipe: Recipe, held: Placement, layout: Layout, shape: Shape)
     tokens = recipe.qat.batch_size * recipe.data.sequence_length
     memory = {
         f"other weights ({recipe.model.dtype})": held.others * w,
-        f"teacher ({recipe.model.dtype})": (held.experts + held.others) * w,
+        f"teacher ({recipe.model.dtype})": 0 if recipe.qat.teacher == "disk" else (held.experts + held.others) * w,
         "gradients (float32)": trained * 4,
         "codes (sent, and of the last report)": int(held.experts * (sent + CODE_BYTES)),
         "one layer's gathered experts": int(group * (w + sent)),
@@ -114,12 +114,13 @@ def communication(recipe: Recipe, held: Placement, layout: Layout, shape: Shape)
     """Bytes that one rank receives per step, and which rows stay within a node when expert parallelism does."""
     qat, w = recipe.qat, 4 if recipe.model.dtype == "float32" else 2
     micro, holders, shards, ep = qat.gradient_accumulation, layout.expert_shards, layout.fsdp, layout.expert_parallel
-    group, far = shape.experts // ep, (holders - 1) / holders
+    group, far, taught = shape.experts // ep, (holders - 1) / holders, int(qat.teacher == "model")
     rows = {
         f"all-gather of expert {'codes (4.25 bits)' if held.even else 'weights (uneven shards)'}": int(
             2 * micro * group * (CODE_BYTES if held.even else w) * far),
-        f"all-gather of the teacher's experts ({recipe.model.dtype})": int(micro * group * w * far),
-        f"all-gather of everything else ({recipe.model.dtype})": int(3 * micro * shape.others * w * (shards - 1) / shards),
+        f"all-gather of the teacher's experts ({recipe.model.dtype})": int(taught * micro * group * w * far),
+        f"all-gather of everything else ({recipe.model.dtype})": int(
+            (2 + taught) * micro * shape.others * w * (shards - 1) / shards),
         "reduce-scatter of gradients (float32)": int(micro * 4 * (group * far + (
             shape.others * (shards - 1) / shards if qat.train == "all" else 0))),
     }
@@ -129,7 +130,7 @@ def communication(recipe: Recipe, held: Placement, layout: Layout, shape: Shape)
         return rows, set()
     name = "all-to-all of tokens (experts)"
     sent = qat.batch_size * recipe.data.sequence_length * shape.top_k * shape.hidden * w
-    rows[name] = 2 * (3 + qat.gradient_checkpointing) * micro * shape.moe_layers * sent * (ep - 1) // ep
+    rows[name] = 2 * (2 + taught + qat.gradient_checkpointing) * micro * shape.moe_layers * sent * (ep - 1) // ep
     return rows, {name} if ep <= recipe.cluster.accelerators_per_node else set()
 
 
@@ -179,5 +180,5 @@ def proposals(recipe: Recipe, model, *, gpus: int, available: int, activations: 
 
 def tokens_per_second(recipe: Recipe, shape: Shape, *, mfu: float, peak_tflops: float) -> float:
     """Of one accelerator, under the assumption of the module's text."""
-    passes = 1 + 3 + recipe.qat.gradient_checkpointing
+    passes = (recipe.qat.teacher == "model") + 3 + recipe.qat.gradient_checkpointing
     return mfu * peak_tflops * 1e12 / (2 * passes * shape.active)

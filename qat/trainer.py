@@ -49,6 +49,7 @@ from qat.optimizer import make_optimizer
 from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
 from qat.state import TrainingState
+from qat.teacher_states import STATES, TeacherStates
 from qat.warm_start import choose_first_codes
 from recipes.load import published
 from recipes.schema import Recipe
@@ -100,6 +101,9 @@ class Trainer(TrainingRun):
         self._load_data()
         self.compare_inputs(newest, lambda: {"base weights": model_digests(local_folder(recipe.model.path)),
                                              "training data": rows_digest(self.loader.dataset)})
+        self.states = TeacherStates(self) if settings.teacher == "disk" else None
+        self.needs_teacher = (self.states is None or not self.states.written or settings.heldout_every > 0
+                              or newest is None and settings.warm_start.method != "none")
         if settings.train == "all" and recipe.model.dtype != "float32":
             raise ValueError("qat.train: all needs model.dtype: float32 (only experts have float32 masters; small updates of "
                              "other bf16 weights would be rounded away)")
@@ -119,6 +123,8 @@ class Trainer(TrainingRun):
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
         self._open_folder(resume, newest)
+        if self.states is not None:
+            self.states.replace_teacher()
 
     def load_model(self) -> nn.Module:
         return load_model(self.recipe.model.path, dtype=getattr(torch, self.recipe.model.dtype),
@@ -129,10 +135,20 @@ class Trainer(TrainingRun):
         require_plain_head(model.to(self.accelerator.device))
         use_all_experts(model)
         self._choose_trainable(without_noise(model))
-        self.teacher = make_teacher(model)
+        self.teacher = make_teacher(model) if self.needs_teacher else None
         self.quantizer = make_quantizer(model, self.recipe)
-        self.originals = [self.teacher.get_parameter(t.name).data for t in self.quantizer.tensors]
         self.others = [p for _, p in self.trained_others(model)]
+
+    def teacher_again(self) -> nn.Module:
+        """The original model from its files, where it did not stay in memory."""
+        model = self.load_model().to(self.accelerator.device)
+        use_all_experts(model)
+        return model.eval().requires_grad_(False)
+
+    def originals(self) -> list[torch.Tensor]:
+        """The unquantized experts (this rank's), in the quantizer's order."""
+        weights = (self.teacher.get_parameter(t.name).data for t in self.quantizer.tensors)
+        return [getattr(weight, "_local_tensor", weight) for weight in weights]
 
     def trained_others(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         experts = {t.name for t in self.quantizer.tensors}
@@ -148,7 +164,7 @@ class Trainer(TrainingRun):
             learned, all_tokens = learned_tokens(rows), len(rows) * recipe.data.sequence_length
             self.say(f"losses cover answers: {learned:,} of {all_tokens:,} tokens in {len(rows):,} rows")
         self.loader = make_loader(rows, batch_size=recipe.qat.batch_size, seed=recipe.seed, shuffle=recipe.data.shuffle,
-                                  processes=self.accelerator.num_processes)
+                                  processes=self.accelerator.num_processes, numbered=recipe.qat.teacher == "disk")
 
     def _choose_trainable(self, model: nn.Module) -> None:
         """Freezes what the recipe does not train; expert weights get their gradient from the quantizer."""
@@ -169,7 +185,7 @@ class Trainer(TrainingRun):
             self.agree_on_masters()
             self.state.health.rebase()  # what the start changed is not training's doing
         if not resume:
-            self.set_earlier_aside()
+            self.set_earlier_aside(keep=(STATES,))
         if self.main:
             self._print_header(newest)
         self.open_records(newest is not None, self.recipe.name)
@@ -209,15 +225,15 @@ class Trainer(TrainingRun):
         if newest is not None:
             print(f"resuming {newest} at step {self.state.step} of {self.recipe.qat.steps}")
 
-    def batches(self) -> Iterator[torch.Tensor]:
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
         return endless_batches(self.accelerator, self.loader, consumed=self.state.batches)
 
-    def update(self, batches: Iterator[torch.Tensor]) -> dict[str, torch.Tensor | float]:
+    def update(self, batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor | float]:
         """One optimizer update; returns its losses (means over the tokens of all processes that count)."""
         settings = self.recipe.qat
         sums: dict[str, torch.Tensor] = {}
         rows = [next(batches) for _ in range(settings.gradient_accumulation)]
-        for part, share in zip(rows, self._shares(rows), strict=True):
+        for part, share in zip(rows, self._shares([part["input_ids"] for part in rows]), strict=True):
             with self.accelerator.accumulate(self.model):
                 values = self._losses(part, share)
                 self.accelerator.backward(values["loss"])
@@ -271,20 +287,24 @@ class Trainer(TrainingRun):
         if strength := pull_strength(self.state.step, settings.steps, settings.grid_pull):
             pull_to_grid(self.quantizer, learning_rate * strength)
 
-    def _losses(self, rows_BT: torch.Tensor, share: float = 1.0) -> dict[str, torch.Tensor]:
+    def _losses(self, batch: dict[str, torch.Tensor], share: float = 1.0) -> dict[str, torch.Tensor]:
         """Losses of one micro-step, those of tokens times `share`. Hidden errors cover all positions: answers read them."""
-        weights = self.recipe.qat.loss
-        ids_BT, counted = split_rows(rows_BT)
-        with torch.no_grad():
-            taught = run_hidden(self.teacher, ids_BT, layers=weights.hidden > 0)
+        weights, original = self.recipe.qat.loss, self.teacher
+        ids_BT, counted = split_rows(batch["input_ids"])
+        if self.states is None:
+            with torch.no_grad():
+                taught = run_hidden(original, ids_BT, layers=weights.hidden > 0)
+            taught_BTH = taught.last
+        else:  # the head is frozen, and the same in both
+            original, taught_BTH = self.model, self.states.of_rows(batch["row"])
         seen = run_hidden(self.model, ids_BT, layers=weights.hidden > 0)
         # The last position has no next token, but the teacher's distribution there is as good a lesson as any.
         labels = torch.nn.functional.pad(ids_BT[:, 1:], (0, 1), value=-100)
         student, teacher, labels = (t.flatten(0, 1) if counted is None else t[counted]
-                                    for t in (seen.last, taught.last, labels))
+                                    for t in (seen.last, taught_BTH, labels))
         predicted = ids_BT.shape[0] * (ids_BT.shape[1] - 1) if counted is None else len(labels)
         arguments = (student, output_head(self.model), labels)
-        options = dict(teacher_NH=teacher, teacher_head=output_head(self.teacher), temperature=weights.temperature,
+        options = dict(teacher_NH=teacher, teacher_head=output_head(original), temperature=weights.temperature,
                        chunk_tokens=weights.chunk_tokens)
         if weights.gradient == "immediate":
             loss, sums = immediate_statistics(*arguments, **options, kl_weight=share * weights.kl / len(labels),
@@ -403,6 +423,8 @@ class Trainer(TrainingRun):
         if state.average:
             self.quantizer.requantize(state.average)
         began = time.perf_counter()
+        if self.teacher is None:
+            self.teacher = self.teacher_again()
         summary = self.compare(batch_size=self.recipe.qat.batch_size, accelerator=self.accelerator,
                                chunk_tokens=self.recipe.qat.loss.chunk_tokens)
         evaluated = time.perf_counter() - began
@@ -429,7 +451,7 @@ class Trainer(TrainingRun):
         print(f"written: {self.folder}/ (model/, summary.json, metrics.jsonl, curves.png)")
 
     def compare(self, **options) -> dict:
-        return evaluate.compare(self.model, self.teacher, self.quantizer, self.originals, self.domains,
+        return evaluate.compare(self.model, self.teacher, self.quantizer, self.originals(), self.domains,
                                 dtype=self.recipe.qat.evaluation_dtype, **options)
 
     def save_model(self) -> None:

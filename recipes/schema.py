@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -188,6 +188,7 @@ class Optimizer(Section):
 
     name: Literal["adamw", "muon"] = Field("adamw", description="muon: Newton-Schulz-orthogonalised momentum per expert")
     learning_rate: PositiveFloat = Field(1e-4, description="peak; for muon in units of AdamW (update RMS matched)")
+    relative: bool = Field(False, description="adamw: learning_rate is a share of each tensor's root mean square at the start")
     min_learning_rate_ratio: Fraction = Field(0.0, description="floor of the schedule as a share of the peak")
     warmup_steps: NonNegativeInt = Field(10, description="linear warm-up from 0")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="wsd: constant, then linear decay")
@@ -195,6 +196,12 @@ class Optimizer(Section):
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW moment decays; muon uses the first")
     weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay")
     max_grad_norm: PositiveFloat = Field(1.0, description="gradients are scaled down to this global norm")
+
+    @model_validator(mode="after")
+    def _units_agree(self):
+        if self.relative and self.name != "adamw":
+            raise ValueError(f"optimizer.relative: expected optimizer.name adamw, not {self.name}")
+        return self
 
 
 class QAT(Section):
@@ -213,6 +220,10 @@ class QAT(Section):
     soft_rounding: SoftRounding = Field(default_factory=SoftRounding)
     grid_pull: GridPull = Field(default_factory=GridPull)
     average_last: Fraction = Field(0.0, description="round the mean of the masters over this last share of the run")
+    teacher: Literal["model", "disk"] = Field(
+        "model", description="model: the original weights in memory; disk: its last hidden states of all rows that are trained "
+        "on, computed once (the same KL, no second model in memory, no pass of it in a step)")
+    teacher_gib: PositiveFloat = Field(64.0, description="limit of those states on disk, for all ranks")
     evaluation_dtype: Literal["model", "float32"] = Field("model", description="float32: final evaluation on float32 copies")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
@@ -231,6 +242,11 @@ class QAT(Section):
     def _methods_agree(self):
         if self.loss.gradient == "immediate" and self.train != "experts":
             raise ValueError("qat.loss.gradient: immediate gives the head no gradient; use recompute with qat.train: all")
+        if self.teacher == "disk" and (self.train != "experts" or self.loss.hidden > 0):
+            raise ValueError("qat.teacher: disk keeps the last hidden state alone and takes the model's own head, so it needs "
+                             "qat.train: experts and qat.loss.hidden: 0")
+        if self.optimizer.relative and self.grid_pull.strength:
+            raise ValueError("qat.optimizer.relative: grid_pull is in units of one rate for all; expected relative: false")
         if not self.heldout_every and (self.result == "best" or self.patience):
             raise ValueError("qat.result: best and qat.patience go by measurements on held-out text; expected "
                              "qat.heldout_every above 0")
@@ -350,6 +366,8 @@ class DFlash(Section):
                             "and response, or text")
     features: Literal["online", "disk"] = Field("online", description="target features: computed in the loop, or once to disk")
     features_gib: PositiveFloat = Field(8.0, description="limit of the cache on disk")
+    shard_drafter: bool = Field(False, description="with cluster.sharding: divide the drafter's weights, gradients and moments "
+                                "among the ranks, too")
     loss: DraftLoss = Field(default_factory=DraftLoss)
     optimizer: DraftOptimizer = Field(default_factory=DraftOptimizer)
     regenerate: Regenerate = Field(default_factory=Regenerate)
@@ -411,6 +429,19 @@ class Cluster(Section):
         return self
 
 
+class _Checkpoint(Section):
+    """Checkpoints of both training jobs; intervals and numbers are the jobs' own (`checkpoint_every`, `keep_last`)."""
+
+    @property
+    def asynchronous(self) -> bool:
+        return getattr(self, "async")
+
+
+# By its name in recipes, which Python keeps for itself.
+Checkpoint = create_model("Checkpoint", __base__=_Checkpoint, __doc__=_Checkpoint.__doc__, **{"async": (bool, Field(
+    False, description="write while training goes on, from a copy of the rank's state in host memory"))})
+
+
 class Tracking(Section):
     """Where metrics go besides runs/<name>/."""
 
@@ -438,4 +469,5 @@ class Recipe(Section):
     dflash: DFlash | None = None
     export: Export = Field(default_factory=Export)
     cluster: Cluster | None = None
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)

@@ -42,6 +42,7 @@ def make_accelerator(gradient_accumulation: int = 1):
     _refuse_launch()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     # Epochs end in the middle of an update when they like: only the number of micro-steps decides when to step.
+    _begin_again()
     accumulation = GradientAccumulationPlugin(num_steps=gradient_accumulation, sync_with_dataloader=False)
     accelerator = Accelerator(gradient_accumulation_plugin=accumulation,
                               kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
@@ -50,6 +51,25 @@ def make_accelerator(gradient_accumulation: int = 1):
         raise ValueError(f"launched with WORLD_SIZE={launched}, but Accelerate sees one process{found}: {launched} independent "
                          f"runs would overwrite each other. Launch {LAUNCH_HELP.format(script=sys.argv[0])}")
     return accelerator
+
+
+def _begin_again() -> None:
+    """After a restart by torchrun (`--max-restarts`), makes the process group of a store's own corner.
+
+    With a static rendezvous (`--master-port`) torchrun keeps its store over restarts, and torch 2.13 gives workers no prefix in
+    it: a rank that is early finds the addresses of the ranks that died, and cannot connect to them.
+    """
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available()
+    backend = dist.get_default_backend_for_device("cpu" if on_cpu else torch.accelerator.current_accelerator().type)
+    store, rank, ranks = next(rendezvous("env://", timeout=PATIENCE))
+    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=ranks,
+                            timeout=PATIENCE)
 
 
 def _refuse_launch() -> None:

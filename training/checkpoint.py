@@ -29,6 +29,7 @@ from storage.reading import first_line, read_json
 _NAME = re.compile(r"step-(\d+)$")
 COMPLETE, RECIPE = "complete.json", "resolved.yaml"
 MODEL, STATE = "model.safetensors", "training_state.safetensors"
+SHARDS = "shards"  # a folder that `training.sharding.checkpoint` writes instead of them
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -62,33 +63,36 @@ def require_newest_result(folder: Path) -> None:
                          "--resume, or name the weights that are meant (export/to_hf.py --weights DIR)")
 
 
-def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, facts: dict, keep_last: int,
+def save_checkpoint(ranks, folder: Path, step: int, *, recipe_yaml: str, facts: dict, keep_last: int,
                     write: Callable[[Path], None], keep: int | None = None) -> Path:
     """Saves what `write` writes into a folder as the checkpoint of `step`; all processes call it.
 
     The last `keep_last` stay, and that of step `keep`.
+
+    Args:
+        ranks: the Accelerator, or what stands for it in a thread (`training.background.Ranks`).
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are untouched and the partial one is removed.
     """
     final = checkpoint_path(folder, step)
     partial = final.with_name(final.name + ".partial")
-    if accelerator.is_main_process:
+    if ranks.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("step-*.partial"):
             if _NAME.fullmatch(stale.name.removesuffix(".partial")):
                 shutil.rmtree(stale)
         begin_folder(partial)
-    accelerator.wait_for_everyone()
+    ranks.wait_for_everyone()
     try:
         with disk_errors():
             write(partial)
-        accelerator.wait_for_everyone()
-        sums = _shared_out(accelerator, _files(partial), lambda names: file_digests(partial, names))
-        if accelerator.is_main_process:
+        ranks.wait_for_everyone()
+        sums = _shared_out(ranks, _files(partial), lambda names: file_digests(partial, names))
+        if ranks.is_main_process:
             write_text(partial / RECIPE, recipe_yaml)
             sums |= file_digests(partial, [RECIPE])
-            seal(partial, {"step": step, "processes": accelerator.num_processes} | facts, sums)
+            seal(partial, {"step": step, "processes": ranks.num_processes} | facts, sums)
             finish_folder(partial, final)
             for old in complete_checkpoints(folder)[:-keep_last]:
                 if step_of(old) != keep:
@@ -98,7 +102,7 @@ def save_checkpoint(accelerator, folder: Path, step: int, *, recipe_yaml: str, f
         kept = complete_checkpoints(folder)
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
         raise OSError(f"checkpoint of step {step} could not be written to {folder}: {error}; {last}") from error
-    accelerator.wait_for_everyone()
+    ranks.wait_for_everyone()
     return final
 
 
@@ -112,12 +116,13 @@ def _files(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MARK)
 
 
-def _shared_out(accelerator, names: list[str], work: Callable[[list[str]], dict]) -> dict:
+def _shared_out(ranks, names: list[str], work: Callable[[list[str]], dict]) -> dict:
     """What `work` returns for all names; each process does its share."""
     from accelerate.utils import gather_object
 
-    found = work(names[accelerator.process_index::accelerator.num_processes])
-    return {name: value for part in gather_object([found]) for name, value in part.items()}
+    found = work(names[ranks.process_index::ranks.num_processes])
+    gathered = ranks.gather_objects(found) if hasattr(ranks, "gather_objects") else gather_object([found])
+    return {name: value for part in gathered for name, value in part.items()}
 
 
 @contextmanager
@@ -190,21 +195,32 @@ def newest_whole(accelerator, folder: Path, say: Callable[[str], None]) -> Path 
     return None
 
 
-def write_states(accelerator, folder: Path, *, model, states: dict) -> None:
-    """A data-parallel job's part of a checkpoint: the first process writes the model and `states` (objects with `state_dict`),
-    every process its generators."""
-    from training.state_files import random_state, save_state, write_tensors
+def state_writer(accelerator, *, model, states: dict, copied: bool) -> Callable[..., None]:
+    """What writes a data-parallel job's part of a checkpoint into a folder: the first process the model and `states` (objects
+    with `state_dict`), every process its generators. All processes make one.
+
+    Args:
+        copied: of copies in host memory, so that training may go on meanwhile.
+    """
+    from training.state_files import host_copy, random_state, save_state, write_tensors
 
     saved = {name: state.state_dict() for name, state in states.items()}  # all processes: some of it is summed over them
-    if accelerator.is_main_process:
-        tensors: dict = {}
-        for name, tensor in accelerator.unwrap_model(model, keep_torch_compile=False).state_dict().items():
-            if all(tensor is not kept and not _same(tensor, kept) for kept in tensors.values()):  # a tied head is its embedding
-                tensors[name] = tensor
-        write_tensors(folder / MODEL, tensors, {"format": "pt"})
-        save_state(folder / STATE, saved)
-    save_state(folder / f"random_states_{accelerator.process_index}.safetensors",
-               random_state() | {"micro_step": accelerator.step})
+    generators = random_state() | {"micro_step": accelerator.step}
+    main, name_of_generators = accelerator.is_main_process, f"random_states_{accelerator.process_index}.safetensors"
+    tensors: dict = {}
+    for name, tensor in accelerator.unwrap_model(model, keep_torch_compile=False).state_dict().items() if main else ():
+        if all(tensor is not kept and not _same(tensor, kept) for kept in tensors.values()):  # a tied head is its embedding
+            tensors[name] = tensor
+    if copied:
+        generators, tensors, saved = host_copy(generators), host_copy(tensors), host_copy(saved) if main else None
+
+    def write(folder: Path, group=None) -> None:
+        if main:
+            write_tensors(folder / MODEL, tensors, {"format": "pt"})
+            save_state(folder / STATE, saved)
+        save_state(folder / name_of_generators, generators)
+
+    return write
 
 
 def _same(a, b) -> bool:
@@ -212,7 +228,7 @@ def _same(a, b) -> bool:
 
 
 def read_states(accelerator, path: Path, *, model, states: dict, other_processes: bool = False) -> int:
-    """Restores what `write_states` wrote; returns the number of processes that wrote it.
+    """Restores what `state_writer` wrote; returns the number of processes that wrote it.
 
     other_processes: it may be another number than now; generators are then left as they are.
 
@@ -225,6 +241,9 @@ def read_states(accelerator, path: Path, *, model, states: dict, other_processes
     from training.state_files import load_state, set_random_state
 
     processes = read_json(path / COMPLETE)["processes"]
+    if (path / SHARDS).is_dir():
+        raise ValueError(f"{path}: written by a run that divides what it trains; resume it as it was trained "
+                         "(cluster.sharding=fsdp2, or dflash.shard_drafter=true), or start a new run without --resume")
     if processes != accelerator.num_processes and not other_processes:
         raise ValueError(f"{path}: written by {processes} processes, now running {accelerator.num_processes}; a run resumes "
                          "exactly only with the same number (--other-processes goes on from its weights all the same)")

@@ -21,6 +21,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from training.background import GROUP
+
 STAGES = ("data", "update", "report", "checkpoint")
 BACKSTOP = timedelta(minutes=1)
 
@@ -96,6 +98,8 @@ class Watch:
 
 
 def set_timeouts(timeout: timedelta) -> None:
-    """Sets the timeout of every process group of this process."""
+    """Sets the timeout of every process group of this process but that of checkpoints written aside."""
     for group in dist.distributed_c10d._world.pg_map:
+        if group.group_desc == GROUP:
+            continue
         dist.distributed_c10d._set_pg_timeout(timeout, group)

@@ -27,12 +27,12 @@ _FREE = {
     "qat": ("name", "output", "data.heldout", "data.eval_sequences", "qat.evaluation_dtype", "qat.loss.chunk_tokens",
             "qat.gradient_checkpointing", "qat.log_every", "qat.heldout_every",
             "qat.heldout_sequences", "qat.result", "qat.patience", "keep_earlier",
-            "qat.health_every", "qat.checkpoint_every", "qat.keep_last",
+            "qat.health_every", "qat.checkpoint_every", "qat.keep_last", "qat.teacher", "qat.teacher_gib", "checkpoint",
             "qat.warm_start", "drafter", "dflash", "export", "cluster", "tracking", "model.released",
             "model.trust_remote_code", "quantization.expected_tensors"),
     "dflash": ("name", "output", "keep_earlier", "data", "qat", "dflash.log_every", "dflash.checkpoint_every",
                "dflash.keep_last", "dflash.acceptance", "dflash.features", "dflash.features_gib", "dflash.loss.chunk_anchors",
-               "dflash.start_from", "dflash.regenerate.endpoint", "dflash.regenerate.endpoint_model",
+               "checkpoint", "dflash.start_from", "dflash.regenerate.endpoint", "dflash.regenerate.endpoint_model",
                "export", "cluster", "tracking", "model.released", "model.trust_remote_code", "quantization.expected_tensors"),
 }
 

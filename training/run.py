@@ -14,6 +14,7 @@ from storage.locks import Lock
 from storage.revision import git_revision
 from training import checkpoint, report
 from training.accelerator import PATIENCE, StopRequest, from_first
+from training.background import BackgroundSave
 from training.hangs import Watch
 from training.resume import require_same_inputs
 
@@ -40,6 +41,7 @@ class TrainingRun:
     drawn = 0.0
     inputs: dict = {}
     held: AbstractContextManager = nullcontext()
+    saver: BackgroundSave
     other_processes = False  # whether a checkpoint of another number of processes may be resumed
 
     def batches(self) -> Iterator:
@@ -109,10 +111,13 @@ class TrainingRun:
                     if due or signal or self.ended_early():
                         watch.at(state.step, "checkpoint")
                         self.save()
+                    self.saver.look()
                     if signal:
+                        self.saver.wait()
                         self.draw()
                         self.say(f"stopped by signal {signal} after step {state.step}; --resume continues")
                         return signal
+                self.saver.wait()
             finally:
                 bar.close()
                 watch.end(PATIENCE)
@@ -159,6 +164,7 @@ class TrainingRun:
     def open_records(self, resumed: bool, name: str) -> None:
         """Writes what was resolved and where it runs, and opens the metrics. name: the run's on the tracker's page."""
         self.drawn = time.monotonic()
+        self.saver = BackgroundSave(self.accelerator, used=self.recipe.checkpoint.asynchronous)
         if not self.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -170,9 +176,12 @@ class TrainingRun:
                                       tensorboard=report.start_tensorboard(tracking.tensorboard, self.folder),
                                       resumed_step=self.state.step if resumed else None)
 
-    def write_state(self, folder: Path) -> None:
-        """Writes into a checkpoint's folder all that `read_state` needs; every process calls it."""
-        checkpoint.write_states(self.accelerator, folder, **self._restored())
+    def state_writer(self, *, copied: bool) -> Callable[..., None]:
+        """What writes into a checkpoint's folder all that `read_state` needs; every process makes one and calls it.
+
+        copied: of copies, so that training may go on while it writes.
+        """
+        return checkpoint.state_writer(self.accelerator, **self._restored(), copied=copied)
 
     def read_state(self, path: Path) -> None:
         """Restores the run from a checkpoint. Raises ValueError: it does not fit this launch or this recipe."""
@@ -186,9 +195,21 @@ class TrainingRun:
         return {"model": self.model, "states": {"optimizer": self.optimizer, "schedule": self.schedule, "job": self.state}}
 
     def save(self) -> None:
-        checkpoint.save_checkpoint(self.accelerator, self.folder / "checkpoints", self.state.step,
-                                   recipe_yaml=dump_recipe(self.recipe), keep_last=self.settings.keep_last, facts=self.facts(),
-                                   write=self.write_state, keep=self.best_step())
+        """Writes a checkpoint, or (`checkpoint.async`) begins to: at most one is on its way."""
+        asynchronous = self.recipe.checkpoint.asynchronous
+        self.saver.wait()
+        write = self.state_writer(copied=asynchronous)
+        step, keep, facts, text = self.state.step, self.best_step(), self.facts(), dump_recipe(self.recipe)
+
+        def work(ranks) -> None:
+            group = ranks.group if asynchronous else None
+            checkpoint.save_checkpoint(ranks, self.folder / "checkpoints", step, recipe_yaml=text, facts=facts, keep=keep,
+                                       keep_last=self.settings.keep_last, write=lambda folder: write(folder, group))
+
+        if asynchronous:
+            self.saver.begin(work)
+        else:
+            work(self.accelerator)
         if time.monotonic() - self.drawn > report.CURVES_SECONDS:
             self.draw()
 
@@ -199,6 +220,7 @@ class TrainingRun:
 
     def stop_non_finite(self, what: str) -> None:
         """Raises NonFinite: what it was, at which step, and where the run can go on from."""
+        self.saver.wait()
         kept = checkpoint.complete_checkpoints(self.folder / "checkpoints")
         advice = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         raise NonFinite(f"step {self.state.step + 1}: {what}; stopped before the update, {advice}")

@@ -64,6 +64,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     path.chmod(mode)
 
 
+def host_copy(state: object) -> object:
+    """A copy of a state whose tensors are the CPU's own: what is written while training goes on."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: host_copy(value) for key, value in state.items()}
+    return type(state)(map(host_copy, state)) if isinstance(state, (list, tuple)) else state
+
+
 def _taken_apart(value: object, tensors: dict[str, torch.Tensor]) -> object:
     """JSON that holds `value` but for its tensors, which go into `tensors`."""
     if isinstance(value, torch.Tensor):

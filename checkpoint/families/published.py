@@ -9,7 +9,8 @@ matrix. So there is no second table of names to keep. MiMo-V2's own class has it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,7 @@ from modeling.fused_experts import fused_experts
 from modeling.names import expert_parts, published_tensors
 
 Shape = tuple[int, ...]
+_LAYER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,20 @@ def of_transformers(config) -> Published:
         published.shapes[name] = tuple(tensor.shape)
     for name in held.keys() - axes.keys():
         published.origin |= dict.fromkeys([name] if name in published.shapes else _reverted(model, {name: held[name]}), name)
+    alike: dict[tuple, list[str]] = {}
     for fused, axis in axes.items():
-        experts, rows, columns = held[fused].shape
-        numbered = torch.arange(experts * rows).view(experts, rows, 1)
-        for name, places in _reverted(model, {fused: numbered}).items():
-            if places.shape == numbered.shape and torch.equal(places, numbered):
-                published.fused[name], published.shapes[name] = Fused(fused, axis), (experts, rows, columns)
-                continue
-            part = _part(fused, places, rows) if axis == -1 else None
-            if part is None:
-                raise ValueError(f"model_type {config.model_type}: {name} is made of {fused} in a way that is not known here")
-            published.experts[name], published.shapes[name] = part, (places.shape[0], columns)
+        alike.setdefault((_LAYER.sub(".*.", fused, count=1), held[fused].shape, axis), []).append(fused)
+    for (_, (experts, rows, columns), axis), members in alike.items():
+        for fused, found in _places(model, members, (experts, rows)):
+            for name, part in found.items():
+                if part is None:
+                    published.fused[name], published.shapes[name] = Fused(fused, axis), (experts, rows, columns)
+                elif part.expert < 0 or axis != -1:
+                    raise ValueError(f"model_type {config.model_type}: {name} is made of {fused} in a way that is not known "
+                                     "here")
+                else:
+                    published.experts[name] = part
+                    published.shapes[name] = part.rows.stop - part.rows.start, columns
     published.shapes = dict(sorted(published.shapes.items(), key=lambda item: _in_order(item[0])))
     return published
 
@@ -108,14 +113,41 @@ def _in_order(name: str) -> list:
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in name.split(".")]
 
 
-def _part(fused: str, places: torch.Tensor, rows: int) -> Place | None:
-    """Where the rows of a published matrix, which hold their own numbers, come from; None: not from a run of one expert's."""
+def _places(model, members: list[str], shape: tuple[int, int]) -> Iterator[tuple[str, dict[str, Place | None]]]:
+    """(fused name, where each of its published matrices is) of expert tensors that differ in nothing but their layer.
+
+    transformers' conversion is a matter of a second for each, so it is run for the first and the last layer alone; if they
+    agree but for their number, so do those between.
+    """
+    ends = {fused: _places_of(model, fused, shape) for fused in dict.fromkeys((members[0], members[-1]))}
+    first = ends[members[0]]
+    if _in_layer(first, members[0], members[-1]) != ends[members[-1]]:
+        ends |= {fused: _places_of(model, fused, shape) for fused in members[1:-1]}
+    for fused in members:
+        yield fused, ends[fused] if fused in ends else _in_layer(first, members[0], fused)
+
+
+def _in_layer(found: dict[str, Place | None], fused: str, other: str) -> dict[str, Place | None]:
+    """What was found of `fused`, for the tensor `other` of another layer."""
+    was, now = (match[0] if (match := _LAYER.search(name)) else "" for name in (fused, other))
+    return {name.replace(was, now, 1): part and Place(other, part.expert, part.rows) for name, part in found.items()}
+
+
+def _places_of(model, fused: str, shape: tuple[int, int]) -> dict[str, Place | None]:
+    """Published name -> its place; None: the fused tensor itself; expert -1: made of it in another way."""
+    experts, rows = shape
+    numbered = torch.arange(experts * rows).view(experts, rows, 1)
+    return {name: None if places.shape == numbered.shape and torch.equal(places, numbered) else _part(fused, places, rows)
+            for name, places in _reverted(model, {fused: numbered}).items()}
+
+
+def _part(fused: str, places: torch.Tensor, rows: int) -> Place:
+    """Where the rows of a published matrix, which hold their own numbers, come from; expert -1: not a run of one expert's."""
     expert, row = divmod(int(places.flatten()[0]), rows)
     count = places.shape[0]
-    if places.ndim != 2 or places.shape[1] != 1 or row + count > rows:
-        return None
-    if not torch.equal(places.flatten(), torch.arange(count) + expert * rows + row):
-        return None
+    one = places.ndim == 2 and places.shape[1] == 1 and row + count <= rows
+    if not one or not torch.equal(places.flatten(), torch.arange(count) + expert * rows + row):
+        expert = -1
     return Place(fused, expert, slice(row, row + count))
 
 

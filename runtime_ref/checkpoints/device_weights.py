@@ -267,7 +267,7 @@ class _Reader:
             raise ValueError(f"{self.files.folder}: {name}.weight holds NaN")
         scale = self.files.read(f"{name}.weight_scale_inv").float()
         segments = qkv_scale_rows(f"{name}.weight", rows, self.config)
-        require_grid(f"{self.files.folder}: {name}.weight", scale, segments, width)
+        require_grid(f"{self.files.folder}: {name}.weight", scale.shape, segments, width)
         scales = spread_rows(scale, segments)
         return {"weight": raw.view(torch.uint8), "scales": scales if dim is None else own_share(scales, dim, self.ranks)}
 

@@ -16,44 +16,16 @@ import pytest
 import torch
 import yaml
 from jobs import ENVIRONMENT, ROOT
-from ranks import free_port, on_ranks
+from ranks import on_ranks
 from sharded_cases import SHARDED, train
-from tiny_models import write_tokenizer
 from tolerance import EXPERT_PARALLEL_MASTERS
+from toy_families import FAMILIES, write_base
 
 from checkpoint.detect_format import open_source
 from checkpoint.load import load_model
 from mxfp4 import fake_quantize
 
-FAMILIES = ("qwen3", "mixtral", "gpt_oss", "mimo")
 COMMON = ("qat.steps=3", "qat.optimizer.max_grad_norm=1e9", "qat.checkpoint_every=1000")
-
-
-def toy(family: str, experts: int):
-    from tiny_models import tiny_config
-    from transformers import (
-        GptOssConfig,
-        GptOssForCausalLM,
-        MixtralConfig,
-        MixtralForCausalLM,
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
-    )
-
-    from modeling.configuration_mimo_v2 import MiMoV2Config
-    from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
-
-    common = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "head_dim": 16, "num_experts_per_tok": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
-    if family == "mimo":
-        return MiMoV2ForCausalLM(MiMoV2Config(**tiny_config().to_diff_dict() | {"n_routed_experts": experts}))
-    if family == "qwen3":
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, intermediate_size=96, moe_intermediate_size=32, num_experts=experts,
-                                                  norm_topk_prob=True))
-    if family == "mixtral":
-        return MixtralForCausalLM(MixtralConfig(**common, intermediate_size=32, num_local_experts=experts))
-    return GptOssForCausalLM(GptOssConfig(**common, intermediate_size=64, num_local_experts=experts, sliding_window=16,
-                                          pad_token_id=0))
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +33,7 @@ def recipe_of(text_files, tmp_path_factory):
     """(family, experts) -> recipe of a base of random weights, whose first experts no token is sent to by four rows."""
     def make(family: str, experts: int = 4) -> Path:
         folder = tmp_path_factory.mktemp(f"{family}-{experts}")
-        torch.manual_seed(0)
-        model = toy(family, experts).to(torch.bfloat16)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim >= 2:
-                    parameter.normal_(0, 0.15 if "experts" in name else 0.08)
-        model.save_pretrained(folder / "base")
-        write_tokenizer(folder / "base")
+        write_base(folder / "base", family, experts)
         (folder / "recipe.yaml").write_text(yaml.safe_dump({
             "name": "t", "seed": 3, "output": str(folder / "runs"), "model": {"path": str(folder / "base")},
             "data": {"train": [str(text_files["train"])], "sequence_length": 64, "eval_sequences": 5,
@@ -157,7 +122,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(recipe_of,
     options = ["qat.steps=40", "qat.checkpoint_every=2", *SHARDED, "cluster.accelerators_per_node=2"]
 
     def launch(name: str, *more) -> subprocess.Popen:
-        command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()),
+        command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node", "2",
                    "qat/train.py", str(recipe), f"name={name}", *options, *more]
         return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

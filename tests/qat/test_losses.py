@@ -79,11 +79,11 @@ def test_a_token_counts_the_same_in_whatever_micro_step_it_stands(model, gradien
     settings = QAT(steps=1, loss={"kl": 1.0, "cross_entropy": 0.3, "hidden_kl": 0.1, "gradient": gradient})
     recipe = SimpleNamespace(qat=settings, data=SimpleNamespace(loss_on="answers"))
     alone = SimpleNamespace(device="cpu", reduce=lambda value, reduction: value)
-    job = SimpleNamespace(recipe=recipe, model=model, teacher=teacher, accelerator=alone)
+    job = SimpleNamespace(recipe=recipe, model=model, teacher=teacher, states=None, accelerator=alone)
     found = []
     for parts in ([rows], rows.split(1)):
         for part, share in zip(parts, Trainer._shares(job, list(parts)), strict=True):
-            (Trainer._losses(job, part, share)["loss"] / len(parts)).backward()
+            (Trainer._losses(job, {"input_ids": part}, share)["loss"] / len(parts)).backward()
         quantizer.pull_gradients()
         found.append([m.grad for m in quantizer.masters])
         for master in quantizer.masters:

@@ -54,6 +54,20 @@ def test_muon_treats_experts_of_a_fused_tensor_separately():
     torch.testing.assert_close(update[1], alone.detach()[0])
 
 
+def test_a_relative_rate_moves_every_tensor_by_the_same_share_of_its_size():
+    torch.manual_seed(0)
+    small, large, zero = torch.randn(3, 8, 32), 8 * torch.randn(3, 32, 8), torch.zeros(4)
+    parameters = [torch.nn.Parameter(t.clone()) for t in (small, large, zero)]
+    optimizer = make_optimizer(parameters, Optimizer(learning_rate=1e-3, relative=True))
+    for p in parameters:
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    shares = [float((p.detach() - t).norm() / t.norm()) for p, t in zip(parameters, (small, large), strict=False)]
+    assert shares == pytest.approx([1e-3, 1e-3], rel=1e-3) and not parameters[2].detach().any()
+    with pytest.raises(ValueError, match="adamw"):
+        Optimizer(name="muon", relative=True)
+
+
 def test_adamw_follows_the_schedule():
     parameter = torch.nn.Parameter(torch.zeros(4))
     settings = Optimizer(learning_rate=0.5, warmup_steps=3)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from storage.files import write_text
 from training import checkpoint
-from training.checkpoint import complete_checkpoints, newest_whole, read_states, save_checkpoint, write_states
+from training.checkpoint import complete_checkpoints, newest_whole, read_states, save_checkpoint, state_writer
 from training.state_files import load_state, save_state
 
 
@@ -42,7 +42,7 @@ def states(job):
 def save(job, folder, step, keep_last=2):
     job[3].value = step
     return save_checkpoint(job[0], folder, step, recipe_yaml="name: t\n", facts={"git_revision": "r"}, keep_last=keep_last,
-                           write=lambda partial: write_states(job[0], partial, **states(job)))
+                           write=state_writer(job[0], **states(job), copied=False))
 
 
 def train(job):
@@ -182,7 +182,7 @@ def test_a_tied_head_is_written_once_and_restored(tmp_path):
 
     accelerator, model = Accelerator(cpu=True), Tied()
     path = save_checkpoint(accelerator, tmp_path, 1, recipe_yaml="", facts={}, keep_last=1,
-                           write=lambda partial: write_states(accelerator, partial, model=model, states={}))
+                           write=state_writer(accelerator, model=model, states={}, copied=False))
     from safetensors.torch import load_file
 
     assert load_file(path / "model.safetensors").keys() == {"embed.weight"}

@@ -15,6 +15,7 @@ another one the same masters and moments go on, with other batches on each rank 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,36 +23,85 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from training.checkpoint import SHARDS
 from training.sharding.shards import LocalShard
+from training.state_files import host_copy, load_state, random_state, save_state, set_random_state
 
-FOLDER, TRAINER = "shards", "trainer.safetensors"
+TRAINER = "trainer.safetensors"
 
 
 def is_sharded(path: Path) -> bool:
     """Whether a checkpoint was written by a sharded run."""
-    return (path / FOLDER).is_dir()
+    return (path / SHARDS).is_dir()
 
 
-def write_tensors(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], shards: list[LocalShard]) -> None:
-    """Writes {kind: {parameter name: this rank's rows}}; every rank calls it."""
+def state_writer(accelerator, tensors: dict[str, dict[str, torch.Tensor]], shards: list[LocalShard], own: dict, *,
+                 copied: bool) -> Callable[..., None]:
+    """What writes this rank's part of a checkpoint into a folder; every rank makes one and calls it.
+
+    Args:
+        tensors: {kind: {parameter name: this rank's rows}}.
+        own: of the job; the first process's is written.
+        copied: of copies in host memory, so that training may go on meanwhile.
+
+    Returns:
+        folder, group -> None: the process group (None: the default one) is what the ranks agree over.
+    """
+    generators = random_state() | {"micro_step": accelerator.step}
+    if copied:
+        tensors, own, generators = host_copy(tensors), host_copy(own), host_copy(generators)
     by_name = {shard.name: shard for shard in shards}
     state = {f"{kind}/{name}": by_name[name].as_global(tensor)
              for kind, named in tensors.items() for name, tensor in named.items()}
-    writer = HuggingFaceStorageWriter(path=str(folder / FOLDER), save_distributed=True)
-    dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+    name, main = random_states(accelerator), accelerator.is_main_process
+
+    def write(folder: Path, group=None) -> None:
+        writer = HuggingFaceStorageWriter(path=str(folder / SHARDS), save_distributed=True)
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+        save_state(folder / name, generators)
+        if main:
+            save_state(folder / TRAINER, own)
+
+    return write
+
+
+def random_states(accelerator) -> str:
+    return f"random_states_{accelerator.process_index}.safetensors"
+
+
+def restore_generators(accelerator, path: Path) -> None:
+    """Of the launch that wrote `path`, if it had as many ranks."""
+    generators = load_state(path / random_states(accelerator))
+    set_random_state(generators)
+    accelerator.step = generators["micro_step"]
+
+
+def read_state(path: Path, shards: list[LocalShard]) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
+    """(the job's own part, tensors as `read_tensors` gives them) of a checkpoint; masters are written into the shards.
+
+    Raises:
+        ValueError: written without sharding, damaged, or of another model.
+    """
+    if not is_sharded(path):
+        raise ValueError(f"{path}: written without sharding; resume it as it was trained (cluster.sharding=ddp, or "
+                         "dflash.shard_drafter=false), or start a new run without --resume")
+    saved, tensors = load_state(path / TRAINER), read_tensors(path, shards)
+    for shard in shards:
+        shard.local.data.copy_(tensors["master"][shard.name])
+    return saved, tensors
 
 
 def read_tensors(folder: Path, shards: list[LocalShard]) -> dict[str, dict[str, torch.Tensor]]:
-    """What `write_tensors` wrote, this rank's rows of it, whoever wrote them.
+    """What `state_writer` wrote of tensors, this rank's rows of it, whoever wrote them.
 
     Raises:
         ValueError: damaged files, or tensors of parameters that this model does not have, or in another shape.
     """
-    reader = HuggingFaceStorageReader(str(folder / FOLDER))
+    reader = HuggingFaceStorageReader(str(folder / SHARDS))
     try:
         stored = reader.read_metadata().state_dict_metadata
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder / FOLDER}: not a whole distributed checkpoint: {error}") from None
+        raise ValueError(f"{folder / SHARDS}: not a whole distributed checkpoint: {error}") from None
     by_name = {shard.name: shard for shard in shards}
     local: dict[str, dict[str, torch.Tensor]] = {}
     state = {}
@@ -84,12 +134,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, shards: list[LocalShard]
             if isinstance(value, torch.Tensor) and value.ndim:
                 tensors.setdefault(f"optimizer.{key}", {})[name] = value
             else:
-                numbers.setdefault(key, {})[name] = float(value)
+                numbers.setdefault(key, {})[name] = value if isinstance(value, int) else float(value)
     return tensors, numbers
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, shards: list[LocalShard], tensors: dict, numbers: dict) -> None:
-    """The inverse of `optimizer_tensors`; numbers come back as 0-d float32 tensors, as torch's optimizers keep steps."""
+    """The inverse of `optimizer_tensors`; floats come back as 0-d float32 tensors, as torch's optimizers keep steps."""
     by_name = {shard.name: shard.local for shard in shards}
     for kind, named in tensors.items():
         if kind.startswith("optimizer."):
@@ -97,4 +147,4 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, shards: list[LocalShard]
                 optimizer.state[by_name[name]][kind.removeprefix("optimizer.")] = tensor
     for key, named in numbers.items():
         for name, number in named.items():
-            optimizer.state[by_name[name]][key] = torch.tensor(number, dtype=torch.float32)
+            optimizer.state[by_name[name]][key] = number if isinstance(number, int) else torch.tensor(number)

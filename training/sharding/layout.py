@@ -79,11 +79,3 @@ def require_divisible(layout: Layout, experts: dict[str, int]) -> None:
         if count % layout.expert_parallel:
             raise ValueError(f"cluster.expert_parallel: {layout.expert_parallel} does not divide the {count} experts of "
                              f"{name}; expected a divisor of {count}")
-
-
-def require_experts_everywhere(layout: Layout, experts: dict[str, int]) -> None:
-    """Raises ValueError if a rank would hold no expert of a module {name: number of experts}."""
-    for name, count in experts.items():
-        if -(-count // layout.fsdp) * (layout.fsdp - 1) >= count:
-            raise ValueError(f"{count} experts of {name} on {layout.fsdp} ranks: some would hold none, which transformers "
-                             f"cannot read; launch fewer processes or set cluster.replicas so that {count} divides evenly")

@@ -57,8 +57,11 @@ class LocalShard:
             return local
         shape = torch.Size((self.parameter.shape[0], *local.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self.parameter.device_mesh, self.parameter.placements, run_check=False, shape=shape,
-                                  stride=stride)
+        nothing = torch.empty((0, *local.shape[1:]), dtype=local.dtype, device=self.local.device)
+        whole = DTensor.from_local(nothing, self.parameter.device_mesh, self.parameter.placements, run_check=False, shape=shape,
+                                   stride=stride)
+        whole._local_tensor = local  # as it is: from_local would move a copy in host memory to the mesh's devices
+        return whole
 
 
 def local_shards(parameters: list[tuple[str, nn.Parameter]]) -> list[LocalShard]:

@@ -6,7 +6,7 @@ import pytest
 
 from recipes.load import load_recipe
 from recipes.schema import Cluster
-from training.sharding.layout import Layout, layout_of, require_divisible, require_experts_everywhere
+from training.sharding.layout import Layout, layout_of, require_divisible
 
 
 def cluster(**settings) -> Cluster:
@@ -37,15 +37,6 @@ def test_a_launch_that_does_not_fit_is_one_line(settings, ranks, words):
     with pytest.raises(ValueError, match=words) as error:
         layout_of(cluster(**settings), ranks)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("count, ranks, fits", [(4, 4, True), (3, 2, True), (2, 3, False), (5, 4, False)])
-def test_a_rank_without_experts_is_refused_where_it_cannot_be_read(count, ranks, fits):
-    if fits:
-        require_experts_everywhere(Layout(ranks), {"layers.0": count})
-        return
-    with pytest.raises(ValueError, match=f"{count} experts of layers.0 on {ranks} ranks: some would hold none"):
-        require_experts_everywhere(Layout(ranks), {"layers.0": count})
 
 
 def test_experts_that_groups_cannot_share_are_named():
