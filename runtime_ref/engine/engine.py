@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.findings import one_line
 from runtime_ref.backends.base import DRAFTER_PRECISIONS, Backend, Drafter
 from runtime_ref.backends.load import known_backend, load_backend
 from runtime_ref.checkpoints.folder import drafter_folder, end_ids, read_geometry
@@ -31,7 +32,7 @@ from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.launch_report import LAUNCHES, LaunchReport
 from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
-from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, RankLost, Ranks
 from runtime_ref.engine.detokenizer import TextStream
 from runtime_ref.engine.draft_length import Adaptive
 from runtime_ref.engine.grammar import Grammars
@@ -110,6 +111,13 @@ class Engine:
         if drafter_precision not in DRAFTER_PRECISIONS:
             raise ValueError(f"drafter_precision {drafter_precision!r}: expected {', '.join(DRAFTER_PRECISIONS)}")
         backend, options = known_backend(backend), options or EngineOptions()
+        with one_line(Path(path), passed=(RankLost,)):
+            engine = cls._read(path, backend, ranks, dtype, drafter, options, drafter_precision, checksum, tokenizer, progress)
+        engine.choose_launch(launch)
+        return engine
+
+    @classmethod
+    def _read(cls, path, backend, ranks, dtype, drafter, options, drafter_precision, checksum, tokenizer, progress) -> Engine:
         config, raw = read_geometry(path)
         context = min(options.max_context, config.max_position_embeddings)
         per_sequence = {"full": -(-context // PAGE) + 1,
@@ -120,9 +128,7 @@ class Engine:
                               decoded_bytes=options.decoded_bytes, checksum=checksum, progress=progress)
         own = None if found is None else runner.load_drafter(found, pages.get(KIND, max(pages.values())), context,
                                                                precision=drafter_precision)
-        engine = cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
-        engine.choose_launch(launch)
-        return engine
+        return cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
 
     def choose_launch(self, asked: str) -> None:
         """Decides how steps and drafts are launched from now on (`launch` says what was chosen), on all ranks alike.

@@ -157,7 +157,7 @@ def test_a_stop_signal_saves_a_checkpoint_first(tiny_recipe, number):
         if line.startswith("step 3/"):
             process.send_signal(number)
             break
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 128 + number
     assert f"stopped by signal {int(number)}" in output
     assert len(complete_checkpoints(folder(tiny_recipe) / "checkpoints")) == 1
@@ -174,8 +174,8 @@ def test_an_earlier_run_is_set_aside_not_overwritten(tiny_recipe):
 
 
 def test_two_processes_train_together(tiny_recipe):
-    run_alone("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533", SCRIPT, tiny_recipe,
-              "qat.steps=4", "qat.gradient_accumulation=2")
+    run_alone("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, tiny_recipe, "qat.steps=4",
+              "qat.gradient_accumulation=2")
     summary = json.loads((folder(tiny_recipe) / "summary.json").read_text())
     assert summary["tokens"] == 4 * 2 * 2 * 2 * 64  # steps x accumulation x processes x rows x tokens
     assert summary["kl_gap_closed"] > 0
@@ -213,14 +213,14 @@ for tensor, _ in job.quantizer:
     assert torch.equal(2 * ours, job.accelerator.reduce(ours, reduction="sum")), tensor.name
 job.close()
 """)
-    run_alone("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29537", script, tiny_recipe)
+    run_alone("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tiny_recipe)
 
 
 def test_a_launch_that_accelerate_does_not_see_is_refused(tiny_recipe):
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "ACCELERATE_USE_CPU"} | {
         "WORLD_SIZE": "2", "RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "qat/train.py", str(tiny_recipe)], cwd=ROOT, env=environment, text=True,
-                          capture_output=True, timeout=120)
+                          capture_output=True, timeout=300)
     assert done.returncode == 2
     assert "WORLD_SIZE=2, but Accelerate sees one process" in done.stderr and "torchrun" in done.stderr
 
@@ -403,7 +403,7 @@ def test_help_and_recipe_errors_import_no_torch(tiny_recipe):
             "from qat.train import main\n"
             f"code = main([{str(tiny_recipe)!r}, 'qat.stepz=1'])\n"
             "assert code == 2 and 'torch' not in sys.modules and 'transformers' not in sys.modules\n")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=300)
 
 
 def overwrite(path, content):
@@ -435,12 +435,12 @@ def test_other_weights_or_text_under_the_same_path_are_named_and_refused(tiny_re
 
 
 def test_a_second_run_of_a_recipe_is_refused_while_the_first_one_trains(tiny_recipe):
-    first = Job(SCRIPT, tiny_recipe, "qat.steps=1000")
+    first = Job(SCRIPT, tiny_recipe, "qat.steps=100000")  # as long as the others need
     for line in first.stdout:
         if line.startswith("step 2/"):
             break
     for arguments in ((), ("--resume",)):
-        said = run_job(SCRIPT, tiny_recipe, "qat.steps=1000", *arguments, expect=2)
+        said = run_job(SCRIPT, tiny_recipe, "qat.steps=100000", *arguments, expect=2)
         assert f"process {first.pid} on" in said and "is writing it; stop it first" in said and said.count("error:") == 1
     assert sorted(p.name for p in folder(tiny_recipe).parent.iterdir()) == [".qat.lock", "qat"]
     first.send_signal(signal.SIGKILL)

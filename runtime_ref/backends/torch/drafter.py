@@ -19,8 +19,9 @@ from modeling.drafter import DFlashDraftModel
 from runtime_ref.backends.base import Drafter
 from runtime_ref.backends.torch import ops
 from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.backends.torch.ops import AttentionMetadata, RowRules, rounded
+from runtime_ref.backends.torch.ops import AttentionMetadata
 from runtime_ref.backends.torch.rotary import Rotary
+from runtime_ref.backends.torch.row_rules import NARROW, ROWS, RowRules, padded, product, rounded
 from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.drafter_checks import check_drafter
 from runtime_ref.core.kv_cache import PAGE, Pool, Table
@@ -87,7 +88,7 @@ class TorchDrafter(Drafter):
         """Writes keys and values of features [n, target layers * H] at positions into slots of the pool."""
         n = len(positions)
         rules = self.backend.rules
-        rows = ops.padded(n, rules)
+        rows = padded(n, rules)
         if rows != n:
             target_hidden = torch.cat((target_hidden, target_hidden[-1:].expand(rows - n, -1)))
             positions = positions + positions[-1:] * (rows - n)
@@ -115,7 +116,7 @@ class TorchDrafter(Drafter):
         self._catch_up(requests)
         most = max(w.count for w in requests) + 1
         rules = self.backend.rules
-        T = ops.NARROW if most <= ops.NARROW and rules.quantum == ops.NARROW else -(-most // ops.ROWS) * ops.ROWS
+        T = NARROW if most <= NARROW and rules.quantum == NARROW else -(-most // ROWS) * ROWS
         x = self.backend.weights.embed.new_empty(len(requests), T, self.mask.shape[0])
         x[:] = self.mask
         x[:, 0] = self.backend.weights.embed[torch.tensor([w.anchor for w in requests])]
@@ -136,7 +137,7 @@ class TorchDrafter(Drafter):
             x = rounded(x + ops.merge_heads(heads, layer["o"], rules=rules)[0], self.backend.dtype)
             y = convolved(ops.norm(x, layer["post_norm"], self.epsilon), layer["convolutions"][1], T, rules)
             inner = ops.gated(ops.spread(y, layer["gate_up"], rules))
-            x = rounded(x + ops.product(inner, layer["down"], rules)[0], self.backend.dtype)
+            x = rounded(x + product(inner, layer["down"], rules)[0], self.backend.dtype)
         y = ops.norm(x, self.norm, self.epsilon)
         logits = ops.head_logits(y, self.backend.weights.head, self.backend.weights.ranks, rules).view(len(requests), T, -1)
         return [logits[b, 1:w.count + 1] for b, w in enumerate(requests)]
