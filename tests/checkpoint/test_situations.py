@@ -49,7 +49,8 @@ SITUATIONS = situations()
 
 
 def plain_model(here: Path, config, layout: str) -> Path:
-    """(a base in bf16 with a tokenizer): `exported` makes it, and a packed export beside it."""
+    """A base in bf16 with a tokenizer; a packed export lies beside it."""
+    config.eos_token_id = 0  # the tokenizer's
     exported(here / "making", config, layout)
     write_tokenizer(here / "making/base")
     return here / "making/base"
@@ -90,7 +91,8 @@ TOYS = {
     3: lambda here, recipe: fp8(here),
     4: lambda here, recipe: packed(here, gpt_oss(vocab_size=264), "gpt-oss", "gpt-oss-20b"),
     5: lambda here, recipe: plain_model(here, glm4(vocab_size=264), "compressed-tensors").rename(here / "GLM-4.5-Air"),
-    6: lambda here, recipe: packed(here, qwen3(vocab_size=264), "compressed-tensors", "PACKED"),
+    6: lambda here, recipe: (recipe["model"].update(path="PACKED"), packed(here, qwen3(vocab_size=264), "compressed-tensors",
+                                                                           "PACKED")),
     7: base_in_recipe, 8: trained, 9: lambda here, recipe: (trained(here, recipe), published_drafter(
         here / "Qwen3-30B-A3B-DFlash", vocabulary=264)), 10: trained}
 

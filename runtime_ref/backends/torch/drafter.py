@@ -143,16 +143,22 @@ class TorchDrafter(Drafter):
         return [logits[b, 1:w.count + 1] for b, w in enumerate(requests)]
 
     def _catch_up(self, requests: list[DraftRequest]) -> None:
+        pending = self._pending(requests)
+        if pending is not None:
+            self.extend(*pending)
+
+    def _pending(self, requests: list[DraftRequest]) -> tuple[torch.Tensor, list[int], list[int]] | None:
+        """What `extend` has to be told before a block; long stretches are taken in at once."""
         late = [w for w in requests if w.target_hidden is not None and w.target_hidden.shape[0]]
         short = [w for w in late if w.target_hidden.shape[0] <= 64]
         for w in late:
             if w.target_hidden.shape[0] > 64:
                 self.extend_tables(w.target_hidden, w.position - w.target_hidden.shape[0], w.tables[KIND])
         if not short:
-            return
+            return None
         positions = [p for w in short for p in range(w.position - w.target_hidden.shape[0], w.position)]
         slots = [w.tables[KIND].slot(p) for w in short for p in range(w.position - w.target_hidden.shape[0], w.position)]
-        self.extend(torch.cat([w.target_hidden for w in short]) if len(short) > 1 else short[0].target_hidden, positions, slots)
+        return torch.cat([w.target_hidden for w in short]) if len(short) > 1 else short[0].target_hidden, positions, slots
 
     def _metadata(self, requests: list[DraftRequest], positions: torch.Tensor, T: int) -> _DraftMetadata:
         """Pages, mask and slots of the blocks; only the block's own positions have slots, up to its count."""
