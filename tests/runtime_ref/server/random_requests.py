@@ -75,13 +75,36 @@ def body(r: random.Random) -> tuple[str, dict]:
     else:
         found["prompt"] = r.choice([text(r), text(r), [r.randrange(250) for _ in range(r.choice([1, 5, 90]))],
                                     [text(r), text(r)], [[1, 2], [3]], []])
-    if r.random() < 0.3:
+    if r.random() < 0.6:
+        return "/v1/chat/completions" if chat else "/v1/completions", sound(r, found, chat)
+    if r.random() < 0.5:
         found[r.choice([*found, "temprature", "best_of", "functions", ""])] = r.choice(ODD)
     path = "/v1/chat/completions" if chat else "/v1/completions"
     if r.random() < 0.12:
         path, found = r.choice([("/tokenize", {k: found[k] for k in found if k in ("prompt", "messages", "tools", "model")}),
                                 ("/detokenize", {"tokens": r.choice([[1, 2, 3], [-1], "x", [10**12], []])})])
     return path, found
+
+
+def sound(r: random.Random, found: dict, chat: bool) -> dict:
+    """The same with what is refused put right: most of these are answered."""
+    right = {"max_tokens": r.choice([1, 8, 20]), "n": r.choice([1, 2]), "stop": ["e", "qu"], "acceptance_rule": "rejection",
+             "min_tokens": 1, "chat_template_kwargs": {}, "user": "me", "seed": r.randrange(9), "top_p": 0.9,
+             "stop_token_ids": [9], "logit_bias": {"9": 5.5}, "response_format": r.choice([{"type": "text"}, {
+                 "type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMAS[2]}}])}
+    found = {name: right.get(name, value) for name, value in found.items()
+             if name not in ("model", "continue_final_message", "tools", "tool_choice", "parallel_tool_calls", "return_drafts",
+                             "stream_options", "logprobs", "top_logprobs")}
+    if chat:
+        found["messages"] = [{"role": role, "content": r.choice(["hi", "eins 三", "a" * 50])} for role in r.choice(
+            [["user"], ["system", "user"], ["user", "assistant", "user"]])]
+    else:
+        found["prompt"] = r.choice(["Once upon a time", [5, 6, 7], ["ab", "cd"], [[1, 2], [3]]])
+    if r.random() < 0.4:
+        found |= {"logprobs": True, "top_logprobs": 3} if chat else {"logprobs": 2}
+    if found.get("stream") and r.random() < 0.5:
+        found |= {"stream_options": {"include_usage": True}}
+    return found
 
 
 def encoded(r: random.Random, value: dict) -> bytes:
