@@ -18,11 +18,11 @@ def one_line(folder: Path, what: str = "cannot be read", passed: tuple = ()) -> 
     """Around the reading of a folder by anybody: what goes wrong is one line (a ValueError), with the cause chained to it.
 
     Args:
-        passed: exceptions that say nothing about the folder.
+        passed: exceptions that say nothing about the folder, as a missing package does not.
     """
     try:
         yield
-    except (ValueError, *passed):
+    except (ValueError, ImportError, *passed):
         raise
     except DAMAGE as error:
         raise ValueError(f"{folder}: {what}: {type(error).__name__}: {first_line(error)[:300]} (python export/verify.py "
