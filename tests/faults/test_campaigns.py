@@ -138,14 +138,10 @@ def took(command, *arguments) -> float:
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_killed_at_any_moment_resumes_to_the_same_result(job, trained):
     rng, tally = random.Random(f"kill {job} {SEED}"), Tally()
-    before, finished = ("base_only", "drafted") if job == "qat" else ("drafted", "drafted")
-    expected = result(trained.at(finished), job)
-    killed = 0
+    expected, killed = result(trained.at(trained.drafted), job), 0
     while killed < KILLS:
         put_back(trained.drafted, trained.work)
-        shutil.rmtree(trained.run / job)
-        if before == "base_only":
-            shutil.rmtree(trained.run)
+        shutil.rmtree(trained.run if job == "qat" else trained.run / job)
         length = took_once(job, trained)
         moments = []
         while killed < KILLS and len(moments) < 4:
