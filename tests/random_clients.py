@@ -70,14 +70,14 @@ async def crowd(url: str, alone, *, clients: int, seconds: float, seed: int, unt
     """Runs the clients, then compares every finished answer with the same request alone (`alone(prompt, params)`).
 
     Args:
-        until: they go on, on a slow machine, until this is true of the report, for ten times as long at most.
+        until: they go on, on a slow machine, until this is true of the report, for thirty times as long at most.
     """
     report, begun = Report(), time.monotonic()
 
     async def stay(number: int) -> None:
         rng = random.Random(1000 * seed + number)
         async with httpx.AsyncClient(timeout=limit(60)) as client:
-            while (present := time.monotonic() - begun) < seconds or present < 10 * seconds and not until(report):
+            while (present := time.monotonic() - begun) < seconds or present < 30 * seconds and not until(report):
                 await one(client, url, rng, report)
 
     await asyncio.gather(*(stay(i) for i in range(clients)))

@@ -37,7 +37,8 @@ NEWEST, NEWEST_OF_ENGINE, ASSUMED = 0.15, 0.02, 0.7
 NEWEST_COST, PLAIN_FIRST = 0.05, 4
 # Where the engine's sequences show that drafts do not pay, one in so many new ones finds out whether that still holds.
 EXPLORE = 8
-# Tokens per cost that a round must be able to reach, all drafts accepted, to be tried at all.
+# Tokens per cost that a round must be able to reach, all drafts accepted, to be tried at all, and that are expected of it: what
+# a round does to the plain steps around it (caches, and features that are kept) is not in its cost.
 WORTH_TRYING = 1.1
 
 
@@ -79,7 +80,8 @@ class DraftLength:
 
     @property
     def best(self) -> int:
-        return max(self.costs, key=self.value)
+        count = max(self.costs, key=self.value)
+        return count if self.value(count) >= WORTH_TRYING else 0
 
     def value(self, count: int) -> float:
         """Tokens per cost of rounds of `count` drafts, a plain step's being 1."""

@@ -211,7 +211,7 @@ def test_costs_of_rounds_decide_whether_an_adaptive_request_drafts(make_engine):
 
 
 def test_three_drafts_that_are_always_accepted_lead_to_seven():
-    length = DraftLength({0: 1.0, 3: 2.7, 7: 4.2}, rates=[0.8] * 3 + [0.5] * 4)
+    length = DraftLength({0: 1.0, 3: 2.7, 7: 4.2}, rates=[0.85] * 3 + [0.5] * 4)
     assert length.next() == 3
     for _ in range(40):
         length.update(length.next(), length.next())
