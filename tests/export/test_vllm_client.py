@@ -27,7 +27,9 @@ from tiny_models import write_tokenizer
 from toy_export import RECIPE, export, put_on_grid
 from toy_layouts import exported
 
+from checkpoint.drafter_folder import draft_round
 from checkpoint.load import load_model, load_tokenizer
+from export.drafter_files import _features as target_features
 from modeling.drafter import load_drafter, save_drafter
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine, EngineOptions
@@ -217,8 +219,27 @@ def test_vllm_gives_our_tokens_with_the_drafter_and_accepts_as_many_drafts(serve
     assert_same(case, found["answers"], answers)
     counters = found["counters"]
     theirs = counters["vllm:spec_decode_num_accepted_tokens"] / counters["vllm:spec_decode_num_drafts"]
-    print(f"acceptance length {1 + theirs:.3f}, ours {1 + accepted:.3f}")
-    assert 1 + theirs == pytest.approx(1 + accepted, rel=0.02) and accepted > 0.05
+    same_text = accepted_along(case, found["answers"])
+    print(f"acceptance length {1 + theirs:.3f}; our drafter on that text {1 + same_text:.3f}; our engine {1 + accepted:.3f}")
+    assert 1 + theirs == pytest.approx(1 + same_text, rel=0.02) and theirs > 0.05
+    assert not case.trained or 1 + theirs == pytest.approx(1 + accepted, rel=0.02)
+
+
+@torch.no_grad()
+def accepted_along(case: Case, answers: list[list[int]]) -> float:
+    """Drafts of our drafter's model that are accepted per round, along given answers."""
+    target, drafter = load_model(case.plain, dtype=torch.bfloat16), load_drafter(case.drafter)
+    table, head = target.get_input_embeddings().weight, target.get_output_embeddings()
+    rounds = accepted = 0
+    for prompt, answer in zip(case.prompts, answers, strict=True):
+        ids, anchor = torch.tensor([prompt + answer]), len(prompt)
+        hidden = target_features(target, ids, drafter.target_layer_ids)[0].to(next(drafter.parameters()).dtype)
+        while anchor + 1 < ids.shape[1]:
+            drafted = head(draft_round(drafter, hidden[:, :anchor], ids[:, :anchor + 1], table)[:, 1:]).argmax(-1)[0]
+            text = ids[0, anchor + 1:anchor + 1 + len(drafted)]
+            matches = int((drafted[:len(text)] == text).long().cumprod(0).sum())
+            rounds, accepted, anchor = rounds + 1, accepted + matches, anchor + matches + 1
+    return accepted / rounds
 
 
 def test_vllm_computes_mxfp4_itself(seed, tmp_path):
@@ -261,7 +282,7 @@ def answers(url: str) -> bool:
     return True
 
 
-def test_a_server_of_vllm_is_judged_right(server, seed, tmp_path, capsys):
+def test_a_server_of_vllm_is_judged_by_what_it_answers(server, seed, tmp_path, capsys):
     from runtime_ref import validate
 
     report = tmp_path / "v.json"
@@ -269,9 +290,11 @@ def test_a_server_of_vllm_is_judged_right(server, seed, tmp_path, capsys):
                           "48", "--prompts-per-domain", "4", "--json", str(report)])
     verdict = json.loads(report.read_text())
     checks = {c["name"]: c for c in verdict["checks"]}
-    assert code == 0, verdict["causes"]
     passed = {name for name, check in checks.items() if check["status"] == "passed"}
-    assert passed >= {"counts", "greedy", "sampling", "acceptance", "ends", "speed"}
+    assert passed >= {"counts", "greedy", "acceptance", "ends", "speed"}
+    # What it samples with drafts does not have the model's distribution (docs/results/clients.md); a repaired one passes.
+    assert code == (0 if checks["sampling"]["status"] == "passed" else 1)
+    assert {name for name, check in checks.items() if check["status"] == "failed"} <= {"sampling"}, verdict["causes"]
     assert not any("log-probabilities" in reason for reason in checks["greedy"]["unchecked"])
     assert checks["acceptance"]["numbers"]["acceptance length"] > 1.5
     print(capsys.readouterr().out)
