@@ -126,9 +126,7 @@ def draw(table: dict[str, list[dict]], picture: Path) -> None:
     axis.set_xticks([x + 0.4 for x in range(len(KINDS))], [f"{d}\n{k}" for d, k in KINDS])
     axis.set(ylabel="acceptance length", title="drafter variants at equal steps (error bars: seeds)", ylim=(1, None))
     axis.legend(fontsize=7, ncols=3)
-    aside = picture.with_name(picture.stem + ".tmp.png")
-    figure.savefig(aside, dpi=110)
-    os.replace(aside, picture)
+    figure.savefig(picture, dpi=110)
 
 
 def main(argv: list[str]) -> int:

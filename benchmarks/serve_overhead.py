@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""What the server adds to the engine: `python benchmarks/serve_overhead.py CHECKPOINT_DIR [--rounds 7] [--json FILE]`.
+"""What the server adds to the engine.
+
+    python benchmarks/serve_overhead.py CHECKPOINT_DIR [--rounds 7] [--clients 1,8,64] [--json FILE]
 
 The same prompts, tokens and parameters, greedy and without a drafter (the cheapest tokens, so the largest share of
 overhead): by an engine in the main thread, and as streams from a server that runs in threads of this process on an engine
-of its own, in turns. One client, then eight at a time; the clients are a process of their own. Overhead per token is the
+of its own, in turns. One client, then more at a time; the clients are a process of their own. Overhead per token is the
 median over the rounds of (server - engine) / engine. CPU time of the server is that of its engine's thread and of its event
 loop, HTTP included, read from the threads' own clocks; wall time has the client's work in it where cores are scarce. Nothing
 is printed if a streamed answer differs from the engine's.
@@ -138,9 +140,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/serve_overhead.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--clients", default="1,8", help="numbers of clients, comma-separated (default 1,8)")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
+    if not all(n.isdecimal() and int(n) for n in options.clients.split(",")):
+        parser.error(f"--clients {options.clients}: expected whole numbers from 1 on, separated by commas")
     if not options.folder.is_dir():
         parser.error(f"{options.folder}: no such folder")
 
@@ -157,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
         alone, other = (Engine.from_folder(options.folder, drafter=False, tokenizer=tokenizer,
                                            options=EngineOptions(max_context=CONTEXT)) for _ in range(2))
         with serving(other, tokenizer, options.folder) as served, ProcessPoolExecutor(1, get_context("spawn")) as clients:
-            found = [measure(alone, served, clients, prompts_of(tokenizer, n), options.tokens, options.rounds) for n in (1, 8)]
+            found = [measure(alone, served, clients, prompts_of(tokenizer, n), options.tokens, options.rounds)
+                     for n in map(int, options.clients.split(","))]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +11,24 @@ from storage.reading import first_line
 
 # Whatever a check of a folder by anybody raises is a finding about the folder, not the end of the inspection.
 DAMAGE = Exception
+
+
+@contextlib.contextmanager
+def one_line(folder: Path, what: str = "cannot be read", passed: tuple = ()) -> Iterator[None]:
+    """Around the reading of a folder by anybody: what goes wrong is one line (a ValueError), with the cause chained to it.
+
+    Args:
+        passed: exceptions that say nothing about the folder.
+    """
+    try:
+        yield
+    except (ValueError, *passed):
+        raise
+    except DAMAGE as error:
+        raise ValueError(f"{folder}: {what}: {type(error).__name__}: {first_line(error)[:300]} (python export/verify.py "
+                         f"{folder} looks for the reason)") from error
+
+
 MANY = 10_000  # tensors too many that are still named one by one
 LONGEST = 2000  # letters of a finding: names of a hostile folder may have millions
 ENGINES = ("vLLM", "SGLang", "transformers")

@@ -27,10 +27,12 @@ from checkpoint.containers import Decoded, DecodedExperts, plain_infos, read_pla
 from checkpoint.detect_format import local_folder, open_source
 from checkpoint.families.published import meta_model
 from checkpoint.families.registry import family_of
+from checkpoint.findings import one_line
 from checkpoint.inventory import is_mimo
 from checkpoint.sources import Source
 from checkpoint.tensor_files import TensorFiles, read_header
 from modeling.names import expert_parts
+from storage.reading import first_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -52,10 +54,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False):
     if folder.is_dir() and not trust_remote_code and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise ValueError(f"{path}: no tokenizer ({', '.join(_TOKENIZER_FILES)})")
     AutoConfig.register("mimo_v2", MiMoV2Config, exist_ok=True)  # or transformers warns of a type that it does not know
-    try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from None
+    with one_line(folder, "no usable tokenizer"):
+        try:
+            return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: no usable tokenizer: {first_line(error)}") from None
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False, distributed_config=None):

@@ -50,7 +50,7 @@ def module_names(config: dict, dtypes: dict[str, str]) -> list[tuple[tuple[str, 
         match = re.fullmatch(r"(model\.mtp\.layers\.\d+)\.(self_attn|mlp)\.(qkv|[qkv]|gate|up|down)_proj\.weight", name)
         if match:
             parts = ("q", "k", "v", "qkv", "o") if match[2] == "self_attn" else ("gate", "up", "gate_up", "down")
-            found.append((tuple(f"{home}.{match[2]}.{part}_proj" for home in ("model.decoder", match[1]) for part in parts),
+            found.append((tuple(f"{prefix}.{match[2]}.{part}_proj" for prefix in ("model.decoder", match[1]) for part in parts),
                           False))
     return found
 

@@ -49,11 +49,11 @@ def expert_values(weights: Weights, name: str) -> torch.Tensor:
     if name.endswith("]"):
         fused, expert = _split_index(name)
         there = weights.names.fused[fused]
-        home = fused if container(source, fused) else there.training
-        if container(source, home) == "plain":
-            w = source.read_rows(home, expert, slice(None))
+        location = fused if container(source, fused) else there.training
+        if container(source, location) == "plain":
+            w = source.read_rows(location, expert, slice(None))
         else:
-            w = read_plain(source, home, torch.bfloat16, weights.config)[expert]
+            w = read_plain(source, location, torch.bfloat16, weights.config)[expert]
         return w.mT.contiguous() if there.axis == 1 else w
     if container(source, name):
         if container(source, name) == "plain":

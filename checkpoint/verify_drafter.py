@@ -10,6 +10,7 @@ import torch
 
 from checkpoint import drafter_folder
 from checkpoint.contradictions import code_faults
+from checkpoint.drafter_aliases import alias_faults
 from checkpoint.drafter_folder import EMBEDDING, HEAD, MASK
 from checkpoint.findings import MANY, Reporter
 from checkpoint.tensor_files import INDEX, REFERENCE, TensorFiles
@@ -38,7 +39,7 @@ class DrafterChecks(Reporter):
         for fault in code_faults(folder, config.get("auto_map") or {}):
             self.promised("code", f"{where}{fault}")
         special = drafter_folder.special_of(config)
-        self._add_faults("dialect", label, drafter_folder.alias_faults(config))
+        self._add_faults("dialect", label, alias_faults(config))
         if self.model_config is not None:
             self._add_faults("drafter", label, drafter_folder.fit_faults(config, self.model_config.get_text_config()))
             if (note := drafter_folder.grouping_note(config, self.model_config.get_text_config())) is not None:

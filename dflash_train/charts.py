@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
-from training.report import read_metrics
-
-
-def _save(figure, path: Path) -> None:
-    """Written aside and renamed."""
-    from matplotlib import pyplot as plt
-
-    aside = path.with_name(path.stem + ".tmp.png")
-    figure.savefig(aside, dpi=120)
-    plt.close(figure)
-    os.replace(aside, path)
+from training.report import read_metrics, save_picture
 
 
 def draw_curves(metrics: Path, picture: Path, title: str) -> None:
@@ -45,7 +34,7 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     for axis in (axes[0, 0], axes[0, 1], axes[1, 0]):
         axis.legend(fontsize=7)
     figure.suptitle(title)
-    _save(figure, picture)
+    save_picture(figure, picture)
 
 
 def draw_acceptance(summary: dict, picture: Path, title: str) -> None:
@@ -63,4 +52,4 @@ def draw_acceptance(summary: dict, picture: Path, title: str) -> None:
             axis.plot(range(1, len(row["per_position"]) + 1), row["per_position"], style, marker="o", label=label)
     axis.set(title=f"{title}: drafts 1..k accepted, mean over positions", xlabel="k", ylim=(0, 1))
     axis.legend(fontsize=8)
-    _save(figure, picture)
+    save_picture(figure, picture)

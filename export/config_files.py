@@ -106,15 +106,15 @@ def copy_companions(sources: list[Path], out: Path, *, code: bool) -> list[str]:
         for name in REMOTE_CODE:
             shutil.copyfile(ROOT / "modeling" / name, out / name)
             copied.append(name)
-    def settings(home: Path) -> list[str]:
-        return [name for name in ("generation_config.json",) if (home / name).is_file()]
+    def settings(location: Path) -> list[str]:
+        return [name for name in ("generation_config.json",) if (location / name).is_file()]
 
-    def licences(home: Path) -> list[str]:
-        return sorted(path.name for path in home.iterdir() if is_licence(path))
+    def licences(location: Path) -> list[str]:
+        return sorted(path.name for path in location.iterdir() if is_licence(path))
 
     for kind in (tokenizer_files, settings, licences):
-        home = next((source for source in sources if kind(source)), None)
-        for name in kind(home) if home is not None else ():
-            write_bytes(out / name, shipped_bytes(home / name))
+        location = next((source for source in sources if kind(source)), None)
+        for name in kind(location) if location is not None else ():
+            write_bytes(out / name, shipped_bytes(location / name))
             copied.append(name)
     return copied

@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint.detect_format import open_source
+from checkpoint.drafter_aliases import alias_faults
 from checkpoint.drafter_folder import (
     EMBEDDING,
     HEAD,
     MASK,
-    alias_faults,
     draft_round,
     expected_tensors,
     fit_faults,

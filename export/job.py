@@ -91,7 +91,7 @@ class Export:
     def _refuse_out(self) -> None:
         """An earlier export is set aside for the new one; any other folder of that name stays where it is."""
         out = self.out
-        if out.resolve() in [home.resolve() for home in self.homes]:
+        if out.resolve() in [location.resolve() for location in self.locations]:
             raise ValueError(f"--out {out}: holds the weights that are to be exported, expected another folder")
         if out.exists() and not (out / "export.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"--out {out}: exists and is no earlier export, expected a new folder, e.g. {out / 'model'}")
@@ -114,8 +114,8 @@ class Export:
         trained = open_source(self.trained_folder)
         base_folder = rounded or (local_folder(recipe.model.path) if recipe.model.path else self.trained_folder)
         base = trained if base_folder == self.trained_folder else open_source(base_folder)
-        self.homes = [f for f in dict.fromkeys((self.trained_folder, base_folder)) if f.is_dir()]
-        described = next((f for f in self.homes if (f / "config.json").is_file()), None)
+        self.locations = [f for f in dict.fromkeys((self.trained_folder, base_folder)) if f.is_dir()]
+        described = next((f for f in self.locations if (f / "config.json").is_file()), None)
         if described is None:
             raise ValueError(f"{base_folder}: no config.json there, nor in {self.trained_folder}")
         self.config = read_json(described / "config.json")
@@ -213,7 +213,7 @@ class Export:
         write_bytes(out / INDEX, index_json(self.shards).encode())
         config = config_files.model_config(self.config, self.layout, self.dtypes())
         write_json(out / "config.json", config, sort_keys=True)
-        config_files.copy_companions(self.homes, out, code="auto_map" in config)
+        config_files.copy_companions(self.locations, out, code="auto_map" in config)
         shutil.rmtree(out / "dflash", ignore_errors=True)
         if self.drafter is not None:
             sums |= drafter_files.write_drafter(self.drafter, out / "dflash", self.recipe.export.shard_bytes)
@@ -252,7 +252,7 @@ class Export:
         special = self.drafter.config["dflash_config"] if self.drafter else {}
         return model_card.Facts(
             name=self.recipe.name, layout=self.layout,
-            base=self._base_name(), licence=model_card.licence_of(self.homes),
+            base=self._base_name(), licence=model_card.licence_of(self.locations),
             scale_rule=self.weights.scale_rule, dense_rounded=self.recipe.export.dense == "fp8",
             experts=self.experts, expert_matrices=self._expert_matrices(),
             bytes_by_dtype=sizes, block_size=special.get("block_size"),

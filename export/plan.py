@@ -119,9 +119,9 @@ def _geometry(recipe: Recipe, folder: Path | None) -> tuple[object, str, Source]
     path = folder or base
     if folder is not None and not folder.is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
-    home = next((p for p in (path, base) if p and (p / "config.json").is_file()), None)
-    if path is not None and home is not None:
-        config = configuration(read_json(home / "config.json"))
+    location = next((p for p in (path, base) if p and (p / "config.json").is_file()), None)
+    if path is not None and location is not None:
+        config = configuration(read_json(location / "config.json"))
         refuse_layout(resolve_layout(recipe.export.layout, config), config, recipe.export.dense)
         if any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
             return config, str(path), open_source(path)

@@ -34,7 +34,8 @@ LAYOUTS = get_args(ExportSection.model_fields["layout"].annotation)
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="export/to_hf.py", description="Write and verify an FP4 Hugging Face checkpoint.",
-                                     epilog="example: python export/to_hf.py recipes/tiny.yaml --layout native")
+                                     epilog="example: python export/to_hf.py recipes/tiny.yaml --layout native",
+                                     allow_abbrev=False)
     parser.add_argument("recipe", help="YAML recipe, e.g. recipes/tiny.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replace a value of the recipe")
     parser.add_argument("--layout", choices=LAYOUTS, help="client to write for (export.layout)")

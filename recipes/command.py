@@ -27,7 +27,8 @@ _PACKAGES = ("storage", "mxfp4", "modeling", "recipes", "checkpoint", "training"
 
 def job_parser(program: str, description: str, example: str) -> argparse.ArgumentParser:
     """Parser of a training job; parse with `parse_job`."""
-    parser = argparse.ArgumentParser(prog=program, description=description, epilog=f"example: accelerate launch {example}")
+    parser = argparse.ArgumentParser(prog=program, description=description, epilog=f"example: accelerate launch {example}",
+                                     allow_abbrev=False)  # a misspelt option is a mistake, as a misspelt key is
     parser.add_argument("recipe", help="YAML recipe, e.g. recipes/tiny.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="replace a value of the recipe")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint, bit for bit")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import sys
@@ -23,12 +22,13 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.own_lines import own_lines_only
-from storage.reading import first_line
+from storage.reading import read_json, read_text
 from storage.terminal import printable
 
 NAME = "runtime_ref/serve.py"
 KEY_VARIABLE = "FP4_DFLASH_API_KEY"
 LAUNCHES = ("auto", "persistent", "graph", "ops")
+RECIPE_BYTES = 1 << 20  # of a resolved.yaml that is looked at for a name
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -146,7 +146,7 @@ def load(options: argparse.Namespace, ranks, tokenizer):
         drafter_precision=options.drafter_precision, checksum=options.checksum, tokenizer=tokenizer, progress=progress,
         options=EngineOptions(max_context=options.max_context, max_running=options.max_running,
                               rows=max(256, 8 * options.max_running)))
-    ranks.settle()
+    ranks.shorten_timeout()
     if ranks.rank == 0 and (engine.launch.compared or engine.launch.refused):
         report(engine.launch.line(), 0)
     return engine
@@ -261,12 +261,10 @@ def default_name(folder: Path) -> str:
     """What a checkpoint is called: its recipe's name, that of the hub's cache, or the folder's own."""
     import yaml
 
-    try:
-        recipe = yaml.safe_load((folder / "resolved.yaml").read_text(encoding="utf-8"))
+    with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):  # no such file, or not one of ours
+        recipe = yaml.safe_load(read_text(folder / "resolved.yaml", RECIPE_BYTES))
         if isinstance(recipe, dict) and isinstance(recipe.get("name"), str) and recipe["name"].strip():
             return recipe["name"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        pass
     cached = re.search(r"models--([^/]+)/snapshots/[^/]+$", str(folder.absolute()))
     return cached[1].replace("--", "/") if cached else folder.resolve().name
 
@@ -296,19 +294,14 @@ def sampling_defaults(folder: Path) -> dict[str, float]:
     from runtime_ref.core.sampling_params import SamplingParams
 
     file = folder / "generation_config.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: {type(found).__name__}, expected an object")
+    found = read_json(file) if file.exists() else {}
     numbers = {name: found.get(name) for name in SAMPLING}
     chosen = {name: v for name, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     if chosen.get("top_k", 0) < 0:
         chosen["top_k"] = 0  # -1 is another way to say off
     try:
         SamplingParams(**chosen)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{file}: {error}") from None
     return chosen
 

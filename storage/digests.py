@@ -2,7 +2,9 @@
 
 A sum is kept in the user's cache with what the system knows of the file it belongs to: inode, size, times of writing and of
 any change. The last one (`ctime`) moves with every write, rename or `touch`, and no program can set it back; so
-an edit that keeps the size and the date is seen, and a folder that nobody touched costs a `stat` per file.
+an edit that keeps the size and the date is seen, and a folder that nobody touched costs a `stat` per file. It moves in steps,
+though, of some milliseconds or, on some shared file systems, of a second: the sum of a file that was changed within the last
+`SETTLED_SECONDS` is not kept, because the next change could leave the same time.
 
 Cost of making them: every byte is read once, 1 to 2 GB/s for each of up to eight threads, or what the disk gives: a model of
 60 GB takes about ten seconds from memory. What is read again right after comes from the page cache.
@@ -14,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +29,7 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.inde
                "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
                "chat_template*", "vocab.json", "merges.txt", "*.py")
 KEPT = 10_000  # sums in the cache; the oldest go
+SETTLED_SECONDS = 1.0
 
 
 def stamp(path: Path) -> list[int]:
@@ -51,6 +55,7 @@ def file_digests(folder: Path, names: list[str], *, anew: bool = True) -> dict[s
     cache = None if anew else _cache()
     known = _known(cache)
     paths = {name: Path(os.path.realpath(folder / name)) for name in names}
+    settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
     stamps = {name: stamp(path) if path.exists() else [] for name, path in paths.items()}
     found = {name: known[str(path)][1] for name, path in paths.items()
              if str(path) in known and known[str(path)][0] == stamps[name]}
@@ -59,7 +64,7 @@ def file_digests(folder: Path, names: list[str], *, anew: bool = True) -> dict[s
         for name, digest in zip(missing, pool.map(lambda name: sha256(paths[name]), missing), strict=True):
             found[name] = digest
     if cache is not None and missing:
-        known |= {str(paths[name]): [stamps[name], found[name]] for name in missing}
+        known |= {str(paths[name]): [stamps[name], found[name]] for name in missing if stamps[name][-1] < settled}
         with contextlib.suppress(OSError):  # a cache that cannot be kept is made again
             write_json(cache, dict(list(known.items())[-KEPT:]))
     return {name: found[name] for name in names}

@@ -87,11 +87,11 @@ def sync_folder(folder: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """`sync_file` of every file below `folder`, and of the folders."""
-    for home, _, files in os.walk(folder):
+    for location, _, files in os.walk(folder):
         for name in files:
-            if (path := Path(home, name)).is_file():
+            if (path := Path(location, name)).is_file():
                 sync_file(path)
-        sync_folder(Path(home))
+        sync_folder(Path(location))
 
 
 def begin_folder(partial: Path) -> None:

@@ -24,8 +24,8 @@ def change(name, edit):
     """Rewrites the file that holds `name` with `edit` applied to its tensors."""
 
     def damage(folder: Path) -> None:
-        home = folder / "dflash" if name.startswith("dflash/") else folder
-        path = holder(home, name.removeprefix("dflash/"))
+        location = folder / "dflash" if name.startswith("dflash/") else folder
+        path = holder(location, name.removeprefix("dflash/"))
         tensors = load_file(path)
         edit(tensors, name.removeprefix("dflash/"))
         save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})

@@ -21,7 +21,7 @@ FORKED.set_forkserver_preload(["torch", "torch._dynamo", "transformers.modeling_
 
 def run_alone(*arguments) -> str:
     """What `python arguments` says, in a fresh interpreter; it must end with code 0."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, text=True, timeout=300,
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=ENVIRONMENT, text=True, timeout=600,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -70,14 +70,14 @@ class Job:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 600) -> int:
         self._process.join(timeout)
         if self.returncode is None:
             self._process.kill()
             raise TimeoutError(f"not done in {timeout} s")
         return self.returncode
 
-    def communicate(self, timeout: float = 300) -> tuple[str, None]:
+    def communicate(self, timeout: float = 600) -> tuple[str, None]:
         said = self.stdout.read()
         self.wait(timeout)
         return said, None

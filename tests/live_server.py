@@ -21,6 +21,22 @@ MODEL = "small"
 CONNECTIONS = limited(512)
 
 
+def wait_until(condition, seconds: float = limit(45.0)) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so after {seconds} s"
+        time.sleep(0.01)
+
+
+class Hurry(threading.Event):
+    """Until it is set, each step of an engine takes `seconds` more: time for something to happen during an answer."""
+
+    def __init__(self, engine: Engine, monkeypatch, seconds: float = 0.1):
+        super().__init__()
+        right = engine.step
+        monkeypatch.setattr(engine, "step", lambda: (self.wait(seconds), right())[1])
+
+
 @dataclass
 class Live:
     """A running server; `worker` is its engine's, for looking at what no client can see."""
@@ -31,22 +47,20 @@ class Live:
     server: uvicorn.Server
     thread: threading.Thread
 
-    def until_empty(self, seconds: float = limit(5.0)) -> dict[str, int]:
+    def until_empty(self, seconds: float = limit(45.0)) -> dict[str, int]:
         """Waits until no request is in the engine; returns the pages that sequences still hold."""
         return self.until(lambda: not self.worker.in_flight and not self.worker.engine.busy, seconds)
 
-    def until(self, condition, seconds: float = limit(5.0)) -> dict[str, int]:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, f"not so after {seconds} s"
-            time.sleep(0.01)
-        text = httpx.get(f"{self.url}/metrics").text
+    def until(self, condition, seconds: float = limit(45.0)) -> dict[str, int]:
+        """Waits; returns the pages that sequences hold then."""
+        wait_until(condition, seconds)
+        text = httpx.get(f"{self.url}/metrics", timeout=limit(45)).text
         lines = [line for line in text.splitlines() if line.startswith("fp4_dflash:pages_held")]
         assert lines
         return {line.split('kind="')[1].split('"')[0]: int(line.rsplit(" ", 1)[1]) for line in lines}
 
     def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", timeout=limit(45)).text
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{"))
 
 

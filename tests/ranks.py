@@ -1,19 +1,13 @@
 """Functions run on several gloo ranks: processes forked from one that has imported torch and transformers (see `jobs`)."""
 
 import os
-import socket
 import traceback
 from pathlib import Path
 from unittest import mock
 
 import torch
 from jobs import ENVIRONMENT, FORKED, ROOT
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from ports import free_port
 
 
 def _rank(rank: int, world: int, port: int, out: Path, function, arguments) -> None:
@@ -33,7 +27,7 @@ def _rank(rank: int, world: int, port: int, out: Path, function, arguments) -> N
     os._exit(0)  # process groups are not torn down in order
 
 
-def on_ranks(world: int, out: Path, function, *arguments, timeout: float = 300) -> list:
+def on_ranks(world: int, out: Path, function, *arguments, timeout: float = 600) -> list:
     """What `function(rank, *arguments)` returns on each of `world` ranks.
 
     Raises:

@@ -50,7 +50,7 @@ WORDS = {
     r"first codes": "initial codes"}
 # What stays: functions of the standard library, and keys of JSON and of tensor files that others may read.
 KEPT = re.compile(r"\b(ast|os)\.walk\b|(?<![\w ])(walk|walked_as_op_by_op|taps(\.bf16)?|dialect)(?=[\"`])"
-                  r"|(?<=[\"', ])walked(?=[\"',:])")
+                  r"|(?<=[\"'`, ])walked(?=[\"'`,:])")
 RETIRED_WORDS = re.compile(rf"(?<![a-z])({'|'.join(WORDS)})(?![a-z])", re.IGNORECASE)
 ROOMS = ("benchmarks", "checkpoint", "dflash_train", "docs", "export", "modeling", "mxfp4", "qat", "recipes", "runtime_ref",
          "storage", "tests", "tools", "training")

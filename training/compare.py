@@ -18,6 +18,7 @@ import yaml
 from storage.reading import read_json, read_text
 from storage.terminal import printable
 
+NO_COMPARISON = "no comparison"
 JOBS = {"qat": "quantization-aware training", "dflash": "drafter"}
 
 
@@ -55,20 +56,21 @@ def show(job: str, runs: list[tuple[str, Path]]) -> None:
     from rich.table import Table
 
     summaries = [read_json(place) for _, place in runs]
+    lines = doubts(job, summaries)
+    comparable = not any(line.startswith(NO_COMPARISON) for line in lines)
     table = Table(title=JOBS[job])
     table.add_column("")
     for name, _ in runs:
         table.add_column(printable(name), justify="right", overflow="fold")
     for label, values, better in figures(job, summaries):
         known = [v for v in values if v is not None]
-        best = better(known) if better and len(set(known)) > 1 else None
+        best = better(known) if better and comparable and len(set(known)) > 1 else None
         table.add_row(label, *("-" if v is None else f"[bold]{shown(v)}[/] *" if v == best else shown(v) for v in values))
     table.add_section()
     for key, values in differing_keys([place.with_name("resolved.yaml") for _, place in runs]):
         table.add_row(printable(key), *(printable(str(v)) for v in values))
-    console = Console()
-    console.print(table)
-    for line in doubts(job, summaries):
+    Console().print(table)
+    for line in lines:
         print(line)
 
 
@@ -138,7 +140,7 @@ def doubts(job: str, summaries: list[dict]) -> list[str]:
                "dflash": {("target", "weights"): "measured on different targets, which say different things"}}
     for keys, reason in reasons[job].items():
         if any(_at(summary, *keys) != _at(summaries[0], *keys) for summary in summaries):
-            lines.append(f"no comparison: these runs are {reason}")
+            lines.append(f"{NO_COMPARISON}: these runs are {reason}")
     lines += [f"run {number}: training did not help: plain rounding is better" for number, summary in enumerate(summaries, 1)
               if summary.get("helped") is False]
     return lines

@@ -29,6 +29,11 @@ def format_of(file: str) -> str | None:
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
+def looked_from(name: str) -> str:
+    """Where a relative name was looked for, as part of a message."""
+    return "" if Path(name).is_absolute() else f", neither from {Path.cwd()} nor from the recipe's folder"
+
+
 def expand(patterns: list[str], key: str) -> list[str]:
     """Files that the patterns name, sorted.
 
@@ -40,8 +45,7 @@ def expand(patterns: list[str], key: str) -> list[str]:
         # A name may look like a pattern: "a[1].jsonl".
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         if not matches:
-            raise ValueError(f"{key}: {pattern!r} matches no file, neither from {Path.cwd()} nor from the recipe's "
-                             "folder")
+            raise ValueError(f"{key}: {pattern!r} matches no file{looked_from(pattern)}")
         files += matches
     for file in files:
         if format_of(file) is None:

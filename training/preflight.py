@@ -12,7 +12,7 @@ from pathlib import Path
 
 from recipes.schema import Recipe, Source
 from training import report
-from training.data_files import expand
+from training.data_files import expand, looked_from
 
 JOBS = ("qat", "dflash")
 
@@ -56,7 +56,7 @@ def _base(recipe: Recipe, job: str) -> list[str]:
     path = recipe.model.path
     if path is None or Path(path).exists() or (len(Path(path).parts) <= 2 and not path.startswith((".", "/", "~"))):
         return []
-    return [f"model.path: {path}: no such checkpoint folder, neither from {Path.cwd()} nor from the recipe's folder"]
+    return [f"model.path: {path}: no such checkpoint folder{looked_from(path)}"]
 
 
 def _named(recipe: Recipe, job: str) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from storage.files import write_text
+from storage.files import write_bytes, write_text
 from storage.reading import json_lines
 from storage.revision import git_revision
 
@@ -184,10 +185,17 @@ def draw_curves(metrics_path: Path, png_path: Path, title: str) -> None:
     if 0 < len(layers) <= 10:
         axes[1, 1].legend(fontsize=6)
     figure.suptitle(title)
-    aside = png_path.with_name(png_path.stem + ".tmp.png")
-    figure.savefig(aside, dpi=120)
+    save_picture(figure, png_path)
+
+
+def save_picture(figure, path: Path) -> None:
+    """Replaces a PNG file by the figure, and closes the figure."""
+    from matplotlib import pyplot as plt
+
+    data = io.BytesIO()
+    figure.savefig(data, dpi=120, format="png")
     plt.close(figure)
-    os.replace(aside, png_path)
+    write_bytes(path, data.getvalue())
 
 
 def mean(values: Iterable[float]) -> float:

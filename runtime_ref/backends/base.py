@@ -8,6 +8,7 @@ is in `Capabilities`. `backends.load` is the only place that turns a name into a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,19 @@ class Capabilities:
     packed_weights: bool = False
     mxfp8_activations: bool = False
     row_multiple: int = 1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which drafts of a block are put before the target: those that it is likely to come to.
+
+    Attributes:
+        worth: the least product of a draft's probability of being right and of those before it.
+        truth: 16 float32: how often a draft is right whose probability according to the drafter lies in that sixteenth.
+    """
+
+    worth: float
+    truth: array
 
 
 class Backend(ABC):
@@ -89,6 +103,19 @@ class Backend(ABC):
         Returns:
             Buffers by name: "logits" float32 [rows that want them, vocabulary], "target_hidden.<layer>" [rows, H].
         """
+
+    def run_round(self, program: list[Op], chunks: list[SequenceChunk], drafter: Drafter, drafting: list[int],
+                  requests: list[DraftRequest], cuts: list[Cut | None]) -> tuple[dict, list[list[float]]]:
+        """A step whose drafts are made and put into it in the same call, for drafters with `one_call`.
+
+        Args:
+            drafting: which chunks get drafts: their tokens are the anchor and as many zeros as `requests` say, and afterwards
+                the anchor and the drafts that were kept. cuts: None: all are kept.
+
+        Returns:
+            Buffers as of `run` with the rows that were kept, and the drafts' probabilities according to the drafter.
+        """
+        raise NotImplementedError(f"backend {self.capabilities.name}: drafts are made apart")
 
     @abstractmethod
     def load_drafter(self, folder: str | Path, pages: int, context: int, *, precision: str = "bf16") -> Drafter:
@@ -152,12 +179,14 @@ class Drafter(ABC):
         target_layers: those whose outputs it reads, in its order; empty: none.
         pool: pages of its context, None for a drafter without a cache.
         markov: how drafts of a block depend on each other; None: not at all.
+        one_call: whether `Backend.run_round` runs its rounds (of the likeliest tokens).
     """
 
     block: int
     target_layers: list[int]
     pool: Pool | None = None
     markov: MarkovHead | None = None
+    one_call: bool = False
 
     @abstractmethod
     def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,17 +11,19 @@ from checkpoint.families.geometry import NotHeld
 from checkpoint.families.registry import FAMILIES
 from checkpoint.tensor_files import TensorFiles
 from modeling.configuration_mimo_v2 import MiMoV2Config
-from storage.reading import first_line
+from storage.reading import first_line, read_json
 
 
 def end_ids(folder: str | Path, config: dict) -> list[int]:
     """Tokens that end an answer: of generation_config.json, else of config.json."""
-    import json
-
     file = Path(folder) / "generation_config.json"
-    generation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    generation = read_json(file) if file.is_file() else {}
     found = generation.get("eos_token_id", config.get("eos_token_id"))
-    return [int(i) for i in (found if isinstance(found, list) else [found]) if i is not None]
+    listed = [i for i in (found if isinstance(found, list) else [found]) if i is not None]
+    wrong = next((i for i in listed if type(i) is not int or not 0 <= i < 1 << 31), None)
+    if wrong is not None:
+        raise ValueError(f"{folder}: eos_token_id: {str(wrong)[:50]!r}, expected token ids")
+    return listed
 
 
 def read_config(folder: str | Path) -> tuple[MiMoV2Config, dict]:
@@ -36,10 +37,7 @@ def read_config(folder: str | Path) -> tuple[MiMoV2Config, dict]:
     if not file.is_file():
         what = "no config.json" if folder.is_dir() else "no such folder"
         raise ValueError(f"{folder}: {what}, expected an exported checkpoint")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    raw = read_json(file)
     if raw.get("model_type") != "mimo_v2":
         raise ValueError(f"{file}: model_type: {raw.get('model_type')!r}, expected 'mimo_v2' (the native layout)")
     drop = ("quantization_config", "model_type", "dtype", "torch_dtype")
@@ -60,14 +58,9 @@ def read_geometry(folder: str | Path) -> tuple[object, dict]:
     """
     file = Path(folder) / "config.json"
     if file.is_file():
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            return read_config(folder)
-        if not isinstance(raw, dict):
-            raise ValueError(f"{file}: {type(raw).__name__}, expected an object")
+        raw = read_json(file)
         kind = raw.get("model_type")
-        if kind in FAMILIES and FAMILIES[kind].runtime_layout not in (None, "native"):
+        if isinstance(kind, str) and kind in FAMILIES and FAMILIES[kind].runtime_layout not in (None, "native"):
             return FAMILIES[kind].geometry(file, raw), raw
         if kind != "mimo_v2" and raw.get("kv_lora_rank"):
             raise NotHeld(f"{file}: model_type: {kind!r}: this runtime does not run multi-head latent attention (kv_lora_rank "

@@ -80,7 +80,7 @@ class Ranks:
         if self.count > 1:
             self._guarded(dist.all_reduce, torch.zeros(1))
 
-    def settle(self, timeout_seconds: float = PEER_TIMEOUT_SECONDS) -> None:
+    def shorten_timeout(self, timeout_seconds: float = PEER_TIMEOUT_SECONDS) -> None:
         """Waits until all ranks have come here; from now on a peer may be silent for so long, and no longer."""
         self.barrier()
         if self.count > 1:

@@ -4,16 +4,22 @@ From running means of the conditional acceptance by position follow the tokens e
 tokens per unit of cost wins, 0 (plain decoding) included. Costs are relative to a plain step; the engine measures them once,
 on rank 0, and tells the others, so that all ranks decide alike. A sequence starts from what the engine's sequences accepted
 last, greedy ones and drawn ones apart. One that does not draft tries again ever more rarely, and gives up.
+
+Where the backend makes drafts and judges them in one call, a round also leaves out those that the target will hardly come to:
+the drafter's own probabilities say which, corrected by how often they were right.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from runtime_ref.backends.base import Backend, Drafter
+from runtime_ref.backends.base import Backend, Cut, Drafter
 from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import PAGE, KvCache, OutOfPages
 from runtime_ref.core.program import Op
@@ -27,9 +33,12 @@ MEASURED_ROUNDS = 24
 RETRY_AFTER, RETRIES = 32, 3
 # Weight of the newest round in a sequence's means and in the engine's; what is assumed before anything was measured.
 NEWEST, NEWEST_OF_ENGINE, ASSUMED = 0.15, 0.02, 0.7
+# The same of a step's cost; plain steps of a sequence that begins before any was timed.
+NEWEST_COST, PLAIN_FIRST = 0.05, 4
 # Where the engine's sequences show that drafts do not pay, one in so many new ones finds out whether that still holds.
-EXPLORE = 16
-# Tokens per cost that a round must be able to reach, all drafts accepted, to be tried at all.
+EXPLORE = 8
+# Tokens per cost that a round must be able to reach, all drafts accepted, to be tried at all, and that are expected of it: what
+# a round does to the plain steps around it (caches, and features that are kept) is not in its cost.
 WORTH_TRYING = 1.1
 
 
@@ -38,14 +47,24 @@ class DraftLength:
     """Number of drafts of a sequence's next round.
 
     Attributes:
-        costs: number of drafts -> cost of a round of that many (drafting and verifying), a plain step being 1.
+        costs: number of drafts -> cost of a round of that many (drafting and verifying), a plain step being 1. row: what
+            verifying one draft less saves of it.
+        lead: plain steps before anything else. rounds: so far; the first ones weigh most.
+        explores: whether the next round is a whole block of drafts whatever is expected of it: the first one of some sequences,
+            and one after a round that paid.
         rates: P(draft i accepted | all before it were), running means.
+        kept: number of drafts -> how many of so many were put before the target, running means.
     """
 
     costs: dict[int, float]
     rates: list[float] = field(default_factory=list)
     plain: int = 0
     retries: int = 0
+    row: float = 0.0
+    explores: bool = False
+    lead: int = 0
+    rounds: int = 0
+    kept: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.rates:
@@ -53,33 +72,53 @@ class DraftLength:
 
     def next(self) -> int:
         best = self.best
-        if best == 0 and self.plain >= RETRY_AFTER << self.retries:
-            return min((c for c in self.costs if c), default=0)
+        if self.lead:
+            return 0
+        if best == 0 and (self.explores or self.plain >= RETRY_AFTER << self.retries):
+            return (max if self.explores else min)((c for c in self.costs if c), default=0)
         return best
 
     @property
     def best(self) -> int:
-        return max(self.costs, key=lambda count: self.expected(count) / self.costs[count])
+        count = max(self.costs, key=self.value)
+        return count if self.value(count) >= WORTH_TRYING else 0
+
+    def value(self, count: int) -> float:
+        """Tokens per cost of rounds of `count` drafts, a plain step's being 1."""
+        kept = self.kept.get(count, count)
+        return self.expected(kept) / (self.costs[count] - self.row * (count - kept))
+
+    @property
+    def worth(self) -> float:
+        """How likely a draft has to be reached and right to pay for its row."""
+        return self.row * max(map(self.value, self.costs))
 
     @property
     def disabled(self) -> bool:
         """Whether the sequence should stop to ask for drafts for good."""
         return self.retries >= RETRIES or not worth_trying(self.costs)
 
-    def expected(self, count: int) -> float:
-        """Tokens of a round of `count` drafts."""
+    def expected(self, count: float) -> float:
+        """Tokens of a round of `count` drafts (a mean)."""
         reached, total = 1.0, 1.0
-        for rate in self.rates[:count]:
+        for i, rate in enumerate(self.rates[:math.ceil(count)]):
             reached *= rate
-            total += reached
+            total += reached * min(1.0, count - i)
         return total
 
-    def update(self, drafted: int, accepted: int) -> None:
-        if not drafted:
-            self.plain += 1
+    def update(self, drafted: int, accepted: int, beyond: Iterable[float] = ()) -> None:
+        """Takes in a round. `beyond`: how likely each draft that was left out behind the others was to be right."""
+        beyond = list(beyond)
+        asked = drafted + len(beyond)
+        if not asked:
+            self.plain, self.lead = self.plain + (not self.lead), max(0, self.lead - 1)
             return
         tried, self.plain = self.plain > 0, 0
-        weigh_in(self.rates, drafted, accepted, NEWEST)
+        self.explores = accepted + 1 > self.costs.get(asked, asked + 1)
+        self.rounds += 1
+        weigh_in(self.rates, drafted, accepted, max(NEWEST, 1 / (1 + self.rounds)), beyond)
+        kept = self.kept.get(asked, asked)
+        self.kept[asked] = kept + NEWEST * (drafted - kept)
         if self.best:
             self.retries = 0
         elif tried:
@@ -91,10 +130,17 @@ def worth_trying(costs: dict[int, float]) -> bool:
     return any((count + 1) / cost >= WORTH_TRYING for count, cost in costs.items() if count)
 
 
-def weigh_in(rates: list[float], drafted: int, accepted: int, weight: float) -> None:
-    """Moves running means by one round's outcome."""
+def weigh_in(rates: list[float], drafted: int, accepted: int, weight: float, beyond: Sequence[float] = ()) -> None:
+    """Moves running means by one round's outcome; if all its drafts were accepted also those behind: of drafts that were left
+    out by how likely they were (`beyond`), of positions without a draft towards the last one with one."""
     for i in range(min(accepted + 1, drafted)):
         rates[i] += weight * ((i < accepted) - rates[i])
+    asked = drafted + len(beyond)
+    if accepted == drafted and asked:
+        for i, chance in enumerate(beyond, drafted):
+            rates[i] += weight * (chance - rates[i])
+        for i in range(asked, len(rates)):
+            rates[i] += weight * (rates[asked - 1] - rates[i])
 
 
 class Adaptive:
@@ -111,6 +157,10 @@ class Adaptive:
         self.given, self.costs = costs, costs
         # By whether tokens are drawn: who is right about the likeliest token may be wrong about samples.
         self.rates = {drawn: [ASSUMED] * max(DRAFT_COSTS) for drawn in (False, True)}
+        self.rounds = {drawn: 0 for drawn in (False, True)}
+        self.truth = {drawn: array("f", [(i + 0.5) / 16 for i in range(16)]) for drawn in (False, True)}
+        self.row = 0.0
+        self.seconds: dict[int, float] = {}  # of plain steps and of rounds of so many drafts, running means
         self.skipped = 0
 
     def begin(self, params: SamplingParams) -> tuple[DraftLength, bool]:
@@ -122,17 +172,50 @@ class Adaptive:
         """
         fixed = params.rule == "rejection" and params.temperature > 0
         if fixed:
-            costs, rates = self.given or DRAFT_COSTS, []
+            costs, rates = self._possible(self.given or DRAFT_COSTS), []
         else:
             if self.costs is None:
                 self.costs = self._measured()
-            costs, rates = self.costs or DRAFT_COSTS, list(self.rates[params.temperature > 0])
-        length = DraftLength({n: cost for n, cost in costs.items() if n < self.drafter.block}, rates)
-        return length, not length.disabled and (fixed or bool(length.best) or self._explores())
+            costs, rates = self._possible(self.costs or DRAFT_COSTS), list(self.rates[params.temperature > 0])
+        length = DraftLength(costs, rates, row=0.0 if fixed else self.row)
+        length.lead = PLAIN_FIRST if length.row and 0 not in self.seconds else 0
+        length.explores = not (fixed or length.best or length.disabled) and self._explores()
+        return length, not length.disabled and (fixed or bool(length.best) or length.explores)
 
-    def learn(self, params: SamplingParams, drafted: int, accepted: int) -> None:
-        """Takes in one round's outcome."""
-        weigh_in(self.rates[params.temperature > 0], drafted, accepted, NEWEST_OF_ENGINE)
+    def _possible(self, costs: dict[int, float]) -> dict[int, float]:
+        """Those of the drafter's block: the very same dictionary if they all are, so that sequences see what is learned."""
+        return costs if max(costs) < self.drafter.block else {n: cost for n, cost in costs.items() if n < self.drafter.block}
+
+    def took(self, asked: int, kept: int, seconds: float) -> None:
+        """Takes in what a step of one sequence cost, `asked` drafts of which `kept` were judged (0: a plain step).
+
+        What was measured beforehand is the best case; beside other work rounds lose more than plain steps.
+        """
+        if not self.row or asked not in self.costs or asked and 0 not in self.seconds:
+            return
+        if asked:
+            seconds += (asked - kept) * self.row * self.seconds[0]
+        known = self.seconds.setdefault(asked, seconds)
+        self.seconds[asked] = known + NEWEST_COST * (min(seconds, 3 * known) - known)
+        for n, mean in self.seconds.items():
+            # Not beyond what is worth trying at all: nothing would be tried, and nothing learned, any more.
+            self.costs[n] = min(mean / self.seconds[0], (n + 1) / WORTH_TRYING) if n else 1.0
+
+    def cut(self, params: SamplingParams, length: DraftLength) -> Cut | None:
+        """Which drafts of a sequence's next round are worth their rows; None: all."""
+        return Cut(length.worth, self.truth[params.temperature > 0]) if length.row else None
+
+    def learn(self, params: SamplingParams, length: DraftLength, asked: int, proposal: Proposal, accepted: int) -> None:
+        """Takes in one round's outcome, of `asked` drafts."""
+        drawn, drafted = params.temperature > 0, len(proposal.tokens)
+        chances, truth = proposal.chances or [], self.truth[drawn]
+        bins = [min(int(16 * chance), 15) for chance in chances]
+        for i, own in enumerate(bins[:min(accepted + 1, drafted)]):
+            truth[own] += NEWEST_OF_ENGINE * ((i < accepted) - truth[own])
+        beyond = [truth[own] for own in bins[drafted:asked]]
+        length.update(drafted, accepted, beyond)
+        self.rounds[drawn] += 1
+        weigh_in(self.rates[drawn], drafted, accepted, max(NEWEST_OF_ENGINE, 1 / (2 + self.rounds[drawn])), beyond)
 
     def _explores(self) -> bool:
         self.skipped += 1
@@ -156,9 +239,16 @@ class Adaptive:
         clock = time.process_time if alone else time.perf_counter
         params, markov = SamplingParams(temperature=0.0), self.drafter.markov
         features = {n: torch.zeros(1 + n // 2, width, device=device) for n in seconds}
+        rows = []
         for _ in range(MEASURED_ROUNDS):
             for n, found in seconds.items():
-                began, proposal = clock(), Proposal([])
+                began = clock()
+                if n and self.drafter.one_call:
+                    self.backend.run_round(self.program, [SequenceChunk(tables, start, [0] * (1 + n))], self.drafter, [0],
+                                           [DraftRequest(tables, 0, start, n, features[n])], [None])
+                    found.append(clock() - began)
+                    continue
+                proposal = Proposal([])
                 if n:
                     drafts = self.drafter.logits([DraftRequest(tables, 0, start, n, features[n])])[0]
                     proposal = propose(drafts, params, start, markov)
@@ -166,6 +256,13 @@ class Adaptive:
                 buffers = self.backend.run(self.program, step)
                 accept(buffers["logits"], proposal, params, start, [0], [])
                 found.append(clock() - began)
+            if self.drafter.one_call:
+                began = clock()
+                self.backend.run(self.program, self.backend.plan([SequenceChunk(tables, start, [0] * self.drafter.block)]))
+                rows.append(clock() - began)
         self.cache.release(tables)
         plain = min(seconds[0])
-        return self.backend.ranks.broadcast({n: min(found) / plain for n, found in seconds.items()})
+        costs = {n: min(found) / plain for n, found in seconds.items()}
+        if rows:
+            self.row = max(0.0, min(rows) / plain - 1) / (self.drafter.block - 1)
+        return self.backend.ranks.broadcast(costs)

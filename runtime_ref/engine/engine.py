@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.findings import one_line
 from runtime_ref.backends.base import DRAFTER_PRECISIONS, Backend, Drafter
 from runtime_ref.backends.load import known_backend, load_backend
 from runtime_ref.checkpoints.folder import drafter_folder, end_ids, read_geometry
@@ -31,14 +33,15 @@ from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.launch_report import LAUNCHES, LaunchReport
 from runtime_ref.core.program import check_program, target_program
 from runtime_ref.core.sampling_params import SamplingParams
-from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
+from runtime_ref.core.tensor_parallel import SINGLE_RANK, RankLost, Ranks
+from runtime_ref.engine.accept_likeliest import verify_likeliest
 from runtime_ref.engine.detokenizer import TextStream
 from runtime_ref.engine.draft_length import Adaptive
 from runtime_ref.engine.grammar import Grammars
 from runtime_ref.engine.sampler import logprob_of, logprobs_of
 from runtime_ref.engine.scheduler import ScheduledSequence, Scheduler
 from runtime_ref.engine.sequence import Finish, Output, Sequence
-from runtime_ref.engine.speculative import Proposal, VerifyResult, accept, propose
+from runtime_ref.engine.speculative import Proposal, VerifyResult, accept, likeliest, propose
 
 
 @dataclass
@@ -110,6 +113,13 @@ class Engine:
         if drafter_precision not in DRAFTER_PRECISIONS:
             raise ValueError(f"drafter_precision {drafter_precision!r}: expected {', '.join(DRAFTER_PRECISIONS)}")
         backend, options = known_backend(backend), options or EngineOptions()
+        with one_line(Path(path), passed=(RankLost,)):
+            engine = cls._read(path, backend, ranks, dtype, drafter, options, drafter_precision, checksum, tokenizer, progress)
+        engine.choose_launch(launch)
+        return engine
+
+    @classmethod
+    def _read(cls, path, backend, ranks, dtype, drafter, options, drafter_precision, checksum, tokenizer, progress) -> Engine:
         config, raw = read_geometry(path)
         context = min(options.max_context, config.max_position_embeddings)
         per_sequence = {"full": -(-context // PAGE) + 1,
@@ -120,9 +130,7 @@ class Engine:
                               decoded_bytes=options.decoded_bytes, checksum=checksum, progress=progress)
         own = None if found is None else runner.load_drafter(found, pages.get(KIND, max(pages.values())), context,
                                                                precision=drafter_precision)
-        engine = cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
-        engine.choose_launch(launch)
-        return engine
+        return cls(runner, own, options, end_ids=end_ids(path, raw), tokenizer=tokenizer)
 
     def choose_launch(self, asked: str) -> None:
         """Decides how steps and drafts are launched from now on (`launch` says what was chosen), on all ranks alike.
@@ -212,20 +220,23 @@ class Engine:
                 self.backend.ranks.abandon()
 
     def _step(self) -> list[Output]:
-        scheduled = self.scheduler.plan()
+        scheduled, began = self.scheduler.plan(), time.thread_time()
         if not scheduled:
             return []
-        proposals = self._draft(scheduled)
         chunks = []
         for item in scheduled:
             sequence, start = item.sequence, item.sequence.computed
-            tokens = sequence.tokens[start:start + item.count]
-            if item.drafts:
-                tokens = tokens + proposals[sequence.id].tokens
             logits = "all" if not item.reads_prompt or sequence.unscored else "last" if item.completes else "none"
-            chunks.append(SequenceChunk(sequence.tables, start, tokens, logits))
-        step = self.backend.plan(chunks)
-        buffers, verified = self._computed(step, scheduled, chunks, proposals)
+            chunks.append(SequenceChunk(sequence.tables, start, sequence.tokens[start:start + item.count], logits))
+        drafting = [i for i, item in enumerate(scheduled) if item.drafts]
+        if drafting and self.drafter.one_call and all(likeliest(scheduled[i].sequence.params) for i in drafting):
+            buffers, proposals = self._round(scheduled, chunks, drafting)
+            verified = verify_likeliest(buffers["best"], scheduled, chunks, proposals)
+        else:
+            proposals = self._draft([scheduled[i] for i in drafting])
+            for i in drafting:
+                chunks[i].tokens += proposals[scheduled[i].sequence.id].tokens
+            buffers, verified = self._computed(self.backend.plan(chunks), scheduled, chunks, proposals)
         self._counts["steps"] += 1
         outputs, row = [], 0
         for item, chunk in zip(scheduled, chunks, strict=True):
@@ -234,13 +245,16 @@ class Engine:
                                   verified.get(item.sequence.id))
             if output is not None:
                 outputs.append(output)
+        if self.adaptive is not None and len(scheduled) == 1 and not scheduled[0].reads_prompt:
+            self.adaptive.took(scheduled[0].drafts, len(chunks[0].tokens) - 1, time.thread_time() - began)
         return sorted(outputs, key=lambda o: o.id)
 
     def _computed(self, step, scheduled: list[ScheduledSequence], chunks: list[SequenceChunk],
                   proposals: dict[int, Proposal]) -> tuple[dict, dict[int, VerifyResult]]:
         """Buffers of a step, and what the backend itself could verify, by sequence."""
         if not self.backend.capabilities.verifies_on_device:
-            return self.backend.run(self.program, step), {}
+            buffers = self.backend.run(self.program, step)
+            return buffers, verify_likeliest(buffers["best"], scheduled, chunks, proposals) if "best" in buffers else {}
         from runtime_ref.engine.accept_on_device import verify_on_device
 
         buffers = self.backend.run(self.program, step, host=False)
@@ -248,16 +262,34 @@ class Engine:
         self.backend.check_waits(self.drafter)
         return buffers, verified
 
-    def _draft(self, scheduled: list[ScheduledSequence]) -> dict[int, Proposal]:
-        drafting = [w for w in scheduled if w.drafts]
+    def _requests(self, drafting: list[ScheduledSequence]) -> list[DraftRequest]:
+        """What the drafter is asked; from then on it has seen what was pending."""
+        requests = []
+        for sequence, drafts in ((item.sequence, item.drafts) for item in drafting):
+            requests.append(DraftRequest(sequence.tables, sequence.tokens[-1], sequence.computed, drafts,
+                                         sequence.pending_hidden()))
+            sequence.target_hidden, sequence.hidden_from = [], sequence.computed
+        return requests
+
+    def _round(self, scheduled: list[ScheduledSequence], chunks: list[SequenceChunk],
+               drafting: list[int]) -> tuple[dict, dict[int, Proposal]]:
+        """Drafts and the step in one call: its buffers, and the proposals by sequence."""
+        cuts = []
+        for i in drafting:
+            sequence, chunk = scheduled[i].sequence, chunks[i]
+            cuts.append(None if sequence.length is None else self.adaptive.cut(sequence.params, sequence.length))
+            chunk.tokens += [0] * scheduled[i].drafts
+        buffers, chances = self.backend.run_round(self.program, chunks, self.drafter, drafting,
+                                                  self._requests([scheduled[i] for i in drafting]), cuts)
+        return buffers, {scheduled[i].sequence.id: Proposal(chunks[i].tokens[1:], chances=found)
+                         for i, found in zip(drafting, chances, strict=True)}
+
+    def _draft(self, drafting: list[ScheduledSequence]) -> dict[int, Proposal]:
         if not drafting:
             return {}
-        requests = [DraftRequest(s.tables, s.tokens[-1], s.computed, drafts, s.pending_hidden())
-                    for s, drafts in ((w.sequence, w.drafts) for w in drafting)]
         proposals = {}
-        for item, logits in zip(drafting, self.drafter.logits(requests), strict=True):
+        for item, logits in zip(drafting, self.drafter.logits(self._requests(drafting)), strict=True):
             sequence = item.sequence
-            sequence.target_hidden, sequence.hidden_from = [], sequence.computed
             proposals[sequence.id] = propose(logits, sequence.params, sequence.computed, self.drafter.markov,
                                              sequence.tokens[-1])
         return proposals
@@ -293,8 +325,8 @@ class Engine:
         sequence.computed += item.count + accepted
         if item.reads_prompt:
             self._counts["prompt_tokens"] += item.count
-        if proposal.tokens:
-            self._count_round(sequence, len(proposal.tokens), accepted)
+        if item.drafts:
+            self._count_round(sequence, item.drafts, proposal, accepted)
         elif sequence.length is not None and not item.reads_prompt:
             sequence.length.update(0, 0)
         output = self._emit(sequence, emitted, logits)
@@ -321,7 +353,8 @@ class Engine:
         sequence.prompt_logprobs += found
         sequence.scored += len(found)
 
-    def _count_round(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+    def _count_round(self, sequence: Sequence, asked: int, proposal: Proposal, accepted: int) -> None:
+        drafted = len(proposal.tokens)
         sequence.drafted, sequence.accepted = sequence.drafted + drafted, sequence.accepted + accepted
         sequence.rounds += 1
         for key, n in (("rounds", 1), ("drafted", drafted), ("accepted", accepted)):
@@ -329,8 +362,7 @@ class Engine:
         for i in range(accepted):
             self._per_position[i] += 1
         if sequence.length is not None:
-            sequence.length.update(drafted, accepted)
-            self.adaptive.learn(sequence.params, drafted, accepted)
+            self.adaptive.learn(sequence.params, sequence.length, asked, proposal, accepted)
             if sequence.length.disabled:
                 sequence.drafting, sequence.length, sequence.target_hidden = False, None, []
 

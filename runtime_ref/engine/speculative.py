@@ -13,6 +13,7 @@ At temperature 0 both are "equal to the arg-max".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,16 +26,23 @@ from runtime_ref.engine.sampler import distribution, draw, penalize, sample, uni
 
 @dataclass
 class Proposal:
-    """Drafted tokens; `q` [n, vocabulary] float64 is what they were sampled from (rule "rejection" above temperature 0)."""
+    """Drafted tokens; `q` [n, vocabulary] float64 is what they were sampled from (rule "rejection" above temperature 0).
+    `chances`: the drafter's own probabilities of its drafts, also of those that were cut off behind `tokens`."""
 
     tokens: list[int]
     q: torch.Tensor | None = None
+    chances: list[float] | None = None
+
+
+def likeliest(params: SamplingParams) -> bool:
+    """Whether drafts are the drafter's likeliest tokens (else they are drawn)."""
+    return params.temperature == 0 or params.rule == "equality"
 
 
 def propose(logits: torch.Tensor, params: SamplingParams, position: int, markov: MarkovHead | None = None,
             anchor: int = 0) -> Proposal:
     """Drafts from draft logits [n, V] for the positions after the anchor's `position`; `markov` if the drafter has one."""
-    greedy = params.temperature == 0 or params.rule == "equality"
+    greedy = likeliest(params)
     if greedy and markov is None:
         return Proposal(logits.argmax(-1).tolist())
     logits = logits.cpu()  # what is drawn, or depends on the token before, is chosen on the host
@@ -73,9 +81,7 @@ def accept(logits: torch.Tensor, proposal: Proposal, params: SamplingParams, pos
     """
     drafts = proposal.tokens
     if params.plain_greedy:
-        own = logits.argmax(-1).tolist()
-        n = next((i for i, draft in enumerate(drafts) if draft != own[i]), len(drafts))
-        return VerifyResult(own[:n + 1], n)
+        return matched(drafts, logits.argmax(-1).tolist())
     said = list(answer)
     for i, draft in enumerate(drafts):
         row = logits[i] if constraint is None else constraint.masked(logits[i])
@@ -90,6 +96,12 @@ def accept(logits: torch.Tensor, proposal: Proposal, params: SamplingParams, pos
     if constraint is not None:
         constraint.take(said[-1])
     return VerifyResult(said[len(answer):], len(drafts))
+
+
+def matched(drafts: list[int], own: Sequence[int]) -> VerifyResult:
+    """Drafts up to the first that is not the target's `own` token [1 + drafts], and that token."""
+    n = next((i for i, draft in enumerate(drafts) if draft != own[i]), len(drafts))
+    return VerifyResult(list(own[:n + 1]), n)
 
 
 def _verified(logits, draft, proposal, i, params, position, prompt, said) -> int:

@@ -270,7 +270,7 @@ def gather_kernel(table, ids, spare, out, H, BK: tl.constexpr):
 
 @triton.jit
 def round_kernel(x, out, N, BLOCK: tl.constexpr, FLOAT_DOT: tl.constexpr):
-    """bf16 of float32 [N]. Reference: `model.rounded`."""
+    """bf16 of float32 [N]. Reference: `row_rules.rounded`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + at, narrow(tl.load(x + at, mask=at < N, other=0.0), tl.bfloat16, FLOAT_DOT), mask=at < N)
 

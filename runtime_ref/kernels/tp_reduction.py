@@ -6,8 +6,8 @@ its sizes allow); a rank holds a run of them and sums each alone, from zero; and
 order. One rank of one adds its own eight in a register; one of eight has a single part to hand on. Experts so small that they
 have fewer parts than there are ranks are held by several ranks (`expert_share`).
 
-As `parallel.shares`, of which the torch backend makes the same rule, but in units that the kernels can cut: whole heads, whole
-FP8 blocks, whole pages of expert weights.
+The rule of `core.tensor_parallel.shares` (torch backend), but in units that the kernels can cut: whole heads, whole FP8
+blocks, whole pages of expert weights.
 
 Rejected: one part per rank (bits change with the number of ranks), a tree of pairs (a rank could add its parts before it
 hands them on, which at eight ranks, where it counts, saves nothing).

@@ -160,9 +160,11 @@ class RequestWorkers:
             command = [sys.executable, "-c", f"import sys; sys.path[0] = {str(ROOT)!r}\n"
                        "from runtime_ref.server.request_workers import nursery; nursery(*sys.argv[1:])",
                        str(theirs.fileno()), str(self.folder), str(self.seconds), str(self.memory)]
+            # What glibc is told to keep at hand (MALLOC_TOP_PAD_) would be memory beyond the workers' limit.
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
             with theirs:
                 process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                                           stdout=subprocess.DEVNULL)
+                                           stdout=subprocess.DEVNULL, env=environment)
             self._nursery = (process, ours)
         return self._nursery[1]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.tensor_files import REFERENCE
 from storage.reading import first_line
 
 INCOMPLETE_CAUSE = "the folder is incomplete or damaged"
@@ -45,13 +46,16 @@ class ValidationContext:
     config: object = None
     raw: dict = field(default_factory=dict)
     drafter_config: dict = field(default_factory=dict)
-    ours: bool = False
     suspicions: list[tuple[str, str]] = field(default_factory=list)
     reference: dict[str, torch.Tensor] | None = None
     reference_info: dict = field(default_factory=dict)
     loadable: bool = True
     drafter_loadable: bool = False
     explained: str | None = None
+
+    @property
+    def ours(self) -> bool:
+        return any((self.folder / name).is_file() for name in ("export.json", f"dflash/{REFERENCE}"))
 
 
 @contextlib.contextmanager

@@ -49,7 +49,8 @@ SITUATIONS = situations()
 
 
 def plain_model(here: Path, config, layout: str) -> Path:
-    """(a base in bf16 with a tokenizer): `exported` makes it, and a packed export beside it."""
+    """A base in bf16 with a tokenizer; a packed export lies beside it."""
+    config.eos_token_id = 0  # the tokenizer's
     exported(here / "making", config, layout)
     write_tokenizer(here / "making/base")
     return here / "making/base"
@@ -90,7 +91,8 @@ TOYS = {
     3: lambda here, recipe: fp8(here),
     4: lambda here, recipe: packed(here, gpt_oss(vocab_size=264), "gpt-oss", "gpt-oss-20b"),
     5: lambda here, recipe: plain_model(here, glm4(vocab_size=264), "compressed-tensors").rename(here / "GLM-4.5-Air"),
-    6: lambda here, recipe: packed(here, qwen3(vocab_size=264), "compressed-tensors", "PACKED"),
+    6: lambda here, recipe: (recipe["model"].update(path="PACKED"), packed(here, qwen3(vocab_size=264), "compressed-tensors",
+                                                                           "PACKED")),
     7: base_in_recipe, 8: trained, 9: lambda here, recipe: (trained(here, recipe), published_drafter(
         here / "Qwen3-30B-A3B-DFlash", vocabulary=264)), 10: trained}
 
@@ -98,6 +100,8 @@ TOYS = {
 def typed(here: Path, command: str) -> Job:
     words = shlex.split(command.replace("accelerate launch", "python"))
     assert words[0] == "python", command
+    if words[1].endswith("serve.py"):
+        words += ["--port", "0"]  # the usual one may be somebody's
     return Job(words[1], *words[2:], before=f"import os; os.chdir({str(here)!r})")
 
 
@@ -107,11 +111,12 @@ def finish(job: Job) -> None:
 
 
 def answers_and_stops(job: Job) -> None:
-    end = time.monotonic() + 120
+    url = next(re.search(r" on (http://\S+)", line)[1] for line in job.stdout if line.startswith("serving "))
+    end = time.monotonic() + 300
     while True:
         assert job.returncode is None and time.monotonic() < end, "the server does not answer"
         try:
-            urllib.request.urlopen("http://127.0.0.1:8000/v1/models", timeout=2).close()
+            urllib.request.urlopen(f"{url}/v1/models", timeout=60).close()
             break
         except OSError:
             time.sleep(0.2)

@@ -87,7 +87,7 @@ def test_a_second_run_sets_the_first_aside_and_keeps_its_answers(uninterrupted, 
 
 
 def test_sigterm_saves_and_says_how_to_go_on(draft_recipe):
-    process = Job(SCRIPT, draft_recipe, "dflash.steps=500")
+    process = Job(SCRIPT, draft_recipe, "dflash.steps=5000")
     for line in process.stdout:
         if line.startswith("step ") and "loss" in line:
             process.send_signal(signal.SIGTERM)
@@ -98,8 +98,8 @@ def test_sigterm_saves_and_says_how_to_go_on(draft_recipe):
 
 
 def test_two_processes_train_one_drafter(draft_recipe):
-    run_alone("-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT, draft_recipe, "dflash.features=online",
-              "dflash.steps=3", "dflash.batch_size=1", "dflash.acceptance.timed_prompts=0")
+    run_alone("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, draft_recipe,
+              "dflash.features=online", "dflash.steps=3", "dflash.batch_size=1", "dflash.acceptance.timed_prompts=0")
     assert len(computed(draft_recipe)) == 3 and (folder(draft_recipe) / "summary.json").exists()
 
 

@@ -184,18 +184,19 @@ def test_passes_choose_prompts_and_repeat_them(draft_recipe, prompt_files):
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """The completions route of an OpenAI-compatible server, answered by the target; every third request is turned away."""
+    """The completions route of an OpenAI-compatible server, answered by the target; every prompt is turned away once."""
 
-    target, count, lock = None, 0, threading.Lock()
+    target, count, met, lock = None, 0, set(), threading.Lock()
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.lock:
             type(self).count += 1
-            turn = self.count
+            known = (prompt := tuple(body["prompt"])) in self.met
+            self.met.add(prompt)
         if self.path != "/v1/completions":
             return self.reply(404, {"error": {"message": "no such route"}})
-        if turn % 3 == 0:
+        if not known:  # not every third one: who asks again beside others could meet five of those in a row
             return self.reply(429, {"error": {"message": "busy"}})
         with self.lock:
             tokens = plain(self.target, body["prompt"], max_new_tokens=body["max_tokens"],
@@ -222,7 +223,7 @@ class Endpoint(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(loaded, monkeypatch):
     monkeypatch.setattr(endpoint.time, "sleep", lambda seconds: None)
-    Endpoint.target, Endpoint.count = loaded[1], 0
+    Endpoint.target, Endpoint.count, Endpoint.met = loaded[1], 0, set()
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}/v1"

@@ -46,12 +46,12 @@ def test_a_scheduler_s_signal_to_torchrun_saves_on_all_ranks_and_resume_goes_on(
                        "qat.steps=500", *SHARDED)
     wait_for(process, "step 3/")
     process.send_signal(number)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=600)
     assert f"stopped by signal {int(number)}" in said, said
     assert len(checkpoints(tiny_recipe)) == 1
     step = int(checkpoints(tiny_recipe)[0].removeprefix("step-"))
     again = torchrun("qat/train.py", tiny_recipe, "qat.steps=500", *SHARDED, "--resume", "--max-steps", step + 1)
-    said, _ = again.communicate(timeout=120)
+    said, _ = again.communicate(timeout=600)
     assert again.returncode == 0 and f"at step {step} of 500" in said, said
 
 
@@ -61,7 +61,7 @@ def test_a_signal_to_accelerate_launch_leaves_no_trainer_behind(tiny_recipe):
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(process, "step 3/")
     process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    process.wait(300)
     for _ in range(300):
         if not alive(re.escape(str(tiny_recipe))):
             break
@@ -88,7 +88,7 @@ ShardedTrainer.batches = slow
 sys.exit(trainer.run(load_recipe(sys.argv[1], sys.argv[2:]), resume=False, max_steps=None))
 """)
     process = torchrun(script, tiny_recipe, *SHARDED, "cluster.hang_minutes=0.1")
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode != 0
     assert "no progress for 0.1 minutes at step 4 (update); furthest behind: rank 1, at step 4 (data)" in said, said
     assert "time.sleep" in said or "in slow" in said  # where rank 1 stood
@@ -109,7 +109,7 @@ sharded.ShardedQuantizer.pull_gradients = poisoned
 sys.exit(run_command(sys.argv[1], sys.argv[2:], lambda recipe: trainer.run(recipe, resume=False, max_steps=None)))
 """)
     process = torchrun(script, tiny_recipe, *SHARDED)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode != 0
     first = [line for line in said.splitlines() if line.startswith("error:")]
     assert len(first) == 1 and "step 2" in first[0] and "rank 1" in first[0] and "expert 3, index [3, 4]" in first[0], said
@@ -138,7 +138,7 @@ ShardedTrainer.record = record
 sys.exit(trainer.run(load_recipe(sys.argv[1], sys.argv[2:]), resume=True, max_steps=None))
 """)
     process = torchrun("--max-restarts", "1", script, tiny_recipe, *SHARDED[:-1])
-    said, _ = process.communicate(timeout=180)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     assert marker.exists() and "at step 4 of 12" in said and "KL gap closed" in said
 
@@ -151,7 +151,7 @@ sys.exit(trainer.run(load_recipe(sys.argv[1], sys.argv[2:]), resume=True, max_st
 }.items())
 def test_what_cannot_run_is_one_line_and_code_2(tiny_recipe, words, overrides):
     process = torchrun("qat/train.py", tiny_recipe, *SHARDED, *overrides)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=600)
     errors = [line for line in said.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and words in errors[0] and "exitcode  : 2" in said, said
     assert not (tiny_recipe.parent / "runs/t/qat").exists()  # its parent held the lock

@@ -64,7 +64,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.answer({"error": f"no: {part}"}, status)
         if hub.stall and hub.stall in path:
             hub.asked.set()
-            threading.Event().wait(20)
+            threading.Event().wait(120)
         if path == "/api/repos/create":
             asked = json.loads(body)
             hub.private = asked.get("private", asked.get("visibility") == "private")
@@ -188,9 +188,9 @@ def test_an_interrupted_push_keeps_the_verified_folder_and_says_so_in_one_line(h
                                stderr=subprocess.PIPE, text=True, env=environment(hub, tmp_path / "home", "hf_secret"),
                                # a suite that a shell runs in the background hands on an ignored Ctrl-C
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    assert hub.asked.wait(120)
+    assert hub.asked.wait(600)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("error: --push me/toy: interrupted; ")
     assert verify(tmp_path / "out").findings == [] and not hub.files

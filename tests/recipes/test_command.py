@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.command import run_command
+from recipes.command import job_parser, parse_job, run_command
 
 TINY = str(Path(__file__).resolve().parents[2] / "recipes" / "tiny.yaml")
 
@@ -44,3 +44,10 @@ def test_a_plan_is_printed_once_however_many_processes_there_are(script, capsys,
     assert importlib.import_module(script).main([TINY, "--plan"]) == 0
     said = capsys.readouterr()
     assert said.out == said.err == ""
+
+
+@pytest.mark.parametrize("option", ["--resum", "--max", "--pl"])
+def test_an_option_that_is_cut_short_is_a_mistake_as_a_misspelt_key_is(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_job(job_parser("job", "a job", "job"), [TINY, option])
+    assert ended.value.code == 2 and option in capsys.readouterr().err

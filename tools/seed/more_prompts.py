@@ -9,7 +9,6 @@ training document. An instruction that is held out (`prompts.jsonl`) is never dr
 
 import argparse
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 if __name__ == "__main__":  # launched by path: import from the root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from storage.files import write_text
 from tools.seed import tasks
 from tools.seed.build_tokenizer import ASSISTANT, USER
 from tools.seed.corpus import DOMAINS, read_frozen
@@ -70,10 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     rows = more_prompts(args.tasks, args.open, args.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    aside = args.out.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(aside, args.out)
+    write_text(args.out, "".join(json.dumps(row) + "\n" for row in rows))
     print(f"{args.out}: {len(rows)} prompts, {args.out.stat().st_size / 1e6:.1f} MB")
     return 0
 

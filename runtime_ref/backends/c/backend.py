@@ -23,16 +23,17 @@ from pathlib import Path
 import torch
 
 from modeling.drafter import load_drafter
-from runtime_ref.backends.base import Backend, Capabilities, Drafter
+from runtime_ref.backends.base import Backend, Capabilities, Cut, Drafter
 from runtime_ref.backends.c import structs
 from runtime_ref.backends.c.structs import Layer, Memory, Workspace, compiled_ops, has_bf16_dot, pad, up
 from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
-from runtime_ref.core.batch import SequenceChunk
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import PAGE, Pool, Table
 from runtime_ref.core.program import Op
 
 KINDS = ("full", "window")
+KEEP = Cut(0.0, array("f", [1.0] * 16))
 
 
 def refuses(weights: TargetWeights) -> str | None:
@@ -154,7 +155,8 @@ class CBackend(Backend):
             raise ValueError(f"bf16_dot: bf16 dot products need a processor that has them and dtype bfloat16, this is {dtype}")
         self.weights, self.config, self.dtype, self.ranks = weights, weights.config, dtype, weights.ranks
         self.bf16_dot = has_bf16_dot(dtype) if bf16_dot is None else bf16_dot
-        self.run_code, self.memory = compiled_ops()[0].run, Memory(self.bf16_dot)
+        self.run_code, self.round_code = compiled_ops()[0].run, compiled_ops()[0].run_round
+        self.memory = Memory(self.bf16_dot)
         self.rotary = rotary_tables(self.config)
         self.pools = self._pools(pages)
         self.layers = (Layer * len(weights.layers))(*(self._layer(i) for i in range(len(weights.layers))))
@@ -163,7 +165,7 @@ class CBackend(Backend):
         self.vocabulary = weights.head.shape[0] * weights.head.shape[2]
         self.step = structs.Step(layers=self.layers, embed=memory.pointer(weights.embed), norm=memory.pointer(weights.norm),
                                 head=head, H=H, bf16=int(dtype is torch.bfloat16), bf16_dot=int(self.bf16_dot),
-                                epsilon=self.config.layernorm_epsilon)
+                                epsilon=self.config.layernorm_epsilon, vocabulary=self.vocabulary)
         self.work = Workspace(self.layers, H)
         self._codes: dict[int, tuple] = {}
         self._reached = 0
@@ -259,6 +261,7 @@ class CBackend(Backend):
                 began = i
             numbers.extend((structs.OP[name], op.layer))
         runs.append((began, len(program), "logits"))
+        numbers.extend((structs.OP["best"], -1))
         if len(self._codes) > 64:
             self._codes.clear()
         layers = {op.layer: i for i, op in enumerate(t for t in program if t.name == "target_hidden")}
@@ -270,24 +273,19 @@ class CBackend(Backend):
     def run(self, program: list[Op], planned: CStep, watch: Callable[[Op, dict], None] | None = None, *,
             host: bool = True) -> dict:
         """Executes the ops in order; returns the logits of the rows that want them and the target hidden states, side by side
-        in the order of their layers (`target_hidden`) and by name (`target_hidden.0`).
+        in the order of their layers (`target_hidden`) and by name (`target_hidden.0`). On one rank also `best`: the likeliest
+        token of each row of the logits, -1 where they are not finite.
 
         `watch` sees all buffers after each op, in the shapes of `backends/torch/ops.py`.
         """
-        numbers, runs, caught = self._code(program)
+        numbers, runs, _ = self._code(program)
         step, ranks = self.step, self.weights.ranks
-        self._fit(planned)
-        submit(step, planned)
-        logits = torch.empty(planned.wanted, step.head.n)
-        buffers = Buffers(step.H, caught[2] if caught else {})
-        if caught is not None:
-            buffers["target_hidden"] = target_hidden = torch.empty(planned.real, caught[0] * step.H)
-            step.target_hidden, step.hidden_stride = target_hidden.data_ptr(), target_hidden.shape[1]
-            step.hidden_place = caught[1].buffer_info()[0]
-        step.logits, base = logits.data_ptr(), numbers.buffer_info()[0]
+        buffers, logits = self._begin(program, planned)
+        base = numbers.buffer_info()[0]
         if watch is None and ranks.count == 1:
-            self.run_code(step, base, len(program))
+            self.run_code(step, base, len(numbers) // 2)
         else:
+            del buffers["best"]  # of a part of the vocabulary, or not computed
             for begin, end, gathered in runs:
                 for at in range(begin, end) if watch else (begin,):
                     self.run_code(step, base + 8 * at, 1 if watch else end - begin)
@@ -302,6 +300,43 @@ class CBackend(Backend):
             logits = ranks.gather(logits[None].contiguous()).transpose(0, 1).reshape(planned.wanted, -1)
         buffers["logits"] = logits
         return buffers
+
+    def _begin(self, program: list[Op], planned: CStep) -> tuple[Buffers, torch.Tensor]:
+        """Points the step at a plan and at new memory for what it leaves: (buffers, logits in whole vectors)."""
+        step, caught = self.step, self._code(program)[2]
+        self._fit(planned)
+        submit(step, planned)
+        logits = torch.empty(planned.wanted, step.head.n)
+        step.logits = logits.data_ptr()
+        buffers = Buffers(step.H, caught[2] if caught else {})
+        buffers["best"] = best = array("i", bytes(4 * planned.wanted))
+        step.best = best.buffer_info()[0]
+        if caught is not None:
+            buffers["target_hidden"] = target_hidden = torch.empty(planned.real, caught[0] * step.H)
+            step.target_hidden, step.hidden_stride = target_hidden.data_ptr(), target_hidden.shape[1]
+            step.hidden_place = caught[1].buffer_info()[0]
+        return buffers, logits
+
+    @torch.inference_mode()
+    def run_round(self, program: list[Op], chunks: list[SequenceChunk], drafter, drafting: list[int],
+                  requests: list[DraftRequest], cuts: list[Cut | None]) -> tuple[dict, list[list[float]]]:
+        planned, passes = self.plan(chunks), drafter.begin_round(requests)
+        numbers, kept = self._code(program)[0], array("i", bytes(4 * planned.real))
+        own = (structs.Drafted * len(drafting))(*(
+            (chunks[i].row, request.count, cut.worth, 0, cut.truth.buffer_info()[0])
+            for i, request, cut in zip(drafting, requests, (cut or KEEP for cut in cuts), strict=True)))
+        buffers, logits = self._begin(program, planned)
+        self.round_code(*passes, self.step, numbers.buffer_info()[0], len(numbers) // 2, own, len(own), kept.buffer_info()[0])
+        at, chances = 0, []
+        for i, request, sequence in zip(drafting, requests, own, strict=True):
+            chunks[i].tokens[1:] = drafter.best[at:at + sequence.kept]
+            chances.append(drafter.chance[at:at + request.count].tolist())
+            at += request.count
+        row = 0
+        for chunk in chunks:
+            chunk.row, row = row, row + len(chunk.tokens)
+        buffers["logits"] = logits[:self.step.wanted, :self.vocabulary]
+        return buffers, chances
 
     def _gather(self, layer: int, name: str, rows: int) -> None:
         """All ranks' partial outputs for the next addition."""

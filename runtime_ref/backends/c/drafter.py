@@ -41,9 +41,11 @@ class CDrafter(TorchDrafter):
         self.context_step = structs.Step(norm=memory.pointer(self.hidden_norm), fc=memory.matrix(self.fc[0].T), **shared)
         self.block_work, self.context_work = (Workspace(self.layer_structs, self.mask.shape[0]) for _ in range(2))
         self._reached = 0
+        self.one_call = backend.ranks.count == 1 and self.markov is None
+        self.block_step.vocabulary = backend.vocabulary
         layers = range(len(self.layers))
         self.block_code = _code([("embed", 0), *((op, i) for i in layers for op in self._ops(i)),
-                                 ("pick_rows", 0), ("final_norm", 0), ("head", 0)])
+                                 ("pick_rows", 0), ("final_norm", 0), ("head", 0), ("best", 0)])
         self.context_code = _code([("fuse", 0), *((op, i) for i in layers for op in ("project_kv", "write"))])
 
     def _head(self) -> structs.Matrix:
@@ -80,7 +82,7 @@ class CDrafter(TorchDrafter):
             layer.convolutions = memory.matrices([w for down, upper in pairs for w in (down[0].T, structs.pad(upper[0].T, 1))])
         return layer
 
-    def _run(self, step: structs.Step, work: Workspace, code: array, planned) -> None:
+    def _begin(self, step: structs.Step, work: Workspace, planned: CStep) -> None:
         work.fit(step, planned.real, planned.highest + self.block)
         if planned.highest >= self._reached:
             self.rotary.rows(torch.zeros(1, dtype=torch.long), planned.highest)
@@ -88,30 +90,50 @@ class CDrafter(TorchDrafter):
             for layer in self.layer_structs:
                 layer.cos, layer.sin = self.rotary._cos.data_ptr(), self.rotary._sin.data_ptr()
         submit(step, planned)
-        self.backend.run_code(step, code.buffer_info()[0], len(code) // 2)
 
-    def extend(self, target_hidden: torch.Tensor, positions: list[int], slots: list[int]) -> None:
-        target_hidden = target_hidden.contiguous()
-        self.context_step.features = target_hidden.data_ptr()
-        n = len(positions)
+    def _begin_context(self, target_hidden: torch.Tensor, positions: list[int], slots: list[int]) -> None:
+        n, target_hidden = len(positions), target_hidden.contiguous()
         numbers = array("i", [*[0] * n, *positions, *[0] * (4 * n), *slots])
         planned = CStep(n, 0, numbers, kinds=1, pages=0, picks=False, highest=max(positions))
-        self._run(self.context_step, self.context_work, self.context_code, planned)
+        self.context_step.features, self._held = target_hidden.data_ptr(), (target_hidden, planned)
+        self._begin(self.context_step, self.context_work, planned)
 
-    def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
-        self._catch_up(requests)
+    def extend(self, target_hidden: torch.Tensor, positions: list[int], slots: list[int]) -> None:
+        self._begin_context(target_hidden, positions, slots)
+        self.backend.run_code(self.context_step, self.context_code.buffer_info()[0], len(self.context_code) // 2)
+
+    def _begin_block(self, requests: list[DraftRequest]) -> CStep:
         rows = Rows([self.window])
         for w in requests:
             at = len(rows.ids)
             rows.head += range(at + 1, at + w.count + 1)
             rows.add([w.anchor] + [-1] * w.count, w.position, [w.tables[KIND]], last_low=w.position,
                      high=None if self.causal else w.position + w.count)
-        logits = torch.empty(len(rows.head), self.block_step.head.n)
-        self.block_step.logits = logits.data_ptr()
-        self._run(self.block_step, self.block_work, self.block_code, rows.step())
-        logits, ranks = logits[:, :self.backend.vocabulary], self.backend.ranks
+        planned, step = rows.step(), self.block_step
+        self.drafts = torch.empty(planned.wanted, step.head.n)
+        self.best, self.chance = (array(kind, bytes(4 * planned.wanted)) for kind in "if")
+        step.logits = self.drafts.data_ptr()
+        step.best, step.chance = self.best.buffer_info()[0], self.chance.buffer_info()[0]
+        self._begin(step, self.block_work, planned)
+        return planned
+
+    def begin_round(self, requests: list[DraftRequest]) -> tuple:
+        """Both passes, ready to run: what `run_round` of ops.c takes of them. It leaves the drafts in `best` and their
+        probabilities in `chance`, one request after the other."""
+        pending = self._pending(requests)
+        if pending is not None:
+            self._begin_context(*pending)
+        self._planned = self._begin_block(requests)
+        return (self.context_step, self.context_code.buffer_info()[0], 0 if pending is None else len(self.context_code) // 2,
+                self.block_step, self.block_code.buffer_info()[0], len(self.block_code) // 2)
+
+    def logits(self, requests: list[DraftRequest]) -> list[torch.Tensor]:
+        self._catch_up(requests)
+        planned, ranks = self._begin_block(requests), self.backend.ranks
+        self.backend.run_code(self.block_step, self.block_code.buffer_info()[0], len(self.block_code) // 2 - 1)
+        logits = self.drafts[:, :self.backend.vocabulary]
         if ranks.count > 1:
-            logits = ranks.gather(logits[None].contiguous()).transpose(0, 1).reshape(len(rows.head), -1)
+            logits = ranks.gather(logits[None].contiguous()).transpose(0, 1).reshape(planned.wanted, -1)
         return list(logits.split([w.count for w in requests]))
 
 

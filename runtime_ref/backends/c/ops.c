@@ -61,6 +61,9 @@ typedef struct {
     const int32_t *hidden_place; /* by layer, in units of H */
     const int32_t *numbers; /* ids, positions, then by kind low, high, table_at, table_first, slots; tables, head_rows if `picks` */
     int64_t rows, kinds, pages, picks;
+    int32_t *best; /* of each wanted row: the likeliest token, -1 where a logit is not finite */
+    float *chance; /* its probability, 0 where there is none; or NULL */
+    int64_t vocabulary;
 } Step;
 
 INLINE vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
@@ -431,7 +434,39 @@ static void convolve(Step *s, const Mat *pair) {
 }
 
 enum { EMBED, INPUT_NORM, POST_NORM, FINAL_NORM, PROJECT, WRITE, ATTEND, MERGE, ADD_ATTENTION, ADD_MLP, DENSE, ROUTE, EXPERTS, TARGET_HIDDEN,
-       PICK_ROWS, HEAD, FUSE, PROJECT_KV, CONVOLVE_ATTENTION, CONVOLVE_MLP };
+       PICK_ROWS, HEAD, FUSE, PROJECT_KV, CONVOLVE_ATTENTION, CONVOLVE_MLP, BEST };
+
+static void choose(Step *s) {
+    const int64_t V = s->vocabulary;
+    for (int64_t r = 0; r < s->wanted; r++) {
+        const float *own = s->logits + r * s->head.n;
+        const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        vf most = splat(-INFINITY), nothing = splat(0);
+        vi at = {};
+        int64_t i = 0;
+        for (; i + L <= V; i += L) {
+            const vf v = load(own + i);
+            const vi higher = v > most;
+            most = (vf)(((vi)v & higher) | ((vi)most & ~higher));
+            at = ((lane + (int32_t)i) & higher) | (at & ~higher);
+            nothing = nothing + v * 0.0f;
+        }
+        float top = most[0], finite = lanes(nothing);
+        int32_t best = at[0];
+        for (int j = 1; j < L; j++) if (most[j] > top || (most[j] == top && at[j] < best)) top = most[j], best = at[j];
+        for (int64_t j = i; j < V; j++) {
+            if (own[j] > top) top = own[j], best = (int32_t)j;
+            finite += own[j] * 0.0f;
+        }
+        s->best[r] = finite == 0.0f ? best : -1;
+        if (!s->chance) continue;
+        vf sum = splat(0);
+        float rest = 0;
+        for (int64_t j = 0; j < i; j += L) sum = sum + vexp(load(own + j) - top);
+        for (; i < V; i++) rest += vexp(splat(own[i] - top))[0];
+        s->chance[r] = s->best[r] < 0 ? 0 : 1.0f / (lanes(sum) + rest);
+    }
+}
 
 static void find_numbers(Step *s) {
     const int64_t n = s->rows, all = s->kinds * n;
@@ -472,10 +507,62 @@ void run(Step *s, const int32_t (*code)[2], int64_t count) {
                     if (s->head_rows[r] != r) memcpy(s->x + r * s->H, s->x + s->head_rows[r] * s->H, sizeof(float) * s->H);
             break;
         case HEAD: product(s, &s->head, s->y, s->H, s->logits, s->head.n, s->wanted); break;
+        case BEST: choose(s); break;
         case FUSE: /* features [R, k] -> y */
             product(s, &s->fc, s->features, s->fc.k, s->x, s->H, s->R);
             for (int64_t r = 0; r < s->R; r++) norm(s->x + r * s->H, s->norm, s->y + r * s->H, s->H, s->epsilon);
             break;
         }
     }
+}
+
+/* Sequences of a round; mirrored in structs.py. A sequence keeps the drafts that the target is likely to reach: those whose chances,
+   each as often true as `truth` says of it, multiply to at least `worth`. */
+typedef struct { int64_t row, drafts; float worth; int32_t kept; const float *truth; } Drafted;
+#define BINS 16
+
+/* Takes out rows that are not `kept` (ascending), of n; the arrays' stride stays. */
+static void drop_rows(Step *s, const int32_t *kept, int64_t n) {
+    int32_t *columns = (int32_t *)s->numbers;
+    const int64_t count = 2 + 5 * s->kinds;
+    for (int64_t c = 0; c < count; c++, columns += s->rows) for (int64_t i = 0; i < n; i++) columns[i] = columns[kept[i]];
+    if (s->picks) {
+        int32_t *head = (int32_t *)s->head_rows, at = 0;
+        int64_t wanted = 0;
+        for (int64_t i = 0; i < s->wanted; i++) {
+            while (at < n && kept[at] < head[i]) at++;
+            if (at < n && kept[at] == head[i]) head[wanted++] = at;
+        }
+        s->wanted = wanted;
+    } else s->wanted = n;
+    s->R = n;
+}
+
+/* Context (count 0: nothing new), block and the target's step, whose rows of drafts get their tokens between the two. */
+void run_round(Step *context, const int32_t (*context_code)[2], int64_t context_count, Step *block, const int32_t (*block_code)[2],
+               int64_t block_count, Step *target, const int32_t (*code)[2], int64_t count, Drafted *drafted, int64_t sequences, int32_t *kept) {
+    if (context_count) run(context, context_code, context_count);
+    run(block, block_code, block_count);
+    find_numbers(target);
+    int32_t *ids = (int32_t *)target->ids;
+    int64_t from = 0, n = 0, next = 0;
+    for (int64_t q = 0; q < sequences; q++) {
+        Drafted *own = drafted + q;
+        float reach = 1;
+        int64_t i = 0;
+        for (; i < own->drafts; i++) {
+            if (block->best[from + i] < 0) break; /* not a number: nothing to propose */
+            const int bin = (int)(block->chance[from + i] * BINS);
+            reach *= own->truth[bin < BINS ? bin : BINS - 1];
+            if (!(reach >= own->worth)) break;
+            ids[own->row + 1 + i] = block->best[from + i];
+        }
+        own->kept = (int32_t)i;
+        for (; next <= own->row + i; next++) kept[n++] = (int32_t)next;
+        next = own->row + 1 + own->drafts;
+        from += own->drafts;
+    }
+    for (; next < target->rows; next++) kept[n++] = (int32_t)next;
+    if (n < target->rows) drop_rows(target, kept, n);
+    run(target, code, count);
 }

@@ -33,7 +33,7 @@ ALIGNED, LARGE_PAGE = 64, 1 << 21
 BLOCK_BYTES = 1 << 24  # of what holds matrices one behind the other
 OPS = ("embed", "input_norm", "post_norm", "final_norm", "project", "write", "attend", "merge_heads", "add_attention",
        "add_mlp", "dense_mlp", "route", "experts", "target_hidden", "pick_rows", "head", "fuse", "project_kv",
-       "convolve_attention", "convolve_mlp")
+       "convolve_attention", "convolve_mlp", "best")
 OP = {name: i for i, name in enumerate(OPS)}
 
 _pointer, _integer, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -73,7 +73,12 @@ class Step(ctypes.Structure):
                                                 "logits", "gathered", "features", "target_hidden", "index", "list",
                                                 "halves")),
                 ("hidden_stride", _integer), ("hidden_place", _pointer), ("numbers", _pointer),
-                *((name, _integer) for name in ("rows", "kinds", "pages", "picks"))]
+                *((name, _integer) for name in ("rows", "kinds", "pages", "picks")),
+                ("best", _pointer), ("chance", _pointer), ("vocabulary", _integer)]
+
+
+class Drafted(ctypes.Structure):
+    _fields_ = [("row", _integer), ("drafts", _integer), ("worth", _real), ("kept", ctypes.c_int32), ("truth", _pointer)]
 
 
 @functools.cache
@@ -104,6 +109,9 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     """The library with its functions' types, prepared."""
     found.run.argtypes = [ctypes.POINTER(Step), ctypes.c_void_p, ctypes.c_int64]
     found.run.restype = None
+    found.run_round.argtypes = [*(ctypes.POINTER(Step), ctypes.c_void_p, ctypes.c_int64) * 3, ctypes.POINTER(Drafted),
+                                ctypes.c_int64, ctypes.c_void_p]
+    found.run_round.restype = None
     found.decode_rows.argtypes = [ctypes.POINTER(PackedMatrix), _integer, _integer, _pointer]
     found.decode_rows.restype = None
     found.prepare()

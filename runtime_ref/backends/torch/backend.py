@@ -9,7 +9,7 @@ import torch
 
 from modeling.drafter import load_drafter
 from runtime_ref.backends.base import Backend, Capabilities, Drafter
-from runtime_ref.backends.torch import ops
+from runtime_ref.backends.torch import ops, row_rules
 from runtime_ref.backends.torch.ops import Step
 from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
@@ -36,7 +36,7 @@ class TorchBackend(Backend):
         self.ops: dict[str, Callable] = {name.removeprefix("op_"): getattr(self, name)
                                          for name in dir(self) if name.startswith("op_")}
         self._probed: set[tuple[int, int, int]] = set()
-        self.rules = ops.STRICT
+        self.rules = row_rules.STRICT
         self.probe(self.product_shapes())
 
     @property
@@ -44,9 +44,9 @@ class TorchBackend(Backend):
         return Capabilities("torch", row_multiple=self.rules.quantum)
 
     def probe(self, shapes: set[tuple[int, int, int]]) -> None:
-        """Fits the row rules to these products (batch, K, N) too (see `ops.probe_rows`)."""
+        """Fits the row rules to these products (batch, K, N) too (see `row_rules.probe_rows`)."""
         self._probed |= shapes
-        self.rules = ops.probe_rows(self._probed)
+        self.rules = row_rules.probe_rows(self._probed)
 
     def load_drafter(self, folder: str | Path, pages: int, context: int, *, precision: str = "bf16") -> Drafter:
         self.only_bf16_drafts(precision)
@@ -92,8 +92,8 @@ class TorchBackend(Backend):
 
     def plan_of_rows(self) -> Step:
         """A step of eight rows without a sequence, for ops that look at rows only."""
-        rows = torch.zeros(ops.ROWS, dtype=torch.long)
-        return Step(rows, rows, ops.ROWS, 0, None, ops.ROWS, ops.ROWS, None, None)
+        rows = torch.zeros(row_rules.ROWS, dtype=torch.long)
+        return Step(rows, rows, row_rules.ROWS, 0, None, row_rules.ROWS, row_rules.ROWS, None, None)
 
     @torch.inference_mode()
     def run(self, program: list[Op], step: Step, watch: Callable[[Op, dict], None] | None = None, *,

@@ -19,8 +19,9 @@ from modeling.drafter import DFlashDraftModel
 from runtime_ref.backends.base import Drafter
 from runtime_ref.backends.torch import ops
 from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.backends.torch.ops import AttentionMetadata, RowRules, rounded
+from runtime_ref.backends.torch.ops import AttentionMetadata
 from runtime_ref.backends.torch.rotary import Rotary
+from runtime_ref.backends.torch.row_rules import NARROW, ROWS, RowRules, padded, product, rounded
 from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.drafter_checks import check_drafter
 from runtime_ref.core.kv_cache import PAGE, Pool, Table
@@ -87,7 +88,7 @@ class TorchDrafter(Drafter):
         """Writes keys and values of features [n, target layers * H] at positions into slots of the pool."""
         n = len(positions)
         rules = self.backend.rules
-        rows = ops.padded(n, rules)
+        rows = padded(n, rules)
         if rows != n:
             target_hidden = torch.cat((target_hidden, target_hidden[-1:].expand(rows - n, -1)))
             positions = positions + positions[-1:] * (rows - n)
@@ -115,7 +116,7 @@ class TorchDrafter(Drafter):
         self._catch_up(requests)
         most = max(w.count for w in requests) + 1
         rules = self.backend.rules
-        T = ops.NARROW if most <= ops.NARROW and rules.quantum == ops.NARROW else -(-most // ops.ROWS) * ops.ROWS
+        T = NARROW if most <= NARROW and rules.quantum == NARROW else -(-most // ROWS) * ROWS
         x = self.backend.weights.embed.new_empty(len(requests), T, self.mask.shape[0])
         x[:] = self.mask
         x[:, 0] = self.backend.weights.embed[torch.tensor([w.anchor for w in requests])]
@@ -136,22 +137,28 @@ class TorchDrafter(Drafter):
             x = rounded(x + ops.merge_heads(heads, layer["o"], rules=rules)[0], self.backend.dtype)
             y = convolved(ops.norm(x, layer["post_norm"], self.epsilon), layer["convolutions"][1], T, rules)
             inner = ops.gated(ops.spread(y, layer["gate_up"], rules))
-            x = rounded(x + ops.product(inner, layer["down"], rules)[0], self.backend.dtype)
+            x = rounded(x + product(inner, layer["down"], rules)[0], self.backend.dtype)
         y = ops.norm(x, self.norm, self.epsilon)
         logits = ops.head_logits(y, self.backend.weights.head, self.backend.weights.ranks, rules).view(len(requests), T, -1)
         return [logits[b, 1:w.count + 1] for b, w in enumerate(requests)]
 
     def _catch_up(self, requests: list[DraftRequest]) -> None:
+        pending = self._pending(requests)
+        if pending is not None:
+            self.extend(*pending)
+
+    def _pending(self, requests: list[DraftRequest]) -> tuple[torch.Tensor, list[int], list[int]] | None:
+        """What `extend` has to be told before a block; long stretches are taken in at once."""
         late = [w for w in requests if w.target_hidden is not None and w.target_hidden.shape[0]]
         short = [w for w in late if w.target_hidden.shape[0] <= 64]
         for w in late:
             if w.target_hidden.shape[0] > 64:
                 self.extend_tables(w.target_hidden, w.position - w.target_hidden.shape[0], w.tables[KIND])
         if not short:
-            return
+            return None
         positions = [p for w in short for p in range(w.position - w.target_hidden.shape[0], w.position)]
         slots = [w.tables[KIND].slot(p) for w in short for p in range(w.position - w.target_hidden.shape[0], w.position)]
-        self.extend(torch.cat([w.target_hidden for w in short]) if len(short) > 1 else short[0].target_hidden, positions, slots)
+        return torch.cat([w.target_hidden for w in short]) if len(short) > 1 else short[0].target_hidden, positions, slots
 
     def _metadata(self, requests: list[DraftRequest], positions: torch.Tensor, T: int) -> _DraftMetadata:
         """Pages, mask and slots of the blocks; only the block's own positions have slots, up to its count."""

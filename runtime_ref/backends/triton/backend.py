@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -29,13 +27,14 @@ import torch
 
 from modeling.drafter import load_drafter
 from runtime_ref.backends.base import Backend, Capabilities, Drafter
+from runtime_ref.backends.triton.steps import BLOCK, KernelPool, KernelStep, RotaryTable, StepRunner, plan_blocks
 from runtime_ref.checkpoints.device_shapes import interpreted
 from runtime_ref.checkpoints.device_weights import KernelWeights, load_kernel_weights
 from runtime_ref.checkpoints.host_weights import TargetWeights
 from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.batch import SequenceChunk, lay_out
 from runtime_ref.core.fusion import fused
-from runtime_ref.core.kv_cache import PAGE, KvCache, Pool, Table
+from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.launch_report import LaunchReport, WaitGivenUp
 from runtime_ref.core.program import Op, run_ops
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
@@ -43,94 +42,6 @@ from runtime_ref.kernels import launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.experts import MAX_TOKENS, Launch, Workspace, run_experts
 from runtime_ref.kernels.launches import Tiling
-
-BLOCK = 8
-
-
-class KernelPool(Pool):
-    """A pool whose pages are bfloat16 and lie on the kernels' device, all layers in one tensor each."""
-
-    def __init__(self, layers: dict[int, tuple[int, int, int]], pages: int, window: int | None, device: str):
-        super().__init__({}, pages, torch.bfloat16, window)
-        K, D, V = next(iter(layers.values()))
-        assert set(layers.values()) == {(K, D, V)}, "layers of one kind have one geometry"
-        self.all_keys, self.all_values = (torch.zeros((len(layers), K, (pages + 1) * PAGE, width), dtype=torch.bfloat16,
-                                                      device=device) for width in (D, V))
-        self.place = {layer: i for i, layer in enumerate(layers)}
-        self.keys = {layer: self.all_keys[i] for layer, i in self.place.items()}
-        self.values = {layer: self.all_values[i] for layer, i in self.place.items()}
-
-
-@dataclass
-class Blocks:
-    """Blocks of up to eight rows of one sequence over one kind of pages; int32.
-
-    tables [B, n], first [B] (logical page of tables[:, 0]), start, count, row [B]; slots [R]; longest: the highest end.
-    """
-
-    tables: torch.Tensor
-    first: torch.Tensor
-    start: torch.Tensor
-    count: torch.Tensor
-    row: torch.Tensor
-    slots: torch.Tensor
-    longest: int
-
-
-@dataclass
-class KernelStep:
-    """What no layer changes: ids, positions int32 [R]; head_rows int32, the rows whose logits are wanted."""
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    head_rows: torch.Tensor
-    real: int
-    wanted: int
-    blocks: dict[str, Blocks] = field(default_factory=dict)
-
-
-def plan_blocks(pool: Pool, places: list[tuple[Table, int, int, int]], device: str) -> Blocks:
-    """Blocks (table, first position, rows, first row) over the pages of one kind, with a slot for every row."""
-    first = [pool.first_needed(start) for _, start, _, _ in places]
-    held = [table.pages[low - table.first:(start + count - 1) // PAGE + 1 - table.first]
-            for (table, start, count, _), low in zip(places, first, strict=True)]
-    width = max(map(len, held))
-    slots = [table.slot(p) for table, start, count, _ in places for p in range(start, start + count)]
-    columns = ([pages + [0] * (width - len(pages)) for pages in held], first, [start for _, start, _, _ in places],
-               [count for _, _, count, _ in places], [row for *_, row in places], slots)
-    return Blocks(*(torch.tensor(c, dtype=torch.int32, device=device) for c in columns),
-                  max(start + count for _, start, count, _ in places))
-
-
-class RotaryTable:
-    """cos and sin float32 [positions, rotated / 2] of one base; `extension` as of `families.Geometry.rotary`."""
-
-    def __init__(self, base: float, rotated: int, positions: int, device: str,
-                 extension: tuple[tuple[float, ...] | None, float] = (None, 1.0)):
-        given, scaling = extension
-        powers = base ** -(torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
-        angles = torch.arange(positions, dtype=torch.float32)[:, None] * (powers if given is None else torch.tensor(given))
-        self.table = (angles.cos() * scaling).to(device), (angles.sin() * scaling).to(device)
-
-
-class StepRunner(ABC):
-    """Another way than op by op to compute the steps of one program."""
-
-    def serves(self, program: list[Op], step: KernelStep) -> bool:
-        """Whether it computes this step."""
-        return False
-
-    def run(self, step: KernelStep) -> dict[str, torch.Tensor]:
-        """Logits and target hidden states, as `TritonBackend.run` returns them."""
-        raise NotImplementedError
-
-    @abstractmethod
-    def flags(self) -> list[torch.Tensor]:
-        """int32, not zero where a wait was given up since the scratch was made."""
-
-    def failed(self) -> bool:
-        """Whether any is set. Synchronizes."""
-        return any(bool(flag.any()) for flag in self.flags())
 
 
 class TritonBackend(Backend):

@@ -18,7 +18,8 @@ import torch
 
 from modeling.drafter import DFlashDraftModel
 from runtime_ref.backends.base import Drafter
-from runtime_ref.backends.triton.backend import BLOCK, Blocks, KernelPool, RotaryTable, TritonBackend, plan_blocks
+from runtime_ref.backends.triton.backend import TritonBackend
+from runtime_ref.backends.triton.steps import BLOCK, Blocks, KernelPool, RotaryTable, plan_blocks
 from runtime_ref.checkpoints.device_weights import Arena, piece_bytes
 from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.drafter_checks import check_drafter

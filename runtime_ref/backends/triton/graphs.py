@@ -16,8 +16,9 @@ from dataclasses import replace
 import torch
 
 from runtime_ref.backends.base import Drafter
-from runtime_ref.backends.triton.backend import Blocks, KernelStep, StepRunner, TritonBackend
+from runtime_ref.backends.triton.backend import TritonBackend
 from runtime_ref.backends.triton.drafter import TritonDrafter
+from runtime_ref.backends.triton.steps import Blocks, KernelStep, StepRunner
 from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.kv_cache import PAGE
 from runtime_ref.core.program import Op

@@ -21,8 +21,9 @@ from dataclasses import replace
 import torch
 import triton
 
-from runtime_ref.backends.triton.backend import BLOCK, KernelPool, KernelStep, StepRunner, TritonBackend
+from runtime_ref.backends.triton.backend import TritonBackend
 from runtime_ref.backends.triton.megakernel_globals import NO_EXPERTS, ExpertGlobals, Globals, KindGlobals, value_scale
+from runtime_ref.backends.triton.steps import BLOCK, KernelPool, KernelStep, StepRunner
 from runtime_ref.checkpoints.device_weights import Arena, KernelLayer
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE

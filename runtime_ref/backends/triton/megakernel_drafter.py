@@ -13,10 +13,10 @@ import torch
 import triton
 
 from runtime_ref.backends.base import Drafter
-from runtime_ref.backends.triton.backend import BLOCK, StepRunner
 from runtime_ref.backends.triton.drafter import CONTEXT_ROWS, TritonDrafter
 from runtime_ref.backends.triton.megakernel import kind_constants
 from runtime_ref.backends.triton.megakernel_globals import NO_EXPERTS, ExpertGlobals, Globals, KindGlobals, value_scale
+from runtime_ref.backends.triton.steps import BLOCK, StepRunner
 from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.kv_cache import PAGE
 from runtime_ref.kernels.attention import CHUNK_PAGES

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from runtime_ref.backends.triton.backend import BLOCK, Blocks, KernelPool
+from runtime_ref.backends.triton.steps import BLOCK, Blocks, KernelPool
 from runtime_ref.kernels.attention import most_chunks
 from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
 from runtime_ref.kernels.experts import Workspace, kernel_arguments

@@ -22,10 +22,11 @@ from mxfp4.codec import scale_bump
 from mxfp4.fake_quant import fake_quantize_
 from mxfp4.fake_quant_triton import BLOCKS_PER_PROGRAM, fake_quantize_fused_, fake_quantize_kernel
 from mxfp4.format import ScaleRule
-from runtime_ref.backends.triton.backend import BLOCK, TritonBackend, default_tiling
+from runtime_ref.backends.triton.backend import TritonBackend, default_tiling
 from runtime_ref.backends.triton.drafter import TritonDrafter
 from runtime_ref.backends.triton.megakernel import Megakernel
 from runtime_ref.backends.triton.megakernel_drafter import MegakernelDrafter
+from runtime_ref.backends.triton.steps import BLOCK
 from runtime_ref.checkpoints.device_weights import random_weights
 from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk
 from runtime_ref.core.fusion import fused

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from checkpoint.families.geometry import NotHeld
 from checkpoint.inventory import layout_of, scale_name
-from checkpoint.tensor_files import TensorFiles
+from checkpoint.tensor_files import REFERENCE, TensorFiles
 from checkpoint.verify import Finding, Verification, verify
 from modeling.drafter import read_mask
 from modeling.names import fused_name
@@ -37,7 +37,6 @@ from runtime_ref.validation.quantities import Number
 from runtime_ref.validation.result import Check
 from storage.reading import first_line
 
-REFERENCE = "dflash_reference.safetensors"
 MASK_FILE = "mask_embedding.pt"
 # Kinds of findings that other checks make, with more to say; kinds that every folder with a stored reference owes.
 ELSEWHERE = {"checksum", "reference"}
@@ -71,7 +70,6 @@ def check_folder(check: Check, context: ValidationContext) -> None:
         check.fail(str(error), error.cause)
         return
     context.family = context.raw["model_type"]
-    context.ours = any((folder / name).is_file() for name in ("export.json", f"dflash/{REFERENCE}"))
     if not _packed(check, context):
         return
     context.loadable = context.drafter_loadable = True

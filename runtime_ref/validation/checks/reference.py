@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.drafter_folder import draft_round
 from checkpoint.load import load_model
 from modeling.drafter import DFlashDraftModel, load_drafter
 from runtime_ref.validation.checks import folder_causes as causes
@@ -279,7 +280,7 @@ def _stored_drafts(check: Check, context: ValidationContext, probe: Probe) -> No
     embed = probe.target.model.embed_tokens
 
     def run(drafter):
-        return draft_round(drafter, target_hidden, ids[0, -1], ids.shape[1] - 1, embed)
+        return draft_round(drafter, target_hidden, ids, embed.weight)[0]
 
     hidden = run(probe.drafter)
     error = difference(hidden, stored)
@@ -324,14 +325,3 @@ def _judge_logits(check: Check, context: ValidationContext, probe: Probe, ids: t
     others = (s for s in hypotheses if s not in last)
     found = matching_faults(probe.target, last, run, stored) or matching_faults(probe.target, others, run, stored)
     name_causes(check, found, FINAL_NORM_CAUSE)
-
-
-@torch.no_grad()
-def draft_round(drafter: DFlashDraftModel, target_hidden: torch.Tensor, anchor: torch.Tensor, position: int,
-                embed) -> torch.Tensor:
-    """Hidden states [T, H] of one block of the reference drafter, given features [1, S, n, H]."""
-    S = target_hidden.shape[1]
-    positions = torch.arange(position - S, position)[None]
-    context = drafter.context_keys_values(drafter.fuse(target_hidden.flatten(2)), positions)
-    embeds = drafter.embed_block(anchor[None], embed)
-    return drafter.block_hidden(embeds, position + torch.arange(drafter.block_size)[None], context, positions)[0]

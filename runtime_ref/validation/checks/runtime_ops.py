@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from checkpoint.drafter_folder import draft_round
 from runtime_ref.backends.base import Backend, Drafter
 from runtime_ref.checkpoints.host_weights import Dense
 from runtime_ref.core.batch import KIND, DraftRequest, SequenceChunk
@@ -26,7 +27,6 @@ from runtime_ref.validation.checks.draft_rounds import check_rounds, engine_roun
 from runtime_ref.validation.checks.reference import (
     ENGINE_CAUSE,
     Probe,
-    draft_round,
     faults_of,
     features,
     name_causes,
@@ -250,10 +250,10 @@ def _compare_drafts(check: Check, context: ValidationContext, probe: Probe, foun
                     bound: float) -> None:
     """The runtime's draft logits, rounded as kernels round them, against the drafter model's on the outputs of `layers`."""
     n, embed = len(probe.ids) - 1, probe.target.model.embed_tokens
-    target_hidden, anchor = layers[None, :n][:, :, probe.drafter.target_layer_ids], torch.tensor(probe.ids[n])
+    target_hidden, ids = layers[None, :n][:, :, probe.drafter.target_layer_ids], torch.tensor([probe.ids[:n + 1]])
 
     def run(drafter):
-        return probe.target.lm_head(draft_round(drafter, target_hidden, anchor, n, embed)[1:])
+        return probe.target.lm_head(draft_round(drafter, target_hidden, ids, embed.weight)[0, 1:])
 
     error = difference(found, run(probe.drafter))
     check.measure(Number.DRAFT_LOGITS_ERROR, error, bound)

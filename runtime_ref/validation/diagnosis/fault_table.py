@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from checkpoint.families.registry import FAMILIES
 from runtime_ref.validation.diagnosis.faults import Fault
-from runtime_ref.validation.diagnosis.model_view import DrafterView
 
 NIBBLE_CAUSE = "nibbles are swapped: the low nibble of a byte holds the even column"
 NORM_CAUSE = "norm weights are stored as differences from 1, or taken for that"
@@ -102,13 +101,13 @@ def _gpt_oss_experts(limit: float, alpha: float) -> Iterator[Fault]:
 
 def _sigmoid_routers(config, family: str) -> Iterator[Fault]:
     yield Fault("router bias", "e_score_correction_bias of the routers is ignored",
-                lambda v: v.zero_buffers("e_score_correction_bias"))
+                lambda v: v.zero("e_score_correction_bias"))
     yield Fault("router norm", NORMALISED_CAUSE, lambda v: v.router_setting("norm_topk_prob", lambda on: not on))
     yield Fault("routed scale", "wrong routed_scaling_factor of the experts' sum",
                 lambda v, factor: v.router_setting("routed_scaling_factor", lambda _: factor), (0.25, 0.5, 1.0, 2.5, 16.0))
-    yield Fault("softmax router", "router scores by softmax: they are sigmoids (scoring_func)", lambda v: v.route(softmax=True))
+    yield Fault("softmax router", "router scores by softmax: they are sigmoids (scoring_func)", lambda v: v.route("softmax"))
     yield Fault("bias in weights", "e_score_correction_bias is added to the routing weights: it decides the choice, no more",
-                lambda v: v.route(biased=True))
+                lambda v: v.route("sigmoid", biased=True))
     if config.n_group > 1:
         yield Fault("router groups", "groups of experts are ignored (n_group, topk_group)", lambda v: v.router_setting(
             "n_group", lambda _: 1) & v.router_setting("topk_group", lambda _: 1))
@@ -120,9 +119,9 @@ def _sigmoid_routers(config, family: str) -> Iterator[Fault]:
 def _softmax_routers(config, family: str) -> Iterator[Fault]:
     chosen = "routing weights are a softmax of the chosen experts' logits, not of all"
     cause = chosen if family == "gpt_oss" else NORMALISED_CAUSE
-    for kind in ("all", "chosen"):
-        yield Fault(f"router {kind}", cause, lambda v, k=kind: v.score(k))
-    yield Fault("sigmoid router", "router scores by sigmoid: these are a softmax", lambda v: v.score("sigmoid"))
+    for name, normed in (("all", False), ("chosen", True)):
+        yield Fault(f"router {name}", cause, lambda v, n=normed: v.route("softmax", normed=n))
+    yield Fault("sigmoid router", "router scores by sigmoid: these are a softmax", lambda v: v.route("sigmoid", normed=True))
     if family == "gpt_oss":
         yield Fault("router bias", "the routers' bias is dropped (router.bias)", lambda v: v.zero("router.bias"))
 
@@ -142,7 +141,7 @@ def _window_faults(config) -> Iterator[Fault]:
 
 
 def _sink_faults() -> Iterator[Fault]:
-    yield Fault("sinks", "attention sinks are dropped (of the window layers, self_attn.sinks)", lambda v: v.drop_sinks())
+    yield Fault("sinks", "attention sinks are dropped (of the window layers, self_attn.sinks)", lambda v: v.fill_sinks(-1e30))
     yield Fault("sinks zero", "attention sinks are dropped: taken for zero", lambda v: v.fill_sinks(0.0))
     for by in (1, -1):
         yield Fault(f"sinks {by:+d}", "attention sinks are those of a neighbouring layer", lambda v, n=by: v.roll_sinks(n))
@@ -229,10 +228,10 @@ def drafter_faults(drafter, vocabulary_row: torch.Tensor, bases: Iterable[float]
         return lambda model, value: setattr(model, attribute, value)
 
     yield of_model("mask row", "the mask embedding is not the vocabulary row of the mask token: mask_embedding.pt must be used",
-                   lambda m: void(m.mask_embedding.copy_(vocabulary_row)))
+                   lambda m: m.mask_embedding.copy_(vocabulary_row))
     yield of_model("mask zero", "the mask embedding is zero or missing: mask_embedding.pt must be used",
-                   lambda m: void(m.mask_embedding.zero_()))
-    yield Fault("draft sinks", "attention sinks of the drafter are dropped", DrafterView.drop_sinks)
+                   lambda m: m.mask_embedding.zero_())
+    yield Fault("draft sinks", "attention sinks of the drafter are dropped", lambda v: v.fill_sinks(-1e30))
     yield of_model("draft causal", "wrong causality: attention inside the drafter's block is not causal (is_causal, causal)",
                    lambda m: setattr(m, "causal", not m.causal))
     least, own = drafter.block_size, drafter.window or 64
@@ -263,10 +262,6 @@ def drafter_faults(drafter, vocabulary_row: torch.Tensor, bases: Iterable[float]
         yield Fault(f"raw {parts}", RAW_CAUSE, lambda v, p=parts: v.raw_context_values(p))
     yield Fault("features reversed", "target layers are concatenated in another order (target_layer_ids)",
                 lambda v: v.reverse_features())
-
-
-def void(_: object) -> None:
-    """The change was made, whatever making it returned."""
 
 
 def scales_as_numbers(weight: torch.Tensor) -> torch.Tensor:

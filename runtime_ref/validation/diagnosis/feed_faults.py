@@ -39,6 +39,8 @@ class Round:
 class RecordingDrafter:
     """A drafter that remembers its rounds; everything else is the recorded drafter's."""
 
+    one_call = False  # whose logits nobody sees; its bits are those of drafts that are made apart
+
     def __init__(self, drafter):
         self._drafter, self.rounds = drafter, []
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,19 @@ import torch.nn.functional as F
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
+def each(items: Iterable, change: Callable) -> bool:
+    """Changes every item; whether there is one."""
+    items = list(items)
+    for item in items:
+        change(item)
+    return bool(items)
+
+
 class ModelView:
     """The parts of a decoder; subclasses say what differs between classes."""
 
     epsilon_name, sink_name = "epsilon", "attention_sink_bias"
+    transposed = False
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.body = model, getattr(model, "model", model)
@@ -40,26 +49,27 @@ class ModelView:
     def norms(self) -> list:
         return [m for m in self.model.modules() if hasattr(m, self.epsilon_name)]
 
-    # Experts
+    @property
+    def sinks(self) -> list[torch.Tensor]:
+        return [s for a in self.attentions if (s := getattr(a, self.sink_name, None)) is not None]
 
-    transposed = False
+    # Experts
 
     def each_expert_matrix(self, change: Change) -> bool:
         """`change` of every fused expert tensor, given with the dimension of its blocks last."""
-        for experts in self.experts:
-            for weight in (experts.gate_up_proj, experts.down_proj):
-                weight.copy_(change(weight.mT.contiguous()).mT if self.transposed else change(weight))
-        return bool(self.experts)
+        return each((w for e in self.experts for w in (e.gate_up_proj, e.down_proj)),
+                    lambda w: w.copy_(change(w.mT.contiguous()).mT if self.transposed else change(w)))
 
-    def gate_up_rows(self, order: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    def gate_up_rows(self, order: Change) -> bool:
         """Output rows of gate_up (and their biases) in the order order(arange(2 I))."""
-        for experts in self.experts:
+        def reorder(experts):
             weight = experts.gate_up_proj
             rows = order(torch.arange(weight.shape[2 if self.transposed else 1]))
             weight.copy_(weight[:, :, rows] if self.transposed else weight[:, rows])
             if getattr(experts, "gate_up_proj_bias", None) is not None:
                 experts.gate_up_proj_bias.copy_(experts.gate_up_proj_bias[:, rows])
-        return bool(self.experts)
+
+        return each(self.experts, reorder)
 
     def activation(self, form: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> bool:
         """Experts with the activation form(gate, up)."""
@@ -68,107 +78,124 @@ class ModelView:
             return form(*((gate_up[..., ::2], gate_up[..., 1::2]) if self.transposed else
                           (gate_up[..., :half], gate_up[..., half:])))
 
-        for experts in self.experts:
-            experts._apply_gate = gate
-        return bool(self.experts)
+        return each(self.experts, lambda experts: setattr(experts, "_apply_gate", gate))
 
     def permute_experts(self, order: Callable[[int], list[int]]) -> bool:
         """Experts change places, routers stay: expert e of the result is expert order(E)[e]."""
-        changed = False
-        for experts in self.experts:
-            count = experts.gate_up_proj.shape[0]
-            places = order(count)
-            if places != list(range(count)):
-                for p in (experts.gate_up_proj, experts.down_proj):  # biases stand in tensors of their own
-                    p.copy_(p[places])
-                changed = True
-        return changed
+        moved = [(p, places) for e in self.experts for p in (e.gate_up_proj, e.down_proj)  # biases are tensors of their own
+                 if (places := order(len(p))) != list(range(len(p)))]
+        return each(moved, lambda pair: pair[0].copy_(pair[0][pair[1]]))
 
     def transpose_experts(self) -> bool:
         """Each matrix is its own transpose: only square ones can be taken for each other."""
-        if any(e.down_proj.shape[1] != e.down_proj.shape[2] for e in self.experts):
-            return False
-        for experts in self.experts:
+        def transpose(experts):
             gate, up = experts.gate_up_proj.clone().chunk(2, 1)
             experts.gate_up_proj.copy_(torch.cat((gate.mT, up.mT), 1))
             experts.down_proj.copy_(experts.down_proj.clone().mT)
-        return bool(self.experts)
+
+        return all(e.down_proj.shape[1] == e.down_proj.shape[2] for e in self.experts) and each(self.experts, transpose)
+
+    # Routers: their settings under the names of MiMo-V2's configuration
+
+    def router_setting(self, key: str, change: Callable) -> bool:
+        raise NotImplementedError
+
+    def choose(self, count: float) -> bool:
+        """Another number of experts per token."""
+        return all(0 < count <= len(router.weight) for router in self.routers) and self.router_setting(
+            "num_experts_per_tok", lambda _: int(count))
+
+    def route(self, scores: str, *, biased: bool = False, normed: bool | None = None) -> bool:
+        """Routers without groups whose scores are a "softmax" or a "sigmoid", with the correction bias in the weights and not
+        only in the choice, with weights normalized or not."""
+        def run(router) -> Callable:
+            count, own, factor = (self.setting(router, key) for key in (
+                "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"))
+
+            def forward(x):
+                x = x.reshape(-1, x.shape[-1]).float()
+                logits = F.linear(x, router.weight.float(), getattr(router, "bias", None))
+                score = logits.softmax(-1) if scores == "softmax" else logits.sigmoid()
+                choice = score + getattr(router, "e_score_correction_bias", 0.0)
+                index = choice.topk(count, dim=-1).indices
+                weight = (choice if biased else score).gather(1, index)
+                if own if normed is None else normed:
+                    weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+                return self.routed(logits, index, weight * (factor or 1.0))
+
+            return forward
+
+        return all((self.setting(r, "n_group") or 1) == 1 for r in self.routers) and each(
+            self.routers, lambda router: setattr(router, "forward", run(router)))
 
     # Attention
 
-    def sinks(self) -> list[torch.Tensor]:
-        return [s for a in self.attentions if (s := getattr(a, self.sink_name, None)) is not None]
-
     def fill_sinks(self, value: float) -> bool:
-        for sink in self.sinks():
-            sink.fill_(value)
-        return bool(self.sinks())
+        return each(self.sinks, lambda sink: sink.fill_(value))
 
     def roll_sinks(self, by: int) -> bool:
-        found = self.sinks()
-        values = [s.clone() for s in found]
-        for i, sink in enumerate(found):
-            sink.copy_(values[(i + by) % len(found)])
+        found = self.sinks
+        each(zip(found, [found[(i + by) % len(found)].clone() for i in range(len(found))], strict=True),
+             lambda pair: pair[0].copy_(pair[1]))
         return len(found) > 1
 
-    def head_rows(self, order: Change) -> None:
-        """Rows within each query and key head, and what belongs to them, in the order order(arange(D))."""
-        for attention in self.attentions:
-            D = self._qk_dim(attention)
-            places = order(torch.arange(D))
-            for projection in (attention.q_proj, attention.k_proj):
-                for p in (projection.weight, projection.bias):
+    def separate(self) -> list:
+        """The attentions, with matrices of their own for queries, keys and values."""
+        return self.attentions
+
+    def rotated(self, attention) -> tuple[int, int]:
+        """Width of a query or key head, and how many of its first entries are rotated."""
+        raise NotImplementedError
+
+    def rotary_pairs(self) -> bool:
+        """Rows of each query and key head, and what belongs to them, as if neighbours were rotated instead of halves."""
+        def reorder(attention):
+            D, n = self.rotated(attention)
+            places = torch.cat((torch.arange(n).view(-1, 2).T.flatten(), torch.arange(n, D)))
+            for part in "qk":
+                projection, norm = getattr(attention, f"{part}_proj"), getattr(attention, f"{part}_norm", None)
+                for p in (projection.weight, projection.bias, getattr(norm, "weight", None)):
                     if p is not None:
                         p.copy_(p.unflatten(0, (-1, D))[:, places].flatten(0, 1))
-            for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)):
-                if hasattr(norm, "weight"):
-                    norm.weight.copy_(norm.weight[places])
 
-    def _qk_dim(self, attention) -> int:
-        return attention.head_dim
+        return each(self.separate(), reorder)
 
     def interleave_heads(self) -> bool:
         """Query heads spread over key heads in turn, not in groups."""
-        heads, keys = self.model.config.num_attention_heads, self.model.config.num_key_value_heads
-        if keys in (1, heads):
-            return False
-        order = torch.arange(heads).view(-1, keys).T.flatten()
-        for attention in self.attentions:
-            for p in (attention.q_proj.weight, attention.q_proj.bias):
-                if p is not None:
-                    p.copy_(p.unflatten(0, (heads, -1))[order].flatten(0, 1))
-            self._output_columns(attention, heads, order)
-        return True
+        def heads(attention) -> tuple[int, int]:
+            config = self.model.config
+            return (getattr(attention, "query_heads", config.num_attention_heads),
+                    getattr(attention, "key_heads", config.num_key_value_heads))
 
-    def _output_columns(self, attention, heads: int, order: torch.Tensor) -> None:
-        attention.o_proj.weight.copy_(attention.o_proj.weight.unflatten(1, (heads, -1))[:, order].flatten(1))
-        if (sink := getattr(attention, self.sink_name, None)) is not None:
-            sink.copy_(sink[order])
+        def reorder(attention):
+            queries, keys = heads(attention)
+            order = torch.arange(queries).view(-1, keys).T.flatten()
+            for p in (attention.q_proj.weight, attention.q_proj.bias, getattr(attention, self.sink_name, None)):
+                if p is not None:
+                    p.copy_(p.unflatten(0, (queries, -1))[order].flatten(0, 1))
+            weight = attention.o_proj.weight
+            weight.copy_(weight.unflatten(1, (queries, -1))[:, order].flatten(1))
+
+        return each((a for a in self.separate() if heads(a)[1] not in (1, heads(a)[0])), reorder)
 
     def swap_keys_values(self) -> bool:
-        found = [a for a in self.attentions if not getattr(a, "fused", False)]
-        if not found or any(a.k_proj.weight.shape != a.v_proj.weight.shape for a in found):
-            return False
-        for attention in found:
+        def swap(attention):
             attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
-        return True
+
+        found = [a for a in self.attentions if not getattr(a, "fused", False)]
+        return all(a.k_proj.weight.shape == a.v_proj.weight.shape for a in found) and each(found, swap)
 
     def drop_qk_norm(self) -> bool:
-        found = [a for a in self.attentions if hasattr(a, "q_norm")]
-        for attention in found:
-            attention.q_norm, attention.k_norm = torch.nn.Identity(), torch.nn.Identity()
-        return bool(found)
+        return each((a for a in self.attentions if hasattr(a, "q_norm")), lambda a: (
+            setattr(a, "q_norm", torch.nn.Identity()), setattr(a, "k_norm", torch.nn.Identity())))
 
     # Norms, embedding, head, layers
 
     def epsilon(self, value: float) -> bool:
-        for norm in self.norms:
-            setattr(norm, self.epsilon_name, value)
-        return bool(self.norms)
+        return each(self.norms, lambda norm: setattr(norm, self.epsilon_name, value))
 
-    def shift_norms(self, by: float) -> None:
-        for norm in self.norms:
-            norm.weight.add_(by)
+    def shift_norms(self, by: float) -> bool:
+        return each(self.norms, lambda norm: norm.weight.add_(by))
 
     def swap_norms(self) -> None:
         for layer in self.body.layers:
@@ -186,17 +213,9 @@ class ModelView:
         weight.mul_(math.sqrt(weight.shape[1]) ** power)
 
     def zero(self, *endings: str) -> bool:
-        """Zeroes every parameter whose name ends so."""
-        found = [p for name, p in self.model.named_parameters() if name.endswith(endings)]
-        for p in found:
-            p.zero_()
-        return bool(found)
-
-    def zero_buffers(self, ending: str) -> bool:
-        found = [b for name, b in self.model.named_buffers() if name.endswith(ending)]
-        for b in found:
-            b.zero_()
-        return bool(found)
+        """Zeroes every parameter and buffer whose name ends so."""
+        named = (*self.model.named_parameters(), *self.model.named_buffers())
+        return each((p for name, p in named if name.endswith(endings)), torch.Tensor.zero_)
 
     def order_layers(self, places: list[int]) -> bool:
         layers = list(self.body.layers)
@@ -214,20 +233,6 @@ class ModelView:
         raise NotImplementedError
 
 
-def routed(router, x: torch.Tensor, count: int, normed: bool, factor: float | None, *, softmax: bool,
-           biased: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and weights of a router of sigmoid scores without groups that scores by softmax instead, or has the correction
-    bias in the weights, not only in the choice."""
-    logits = F.linear(x.float(), router.weight.float())
-    scores = logits.softmax(-1) if softmax else logits.sigmoid()
-    choice = scores + router.e_score_correction_bias
-    index = choice.topk(count, dim=-1).indices
-    weight = (choice if biased else scores).gather(1, index)
-    if normed:
-        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-    return index, weight * (factor or 1.0)
-
-
 class MimoView(ModelView):
     """This project's MiMo-V2."""
 
@@ -235,111 +240,65 @@ class MimoView(ModelView):
     def routers(self) -> list:
         return [layer.mlp.gate for layer in self.body.layers if hasattr(layer.mlp, "gate")]
 
-    def windows(self, change: Callable[[int], int | None]) -> bool:
-        found = [a for a in self.attentions if a.window is not None]
-        for attention in found:
-            attention.window = change(attention.window)
-        return bool(found) and all(a.window is None or a.window > 0 for a in found)
+    def setting(self, router, key: str) -> object:
+        return getattr(router.config, key)
 
-    def drop_sinks(self) -> bool:
-        found = [a for a in self.attentions if a.attention_sink_bias is not None]
-        for attention in found:
-            attention.attention_sink_bias = None
-        return bool(found)
+    def router_setting(self, key: str, change: Callable) -> bool:
+        def edit(router):
+            router.config = copy.deepcopy(router.config)
+            setattr(router.config, key, change(getattr(router.config, key)))
 
-    def rotary_base(self, value: float, full: bool = True) -> bool:
-        found = [a for a in self.attentions if (a.window is None) == full]
-        for attention in found:
-            attention.rotary_base = value
-        return bool(found)
+        return each(self.routers, edit)
 
-    def swap_bases(self) -> bool:
-        full, window = ([a for a in self.attentions if (a.window is None) == kind] for kind in (True, False))
-        if not full or not window or full[0].rotary_base == window[0].rotary_base:
-            return False
-        bases = full[0].rotary_base, window[0].rotary_base
-        return self.rotary_base(bases[1], True) & self.rotary_base(bases[0], False)
+    def routed(self, logits, index, weight) -> tuple:
+        return index, weight
 
-    def rotary_width(self, entries: float) -> bool:
-        for attention in self.attentions:
-            attention.rotary_dim = int(entries) // 2 * 2
-            if not 0 < attention.rotary_dim <= attention.qk_dim:
-                return False
-        return True
-
-    def value_scale(self, scale: float) -> None:
-        for attention in self.attentions:
-            attention.value_scale = scale
-
-    def _qk_heads(self) -> Iterator[tuple[object, torch.Tensor, list[slice], list[slice]]]:
-        """(attention, weight, slices of query heads, slices of key heads) of every matrix that holds such rows."""
+    def separate(self) -> list:
         from modeling.names import qkv_rows
 
-        for layer, a in enumerate(self.attentions):
-            if a.fused:
-                rows = qkv_rows(self.model.config, layer)
-                cut = {part: [slice(n, n + a.qk_dim) for s in rows[part] for n in range(s.start, s.stop, a.qk_dim)]
-                       for part in "qk"}
-                yield a, a.qkv_proj.weight, cut["q"], cut["k"]
-            else:
-                yield a, a.q_proj.weight, [slice(h * a.qk_dim, (h + 1) * a.qk_dim) for h in range(a.query_heads)], []
-                yield a, a.k_proj.weight, [], [slice(h * a.qk_dim, (h + 1) * a.qk_dim) for h in range(a.key_heads)]
+        for layer, attention in enumerate(self.attentions):
+            if getattr(attention, "fused", False):
+                attention.fused = False
+                for part, rows in qkv_rows(self.model.config, layer).items():
+                    weight = torch.cat([attention.qkv_proj.weight[s] for s in rows])
+                    own = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+                    own.weight = torch.nn.Parameter(weight)
+                    setattr(attention, f"{part}_proj", own)
+        return self.attentions
 
-    def rotary_pairs(self) -> None:
-        for attention, weight, queries, keys in self._qk_heads():
-            n = attention.rotary_dim
-            order = torch.cat((torch.arange(0, n, 2), torch.arange(1, n, 2), torch.arange(n, attention.qk_dim)))
-            for rows in (*queries, *keys):
-                weight[rows] = weight[rows][order]
-
-    def interleave_heads(self) -> bool:
-        changed = False
-        for attention, weight, queries, _ in self._qk_heads():
-            if not queries or attention.key_heads in (1, attention.query_heads):
-                continue
-            order = torch.arange(attention.query_heads).view(-1, attention.key_heads).T.flatten()
-            copies = [weight[rows].clone() for rows in queries]
-            for rows, source in zip(queries, order.tolist(), strict=True):
-                weight[rows] = copies[source]
-            self._output_columns(attention, attention.query_heads, order)
-            changed = True
-        return changed
+    def rotated(self, attention) -> tuple[int, int]:
+        return attention.qk_dim, attention.rotary_dim
 
     def fused_rows(self, *, back: bool) -> bool:
         """The fused matrix taken for [all queries | all keys | all values] instead of chunks, or the other way round."""
         from modeling.names import qkv_rows
 
-        for layer, attention in enumerate(self.attentions):
-            if not attention.fused:
-                return False
-            rows = qkv_rows(self.model.config, layer)
+        def reorder(item):
+            rows, weight = qkv_rows(self.model.config, item[0]), item[1].qkv_proj.weight
             order = torch.cat([torch.arange(s.start, s.stop) for part in "qkv" for s in rows[part]])
-            attention.qkv_proj.weight.copy_(attention.qkv_proj.weight[order if back else order.argsort()])
-        return True
+            weight.copy_(weight[order if back else order.argsort()])
 
-    def router_setting(self, key: str, change: Callable) -> bool:
-        for router in self.routers:
-            router.config = copy.deepcopy(router.config)
-            setattr(router.config, key, change(getattr(router.config, key)))
-        return bool(self.routers)
+        return all(a.fused for a in self.attentions) and each(enumerate(self.attentions), reorder)
 
-    def choose(self, count: float) -> bool:
-        """Another number of experts per token."""
-        most = self.model.config.n_routed_experts
-        return 0 < count <= most and self.router_setting("num_experts_per_tok", lambda _: int(count))
+    def windows(self, change: Callable[[int], int | None]) -> bool:
+        found = [a for a in self.attentions if a.window is not None]
+        each(found, lambda a: setattr(a, "window", change(a.window)))
+        return bool(found) and all(a.window is None or a.window > 0 for a in found)
 
-    def route(self, *, softmax: bool = False, biased: bool = False) -> bool:
-        if any(router.config.n_group > 1 for router in self.routers):
-            return False
-        for router in self.routers:
-            config = router.config
+    def rotary_base(self, value: float, full: bool = True) -> bool:
+        return each((a for a in self.attentions if (a.window is None) == full), lambda a: setattr(a, "rotary_base", value))
 
-            def forward(x, router=router, settings=(config.num_experts_per_tok, config.norm_topk_prob,
-                                                    config.routed_scaling_factor)):
-                return routed(router, x, *settings, softmax=softmax, biased=biased)
+    def swap_bases(self) -> bool:
+        bases = {a.window is None: a.rotary_base for a in self.attentions}
+        return len(set(bases.values())) == 2 and all(self.rotary_base(base, not full) for full, base in bases.items())
 
-            router.forward = forward
-        return bool(self.routers)
+    def rotary_width(self, entries: float) -> bool:
+        width = int(entries) // 2 * 2
+        return all(0 < width <= a.qk_dim for a in self.attentions) and each(
+            self.attentions, lambda a: setattr(a, "rotary_dim", width))
+
+    def value_scale(self, scale: float | None) -> bool:
+        return each(self.attentions, lambda a: setattr(a, "value_scale", scale))
 
     def layer_kind(self, index: int) -> object:
         return self.attentions[index].window
@@ -349,6 +308,7 @@ class HfView(ModelView):
     """transformers' Qwen3-MoE, GLM-4-MoE, Mixtral and gpt-oss."""
 
     epsilon_name, sink_name = "variance_epsilon", "sinks"
+    router_names = {"num_experts_per_tok": "top_k", "n_group": "num_group"}
 
     @property
     def transposed(self) -> bool:
@@ -359,94 +319,57 @@ class HfView(ModelView):
         found = [getattr(layer.mlp, name, None) for layer in self.body.layers for name in ("gate", "router")]
         return [router for router in found if hasattr(router, "top_k")]
 
+    def setting(self, router, key: str) -> object:
+        return getattr(router, self.router_names.get(key, key), None)
+
+    def router_setting(self, key: str, change: Callable) -> bool:
+        return each(self.routers, lambda r: setattr(r, self.router_names.get(key, key), change(self.setting(r, key))))
+
+    def routed(self, logits, index, weight) -> tuple:
+        return logits, weight, index
+
     def windows(self, change: Callable[[int], int | None]) -> bool:
         config = self.model.config  # transformers makes the mask from it
         present = getattr(config, "sliding_window", None)
         if not present or "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
             return False
-        wanted = change(present)
-        config.sliding_window = 1 << 30 if wanted is None else wanted
+        size = change(present)
+        config.sliding_window = 1 << 30 if size is None else size
         return config.sliding_window > 0
 
-    def rotary_base(self, value: float, full: bool = True) -> bool:
+    def _rotary(self, **changes) -> bool:
+        """Rotary tables anew, from a configuration with changes."""
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         rotary, config = self.body.rotary_emb, self.model.config
-        config.rope_parameters = dict(config.rope_parameters) | {"rope_theta": value}
+        config.rope_parameters = dict(config.rope_parameters) | changes
         kind = config.rope_parameters.get("rope_type", "default")
         make = rotary.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
         rotary.inv_freq, rotary.attention_scaling = make(config)
-        return full
+        return True
+
+    def rotary_base(self, value: float, full: bool = True) -> bool:
+        return full and self._rotary(rope_theta=value)
 
     def rotary_unextended(self, *, factor_only: bool) -> bool:
         """The extension (yarn) ignored, wholly or in its factor of cosines and sines."""
-        rotary = self.body.rotary_emb
         if self.model.config.rope_parameters.get("rope_type", "default") == "default":
             return False
         if not factor_only:
-            rotary.inv_freq = rotary.compute_default_rope_parameters(self.model.config)[0]
-        rotary.attention_scaling = 1.0
+            self._rotary(rope_type="default")
+        self.body.rotary_emb.attention_scaling = 1.0
         return True
+
+    def rotated(self, attention) -> tuple[int, int]:
+        D = attention.head_dim
+        return D, int(D * self.model.config.rope_parameters.get("partial_rotary_factor", 1.0))
 
     def rotary_width(self, entries: float) -> bool:
         """Of classes that can rotate the first entries of a head and leave the rest: their configuration says which."""
-        width, rotary, config = int(entries) // 2 * 2, self.body.rotary_emb, self.model.config
-        D = self._qk_dim(self.attentions[0])
-        rope = config.rope_parameters
-        if "partial_rotary_factor" not in rope or not 0 < width <= D or rope.get("rope_type", "default") != "default":
-            return False
-        config.rope_parameters = dict(rope) | {"partial_rotary_factor": width / D}
-        rotary.inv_freq = rotary.compute_default_rope_parameters(config)[0]
-        return True
-
-    def rotary_pairs(self) -> None:
-        share = self.model.config.rope_parameters.get("partial_rotary_factor", 1.0)
-
-        def pairs(rows):
-            n = int(len(rows) * share)
-            return torch.cat((rows[:n].view(-1, 2).T.flatten(), rows[n:]))
-
-        self.head_rows(pairs)
-
-    def drop_sinks(self) -> bool:
-        return self.fill_sinks(-1e30)
-
-    def choose(self, count: float) -> bool:
-        for router in self.routers:
-            if not 0 < count <= router.weight.shape[0]:
-                return False
-            router.top_k = int(count)
-        return bool(self.routers)
-
-    def router_setting(self, key: str, change: Callable) -> bool:
-        key = {"n_group": "num_group"}.get(key, key)
-        for router in self.routers:
-            setattr(router, key, change(getattr(router, key)))
-        return bool(self.routers)
-
-    def route(self, *, softmax: bool = False, biased: bool = False) -> bool:
-        if any(router.num_group > 1 for router in self.routers):
-            return False
-        for router in self.routers:
-            def forward(x, router=router):
-                index, weight = routed(router, x.reshape(-1, x.shape[-1]), router.top_k, router.norm_topk_prob,
-                                       router.routed_scaling_factor, softmax=softmax, biased=biased)
-                return None, weight, index
-
-            router.forward = forward
-        return bool(self.routers)
-
-    def score(self, kind: str) -> bool:
-        """Routing weights from other scores: "all" (softmax over all, not normalized), "chosen" (normalized), "sigmoid"."""
-        def forward(router, x):
-            logits = F.linear(x.reshape(-1, router.weight.shape[1]), router.weight, getattr(router, "bias", None))
-            scores = logits.sigmoid() if kind == "sigmoid" else logits.softmax(-1)
-            weight, index = scores.topk(router.top_k, dim=-1)
-            return logits, weight / weight.sum(-1, keepdim=True) if kind != "all" else weight, index
-
-        for router in self.routers:
-            router.forward = lambda x, router=router: forward(router, x)
-        return bool(self.routers)
+        width, D = int(entries) // 2 * 2, self.attentions[0].head_dim
+        rope = self.model.config.rope_parameters
+        return ("partial_rotary_factor" in rope and rope.get("rope_type", "default") == "default" and 0 < width <= D
+                and self._rotary(partial_rotary_factor=width / D))
 
     def layer_kind(self, index: int) -> object:
         kinds = getattr(self.model.config, "layer_types", None)
@@ -455,9 +378,6 @@ class HfView(ModelView):
 
 class DrafterView(MimoView):
     """The drafter: its window, rotation and causality are the model's own, not its layers'."""
-
-    def interleave_heads(self) -> bool:
-        return ModelView.interleave_heads(self)
 
     def raw_context_values(self, parts: str) -> None:
         """Context values from FP8 codes (up to 448) of a matrix quantized with one scale; keys are normed, which hides it."""

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import RankLost, leave, ranks_from_environment
 from runtime_ref.engine.engine import Engine, EngineOptions
 from tests.pace import INTERPRETED, KERNELS
+from tests.ports import free_port
 
 
 def prompts():
@@ -86,7 +86,7 @@ def fail(folder, ranks, pipe):
         for _ in range(100):
             engine.step()
     except ZeroDivisionError:
-        time.sleep(6)  # as a server does that answers 503
+        time.sleep(20)  # as a server does that answers 503
     except RankLost:
         os.write(pipe, (json.dumps({"rank": ranks.rank, "waited": time.monotonic() - began}) + "\n").encode())
         raise
@@ -96,10 +96,10 @@ def slow(folder, ranks, pipe):
     """Rank 0 is late before the ranks have settled, which may take as long as it takes, and afterwards, which may not."""
     if ranks.rank == 0:
         time.sleep(3)
-    ranks.settle(timeout_seconds=1)
+    ranks.shorten_timeout(timeout_seconds=1)
     began = time.monotonic()
     if ranks.rank == 0:
-        time.sleep(4)
+        time.sleep(12)
     try:
         ranks.broadcast("late")
     except RankLost:
@@ -129,9 +129,7 @@ def child(job, folder, rank, count, port, pipe):
 
 
 def run(job, folder, count):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     began = time.monotonic()
     children = []
     for rank in range(count):

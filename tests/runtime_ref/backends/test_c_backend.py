@@ -1,14 +1,18 @@
 """The compiled ops: the codec's bits, the torch backend's numbers, a row's own bits beside any others."""
 
+from array import array
+from dataclasses import replace
+
 import pytest
 import torch
 from tolerance import MODEL_FP32
 
 from mxfp4 import dequantize
+from runtime_ref.backends.base import Cut
 from runtime_ref.backends.c import structs
 from runtime_ref.backends.c.backend import CBackend, refuses
 from runtime_ref.backends.torch.backend import TorchBackend
-from runtime_ref.core.batch import SequenceChunk
+from runtime_ref.core.batch import DraftRequest, SequenceChunk
 from runtime_ref.core.kv_cache import KvCache
 from runtime_ref.core.program import target_program
 from runtime_ref.core.sampling_params import SamplingParams
@@ -87,8 +91,6 @@ def test_both_backends_answer_alone_as_in_a_batch_with_drafts_and_without(make_e
 
 
 def test_drafts_are_those_of_the_torch_drafter(folder, weights, ids):
-    from runtime_ref.core.batch import DraftRequest
-
     found = []
     target_hidden = torch.randn(90, 3 * 64, generator=torch.Generator().manual_seed(1))
     for kind in (TorchBackend, CBackend):
@@ -107,6 +109,92 @@ def test_drafts_are_those_of_the_torch_drafter(folder, weights, ids):
             assert torch.equal(again[0], found[-1][1])
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, **MODEL_FP32)
+
+
+def one_call(backend, drafter, ids, worth):
+    """Two sequences that draft and one that reads its prompt, in one call: (chunks, logits, chances)."""
+    cache = KvCache(backend.pools | {"draft": drafter.pool})
+    tables, program = [cache.tables() for _ in range(3)], target_program(backend.config, drafter.target_layers)
+    for own in tables:
+        cache.extend(own, list(own), 100)
+    read = backend.run(program, backend.plan([SequenceChunk(own, 0, ids[:40], "none") for own in tables]))["target_hidden"]
+    requests = [DraftRequest(tables[0], ids[40], 40, 7, read[:40]), DraftRequest(tables[2], ids[41], 40, 3, read[80:])]
+    chunks = [SequenceChunk(tables[0], 40, [ids[40], *[0] * 7]), SequenceChunk(tables[1], 40, ids[50:60], "last"),
+              SequenceChunk(tables[2], 40, [ids[41], *[0] * 3])]
+    truth = array("f", [(i + 0.5) / 16 for i in range(16)])
+    buffers, chances = backend.run_round(program, chunks, drafter, [0, 2], requests, [Cut(worth, truth), None])
+    return chunks, buffers, chances, requests
+
+
+def kept_of(chances, worth):
+    reach, kept = 1.0, 0
+    for chance in chances:
+        reach *= (min(int(16 * chance), 15) + 0.5) / 16
+        if reach < worth:
+            break
+        kept += 1
+    return kept
+
+
+@pytest.mark.parametrize("worth", [0.0, 0.45, 0.6, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_round_in_one_call_is_the_drafters_likeliest_tokens_and_the_targets_own_logits(folder, weights, ids, dtype, worth):
+    backend = CBackend(weights, dtype=dtype, pages=PAGES)
+    drafter = backend.load_drafter(folder / "dflash", 20, 256)
+    with torch.inference_mode():  # drafts that are surer than a random drafter's
+        drafter.norm.mul_(4)
+    chunks, buffers, chances, requests = one_call(backend, drafter, ids, worth)
+    drafts = drafter.logits([replace(request, target_hidden=None) for request in requests])
+    for logits, found in zip(drafts, chances, strict=True):
+        torch.testing.assert_close(torch.tensor(found), logits.softmax(-1).amax(-1), **MODEL_FP32)
+    kept = kept_of(chances[0], worth)
+    assert {0.0: kept == 7, 2.0: kept == 0}.get(worth, 0 < kept < 7), chances[0]
+    assert chunks[0].tokens == [ids[40], *drafts[0].argmax(-1).tolist()[:kept]]
+    assert chunks[2].tokens == [ids[41], *drafts[1].argmax(-1).tolist()]
+    assert [chunk.row for chunk in chunks] == [0, 1 + kept, 11 + kept]
+    program = target_program(backend.config, drafter.target_layers)
+    again = backend.run(program, backend.plan([replace(chunk) for chunk in chunks]))
+    assert torch.equal(buffers["logits"], again["logits"]) and len(again["logits"]) == kept + 6
+    assert torch.equal(buffers["target_hidden"][:kept + 15], again["target_hidden"])
+    assert list(buffers["best"][:kept + 6]) == list(again["best"]) == again["logits"].argmax(-1).tolist()
+
+
+def test_a_drafter_that_computes_no_numbers_proposes_nothing_and_changes_no_token(make_engine, prompts):
+    engine, drafting = make_engine(backend="c"), SamplingParams(max_tokens=12, ignore_eos=True)
+    plain = engine.generate(prompts[:3], replace(drafting, speculate=False))
+    with torch.inference_mode():
+        engine.drafter.norm.fill_(float("nan"))
+    assert engine.generate(prompts[:3], drafting) == plain == engine.generate(prompts[:3], replace(drafting, adaptive=True))
+    assert engine.stats()["rounds"] and not engine.stats()["drafted"]
+
+
+def test_drafts_that_are_cut_off_change_no_token(make_engine, prompts):
+    engine = make_engine(backend="c", draft_costs={0: 1.0, 3: 0.5, 7: 0.6})
+    plain = engine.generate(prompts[:7], SamplingParams(max_tokens=40, ignore_eos=True, speculate=False))
+    for temperature in (0.0, 0.9):
+        params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=temperature, seed=5)
+        expected = plain if not temperature else engine.generate(prompts[:7], replace(params, speculate=False))
+        engine.adaptive.row = 0.07
+        before = engine.stats()
+        assert engine.generate(prompts[:7], replace(params, adaptive=True)) == expected
+        counts = {key: engine.stats()[key] - before[key] for key in ("rounds", "drafted")}
+        assert 0 < counts["drafted"] < 2.9 * counts["rounds"]  # of at least three asked for
+
+
+def test_the_likeliest_of_equals_is_the_first_and_what_is_not_finite_has_none():
+    V, rows = 37, 6
+    logits = torch.full((rows, 48), 9.0)  # beyond the vocabulary: larger than what is in it
+    logits[:, :V] = torch.randn(rows, V, generator=torch.Generator().manual_seed(0)).round()
+    logits[1, :V], logits[2, 36], logits[3, 20], logits[4, 35] = 1.0, 5.0, float("nan"), float("inf")
+    best, chance = array("i", bytes(4 * rows)), array("f", bytes(4 * rows))
+    step = structs.Step(logits=logits.data_ptr(), best=best.buffer_info()[0], chance=chance.buffer_info()[0], vocabulary=V,
+                        wanted=rows, head=structs.Matrix(n=48))
+    code = array("i", [structs.OP["best"], -1])
+    structs.compiled_ops()[0].run(step, code.buffer_info()[0], 1)
+    right = [0, 1, 2, 5]
+    assert [best[i] for i in right] == [int(logits[i, :V].argmax()) for i in right] and best[1] == 0 and best[2] == 36
+    assert best[3] == best[4] == -1 and chance[3] == chance[4] == 0
+    torch.testing.assert_close(torch.tensor(chance)[right], logits[right, :V].softmax(-1).amax(-1), **MODEL_FP32)
 
 
 def test_without_a_compiler_torch_serves_and_says_why(folder, monkeypatch, weights):

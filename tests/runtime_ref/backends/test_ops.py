@@ -6,7 +6,7 @@ from tolerance import MODEL_FP32
 
 from checkpoint.load import load_model
 from modeling.drafter import load_drafter
-from runtime_ref.backends.torch import ops
+from runtime_ref.backends.torch import ops, row_rules
 from runtime_ref.backends.torch.backend import TorchBackend
 from runtime_ref.checkpoints.folder import verify_checksums
 from runtime_ref.checkpoints.load import load_target
@@ -82,9 +82,9 @@ def test_logits_do_not_depend_on_other_rows(weights, ids, dtype):
 def test_every_op_gives_a_row_the_same_bits_in_any_position_and_batch(weights, dtype, rows):
     generator = torch.Generator().manual_seed(rows)
     rules = new_backend(weights, dtype).rules
-    R = ops.padded(rows, rules)
-    x = ops.rounded(torch.randn(8, 64, generator=generator), dtype)
-    many = ops.rounded(torch.randn(R, 64, generator=generator) * 3, dtype)
+    R = row_rules.padded(rows, rules)
+    x = row_rules.rounded(torch.randn(8, 64, generator=generator), dtype)
+    many = row_rules.rounded(torch.randn(R, 64, generator=generator) * 3, dtype)
     at = rows - 1
     many[at] = x[2]
     layer, config = weights.layers[1], weights.config
@@ -109,8 +109,8 @@ def test_every_op_gives_a_row_the_same_bits_in_any_position_and_batch(weights, d
 def test_eight_row_products_and_single_additions_give_the_bits_of_the_fast_ways(weights, ids):
     backend, program = new_backend(weights, torch.float32), target_program(weights.config)
     expected = computed(backend, program, ids, [200])
-    backend.rules = ops.STRICT
-    assert ops.padded(1, backend.rules) == 8
+    backend.rules = row_rules.STRICT
+    assert row_rules.padded(1, backend.rules) == 8
     assert torch.equal(computed(backend, program, ids, [100, 3, 97]), expected)
 
 
@@ -119,11 +119,11 @@ def test_two_models_in_one_process_keep_their_row_rules_and_bits(weights, ids, t
     from tests.runtime_ref.conftest import random_target, runtime_config, write_native
 
     other = load_target(write_native(tmp_path, random_target(runtime_config(hidden_size=96, sliding_window=32))))
-    loose = ops.RowRules(wide=True, narrow=True, sums=True)
+    loose = row_rules.RowRules(wide=True, narrow=True, sums=True)
 
     def measured(strict: int):
         """Rules by the shape of a model's head: [8 parts, 64 or 96, 33]."""
-        monkeypatch.setattr(ops, "probe_rows", lambda shapes: ops.STRICT if (8, strict, 33) in shapes else loose)
+        monkeypatch.setattr(row_rules, "probe_rows", lambda shapes: row_rules.STRICT if (8, strict, 33) in shapes else loose)
 
     def logits_of(backend):
         return computed(backend, target_program(backend.config), ids[:40], [29, 1, 10])

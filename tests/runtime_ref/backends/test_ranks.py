@@ -52,7 +52,7 @@ def test_a_dead_rank_ends_the_others_within_seconds_with_one_line(folder):
     assert report["codes"] == [1, 9]
     said = [line for line in done.stderr.splitlines() if "another of the 2 ranks ended" in line]
     assert len(said) == 1 and "Traceback" not in done.stderr
-    assert report["seconds"] < 30
+    assert report["seconds"] < 100  # a rank that is only late is waited for much longer
 
 
 @not_the_backends
@@ -60,7 +60,7 @@ def test_a_dead_rank_ends_the_others_within_seconds_with_one_line(folder):
 def test_ranks_wait_for_a_slow_one_until_all_have_loaded_and_no_longer(folder):
     done = run_worker(folder, "slow", 2)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert 0.5 < lines[0]["waited"] < 3.5, done.stderr  # seconds; rank 0 is silent for 4
+    assert 0.5 < lines[0]["waited"] < 10, done.stderr  # seconds; rank 0 is silent for 12
     assert lines[-1]["codes"][1] == 1 and "does not answer" in done.stderr
 
 
@@ -69,7 +69,7 @@ def test_an_engine_that_fails_on_rank_0_ends_the_others_although_its_process_liv
     done = run_worker(folder, "fail", 4)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert sorted(line["rank"] for line in lines if "rank" in line) == [1, 2, 3]
-    assert all(line["waited"] < 4 for line in lines if "waited" in line)  # the process itself stays for 6 s
+    assert all(line["waited"] < 15 for line in lines if "waited" in line)  # the process itself stays for 20 s
     assert len([line for line in done.stderr.splitlines() if "another of the 4 ranks ended" in line]) == 3
 
 

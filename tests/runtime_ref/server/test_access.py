@@ -25,7 +25,7 @@ def ask(server, **headers):
 def test_a_body_that_is_not_said_to_be_json_is_refused_unread(live, kind, path):
     """A page may send anything for which its browser need not ask first: no type, text, forms."""
     headers = {} if kind is None else {"Content-Type": kind}
-    answer = httpx.post(live.url + path, content=b'{"prompt":"x","max_tokens":1}', headers=headers)
+    answer = httpx.post(live.url + path, content=b'{"prompt":"x","max_tokens":1}', headers=headers, timeout=seconds(30))
     assert answer.status_code == 415 and answer.json()["error"]["code"] == "unsupported_media_type"
     assert answer.headers["connection"] == "close"
 
@@ -40,7 +40,7 @@ def test_json_may_say_its_characters(live):
                                   "evillocalhost", "127.0.0.1@evil.example", "0x7f.1", "", "[evil]", "gateway"])
 @pytest.mark.parametrize("path", ["/v1/models", "/", "/health", "/metrics", "/none"])
 def test_a_name_that_is_not_the_servers_reaches_nothing(live, host, path):
-    answer = httpx.get(live.url + path, headers={"Host": host})
+    answer = httpx.get(live.url + path, headers={"Host": host}, timeout=seconds(30))
     assert answer.status_code == 403 and answer.json()["error"]["code"] == "host_not_allowed"
     assert "small" not in answer.text
 
@@ -48,7 +48,7 @@ def test_a_name_that_is_not_the_servers_reaches_nothing(live, host, path):
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:9", "a.localhost", "127.0.0.1:80", "127.8.9.10", "[::1]:80",
                                   "10.0.0.7"])
 def test_addresses_and_localhost_cannot_be_rebound(live, host):
-    assert httpx.get(f"{live.url}/v1/models", headers={"Host": host}).status_code == 200
+    assert httpx.get(f"{live.url}/v1/models", headers={"Host": host}, timeout=seconds(30)).status_code == 200
 
 
 FOREIGN = ["https://evil.example", "http://localhost:1", "http://127.0.0.1", "null", "", "file://", "http://a@127.0.0.1",
@@ -102,7 +102,7 @@ def test_every_page_may_ask_where_the_option_says_so(serving):
 
 def test_every_answer_has_a_number_of_the_client_or_a_new_one(live):
     assert ask(live, X_Request_Id="mine-7").headers["x-request-id"] == "mine-7"
-    numbers = {httpx.get(f"{live.url}/none").headers["x-request-id"] for _ in range(3)}
+    numbers = {httpx.get(f"{live.url}/none", timeout=seconds(30)).headers["x-request-id"] for _ in range(3)}
     assert len(numbers) == 3
     assert ask(live, X_Request_Id="x" * 200).headers["x-request-id"] != "x" * 200
 

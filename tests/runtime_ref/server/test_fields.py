@@ -51,10 +51,10 @@ def test_special_tokens_have_text_if_it_is_asked_for(live):
 def test_a_model_has_several_names_and_answers_to_the_one_that_was_used(serving):
     began = int(time.time())
     server = serving(names=("seed", "gpt-4", "a/b c"))
-    cards = httpx.get(f"{server.url}/v1/models").json()["data"]
+    cards = httpx.get(f"{server.url}/v1/models", timeout=seconds(30)).json()["data"]
     assert [card["id"] for card in cards] == ["seed", "gpt-4", "a/b c"] and {card["root"] for card in cards} == {"seed"}
     assert all(began <= card["created"] <= time.time() for card in cards)
-    assert httpx.get(f"{server.url}/v1/models/a/b%20c").json()["id"] == "a/b c"
+    assert httpx.get(f"{server.url}/v1/models/a/b%20c", timeout=seconds(30)).json()["id"] == "a/b c"
     assert complete(server, model="gpt-4").json()["model"] == "gpt-4"
     assert complete(server).json()["model"] == "seed"
     wrong = complete(server, model="gpt-5")
@@ -65,19 +65,19 @@ def test_a_model_has_several_names_and_answers_to_the_one_that_was_used(serving)
                                   "/v1/chat/completions/"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_a_path_that_is_not_there_says_what_is(live, path, method):
-    answer = httpx.request(method, live.url + path, json={} if method == "POST" else None)
+    answer = httpx.request(method, live.url + path, json={} if method == "POST" else None, timeout=seconds(30))
     assert answer.status_code == 404
     error = answer.json()["error"]
     assert error["message"].startswith(f"{method} {path}: not offered") and "/v1/chat/completions" in error["message"]
 
 
 def test_a_method_that_is_not_there_says_which_is(live):
-    answer = httpx.put(f"{live.url}/v1/completions", json={})
+    answer = httpx.put(f"{live.url}/v1/completions", json={}, timeout=seconds(30))
     assert answer.status_code == 405 and "expected POST" in answer.json()["error"]["message"]
 
 
 def test_the_version_is_told(live):
-    assert httpx.get(f"{live.url}/version").json()["version"]
+    assert httpx.get(f"{live.url}/version", timeout=seconds(30)).json()["version"]
 
 
 def test_a_checkpoint_is_called_by_its_recipe_or_its_folder(tmp_path):
@@ -103,7 +103,7 @@ def test_unknown_fields_are_ignored_where_the_option_says_so(serving):
 def test_every_metric_says_what_it_is_and_reads_as_prometheus_wants_it(live):
     import re
 
-    lines = httpx.get(f"{live.url}/metrics").text.splitlines()
+    lines = httpx.get(f"{live.url}/metrics", timeout=seconds(30)).text.splitlines()
     helped, typed = ({line.split()[2] for line in lines if line.startswith(f"# {kind} ")} for kind in ("HELP", "TYPE"))
     assert helped == typed and len(helped) > 20
     sample = re.compile(r'[a-z_0-9:]+\{[a-z_]+="[^"\n]*"(,[a-z_]+="[^"\n]*")*\} [0-9.e+-]+')

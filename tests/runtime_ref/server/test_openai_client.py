@@ -164,6 +164,7 @@ def test_fields_without_effect_are_accepted(client):
 
 
 def test_metrics_of_an_answer_agree_with_the_server(client, live):
+    live.until_empty()  # of what other tests began
     names = [f"vllm:spec_decode_num_{n}_total" for n in ("drafts", "draft_tokens", "accepted_tokens")]
     before = [live.metric(n) for n in names]
     spoken = live.metric("vllm:generation_tokens_total")

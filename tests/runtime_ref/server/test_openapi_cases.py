@@ -55,7 +55,7 @@ def check(server, cases):
     assert all(200 in found for found in positive) if cases > 100 else 200 in sum(positive, [])
     statuses["models"] = ask(server, "/v1/models/{name}", "GET", GenerationMode.POSITIVE, cases)
     assert set(server.until_empty(seconds(30)).values()) == {0}
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/health", timeout=seconds(30)).status_code == 200
     return sum(map(len, statuses.values()))
 
 

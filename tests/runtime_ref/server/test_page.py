@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from live_server import live_server
+from live_server import Hurry, live_server, wait_until
 
 from runtime_ref.backends.base import Drafter
 from runtime_ref.core.sampling_params import SamplingParams
@@ -50,7 +50,7 @@ class Browser:
 
     def _message(self):
         while b"\0" not in self._rest:
-            assert select.select([self._read], [], [], 60)[0], "chromium does not answer"
+            assert select.select([self._read], [], [], 120)[0], "chromium does not answer"
             piece = os.read(self._read, 1 << 16)
             assert piece, "chromium has ended"
             self._rest += piece
@@ -62,7 +62,7 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def until(self, condition, seconds=30):
+    def until(self, condition, seconds=120):
         end = time.monotonic() + seconds
         while not self.run(condition):
             assert time.monotonic() < end, (condition, self.run("document.body.innerText"))
@@ -70,7 +70,7 @@ class Browser:
 
     def close(self):
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(60)
         os.close(self._read)
         os.close(self._write)
 
@@ -157,14 +157,13 @@ def test_the_page_shows_the_answer_and_colours_accepted_drafts(browser, server, 
 
 
 def test_a_servers_refusal_is_shown_and_stop_frees_the_slot(browser, server, monkeypatch):
-    right = server.worker.engine.step
-    monkeypatch.setattr(server.worker.engine, "step", lambda: time.sleep(0.003) or right())  # or it ends before it is stopped
+    Hurry(server.worker.engine, monkeypatch, 0.5)  # or it ends before it is stopped
     ask(browser, server, "x", max=100000)
     browser.until("document.querySelector('.assistant.failed')?.textContent.includes('max_tokens')")
     aborted = server.worker.engine._counts["aborted"]
     ask(browser, server, "y " * 20, max=150)
     browser.until("document.getElementById('stop').hidden === false")
-    server.until(lambda: server.worker.engine.busy)
+    wait_until(lambda: server.worker.engine.busy)
     browser.run("document.getElementById('stop').click()")
     server.until_empty()
     assert server.worker.engine._counts["aborted"] == aborted + 1
@@ -248,7 +247,7 @@ def test_unfinished_and_absurd_markdown_neither_fails_nor_hangs(browser, server,
         ask(browser, server, "one", max=4)
     began = time.monotonic()
     browser.run(f"document.createElement('div').append(rendered({json.dumps(text)}, [[0, 1]]))")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # what is of the square of the length takes minutes
 
 
 def test_a_page_that_smuggles_a_script_in_is_stopped_by_the_policy(browser, server):

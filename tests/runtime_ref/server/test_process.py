@@ -36,9 +36,9 @@ def start(folder, *more, launcher=()):
             url = line.split(" on ")[1].split()[0]
             while True:
                 try:
-                    httpx.get(f"{url}/health")
+                    httpx.get(f"{url}/health", timeout=seconds(30))
                     return process, url
-                except httpx.ConnectError:
+                except httpx.TransportError:
                     assert process.poll() is None
                     time.sleep(0.05)
     raise AssertionError(process.communicate()[1][-2000:])
@@ -62,7 +62,7 @@ def test_sigterm_finishes_the_answers_under_way_and_then_exits_with_0(chat_folde
         assert tokens_of(seen) == alone(LONG["prompt"], SamplingParams(max_tokens=LENGTH, ignore_eos=True))
         assert process.wait(seconds(30)) == 0
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/health")
+            httpx.get(f"{url}/health", timeout=seconds(30))
     finally:
         process.kill()
         process.communicate()

@@ -14,8 +14,10 @@ from wrong_folders import edit
 
 from checkpoint.load import load_tokenizer
 from runtime_ref import validate
+from runtime_ref.validation.context import ValidationContext
 from runtime_ref.validation.evaluation import TokenStatistics, last_number, local_task, paired, windows
 from runtime_ref.validation.guard import UserMistake
+from runtime_ref.validation.provenance import model_facts
 from runtime_ref.validation.quantities import Number
 
 pytestmark = pytest.mark.skipif(KERNELS, reason="of the figures, not of a backend")
@@ -32,6 +34,14 @@ def evaluated(folder, tmp_path, capsys, *more):
                           str(tmp_path / "card.md"), "--backend", "torch", *more])
     capsys.readouterr()
     return code, {c["name"]: c for c in json.loads((tmp_path / "v.json").read_text())["checks"]}
+
+
+def test_a_report_says_whose_export_it_is_without_the_checks(folder):
+    context = ValidationContext(folder)
+    assert model_facts(context)["written by"] == "somebody else's exporter"
+    (folder / "export.json").write_text("{}")
+    assert model_facts(context)["written by"] == "this project's exporter"
+    (folder / "export.json").unlink()
 
 
 def test_figures_are_those_of_their_definitions():

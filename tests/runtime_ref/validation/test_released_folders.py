@@ -115,8 +115,9 @@ TEMPLATES = {
 def test_a_bad_template_is_named_and_hangs_nothing(copied, tmp_path, capsys, monkeypatch, case):
     from runtime_ref.validation.checks import chat_template
 
-    monkeypatch.setattr(chat_template, "SECONDS", 1.0)
     text, named = TEMPLATES[case]
+    if "does not end" in named:
+        monkeypatch.setattr(chat_template, "SECONDS", 1.0)
     (copied / "chat_template.jinja").write_text(text)
     code, verdict = judged(copied, tmp_path, capsys)
     assert code == 1 and any(named in c for c in verdict["causes"]), verdict["causes"]

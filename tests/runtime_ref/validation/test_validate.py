@@ -224,7 +224,7 @@ def _kernels_drop_sinks(patch):
 
 
 def _kernels_window(patch):
-    from runtime_ref.backends.triton.backend import KernelPool
+    from runtime_ref.backends.triton.steps import KernelPool
 
     right = KernelPool.__init__
     patch.setattr(KernelPool, "__init__", lambda self, layers, pages, window, device: right(
@@ -244,7 +244,7 @@ def _kernels_value_scale(patch):
 
 
 def _kernels_rotary(patch):
-    from runtime_ref.backends.triton.backend import RotaryTable
+    from runtime_ref.backends.triton.steps import RotaryTable
 
     right = RotaryTable.__init__
     patch.setattr(RotaryTable, "__init__", lambda self, base, *more: right(self, 1e4, *more))

@@ -8,7 +8,6 @@ JSON lines, tokens and hashes of logits (the target's and the drafter's): op by 
 import hashlib
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import leave, ranks_from_environment
 from runtime_ref.engine.engine import Engine, EngineOptions
 from runtime_ref.measure.gpu_suite.steps import use_megakernel
+from tests.ports import free_port
 from tests.runtime_ref.kernels.quick_interpreter import quick_interpreter
 
 
@@ -67,9 +67,7 @@ def child(folder, rank, count, port):
 
 
 def run(folder, count):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(count):
         pid = os.fork()

@@ -29,7 +29,7 @@ from runtime_ref.kernels.repack import unpack_pages
 from runtime_ref.kernels.tp_reduction import ExpertShare, Parts, expert_share, layer_parts, parts_of
 from tests.runtime_ref.backends.triton.conftest import small_config
 from tests.runtime_ref.conftest import random_drafter, random_target, write_native
-from tests.runtime_ref.kernels.at_once import at_once, fixed_program, shared
+from tests.runtime_ref.kernels.at_once import SECONDS, at_once, fixed_program, shared
 
 WORKER = Path(__file__).with_name("kernel_rank_worker.py")
 MANY = 1 << 30  # polls: the harness's time limit, not the kernel's, ends a deadlock
@@ -87,7 +87,7 @@ def alone_and_shared(shared_folder):
     return expected, program, [(backend, a_step(backend)) for backend in backends]
 
 
-def ranks_at_once(alone_and_shared, monkeypatch, launches=2, seconds=120):
+def ranks_at_once(alone_and_shared, monkeypatch, launches=2, seconds=SECONDS):
     """Whether RANKS x PROGRAMS processes end, and every rank has the bits of one rank alone after each kernel."""
     expected, program, ranks = alone_and_shared
     monkeypatch.setattr(persistent, "Symmetric", InOneProcess)

@@ -17,7 +17,7 @@ from runtime_ref.core.program import Op, target_program
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.kernels.experimental import megakernel as kernel
 from runtime_ref.measure.gpu_suite.steps import use_megakernel
-from tests.runtime_ref.kernels.at_once import programs_at_once, shared
+from tests.runtime_ref.kernels.at_once import SECONDS, programs_at_once, shared
 
 MANY = 1 << 30  # polls: the harness's time limit, not the kernel's, ends a deadlock
 PROGRAMS = 3
@@ -76,7 +76,7 @@ def no_barrier(counter, epoch, failed, POLLS: tl.constexpr):
     tl.debug_barrier()
 
 
-def launched_at_once(prepared, seconds=60):
+def launched_at_once(prepared, seconds=SECONDS):
     """Whether PROGRAMS processes, each a program of one launch over shared memory, end and make the expected bits."""
     backend = prepared.backend
     megakernel = Megakernel(backend, prepared.program, programs=PROGRAMS, polls=MANY)
