@@ -252,7 +252,7 @@ class Export:
         special = self.drafter.config["dflash_config"] if self.drafter else {}
         return model_card.Facts(
             name=self.recipe.name, layout=self.layout,
-            base=self._base_name(), licence=model_card.licence_of(self.homes),
+            base=self._base_name(), licence=model_card.licence_of(self.locations),
             scale_rule=self.weights.scale_rule, dense_rounded=self.recipe.export.dense == "fp8",
             experts=self.experts, expert_matrices=self._expert_matrices(),
             bytes_by_dtype=sizes, block_size=special.get("block_size"),

@@ -13,8 +13,10 @@ from pathlib import Path
 import yaml
 
 from checkpoint.families.registry import FAMILIES
+from storage.reading import read_text
 
 GB = 1e9
+CARD_BYTES = 1 << 20
 
 
 @dataclass
@@ -70,9 +72,9 @@ def licence_of(folders: list[Path]) -> dict:
     """What the first of the folders' cards says of its licence: license, license_name, license_link; {} if none does."""
     for folder in folders:
         try:
-            text = (folder / "README.md").read_text(encoding="utf-8")
+            text = read_text(folder / "README.md", CARD_BYTES)
             matter = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        except (ValueError, RecursionError, yaml.YAMLError, IndexError):  # no card, or none that can be read
             continue
         keys = ("license", "license_name", "license_link")
         found = {key: matter[key] for key in keys if isinstance(matter.get(key), str)} if isinstance(matter, dict) else {}

@@ -126,7 +126,8 @@ class TrainingRun:
                      "measurements (qat.patience)")
         elif last < settings.steps:
             self.draw()
-            self.say(f"stopped at --max-steps {last}; --resume continues to step {settings.steps}")
+            self.say(f"stopped at --max-steps {last}; --resume continues to step {settings.steps}" if state.step == last else
+                     f"--max-steps {last}: the run is at step {state.step} already, nothing was trained")
         return None
 
     def lock(self) -> None:

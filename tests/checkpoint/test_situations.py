@@ -100,6 +100,8 @@ TOYS = {
 def typed(here: Path, command: str) -> Job:
     words = shlex.split(command.replace("accelerate launch", "python"))
     assert words[0] == "python", command
+    if words[1].endswith("serve.py"):
+        words += ["--port", "0"]  # the usual one may be somebody's
     return Job(words[1], *words[2:], before=f"import os; os.chdir({str(here)!r})")
 
 
@@ -109,11 +111,12 @@ def finish(job: Job) -> None:
 
 
 def answers_and_stops(job: Job) -> None:
-    end = time.monotonic() + 120
+    url = next(re.search(r" on (http://\S+)", line)[1] for line in job.stdout if line.startswith("serving "))
+    end = time.monotonic() + 300
     while True:
         assert job.returncode is None and time.monotonic() < end, "the server does not answer"
         try:
-            urllib.request.urlopen("http://127.0.0.1:8000/v1/models", timeout=2).close()
+            urllib.request.urlopen(f"{url}/v1/models", timeout=60).close()
             break
         except OSError:
             time.sleep(0.2)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from jobs import ENVIRONMENT, ROOT
-from ranks import on_ranks
+from ranks import free_port, on_ranks
 from sharded_cases import SHARDED, train
 from tolerance import EXPERT_PARALLEL_MASTERS
 from toy_families import FAMILIES, write_base
@@ -122,7 +122,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(recipe_of,
     options = ["qat.steps=40", "qat.checkpoint_every=2", *SHARDED, "cluster.accelerators_per_node=2"]
 
     def launch(name: str, *more) -> subprocess.Popen:
-        command = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node", "2",
+        command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()),
                    "qat/train.py", str(recipe), f"name={name}", *options, *more]
         return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

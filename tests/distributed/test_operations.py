@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from jobs import ENVIRONMENT, ROOT
+from ranks import free_port
 
 from training.checkpoint import complete_checkpoints
 
@@ -17,7 +18,7 @@ BIN = Path(sys.executable).parent
 
 
 def torchrun(*arguments) -> subprocess.Popen:
-    command = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
+    command = [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
 

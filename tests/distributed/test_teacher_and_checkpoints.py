@@ -148,7 +148,7 @@ sys.exit(trainer.run(load_recipe(sys.argv[1], sys.argv[2:]), resume="--resume" i
     assert writing, "".join(seen)
     for child in subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True).stdout.split():
         os.kill(int(child), signal.SIGKILL)
-    process.communicate(timeout=120)
+    process.communicate(timeout=600)
     time.sleep(0.5)
     folder = recipe.parent / "runs/killed/qat/checkpoints"
     assert [p.name for p in complete_checkpoints(folder)] == ["step-00000002"]

@@ -125,6 +125,7 @@ def test_max_steps_stops_with_a_checkpoint_and_resume_finishes_the_same_run(unin
     assert "stopped at --max-steps 5" in output
     assert [p.name for p in complete_checkpoints(folder(tiny_recipe) / "checkpoints")] == ["step-00000004", "step-00000005"]
     assert not (folder(tiny_recipe) / "summary.json").exists()
+    assert "at step 5 already, nothing was trained" in run_job(SCRIPT, tiny_recipe, "--resume", "--max-steps", 3)
     assert "at step 5 of 12" in run_job(SCRIPT, tiny_recipe, "--resume")
     assert_same_result(uninterrupted[0], tiny_recipe)
 

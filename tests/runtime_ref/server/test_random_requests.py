@@ -22,7 +22,7 @@ from tests.runtime_ref.server.random_requests import Case, case, parts, send
 from tests.runtime_ref.server.test_process import start
 
 REQUESTS, SEED = int(os.environ.get("FP4_TEST_REQUESTS", "3000")), int(os.environ.get("FP4_TEST_SEED", "0"))
-CLIENTS, PATIENCE = 6, 120.0
+CLIENTS, PATIENCE = 12, 120.0
 PROMISED = {"bodies_too_large", "too_many_connections", "shutting_down", "preparation_failed", "body_timeout"}
 STEADY = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 12, "return_token_ids": True}
 pytestmark = [pytest.mark.load, pytest.mark.skipif(os.environ.get("FP4_LOAD") != "1", reason="minutes of load: make test-load")]
