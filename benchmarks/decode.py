@@ -183,7 +183,8 @@ def main(argv: list[str]) -> int:
                 if not results[kind][domain]["tokens agree"]:
                     print(f"{kind} {domain}: drafts change tokens: no speed is printed", file=sys.stderr)
                     return 1
-    results["measured costs of rounds"] = {name: engine.adaptive.costs for name, engine in ways.engines.items()}
+    results["measured costs of rounds"] = {name: engine.adaptive.costs for name, engine in ways.engines.items()
+                                           if engine.adaptive is not None}
     if options.json:
         aside = options.json.with_name(options.json.name + ".tmp")
         aside.write_text(json.dumps(results, indent=2), encoding="utf-8")

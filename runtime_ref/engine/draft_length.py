@@ -160,7 +160,9 @@ class Adaptive:
         self.rounds = {drawn: 0 for drawn in (False, True)}
         self.truth = {drawn: array("f", [(i + 0.5) / 16 for i in range(16)]) for drawn in (False, True)}
         self.row = 0.0
-        self.seconds: dict[int, float] = {}  # of plain steps and of rounds of so many drafts, running means
+        # Of plain steps and of rounds of so many drafts: running means, and of how many each.
+        self.seconds: dict[int, float] = {}
+        self.timed: dict[int, int] = {}
         self.skipped = 0
 
     def begin(self, params: SamplingParams) -> tuple[DraftLength, bool]:
@@ -178,7 +180,7 @@ class Adaptive:
                 self.costs = self._measured()
             costs, rates = self._possible(self.costs or DRAFT_COSTS), list(self.rates[params.temperature > 0])
         length = DraftLength(costs, rates, row=0.0 if fixed else self.row)
-        length.lead = PLAIN_FIRST if length.row and 0 not in self.seconds else 0
+        length.lead = PLAIN_FIRST if length.row and self.timed.get(0, 0) <= PLAIN_FIRST else 0
         length.explores = not (fixed or length.best or length.disabled) and self._explores()
         return length, not length.disabled and (fixed or bool(length.best) or length.explores)
 
@@ -196,7 +198,8 @@ class Adaptive:
         if asked:
             seconds += (asked - kept) * self.row * self.seconds[0]
         known = self.seconds.setdefault(asked, seconds)
-        self.seconds[asked] = known + NEWEST_COST * (min(seconds, 3 * known) - known)
+        count = self.timed[asked] = self.timed.get(asked, 0) + 1
+        self.seconds[asked] = known + max(NEWEST_COST, 1 / count) * (min(seconds, 3 * known) - known)
         for n, mean in self.seconds.items():
             # Not beyond what is worth trying at all: nothing would be tried, and nothing learned, any more.
             self.costs[n] = min(mean / self.seconds[0], (n + 1) / WORTH_TRYING) if n else 1.0
@@ -238,7 +241,9 @@ class Adaptive:
         alone = self.backend.ranks.count == 1 and device == "cpu"
         clock = time.process_time if alone else time.perf_counter
         params, markov = SamplingParams(temperature=0.0), self.drafter.markov
-        features = {n: torch.zeros(1 + n // 2, width, device=device) for n in seconds}
+        # Drafts that differ, as in a text: equal ones all go to the same experts, which is cheaper.
+        random = torch.Generator().manual_seed(0)
+        features = {n: torch.randn(1 + n // 2, width, generator=random).to(device) for n in seconds}
         rows = []
         for _ in range(MEASURED_ROUNDS):
             for n, found in seconds.items():
@@ -257,12 +262,13 @@ class Adaptive:
                 accept(buffers["logits"], proposal, params, start, [0], [])
                 found.append(clock() - began)
             if self.drafter.one_call:
-                began = clock()
-                self.backend.run(self.program, self.backend.plan([SequenceChunk(tables, start, [0] * self.drafter.block)]))
+                began, block = clock(), SequenceChunk(tables, start, list(range(self.drafter.block)))
+                self.backend.run(self.program, self.backend.plan([block]))
                 rows.append(clock() - began)
         self.cache.release(tables)
         plain = min(seconds[0])
         costs = {n: min(found) / plain for n, found in seconds.items()}
         if rows:
+            self.seconds, self.timed = {n: min(found) for n, found in seconds.items()}, dict.fromkeys(seconds, 1)
             self.row = max(0.0, min(rows) / plain - 1) / (self.drafter.block - 1)
         return self.backend.ranks.broadcast(costs)

