@@ -55,7 +55,7 @@ class Variant:
     """A layer, its masters and optimizer, and how its experts are rounded ("none", "ours", "torchao")."""
 
     def __init__(self, kind: str, device: str):
-        from qat.attach import ExpertQuantizer, find_expert_tensors
+        from qat.expert_quantizer import ExpertQuantizer, find_expert_tensors
 
         self.kind, self.layer, self.device = kind, make_layer(device), device
         self.layer.mlp.gate.requires_grad_(False)

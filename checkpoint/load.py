@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from checkpoint.containers import Decoded, DecodedExperts, plain_infos, read_plain
 from checkpoint.detect_format import local_folder, open_source
-from checkpoint.families.published import meta_model
+from checkpoint.families.published_names import meta_model
 from checkpoint.families.registry import family_of
 from checkpoint.findings import one_line
 from checkpoint.inventory import is_mimo

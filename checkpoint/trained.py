@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint.containers import container, read_plain, stored_codes
-from checkpoint.families.published import Published
+from checkpoint.families.published_names import Published
 from checkpoint.sources import Source
 from modeling.names import fused_name
 from mxfp4 import dequantize, fake_quantize, fake_quantize_, quantize

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from dflash_train.target import choose_target_layers, configure_drafter, target_folder
 from dflash_train.trainer import require_sections, require_understood
 from modeling.fused_experts import fused_experts
-from qat.attach import find_expert_tensors
+from qat.expert_quantizer import find_expert_tensors
 from qat.meta_model import meta_model
 from recipes.schema import Recipe
 from training.preflight import print_readiness

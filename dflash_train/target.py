@@ -22,7 +22,7 @@ from modeling.drafter import DFlashDraftModel, drafter_config, load_drafter
 from modeling.modeling_mimo_v2 import CACHE_NAME
 from modeling.output_head import require_plain_head
 from mxfp4.fake_quant import fake_quantize_
-from qat.attach import find_expert_tensors
+from qat.expert_quantizer import find_expert_tensors
 from recipes.schema import Drafter, Recipe
 from storage.digests import combined, model_digests
 from storage.reading import first_line, read_json

@@ -111,7 +111,7 @@ def working_bytes(unit: Unit) -> int:
 def _geometry(recipe: Recipe, folder: Path | None) -> tuple[object, str, Source]:
     """(configuration, where it comes from, the shapes)."""
     from modeling.configuration_mimo_v2 import MiMoV2Config
-    from modeling.presets import MTP_LAYERS, OTHER_RELEASES, released_config
+    from modeling.published_geometries import MTP_LAYERS, OTHER_RELEASES, released_config
 
     own = recipe.model.path
     # With another folder, or a published geometry to fall back on, the base need not be here.

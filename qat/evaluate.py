@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from mxfp4.fake_quant import fake_quantize_
-from qat.attach import ExpertQuantizer
 from qat.data import split_rows
+from qat.expert_quantizer import ExpertQuantizer
 from qat.losses import chunked_statistics, output_head, run_hidden
 
 

@@ -48,7 +48,7 @@ def _released_model(name: str):
 
     from modeling.configuration_mimo_v2 import MiMoV2Config
     from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
-    from modeling.presets import MTP_LAYERS, OTHER_RELEASES, released_config
+    from modeling.published_geometries import MTP_LAYERS, OTHER_RELEASES, released_config
 
     if name in OTHER_RELEASES:
         kind, difference = OTHER_RELEASES[name]

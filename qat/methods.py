@@ -1,6 +1,6 @@
 """Roundings beyond the plain one: chosen or learned block scales, soft codes, and the pull of masters to the grid.
 
-The plain quantizer (`qat.attach`) writes the nearest MXFP4 value of each master under the scale rule's scale. Here:
+The plain quantizer (`qat.expert_quantizer`) writes the nearest MXFP4 value of each master under the scale rule's scale. Here:
 
 - scales s + d with d in {-1, 0, 1} per block. `shift` holds a real number per block, rounded to d; where it is learned, its
   gradient is LSQ's (arXiv 1902.08153) for a power of two: with q the rounded value and w the master, straight-through rounding
@@ -23,7 +23,7 @@ from torch import nn
 from mxfp4.codec import block_scales, scale_values
 from mxfp4.fake_quant import round_at_scales
 from mxfp4.format import BLOCK_SIZE, E2M1_MAX, E2M1_VALUES
-from qat.attach import ExpertQuantizer, require_finite
+from qat.expert_quantizer import ExpertQuantizer, require_finite
 from recipes.schema import QAT, GridPull, SoftRounding
 
 LIMIT = 1.49  # of a shift: one octave up or down, and no further from the thresholds at 1/2 than they are from 0

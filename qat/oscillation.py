@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 
 from mxfp4 import BLOCK_SIZE
-from qat.attach import ExpertQuantizer
+from qat.expert_quantizer import ExpertQuantizer
 from recipes.schema import Oscillation
 
 

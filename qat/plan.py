@@ -3,7 +3,7 @@
 Builds the model on the meta device (no memory), finds the expert tensors with the function that training uses, and adds
 up memory per rank, bytes on disk and communication for the cluster that the recipe names. The arithmetic is a model:
 activations and communication are estimates (stated where they are computed), everything else is exact for the layout
-described in `qat.attach`. Rejected: measuring a small model and extrapolating (hides what grows with what).
+described in `qat.expert_quantizer`. Rejected: measuring a small model and extrapolating (hides what grows with what).
 
 Memory of one rank under plain data parallelism, in bytes, for P_e expert weights and P_o other weights of w bytes each
 (`model.dtype`), T trained weights (P_e, or all); a sharded run's is in `qat.sharded_plan`:
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 from checkpoint.families.registry import refuse_layout, resolve_layout
 from qat import sharded_plan
-from qat.attach import describe, find_expert_tensors
+from qat.expert_quantizer import describe, find_expert_tensors
 from qat.meta_model import meta_model
 from qat.sharded_plan import CODE_BYTES, GIB, Placement
 from recipes.schema import Recipe

@@ -15,7 +15,7 @@ from torch import nn
 
 from mxfp4 import dequantize
 from mxfp4.fake_quant import saturated
-from qat.attach import ExpertQuantizer
+from qat.expert_quantizer import ExpertQuantizer
 
 
 class RoutedTokens:

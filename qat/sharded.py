@@ -25,7 +25,7 @@ from modeling.all_experts import use_all_experts
 from modeling.output_head import require_plain_head
 from mxfp4.fake_quant import saturated
 from qat import evaluate
-from qat.attach import ExpertQuantizer, ExpertTensor, find_expert_tensors, require_finite, without_noise
+from qat.expert_quantizer import ExpertQuantizer, ExpertTensor, find_expert_tensors, require_finite, without_noise
 from qat.meta_model import meta_model
 from qat.methods import needed as methods_needed
 from qat.trainer import Trainer

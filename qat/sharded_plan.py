@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mxfp4 import BLOCK_SIZE
-from qat.attach import find_expert_tensors
+from qat.expert_quantizer import find_expert_tensors
 from recipes.schema import Recipe
 from training.sharding.layout import Layout
 from training.sharding.preview import Placement

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qat.attach import ExpertQuantizer
+from qat.expert_quantizer import ExpertQuantizer
 from qat.methods import MethodQuantizer
 from qat.oscillation import OscillationControl
 from qat.quant_stats import Health

@@ -2,7 +2,7 @@
 
 Runs on one process or under data parallelism; everything that depends on the number of processes goes through the
 `Accelerator`. Gradients are averaged here, in float32 and once per update, instead of by DistributedDataParallel, whose
-buckets take the parameters' dtype (bf16) and refuse gradients that accumulate in another. See `qat.attach` for how
+buckets take the parameters' dtype (bf16) and refuse gradients that accumulate in another. See `qat.expert_quantizer` for how
 weights are quantized.
 
 Output, in <recipe.output>/<recipe.name>/qat/:
@@ -30,7 +30,6 @@ from modeling.all_experts import use_all_experts
 from modeling.dialogue_tokens import Rendering
 from modeling.output_head import require_plain_head
 from qat import evaluate
-from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite, without_noise
 from qat.data import (
     counted_positions,
     endless_batches,
@@ -42,6 +41,7 @@ from qat.data import (
     rows_digest,
     split_rows,
 )
+from qat.expert_quantizer import ExpertQuantizer, describe, find_expert_tensors, require_finite, without_noise
 from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, output_head, run_hidden
 from qat.methods import MethodQuantizer, pull_strength, pull_to_grid
 from qat.methods import needed as methods_needed

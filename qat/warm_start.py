@@ -36,7 +36,7 @@ from torch import nn
 
 from mxfp4 import BLOCK_SIZE, fake_quantize, quantize
 from mxfp4.codec import round_to_scales, scale_values
-from qat.attach import ExpertQuantizer, ExpertTensor
+from qat.expert_quantizer import ExpertQuantizer, ExpertTensor
 from qat.losses import run_hidden
 from qat.methods import MethodQuantizer, searched_scales
 from recipes.schema import WarmStart

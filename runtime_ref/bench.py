@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _roofline(args: argparse.Namespace) -> int:
-    from modeling.presets import released_config
+    from modeling.published_geometries import released_config
     from runtime_ref.measure import roofline
 
     if args.tokens < 1 or args.gpus < 1 or args.acceptance <= 0 or args.distinct_share <= 0:

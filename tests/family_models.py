@@ -4,7 +4,7 @@ import torch
 from toy_export import RECIPE
 from transformers import AutoModelForCausalLM
 
-from qat.attach import ExpertQuantizer
+from qat.expert_quantizer import ExpertQuantizer
 from tools.family_configs import tiny
 
 

@@ -2,7 +2,7 @@
 
 A family says under which layouts it can be written and why not under others, how its tensors are called on disk, and, if the
 runtime runs it, its geometry and what its layers have. `registry.py` lists the families that have something of their own; every
-other model type of transformers is a plain `Family`, whose names are asked of transformers (`published.py`).
+other model type of transformers is a plain `Family`, whose names are asked of transformers (`published_names.py`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint.families import published
-from checkpoint.families.published import Published
+from checkpoint.families import published_names
+from checkpoint.families.published_names import Published
 from mxfp4.format import BLOCK_SIZE
 
 
@@ -79,5 +79,5 @@ def _published(text: str, config) -> Published:
     if text not in _known:
         while len(_known) > 3:
             del _known[next(iter(_known))]
-        _known[text] = published.of_transformers(config)
+        _known[text] = published_names.of_transformers(config)
     return _known[text]

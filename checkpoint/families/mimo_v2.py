@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from checkpoint.families import published
+from checkpoint.families import published_names
 from checkpoint.families.base import Family
-from checkpoint.families.published import Published
+from checkpoint.families.published_names import Published
 from mxfp4.format import BLOCK_SIZE
 
 
@@ -21,7 +21,7 @@ class MiMoV2(Family):
     sinks: str | None = "attention_sink_bias"
 
     def published(self, config) -> Published:
-        return published.of_mimo(config)
+        return published_names.of_mimo(config)
 
     def refuse(self, layout: str, config) -> None:
         for key in ("hidden_size", "moe_intermediate_size"):

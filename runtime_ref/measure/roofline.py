@@ -91,7 +91,7 @@ def step_bytes(config: dict, tokens: int, *, distinct_share: float = 1.0, drafte
     """What a step of `tokens` tokens reads.
 
     Args:
-        config: keyword arguments of MiMoV2Config, e.g. from `modeling.presets.released_config`.
+        config: keyword arguments of MiMoV2Config, e.g. from `modeling.published_geometries.released_config`.
         distinct_share: D as a share of the independent case.
         drafter: whether a drafter runs beside the target.
     """

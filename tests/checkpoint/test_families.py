@@ -17,7 +17,7 @@ from checkpoint.verify import verify
 from export.job import Request, run
 from modeling.fused_experts import fused_experts
 from mxfp4 import fake_quantize
-from qat.attach import ExpertQuantizer
+from qat.expert_quantizer import ExpertQuantizer
 from recipes.load import load_recipe
 from tools.family_configs import tiny, types
 

@@ -9,7 +9,7 @@ from tolerance import MODEL_FP32
 from modeling.configuration_mimo_v2 import MiMoV2Config
 from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
 from modeling.names import expert_parts, fused_name, published_tensors, split_qkv
-from modeling.presets import MTP_LAYERS, released_config
+from modeling.published_geometries import MTP_LAYERS, released_config
 
 
 def elements(config, **options) -> Counter:

@@ -5,8 +5,8 @@ import torch
 from tolerance import EVALUATION_KL
 
 from mxfp4 import fake_quantize
-from qat.attach import ExpertQuantizer
 from qat.evaluate import compare, comparison_table, doubt, evaluate_domains
+from qat.expert_quantizer import ExpertQuantizer
 from qat.trainer import make_teacher
 
 

@@ -69,7 +69,7 @@ def test_hidden_loss_is_relative_to_the_teacher_and_zero_for_equals():
 @pytest.mark.parametrize("gradient", ["recompute", "immediate"])
 def test_a_token_counts_the_same_in_whatever_micro_step_it_stands(model, gradient):
     """Losses on answers: the gradient of unequal micro-steps is that of one batch, the mean over its counted tokens."""
-    from qat.attach import ExpertQuantizer
+    from qat.expert_quantizer import ExpertQuantizer
     from qat.trainer import Trainer, make_teacher
     from recipes.schema import QAT
 

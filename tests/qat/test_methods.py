@@ -10,7 +10,7 @@ from torch import nn
 from mxfp4 import fake_quantize
 from mxfp4.codec import block_scales, round_to_scales, scale_values
 from mxfp4.fake_quant import round_at_scales
-from qat.attach import ExpertQuantizer
+from qat.expert_quantizer import ExpertQuantizer
 from qat.losses import chunked_statistics, hidden_kl, immediate_statistics
 from qat.methods import (
     LIMIT,

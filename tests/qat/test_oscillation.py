@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mxfp4 import fake_quantize
-from qat.attach import ExpertQuantizer
+from qat.expert_quantizer import ExpertQuantizer
 from qat.oscillation import OscillationControl
 from recipes.schema import Oscillation
 

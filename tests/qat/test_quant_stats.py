@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qat.attach import ExpertQuantizer
+from qat.expert_quantizer import ExpertQuantizer
 from qat.oscillation import OscillationControl
 from qat.quant_stats import Health
 from qat.state import TrainingState

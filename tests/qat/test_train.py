@@ -228,12 +228,12 @@ def test_a_launch_that_accelerate_does_not_see_is_refused(tiny_recipe):
 
 def test_a_non_finite_gradient_stops_with_step_tensor_expert_and_keeps_the_checkpoint(tiny_recipe):
     poison = (
-        "from qat import attach\n"
-        "original = attach.ExpertQuantizer.pull_gradients\n"
+        "from qat import expert_quantizer\n"
+        "original = expert_quantizer.ExpertQuantizer.pull_gradients\n"
         "def poisoned(self, count=[0]):\n"
         "    original(self); count[0] += 1\n"
         "    if count[0] == 6: self.masters[1].grad[2, 3, 4] = float('nan')\n"
-        "attach.ExpertQuantizer.pull_gradients = poisoned\n")
+        "expert_quantizer.ExpertQuantizer.pull_gradients = poisoned\n")
     error = run_job(SCRIPT, tiny_recipe, expect=1, before=poison).strip().splitlines()[-1]
     assert "step 6" in error and "down_proj" in error and "expert 2, index [3, 4]" in error and "step-00000004" in error
     assert [p.name for p in complete_checkpoints(folder(tiny_recipe) / "checkpoints")] == ["step-00000004"]

@@ -8,7 +8,7 @@ from tolerance import MODEL_FP32
 
 from mxfp4 import fake_quantize
 from mxfp4.codec import round_to_scales
-from qat.attach import ExpertQuantizer, find_expert_tensors
+from qat.expert_quantizer import ExpertQuantizer, find_expert_tensors
 from qat.trainer import make_teacher
 from qat.warm_start import Moments, choose_first_codes, compensated, fisher_moments, input_moments, sweeps
 from recipes.schema import WarmStart

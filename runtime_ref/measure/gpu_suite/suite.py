@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from modeling.presets import released_config
+from modeling.published_geometries import released_config
 from runtime_ref.kernels.experts import Launch, Workspace, run_experts
 from runtime_ref.kernels.repack import SCALE_OFFSET, ExpertPages, Tile
 from runtime_ref.measure import roofline

@@ -22,7 +22,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from modeling.presets import released_config
+from modeling.published_geometries import released_config
 from runtime_ref.kernels.repack import Tile
 from storage.files import write_text
 from storage.revision import git_revision

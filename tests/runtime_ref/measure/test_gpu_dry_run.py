@@ -17,7 +17,7 @@ from wrong_folders import judged
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
-from modeling.presets import released_config
+from modeling.published_geometries import released_config
 from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine, EngineOptions
 from runtime_ref.kernels.repack import repack_experts

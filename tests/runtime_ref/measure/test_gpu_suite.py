@@ -297,7 +297,7 @@ def test_its_check_of_fake_quantization_is_green_and_red_on_another_rule(monkeyp
 
 
 def test_a_rank_of_eight_is_a_model_with_an_eighth_of_every_shared_size():
-    from modeling.presets import released_config
+    from modeling.published_geometries import released_config
     from runtime_ref.checkpoints.device_weights import layer_heads, layer_shapes
     from runtime_ref.core.tensor_parallel import SINGLE_RANK
     from runtime_ref.measure.gpu_suite.steps import projected, rank_config

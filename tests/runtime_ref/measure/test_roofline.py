@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling.presets import released_config
+from modeling.published_geometries import released_config
 from runtime_ref.measure import roofline
 
 ROOT = Path(__file__).resolve().parents[3]

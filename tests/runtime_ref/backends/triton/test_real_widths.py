@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e '.[dev]' on Linux")
 
-from modeling.presets import released_config
+from modeling.published_geometries import released_config
 from runtime_ref.backends.triton.megakernel import Megakernel
 from runtime_ref.measure.gpu_suite.steps import Prepared, rank_config
 from tests.runtime_ref.kernels.at_once import INTERPRETED

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mxfp4 import fake_quantize
-from qat.attach import ExpertQuantizer, describe, find_expert_tensors, require_finite, without_noise
+from qat.expert_quantizer import ExpertQuantizer, describe, find_expert_tensors, require_finite, without_noise
 
 
 def tiny_transformers_moe(kind: str):
@@ -170,12 +170,12 @@ def test_require_finite_accepts_finite_tensors():
 
 
 def test_forward_backward_and_recomputation_round_nothing(model, monkeypatch):
-    import qat.attach
+    import qat.expert_quantizer
 
     quantizer = ExpertQuantizer(model)
     calls = []
-    original = qat.attach.fake_quantize_
-    monkeypatch.setattr(qat.attach, "fake_quantize_", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = qat.expert_quantizer.fake_quantize_
+    monkeypatch.setattr(qat.expert_quantizer, "fake_quantize_", lambda *a, **k: calls.append(1) or original(*a, **k))
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for _ in range(3):  # micro-steps
