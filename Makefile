@@ -54,7 +54,7 @@ test-slow: $(VENV)/.ready
 	    --ignore tests/distributed -m slow
 
 # Training on several gloo ranks: every family and layout, signals and hangs through real launchers, killed ranks (FP4_TEST_KILLS
-# of them, 6 unless set). About 15 minutes on two quiet cores; what `make test` has of it takes half a minute.
+# of them, 6 unless set). Half an hour by the times of its parts, never timed as one; what `make test` has of it takes half a minute.
 test-distributed: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/distributed
 
