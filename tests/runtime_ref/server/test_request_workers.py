@@ -175,6 +175,7 @@ def test_a_body_of_the_largest_size_is_refused_while_everybody_else_is_served(na
 
     def knock():
         with httpx.Client(timeout=seconds(30)) as client:
+            statuses.add(client.get(f"{server.url}/health").status_code)
             while not done.wait(0.1):
                 statuses.add(client.get(f"{server.url}/health").status_code)
 
