@@ -95,7 +95,7 @@ def run_case(name: str, recipe: Path, folder: Path) -> dict:
     ranks, own = CASES[name]
     overrides = [f"name={''.join(c for c in name if c.isalnum())}", f"cluster.accelerators_per_node={ranks}", *own]
     plan = make_plan(load_recipe(recipe, overrides))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
                __file__, "--measure", str(recipe), *overrides]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True)
@@ -111,6 +111,9 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["--measure"]:
         return measure(Path(argv[1]), argv[2:])
     from benchmarks.sharded_step import write_toy
+    from recipes.own_lines import own_lines_only
+
+    own_lines_only()
 
     parser = argparse.ArgumentParser(prog="benchmarks/plan_memory.py", description=__doc__.splitlines()[0])
     for name, default in (("hidden", 256), ("inner", 256), ("experts", 32), ("layers", 6), ("tokens", 64)):
