@@ -241,9 +241,14 @@ def describe(tensors: list[ExpertTensor], model: nn.Module) -> list[tuple[str, s
     """Rows (tensor name pattern, shape, count, parameters) of what is quantized, then one row of what is not."""
     groups: dict[tuple[str, str], list[int]] = {}
     for tensor in tensors:
-        pattern = re.sub(r"\.\d+\.", ".*.", tensor.name)
-        groups.setdefault((pattern, str(list(tensor.parameter.shape))), []).append(tensor.parameter.numel())
+        pattern, shape = re.sub(r"\.\d+\.", ".*.", tensor.name), _shape(tensor.parameter)
+        groups.setdefault((pattern, str(list(shape))), []).append(shape.numel())
     rows = [(pattern, shape, len(sizes), sum(sizes)) for (pattern, shape), sizes in groups.items()]
-    sizes = [p.numel() for p in model.parameters()]
+    sizes = [_shape(p).numel() for p in model.parameters()]
     kept = sum(sizes) - sum(row[3] for row in rows)
     return [*rows, ("everything else (kept)", "", len(sizes) - len(tensors), kept)]
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter; ZeRO-3 leaves an empty tensor in its place."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

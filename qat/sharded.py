@@ -27,6 +27,7 @@ from mxfp4.fake_quant import saturated
 from qat import evaluate
 from qat.expert_quantizer import ExpertQuantizer, ExpertTensor, find_expert_tensors, require_finite, without_noise
 from qat.meta_model import meta_model
+from qat.methods import MethodQuantizer
 from qat.methods import needed as methods_needed
 from qat.trainer import Trainer
 from training.sharding import checkpoint as sharded_checkpoint
@@ -90,25 +91,33 @@ class ShardedQuantizer(ExpertQuantizer):
                 shard.local.grad.masked_fill_(saturated(shard.local, scale_rule=self.scale_rule, axis=tensor.axis), 0)
 
 
+class ShardedMethodQuantizer(MethodQuantizer, ShardedQuantizer):
+    """Chosen or learned block scales, or soft codes, of a rank's own rows: a shard holds whole blocks of whole experts.
+
+    Codes on other scales are gathered like those on the rule's. Soft codes are on no grid: while a recipe has them, values
+    travel in the compute dtype, also after rounding became hard (FSDP's buffers keep their size).
+    """
+
+    @property
+    def gather_codes(self) -> bool:
+        return self.settings.soft_rounding.method == "none"
+
+    def put(self, index: int, values: torch.Tensor, scales: torch.Tensor | None) -> None:
+        self.gathers[index].put(values, scales)
+
+
 class ShardedTrainer(Trainer):
     """One QAT run on `cluster.sharding: fsdp2`. On a single process nothing is sharded but the form of the checkpoints."""
 
     def load_model(self) -> nn.Module:
         recipe = self.recipe
-        if recipe.cluster.sharding == "zero3":
-            raise ValueError("cluster.sharding: zero3: not built: DeepSpeed cuts every parameter into flat ranges, which cut "
-                             "blocks of 32 weights unless ceil(size / ranks) is a multiple of 32, and its gather has no hook "
-                             "for codes; expected fsdp2")
         self.layout = layout_of(recipe.cluster, self.accelerator.num_processes)
         self.whole = self.layout.ranks == 1
-        if methods_needed(recipe.qat):  # on one process too: checkpoints of this form do not hold them
-            raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers "
-                             "codes of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none "
-                             f"with cluster.sharding: {recipe.cluster.sharding}")
         if self.whole:
             return super().load_model()
         if recipe.cluster.offload_optimizer:
-            raise ValueError("cluster.offload_optimizer: planned by --plan, not built; expected false to train")
+            raise ValueError("cluster.offload_optimizer: DeepSpeed's, for cluster.sharding: zero3; expected false with "
+                             f"cluster.sharding: {recipe.cluster.sharding}")
         if recipe.qat.warm_start.layers_together:
             raise ValueError("qat.warm_start.layers_together measures a model that is whole on one process; expected 0 with "
                              f"cluster.sharding: {recipe.cluster.sharding}")
@@ -131,17 +140,31 @@ class ShardedTrainer(Trainer):
             super().attach(model)
             self.shards = [LocalShard(t.name, t.parameter, m) for t, m in self.quantizer]
             self.shards += [LocalShard(n, p, p) for n, p in self.trained_others(model)]
+            self.saved_shards = [*self.shards, *self._shift_shards()]
             return
         self.teacher = self.teacher_again() if self.needs_teacher else None
         self._choose_trainable(without_noise(model))
         if self.layout.expert_parallel == 1:
             use_all_experts(model)
-        settings = self.recipe.quantization
-        self.quantizer = ShardedQuantizer(model, compute_dtype=self.compute_dtype, scale_rule=settings.scale_rule,
-                                          ste=settings.ste, expected_tensors=settings.expected_tensors)
+        self.quantizer = self.make_quantizer(model, self.compute_dtype)
         self.other_shards = local_shards(self.trained_others(model))
         self.others = [shard.local for shard in self.other_shards]
         self.shards = [*self.quantizer.shards, *self.other_shards]
+        self.saved_shards = [*self.shards, *self._shift_shards()]
+
+    def make_quantizer(self, model: nn.Module, compute_dtype: torch.dtype) -> ShardedQuantizer:
+        settings = self.recipe.quantization
+        options = dict(compute_dtype=compute_dtype, scale_rule=settings.scale_rule, ste=settings.ste,
+                       expected_tensors=settings.expected_tensors)
+        if methods_needed(self.recipe.qat):
+            return ShardedMethodQuantizer(model, settings=self.recipe.qat, **options)
+        return ShardedQuantizer(model, **options)
+
+    def _shift_shards(self) -> list[LocalShard]:
+        """The scales' shifts beside the parameters that they belong to, for checkpoints."""
+        shifts = getattr(self.quantizer, "shifts", ())
+        return [LocalShard(f"{t.name}.shifts", t.parameter, shift)
+                for t, shift in zip(self.quantizer.tensors, shifts, strict=bool(shifts))]
 
     def teacher_again(self) -> nn.Module:
         if self.whole:
@@ -182,8 +205,8 @@ class ShardedTrainer(Trainer):
 
     def state_writer(self, *, copied: bool):
         state, names = self.state, [t.name for t in self.quantizer.tensors]
-        tensors = {"master": {s.name: s.local.detach() for s in self.shards}}
-        moments, numbers = sharded_checkpoint.optimizer_tensors(self.optimizer.optimizer, self.shards)
+        tensors = {"master": {s.name: s.local.detach() for s in self.saved_shards}}
+        moments, numbers = sharded_checkpoint.optimizer_tensors(self.optimizer.optimizer, self.saved_shards)
         control = state.oscillation.state_dict()
         for side, part in enumerate(("masters", "rounded")):
             control[f"ways.{part}"] = [w[side] for w in control.get("ways") or ()]
@@ -192,15 +215,15 @@ class ShardedTrainer(Trainer):
         kinds = {"average": state.average, **control, "codes": [c for c, _ in health["last"]],
                  "scales": [s for _, s in health["last"]]}
         tensors |= moments | {kind: dict(zip(names, values, strict=True)) for kind, values in kinds.items() if values}
-        return sharded_checkpoint.state_writer(self.accelerator, tensors, self.shards, {
+        return sharded_checkpoint.state_writer(self.accelerator, tensors, self.saved_shards, {
             "step": state.step, "batches": state.batches, "averaged_steps": state.averaged_steps,
             "layout": asdict(self.layout), "optimizer": numbers, "rates": [g["lr"] for g in self.optimizer.param_groups],
             "schedule": self.schedule.state_dict(), "routed": health["routed"], "heldout": state.heldout()}, copied=copied)
 
     def read_state(self, path: Path) -> None:
-        saved, tensors = sharded_checkpoint.read_state(path, self.shards)
+        saved, tensors = sharded_checkpoint.read_state(path, self.saved_shards)
         state, names = self.state, [t.name for t in self.quantizer.tensors]
-        sharded_checkpoint.restore_optimizer(self.optimizer.optimizer, self.shards, tensors, saved["optimizer"])
+        sharded_checkpoint.restore_optimizer(self.optimizer.optimizer, self.saved_shards, tensors, saved["optimizer"])
         for group, rate in zip(self.optimizer.param_groups, saved["rates"], strict=True):
             group["lr"] = rate
         self.schedule.load_state_dict(saved["schedule"])
@@ -225,6 +248,8 @@ class ShardedTrainer(Trainer):
 
     def _restore_rounding(self, of: dict[str, list[torch.Tensor]]) -> None:
         """What the model computed with at that step: the rounding of the means under `ema`, of the masters otherwise."""
+        if isinstance(self.quantizer, MethodQuantizer):
+            self.quantizer.set_step(self.state.step)
         self.quantizer.requantize(of.get("means"))
 
     # The end
@@ -242,13 +267,16 @@ class ShardedTrainer(Trainer):
         trained = [shard.local.detach().clone() for shard in self.other_shards]
         reshard(judge)
         self._put_others(student, [judge.get_parameter(shard.name)._local_tensor for shard in self.other_shards])
-        quantizer.requantize([original.float() for original in self.originals()])
+        self.round_plainly(quantizer, [original.float() for original in self.originals()])
         variants["ptq"] = evaluate.evaluate_domains(student, judge, self.domains, **options)
         self._put_others(student, trained)
         quantizer.requantize(sources)
         variants["qat"] = evaluate.evaluate_domains(student, judge, self.domains, **options)
         without_noise(student)
         return evaluate.summarized(variants)
+
+    def round_plainly(self, quantizer: ExpertQuantizer, originals: list[torch.Tensor]) -> None:
+        ShardedQuantizer.requantize(quantizer, originals)  # whatever scales or codes the recipe has
 
     def _put_others(self, student: nn.Module, values: list[torch.Tensor]) -> None:
         """Writes shards of what is trained beside experts; weights that are still gathered would hide them."""
@@ -260,10 +288,12 @@ class ShardedTrainer(Trainer):
         """(student, teacher, the student's quantizer): the run's own, or float32 trees loaded for the evaluation."""
         if self.recipe.qat.evaluation_dtype == "model" or self.compute_dtype is torch.float32:
             return self.model, self.teacher, self.quantizer
-        settings = self.recipe.quantization
         judge = self.load_tree(torch.float32, masters=False).eval().requires_grad_(False)
         student = self.load_tree(torch.float32, masters=True).requires_grad_(False)
-        quantizer = ShardedQuantizer(student, compute_dtype=torch.float32, scale_rule=settings.scale_rule)
+        quantizer = self.make_quantizer(student, torch.float32)
+        if isinstance(quantizer, MethodQuantizer):
+            quantizer.load_state_dict(self.quantizer.state_dict())
+            quantizer.set_step(self.state.step)
         return student, judge, quantizer
 
     def save_model(self) -> None:

@@ -72,9 +72,12 @@ def run(recipe: Recipe, *, resume: bool, max_steps: int | None, other_processes:
         ValueError: a mistake in the recipe or its files. OSError: a file cannot be written. NonFinite: see there.
     """
     if recipe.cluster is not None and recipe.cluster.sharding != "ddp":
-        from qat.sharded import ShardedTrainer
+        if recipe.cluster.sharding == "zero3":
+            from qat.zero3 import Zero3Trainer as Sharded
+        else:
+            from qat.sharded import ShardedTrainer as Sharded
 
-        return ShardedTrainer(recipe, resume=resume).run(max_steps)  # whose checkpoints fit any number of processes
+        return Sharded(recipe, resume=resume).run(max_steps)  # whose checkpoints fit any number of processes
     return Trainer(recipe, resume=resume, other_processes=other_processes).run(max_steps)
 
 
@@ -110,18 +113,13 @@ class Trainer(TrainingRun):
         self.attach(model)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        optimizer = make_optimizer([*self.quantizer.masters, *self.others], settings.optimizer)
-        if settings.scales.method == "learned":
-            optimizer.add_param_group({"params": self.quantizer.shifts, "lr": settings.scales.learning_rate,
-                                       "weight_decay": 0.0})
+        optimizer = self.make_optimizer()
         schedule = make_schedule(optimizer, settings.steps, settings.optimizer)
         self.state = TrainingState(self.quantizer, OscillationControl(self.quantizer, settings.oscillation, settings.steps),
                                    Health(model, self.quantizer, self.accelerator))
         # The schedule is stepped once per update by hand, so Accelerate's per-process multiplication is not wanted.
         self.schedule = schedule
-        # evaluation_mode: no DistributedDataParallel wrapper (see the module's text).
-        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
+        self.prepare(model, optimizer)
         self._open_folder(resume, newest)
         if self.states is not None:
             self.states.replace_teacher()
@@ -138,6 +136,22 @@ class Trainer(TrainingRun):
         self.teacher = make_teacher(model) if self.needs_teacher else None
         self.quantizer = make_quantizer(model, self.recipe)
         self.others = [p for _, p in self.trained_others(model)]
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        settings = self.recipe.qat
+        optimizer = make_optimizer([*self.quantizer.masters, *self.others], settings.optimizer)
+        if settings.scales.method == "learned":
+            optimizer.add_param_group({"params": self.quantizer.shifts, "lr": settings.scales.learning_rate,
+                                       "weight_decay": 0.0})
+        return optimizer
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        # evaluation_mode: no DistributedDataParallel wrapper (see the module's text).
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
 
     def teacher_again(self) -> nn.Module:
         """The original model from its files, where it did not stay in memory."""
@@ -236,7 +250,7 @@ class Trainer(TrainingRun):
         for part, share in zip(rows, self._shares([part["input_ids"] for part in rows]), strict=True):
             with self.accelerator.accumulate(self.model):
                 values = self._losses(part, share)
-                self.accelerator.backward(values["loss"])
+                self.backward(values["loss"])
             self.state.batches += 1
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / settings.gradient_accumulation

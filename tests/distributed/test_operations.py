@@ -145,9 +145,8 @@ sys.exit(trainer.run(load_recipe(sys.argv[1], sys.argv[2:]), resume=True, max_st
 
 @pytest.mark.parametrize("words, overrides", {
     "cluster.expert_parallel: 4 does not divide the 2 processes": ("cluster.expert_parallel=4", "cluster.nodes=2"),
-    "zero3: not built": ("cluster.sharding=zero3",),
-    "cluster.offload_optimizer: planned by --plan": ("cluster.offload_optimizer=true", "cluster.host_memory_gib=9.0"),
-    "qat.scales and qat.soft_rounding change what weights are rounded to": ("qat.scales.method=learned",),
+    "zero3: qat.optimizer.name: muon needs whole matrices": ("cluster.sharding=zero3", "qat.optimizer.name=muon"),
+    "cluster.offload_optimizer: DeepSpeed's": ("cluster.offload_optimizer=true", "cluster.host_memory_gib=9.0"),
 }.items())
 def test_what_cannot_run_is_one_line_and_code_2(tiny_recipe, words, overrides):
     process = torchrun("qat/train.py", tiny_recipe, *SHARDED, *overrides)
