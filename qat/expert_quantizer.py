@@ -25,7 +25,7 @@ failure that users of such tools report most.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -171,7 +171,7 @@ class ExpertQuantizer:
         return sum(t.parameter.numel() for t in self.tensors)
 
     @torch.no_grad()
-    def requantize(self, sources: list[torch.Tensor] | None = None) -> None:
+    def requantize(self, sources: Iterable[torch.Tensor] | None = None) -> None:
         """Writes fake_quantize(source) into the model. `sources` default to the masters.
 
         Raises:

@@ -16,6 +16,7 @@ The plain quantizer (`qat.expert_quantizer`) writes the nearest MXFP4 value of e
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -70,7 +71,7 @@ class MethodQuantizer(ExpertQuantizer):
         return (chosen.to(torch.int16) + self.shifts[index].data.round().to(torch.int16)).clamp_(0, 253).to(torch.uint8)
 
     @torch.no_grad()
-    def requantize(self, sources: list[torch.Tensor] | None = None) -> None:
+    def requantize(self, sources: Iterable[torch.Tensor] | None = None) -> None:
         if not self.shifts and self.sharpness is None:
             return super().requantize(sources)
         for i, (tensor, source) in enumerate(zip(self.tensors, sources or self.masters, strict=True)):

@@ -13,6 +13,7 @@ What differs from one process (`qat.trainer`), and nothing else:
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from qat.trainer import Trainer
 from training.sharding import checkpoint as sharded_checkpoint
 from training.sharding.layout import layout_of, require_divisible
 from training.sharding.model_folder import folder_of_all_ranks, write_model
+from training.sharding.packed_teacher import PackedShard, pack_experts
 from training.sharding.quantized_gather import QuantizedGather
 from training.sharding.shards import LocalShard, copies, gather_rows, local_shards, reshard, total_norm
 from training.sharding.trees import load_shards
@@ -66,7 +68,7 @@ class ShardedQuantizer(ExpertQuantizer):
         super().__init__(model, **settings)
 
     @torch.no_grad()
-    def requantize(self, sources: list[torch.Tensor] | None = None) -> None:
+    def requantize(self, sources: Iterable[torch.Tensor] | None = None) -> None:
         for tensor, gather, source in zip(self.tensors, self.gathers, sources or self.masters, strict=True):
             try:
                 gather.encode(source.data)
@@ -109,6 +111,8 @@ class ShardedMethodQuantizer(MethodQuantizer, ShardedQuantizer):
 class ShardedTrainer(Trainer):
     """One QAT run on `cluster.sharding: fsdp2`. On a single process nothing is sharded but the form of the checkpoints."""
 
+    packed: dict[str, PackedShard] = {}  # the teacher's experts, if they are kept in FP8
+
     def load_model(self) -> nn.Module:
         recipe = self.recipe
         self.layout = layout_of(recipe.cluster, self.accelerator.num_processes)
@@ -125,6 +129,7 @@ class ShardedTrainer(Trainer):
         model = meta_model(recipe)[0]
         tensors = find_expert_tensors(model)
         require_divisible(self.layout, {t.name: t.num_experts for t in tensors})
+        self.expert_names = [t.name for t in tensors]
         self.expert_modules = tuple(dict.fromkeys(t.module for t in tensors))
         self.say(f"sharding: {self.layout}")
         return self.load_tree(self.compute_dtype, masters=True)
@@ -171,7 +176,18 @@ class ShardedTrainer(Trainer):
             return super().teacher_again()
         teacher = self.load_tree(self.compute_dtype, masters=False).eval().requires_grad_(False)
         require_plain_head(teacher)
+        self.packed = {}
+        if self.recipe.qat.teacher == "packed":
+            found = pack_experts(teacher, self.recipe.model.path, self.expert_names)
+            if isinstance(found, str):
+                self.say(f"qat.teacher: packed: {found}: its experts stay in {self.recipe.model.dtype}")
+            else:
+                self.packed = found
         return teacher
+
+    def originals(self) -> Iterator[torch.Tensor]:
+        for tensor, weight in zip(self.quantizer.tensors, super().originals(), strict=True):
+            yield self.packed[tensor.name].decoded() if tensor.name in self.packed else weight
 
     def agree_on_masters(self) -> None:
         """Nothing to do: each expert's masters are computed by one rank (or by replicas, from the same numbers)."""
@@ -267,7 +283,7 @@ class ShardedTrainer(Trainer):
         trained = [shard.local.detach().clone() for shard in self.other_shards]
         reshard(judge)
         self._put_others(student, [judge.get_parameter(shard.name)._local_tensor for shard in self.other_shards])
-        self.round_plainly(quantizer, [original.float() for original in self.originals()])
+        self.round_plainly(quantizer, (original.float() for original in self.originals()))
         variants["ptq"] = evaluate.evaluate_domains(student, judge, self.domains, **options)
         self._put_others(student, trained)
         quantizer.requantize(sources)
@@ -275,7 +291,7 @@ class ShardedTrainer(Trainer):
         without_noise(student)
         return evaluate.summarized(variants)
 
-    def round_plainly(self, quantizer: ExpertQuantizer, originals: list[torch.Tensor]) -> None:
+    def round_plainly(self, quantizer: ExpertQuantizer, originals: Iterable[torch.Tensor]) -> None:
         ShardedQuantizer.requantize(quantizer, originals)  # whatever scales or codes the recipe has
 
     def _put_others(self, student: nn.Module, values: list[torch.Tensor]) -> None:

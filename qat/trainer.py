@@ -159,10 +159,10 @@ class Trainer(TrainingRun):
         use_all_experts(model)
         return model.eval().requires_grad_(False)
 
-    def originals(self) -> list[torch.Tensor]:
-        """The unquantized experts (this rank's), in the quantizer's order."""
+    def originals(self) -> Iterator[torch.Tensor]:
+        """The unquantized experts (this rank's), in the quantizer's order, one at a time."""
         weights = (self.teacher.get_parameter(t.name).data for t in self.quantizer.tensors)
-        return [getattr(weight, "_local_tensor", weight) for weight in weights]
+        return (getattr(weight, "_local_tensor", weight) for weight in weights)
 
     def trained_others(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         experts = {t.name for t in self.quantizer.tensors}

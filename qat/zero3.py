@@ -15,6 +15,7 @@ beside the optimizer is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from modeling.all_experts import use_all_experts
 from modeling.output_head import require_plain_head
 from mxfp4 import quantize
 from mxfp4.fake_quant import fake_quantize_
-from qat.expert_quantizer import ExpertQuantizer, find_expert_tensors, require_finite, without_noise
+from qat.expert_quantizer import ExpertQuantizer, ExpertTensor, find_expert_tensors, require_finite, without_noise
 from qat.meta_model import meta_model
 from qat.methods import needed as methods_needed
 from qat.optimizer import make_optimizer
@@ -53,7 +54,7 @@ def require_supported(recipe: Recipe, ranks: int) -> None:
         (qat.optimizer.relative, "qat.optimizer.relative", "false, or fsdp2"),
         (recipe.quantization.ste == "clip", "quantization.ste: clip masks gradients that DeepSpeed owns", "identity, or fsdp2"),
         (qat.train == "all", "qat.train: all", "experts, or fsdp2"),
-        (qat.teacher == "disk", "qat.teacher: disk", "model, or fsdp2"),
+        (qat.teacher != "model", f"qat.teacher: {qat.teacher}", "model, or fsdp2"),
         (qat.warm_start.method != "none", f"qat.warm_start.method: {qat.warm_start.method} needs whole experts",
          "none, or fsdp2"),
         (qat.oscillation.method not in ("none", "ema"), f"qat.oscillation.method: {qat.oscillation.method} writes masters that "
@@ -64,6 +65,12 @@ def require_supported(recipe: Recipe, ranks: int) -> None:
         (qat.evaluation_dtype == "float32" != dtype, "qat.evaluation_dtype: float32", "model, or fsdp2")) if is_so]
     if wrong:
         raise ValueError(f"cluster.sharding: zero3: {wrong[0]}")
+
+
+def require_whole_blocks(tensors: list[ExpertTensor], ranks: int) -> None:
+    """Raises ValueError for the first whose blocks of 32 the ranks' runs would cut."""
+    for tensor in tensors:
+        zero3.require_whole_blocks(tensor.name, tuple(tensor.parameter.shape), tensor.axis, ranks)
 
 
 class Zero3Quantizer(ExpertQuantizer):
@@ -86,7 +93,7 @@ class Zero3Quantizer(ExpertQuantizer):
         return [run.master() for run in self.runs]
 
     @torch.no_grad()
-    def requantize(self, sources: list[torch.Tensor] | None = None) -> None:
+    def requantize(self, sources: Iterable[torch.Tensor] | None = None) -> None:
         for tensor, run, source in zip(self.tensors, self.runs, sources or self.masters, strict=True):
             try:
                 fake_quantize_(run.rounded(), source.data, scale_rule=self.scale_rule)
@@ -136,8 +143,7 @@ class Zero3Trainer(ShardedTrainer):
     def load_model(self) -> nn.Module:
         recipe, ranks = self.recipe, self.accelerator.num_processes
         require_supported(recipe, ranks)
-        for tensor in find_expert_tensors(meta_model(recipe)[0]):
-            zero3.require_whole_blocks(tensor.name, tuple(tensor.parameter.shape), tensor.axis, ranks)
+        require_whole_blocks(find_expert_tensors(meta_model(recipe)[0]), ranks)
         zero3.require_deepspeed()
         self.layout, self.compute_dtype = Layout(ranks), getattr(torch, recipe.model.dtype)
         self.say(f"sharding: ZeRO-3 over {ranks} ranks")
@@ -170,9 +176,9 @@ class Zero3Trainer(ShardedTrainer):
         zero3.divide(teacher, zero3.configuration(self.recipe))
         return teacher.eval()
 
-    def originals(self) -> list[torch.Tensor]:
-        return [run.blocks(self.teacher.get_parameter(t.name).ds_tensor)
-                for t, run in zip(self.quantizer.tensors, self.quantizer.runs, strict=True)]
+    def originals(self) -> Iterator[torch.Tensor]:
+        return (run.blocks(self.teacher.get_parameter(t.name).ds_tensor)
+                for t, run in zip(self.quantizer.tensors, self.quantizer.runs, strict=True))
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         return self.inner
@@ -251,7 +257,7 @@ class Zero3Trainer(ShardedTrainer):
 
     # The end
 
-    def round_plainly(self, quantizer: ExpertQuantizer, originals: list[torch.Tensor]) -> None:
+    def round_plainly(self, quantizer: ExpertQuantizer, originals: Iterable[torch.Tensor]) -> None:
         quantizer.requantize(originals)
 
     def _evaluation_pair(self):

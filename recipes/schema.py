@@ -220,9 +220,10 @@ class QAT(Section):
     soft_rounding: SoftRounding = Field(default_factory=SoftRounding)
     grid_pull: GridPull = Field(default_factory=GridPull)
     average_last: Fraction = Field(0.0, description="round the mean of the masters over this last share of the run")
-    teacher: Literal["model", "disk"] = Field(
-        "model", description="model: the original weights in memory; disk: its last hidden states of all rows that are trained "
-        "on, computed once (the same KL, no second model in memory, no pass of it in a step)")
+    teacher: Literal["model", "packed", "disk"] = Field(
+        "model", description="model: the original weights in memory; packed: its experts in the FP8 codes of the base, decoded "
+        "layer by layer (sharded, of an FP8 base; elsewhere as model); disk: its last hidden states of all rows that are "
+        "trained on, computed once (the same KL, no second model in memory, no pass of it in a step)")
     teacher_gib: PositiveFloat = Field(64.0, description="limit of those states on disk, for all ranks")
     evaluation_dtype: Literal["model", "float32"] = Field("model", description="float32: final evaluation on float32 copies")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
