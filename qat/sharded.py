@@ -175,7 +175,6 @@ class ShardedTrainer(Trainer):
         if self.whole:
             return super().teacher_again()
         teacher = self.load_tree(self.compute_dtype, masters=False).eval().requires_grad_(False)
-        require_plain_head(teacher)
         self.packed = {}
         if self.recipe.qat.teacher == "packed":
             found = pack_experts(teacher, self.recipe.model.path, self.expert_names)
@@ -183,6 +182,7 @@ class ShardedTrainer(Trainer):
                 self.say(f"qat.teacher: packed: {found}: its experts stay in {self.recipe.model.dtype}")
             else:
                 self.packed = found
+        require_plain_head(teacher)  # a forward pass, after which FSDP takes no more hooks
         return teacher
 
     def originals(self) -> Iterator[torch.Tensor]:
