@@ -200,7 +200,7 @@ def run_hidden(model: nn.Module, input_ids: torch.Tensor, *, layers: bool = Fals
     """
     with HiddenCapture(model, layers=layers) as seen:
         if "decoder_pass" in model.__dict__:
-            model.__dict__["decoder_pass"](input_ids)
+            seen.last = model.__dict__["decoder_pass"](input_ids)  # the engine's backward pass begins at what it returns
         else:
             model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
     return seen

@@ -71,14 +71,21 @@ def run(recipe: Recipe, *, resume: bool, max_steps: int | None, other_processes:
     Raises:
         ValueError: a mistake in the recipe or its files. OSError: a file cannot be written. NonFinite: see there.
     """
-    if recipe.cluster is not None and recipe.cluster.sharding != "ddp":
-        if recipe.cluster.sharding == "zero3":
-            from qat.zero3 import Zero3Trainer as Sharded
-        else:
-            from qat.sharded import ShardedTrainer as Sharded
+    return trainer_of(recipe, resume=resume, other_processes=other_processes).run(max_steps)
 
-        return Sharded(recipe, resume=resume).run(max_steps)  # whose checkpoints fit any number of processes
-    return Trainer(recipe, resume=resume, other_processes=other_processes).run(max_steps)
+
+def trainer_of(recipe: Recipe, *, resume: bool, other_processes: bool = False) -> Trainer:
+    """The trainer of the recipe's `cluster.sharding`."""
+    sharding = "ddp" if recipe.cluster is None else recipe.cluster.sharding
+    if sharding == "ddp":
+        return Trainer(recipe, resume=resume, other_processes=other_processes)
+    if sharding == "zero3":
+        from qat.zero3 import Zero3Trainer
+
+        return Zero3Trainer(recipe, resume=resume)
+    from qat.sharded import ShardedTrainer
+
+    return ShardedTrainer(recipe, resume=resume)  # whose checkpoints fit any number of processes
 
 
 class Trainer(TrainingRun):

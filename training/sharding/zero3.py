@@ -55,7 +55,10 @@ def configuration(recipe: Recipe) -> dict:
     settings, cluster = recipe.qat, recipe.cluster
     zero = {"stage": 3, "overlap_comm": False, "reduce_scatter": True,
             # Every weight is let go after use, so that what is gathered next is what was rounded last.
-            "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+            "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
+            # Mixture-of-experts blocks are leaves by default, whose gradients are taken to be there when their output's is: of
+            # the first layer, whose input needs none, that is before they are computed. Fused experts need no leaves.
+            "leaf_module": {"classes": []}}
     if cluster.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
     if cluster.offload_weights:
