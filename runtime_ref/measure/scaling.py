@@ -135,8 +135,8 @@ def measured(path: Path, assumed: Assumptions) -> tuple[str, Assumptions]:
 def page(name: str, config: dict, by_card: dict[str, Assumptions], command: str, gpus: int = 8, block: int = 8) -> str:
     """Markdown: what is assumed and what was measured, then a table for every card."""
     lines = [f"# {name} for 1, 8 and 64 users", "",
-             "**Modelled**, by the bytes, operations and sums of a step (`runtime_ref/measure/scaling.py`), but where a line below",
-             "says **measured**. Written by", "", f"    {command}", "",
+             "**Modelled**, by the bytes, operations and sums of a step (`runtime_ref/measure/scaling.py`), but where a line",
+             "below says **measured**. Written by", "", f"    {command}", "",
              f"{gpus} GPUs, tensor-parallel, one step for all users; blocks of {block}; tokens per step as published for the",
              f"drafter: {ACCEPTANCES[0]:g} on code, {ACCEPTANCES[1]:g} on open questions.", ""]
     for card, assumed in by_card.items():
@@ -151,8 +151,8 @@ def page(name: str, config: dict, by_card: dict[str, Assumptions], command: str,
                 ("distinct experts", f"{assumed.distinct_share:.0%} of independent routing", ""),
                 ("price", f"${price:.2f} per GPU and hour", "")):
             lines.append(f"| {what} | {value} | {'**measured**: ' + own[key] if key in own else 'assumed'} |")
-        lines += ["", "| users | tokens per step | step, ms | reading / arithmetic, ms | sums + barriers, ms | tokens/s of each "
-                  "| of all | $ per million |", "|---|---|---|---|---|---|---|---|"]
+        lines += ["", "| users | tokens per step | step, ms | reading / arithmetic, ms | sums + barriers, ms "
+                  "| tokens/s of each | of all | $ per million |", "|---|---|---|---|---|---|---|---|"]
         for users in USERS:
             for tokens, size in (*((a, block) for a in ACCEPTANCES), (1.0, 1)):
                 own_step = step(config, card, users, size, assumed, gpus)

@@ -67,7 +67,7 @@ def card(monkeypatch):
             (gpu_steps, "measure_fake_quantize", {"share_of_copy": 0.9}), (gpu_suite, "measure_training", {}),
             (gpu_steps, "measure_steps", STEP), (gpu_engine, "measure_engine", ENGINE),
             (gpu_engine, "check_folder", None), (gpu_suite, "measure_peers", {"peers": {}, "against": []})):
-        monkeypatch.setattr(module, name, lambda *_, found=found: found)
+        monkeypatch.setattr(module, name, lambda *_, found=found, **__: found)
 
 
 STEP = {"weights_bytes": 1, "position": 8, "compared": None, "op_by_op": None,
@@ -130,7 +130,7 @@ def test_memory_of_a_part_is_free_before_the_next(card, monkeypatch, tmp_path):
     class Backend:
         """An object that can be watched."""
 
-    def steps(*_):
+    def steps(*_, **__):
         backend = Backend()
         backend.itself = backend
         held.append(weakref.ref(backend))
