@@ -112,6 +112,9 @@ class ShardedTrainer(Trainer):
         if recipe.qat.warm_start.layers_together:
             raise ValueError("qat.warm_start.layers_together measures a model that is whole on one process; expected 0 with "
                              f"cluster.sharding: {recipe.cluster.sharding}")
+        if recipe.qat.warm_start.folder is not None:
+            raise ValueError("qat.warm_start.folder keeps the initial codes of a whole model; expected null with "
+                             f"cluster.sharding: {recipe.cluster.sharding}")
         self.compute_dtype = getattr(torch, recipe.model.dtype)
         model = meta_model(recipe)[0]
         tensors = find_expert_tensors(model)

@@ -42,6 +42,7 @@ from qat.data import (
     split_rows,
 )
 from qat.expert_quantizer import ExpertQuantizer, describe, find_expert_tensors, require_finite, without_noise
+from qat.kept_start import keep_start, start_file, take_start
 from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, output_head, run_hidden
 from qat.methods import MethodQuantizer, pull_strength, pull_to_grid
 from qat.methods import needed as methods_needed
@@ -179,9 +180,7 @@ class Trainer(TrainingRun):
         if newest is not None:
             self.read_state(newest)
         elif self.recipe.qat.warm_start.method != "none":
-            self.say(f"choosing the initial codes ({self.recipe.qat.warm_start.method})")
-            choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
-                               seed=self.recipe.seed, model=self.model, say=self.say)
+            self._start()
             self.agree_on_masters()
             self.state.health.rebase()  # what the start changed is not training's doing
         if not resume:
@@ -195,6 +194,19 @@ class Trainer(TrainingRun):
                                             chunk_tokens=self.recipe.qat.loss.chunk_tokens)
             if newest is None:
                 self._measure_heldout()
+
+    def _start(self) -> None:
+        """Chooses the initial codes, or takes those that an earlier run has kept."""
+        settings, rows = self.recipe.qat.warm_start, self._calibration_rows()
+        kept = None if settings.folder is None else start_file(self.recipe, self.inputs["base weights"], rows)
+        if kept is not None and kept.is_file():
+            self.say(f"initial codes ({settings.method}) from {kept}")
+            take_start(kept, self.quantizer)
+            return
+        self.say(f"choosing the initial codes ({settings.method})")
+        choose_first_codes(self.teacher, self.quantizer, rows, settings, seed=self.recipe.seed, model=self.model, say=self.say)
+        if kept is not None and self.main:
+            keep_start(kept, self.quantizer)
 
     def agree_on_masters(self) -> None:
         """Gives every process the first one's masters (and scales): each computed its own, and libraries do not promise equal
