@@ -320,7 +320,7 @@ def test_mostly_empty_answers_are_refused_and_some_are_said():
     said, row = [], {"response_ids": [0], "ended": True}
     full = {"response_ids": [5, 0], "ended": True}
     judge_answers([row, full, full | {"ended": False}], [0], said.append)
-    assert said == ["of 3 answers 1 are empty, and 1 were cut at their limit of tokens"]
+    assert said == ["3 answers: 1 empty, 1 cut at their limit of tokens"]
     with pytest.raises(ValueError, match="2 of 3 answers are empty; .* chat.prompts"):
         judge_answers([row, row, full], [0])
 
