@@ -226,8 +226,8 @@ class Export:
             sums |= drafter_files.write_drafter(self.drafter, out / "dflash", self.recipe.export.shard_bytes)
             if self.recipe.export.speculators:
                 architecture = (config.get("architectures") or [None])[0]
-                sums |= drafter_files.write_speculators(self.drafter, out / "dflash-speculators", self.recipe.export.shard_bytes,
-                                                        self.target_name, architecture)
+                sums |= drafter_files.write_speculators(
+                    self.drafter, out / "dflash-speculators", self.recipe.export.shard_bytes, self.target_name, architecture)
             fits = 2 * drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30  # it runs in float32
             drafter_files.write_reference(out, real_features=fits)
         # How many processes wrote it is no part of the result.
