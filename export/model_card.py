@@ -32,11 +32,16 @@ class Facts:
     dense_rounded: bool
     expert_matrices: int
     bytes_by_dtype: dict[str, int]
-    block_size: int | None = None
+    draft: dict | None = None  # the drafter's config.json
+    ungrouped: str | None = None  # why vLLM does not start with the drafter
     licence: dict = field(default_factory=dict)  # license, license_name, license_link of the base's card
     qat: dict | None = None
     drafter: dict | None = None
     config: dict = field(default_factory=dict)
+
+    @property
+    def block_size(self) -> int | None:
+        return self.draft and self.draft["dflash_config"]["block_size"]
 
 
 DECODED = ("`{base}` with every packed or scaled tensor multiplied out to bfloat16. Nothing was rounded to MXFP4: this is a "
@@ -201,16 +206,18 @@ def _serving(facts: Facts) -> str:
     sglang = f"python3 -m sglang.launch_server --model PATH{fp8}{trust} --dtype bfloat16"
     vllm = f"vllm serve PATH{trust}"
     if block:
-        window = (facts.config.get("drafter_window") or 0)
+        window = facts.draft["dflash_config"].get("swa_window_size")
         sglang += (" \\\n  --speculative-algorithm DFLASH --speculative-draft-model-path PATH/dflash "
                    f"--speculative-num-draft-tokens {block}")
         sglang += f" --speculative-draft-window-size {window}" if window else ""
+    if block and not facts.ungrouped:
         vllm += (' \\\n  --speculative-config \'{"method": "dflash", "model": "PATH/dflash", "num_speculative_tokens": '
                  f"{block - 1}}}'")
+    without = f"\n\nThe command for vLLM is without the drafter, which has {facts.ungrouped}." if facts.ungrouped else ""
     family = FAMILIES.get(facts.config.get("model_type"))
     ours = ["python runtime_ref/serve.py PATH --port 8000"] if family and family.runtime_layout == facts.layout else []
     return "\n".join([*lines, "", "Engines (commands for these files' format; not run for this card):", "", "```bash", sglang,
-                      vllm, *ours, "```"])
+                      vllm, *ours, "```"]) + without
 
 
 def _trust(facts: Facts) -> str:

@@ -14,12 +14,11 @@ import torch
 from jobs import run_job
 from tolerance import MODEL_FP32
 
-from dflash_train import endpoint, features
-from dflash_train import self_distillation as answers
+from dflash_train import answers, endpoint, features
+from dflash_train.answers import answer_file, generate_answers, judge_answers, plan_batches, regenerated
 from dflash_train.dialogues import pack, read_jsonl
 from dflash_train.features import DiskFeatures, OnlineFeatures, cached_features
 from dflash_train.reference_decoding import by_length, generate, in_token_batches, plain
-from dflash_train.self_distillation import answer_file, generate_answers, judge_answers, plan_batches, regenerated
 from dflash_train.target import (
     TargetFiles,
     choose_target_layers,
