@@ -11,7 +11,8 @@ from storage.terminal import counted
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("checkpoint", "training", "qat", "dflash_train", "export", "runtime_ref/server", "runtime_ref/validation")
 # Of what there often is one. "N files, expected at most M" is said of more than M alone, "3 of N files" of a whole.
-NOUNS = re.compile(r"^ (files|findings|things|answers|prompts|dialogues|updates|processes|batches|requests)\b(?![\w ]*, expected)")
+NOUNS = re.compile(r"^ (files|findings|things|answers|prompts|dialogues|updates|processes|batches|requests)\b"
+                   r"(?![\w ]*, expected)")
 OF_A_WHOLE = re.compile(r"(\bof (the )?|at most |at least |expected |/)$")
 
 
