@@ -56,6 +56,7 @@ from recipes.load import published
 from recipes.schema import Recipe
 from storage.digests import combined, model_digests
 from storage.files import write_json
+from storage.terminal import counted
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.preflight import require_ready
@@ -163,7 +164,7 @@ class Trainer(TrainingRun):
             self.domains = heldout_domains(recipe.data.heldout, self.tokenizer, recipe.data, rendering)
         if recipe.data.loss_on == "answers":
             learned, all_tokens = learned_tokens(rows), len(rows) * recipe.data.sequence_length
-            self.say(f"losses cover answers: {learned:,} of {all_tokens:,} tokens in {len(rows):,} rows")
+            self.say(f"losses cover answers: {learned:,} of {all_tokens:,} tokens in {counted(len(rows), 'row')}")
         self.loader = make_loader(rows, batch_size=recipe.qat.batch_size, seed=recipe.seed, shuffle=recipe.data.shuffle,
                                   processes=self.accelerator.num_processes, numbered=recipe.qat.teacher == "disk")
 

@@ -392,6 +392,9 @@ class Export(Section):
     processes: PositiveInt = Field(1, description="processes that write different files side by side")
     speculators: bool = Field(False, description="also write the drafter in the format of `speculators` "
                               "(dflash-speculators/); needs one without sinks, value scale and partial rotation")
+    speculators_target: str | None = Field(None, description="the target that dflash-speculators/ names: a hub's name, or a "
+                                           "path, which is looked up from the reader's working directory; none: the repository "
+                                           "of --push, else `..`, which is found from within that folder alone")
     drafter: Literal["matching", "any", "none"] = Field(
         "matching", description="a drafter that was trained for other weights than those exported is refused; any: it is "
         "written, with a warning and without its numbers; none: no drafter is written")

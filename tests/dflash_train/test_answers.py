@@ -14,12 +14,11 @@ import torch
 from jobs import run_job
 from tolerance import MODEL_FP32
 
-from dflash_train import endpoint, features
-from dflash_train import self_distillation as answers
+from dflash_train import answers, endpoint, features
+from dflash_train.answers import answer_file, generate_answers, judge_answers, plan_batches, regenerated
 from dflash_train.dialogues import pack, read_jsonl
 from dflash_train.features import DiskFeatures, OnlineFeatures, cached_features
 from dflash_train.reference_decoding import by_length, generate, in_token_batches, plain
-from dflash_train.self_distillation import answer_file, generate_answers, judge_answers, plan_batches, regenerated
 from dflash_train.target import (
     TargetFiles,
     choose_target_layers,
@@ -320,7 +319,7 @@ def test_mostly_empty_answers_are_refused_and_some_are_said():
     said, row = [], {"response_ids": [0], "ended": True}
     full = {"response_ids": [5, 0], "ended": True}
     judge_answers([row, full, full | {"ended": False}], [0], said.append)
-    assert said == ["of 3 answers 1 are empty, and 1 were cut at their limit of tokens"]
+    assert said == ["3 answers: 1 empty, 1 cut at their limit of tokens"]
     with pytest.raises(ValueError, match="2 of 3 answers are empty; .* chat.prompts"):
         judge_answers([row, row, full], [0])
 
