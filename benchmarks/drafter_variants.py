@@ -112,7 +112,7 @@ def run(variant: str, seed: int, bench: Bench) -> dict:
 
 def VariantTrainer(recipe, bench: Bench):
     """A trainer that keeps no records of its own and whose answers and features lie in the bench's folder."""
-    from dflash_train.self_distillation import answer_file
+    from dflash_train.answers import answer_file
     from dflash_train.trainer import Trainer
     from training.run import BackgroundSave
 
