@@ -182,7 +182,7 @@ def draw(table: dict[str, list[dict]], picture: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(11, 4.5), layout="constrained")
     width = 0.85 / len(table)
-    kinds = kinds_of(next(iter(table.values())))
+    kinds = [(d, k) for d, k in kinds_of(next(iter(table.values()))) if not d.startswith("context ")]
     for i, (variant, records) in enumerate(table.items()):
         cells = row(records)
         axis.bar([x + i * width for x in range(len(kinds))], [cells[k][0] for k in kinds], width, label=variant,
@@ -190,6 +190,38 @@ def draw(table: dict[str, list[dict]], picture: Path) -> None:
     axis.set_xticks([x + 0.4 for x in range(len(kinds))], [f"{d}\n{k}" for d, k in kinds])
     axis.set(ylabel="acceptance length", title="drafter variants at equal steps (error bars: seeds)", ylim=(1, None))
     axis.legend(fontsize=7, ncols=3)
+    figure.savefig(picture, dpi=110)
+
+
+def draw_details(table: dict[str, list[dict]], picture: Path) -> None:
+    """Of each variant's first seed: acceptance by position in the first domain, and by length of context.
+
+    The second from domains that are named "context N" (tokens of the prompt), where there are any.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for number, (variant, (record, *_)) in enumerate(table.items()):
+        domain, kinds = next(iter(record["detail"].items()))
+        for kind, line in (("task_t0", "-"), ("open_t1", "--")):
+            if kind in kinds:
+                reached = kinds[kind]["per_position"]
+                left.plot(range(1, len(reached) + 1), reached, line, color=f"C{number}", marker=".",
+                          label=f"{variant}, T={kind[-1]}")
+        lengths = sorted(int(d.split()[1]) for d in record["detail"] if d.startswith("context "))
+        for who in ("drafter", "lookup")[:1 if number else 2]:
+            rows = [record["detail"][f"context {n}"]["task_t0"][who] for n in lengths]
+            spread = [[abs(r["interval"][side] - r["length"]) for r in rows] for side in (0, 1)]
+            right.errorbar(lengths, [r["length"] for r in rows], spread, marker=".", capsize=3,
+                           color=f"C{number}" if who == "drafter" else "grey", label=variant if who == "drafter" else who)
+    left.set(title=f"{domain}: P(drafts 1..k all accepted)", xlabel="k", ylim=(0, 1))
+    right.set(title="acceptance length, T=0 (95 % over texts)", xlabel="tokens of the prompt", ylim=(1, None))
+    right.set_xscale("log", base=2)
+    for axis in (left, right):
+        axis.legend(fontsize=8)
     figure.savefig(picture, dpi=110)
 
 
@@ -228,6 +260,7 @@ def main(argv: list[str]) -> int:
     args.json.write_text(json.dumps({"command": " ".join(["python benchmarks/drafter_variants.py", *argv]),
                                      "against_the_first": against, "variants": table}, indent=1))
     draw(table, args.json.with_suffix(".png"))
+    draw_details(table, args.json.with_name(f"{args.json.stem}-detail.png"))
     return 0
 
 
