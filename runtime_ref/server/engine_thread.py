@@ -34,6 +34,7 @@ from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, RankLost, Ranks
 from runtime_ref.engine.engine import Engine
 from runtime_ref.engine.sequence import Output
+from storage.terminal import counted
 
 HEARTBEAT_SECONDS = 5.0
 # A step of a large model on a CPU takes seconds; nothing sound takes minutes.
@@ -263,7 +264,7 @@ class EngineWorker:
         if count > self.max_requests:
             raise Refused(f"{count} answers in one request, expected at most {self.max_requests} (prompts x n)")
         if self.in_flight + count > self.max_requests:
-            raise Busy(f"{self.in_flight} requests are running or waiting, expected at most {self.max_requests}")
+            raise Busy(f"{counted(self.in_flight, 'request')} running or waiting, expected at most {self.max_requests}")
         handle = self._handles[self._numbers] = RequestHandle(self, self._numbers, count)
         self._numbers += 1
         self.in_flight += count
