@@ -26,8 +26,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
 
     def job(recipe: Recipe) -> int:
-        from dflash_train import self_distillation as answers
-        from dflash_train import trainer
+        from dflash_train import answers, trainer
         from dflash_train.target import load_target, target_files
         from storage.locks import Lock
         from training.accelerator import from_first, make_accelerator

@@ -127,9 +127,14 @@ def write_drafter(drafter: TrainedDrafter, out: Path, shard_bytes: int) -> dict[
     return sums
 
 
-def write_speculators(drafter: TrainedDrafter, out: Path, shard_bytes: int, architecture: str | None) -> dict[str, str]:
-    """Writes the same drafter in the format of `speculators`, for the target in the folder above; returns CRC-32 sums."""
-    config = speculators_config(drafter.config, "..", architecture)
+def write_speculators(drafter: TrainedDrafter, out: Path, shard_bytes: int, target: str,
+                      architecture: str | None) -> dict[str, str]:
+    """Writes the same drafter in the format of `speculators`; returns CRC-32 sums.
+
+    Args:
+        target, architecture: name (as `speculators` looks it up) and class of the target.
+    """
+    config = speculators_config(drafter.config, target, architecture)
     sums = _write_weights(drafter, out, "model", shard_bytes)
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return sums

@@ -27,6 +27,7 @@ import torch
 
 from checkpoint.checksums import CHECKSUMS, internal, write_checksums
 from checkpoint.detect_format import local_folder, open_source
+from checkpoint.drafter_folder import grouping_note
 from checkpoint.families.registry import family_of, refuse_layout, resolve_layout
 from checkpoint.inventory import configuration
 from checkpoint.trained import Weights, packed_codes_stored
@@ -41,7 +42,7 @@ from storage.digests import combined, json_digest, model_digests, stamps
 from storage.files import begin_folder, bound_earlier, finish_folder, next_free, write_bytes, write_json, write_text
 from storage.locks import Lock
 from storage.reading import read_json
-from storage.terminal import printable, printable_line
+from storage.terminal import counted, printable, printable_line
 from training.checkpoint import complete_checkpoints, disk_errors, require_newest_result
 
 WAIT_SECONDS = 0.2
@@ -57,6 +58,7 @@ class Request:
     decode: bool = False  # the base in plain numbers, nothing rounded
     rank: int = 0
     world: int = 1
+    push: str | None = None  # repository that the result goes to afterwards
 
 
 class Export:
@@ -76,7 +78,7 @@ class Export:
         units = units_of(self.layout, self.weights, recipe.export.dense)
         if self.drafter is not None:
             if recipe.export.speculators:
-                drafter_files.speculators_config(self.drafter.config, "..", None)  # before hours of writing
+                drafter_files.speculators_config(self.drafter.config, self.target_name, None)  # before hours of writing
             if self.mask_row:
                 units = drafter_files.with_mask_row(units, self.drafter)
         elif recipe.export.speculators:
@@ -136,6 +138,11 @@ class Export:
         """Whether the drafter's mask embedding takes its token's place in the vocabulary. Not where the head is the same
         matrix: engines then have mask_embedding.pt alone."""
         return self.drafter is not None and not self.text_config.tie_word_embeddings
+
+    @property
+    def target_name(self) -> str:
+        """The target as dflash-speculators/ names it; the folder above is found by readers that work inside it."""
+        return self.recipe.export.speculators_target or self.request.push or ".."
 
     @property
     def experts(self) -> str:
@@ -219,8 +226,8 @@ class Export:
             sums |= drafter_files.write_drafter(self.drafter, out / "dflash", self.recipe.export.shard_bytes)
             if self.recipe.export.speculators:
                 architecture = (config.get("architectures") or [None])[0]
-                sums |= drafter_files.write_speculators(self.drafter, out / "dflash-speculators",
-                                                        self.recipe.export.shard_bytes, architecture)
+                sums |= drafter_files.write_speculators(
+                    self.drafter, out / "dflash-speculators", self.recipe.export.shard_bytes, self.target_name, architecture)
             fits = 2 * drafter_files.target_bytes(out) <= self.recipe.export.reference_gib * 2**30  # it runs in float32
             drafter_files.write_reference(out, real_features=fits)
         # How many processes wrote it is no part of the result.
@@ -249,15 +256,14 @@ class Export:
         sizes: dict[str, int] = {}
         for tensor in (t for s in self.shards for t in s.tensors):
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor_bytes(tensor)
-        special = self.drafter.config["dflash_config"] if self.drafter else {}
+        drafter = self.drafter and self.drafter.config
         return model_card.Facts(
             name=self.recipe.name, layout=self.layout,
             base=self._base_name(), licence=model_card.licence_of(self.locations),
             scale_rule=self.weights.scale_rule, dense_rounded=self.recipe.export.dense == "fp8",
             experts=self.experts, expert_matrices=self._expert_matrices(),
-            bytes_by_dtype=sizes, block_size=special.get("block_size"),
-            qat=self.qat_summary, drafter=self.drafter_summary,
-            config=config | {"drafter_window": special.get("swa_window_size")})
+            bytes_by_dtype=sizes, draft=drafter, ungrouped=drafter and grouping_note(drafter, self.text_config),
+            qat=self.qat_summary, drafter=self.drafter_summary, config=config)
 
     def _base_name(self) -> str:
         """The base as others may know it: the recipe's name for it, or the hub's, which a snapshot's folder is named by."""
@@ -397,10 +403,12 @@ def _run(export: Export, alive, began: float) -> int:
         export.close()  # a file that is damaged on the disk would be taken for written
         for finding in findings[:50]:
             print(f"FOUND  {printable_line(finding)}")
-        print(f"{export.partial}: {len(findings)} findings; not renamed to {export.out}; the same command writes it anew")
+        print(f"{export.partial}: {counted(len(findings), 'finding')}; not renamed to {export.out}; the same command writes it "
+              "anew")
         return 1
     export.rename()
     drafter = "with a drafter" if export.drafter is not None else "no drafter"
-    print(f"written and verified: {export.out} ({export.layout}, {export.bytes / 1e9:.3f} GB in {len(export.shards)} files, "
+    print(f"written and verified: {export.out} ({export.layout}, {export.bytes / 1e9:.3f} GB in "
+          f"{counted(len(export.shards), 'file')}, "
           f"{drafter}; {written:.1f} s writing, {time.monotonic() - began:.1f} s in all)")
     return 0

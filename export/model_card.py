@@ -14,6 +14,7 @@ import yaml
 
 from checkpoint.families.registry import FAMILIES
 from storage.reading import read_text
+from storage.terminal import counted
 
 GB = 1e9
 CARD_BYTES = 1 << 20
@@ -31,11 +32,16 @@ class Facts:
     dense_rounded: bool
     expert_matrices: int
     bytes_by_dtype: dict[str, int]
-    block_size: int | None = None
+    draft: dict | None = None  # the drafter's config.json
+    ungrouped: str | None = None  # why vLLM does not start with the drafter
     licence: dict = field(default_factory=dict)  # license, license_name, license_link of the base's card
     qat: dict | None = None
     drafter: dict | None = None
     config: dict = field(default_factory=dict)
+
+    @property
+    def block_size(self) -> int | None:
+        return self.draft and self.draft["dflash_config"]["block_size"]
 
 
 DECODED = ("`{base}` with every packed or scaled tensor multiplied out to bfloat16. Nothing was rounded to MXFP4: this is a "
@@ -138,8 +144,8 @@ def _training(summary: dict) -> str:
     trained = "only the routed experts learned" if how["train"] == "experts" else "all weights learned"
     return (f"## Training\n\nThe original model was the teacher, and {trained}. Text: "
             f"{', '.join(f'`{name}`' for name in how['data'])}, packed into rows of {how['sequence_length']:,} tokens; "
-            f"{summary['tokens']:,} tokens in {summary['steps']:,} updates of {per_update:,}. Optimizer {how['optimizer']}, "
-            f"peak learning rate {how['learning_rate']:g}; loss weights: {losses}.{covered}{start}{best}")
+            f"{summary['tokens']:,} tokens in {counted(summary['steps'], 'update')} of {per_update:,}. Optimizer "
+            f"{how['optimizer']}, peak learning rate {how['learning_rate']:g}; loss weights: {losses}.{covered}{start}{best}")
 
 
 def _limits(facts: Facts) -> str:
@@ -170,7 +176,7 @@ def _drafter_training(summary: dict) -> list[str]:
     whose = "dialogues of" if summary.get("own_data") else "answers of this checkpoint to prompts of"
     size, learned = f"{summary['parameters']:,} parameters", f"{summary['response_tokens']:,} tokens"
     names = ", ".join(f"`{name}`" for name in summary["prompts"])
-    text = f"{size}, trained for {summary['steps']:,} updates on {summary['dialogues']:,} {whose} {names} ({learned})."
+    text = f"{size}, trained for {counted(summary['steps'], 'update')} on {summary['dialogues']:,} {whose} {names} ({learned})."
     return [text, ""]
 
 
@@ -200,16 +206,18 @@ def _serving(facts: Facts) -> str:
     sglang = f"python3 -m sglang.launch_server --model PATH{fp8}{trust} --dtype bfloat16"
     vllm = f"vllm serve PATH{trust}"
     if block:
-        window = (facts.config.get("drafter_window") or 0)
+        window = facts.draft["dflash_config"].get("swa_window_size")
         sglang += (" \\\n  --speculative-algorithm DFLASH --speculative-draft-model-path PATH/dflash "
                    f"--speculative-num-draft-tokens {block}")
         sglang += f" --speculative-draft-window-size {window}" if window else ""
+    if block and not facts.ungrouped:
         vllm += (' \\\n  --speculative-config \'{"method": "dflash", "model": "PATH/dflash", "num_speculative_tokens": '
                  f"{block - 1}}}'")
+    without = f"\n\nThe command for vLLM is without the drafter, which has {facts.ungrouped}." if facts.ungrouped else ""
     family = FAMILIES.get(facts.config.get("model_type"))
     ours = ["python runtime_ref/serve.py PATH --port 8000"] if family and family.runtime_layout == facts.layout else []
     return "\n".join([*lines, "", "Engines (commands for these files' format; not run for this card):", "", "```bash", sglang,
-                      vllm, *ours, "```"])
+                      vllm, *ours, "```"]) + without
 
 
 def _trust(facts: Facts) -> str:

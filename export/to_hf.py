@@ -102,7 +102,7 @@ def _export(recipe: Recipe, args: argparse.Namespace, argv: list[str]) -> int:
     from export import job
 
     try:
-        code = job.run(recipe, job.Request(args.out, args.base, args.weights, args.decode, rank, world), alive)
+        code = job.run(recipe, job.Request(args.out, args.base, args.weights, args.decode, rank, world, args.push), alive)
     finally:
         for helper in helpers:
             if helper.poll() is None:

@@ -117,6 +117,8 @@ class WarmStart(Section):
     rows_together: PositiveInt = Field(4, description="fisher: outputs rounded side by side; fewer are better and slower")
     layers_together: NonNegativeInt = Field(0, description="layers measured at once, the layers before them already rounded: "
                                             "later ones then compensate what earlier ones lost; 0: all in the unrounded model")
+    folder: str | None = Field(None, description="the codes are kept in this folder, and taken from there by the next run with "
+                               "the same weights, text and settings of the start; none: chosen anew by every run")
     moments_gib: PositiveFloat = Field(4.0, description="moments of as many layers are gathered at once as fit; at least one")
 
 
@@ -391,6 +393,9 @@ class Export(Section):
     processes: PositiveInt = Field(1, description="processes that write different files side by side")
     speculators: bool = Field(False, description="also write the drafter in the format of `speculators` "
                               "(dflash-speculators/); needs one without sinks, value scale and partial rotation")
+    speculators_target: str | None = Field(None, description="the target that dflash-speculators/ names: a hub's name, or a "
+                                           "path, which is looked up from the reader's working directory; none: the repository "
+                                           "of --push, else `..`, which is found from within that folder alone")
     drafter: Literal["matching", "any", "none"] = Field(
         "matching", description="a drafter that was trained for other weights than those exported is refused; any: it is "
         "written, with a warning and without its numbers; none: no drafter is written")

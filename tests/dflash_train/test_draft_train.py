@@ -148,8 +148,7 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(draft_recipe
 
 @pytest.mark.parametrize("key", ["dflash.acceptance.prompts", "dflash.regenerate.prompts"])
 def test_files_without_a_prompt_are_refused_by_key(key, draft_recipe, tmp_path, loaded):
-    from dflash_train import acceptance
-    from dflash_train import self_distillation as answers
+    from dflash_train import acceptance, answers
 
     (tmp_path / "empty.jsonl").write_text("")
     recipe = load_recipe(draft_recipe, [f"{key}=[{tmp_path / 'empty.jsonl'}]"])

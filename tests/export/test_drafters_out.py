@@ -78,21 +78,44 @@ def test_what_the_format_of_speculators_cannot_say_is_refused_by_name(change, na
         speculators_config(config_json(plain_drafter(96, 4, **change).config), "..", None)
 
 
+@pytest.mark.parametrize("overrides, pushed, named", [
+    ([], None, ".."), ([], "Some-Org/Pushed", "Some-Org/Pushed"),
+    (["export.speculators_target=Some-Org/Named"], "Some-Org/Pushed", "Some-Org/Named")])
+def test_the_target_that_speculators_looks_up_is_the_named_one_or_the_one_pushed_to(overrides, pushed, named, tmp_path):
+    out = export(run_of("qwen3", tmp_path), "export.speculators=true", *overrides, push=pushed)
+    config = json.loads((out / "dflash-speculators/config.json").read_text())
+    assert config["speculators_config"]["verifier"] == {"name_or_path": named, "architectures": ["Qwen3MoeForCausalLM"]}
+
+
 @pytest.mark.clients
-def test_speculators_loads_what_we_write(tmp_path, monkeypatch):
-    """Its own classes: the configuration, and the model with every tensor in its place."""
+@pytest.mark.parametrize("inside", [True, False], ids=["from within the folder", "from anywhere"])
+def test_speculators_loads_what_we_write(inside, tmp_path, monkeypatch):
+    """Its own classes: the configuration, and the model with every tensor in its place, the target's too."""
     speculators = pytest.importorskip("speculators", reason="speculators is not on the path: make test-clients")
-    out = export(run_of("qwen3", tmp_path), "export.speculators=true")
+    own = [] if inside else [f"export.speculators_target={tmp_path / 'out'}"]
+    out = export(run_of("qwen3", tmp_path), "export.speculators=true", *own)
     folder = out / "dflash-speculators"
     config = speculators.SpeculatorModelConfig.from_pretrained(str(folder))
     assert config.block_size == 8 and config.aux_hidden_state_layer_ids == [1, 2]
     layer = config.transformer_layer_config
     assert layer.sliding_window == 16 and set(layer.layer_types) == {"sliding_attention"}
-    monkeypatch.chdir(folder)  # it looks the target (..) up from there
-    loaded = speculators.SpeculatorModel.from_pretrained(".").state_dict()
+    monkeypatch.chdir(folder if inside else tmp_path)
+    loaded = speculators.SpeculatorModel.from_pretrained("." if inside else str(folder)).state_dict()
     for name, tensor in load_file(folder / "model.safetensors").items():
         assert torch.equal(loaded[name].to(tensor.dtype), tensor), name
     assert {n for n in loaded if n.startswith("layers.")} <= load_file(folder / "model.safetensors").keys()
+    target = {n: t for file in out.glob("model*.safetensors") for n, t in load_file(file).items()}
+    assert torch.equal(loaded["embed_tokens.weight"].to(torch.bfloat16), target["model.embed_tokens.weight"])
+    assert torch.equal(loaded["lm_head.weight"].to(torch.bfloat16), target["lm_head.weight"])
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "qwen3"])
+def test_the_card_has_the_drafter_in_vllms_command_where_vllm_can_group_its_layers(family, tmp_path):
+    card = (export(run_of(family, tmp_path)) / "README.md").read_text()
+    command = next(line for line in card.splitlines() if line.startswith("vllm serve"))
+    assert "--speculative-draft-model-path PATH/dflash" in card  # SGLang's
+    assert command.endswith("\\") == (family == "qwen3") == ('"method": "dflash"' in card)
+    assert ("at most 1 layers runs there" in card) == (family == "gpt-oss")
 
 
 @pytest.fixture
