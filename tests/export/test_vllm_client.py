@@ -27,7 +27,7 @@ from tiny_models import write_tokenizer
 from toy_export import RECIPE, export, put_on_grid
 from toy_layouts import exported
 
-from checkpoint.drafter_folder import draft_round, drafter_kind, grouping_note, layer_kinds
+from checkpoint.drafter_folder import drafter_kind, grouping_note, layer_kinds
 from checkpoint.load import load_model, load_tokenizer
 from export.drafter_files import _features as target_features
 from modeling.drafter import load_drafter, save_drafter
@@ -103,7 +103,7 @@ def qwen3_case(root: Path) -> Case:
     exported(root, config, "compressed-tensors")
     for folder in (root / "base", root / "runs/toy/qat/model"):
         write_tokenizer(folder)
-    for name, numbers in (("train", range(16)), ("heldout", range(16, 18))):
+    for name, numbers in (("train", range(8)), ("heldout", range(8, 10))):
         rows = [{"id": f"{word}{n}", "domain": "words", "kind": "task", "prompt": f"{word} {n}"}
                 for word in "expert router block scale token window".split() for n in numbers]
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -113,16 +113,16 @@ def qwen3_case(root: Path) -> Case:
         "drafter": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
                     "intermediate_size": 256, "window": 64, "mask_token": 260, "attention_sink_bias": False,
                     "attention_value_scale": None, "partial_rotary_factor": 1.0},
-        "dflash": {"steps": 200, "batch_size": 4, "sequence_length": 160, "anchors": 64, "target": "qat",
+        "dflash": {"steps": 160, "batch_size": 4, "sequence_length": 96, "anchors": 16, "target": "qat",
                    "optimizer": {"warmup_steps": 5},
-                   "regenerate": {"prompts": [str(root / "train.jsonl")], "max_new_tokens": 140, "batch_size": 48,
+                   "regenerate": {"prompts": [str(root / "train.jsonl")], "max_new_tokens": 80, "batch_size": 48,
                                   "passes": [{"temperature": 0.0}]},
                    "acceptance": {"prompts": [str(root / "heldout.jsonl")], "prompts_per_group": 2, "max_new_tokens": 16,
                                   "timed_prompts": 1}}}
     (root / "toy.yaml").write_text(yaml.safe_dump(recipe))
     run_job("dflash_train/train.py", root / "toy.yaml")
     tokenizer = load_tokenizer(root / "base")  # prompts that the drafter was trained on: two engines are compared, not drafters
-    prompts = [json.loads(line)["prompt"] for line in (root / "train.jsonl").read_text().splitlines()[::8]]
+    prompts = [json.loads(line)["prompt"] for line in (root / "train.jsonl").read_text().splitlines()[::4]]
     return both(root / "toy.yaml", "compressed-tensors", [tokenizer(p)["input_ids"] for p in prompts])
 
 
@@ -260,15 +260,18 @@ def test_vllm_gives_our_tokens_with_the_drafter_and_accepts_as_many_drafts(serve
 def accepted_along(case: Case, answers: list[list[int]]) -> float:
     """Drafts of our drafter's model that are accepted per round, along given answers."""
     target, drafter = load_model(case.plain, dtype=torch.bfloat16), load_drafter(case.drafter)
-    table, head = target.get_input_embeddings().weight, target.get_output_embeddings()
+    table, head, block = target.get_input_embeddings(), target.get_output_embeddings(), torch.arange(drafter.block_size)
     rounds = accepted = 0
     for prompt, answer in zip(case.prompts, answers, strict=True):
-        ids, anchor = torch.tensor([prompt + answer]), len(prompt)
-        hidden = target_features(target, ids, drafter.target_layer_ids)[0].to(next(drafter.parameters()).dtype)
-        while anchor + 1 < ids.shape[1]:
-            drafted = head(draft_round(drafter, hidden[:, :anchor], ids[:, :anchor + 1], table)[:, 1:]).argmax(-1)[0]
-            text = ids[0, anchor + 1:anchor + 1 + len(drafted)]
-            matches = int((drafted[:len(text)] == text).long().cumprod(0).sum())
+        ids = torch.tensor(prompt + answer)
+        hidden = target_features(target, ids[None], drafter.target_layer_ids)[0].to(next(drafter.parameters()).dtype)
+        positions, anchors = torch.arange(len(ids))[None], torch.arange(len(prompt), len(ids) - 1)
+        context = drafter.context_keys_values(drafter.fuse(hidden.flatten(2)), positions)
+        blocks = drafter.block_hidden(drafter.embed_block(ids[anchors], table), anchors[:, None] + block, context, positions)
+        drafted, anchor = head(blocks[:, 1:]).argmax(-1), len(prompt)  # a block at every token of the answer
+        while anchor + 1 < len(ids):
+            text = ids[anchor + 1:anchor + 1 + drafter.block_size - 1]
+            matches = int((drafted[anchor - len(prompt), :len(text)] == text).long().cumprod(0).sum())
             rounds, accepted, anchor = rounds + 1, accepted + matches, anchor + matches + 1
     return accepted / rounds
 
