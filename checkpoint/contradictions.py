@@ -23,6 +23,7 @@ from checkpoint.trained import Weights, plain
 from modeling.names import fused_name, split_qkv
 from mxfp4.exact_pack import same_bytes
 from storage.reading import first_line, read_json
+from storage.terminal import counted
 
 # Keys of config.json that change what a model computes or where it stops, without changing any tensor's shape.
 MEANING = (  # of the keys that a client's own class shares with training's
@@ -48,8 +49,8 @@ def refuse_oversize(config, tensors: int) -> None:
     experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_local_experts", None) or 1
     described = config.num_hidden_layers * experts
     if described > 100 * tensors + 1000:
-        raise ValueError(f"config.json describes {config.num_hidden_layers:,} layers of {experts:,} experts, the files hold "
-                         f"{tensors:,} tensors")
+        raise ValueError(f"config.json describes {counted(config.num_hidden_layers, 'layer')} of {experts:,} experts, the "
+                         f"files hold {counted(tensors, 'tensor')}")
 
 
 def token_faults(folder: Path, config) -> Iterator[str]:

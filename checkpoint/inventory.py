@@ -17,6 +17,7 @@ from checkpoint.fp8 import grid_shape
 from modeling.names import fused_name, published_tensors
 from mxfp4.format import BLOCK_SIZE, E8M0_BIAS, E8M0_NAN, MAX_SCALE_EXPONENT
 from storage.reading import read_json
+from storage.terminal import counted
 
 MAX_SCALE = E8M0_BIAS + MAX_SCALE_EXPONENT  # the largest scale byte under which six units are finite in bf16
 FLOATS_AT_ONCE = 1 << 20
@@ -187,11 +188,11 @@ def block_faults(codes: torch.Tensor, scales: torch.Tensor, rule: str) -> Iterat
     low = (strong == 0) & (some != 0) & (scales > 0) & (scales != E8M0_NAN)
     if bool(low.any()):
         index = low.nonzero()[0].tolist()
-        yield (f"{int(low.sum())} blocks whose largest magnitude is below {4 if rule in ('floor', 'even') else 3} units, the "
-               f"first at {index}: not what scale rule {rule} writes")
+        yield (f"{counted(int(low.sum()), 'block')} whose largest magnitude is below {4 if rule in ('floor', 'even') else 3} "
+               f"units, the first at {index}: not what scale rule {rule} writes")
     idle = (some == 0) & (scales != 0) & (scales != E8M0_NAN)
     if bool(idle.any()):
-        yield f"{int(idle.sum())} blocks of zeros with a scale, the first at {idle.nonzero()[0].tolist()}"
+        yield f"{counted(int(idle.sum()), 'block')} of zeros with a scale, the first at {idle.nonzero()[0].tolist()}"
 
 
 def _either(words: torch.Tensor) -> torch.Tensor:

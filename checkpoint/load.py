@@ -33,6 +33,7 @@ from checkpoint.sources import Source
 from checkpoint.tensor_files import TensorFiles, read_header
 from modeling.names import expert_parts
 from storage.reading import first_line
+from storage.terminal import counted
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -119,7 +120,8 @@ def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_cod
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise ValueError(f"{path}: {name}: shape {list(found)}, expected {list(expected)}")
     if info["missing_keys"]:
-        raise ValueError(f"{path}: {len(info['missing_keys'])} tensors are missing, the first {min(info['missing_keys'])}")
+        raise ValueError(f"{path}: {counted(len(info['missing_keys']), 'tensor')} missing, the first "
+                         f"{min(info['missing_keys'])}")
     return model
 
 
@@ -203,7 +205,7 @@ def _fill(model, folder: Path, dtype: torch.dtype, device: torch.device):
     model.tie_weights()  # a tied head has no tensor of its own in the files
     unused = sorted(n for n in files.unused() if not n.startswith("model.mtp."))
     if unused:
-        raise ValueError(f"{folder}: {len(unused)} tensors that this model does not have, the first {unused[0]}")
+        raise ValueError(f"{folder}: {counted(len(unused), 'tensor')} that this model does not have, the first {unused[0]}")
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():

@@ -55,6 +55,7 @@ from checkpoint.trained import Weights
 from checkpoint.verify_drafter import DrafterChecks
 from mxfp4.format import BLOCK_SIZE
 from storage.reading import first_line, read_json, strange_files
+from storage.terminal import counted
 
 __all__ = ["Finding", "Verification", "verify"]
 
@@ -305,7 +306,7 @@ class _Verifier(DrafterChecks):
             experts += report.experts
             incomparable += [report.incomparable] if report.incomparable else []
         if incomparable:
-            more = f" (and {len(incomparable) - 1} tensors more)" if len(incomparable) > 1 else ""
+            more = f" (and {counted(len(incomparable) - 1, 'tensor')} more)" if len(incomparable) > 1 else ""
             self.wrong("training", f"contract C2: cannot be checked: {incomparable[0]}{more}")
         elif checks.weights is not None and not experts and self.found.layout not in ("bf16", "fp8"):
             self.wrong("training", "contract C2: there are no experts to compare")

@@ -15,6 +15,7 @@ from checkpoint.drafter_folder import EMBEDDING, HEAD, MASK
 from checkpoint.findings import MANY, Reporter
 from checkpoint.tensor_files import INDEX, REFERENCE, TensorFiles
 from storage.reading import read_json
+from storage.terminal import counted
 
 # Tables, norms and matrices of a reference drafted again on another machine: float32 sums in another order.
 REFERENCE_ERROR = 1e-3
@@ -72,7 +73,7 @@ class DrafterChecks(Reporter):
         source = TensorFiles(folder, files)
         expected = drafter_folder.expected_tensors(config, len(source.infos))
         if len(source.infos) > len(expected) + MANY:
-            raise ValueError(f"{len(source.infos):,} tensors, expected {len(expected)}")
+            raise ValueError(f"{counted(len(source.infos), 'tensor')}, expected {len(expected)}")
         if (folder / INDEX).is_file() or self.ours:
             listed = read_json(folder / INDEX).get("weight_map", {})
             for name in sorted(source.infos.keys() - listed.keys()):

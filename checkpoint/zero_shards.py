@@ -33,6 +33,7 @@ import torch
 from checkpoint.pickles import UNREADABLE, require_stored
 from checkpoint.sources import DTYPE_NAMES, DTYPES, LastFile, Source
 from storage.reading import first_line, require_file
+from storage.terminal import counted
 
 OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt$")
@@ -102,9 +103,10 @@ class ZeroSource(Source):
         count = _part(files[0], shards[0], "partition_count")
         ranks = max(count) if isinstance(count, list) else count
         if ranks != len(files):
-            raise ValueError(f"{self.tag}: written by {ranks} ranks, {len(files)} *_optim_states.pt are there")
+            raise ValueError(f"{self.tag}: written by {counted(ranks, 'rank')}, {len(files)} *_optim_states.pt are there")
         if stage == 3 and len(self._states) != ranks:
-            raise ValueError(f"{self.tag}: written by {ranks} ranks, {len(self._states)} *_model_states.pt are there")
+            raise ValueError(f"{self.tag}: written by {counted(ranks, 'rank')}, {len(self._states)} *_model_states.pt are "
+                             "there")
         if isinstance(count, list) and len(set(count)) > 1:
             raise ValueError(f"{self.tag}: groups of parameters over {sorted(set(count))} ranks (expert parallel); only data "
                              "parallel shards are read")

@@ -32,6 +32,7 @@ from recipes.schema import Recipe
 from storage.files import write_text
 from storage.reading import json_lines
 from storage.revision import git_revision
+from storage.terminal import counted
 from training.data_files import expand
 from training.report import ProgressBar, environment
 
@@ -90,7 +91,7 @@ def judge_answers(rows: list[dict], end_ids: list[int], say: Callable[[str], Non
         raise ValueError(f"{KEY}: {empty} of {len(rows)} answers are empty; are the prompts what the model expects? "
                          "chat.prompts says whether the chat template renders them")
     if empty or cut:
-        say(f"of {len(rows)} answers {empty} are empty, and {cut} were cut at their limit of tokens")
+        say(f"{counted(len(rows), 'answer')}: {empty} empty, {cut} cut at their limit of tokens")
 
 
 def answer_file(recipe: Recipe, target: TargetFiles, folder: Path) -> Path:
@@ -126,7 +127,8 @@ def generate_answers(recipe: Recipe, target: TargetFiles, path: Path, *, acceler
     if too_long := sum(len(i) > room for i in ids):
         say(f"{too_long} of {len(rows)} prompts are longer than dflash.sequence_length - 2 = {room} tokens: left out")
     began, tokens = time.monotonic(), 0
-    say(f"the target answers {len(rows)} prompts: {answers} answers in {len(batches)} batches"
+    say(f"the target answers {counted(len(rows), 'prompt')}: {counted(answers, 'answer')} in "
+        f"{counted(len(batches), 'batch', 'batches')}"
         + (f", {len(done)} of them done before" if done else ""))
     endpoint = Endpoint(settings, target, say) if settings.endpoint and mine else None
     bar = ProgressBar(len(mine), len(done & {b.number for b in mine}), enabled=rank == 0, every=10, label="answers",

@@ -16,6 +16,7 @@ import torch
 
 from modeling.dialogue_tokens import AUTO, Rendering, answered_turns
 from modeling.prompt_files import prompt_ids
+from storage.terminal import counted
 from training.data_files import expand, format_of, json_rows
 
 
@@ -114,7 +115,8 @@ def pack(dialogues: list[Dialogue], length: int, say: Callable[[str], None] = pr
     """
     taught = [i for i, d in enumerate(dialogues) if min(len(d.tokens), length) >= len(d.prompt) + 2]
     if not taught:
-        raise ValueError(f"no response of two or more tokens in {len(dialogues)} dialogues: there is nothing to draft")
+        raise ValueError(f"no response of two or more tokens in {counted(len(dialogues), 'dialogue')}: there is nothing to "
+                         "draft")
     if len(taught) < len(dialogues):
         say(f"{len(dialogues) - len(taught)} of {len(dialogues)} dialogues left out: their answers are empty, or begin beyond "
             f"dflash.sequence_length={length}")

@@ -23,6 +23,7 @@ from modeling.modeling_mimo_v2 import CACHE_NAME
 from qat.losses import HiddenCapture
 from qat.meta_model import model_at
 from recipes.schema import Recipe
+from storage.terminal import counted
 from training.sharding import checkpoint as sharded_checkpoint
 from training.sharding.layout import layout_of, require_divisible
 from training.sharding.lockstep import Lockstep
@@ -115,5 +116,5 @@ class ShardedDraftTrainer(Trainer):
         if saved["ranks"] == self.accelerator.num_processes:
             sharded_checkpoint.restore_generators(self.accelerator, path)
         else:
-            self.say(f"--resume: written by {saved['ranks']} ranks, now {self.accelerator.num_processes}: goes on from the "
-                     "same weights and moments, not bit for bit")
+            self.say(f"--resume: written by {counted(saved['ranks'], 'rank')}, now {self.accelerator.num_processes}: goes on "
+                     "from the same weights and moments, not bit for bit")

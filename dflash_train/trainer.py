@@ -35,6 +35,7 @@ from recipes.load import published
 from recipes.schema import Recipe
 from storage.digests import combined, json_digest, model_digests
 from storage.files import write_json
+from storage.terminal import counted
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.epoch_order import EpochOrder
@@ -146,8 +147,9 @@ class Trainer(TrainingRun):
         self.rows = pack(self.dialogues, settings.sequence_length, say=self.say)
         per_step = settings.batch_size * self.accelerator.num_processes
         if len(self.rows) < per_step:
-            raise ValueError(f"{len(self.rows)} packed rows of {settings.sequence_length} tokens, fewer than one batch of "
-                             f"dflash.batch_size={settings.batch_size} on each of {self.accelerator.num_processes} processes")
+            raise ValueError(f"{counted(len(self.rows), 'packed row')} of {settings.sequence_length} tokens, fewer than one "
+                             f"batch of dflash.batch_size={settings.batch_size} on each of "
+                             f"{counted(self.accelerator.num_processes, 'process', 'processes')}")
         self.allowed = self.rows.may_anchor()
         if settings.features == "online":
             self.features = OnlineFeatures(target, self.dialogues, self.rows)
@@ -176,7 +178,7 @@ class Trainer(TrainingRun):
         self.say(f"{self.recipe.name}: drafter of {parameters:,} parameters{f' from {start}' if start else ''}, "
                   f"block {self.drafter.block_size}, window {self.drafter.window}, mask token {self.drafter.mask_token_id}, "
                   f"features of layers {self.target.target_layers} of {self.target.path}; "
-                  f"{len(self.dialogues)} dialogues, {tokens:,} response tokens, {len(self.rows)} rows")
+                  f"{counted(len(self.dialogues), 'dialogue')}, {tokens:,} response tokens, {counted(len(self.rows), 'row')}")
 
     def batches(self) -> Iterator[list[int]]:
         """Rows of each step of this process; the position is a function of the step alone."""

@@ -42,7 +42,7 @@ from storage.digests import combined, json_digest, model_digests, stamps
 from storage.files import begin_folder, bound_earlier, finish_folder, next_free, write_bytes, write_json, write_text
 from storage.locks import Lock
 from storage.reading import read_json
-from storage.terminal import printable, printable_line
+from storage.terminal import counted, printable, printable_line
 from training.checkpoint import complete_checkpoints, disk_errors, require_newest_result
 
 WAIT_SECONDS = 0.2
@@ -403,10 +403,12 @@ def _run(export: Export, alive, began: float) -> int:
         export.close()  # a file that is damaged on the disk would be taken for written
         for finding in findings[:50]:
             print(f"FOUND  {printable_line(finding)}")
-        print(f"{export.partial}: {len(findings)} findings; not renamed to {export.out}; the same command writes it anew")
+        print(f"{export.partial}: {counted(len(findings), 'finding')}; not renamed to {export.out}; the same command writes it "
+              "anew")
         return 1
     export.rename()
     drafter = "with a drafter" if export.drafter is not None else "no drafter"
-    print(f"written and verified: {export.out} ({export.layout}, {export.bytes / 1e9:.3f} GB in {len(export.shards)} files, "
+    print(f"written and verified: {export.out} ({export.layout}, {export.bytes / 1e9:.3f} GB in "
+          f"{counted(len(export.shards), 'file')}, "
           f"{drafter}; {written:.1f} s writing, {time.monotonic() - began:.1f} s in all)")
     return 0

@@ -14,6 +14,7 @@ import yaml
 
 from checkpoint.families.registry import FAMILIES
 from storage.reading import read_text
+from storage.terminal import counted
 
 GB = 1e9
 CARD_BYTES = 1 << 20
@@ -143,8 +144,8 @@ def _training(summary: dict) -> str:
     trained = "only the routed experts learned" if how["train"] == "experts" else "all weights learned"
     return (f"## Training\n\nThe original model was the teacher, and {trained}. Text: "
             f"{', '.join(f'`{name}`' for name in how['data'])}, packed into rows of {how['sequence_length']:,} tokens; "
-            f"{summary['tokens']:,} tokens in {summary['steps']:,} updates of {per_update:,}. Optimizer {how['optimizer']}, "
-            f"peak learning rate {how['learning_rate']:g}; loss weights: {losses}.{covered}{start}{best}")
+            f"{summary['tokens']:,} tokens in {counted(summary['steps'], 'update')} of {per_update:,}. Optimizer "
+            f"{how['optimizer']}, peak learning rate {how['learning_rate']:g}; loss weights: {losses}.{covered}{start}{best}")
 
 
 def _limits(facts: Facts) -> str:
@@ -175,7 +176,7 @@ def _drafter_training(summary: dict) -> list[str]:
     whose = "dialogues of" if summary.get("own_data") else "answers of this checkpoint to prompts of"
     size, learned = f"{summary['parameters']:,} parameters", f"{summary['response_tokens']:,} tokens"
     names = ", ".join(f"`{name}`" for name in summary["prompts"])
-    text = f"{size}, trained for {summary['steps']:,} updates on {summary['dialogues']:,} {whose} {names} ({learned})."
+    text = f"{size}, trained for {counted(summary['steps'], 'update')} on {summary['dialogues']:,} {whose} {names} ({learned})."
     return [text, ""]
 
 

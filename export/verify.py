@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.own_lines import own_lines_only
-from storage.terminal import printable, printable_line
+from storage.terminal import counted, printable, printable_line
 
 
 def main(argv: list[str]) -> int:
@@ -49,10 +49,10 @@ def main(argv: list[str]) -> int:
         for finding in findings:
             print(f"{label}  {printable_line(finding)}")
     compared = ", experts equal to training" if args.against is not None and not found.wrong else ""
-    verdict = f"{len(found.wrong)} findings" if found.wrong else f"whole{compared}"
+    verdict = counted(len(found.wrong), "finding") if found.wrong else f"whole{compared}"
     counts = {"not checked": len(found.unchecked), "notes": len(found.notes)}
     more = "".join(f", {count} {label}" for label, count in counts.items() if count)
-    print(printable(f"{args.checkpoint}: {found.tensors:,} tensors, {found.bytes / 1e9:.3f} GB: {verdict}{more}"))
+    print(printable(f"{args.checkpoint}: {counted(found.tensors, 'tensor')}, {found.bytes / 1e9:.3f} GB: {verdict}{more}"))
     return 1 if found.wrong else 0
 
 

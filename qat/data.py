@@ -28,6 +28,7 @@ from modeling.prompt_files import open_data
 from recipes.schema import Data, Source
 from storage.digests import json_digest
 from storage.reading import first_line
+from storage.terminal import counted
 from training.data_files import expand, format_of, json_rows
 from training.epoch_order import EpochOrder
 
@@ -300,7 +301,7 @@ def make_loader(dataset, *, batch_size: int, seed: int, shuffle: bool, processes
         ValueError: fewer rows than one batch for every process.
     """
     if len(dataset) < batch_size * processes:
-        raise ValueError(f"data.train: {len(dataset)} packed sequences, fewer than one batch of qat.batch_size="
+        raise ValueError(f"data.train: {counted(len(dataset), 'packed sequence')}, fewer than one batch of qat.batch_size="
                          f"{batch_size} on each of {processes} processes")
     if numbered:
         dataset = dataset.add_column("row", range(len(dataset)))

@@ -35,6 +35,7 @@ from checkpoint.load import owned_rows
 from modeling.fused_experts import block_axis
 from mxfp4 import BLOCK_SIZE, quantize
 from mxfp4.fake_quant import fake_quantize_, saturated
+from storage.terminal import counted
 
 # Path parts that name a module which must stay in high precision.
 _PROTECTED = {
@@ -150,7 +151,7 @@ class ExpertQuantizer:
         self.tensors = find_expert_tensors(model)
         if expected_tensors is not None and len(self.tensors) != expected_tensors:
             raise ValueError(f"quantization.expected_tensors: {expected_tensors}, but {type(model).__name__} has "
-                             f"{len(self.tensors)} expert tensors")
+                             f"{counted(len(self.tensors), 'expert tensor')}")
         self.scale_rule, self.ste = scale_rule, ste
         self._take_masters()
         self.requantize()

@@ -30,6 +30,7 @@ from qat.expert_quantizer import describe, find_expert_tensors
 from qat.meta_model import meta_model
 from qat.sharded_plan import CODE_BYTES, GIB, Placement
 from recipes.schema import Recipe
+from storage.terminal import counted
 from training.preflight import print_readiness
 from training.sharding.layout import layout_of, require_divisible
 from training.sharding.preview import place
@@ -355,8 +356,8 @@ def render(plan: Plan) -> None:
     total, experts = sum(plan.groups.values()), plan.groups[EXPERTS]
     console.print(f"[bold]{plan.model}[/]: {_short(total)} parameters, {_short(experts)} of them in "
                   f"{plan.matrices:,} expert matrices quantized to MXFP4", highlight=False, soft_wrap=True)
-    console.print(f"{plan.ranks} rank{'s' if plan.ranks > 1 else ''}, {plan.tokens_per_step:,} tokens per step, "
-                  f"{_short(plan.tokens_per_step * plan.steps)} tokens in {plan.steps:,} steps", highlight=False)
+    console.print(f"{counted(plan.ranks, 'rank')}, {plan.tokens_per_step:,} tokens per step, "
+                  f"{_short(plan.tokens_per_step * plan.steps)} tokens in {counted(plan.steps, 'step')}", highlight=False)
     table = Table("tensors", "shape", "count", "parameters", title="what is quantized")
     for pattern, shape, count, parameters in plan.quantized:
         table.add_row(pattern, shape, str(count), f"{parameters:,}")

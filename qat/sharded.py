@@ -29,6 +29,7 @@ from qat.expert_quantizer import ExpertQuantizer, ExpertTensor, find_expert_tens
 from qat.meta_model import meta_model
 from qat.methods import needed as methods_needed
 from qat.trainer import Trainer
+from storage.terminal import counted
 from training.sharding import checkpoint as sharded_checkpoint
 from training.sharding.layout import layout_of, require_divisible
 from training.sharding.model_folder import folder_of_all_ranks, write_model
@@ -111,6 +112,9 @@ class ShardedTrainer(Trainer):
             raise ValueError("cluster.offload_optimizer: planned by --plan, not built; expected false to train")
         if recipe.qat.warm_start.layers_together:
             raise ValueError("qat.warm_start.layers_together measures a model that is whole on one process; expected 0 with "
+                             f"cluster.sharding: {recipe.cluster.sharding}")
+        if recipe.qat.warm_start.folder is not None:
+            raise ValueError("qat.warm_start.folder keeps the initial codes of a whole model; expected null with "
                              f"cluster.sharding: {recipe.cluster.sharding}")
         self.compute_dtype = getattr(torch, recipe.model.dtype)
         model = meta_model(recipe)[0]
@@ -220,7 +224,8 @@ class ShardedTrainer(Trainer):
         if before == asdict(self.layout):
             sharded_checkpoint.restore_generators(self.accelerator, path)
         else:
-            self.say(f"--resume: written by {before['ranks']} ranks (expert parallel {before['expert_parallel']}, replicas "
+            self.say(f"--resume: written by {counted(before['ranks'], 'rank')} (expert parallel {before['expert_parallel']}, "
+                     "replicas "
                      f"{before['replicas']}), now {self.layout}: goes on from the same weights and moments, not bit for bit")
 
     def _restore_rounding(self, of: dict[str, list[torch.Tensor]]) -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from mxfp4 import BLOCK_SIZE
 from qat.expert_quantizer import find_expert_tensors
 from recipes.schema import Recipe
+from storage.terminal import counted
 from training.sharding.layout import Layout
 from training.sharding.preview import Placement
 
@@ -137,7 +138,7 @@ def communication(recipe: Recipe, held: Placement, layout: Layout, shape: Shape)
 def notes(held: Placement, layout: Layout, shape: Shape) -> list[str]:
     E, group = shape.experts_per_layer, shape.layer_experts // layout.expert_parallel
     lines = [f"{layout}; {held.local_experts} of {E} experts of a layer on each rank"
-             + (f", none on {held.idle_ranks} ranks" if held.idle_ranks else "")]
+             + (f", none on {counted(held.idle_ranks, 'rank')}" if held.idle_ranks else "")]
     if held.even:
         lines.append(f"one layer's experts in one gather: {group * CODE_BYTES / 1e9:.3g} GB of codes instead of "
                      f"{group * 2 / 1e9:.3g} GB in bfloat16")

@@ -42,6 +42,7 @@ from qat.data import (
     split_rows,
 )
 from qat.expert_quantizer import ExpertQuantizer, describe, find_expert_tensors, require_finite, without_noise
+from qat.kept_start import keep_start, start_file, take_start
 from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, output_head, run_hidden
 from qat.methods import MethodQuantizer, pull_strength, pull_to_grid
 from qat.methods import needed as methods_needed
@@ -55,6 +56,7 @@ from recipes.load import published
 from recipes.schema import Recipe
 from storage.digests import combined, model_digests
 from storage.files import write_json
+from storage.terminal import counted
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.preflight import require_ready
@@ -162,7 +164,7 @@ class Trainer(TrainingRun):
             self.domains = heldout_domains(recipe.data.heldout, self.tokenizer, recipe.data, rendering)
         if recipe.data.loss_on == "answers":
             learned, all_tokens = learned_tokens(rows), len(rows) * recipe.data.sequence_length
-            self.say(f"losses cover answers: {learned:,} of {all_tokens:,} tokens in {len(rows):,} rows")
+            self.say(f"losses cover answers: {learned:,} of {all_tokens:,} tokens in {counted(len(rows), 'row')}")
         self.loader = make_loader(rows, batch_size=recipe.qat.batch_size, seed=recipe.seed, shuffle=recipe.data.shuffle,
                                   processes=self.accelerator.num_processes, numbered=recipe.qat.teacher == "disk")
 
@@ -179,9 +181,7 @@ class Trainer(TrainingRun):
         if newest is not None:
             self.read_state(newest)
         elif self.recipe.qat.warm_start.method != "none":
-            self.say(f"choosing the initial codes ({self.recipe.qat.warm_start.method})")
-            choose_first_codes(self.teacher, self.quantizer, self._calibration_rows(), self.recipe.qat.warm_start,
-                               seed=self.recipe.seed, model=self.model, say=self.say)
+            self._start()
             self.agree_on_masters()
             self.state.health.rebase()  # what the start changed is not training's doing
         if not resume:
@@ -195,6 +195,19 @@ class Trainer(TrainingRun):
                                             chunk_tokens=self.recipe.qat.loss.chunk_tokens)
             if newest is None:
                 self._measure_heldout()
+
+    def _start(self) -> None:
+        """Chooses the initial codes, or takes those that an earlier run has kept."""
+        settings, rows = self.recipe.qat.warm_start, self._calibration_rows()
+        kept = None if settings.folder is None else start_file(self.recipe, self.inputs["base weights"], rows)
+        if kept is not None and kept.is_file():
+            self.say(f"initial codes ({settings.method}) from {kept}")
+            take_start(kept, self.quantizer)
+            return
+        self.say(f"choosing the initial codes ({settings.method})")
+        choose_first_codes(self.teacher, self.quantizer, rows, settings, seed=self.recipe.seed, model=self.model, say=self.say)
+        if kept is not None and self.main:
+            keep_start(kept, self.quantizer)
 
     def agree_on_masters(self) -> None:
         """Gives every process the first one's masters (and scales): each computed its own, and libraries do not promise equal

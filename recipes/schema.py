@@ -117,6 +117,8 @@ class WarmStart(Section):
     rows_together: PositiveInt = Field(4, description="fisher: outputs rounded side by side; fewer are better and slower")
     layers_together: NonNegativeInt = Field(0, description="layers measured at once, the layers before them already rounded: "
                                             "later ones then compensate what earlier ones lost; 0: all in the unrounded model")
+    folder: str | None = Field(None, description="the codes are kept in this folder, and taken from there by the next run with "
+                               "the same weights, text and settings of the start; none: chosen anew by every run")
     moments_gib: PositiveFloat = Field(4.0, description="moments of as many layers are gathered at once as fit; at least one")
 
 

@@ -1,5 +1,5 @@
 """Text of others on a terminal: names of files and tensors can hold escape sequences that clear the screen, set the window's
-title, or write text backwards."""
+title, or write text backwards. And counts as one says them."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def printable(text: object) -> str:
 def printable_line(text: object) -> str:
     """`printable`, and on one line."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def counted(count: int, noun: str, many: str | None = None) -> str:
+    """"1 file", "1,200 files". many: the plural, where it is not the noun and an s."""
+    return f"{count:,} {noun if count == 1 else many or noun + 's'}"

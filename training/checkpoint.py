@@ -25,6 +25,7 @@ from storage import files
 from storage.digests import file_digests, json_digest
 from storage.files import MARK, begin_folder, finish_folder, next_free, write_json, write_text
 from storage.reading import first_line, read_json
+from storage.terminal import counted
 
 _NAME = re.compile(r"step-(\d+)$")
 COMPLETE, RECIPE = "complete.json", "resolved.yaml"
@@ -245,7 +246,8 @@ def read_states(accelerator, path: Path, *, model, states: dict, other_processes
         raise ValueError(f"{path}: written by a run that divides what it trains; resume it as it was trained "
                          "(cluster.sharding=fsdp2, or dflash.shard_drafter=true), or start a new run without --resume")
     if processes != accelerator.num_processes and not other_processes:
-        raise ValueError(f"{path}: written by {processes} processes, now running {accelerator.num_processes}; a run resumes "
+        raise ValueError(f"{path}: written by {counted(processes, 'process', 'processes')}, now running "
+                         f"{accelerator.num_processes}; a run resumes "
                          "exactly only with the same number (--other-processes goes on from its weights all the same)")
     if not (path / STATE).is_file():
         raise ValueError(f"{path}: no {STATE}: a checkpoint of an earlier version, whose pickled states are not read, because "

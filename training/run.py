@@ -12,6 +12,7 @@ from recipes.load import dump_recipe
 from storage.files import bound_earlier, next_free, write_json, write_text
 from storage.locks import Lock
 from storage.revision import git_revision
+from storage.terminal import counted
 from training import checkpoint, report
 from training.accelerator import PATIENCE, StopRequest, from_first
 from training.background import BackgroundSave
@@ -189,8 +190,8 @@ class TrainingRun:
         before = checkpoint.read_states(self.accelerator, path, **self._restored(), other_processes=self.other_processes)
         if before != self.accelerator.num_processes:
             self.moved(before)
-            self.say(f"--resume: written by {before} processes, now {self.accelerator.num_processes}: goes on from the same "
-                     "weights and moments, not bit for bit")
+            self.say(f"--resume: written by {counted(before, 'process', 'processes')}, now {self.accelerator.num_processes}: "
+                     "goes on from the same weights and moments, not bit for bit")
 
     def _restored(self) -> dict:
         return {"model": self.model, "states": {"optimizer": self.optimizer, "schedule": self.schedule, "job": self.state}}

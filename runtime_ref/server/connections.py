@@ -17,6 +17,8 @@ from collections.abc import Callable
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from storage.terminal import counted
+
 HEAD_SECONDS = 15.0  # from the connection's start, or the last answer, until a request's head is complete
 WRITE_SECONDS = 60.0  # without a byte being taken
 DESCRIPTORS_KEPT = 64  # for files, pipes and the other ranks
@@ -127,7 +129,7 @@ class Server(uvicorn.Server):
             connection.shutdown()
         if not await self._empty(end):
             count = len(self.server_state.tasks)
-            print(f"{count} answers were not finished after {self.drain_seconds:g} s", file=sys.stderr, flush=True)
+            print(f"{counted(count, 'answer')} not finished after {self.drain_seconds:g} s", file=sys.stderr, flush=True)
             self.cut()
             await self._empty(time.monotonic() + LAST_SECONDS)
         for connection in list(self.server_state.connections):

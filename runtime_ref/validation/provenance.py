@@ -22,8 +22,8 @@ def model_facts(context: ValidationContext) -> dict:
     drafter = context.drafter_config
     if drafter:
         special = drafter.get("dflash_config") if isinstance(drafter.get("dflash_config"), dict) else {}
-        found["drafter"] = (f"{drafter.get('num_hidden_layers')} layers, block {special.get('block_size')}, features of layers "
-                            f"{special.get('target_layer_ids')}")
+        found["drafter"] = (f"layers: {drafter.get('num_hidden_layers')}, block {special.get('block_size')}, features of "
+                            f"layers {special.get('target_layer_ids')}")
     return {key: value for key, value in found.items() if value is not None}
 
 

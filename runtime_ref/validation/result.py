@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from runtime_ref.validation.quantities import PROJECTED, Number, Table
+from storage.terminal import counted
 
 STATUSES = ("passed", "failed", "unchecked", "not applicable")
 
@@ -101,5 +102,5 @@ class ValidationReport:
             out += [f"     {check.name}: could not be checked here: {part}" for part in check.unchecked]
             out += [f"     {check.name}: note: {note}" for note in check.notes]
         out += [f"likely cause: {cause}" for cause in self.causes]
-        open_parts = f" ({len(self.unchecked)} things could not be checked here)" if self.unchecked else ""
+        open_parts = f" ({counted(len(self.unchecked), 'thing')} could not be checked here)" if self.unchecked else ""
         return [*out, f"verdict: {'passed' if self.passed else 'failed'}{open_parts}"]

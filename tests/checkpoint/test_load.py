@@ -155,7 +155,7 @@ def test_other_models_load_exactly_through_transformers(foreign):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda t: t.pop("model.norm.weight"), "1 tensors are missing, the first model.norm.weight"),
+    (lambda t: t.pop("model.norm.weight"), "1 tensor missing, the first model.norm.weight"),
     (lambda t: t.update({"model.norm.weight": torch.ones(63)}), r"model\.norm\.weight: shape \[63\], expected \[64\]"),
     (lambda t: t.pop("model.layers.0.mlp.experts.1.up_proj.weight"), "cannot be loaded"),
 ])

@@ -18,6 +18,7 @@ import re
 from dataclasses import dataclass
 
 from recipes.schema import Cluster
+from storage.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,15 @@ def layout_of(cluster: Cluster, ranks: int) -> Layout:
         ValueError: replicas or expert-parallel groups that do not divide the ranks.
     """
     if ranks % cluster.replicas:
-        raise ValueError(f"cluster.replicas: {cluster.replicas} does not divide the {ranks} launched processes; launch a "
+        raise ValueError(f"cluster.replicas: {cluster.replicas} does not divide the "
+                         f"{counted(ranks, 'launched process', 'launched processes')}; launch a "
                          f"multiple of {cluster.replicas} or set cluster.replicas=1")
     shards = ranks // cluster.replicas
     if shards % cluster.expert_parallel:
         wanted = cluster.replicas * cluster.expert_parallel
-        raise ValueError(f"cluster.expert_parallel: {cluster.expert_parallel} does not divide the {shards} processes of a "
-                         f"replica; launch a multiple of {wanted}, or set cluster.expert_parallel to a divisor of {shards}")
+        raise ValueError(f"cluster.expert_parallel: {cluster.expert_parallel} does not divide the "
+                         f"{counted(shards, 'process', 'processes')} of a replica; launch a multiple of {wanted}, or "
+                         f"set cluster.expert_parallel to a divisor of {shards}")
     return Layout(ranks, cluster.expert_parallel, cluster.replicas)
 
 

@@ -35,7 +35,7 @@ from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.batch import SequenceChunk, lay_out
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.launch_report import LaunchReport, WaitGivenUp
+from runtime_ref.core.launch_report import LaunchReport
 from runtime_ref.core.program import Op, run_ops
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.kernels import launches
@@ -145,11 +145,9 @@ class TritonBackend(Backend):
 
         return choose_launch(asked, self, program, drafter, cache, running, context)
 
-    def check_waits(self, drafter: Drafter | None) -> None:
+    def wait_flags(self, drafter: Drafter | None) -> list[torch.Tensor]:
         flags = [t for runner in (self.runner, drafter) if isinstance(runner, StepRunner) for t in runner.flags()]
-        flags += [space.control[2:] for space in self._spaces.values()]
-        if flags and bool(torch.cat(flags).any()):
-            raise WaitGivenUp(f"rank {self.ranks.rank}: a program gave up waiting inside a launch; the step is not used")
+        return flags + [space.control[2:] for space in self._spaces.values()]
 
     def _layer(self, index: int):
         return self.kernel_weights.layers[index]

@@ -17,6 +17,7 @@ from runtime_ref.core.sampling_params import SamplingParams
 from runtime_ref.engine.engine import Engine
 from runtime_ref.validation.quantities import Number, Table
 from runtime_ref.validation.result import Check
+from storage.terminal import counted
 
 RANDOM = "random tokens"
 # Fewer tokens of text than this decide nothing about a tokenizer.
@@ -86,7 +87,7 @@ def check_text(check: Check, engine: Engine, prompts: Prompts, trained: dict | N
         return
     finding = f"the model finds the prompts less likely than a uniform guess ({rows[1][1]:.2f} nats, {uniform:.2f})"
     if count < LEAST_TEXT:
-        check.unchecked.append(f"{finding}, but {count} tokens decide nothing: give at least {LEAST_TEXT}")
+        check.unchecked.append(f"{finding}, but {counted(count, 'token')} can decide nothing: give at least {LEAST_TEXT}")
     elif trained is None:
         check.notes.append(f"{finding}: a model of random weights, or another tokenizer's")
     else:
@@ -132,7 +133,7 @@ def check_lossless(check: Check, engine: Engine, prompts: Prompts, tokens: int) 
     check.measure(Number.TOKENS, sum(map(len, alone)))
     check.measure(Number.SPEED_PLAIN, sum(map(len, alone)) / seconds)
     if prompts.shortened:
-        check.notes.append(f"{prompts.shortened} prompts were cut to what the engine's context holds here")
+        check.notes.append(f"{counted(prompts.shortened, 'prompt')} cut to what the engine's context holds here")
     return alone
 
 

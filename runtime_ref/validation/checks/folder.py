@@ -36,6 +36,7 @@ from runtime_ref.validation.context import (
 from runtime_ref.validation.quantities import Number
 from runtime_ref.validation.result import Check
 from storage.reading import first_line
+from storage.terminal import counted
 
 MASK_FILE = "mask_embedding.pt"
 # Kinds of findings that other checks make, with more to say; kinds that every folder with a stored reference owes.
@@ -107,7 +108,7 @@ def _refuse_oversize(folder: Path, raw: dict) -> None:
     for key in ("num_hidden_layers", *experts):
         value = raw.get(key)
         if isinstance(value, int) and value > max(tensors, 1000):
-            raise Wrong(f"config.json: {key}: {value}, but the files hold {tensors} tensors", causes.IMPOSSIBLE)
+            raise Wrong(f"config.json: {key}: {value}, but the files hold {counted(tensors, 'tensor')}", causes.IMPOSSIBLE)
 
 
 def _geometry(folder: Path, raw: dict):

@@ -24,6 +24,7 @@ from runtime_ref.validation.diagnosis.faults import SAME, Fault, difference, fir
 from runtime_ref.validation.guard import UserMistake
 from runtime_ref.validation.quantities import Number, Table
 from runtime_ref.validation.result import Check
+from storage.terminal import counted
 
 WEIGHTS_CAUSE = "the weights are not those that were trained"
 FINAL_NORM_CAUSE = "the final norm of the target is wrong (model.norm): features end before it, so drafts do not show it"
@@ -269,12 +270,13 @@ def _stored_drafts(check: Check, context: ValidationContext, probe: Probe) -> No
     stored, ids = context.reference["draft_hidden"][0], context.reference["input_ids"]
     target_hidden = context.reference["taps"]
     if target_hidden.shape[2] * target_hidden.shape[3] != probe.drafter.fc.in_features:
-        check.fail(f"the stored reference has {target_hidden.shape[2]} target layers, the drafter "
+        check.fail(f"the stored reference has {counted(target_hidden.shape[2], 'target layer')}, the drafter "
                    f"{len(probe.drafter.target_layer_ids)}",
                    "number of target layers (target_layer_ids)")
         return
     if stored.shape[0] != probe.drafter.block_size:
-        check.fail(f"the stored reference drafts {stored.shape[0]} positions, the drafter {probe.drafter.block_size}",
+        check.fail(f"the stored reference drafts {counted(stored.shape[0], 'position')}, the drafter "
+                   f"{probe.drafter.block_size}",
                    causes.BLOCK_SIZE)
         return
     embed = probe.target.model.embed_tokens

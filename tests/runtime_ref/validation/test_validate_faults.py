@@ -264,7 +264,7 @@ def test_long_and_foreign_prompts_are_cut_and_answered(exported, tmp_path, capsy
     file.write_text("\n".join(json.dumps({"prompt": p}) for p in ("word " * 5000, "\u6771\u4eac \U0001f600", "\u0000\u200f")))
     code, verdict = judged(exported, tmp_path, capsys, "--prompts", str(file), "--prompts-per-domain", "3")
     lossless = next(c for c in verdict["checks"] if c["name"] == "lossless")
-    assert code == 0 and lossless["numbers"]["prompts"] == 3 and "1 prompts were cut" in lossless["notes"][0]
+    assert code == 0 and lossless["numbers"]["prompts"] == 3 and "1 prompt cut" in lossless["notes"][0]
 
 
 @pytest.mark.load
