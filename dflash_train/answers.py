@@ -30,7 +30,7 @@ from dflash_train.target import Target, TargetFiles, describe_target, identity
 from modeling.dialogue_tokens import Rendering
 from recipes.schema import Recipe
 from storage.files import write_text
-from storage.reading import json_lines
+from storage.reading import json_lines, require_file
 from storage.revision import git_revision
 from storage.terminal import counted
 from training.data_files import expand
@@ -185,6 +185,7 @@ def _partials(path: Path) -> list[Path]:
 def _whole_batches(partial: Path) -> Iterator[tuple[int, list[dict]]]:
     """(number, lines) of the batches that are whole in a partial file, up to the place where its writer was killed."""
     pending: list[dict] = []
+    require_file(partial)
     for line in partial.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
@@ -199,7 +200,7 @@ def _whole_batches(partial: Path) -> Iterator[tuple[int, list[dict]]]:
 
 def _cut(partial: Path) -> None:
     """Cuts a partial file after its last whole batch, so that it can be written on."""
-    if partial.is_file():
+    if partial.exists():
         kept = [line for number, lines in _whole_batches(partial) for line in [*lines, {"finished": number}]]
         write_text(partial, "".join(json.dumps(line) + "\n" for line in kept))
 

@@ -43,7 +43,7 @@ from storage.files import begin_folder, bound_earlier, finish_folder, next_free,
 from storage.locks import Lock
 from storage.reading import read_json
 from storage.terminal import counted, printable, printable_line
-from training.checkpoint import complete_checkpoints, disk_errors, require_newest_result
+from training.checkpoint import complete_checkpoints, disk_errors, require_newest_result, require_whole
 
 WAIT_SECONDS = 0.2
 
@@ -113,6 +113,8 @@ class Export:
         recipe, request = self.recipe, self.request
         rounded = local_folder(str(request.base)) if request.base else None
         self.trained_folder = rounded or request.weights or trained_weights(self.run_folder / "qat")
+        if not request.rank:
+            require_whole(self.trained_folder)
         trained = open_source(self.trained_folder)
         base_folder = rounded or (local_folder(recipe.model.path) if recipe.model.path else self.trained_folder)
         base = trained if base_folder == self.trained_folder else open_source(base_folder)

@@ -20,7 +20,8 @@ from toy_export import export, make_run, qwen3_run
 from checkpoint.verify import verify
 from export.drafter_files import MASK, REFERENCE
 from recipes.load import load_recipe
-from storage.digests import combined, model_digests
+from storage.digests import combined, file_digests, model_digests
+from training.checkpoint import seal
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "export" / "to_hf.py")]
@@ -222,6 +223,26 @@ def test_a_result_that_is_older_than_a_checkpoint_is_not_exported(job, tmp_path)
     (tmp_path / "runs/toy" / job / "summary.json").write_text('{"steps": 4}')
     with pytest.raises(ValueError, match=f"{job}: model/ is the result of step 4, and step-00000008 is newer"):
         export(recipe)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_checkpoint_that_was_damaged_is_not_exported(named, tmp_path):
+    """Its bits are nobody's weights, and nothing but its sums can tell."""
+    recipe = make_run(tmp_path, drafter=False)
+    run = tmp_path / "runs/toy/qat"
+    step = run / "checkpoints" / "step-00000004"
+    step.parent.mkdir()
+    (run / "model").rename(step)
+    seal(step, {"step": 4, "processes": 1}, file_digests(step, [p.name for p in step.iterdir()]))
+    assert export(recipe, out=tmp_path / "whole").is_dir()
+    with (step / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(ValueError, match="step-00000004/model.safetensors: not the bytes that were written"):
+        export(recipe, out=tmp_path / "out", **({"weights": step} if named else {}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_source_that_is_written_to_during_the_export_is_found(tmp_path, monkeypatch, capsys):
