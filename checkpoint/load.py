@@ -89,7 +89,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
         ValueError: no such folder or config; a missing shard or tensor; a tensor of another shape; unreadable files.
     """
     _require_folder(path)
-    config = _read_config(path)
+    config = _read_config(path, trust_remote_code)
     if not is_mimo(config):
         return _load_by_transformers(path, dtype, trust_remote_code, distributed_config)
     if not Path(path).is_dir():
@@ -284,13 +284,13 @@ def _require_folder(path: str | Path) -> None:
             raise ValueError(f"model.path: {path}: no such checkpoint folder (looked from {Path.cwd()})")
 
 
-def _read_config(path: str | Path) -> dict:
+def _read_config(path: str | Path, trust_remote_code: bool = False) -> dict:
     file = Path(path) / "config.json"
     if not Path(path).is_dir():
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(str(path)).to_dict()  # a hub name
+            return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code).to_dict()  # a hub name
         except OSError as error:
             raise ValueError(f"model.path: {path}: neither a folder nor reachable on the hub: "
                              f"{str(error).splitlines()[0]}") from None

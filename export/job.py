@@ -34,7 +34,7 @@ from checkpoint.trained import Weights, packed_codes_stored
 from checkpoint.verify import verify
 from export import config_files, drafter_files, model_card
 from export.layouts import units_of
-from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
+from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, require_room, tensor_bytes, write_shard
 from modeling.names import plain_dtype
 from recipes.load import dump_published, published
 from recipes.schema import Recipe
@@ -182,6 +182,7 @@ class Export:
                 time.sleep(WAIT_SECONDS)
             return mark
         kept = plan.is_file() and read_json(plan).get("fingerprint") == mark
+        require_room(self.out, self.bytes, self.partial if kept else None)
         if kept:
             done = sum((self.partial / s.name).is_file() for s in self.shards)
             print(f"continuing {self.partial}: {done} of {len(self.shards)} files are there", flush=True)

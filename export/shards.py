@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ import torch
 from checkpoint.sources import DTYPE_NAMES, DTYPES
 from export.layouts import Unit
 from modeling.names import PublishedTensor
-from storage.files import write_bytes
+from storage.files import tree_bytes, write_bytes
 
 INDEX = "model.safetensors.index.json"
 
@@ -95,6 +96,17 @@ def index_json(shards: list[Shard]) -> str:
     tensors = {t.name: shard.name for shard in shards for t in shard.tensors}
     size = sum(tensor_bytes(t) for shard in shards for t in shard.tensors)
     return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(tensors.items()))}, indent=1) + "\n"
+
+
+def require_room(out: Path, need: int, kept: Path | None) -> None:
+    """Raises ValueError if `need` bytes of weights do not fit beside `out`. kept: the unfinished export that is continued."""
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    need -= tree_bytes(kept) if kept else 0
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise ValueError(f"--out {out}: {free / 1e9:,.3f} GB free there, but the export takes {need / 1e9:,.3f} GB more")
 
 
 def write_shard(shard: Shard, folder: Path, progress: Callable[[int], None] = lambda done: None) -> dict[str, str]:

@@ -19,12 +19,27 @@ from toy_export import export, make_run, qwen3_run
 
 from checkpoint.verify import verify
 from export.drafter_files import MASK, REFERENCE
+from export.job import Export, Request
 from recipes.load import load_recipe
 from storage.digests import combined, file_digests, model_digests
 from training.checkpoint import seal
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "export" / "to_hf.py")]
+
+
+def test_an_export_without_room_on_the_disk_is_refused_before_it_begins(toy_run, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from export import shards
+
+    need = Export(load_recipe(toy_run), Request(out=tmp_path / "out")).bytes
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda place: SimpleNamespace(free=need - 1))
+    with pytest.raises(ValueError, match=r"--out [^\n]*GB free there, but the export takes [^\n]* GB more$"):
+        export(toy_run, out=tmp_path / "new" / "out")
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.partial"))
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda place: SimpleNamespace(free=need))
+    assert export(toy_run, out=tmp_path / "out").is_dir()
 
 
 def test_a_full_disk_is_one_line_with_the_file_and_the_same_command_continues(toy_run, exported, tmp_path):
