@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from modeling.output_head import require_decoder
 from qat import sharded_plan
 from qat.expert_quantizer import find_expert_tensors, require_number
 from qat.meta_model import meta_model
@@ -76,7 +77,8 @@ def foresee(recipe: Recipe) -> tuple[list[str], dict[str, int]]:
         tensors = find_expert_tensors(model)
     except ValueError as error:
         return [str(error)], {}
-    found = _refusals([lambda: require_number(model, tensors, recipe.quantization.expected_tensors),
+    found = _refusals([lambda: require_decoder(model),
+                       lambda: require_number(model, tensors, recipe.quantization.expected_tensors),
                        lambda: require_known_gates(model, tensors, recipe.qat.warm_start), lambda: require_trainable(recipe)])
     sizes = sizes_of(recipe, sum(t.parameter.numel() for t in tensors), sum(p.numel() for p in model.parameters()))
     return found, writes(recipe, checkpoint_bytes(recipe, model, sizes), sizes)

@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import toy_families
 
 from dflash_train import foresight as draft_foresight
+from modeling.output_head import require_plain_head
 from qat import foresight
 from recipes.load import load_recipe
 from training import preflight
@@ -121,6 +123,19 @@ def test_gates_numbers_and_dtypes_that_do_not_fit_are_told_without_weights(tiny_
     monkeypatch.delattr(modeling_qwen3_moe.Qwen3MoeExperts, "_apply_gate")
     found, _ = foresight.foresee(load_recipe(tiny_recipe, asked))
     assert [text.split(":")[0] for text in found] == ["quantization.expected_tensors", "qat.warm_start.method", "qat.train"]
+
+
+def test_a_class_without_a_decoder_of_its_own_is_told_without_weights(tiny_recipe, tmp_path):
+    from transformers import AutoModelForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(vocab_size=264, hidden_size=64, intermediate_size=64, intermediate_size_mlp=64, head_dim=16,
+                              num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+                              max_position_embeddings=256)
+    config.save_pretrained(tmp_path / "base")
+    found, _ = foresight.foresee(load_recipe(tiny_recipe, [f"model.path={tmp_path}/base"]))
+    assert len(found) == 1 and "gives no decoder without its head" in found[0]
+    with torch.device("meta"), pytest.raises(ValueError, match="gives no decoder without its head"):
+        require_plain_head(AutoModelForCausalLM.from_config(config))
 
 
 def test_the_drafters_job_tells_an_unknown_activation_and_a_geometry_that_cannot_be(draft_recipe, tmp_path):
