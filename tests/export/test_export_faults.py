@@ -271,6 +271,20 @@ def test_a_source_that_is_written_to_during_the_export_is_found(tmp_path, monkey
     assert "was written to during the export" in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("sums", [b"", b"{", b'{"a": "00000000"}', b"[1]", b"\xf1", b"[" * 100_000, None])
+def test_damaged_sums_beside_a_finished_file_let_it_be_written_anew(sums, toy_run, exported, tmp_path):
+    parts = Export(load_recipe(toy_run), Request(out=tmp_path / "out"))
+    parts.prepare()
+    parts.write()
+    files = sorted(parts.partial.glob("*.sums"))
+    files[0].unlink()
+    os.mkfifo(parts.partial / (files[0].name.removesuffix(".sums") + ".partial"))
+    if sums is not None:
+        files[0].write_bytes(sums)
+    out = export(toy_run, out=tmp_path / "out")
+    assert (out / "checksums.json").read_bytes() == (exported / "checksums.json").read_bytes()
+
+
 def test_a_partial_folder_of_somebody_else_is_refused(tmp_path):
     recipe = make_run(tmp_path, drafter=False)
     (tmp_path / "out.partial").mkdir()
