@@ -1,6 +1,6 @@
 """FlashInfer's CUTLASS MXFP4 experts for Hopper as a peer (`peers`): the automatic choice of engines there since 0.6.18.
 
-How it is called follows what engines do (sglang's `mxfp4_flashinfer_cutlass_moe.py` and flashinfer's own test of the mixed
+How it is called follows what engines do (sglang's method for CUTLASS MXFP4 experts, and flashinfer's own test of the mixed
 product): fused rows are up first, then gate; weights and scales are interleaved once for the SM90 product. Never run by this
 project, and not a line of it can be compiled without its package: `peers` compares every number of tokens with float32 before
 it times one, so a call that is wrong has no speed.
