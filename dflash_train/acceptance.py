@@ -104,13 +104,18 @@ def lookup_beta(prompt: list[int], answer: list[int], drafts: int) -> list[list[
 
 
 @torch.no_grad()
-def judge(target: Target, drafter: DFlashDraftModel, texts: list[Text], temperature: float) -> None:
-    """Fills `beta` and `overlap` of every text: all anchors of a batch of answers in one pass of target and drafter."""
+def judge(target: Target, drafter: DFlashDraftModel, texts: list[Text], temperature: float, seen: dict | None = None) -> None:
+    """Fills `beta` and `overlap` of every text: all anchors of a batch of answers in one pass of target and drafter.
+
+    seen: what the target computed of these texts, by batch: filled, and used by a further drafter's call.
+    """
+    seen = {} if seen is None else seen
     order = [i for i in by_length(texts, lambda t: len(t.prompt) + len(t.answer)) if len(texts[i].answer) > 1]
     lengths = [len(t.prompt) + len(t.answer) for t in texts]
     for batch in in_token_batches(order, lengths, TEXT_BATCH, TEXT_TOKENS):
         chosen = [texts[i] for i in batch]
-        target_hidden, last = run_dialogues(target, [t.prompt + t.answer for t in chosen])
+        target_hidden, last = found = seen.get(tuple(batch)) or run_dialogues(target, [t.prompt + t.answer for t in chosen])
+        seen[tuple(batch)] = found
         B, S = target_hidden.shape[:2]
         count = max(len(t.answer) - 1 for t in chosen)
         anchors = torch.full((B, count), -1)
@@ -175,10 +180,13 @@ def ratio_interval(tokens: list[float], rounds: list[float], seed: int = 0) -> l
 
 
 def summarize(betas: list[list[list[float]]], counts: list[int], seed: int = 0) -> dict:
-    """Acceptance length over texts with its interval; counts = tokens after the first of each text."""
+    """Acceptance length over texts with its interval; counts = tokens after the first of each text.
+
+    `of_texts` has [tokens, rounds] of each, so that two drafters can be compared text by text.
+    """
     rounds = [expected_rounds(b, n) for b, n in zip(betas, counts, strict=True)]
     return {"length": sum(counts) / sum(rounds), "interval": ratio_interval(counts, rounds, seed), "rounds": sum(rounds),
-            "tokens": sum(counts), "texts": len(counts)}
+            "tokens": sum(counts), "texts": len(counts), "of_texts": [[n, r] for n, r in zip(counts, rounds, strict=True)]}
 
 
 def per_position(betas: list[list[list[float]]]) -> list[float]:
@@ -228,20 +236,26 @@ def groups(recipe: Recipe, target: TargetFiles) -> dict[tuple[str, str], list[li
     return dict(found)
 
 
-def measure(recipe: Recipe, target: Target, drafter: DFlashDraftModel, say: Callable[[str], None] = print) -> dict:
-    """The acceptance tables: `acceptance`, `speedup` and `detail` by domain (see docs/results/drafter.md)."""
-    settings = recipe.dflash.acceptance
+def measure(recipe: Recipe, target: Target, drafter: DFlashDraftModel, say: Callable[[str], None] = print,
+            answered: dict | None = None) -> dict:
+    """The acceptance tables: `acceptance`, `speedup` and `detail` by domain (see docs/results/drafter.md).
+
+    answered: the target's answers and states, which are filled and used again by a further drafter's call with the same recipe.
+    """
+    settings, answered = recipe.dflash.acceptance, {} if answered is None else answered
     acceptance: dict[str, dict] = defaultdict(dict)
     speedup: dict[str, dict] = defaultdict(dict)
     detail: dict[str, dict] = defaultdict(dict)
     for (domain, kind), prompts in groups(recipe, target).items():
         began, temperature = time.monotonic(), 1.0 if kind == "open_t1" else 0.0
-        texts = answer_all(target, prompts, settings.max_new_tokens, temperature, recipe.seed)
+        if (domain, kind) not in answered:
+            answered[domain, kind] = answer_all(target, prompts, settings.max_new_tokens, temperature, recipe.seed), {}
+        texts, seen = answered[domain, kind]
         long = [t for t in texts if len(t.answer) > 1]
         if not long:
             say(f"{domain} {kind}: no answer of two tokens, nothing to accept")
             continue
-        judge(target, drafter, long, temperature)
+        judge(target, drafter, long, temperature, seen)
         counts = [len(t.answer) - 1 for t in long]
         ours = summarize([t.beta for t in long], counts)
         drafts = drafter.block_size - 1

@@ -67,10 +67,11 @@ def draft_loss(hidden_NTH: torch.Tensor, labels_NT: torch.Tensor, teacher_NTH: t
             logits = head(chunk.to(head.weight.dtype)).float()
             if markov:
                 logits = logits + drafter.markov_bias(previous_NT[rows]).float()
-            value, metrics = _chunk(logits, labels_NT[rows], teacher_NTH[rows], head, settings)
+            value, metrics, slope = chunk_loss(logits, labels_NT[rows], teacher_NTH[rows], head, settings)
             value = value / anchors
         if learns:
-            grad, *others = torch.autograd.grad(value, [chunk, *markov])
+            grad, *others = (torch.autograd.grad(value, [chunk, *markov]) if slope is None else
+                             torch.autograd.grad(logits, [chunk, *markov], slope.div_(anchors)))
             gradients.append(grad)
             for total, part in zip(markov_gradients, others, strict=True):
                 total += part
@@ -83,22 +84,26 @@ def draft_loss(hidden_NTH: torch.Tensor, labels_NT: torch.Tensor, teacher_NTH: t
     return loss, sums
 
 
-def _chunk(logits_CTV, labels_CT, teacher_CTH, head, settings):
-    """Weighted sum of losses, and metric sums, of one chunk."""
+def chunk_loss(logits_CTV, labels_CT, teacher_CTH, head, settings) -> tuple[torch.Tensor, dict, torch.Tensor | None]:
+    """Weighted sum of losses, metric sums, and, without tv and lk, the sum's gradient with respect to the logits (else None).
+
+    That gradient is known in closed form, (ce + kl) q - kl p - ce [label], and takes fewer passes over [C, T, V] than autograd.
+    """
     valid = (labels_CT >= 0).cumprod(1).bool()
     labels = labels_CT.clamp_min(0)
-    log_q = logits_CTV.log_softmax(-1)
-    log_q_label = log_q.gather(-1, labels[..., None])[..., 0]
+    known = settings.tv == settings.lk == 0
     with torch.no_grad():
         log_p = head(teacher_CTH.to(head.weight.dtype)).float().log_softmax(-1)
         p = log_p.exp()
-    losses = settings.cross_entropy * -log_q_label
-    if settings.kl:
-        losses = losses + settings.kl * (p * (log_p - log_q)).sum(-1)
-    # A gradient through the overlap only where a loss needs it.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and (settings.tv > 0 or settings.lk > 0)):
-        overlap = torch.minimum(p, log_q.exp()).sum(-1)
-    losses = losses + settings.tv * (1 - overlap) - settings.lk * overlap.clamp_min(1e-6).log()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not known):
+        log_q = logits_CTV.log_softmax(-1)
+        log_q_label = log_q.gather(-1, labels[..., None])[..., 0]
+        losses = settings.cross_entropy * -log_q_label
+        if settings.kl:
+            losses = losses + settings.kl * (log_p.sub_(log_q).mul_(p) if known else p * (log_p - log_q)).sum(-1)
+        q = log_q.exp_() if known else log_q.exp()
+        overlap = (torch.minimum(p, q, out=log_p) if known else torch.minimum(p, q)).sum(-1)
+        losses = losses + settings.tv * (1 - overlap) - settings.lk * overlap.clamp_min(1e-6).log()
     weights = position_weights(log_q_label.detach().exp(), valid, settings)
     value = torch.where(valid, weights * losses, 0).sum()
     with torch.no_grad():
@@ -108,7 +113,11 @@ def _chunk(logits_CTV, labels_CT, teacher_CTH, head, settings):
                    "cross_entropy": torch.where(valid, -log_q_label.detach(), 0).sum(),
                    "greedy_length": (valid[:, 0] + correct.cumprod(1).sum(1)).sum().float(),
                    "sampled_length": (valid[:, 0] + accepted.cumprod(1).sum(1)).sum()}
-    return value, metrics
+        if not known:
+            return value, metrics, None
+        counts = torch.where(valid, weights, 0)[..., None]
+        slope = q.mul_(counts * (settings.cross_entropy + settings.kl)).sub_(p.mul_(counts * settings.kl))
+        return value, metrics, slope.scatter_add_(-1, labels[..., None], -settings.cross_entropy * counts)
 
 
 def position_weights(confidence_CT: torch.Tensor, valid_CT: torch.Tensor, settings: DraftLoss) -> torch.Tensor:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from checkpoint.drafter_folder import grouping_note
 from dflash_train.foresight import foresee, matrix_parameters, meta_drafter, moment_bytes, writes
 from dflash_train.target import choose_target_layers
 from dflash_train.trainer import require_sections
+from modeling.drafter import config_json
 from modeling.fused_experts import fused_experts
 from qat.expert_quantizer import find_expert_tensors
 from qat.meta_model import meta_model
@@ -87,7 +89,8 @@ def make_plan(recipe: Recipe) -> Plan:
         signals_per_step=job.batch_size * job.anchors * (recipe.drafter.block_size - 1) * ranks,
         tokens_per_step=job.batch_size * job.sequence_length * ranks,
         feature_bytes_per_token=2 * config.hidden_size * (len(target_layers) + 1),
-        available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None, notes=_notes(recipe))
+        available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None,
+        notes=_notes(recipe, grouping_note(config_json(drafter.config), config)))
 
 
 def _memory(recipe: Recipe, model, drafter, ranks: int) -> dict[str, int]:
@@ -143,8 +146,9 @@ def _activation_bytes(recipe: Recipe, config, features: int) -> int:
     return 2 * (blocks * (per_block + scores * on_cpu) + context * ((features + 3) * H + drafter.num_hidden_layers * pairs))
 
 
-def _notes(recipe: Recipe) -> list[str]:
-    notes = []
+def _notes(recipe: Recipe, ungrouped: str | None) -> list[str]:
+    """ungrouped: why vLLM would not start with the drafter, if it would not."""
+    notes = [f"drafter.num_hidden_layers: {ungrouped}"] if ungrouped else []
     if isinstance(recipe.drafter.mask_token, str) or recipe.drafter.mask_token is None:
         notes.append("drafter.mask_token is looked up in the tokenizer when the job starts")
     if recipe.dflash.features == "disk":

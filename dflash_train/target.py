@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from checkpoint.load import load_model, load_tokenizer
+from modeling.all_experts import use_all_experts
 from modeling.drafter import DFlashDraftModel, drafter_config, load_drafter
 from modeling.modeling_mimo_v2 import CACHE_NAME
 from modeling.output_head import require_plain_head
@@ -158,6 +159,7 @@ def load_target(recipe: Recipe, device: torch.device | str = "cpu", ranks: int =
         model, kind = load_divided(recipe, folder, ranks), ShardedTarget
     else:
         model = load_model(folder, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=recipe.model.trust_remote_code)
+        use_all_experts(model)  # more than twice as fast on a CPU, where it applies
         model, kind = model.to(device), Target
     tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
     if recipe.dflash.target == "ptq":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def evaluate_domains(model: nn.Module, teacher: nn.Module, domains: dict[str, to
             start = first + rank * batch_size if together else first
             counted = start < rows.shape[0]
             batch = rows[start:start + batch_size] if counted else rows[:1]
-            found = _sums(model, teacher, batch.to(device), chunk_tokens)
+            found = _row_sums(model, teacher, batch.to(device), chunk_tokens).sum(0)
             sums += found if counted else 0
         if accelerator is not None:
             sums = accelerator.reduce(sums, reduction="sum")
@@ -67,11 +68,15 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict:
-        """Means over all tokens, as `evaluate_domains` gives them, and by domain."""
+        """Means over all tokens, as `evaluate_domains` gives them, and by domain; `row_kl`: KL of each row, nats per token, so
+        that two models can be compared row by row."""
         with evaluation_mode(model):
-            sums = {name: sum(_sums(model, self.teacher, ids, self.chunk_tokens, taught) for ids, taught in batches)
+            rows = {name: torch.cat([_row_sums(model, self.teacher, ids, self.chunk_tokens, taught) for ids, taught in batches])
                     for name, batches in self.batches.items()}
-        return _means(sum(sums.values())) | {"domains": {name: _means(of) for name, of in sums.items()}}
+        sums = {name: of.sum(0) for name, of in rows.items()}
+        return _means(sum(sums.values())) | {
+            "domains": {name: _means(of) for name, of in sums.items()},
+            "row_kl": {name: (of[:, 1] / of[:, 3].clamp_min(1)).tolist() for name, of in rows.items()}}
 
 
 @contextlib.contextmanager
@@ -93,15 +98,19 @@ def _hidden(model: nn.Module, rows_BT: torch.Tensor) -> torch.Tensor:
     return last.flatten(0, 1) if counted is None else last[counted[:, :-1]]
 
 
-def _sums(model, teacher, rows_BT, chunk_tokens, teacher_h=None) -> torch.Tensor:
+def _row_sums(model, teacher, rows_BT, chunk_tokens, teacher_h=None) -> torch.Tensor:
+    """float64 [B, 4]: sums of loss, KL and agreement over the tokens of each row that count, and their number."""
     student_h = _hidden(model, rows_BT)
     if teacher_h is None:
         teacher_h = student_h if teacher is model else _hidden(teacher, rows_BT)
-    labels = rows_BT[:, 1:]
-    sums = chunked_statistics(student_h, output_head(model), labels[labels >= 0], teacher_NH=teacher_h,
-                              teacher_head=output_head(teacher), chunk_tokens=chunk_tokens)
-    values = [sums.cross_entropy, sums.kl, sums.agree, torch.tensor(float(sums.tokens))]
-    return torch.stack([v.double().to(rows_BT.device) for v in values])
+    labels, heads = rows_BT[:, 1:], (output_head(model), output_head(teacher))
+    sizes, found = (labels >= 0).sum(1).tolist(), []
+    for row, student, taught in zip(labels, student_h.split(sizes), teacher_h.split(sizes), strict=True):
+        sums = chunked_statistics(student, heads[0], row[row >= 0], teacher_NH=taught, teacher_head=heads[1],
+                                  chunk_tokens=chunk_tokens)
+        found.append(torch.stack([v.double() for v in (sums.cross_entropy, sums.kl, sums.agree,
+                                                       student.new_tensor(sums.tokens, dtype=torch.float64))]))
+    return torch.stack(found).to(rows_BT.device)
 
 
 def _means(sums: torch.Tensor) -> dict[str, float]:
@@ -110,7 +119,7 @@ def _means(sums: torch.Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, originals: list[torch.Tensor],
+def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, originals: Iterable[torch.Tensor],
             domains: dict[str, torch.Tensor], *, dtype: str = "model", **options) -> dict:
     """Evaluates BF16, PTQ and QAT weights; neither model is changed.
 
@@ -158,7 +167,7 @@ def doubt(summary: dict) -> str | None:
             "qat.optimizer.learning_rate, more steps or a start (qat.warm_start) are what helps usually")
 
 
-def _rounded(model: nn.Module, quantizer: ExpertQuantizer, originals: list[torch.Tensor]) -> nn.Module:
+def _rounded(model: nn.Module, quantizer: ExpertQuantizer, originals: Iterable[torch.Tensor]) -> nn.Module:
     """A copy of the frozen `model` whose experts are `originals`, plainly rounded; it shares everything else with it."""
     shared: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for tensor, original in zip(quantizer.tensors, originals, strict=True):

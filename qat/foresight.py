@@ -58,7 +58,7 @@ def writes(recipe: Recipe, checkpoint: int, sizes: Sizes) -> dict[str, int]:
 def teacher_states(recipe: Recipe, model, sizes: Sizes) -> dict[str, int]:
     """Last hidden states of all rows that the run trains on, at most; texts that are trained on again need no more."""
     qat = recipe.qat
-    if qat.teacher == "model":
+    if qat.teacher != "disk":
         return {}
     tokens = qat.steps * qat.gradient_accumulation * qat.batch_size * recipe.data.sequence_length * sizes.ranks
     return {"the teacher's last states, at most": tokens * model.config.get_text_config().hidden_size * sizes.width}

@@ -156,6 +156,11 @@ def test_predicted_length_is_the_loops_count_and_text_is_unchanged(draft_recipe,
     assert predicted["rounds"] == len(lengths)
     assert predicted["length"] == pytest.approx(sum(lengths) / len(lengths), rel=C7_ACCEPTANCE)
     assert max(lengths) >= 3, "a drafter that is never right tests no rollback"
+    seen, first = {}, [t.beta for t in texts]
+    judge(target, drafter, texts, 0.0, seen)
+    target.run = None  # what it computed is at hand
+    judge(target, drafter, texts, 0.0, seen)
+    assert [t.beta for t in texts] == first
 
 
 def test_prediction_at_temperature_one_lies_within_the_loops_noise(loaded):

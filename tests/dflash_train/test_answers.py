@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from jobs import run_job
+from tiny_models import write_tokenizer
 from tolerance import MODEL_FP32
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from dflash_train import answers, endpoint, features
 from dflash_train.answers import answer_file, generate_answers, judge_answers, plan_batches, regenerated
@@ -166,6 +168,20 @@ def test_a_target_without_its_weights_knows_what_the_loaded_one_does(loaded):
 def test_a_name_on_the_hub_is_refused_before_anything_is_loaded(draft_recipe):
     with pytest.raises(ValueError, match=r"^model.path: some/model: no such folder; .*hf download[^\n]*$"):
         load_target(load_recipe(draft_recipe, ["model.path=some/model"]))
+
+
+def test_a_target_of_which_every_token_has_all_experts_runs_them_as_two_products(draft_recipe, tmp_path):
+    """As in training: transformers' loop over experts takes twice the time."""
+    torch.manual_seed(1)
+    model = MixtralForCausalLM(MixtralConfig(
+        vocab_size=262, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=4, max_position_embeddings=64, eos_token_id=0))
+    model.save_pretrained(tmp_path / "dense")
+    write_tokenizer(tmp_path / "dense")
+    target = load_target(load_recipe(draft_recipe, [f"model.path={tmp_path / 'dense'}", "dflash.target=base"]))
+    assert target.model.config._experts_implementation == "all_experts"
+    ids = torch.randint(262, (2, 9))
+    torch.testing.assert_close(target.head(target.run(ids)[1]), model.eval()(input_ids=ids).logits, **MODEL_FP32)
 
 
 def test_passes_choose_prompts_and_repeat_them(draft_recipe, prompt_files):

@@ -5,7 +5,7 @@ import torch
 from tolerance import EVALUATION_KL
 
 from mxfp4 import fake_quantize
-from qat.evaluate import compare, comparison_table, doubt, evaluate_domains
+from qat.evaluate import HeldOut, compare, comparison_table, doubt, evaluate_domains
 from qat.expert_quantizer import ExpertQuantizer
 from qat.trainer import make_teacher
 
@@ -40,6 +40,18 @@ def test_untrained_qat_weights_are_plain_rounding(attached, domains, dtype):
     assert summary["qat"] == summary["ptq"] and summary["ptq"]["kl"] > 0 and summary["kl_gap_closed"] == 0
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert comparison_table(summary).row_count == 9
+
+
+def test_held_out_rows_are_those_of_the_evaluation_each_on_its_own(attached, domains):
+    model, teacher, quantizer, _ = attached
+    for tensor in quantizer.tensors:
+        tensor.parameter.data.mul_(-20)
+    found = HeldOut(teacher, domains, sequences=4, batch_size=3, chunk_tokens=7).measure(model)
+    for name, rows in domains.items():
+        alone = [evaluate_domains(model, teacher, {name: row[None]}, batch_size=1)[name]["kl"] for row in rows[:4]]
+        assert found["row_kl"][name] == pytest.approx(alone, rel=1e-3)
+    every = [kl for rows in found["row_kl"].values() for kl in rows]
+    assert found["kl"] == pytest.approx(sum(every) / len(every), rel=1e-3) and found["eval_tokens"] == 7 * 23
 
 
 def test_original_weights_close_the_whole_gap(attached, domains):

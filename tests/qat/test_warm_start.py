@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
+from jobs import ROOT
 from tolerance import MODEL_FP32
 
 from mxfp4 import fake_quantize
 from mxfp4.codec import round_to_scales
 from qat.expert_quantizer import ExpertQuantizer, find_expert_tensors
+from qat.kept_start import keep_start, start_file, take_start
 from qat.trainer import make_teacher
 from qat.warm_start import Moments, choose_first_codes, compensated, fisher_moments, input_moments, sweeps
+from recipes.load import load_recipe
 from recipes.schema import WarmStart
 
 
@@ -283,3 +286,32 @@ def test_a_start_of_transposed_experts_with_biases_errs_less_than_plain_rounding
     choose_first_codes(model, quantizer, rows, WarmStart(method=method))
     assert error() < 0.9 * plain
     assert all(torch.equal(t.parameter, fake_quantize(m.data, axis=t.axis)) for t, m in quantizer)
+
+
+def test_a_kept_start_is_taken_by_the_next_run_and_a_damaged_file_is_named(model, tmp_path):
+    teacher, rows = make_teacher(model), torch.randint(0, 250, (8, 64))
+    quantizer = ExpertQuantizer(model)
+    choose_first_codes(teacher, quantizer, rows, WarmStart(method="gptq"))
+    chosen = [m.data.clone() for m in quantizer.masters]
+    file = tmp_path / "starts" / "start.safetensors"
+    keep_start(file, quantizer)
+    for master in quantizer.masters:
+        master.data.zero_()
+    take_start(file, quantizer)
+    for (tensor, master), before in zip(quantizer, chosen, strict=True):
+        assert torch.equal(master, before)
+        assert torch.equal(tensor.parameter, fake_quantize(before))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="start.safetensors: not the initial codes of this model.*remove it"):
+        take_start(file, quantizer)
+
+
+def test_a_kept_start_is_one_of_the_same_weights_text_and_settings(tmp_path):
+    def name(base="a", rows=0, *overrides):
+        recipe = load_recipe(ROOT / "recipes/tiny.yaml", [f"qat.warm_start.folder={tmp_path}", *overrides])
+        return start_file(recipe, {"model.safetensors": base}, torch.full((2, 4), rows))
+
+    assert name() == name("a", 0, "qat.optimizer.learning_rate=1e-3", "qat.steps=7", "qat.warm_start.moments_gib=1.0")
+    others = [name("b"), name("a", 1), name("a", 0, "qat.warm_start.damping=0.1"), name("a", 0, "seed=1"),
+              name("a", 0, "qat.scales.method=searched"), name("a", 0, "quantization.scale_rule=rceil")]
+    assert len({name(), *others}) == 7
