@@ -23,7 +23,8 @@ def open_source(folder: str | Path) -> Source:
         return TensorFiles(folder)
     index, single = folder / "pytorch_model.bin.index.json", folder / "pytorch_model.bin"
     if index.is_file():
-        return TorchSource(folder, sorted(set(weight_map(index).values())))
+        listed = weight_map(index)
+        return TorchSource(folder, sorted(set(listed.values())), listed)
     if single.is_file():
         return TorchSource(folder, [single.name])
     for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):

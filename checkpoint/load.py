@@ -132,6 +132,7 @@ def _decoded_tensors(folder: Path, *, always: bool = False) -> dict[str, Decoded
     packed = any(kind != "plain" for _, kind in kinds.values())
     shards = set(source.where.values()) if isinstance(source, TensorFiles) else set()
     agreed = sum(len(read_header(folder / file)) for file in shards) == len(source.infos) * bool(shards)
+    agreed = agreed and not getattr(source, "left_out", 0)
     if agreed and not packed and not always:
         return None
     if packed and (method := (_read_config(folder).get("quantization_config") or {}).get("quant_method")) not in (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from checkpoint.drafter_folder import grouping_note
 from dflash_train.target import choose_target_layers, configure_drafter, target_folder
 from dflash_train.trainer import require_sections, require_understood
 from modeling.fused_experts import fused_experts
@@ -81,7 +82,7 @@ def make_plan(recipe: Recipe) -> Plan:
     import torch
 
     from dflash_train.optimizer import is_matrix
-    from modeling.drafter import DFlashDraftModel
+    from modeling.drafter import DFlashDraftModel, config_json
 
     model, name, _ = meta_model(recipe)
     config = model.config.get_text_config()
@@ -108,7 +109,8 @@ def make_plan(recipe: Recipe) -> Plan:
         signals_per_step=job.batch_size * job.anchors * (recipe.drafter.block_size - 1) * ranks,
         tokens_per_step=job.batch_size * job.sequence_length * ranks,
         feature_bytes_per_token=2 * config.hidden_size * (len(target_layers) + 1),
-        available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None, notes=_notes(recipe))
+        available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None,
+        notes=_notes(recipe, grouping_note(config_json(drafter_config), config)))
 
 
 def _memory(recipe: Recipe, model, drafter, muon: int, ranks: int) -> dict[str, int]:
@@ -164,8 +166,9 @@ def _activation_bytes(recipe: Recipe, config, features: int) -> int:
     return 2 * (blocks * (per_block + scores * on_cpu) + context * ((features + 3) * H + drafter.num_hidden_layers * pairs))
 
 
-def _notes(recipe: Recipe) -> list[str]:
-    notes = []
+def _notes(recipe: Recipe, ungrouped: str | None) -> list[str]:
+    """ungrouped: why vLLM would not start with the drafter, if it would not."""
+    notes = [f"drafter.num_hidden_layers: {ungrouped}"] if ungrouped else []
     if isinstance(recipe.drafter.mask_token, str) or recipe.drafter.mask_token is None:
         notes.append("drafter.mask_token is looked up in the tokenizer when the job starts")
     if recipe.dflash.features == "disk":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -118,7 +119,7 @@ def _means(sums: torch.Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, originals: list[torch.Tensor],
+def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, originals: Iterable[torch.Tensor],
             domains: dict[str, torch.Tensor], *, dtype: str = "model", **options) -> dict:
     """Evaluates BF16, PTQ and QAT weights; neither model is changed.
 
@@ -166,7 +167,7 @@ def doubt(summary: dict) -> str | None:
             "qat.optimizer.learning_rate, more steps or a start (qat.warm_start) are what helps usually")
 
 
-def _rounded(model: nn.Module, quantizer: ExpertQuantizer, originals: list[torch.Tensor]) -> nn.Module:
+def _rounded(model: nn.Module, quantizer: ExpertQuantizer, originals: Iterable[torch.Tensor]) -> nn.Module:
     """A copy of the frozen `model` whose experts are `originals`, plainly rounded; it shares everything else with it."""
     shared: dict[int, torch.Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for tensor, original in zip(quantizer.tensors, originals, strict=True):

@@ -25,7 +25,7 @@ failure that users of such tools report most.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -172,7 +172,7 @@ class ExpertQuantizer:
         return sum(t.parameter.numel() for t in self.tensors)
 
     @torch.no_grad()
-    def requantize(self, sources: list[torch.Tensor] | None = None) -> None:
+    def requantize(self, sources: Iterable[torch.Tensor] | None = None) -> None:
         """Writes fake_quantize(source) into the model. `sources` default to the masters.
 
         Raises:
@@ -242,9 +242,14 @@ def describe(tensors: list[ExpertTensor], model: nn.Module) -> list[tuple[str, s
     """Rows (tensor name pattern, shape, count, parameters) of what is quantized, then one row of what is not."""
     groups: dict[tuple[str, str], list[int]] = {}
     for tensor in tensors:
-        pattern = re.sub(r"\.\d+\.", ".*.", tensor.name)
-        groups.setdefault((pattern, str(list(tensor.parameter.shape))), []).append(tensor.parameter.numel())
+        pattern, shape = re.sub(r"\.\d+\.", ".*.", tensor.name), _shape(tensor.parameter)
+        groups.setdefault((pattern, str(list(shape))), []).append(shape.numel())
     rows = [(pattern, shape, len(sizes), sum(sizes)) for (pattern, shape), sizes in groups.items()]
-    sizes = [p.numel() for p in model.parameters()]
+    sizes = [_shape(p).numel() for p in model.parameters()]
     kept = sum(sizes) - sum(row[3] for row in rows)
     return [*rows, ("everything else (kept)", "", len(sizes) - len(tensors), kept)]
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter; ZeRO-3 leaves an empty tensor in its place."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -194,7 +194,13 @@ class HiddenCapture:
 
 
 def run_hidden(model: nn.Module, input_ids: torch.Tensor, *, layers: bool = False) -> HiddenCapture:
-    """Runs the model on [B, T] tokens and returns its hidden states."""
+    """Runs the model on [B, T] tokens and returns its hidden states.
+
+    A model whose decoder an engine runs has that engine as `decoder_pass` (`training.sharding.zero3`).
+    """
     with HiddenCapture(model, layers=layers) as seen:
-        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+        if "decoder_pass" in model.__dict__:
+            seen.last = model.__dict__["decoder_pass"](input_ids)  # the engine's backward pass begins at what it returns
+        else:
+            model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
     return seen

@@ -16,6 +16,7 @@ The plain quantizer (`qat.expert_quantizer`) writes the nearest MXFP4 value of e
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -70,16 +71,20 @@ class MethodQuantizer(ExpertQuantizer):
         return (chosen.to(torch.int16) + self.shifts[index].data.round().to(torch.int16)).clamp_(0, 253).to(torch.uint8)
 
     @torch.no_grad()
-    def requantize(self, sources: list[torch.Tensor] | None = None) -> None:
+    def requantize(self, sources: Iterable[torch.Tensor] | None = None) -> None:
         if not self.shifts and self.sharpness is None:
             return super().requantize(sources)
         for i, (tensor, source) in enumerate(zip(self.tensors, sources or self.masters, strict=True)):
             require_finite(f"master of {tensor.name}", source.data)
             scales = self.scales(i, source.data)
             if self.sharpness is None:
-                tensor.parameter.data.copy_(round_at_scales(source.data, scales, axis=tensor.axis))
+                self.put(i, round_at_scales(source.data, scales, axis=tensor.axis), scales)
             else:
-                tensor.parameter.data.copy_(soft_round(source.data, scales, tensor.axis, self.sharpness)[0])
+                self.put(i, soft_round(source.data, scales, tensor.axis, self.sharpness)[0], None)
+
+    def put(self, index: int, values: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """Gives the model rounded values of tensor `index` (float32), with the scales that they are on, if they are."""
+        self.tensors[index].parameter.data.copy_(values)
 
     @torch.no_grad()
     def pull_gradients(self) -> None:
@@ -96,7 +101,7 @@ class MethodQuantizer(ExpertQuantizer):
             return
         for i, (tensor, master) in enumerate(self):
             limit = E2M1_MAX * scale_values(self.scales(i, master.data)).repeat_interleave(BLOCK_SIZE, dim=tensor.axis)
-            rounded = tensor.parameter.data.float()
+            rounded = self.rounded(i).float()
             slope = rounded - torch.where(master.data.abs() > limit, 0.0, master.data)
             product = (master.grad * slope).movedim(tensor.axis, -1).unflatten(-1, (-1, BLOCK_SIZE)).sum(-1)
             self.shifts[i].grad = product.movedim(-1, tensor.axis) * math.log(2)

@@ -109,14 +109,18 @@ def make_plan(recipe: Recipe) -> Plan:
     notes = _notes(recipe)
     if cluster is not None and cluster.sharding != "ddp" and sizes.ranks > 1:
         layout, shape = layout_of(cluster, sizes.ranks), sharded_plan.shape_of(model)
-        require_divisible(layout, {t.name: t.num_experts for t in tensors})
-        held = place(lambda: meta_model(recipe)[0], {t.name for t in tensors}, layout)
+        if cluster.sharding == "zero3":
+            held, about = sharded_plan.under_zero3(recipe, tensors, shape, layout)
+        else:
+            require_divisible(layout, {t.name: t.num_experts for t in tensors})
+            held = place(lambda: meta_model(recipe)[0], {t.name for t in tensors}, layout)
+            about = sharded_plan.notes(held, layout, shape)
         state = sharded_plan.state_bytes(recipe, held)
         working = sharded_plan.working_bytes(recipe, held, layout, shape) | _passing_bytes(recipe, model, sizes.width)
         shards = layout.ranks // layout.replicas
         communication, over_link = sharded_plan.communication(recipe, held, layout, shape)
         checkpoint = sharded_plan.checkpoint_bytes(recipe, shape)
-        notes = sharded_plan.notes(held, layout, shape) + notes
+        notes = about + notes
     else:
         state = _state_bytes(recipe, sizes)
         working = _working_bytes(recipe, sizes) | _passing_bytes(recipe, model, sizes.width)
@@ -203,7 +207,7 @@ def _groups(model, experts: set[str]) -> dict[str, int]:
 def _teacher_states(recipe: Recipe, model, sizes: _Sizes) -> dict[str, int]:
     """Last hidden states of all rows that the run trains on, at most; texts that are trained on again need no more."""
     qat = recipe.qat
-    if qat.teacher == "model":
+    if qat.teacher != "disk":
         return {}
     tokens = qat.steps * qat.gradient_accumulation * qat.batch_size * recipe.data.sequence_length * sizes.ranks
     return {"the teacher's last states, at most": tokens * model.config.get_text_config().hidden_size * sizes.width}
@@ -323,8 +327,8 @@ def _notes(recipe: Recipe) -> list[str]:
     notes = []
     if recipe.cluster is None:
         notes.append("the recipe names no cluster: figures are for one process and are not checked against memory")
-    elif recipe.cluster.offload_optimizer:
-        notes.append("cluster.offload_optimizer is planned here; qat/train.py does not offload")
+    elif recipe.cluster.offload_optimizer and recipe.cluster.sharding != "zero3":
+        notes.append("cluster.offload_optimizer is planned here; qat/train.py offloads with cluster.sharding: zero3 alone")
     if recipe.qat.warm_start.method != "none":
         notes.append("second moments of the initial codes (before training; qat.warm_start.moments_gib) are not counted")
     return notes
@@ -337,7 +341,7 @@ def refuse_if_too_large(plan: Plan, recipe: Recipe) -> None:
         remedy = "more nodes, cluster.sharding: fsdp2" if recipe.cluster.sharding == "ddp" else "more nodes"
         if not recipe.qat.gradient_checkpointing:
             remedy += ", qat.gradient_checkpointing: true"
-        if not recipe.cluster.offload_optimizer:
+        if recipe.cluster.sharding == "zero3" and not recipe.cluster.offload_optimizer:
             remedy += ", cluster.offload_optimizer: true"
         raise ValueError(f"does not fit: accelerator memory per rank {need / GIB:,.1f} GiB needed, {have / GIB:,.1f} GiB "
                          f"available of {recipe.cluster.memory_gib:g} (the rest is kept for the runtime); try {remedy}")

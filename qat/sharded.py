@@ -13,6 +13,7 @@ What differs from one process (`qat.trainer`), and nothing else:
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,12 +28,14 @@ from mxfp4.fake_quant import saturated
 from qat import evaluate
 from qat.expert_quantizer import ExpertQuantizer, ExpertTensor, find_expert_tensors, require_finite, without_noise
 from qat.meta_model import meta_model
+from qat.methods import MethodQuantizer
 from qat.methods import needed as methods_needed
 from qat.trainer import Trainer
 from storage.terminal import counted
 from training.sharding import checkpoint as sharded_checkpoint
 from training.sharding.layout import layout_of, require_divisible
 from training.sharding.model_folder import folder_of_all_ranks, write_model
+from training.sharding.packed_teacher import PackedShard, pack_experts
 from training.sharding.quantized_gather import QuantizedGather
 from training.sharding.shards import LocalShard, copies, gather_rows, local_shards, reshard, total_norm
 from training.sharding.trees import load_shards
@@ -66,7 +69,7 @@ class ShardedQuantizer(ExpertQuantizer):
         super().__init__(model, **settings)
 
     @torch.no_grad()
-    def requantize(self, sources: list[torch.Tensor] | None = None) -> None:
+    def requantize(self, sources: Iterable[torch.Tensor] | None = None) -> None:
         for tensor, gather, source in zip(self.tensors, self.gathers, sources or self.masters, strict=True):
             try:
                 gather.encode(source.data)
@@ -91,25 +94,35 @@ class ShardedQuantizer(ExpertQuantizer):
                 shard.local.grad.masked_fill_(saturated(shard.local, scale_rule=self.scale_rule, axis=tensor.axis), 0)
 
 
+class ShardedMethodQuantizer(MethodQuantizer, ShardedQuantizer):
+    """Chosen or learned block scales, or soft codes, of a rank's own rows: a shard holds whole blocks of whole experts.
+
+    Codes on other scales are gathered like those on the rule's. Soft codes are on no grid: while a recipe has them, values
+    travel in the compute dtype, also after rounding became hard (FSDP's buffers keep their size).
+    """
+
+    @property
+    def gather_codes(self) -> bool:
+        return self.settings.soft_rounding.method == "none"
+
+    def put(self, index: int, values: torch.Tensor, scales: torch.Tensor | None) -> None:
+        self.gathers[index].put(values, scales)
+
+
 class ShardedTrainer(Trainer):
     """One QAT run on `cluster.sharding: fsdp2`. On a single process nothing is sharded but the form of the checkpoints."""
 
+    packed: dict[str, PackedShard] = {}  # the teacher's experts, if they are kept in FP8
+
     def load_model(self) -> nn.Module:
         recipe = self.recipe
-        if recipe.cluster.sharding == "zero3":
-            raise ValueError("cluster.sharding: zero3: not built: DeepSpeed cuts every parameter into flat ranges, which cut "
-                             "blocks of 32 weights unless ceil(size / ranks) is a multiple of 32, and its gather has no hook "
-                             "for codes; expected fsdp2")
         self.layout = layout_of(recipe.cluster, self.accelerator.num_processes)
         self.whole = self.layout.ranks == 1
-        if methods_needed(recipe.qat):  # on one process too: checkpoints of this form do not hold them
-            raise ValueError("qat.scales and qat.soft_rounding change what weights are rounded to, and a sharded model gathers "
-                             "codes of the plain rounding; expected qat.scales.method: rule and qat.soft_rounding.method: none "
-                             f"with cluster.sharding: {recipe.cluster.sharding}")
         if self.whole:
             return super().load_model()
         if recipe.cluster.offload_optimizer:
-            raise ValueError("cluster.offload_optimizer: planned by --plan, not built; expected false to train")
+            raise ValueError("cluster.offload_optimizer: DeepSpeed's, for cluster.sharding: zero3; expected false with "
+                             f"cluster.sharding: {recipe.cluster.sharding}")
         if recipe.qat.warm_start.layers_together:
             raise ValueError("qat.warm_start.layers_together measures a model that is whole on one process; expected 0 with "
                              f"cluster.sharding: {recipe.cluster.sharding}")
@@ -120,6 +133,7 @@ class ShardedTrainer(Trainer):
         model = meta_model(recipe)[0]
         tensors = find_expert_tensors(model)
         require_divisible(self.layout, {t.name: t.num_experts for t in tensors})
+        self.expert_names = [t.name for t in tensors]
         self.expert_modules = tuple(dict.fromkeys(t.module for t in tensors))
         self.say(f"sharding: {self.layout}")
         return self.load_tree(self.compute_dtype, masters=True)
@@ -135,24 +149,49 @@ class ShardedTrainer(Trainer):
             super().attach(model)
             self.shards = [LocalShard(t.name, t.parameter, m) for t, m in self.quantizer]
             self.shards += [LocalShard(n, p, p) for n, p in self.trained_others(model)]
+            self.saved_shards = [*self.shards, *self._shift_shards()]
             return
         self.teacher = self.teacher_again() if self.needs_teacher else None
         self._choose_trainable(without_noise(model))
         if self.layout.expert_parallel == 1:
             use_all_experts(model)
-        settings = self.recipe.quantization
-        self.quantizer = ShardedQuantizer(model, compute_dtype=self.compute_dtype, scale_rule=settings.scale_rule,
-                                          ste=settings.ste, expected_tensors=settings.expected_tensors)
+        self.quantizer = self.make_quantizer(model, self.compute_dtype)
         self.other_shards = local_shards(self.trained_others(model))
         self.others = [shard.local for shard in self.other_shards]
         self.shards = [*self.quantizer.shards, *self.other_shards]
+        self.saved_shards = [*self.shards, *self._shift_shards()]
+
+    def make_quantizer(self, model: nn.Module, compute_dtype: torch.dtype) -> ShardedQuantizer:
+        settings = self.recipe.quantization
+        options = dict(compute_dtype=compute_dtype, scale_rule=settings.scale_rule, ste=settings.ste,
+                       expected_tensors=settings.expected_tensors)
+        if methods_needed(self.recipe.qat):
+            return ShardedMethodQuantizer(model, settings=self.recipe.qat, **options)
+        return ShardedQuantizer(model, **options)
+
+    def _shift_shards(self) -> list[LocalShard]:
+        """The scales' shifts beside the parameters that they belong to, for checkpoints."""
+        shifts = getattr(self.quantizer, "shifts", ())
+        return [LocalShard(f"{t.name}.shifts", t.parameter, shift)
+                for t, shift in zip(self.quantizer.tensors, shifts, strict=bool(shifts))]
 
     def teacher_again(self) -> nn.Module:
         if self.whole:
             return super().teacher_again()
         teacher = self.load_tree(self.compute_dtype, masters=False).eval().requires_grad_(False)
-        require_plain_head(teacher)
+        self.packed = {}
+        if self.recipe.qat.teacher == "packed":
+            found = pack_experts(teacher, self.recipe.model.path, self.expert_names)
+            if isinstance(found, str):
+                self.say(f"qat.teacher: packed: {found}: its experts stay in {self.recipe.model.dtype}")
+            else:
+                self.packed = found
+        require_plain_head(teacher)  # a forward pass, after which FSDP takes no more hooks
         return teacher
+
+    def originals(self) -> Iterator[torch.Tensor]:
+        for tensor, weight in zip(self.quantizer.tensors, super().originals(), strict=True):
+            yield self.packed[tensor.name].decoded() if tensor.name in self.packed else weight
 
     def agree_on_masters(self) -> None:
         """Nothing to do: each expert's masters are computed by one rank (or by replicas, from the same numbers)."""
@@ -186,8 +225,8 @@ class ShardedTrainer(Trainer):
 
     def state_writer(self, *, copied: bool):
         state, names = self.state, [t.name for t in self.quantizer.tensors]
-        tensors = {"master": {s.name: s.local.detach() for s in self.shards}}
-        moments, numbers = sharded_checkpoint.optimizer_tensors(self.optimizer.optimizer, self.shards)
+        tensors = {"master": {s.name: s.local.detach() for s in self.saved_shards}}
+        moments, numbers = sharded_checkpoint.optimizer_tensors(self.optimizer.optimizer, self.saved_shards)
         control = state.oscillation.state_dict()
         for side, part in enumerate(("masters", "rounded")):
             control[f"ways.{part}"] = [w[side] for w in control.get("ways") or ()]
@@ -196,15 +235,15 @@ class ShardedTrainer(Trainer):
         kinds = {"average": state.average, **control, "codes": [c for c, _ in health["last"]],
                  "scales": [s for _, s in health["last"]]}
         tensors |= moments | {kind: dict(zip(names, values, strict=True)) for kind, values in kinds.items() if values}
-        return sharded_checkpoint.state_writer(self.accelerator, tensors, self.shards, {
+        return sharded_checkpoint.state_writer(self.accelerator, tensors, self.saved_shards, {
             "step": state.step, "batches": state.batches, "averaged_steps": state.averaged_steps,
             "layout": asdict(self.layout), "optimizer": numbers, "rates": [g["lr"] for g in self.optimizer.param_groups],
             "schedule": self.schedule.state_dict(), "routed": health["routed"], "heldout": state.heldout()}, copied=copied)
 
     def read_state(self, path: Path) -> None:
-        saved, tensors = sharded_checkpoint.read_state(path, self.shards)
+        saved, tensors = sharded_checkpoint.read_state(path, self.saved_shards)
         state, names = self.state, [t.name for t in self.quantizer.tensors]
-        sharded_checkpoint.restore_optimizer(self.optimizer.optimizer, self.shards, tensors, saved["optimizer"])
+        sharded_checkpoint.restore_optimizer(self.optimizer.optimizer, self.saved_shards, tensors, saved["optimizer"])
         for group, rate in zip(self.optimizer.param_groups, saved["rates"], strict=True):
             group["lr"] = rate
         self.schedule.load_state_dict(saved["schedule"])
@@ -230,6 +269,8 @@ class ShardedTrainer(Trainer):
 
     def _restore_rounding(self, of: dict[str, list[torch.Tensor]]) -> None:
         """What the model computed with at that step: the rounding of the means under `ema`, of the masters otherwise."""
+        if isinstance(self.quantizer, MethodQuantizer):
+            self.quantizer.set_step(self.state.step)
         self.quantizer.requantize(of.get("means"))
 
     # The end
@@ -247,13 +288,16 @@ class ShardedTrainer(Trainer):
         trained = [shard.local.detach().clone() for shard in self.other_shards]
         reshard(judge)
         self._put_others(student, [judge.get_parameter(shard.name)._local_tensor for shard in self.other_shards])
-        quantizer.requantize([original.float() for original in self.originals()])
+        self.round_plainly(quantizer, (original.float() for original in self.originals()))
         variants["ptq"] = evaluate.evaluate_domains(student, judge, self.domains, **options)
         self._put_others(student, trained)
         quantizer.requantize(sources)
         variants["qat"] = evaluate.evaluate_domains(student, judge, self.domains, **options)
         without_noise(student)
         return evaluate.summarized(variants)
+
+    def round_plainly(self, quantizer: ExpertQuantizer, originals: Iterable[torch.Tensor]) -> None:
+        ShardedQuantizer.requantize(quantizer, originals)  # whatever scales or codes the recipe has
 
     def _put_others(self, student: nn.Module, values: list[torch.Tensor]) -> None:
         """Writes shards of what is trained beside experts; weights that are still gathered would hide them."""
@@ -265,10 +309,12 @@ class ShardedTrainer(Trainer):
         """(student, teacher, the student's quantizer): the run's own, or float32 trees loaded for the evaluation."""
         if self.recipe.qat.evaluation_dtype == "model" or self.compute_dtype is torch.float32:
             return self.model, self.teacher, self.quantizer
-        settings = self.recipe.quantization
         judge = self.load_tree(torch.float32, masters=False).eval().requires_grad_(False)
         student = self.load_tree(torch.float32, masters=True).requires_grad_(False)
-        quantizer = ShardedQuantizer(student, compute_dtype=torch.float32, scale_rule=settings.scale_rule)
+        quantizer = self.make_quantizer(student, torch.float32)
+        if isinstance(quantizer, MethodQuantizer):
+            quantizer.load_state_dict(self.quantizer.state_dict())
+            quantizer.set_step(self.state.step)
         return student, judge, quantizer
 
     def save_model(self) -> None:

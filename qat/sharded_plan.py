@@ -7,7 +7,8 @@ e expert weights and o other weights of w bytes each that it holds:
     optimizer           (e, or all) x 8 (muon: 4)
     gradients           (e, or all) x 4             reduced in every micro-step, float32
     other weights       o x w                       student
-    teacher             (e + o) x w                 a second tree (qat.teacher: disk: none after the start)
+    teacher             (e + o) x w                 a second tree (qat.teacher: disk: none after the start;
+                                                    packed: e x 1.03 + o x w)
     codes               e x 17/32 x 2               sent in gathers; of the last report
     gathered experts    one layer's, of the rank's expert-parallel group: codes and decoded weights
     gathered layer      everything else of two layers, and norm and head of both models
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from modeling.names import FP8_BLOCK
 from mxfp4 import BLOCK_SIZE
 from qat.expert_quantizer import find_expert_tensors
 from recipes.schema import Recipe
@@ -30,6 +32,7 @@ from training.sharding.layout import Layout
 from training.sharding.preview import Placement
 
 CODE_BYTES = 17 / 32
+FP8_BYTES = 1 + 4 / FP8_BLOCK  # of a weight: its code, and its row's share of a scale
 GIB = 2**30
 
 
@@ -89,11 +92,12 @@ def working_bytes(recipe: Recipe, held: Placement, layout: Layout, shape: Shape)
     w = 4 if recipe.model.dtype == "float32" else 2
     trained = held.experts + (held.others if recipe.qat.train == "all" else 0)
     group = shape.layer_experts // layout.expert_parallel
-    sent = CODE_BYTES if held.even else w
+    sent, packed = CODE_BYTES if held.even else w, recipe.qat.teacher == "packed" and held.even
     tokens = recipe.qat.batch_size * recipe.data.sequence_length
     memory = {
         f"other weights ({recipe.model.dtype})": held.others * w,
-        f"teacher ({recipe.model.dtype})": 0 if recipe.qat.teacher == "disk" else (held.experts + held.others) * w,
+        f"teacher ({'experts FP8' if packed else recipe.model.dtype})": 0 if recipe.qat.teacher == "disk" else int(
+            held.experts * (FP8_BYTES if packed else w) + held.others * w),
         "gradients (float32)": trained * 4,
         "codes (sent, and of the last report)": int(held.experts * (sent + CODE_BYTES)),
         "one layer's gathered experts": int(group * (w + sent)),
@@ -115,11 +119,13 @@ def communication(recipe: Recipe, held: Placement, layout: Layout, shape: Shape)
     """Bytes that one rank receives per step, and which rows stay within a node when expert parallelism does."""
     qat, w = recipe.qat, 4 if recipe.model.dtype == "float32" else 2
     micro, holders, shards, ep = qat.gradient_accumulation, layout.expert_shards, layout.fsdp, layout.expert_parallel
-    group, far, taught = shape.experts // ep, (holders - 1) / holders, int(qat.teacher == "model")
+    group, far, taught = shape.experts // ep, (holders - 1) / holders, int(qat.teacher != "disk")
+    packed = qat.teacher == "packed" and held.even
     rows = {
-        f"all-gather of expert {'codes (4.25 bits)' if held.even else 'weights (uneven shards)'}": int(
+        f"all-gather of expert {'codes (4.25 bits)' if held.even else f'weights ({recipe.model.dtype})'}": int(
             2 * micro * group * (CODE_BYTES if held.even else w) * far),
-        f"all-gather of the teacher's experts ({recipe.model.dtype})": int(taught * micro * group * w * far),
+        f"all-gather of the teacher's experts ({'FP8' if packed else recipe.model.dtype})": int(
+            taught * micro * group * (FP8_BYTES if packed else w) * far),
         f"all-gather of everything else ({recipe.model.dtype})": int(
             (2 + taught) * micro * shape.others * w * (shards - 1) / shards),
         "reduce-scatter of gradients (float32)": int(micro * 4 * (group * far + (
@@ -148,6 +154,19 @@ def notes(held: Placement, layout: Layout, shape: Shape) -> list[str]:
         lines.append(f"{E} experts are not divided evenly by {layout.fsdp} ranks: not codes but rounded weights are gathered; "
                      f"{' or '.join(str(n * layout.replicas) for n in sorted(near))} ranks divide them")
     return lines
+
+
+def under_zero3(recipe: Recipe, tensors: list, shape: Shape, layout: Layout) -> tuple[Placement, list[str]]:
+    """(what a rank holds of flat runs, lines about it). Raises ValueError: see `qat.zero3`."""
+    from qat.zero3 import require_supported, require_whole_blocks
+
+    require_supported(recipe, layout.ranks)
+    require_whole_blocks(tensors, layout.ranks)
+    held = Placement(-(-shape.experts // layout.ranks), -(-shape.others // layout.ranks), shape.experts_per_layer, 0, False)
+    gigabytes = (shape.experts + shape.others) * (4 if recipe.model.dtype == "float32" else 2) / 1e9
+    return held, [f"ZeRO-3 over {layout.ranks} ranks: expert values travel in {recipe.model.dtype}, not codes",
+                  f"while loading every rank has the whole model in host memory, {gigabytes:,.0f} GB, student and teacher in "
+                  "turn"]
 
 
 @dataclass(frozen=True)
@@ -181,5 +200,5 @@ def proposals(recipe: Recipe, model, *, gpus: int, available: int, activations: 
 
 def tokens_per_second(recipe: Recipe, shape: Shape, *, mfu: float, peak_tflops: float) -> float:
     """Of one accelerator, under the assumption of the module's text."""
-    passes = (recipe.qat.teacher == "model") + 3 + recipe.qat.gradient_checkpointing
+    passes = (recipe.qat.teacher != "disk") + 3 + recipe.qat.gradient_checkpointing
     return mfu * peak_tflops * 1e12 / (2 * passes * shape.active)

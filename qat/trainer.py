@@ -73,11 +73,21 @@ def run(recipe: Recipe, *, resume: bool, max_steps: int | None, other_processes:
     Raises:
         ValueError: a mistake in the recipe or its files. OSError: a file cannot be written. NonFinite: see there.
     """
-    if recipe.cluster is not None and recipe.cluster.sharding != "ddp":
-        from qat.sharded import ShardedTrainer
+    return trainer_of(recipe, resume=resume, other_processes=other_processes).run(max_steps)
 
-        return ShardedTrainer(recipe, resume=resume).run(max_steps)  # whose checkpoints fit any number of processes
-    return Trainer(recipe, resume=resume, other_processes=other_processes).run(max_steps)
+
+def trainer_of(recipe: Recipe, *, resume: bool, other_processes: bool = False) -> Trainer:
+    """The trainer of the recipe's `cluster.sharding`."""
+    sharding = "ddp" if recipe.cluster is None else recipe.cluster.sharding
+    if sharding == "ddp":
+        return Trainer(recipe, resume=resume, other_processes=other_processes)
+    if sharding == "zero3":
+        from qat.zero3 import Zero3Trainer
+
+        return Zero3Trainer(recipe, resume=resume)
+    from qat.sharded import ShardedTrainer
+
+    return ShardedTrainer(recipe, resume=resume)  # whose checkpoints fit any number of processes
 
 
 class Trainer(TrainingRun):
@@ -112,18 +122,13 @@ class Trainer(TrainingRun):
         self.attach(model)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        optimizer = make_optimizer([*self.quantizer.masters, *self.others], settings.optimizer)
-        if settings.scales.method == "learned":
-            optimizer.add_param_group({"params": self.quantizer.shifts, "lr": settings.scales.learning_rate,
-                                       "weight_decay": 0.0})
+        optimizer = self.make_optimizer()
         schedule = make_schedule(optimizer, settings.steps, settings.optimizer)
         self.state = TrainingState(self.quantizer, OscillationControl(self.quantizer, settings.oscillation, settings.steps),
                                    Health(model, self.quantizer, self.accelerator))
         # The schedule is stepped once per update by hand, so Accelerate's per-process multiplication is not wanted.
         self.schedule = schedule
-        # evaluation_mode: no DistributedDataParallel wrapper (see the module's text).
-        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
+        self.prepare(model, optimizer)
         self._open_folder(resume, newest)
         if self.states is not None:
             self.states.replace_teacher()
@@ -141,16 +146,32 @@ class Trainer(TrainingRun):
         self.quantizer = make_quantizer(model, self.recipe)
         self.others = [p for _, p in self.trained_others(model)]
 
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        settings = self.recipe.qat
+        optimizer = make_optimizer([*self.quantizer.masters, *self.others], settings.optimizer)
+        if settings.scales.method == "learned":
+            optimizer.add_param_group({"params": self.quantizer.shifts, "lr": settings.scales.learning_rate,
+                                       "weight_decay": 0.0})
+        return optimizer
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        # evaluation_mode: no DistributedDataParallel wrapper (see the module's text).
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.optimizer, self.loader = self.accelerator.prepare(optimizer, self.loader)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.accelerator.backward(loss)
+
     def teacher_again(self) -> nn.Module:
         """The original model from its files, where it did not stay in memory."""
         model = self.load_model().to(self.accelerator.device)
         use_all_experts(model)
         return model.eval().requires_grad_(False)
 
-    def originals(self) -> list[torch.Tensor]:
-        """The unquantized experts (this rank's), in the quantizer's order."""
+    def originals(self) -> Iterator[torch.Tensor]:
+        """The unquantized experts (this rank's), in the quantizer's order, one at a time."""
         weights = (self.teacher.get_parameter(t.name).data for t in self.quantizer.tensors)
-        return [getattr(weight, "_local_tensor", weight) for weight in weights]
+        return (getattr(weight, "_local_tensor", weight) for weight in weights)
 
     def trained_others(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         experts = {t.name for t in self.quantizer.tensors}
@@ -249,7 +270,7 @@ class Trainer(TrainingRun):
         for part, share in zip(rows, self._shares([part["input_ids"] for part in rows]), strict=True):
             with self.accelerator.accumulate(self.model):
                 values = self._losses(part, share)
-                self.accelerator.backward(values["loss"])
+                self.backward(values["loss"])
             self.state.batches += 1
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() / settings.gradient_accumulation

@@ -222,9 +222,10 @@ class QAT(Section):
     soft_rounding: SoftRounding = Field(default_factory=SoftRounding)
     grid_pull: GridPull = Field(default_factory=GridPull)
     average_last: Fraction = Field(0.0, description="round the mean of the masters over this last share of the run")
-    teacher: Literal["model", "disk"] = Field(
-        "model", description="model: the original weights in memory; disk: its last hidden states of all rows that are trained "
-        "on, computed once (the same KL, no second model in memory, no pass of it in a step)")
+    teacher: Literal["model", "packed", "disk"] = Field(
+        "model", description="model: the original weights in memory; packed: its experts in the FP8 codes of the base, decoded "
+        "layer by layer (sharded, of an FP8 base; elsewhere as model); disk: its last hidden states of all rows that are "
+        "trained on, computed once (the same KL, no second model in memory, no pass of it in a step)")
     teacher_gib: PositiveFloat = Field(64.0, description="limit of those states on disk, for all ranks")
     evaluation_dtype: Literal["model", "float32"] = Field("model", description="float32: final evaluation on float32 copies")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
@@ -412,12 +413,14 @@ class Cluster(Section):
     accelerators_per_node: PositiveInt = 1
     memory_gib: PositiveFloat = Field(description="memory of one accelerator")
     sharding: Literal["ddp", "zero3", "fsdp2"] = Field("ddp", description="fsdp2: weights and optimizer state are divided; "
-                                                       "ddp: every process holds all; zero3: refused, with the reason")
+                                                       "ddp: every process holds all; zero3: the same by DeepSpeed, which "
+                                                       "can do less")
     expert_parallel: PositiveInt = Field(1, description="ranks that divide the experts of a layer among them")
     replicas: PositiveInt = Field(1, description="copies of the sharded model; gradients are averaged over them")
     hang_minutes: PositiveFloat = Field(10.0, description="a job of several processes that makes no progress for this long "
                                         "after its first step is stopped and says which rank is behind")
-    offload_optimizer: bool = Field(False, description="keep master weights and optimizer state in host memory")
+    offload_optimizer: bool = Field(False, description="keep master weights and optimizer state in host memory (zero3)")
+    offload_weights: bool = Field(False, description="keep the weights' shards in host memory as well (zero3)")
     host_memory_gib: PositiveFloat | None = Field(None, description="host memory of one node, for offload_optimizer")
     network_gb_per_s: PositiveFloat | None = Field(None, description="GB/s that one accelerator receives from other nodes")
     link_gb_per_s: PositiveFloat | None = Field(None, description="GB/s that one accelerator receives within its node")

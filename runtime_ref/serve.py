@@ -140,6 +140,9 @@ def load(options: argparse.Namespace, ranks, tokenizer):
         if shown:
             print(f"\rloading {done} of {of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
 
+    if ranks.rank == 0 and options.backend.startswith("triton") and options.launch != "ops":
+        report(f"--launch {options.launch}: ways to launch are compared first; where kernels were never compiled before, that "
+               "takes a minute or two (Triton keeps them in its cache folder)", 0)
     engine = Engine.from_folder(
         options.folder, ranks=ranks, dtype=torch.float32 if options.dtype == "float32" else torch.bfloat16,
         backend=options.backend, launch=options.launch, drafter=not options.no_drafter,

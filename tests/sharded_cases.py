@@ -8,14 +8,11 @@ import torch
 SHARDED = ("cluster.memory_gib=1.0", "cluster.sharding=fsdp2")
 
 
-def trainer_of(recipe: Path, overrides, *, resume: bool = False):
-    from qat.sharded import ShardedTrainer
-    from qat.trainer import Trainer
+def made(recipe: Path, overrides, *, resume: bool = False):
+    from qat.trainer import trainer_of
     from recipes.load import load_recipe
 
-    loaded = load_recipe(recipe, list(overrides))
-    sharded = loaded.cluster is not None and loaded.cluster.sharding != "ddp"
-    return (ShardedTrainer if sharded else Trainer)(loaded, resume=resume)
+    return trainer_of(load_recipe(recipe, list(overrides)), resume=resume)
 
 
 def state_of(trainer) -> dict:
@@ -36,7 +33,7 @@ def train(rank: int, recipe: Path, cases: dict) -> dict:
     for name, overrides in cases.items():
         words = {o for o in overrides if "=" not in o or o.startswith("stop=")}
         stop = next((int(o.removeprefix("stop=")) for o in words if o.startswith("stop=")), None)
-        trainer = trainer_of(recipe, [f"name={name.partition('/')[0]}", *(o for o in overrides if o not in words)],
+        trainer = made(recipe, [f"name={name.partition('/')[0]}", *(o for o in overrides if o not in words)],
                              resume="--resume" in words)
         seen, record = [], trainer.record
         trainer.record = lambda values, *rest, seen=seen, record=record: (seen.append(values), record(values, *rest))
@@ -45,7 +42,7 @@ def train(rank: int, recipe: Path, cases: dict) -> dict:
         results[name] = {"losses": [v["loss"] for v in seen], "norms": [v["grad_norm"] for v in seen],
                          "step": trainer.state.step, **state_of(trainer)}
         if getattr(trainer, "whole", True) is False:
-            results[name]["sent"] = [(g.sent, g.gathers) for g in trainer.quantizer.gathers]
+            results[name]["sent"] = [(g.sent, g.gathers) for g in getattr(trainer.quantizer, "gathers", ())]
         if "finish" in words:
             trainer.finish()
         if trainer.main:

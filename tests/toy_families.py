@@ -57,12 +57,15 @@ def pack(folder: Path, form: str) -> Path:
     """Stores a base of `write_base` as releases are: "fp8" (128 x 128 blocks), "mxfp4" (gpt-oss's own form of its experts) or
     "compressed-tensors" (MXFP4 experts)."""
     from checkpoint.fp8 import quantize_fp8
+    from modeling.configuration_mimo_v2 import MiMoV2Config
     from mxfp4 import quantize
 
     tensors, packed = load_file(folder / "model.safetensors"), {}
+    config = json.loads((folder / "config.json").read_text())
+    grids = MiMoV2Config.from_dict(config) if config["model_type"] == "mimo_v2" else None  # scales begin anew with each head
     for name, t in tensors.items():
         if form == "fp8" and t.ndim == 2 and name.endswith("proj.weight"):
-            packed[name], packed[name + "_scale_inv"] = quantize_fp8(name, t)
+            packed[name], packed[name + "_scale_inv"] = quantize_fp8(name, t, grids)
         elif form == "mxfp4" and name.endswith(("gate_up_proj", "down_proj")) and t.ndim == 3:
             pairs = [quantize(expert.T.float().contiguous()) for expert in t]
             packed[name + "_blocks"] = torch.stack([c.unflatten(-1, (-1, 16)) for c, _ in pairs])
@@ -75,6 +78,5 @@ def pack(folder: Path, form: str) -> Path:
     save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
     methods = {"fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]}, "mxfp4": {"quant_method": "mxfp4"},
                "compressed-tensors": {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}}
-    config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": methods[form]}))
     return folder

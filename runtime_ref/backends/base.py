@@ -33,7 +33,7 @@ class Capabilities:
         name: as in reports and on the command line.
         float32: whether it can compute in float32, so that it can be exact.
         single_ops: whether `Backend.ops` can be called one by one.
-        verifies_on_device: whether logits stay where a kernel can verify drafts and sample (`engine.accept_on_device`).
+        verifies_on_device: whether drafts, tokens and verdicts are chosen where the logits are (`engine.accept_on_device`).
         packed_weights: whether a step reads experts as codes and scales and other weights in bf16, as the file has them; else
             float32 copies.
         mxfp8_activations: whether activations are rounded to MXFP8 where they enter experts.
@@ -158,13 +158,10 @@ class Backend(ABC):
                              "auto or ops; the triton backend has persistent and graph")
         return LaunchReport({"target": "ops"} | ({} if drafter is None else {"drafter": "ops"})), drafter
 
-    def check_waits(self, drafter: Drafter | None) -> None:
-        """Called after each step, before its tokens are used.
-
-        Raises:
-            WaitGivenUp: a program or rank gave up waiting inside a launch of the step or of its drafts.
-        """
-        return  # ops that run one after another do not wait
+    def wait_flags(self, drafter: Drafter | None) -> list[torch.Tensor]:
+        """int32 on the device, not zero where a program or rank gave up waiting inside a launch of a step or of its drafts: to
+        be read before anything of the step is used. Empty where nothing waits inside launches."""
+        return []
 
     def plan_of_rows(self):
         """A step of eight rows without a sequence, for `ops` that look at rows only."""

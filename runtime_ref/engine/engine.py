@@ -232,11 +232,17 @@ class Engine:
         if drafting and self.drafter.one_call and all(likeliest(scheduled[i].sequence.params) for i in drafting):
             buffers, proposals = self._round(scheduled, chunks, drafting)
             verified = verify_likeliest(buffers["best"], scheduled, chunks, proposals)
+        elif self.backend.capabilities.verifies_on_device:
+            from runtime_ref.engine.accept_on_device import run_on_device
+
+            requests = dict(zip(drafting, self._requests([scheduled[i] for i in drafting]), strict=True))
+            buffers, proposals, verified = run_on_device(self.backend, self.program, self.drafter, scheduled, chunks, requests)
         else:
             proposals = self._draft([scheduled[i] for i in drafting])
             for i in drafting:
                 chunks[i].tokens += proposals[scheduled[i].sequence.id].tokens
-            buffers, verified = self._computed(self.backend.plan(chunks), scheduled, chunks, proposals)
+            buffers = self.backend.run(self.program, self.backend.plan(chunks))
+            verified = verify_likeliest(buffers["best"], scheduled, chunks, proposals) if "best" in buffers else {}
         self._counts["steps"] += 1
         outputs, row = [], 0
         for item, chunk in zip(scheduled, chunks, strict=True):
@@ -248,19 +254,6 @@ class Engine:
         if self.adaptive is not None and len(scheduled) == 1 and not scheduled[0].reads_prompt:
             self.adaptive.took(scheduled[0].drafts, len(chunks[0].tokens) - 1, time.thread_time() - began)
         return sorted(outputs, key=lambda o: o.id)
-
-    def _computed(self, step, scheduled: list[ScheduledSequence], chunks: list[SequenceChunk],
-                  proposals: dict[int, Proposal]) -> tuple[dict, dict[int, VerifyResult]]:
-        """Buffers of a step, and what the backend itself could verify, by sequence."""
-        if not self.backend.capabilities.verifies_on_device:
-            buffers = self.backend.run(self.program, step)
-            return buffers, verify_likeliest(buffers["best"], scheduled, chunks, proposals) if "best" in buffers else {}
-        from runtime_ref.engine.accept_on_device import verify_on_device
-
-        buffers = self.backend.run(self.program, step, host=False)
-        verified = verify_on_device(buffers["logits"], scheduled, chunks, proposals)
-        self.backend.check_waits(self.drafter)
-        return buffers, verified
 
     def _requests(self, drafting: list[ScheduledSequence]) -> list[DraftRequest]:
         """What the drafter is asked; from then on it has seen what was pending."""

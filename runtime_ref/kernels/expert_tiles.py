@@ -31,12 +31,19 @@ def _multiply(page, lower_x, upper_x, acc, at, ROWS: tl.constexpr, DEPTH: tl.con
 
 
 @triton.jit
-def prefetch_lines(page, BYTES: tl.constexpr, PTX: tl.constexpr):
-    """Asks for a power of two of bytes to be brought into the second-level cache; changes nothing else."""
+def prefetch(lines):
+    """Asks for lines (pointers) to be brought into the second-level cache; changes nothing else. Only where PTX is."""
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def prefetch_lines(page, BYTES: tl.constexpr, SIZE: tl.constexpr, PTX: tl.constexpr):
+    """Asks for a power of two of bytes of SIZE that there are."""
     if PTX and BYTES > 0:
-        lines = page + tl.arange(0, BYTES // 128) * 128
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False,
-                                  pack=1)
+        at = tl.arange(0, BYTES // 128) * 128
+        if BYTES > SIZE:
+            at = tl.minimum(at, SIZE - 1)
+        prefetch(page + at)
 
 
 @triton.jit
@@ -75,7 +82,7 @@ def open_chunk(down, plan, ready, failed, slot, chunk, row, M: tl.constexpr, UP:
     """A down chunk's first page (BYTES a chunk), which of the rows are filled, and their assignments. The pages are on their
     way while it waits for the slot's gate-up tiles."""
     page = down + (tl.load(plan + 2 * M + slot).to(tl.int64) * DOWN + chunk) * BYTES
-    prefetch_lines(page, PREFETCH, PTX)
+    prefetch_lines(page, PREFETCH, BYTES, PTX)
     filled = row < tl.load(plan + 3 * M + slot)
     assignment = tl.load(plan + 4 * M + slot * _WIDE + row, mask=filled, other=0)
     if WAIT:

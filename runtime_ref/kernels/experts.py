@@ -5,7 +5,8 @@ to bf16, between SwiGLU and down; the reference rounds after every operation), s
 
 *Slots.* A slot is an expert together with up to eight of its tokens; an expert with nine tokens has two slots. Slots are the
 unit of work because tokens lie on the narrow side (8 columns) of a tensor-core instruction whose wide side are 16 rows of
-weights. Every program derives the same slots from the router result and writes the same bytes into `plan`.
+weights. Every program derives the same slots from the router result and writes the same bytes into `plan`. (Not packed: a slot
+for every choice of a token. For few tokens, whose experts are nearly all different, that saves the comparisons.)
 
 *Work list.* First the gate-up tiles of all slots, then their down chunks, in an order that is data (`order`): a program takes
 every P-th entry, or draws a ticket for the next one. A down chunk waits until its own slot's gate-up tiles are counted in
@@ -36,7 +37,7 @@ import triton.language as tl
 
 from mxfp4.format import BLOCK_SIZE
 from runtime_ref.kernels.experimental.blackwell_mxfp4 import native_down_chunk, native_gate_up_tile, round_rows_kernel
-from runtime_ref.kernels.expert_tiles import TOKENS_PER_SLOT, down_chunk, gate_up_tile
+from runtime_ref.kernels.expert_tiles import TOKENS_PER_SLOT, down_chunk, gate_up_tile, prefetch_lines
 from runtime_ref.kernels.mxfp4_decode import narrow
 from runtime_ref.kernels.repack import ExpertPages
 from runtime_ref.kernels.sync import signal_ranks
@@ -82,6 +83,35 @@ def _plan_slots(index, plan, assignments, E, M: tl.constexpr):
     tl.store(plan + 4 * M + own * _WIDE + rank % _WIDE, i, mask=valid)
     tl.debug_barrier()
     return tl.sum(opens, 0)
+
+
+@triton.jit
+def _list_slots(index, plan, assignments, E, M: tl.constexpr):
+    """The same for one assignment a slot: nothing is compared, and an expert with several tokens is read once for each. An
+    assignment that means no expert has a slot without rows. Returns the number of assignments."""
+    i = tl.arange(0, M)
+    mine = tl.load(index + i, mask=i < assignments, other=-1)
+    valid = (mine >= 0) & (mine < E)
+    tl.store(plan + 2 * M + i, tl.where(valid, mine, 0), mask=i < assignments)
+    tl.store(plan + 3 * M + i, valid.to(tl.int32), mask=i < assignments)
+    tl.store(plan + 4 * M + i * _WIDE, i, mask=i < assignments)
+    tl.debug_barrier()
+    return assignments
+
+
+@triton.jit
+def _ask_ahead(position, order, plan, up, down, slots, up_entries, down_entries, K_UP, M: tl.constexpr, UP: tl.constexpr,
+               DOWN: tl.constexpr, UP_PAGE: tl.constexpr, DOWN_CHUNK: tl.constexpr, AHEAD: tl.constexpr, PTX: tl.constexpr):
+    """Asks for the first bytes of the weights of an entry that is still to come."""
+    if position < up_entries + down_entries:
+        entry = tl.load(order + position)
+        slot = entry // (UP if position < up_entries else DOWN)
+        if slot < slots:
+            expert = tl.load(plan + 2 * M + slot).to(tl.int64)
+            if position < up_entries:
+                prefetch_lines(up + (expert * UP + entry % UP) * K_UP * UP_PAGE, AHEAD, UP_PAGE, PTX)
+            else:
+                prefetch_lines(down + (expert * DOWN + entry % DOWN) * DOWN_CHUNK, AHEAD, DOWN_CHUNK, PTX)
 
 
 @triton.jit
@@ -138,13 +168,18 @@ def experts_work(x, up, down, index, weight, order, plan, inner, partial, residu
                  DOWN_ROWS: tl.constexpr, DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
                  PREFETCH: tl.constexpr, TICKETS: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr,
                  FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr, RESIDUAL: tl.constexpr, RANKS: tl.constexpr,
-                 HW_FP4: tl.constexpr):
+                 HW_FP4: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr):
     """What one program does for one call of the experts; see `experts_kernel`.
 
     With RANKS > 1, whoever has stored a chunk of `out` tells all ranks so: flag `place` + chunk becomes `epoch`.
     """
     COLUMNS: tl.constexpr = TILES * DOWN_ROWS
-    slots = _plan_slots(index, plan, N * A, E, M)
+    UP_PAGE: tl.constexpr = UP_ROWS * UP_DEPTH // 2 + UP_ROWS * UP_DEPTH // 32
+    DOWN_CHUNK: tl.constexpr = TILES * PARTS * K_DOWN * (DOWN_ROWS * DOWN_DEPTH // 2 + DOWN_ROWS * DOWN_DEPTH // 32)
+    if PACKED:
+        slots = _plan_slots(index, plan, N * A, E, M)
+    else:
+        slots = _list_slots(index, plan, N * A, E, M)
     position = tl.program_id(0)
     if TICKETS:
         position = tl.atomic_add(control, 1, sem="relaxed")
@@ -152,6 +187,9 @@ def experts_work(x, up, down, index, weight, order, plan, inner, partial, residu
         position += up_entries
     while position < up_entries:
         following = _next(position, control, TICKETS)
+        if PTX and AHEAD > 0:
+            _ask_ahead(following, order, plan, up, down, slots, up_entries, down_entries, K_UP, M, UP, DOWN, UP_PAGE,
+                       DOWN_CHUNK, AHEAD, PTX)
         entry = tl.load(order + position)
         slot = entry // UP
         if slot < slots:
@@ -167,6 +205,9 @@ def experts_work(x, up, down, index, weight, order, plan, inner, partial, residu
     if PHASE != 1:
         while position < up_entries + down_entries:
             following = _next(position, control, TICKETS)
+            if PTX and AHEAD > 0:
+                _ask_ahead(following, order, plan, up, down, slots, up_entries, down_entries, K_UP, M, UP, DOWN, UP_PAGE,
+                           DOWN_CHUNK, AHEAD, PTX)
             entry = tl.load(order + position)
             slot = entry // DOWN
             chunk = entry % DOWN
@@ -212,7 +253,7 @@ def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, resi
                    DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
                    TICKETS: tl.constexpr, WAIT: tl.constexpr, POLL_LIMIT: tl.constexpr, PTX: tl.constexpr,
                    FLOAT_DOT: tl.constexpr, PHASE: tl.constexpr = 0, RESIDUAL: tl.constexpr = False,
-                   HW_FP4: tl.constexpr = False):
+                   HW_FP4: tl.constexpr = False, PACKED: tl.constexpr = True, AHEAD: tl.constexpr = 0):
     """One call of the experts. `run_experts` documents and fills the arguments.
 
     control: int32 [3]: tickets drawn, programs that left, failed. PHASE 1 or 2 runs only gate-up or only down (with WAIT
@@ -221,7 +262,7 @@ def experts_kernel(x, up, down, index, weight, order, plan, inner, partial, resi
     experts_work(x, up, down, index, weight, order, plan, inner, partial, residual, out, ready, arrived, control, N, H, E,
                  up_entries, down_entries, K_UP, part_stride, None, 0, 0, 0, A, M, UP, DOWN, TILES, K_DOWN, PARTS, KEEP,
                  UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, TICKETS, WAIT, POLL_LIMIT, PTX, FLOAT_DOT,
-                 PHASE, RESIDUAL, 1, HW_FP4)
+                 PHASE, RESIDUAL, 1, HW_FP4, PACKED, AHEAD)
 
 
 @dataclass(frozen=True)
@@ -230,7 +271,8 @@ class Launch:
 
     programs: of the persistent grid, all resident unless `tickets`. chunk_tiles: row tiles of a down chunk (rounded down to
     a divisor of their number). prefetch: bytes of a down chunk asked for before waiting, 0 or a power of two from 128 on.
-    ptx, float_dot: False, True in the interpreter.
+    ahead: the same, of the entry after the one that is computed. packed: an expert's tokens share its slots; False: a slot for
+    every assignment, without a plan, for few tokens. ptx, float_dot: False, True in the interpreter.
     """
 
     programs: int
@@ -238,7 +280,9 @@ class Launch:
     stages: int = 3
     chunk_tiles: int = 4
     prefetch: int = 16384
+    ahead: int = 0
     tickets: bool = True
+    packed: bool = True
     ptx: bool = True
     float_dot: bool = False
     polls: int = POLLS
@@ -265,7 +309,9 @@ class Workspace:
         device = pages.up.device
         self.tokens, self.choices, self.launch, self.hw_fp4 = tokens, choices, launch, pages.hw_fp4
         self.stride = triton.next_power_of_2(max(tokens * choices, 16))
-        self.slots = min(tokens * choices, pages.experts * -(-tokens // TOKENS_PER_SLOT))
+        self.slots = tokens * choices
+        if launch.packed:
+            self.slots = min(self.slots, pages.experts * -(-tokens // TOKENS_PER_SLOT))
         row_tiles = pages.down.shape[1]
         self.chunk_tiles = launch.chunk(row_tiles)
         self.chunks = row_tiles // self.chunk_tiles
@@ -303,7 +349,7 @@ def kernel_arguments(x: torch.Tensor, index: torch.Tensor, weight: torch.Tensor,
         "DOWN_ROWS": pages.down_tile.rows, "DOWN_DEPTH": pages.down_tile.depth,
         "EVEN": pages.hidden % pages.up_tile.depth == 0, "STAGES": launch.stages, "PREFETCH": launch.prefetch,
         "TICKETS": launch.tickets, "WAIT": True, "POLL_LIMIT": launch.polls, "PTX": launch.ptx, "FLOAT_DOT": launch.float_dot,
-        "RESIDUAL": residual is not None, "HW_FP4": pages.hw_fp4}
+        "RESIDUAL": residual is not None, "HW_FP4": pages.hw_fp4, "PACKED": launch.packed, "AHEAD": launch.ahead}
 
 
 def rounded_bytes(values: int) -> int:

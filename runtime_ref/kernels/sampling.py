@@ -13,9 +13,9 @@ References: `torch.argmax`, `sampler.sample`, and `speculative.accept` with rule
 unless the uniform number lies within the rounding of a float64 sum of a boundary between two tokens (the order of the sum and
 the last place of the exponential differ).
 
-Penalties, top-k, top-p, min-p and rule "rejection" stay with `engine.sampler` (`can_verify`): they are a contract that
-drafting must not change, and a vocabulary-wide sort belongs to no megakernel. Who judges a sequence follows from its own
-parameters alone, so other rows cannot change its tokens.
+Penalties, top-k, top-p, min-p and rule "rejection" are not here (`can_verify`) but in `engine.device_sampling`: a
+vocabulary-wide sort belongs to no megakernel. Who judges a sequence follows from its own parameters alone, so other rows cannot
+change its tokens.
 """
 
 from __future__ import annotations

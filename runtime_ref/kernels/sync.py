@@ -6,14 +6,20 @@ lines. Polls are limited: a lost signal becomes a flag that the host reads, not 
 
 `wait_for` is per datum. `grid_barrier` joins all programs of a launch, which then must all be resident at once: launch
 cooperatively, with no more programs than fit. Its counter is never reset: the caller counts epochs, so there is no race
-between leaving one barrier and entering the next. `all_reduce_rows` joins ranks instead of programs, in a launch of its own;
-`signal_ranks` and `wait_ranks` are its halves for one tile inside a longer kernel, with work in between.
+between leaving one barrier and entering the next. By default all poll the counter on which they arrive; with FLAG the last one
+to arrive raises a flag on a line of its own, and polls do not stand in the way of arrivals. `all_reduce_rows` joins ranks
+instead of programs, in a launch of its own; `signal_ranks` and `wait_ranks` are its halves for one tile inside a longer kernel,
+with work in between.
 
 Rejected: `tl.atomic_poll` (not in triton 3.6), relaxed or volatile polling (not portable), resetting counters in barriers.
 """
 
 import triton
 import triton.language as tl
+
+# Behind the counter of a barrier, in int32: the next line of the cache. A barrier's memory is twice that.
+RELEASE_FLAG = 32
+_RELEASE_FLAG = tl.constexpr(RELEASE_FLAG)
 
 
 @triton.jit
@@ -28,11 +34,22 @@ def wait_for(counter, target, failed, POLLS: tl.constexpr, ACROSS_RANKS: tl.cons
 
 
 @triton.jit
-def grid_barrier(counter, epoch, failed, POLLS: tl.constexpr):
-    """Joins all programs. `epoch` is 1 for the first barrier on `counter` since it was zero, then 2, …"""
+def grid_barrier(counter, epoch, failed, POLLS: tl.constexpr, FLAG: tl.constexpr = False):
+    """Joins all programs. `epoch` is 1 for the first barrier on `counter` since it was zero, then 2, …
+
+    Args:
+        counter: int32: arrivals; with FLAG, `RELEASE_FLAG` further on, the epoch that all may leave.
+    """
     tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release", scope="gpu")
-    wait_for(counter, epoch * tl.num_programs(0), failed, POLLS, False)
+    if FLAG:
+        # The last one has acquired what all others released; what it releases then covers theirs too.
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == epoch * tl.num_programs(0) - 1:
+            tl.atomic_xchg(counter + _RELEASE_FLAG, epoch, sem="release", scope="gpu")
+        else:
+            wait_for(counter + _RELEASE_FLAG, epoch, failed, POLLS, False)
+    else:
+        tl.atomic_add(counter, 1, sem="release", scope="gpu")
+        wait_for(counter, epoch * tl.num_programs(0), failed, POLLS, False)
     tl.debug_barrier()
 
 

@@ -28,10 +28,11 @@ MULTIPROCESSORS = {"H200": (132, 1.98e9), "B200": (148, 1.85e9)}
 LANES_PER_CLOCK = 128
 # Share of the bandwidth that an expert kernel is to reach at a verification block: the goal, and beyond it.
 GOALS = {"goal": 0.7, "moonshot": 0.8}
-USERS = (1, 8, 64)
-DOLLARS_PER_GPU_HOUR = 3.0  # an assumption, to turn tokens per second into a price
 # What others have published, on 2026-11-30: (what, figure, source). Not measured here, and not on the same model.
 PUBLISHED = (
+    ("one user, MiMo-V2.5-Pro with its drafter, TileRT (kernels closed), 8 GPUs", "1,000 tokens/s, 1,200 at best",
+     "tile-ai/TileRT, README, 2026-06-08"),
+    ("one user, the same model on an open engine, 8 x RTX PRO 6000", "157 tokens/s", "local-inference-lab/vllm#85"),
     ("one user, DeepSeek-V4-Flash with FP4 experts, SGLang 0.5.16, 4 x H200", "1.72 ms per token, 581 tokens/s",
      "sgl-project/sglang#33109"),
     ("one user, Qwen3.5-397B-A17B NVFP4, TokenSpeed, 8 x B200", "580 tokens/s at best", "pytorch.org/blog, 2026-05-27"),
@@ -125,27 +126,6 @@ def lane_instructions_per_weight(card: str, fraction: float = 1.0) -> float:
     return LANES_PER_CLOCK * processors * clock / weights_per_second
 
 
-def users_table(config: dict, *, tokens: int, acceptance: float, gpus: int, distinct_share: float) -> list[str]:
-    """Tokens per second of one user and of all, and dollars per million tokens, for each number of USERS and each card.
-
-    At the goal's share of the bandwidth and 5 us per all-reduce. Users' blocks are verified in one step, so they share what is
-    read; keys and values are not counted, of which each user reads its own.
-    """
-    lines = [f"  users at {GOALS['goal']:.0%} and 5 us: tokens/s of each, of all, dollars per million at "
-             f"${DOLLARS_PER_GPU_HOUR:.2f} per GPU hour (an assumption)"]
-    for card, bandwidth in BANDWIDTH.items():
-        cells = []
-        for users in USERS:
-            seconds = step_seconds(step_bytes(config, users * tokens, distinct_share=distinct_share), gpus=gpus,
-                                   bandwidth=bandwidth, fraction=GOALS["goal"], all_reduces=all_reduces_per_step(config),
-                                   all_reduce_seconds=5e-6)
-            each = acceptance / seconds
-            dollars = gpus * DOLLARS_PER_GPU_HOUR / 3600 / (users * each) * 1e6
-            cells.append(f"{users}: {each:.0f}, {users * each:.0f}, ${dollars:.2f}")
-        lines.append(f"    {card:>7}   " + "   ".join(cells))
-    return lines
-
-
 def published() -> str:
     """Figures of others, to hold the limits against."""
     return "\n".join(["published by others, on other models and machines, not measured here:",
@@ -173,7 +153,6 @@ def report(name: str, config: dict, *, tokens: int, acceptance: float, gpus: int
     for card, bandwidth in BANDWIDTH.items():
         rate = 1 / step_seconds(single, gpus=gpus, bandwidth=bandwidth)
         lines.append(f"  without a drafter, {card}: {rate:.0f} tokens/s at most")
-    lines += users_table(config, tokens=tokens, acceptance=acceptance, gpus=gpus, distinct_share=distinct_share)
     distinct, layer = experts_call(config, tokens, gpus)
     lines.append(f"  one MoE layer on one of {gpus} ranks: {layer / 1e6:.0f} MB, " + ", ".join(
         f"{layer / bandwidth * 1e6:.1f} us on {card}" for card, bandwidth in BANDWIDTH.items())

@@ -6,7 +6,7 @@ go one way, and are applied between two steps; outputs go the other way.
 Outputs stay pending until the engine has computed for a while, longer the more requests are open: an event for each token of
 a small model costs the event loop (and through the interpreter's lock the engine) more than a tenth of the token, and nobody
 reads faster. The CPU time of the engine's thread is counted, not wall time: on a busy machine a step takes long without
-computing more. No output is pending for longer than a tenth of a second. First tokens and ends are flushed at once, and so is
+computing more. No output is pending for longer than a quarter of a second. First tokens and ends are flushed at once, and so is
 everything when the engine has nothing to do or a step computes for longer.
 
 With several ranks, rank 0's commands are broadcast before each step, so that all ranks make the same calls in the same order
@@ -44,7 +44,8 @@ WATCH_SECONDS, LOOP_SECONDS = 0.5, 5.0
 STOP_SECONDS = 5.0  # for the step that the engine is in when the server ends
 # CPU time of the engine between two flushes, at least, and for each open request: an event costs 0.1 to 0.4 ms of it.
 FLUSH_SECONDS, FLUSH_SECONDS_PER_REQUEST = 0.02, 0.0025
-LONGEST_PENDING_SECONDS = 0.1
+# However little it computes, on a machine that is busy with something else: a reader still sees four updates a second.
+LONGEST_PENDING_SECONDS = 0.25
 
 
 def due(waited: float, computed: float, requests: int) -> bool:

@@ -430,7 +430,7 @@ class _Writer(Emitter):
         self._set(operation, results)
 
 
-ACCESSES = (None, "load", "store", "atomic")
+ACCESSES = (None, "load", "store", "atomic", "prefetch")
 
 
 def _inside(pointer: Value, indices: Sequence[str], kind: int) -> str:

@@ -12,7 +12,7 @@ import re
 _BITS = {"i8": 8, "i16": 16, "bf16": 16, "f16": 16, "i32": 32, "f32": 32, "i64": 64}
 _INSTRUCTIONS = {"and.b32": "{0} & {1}", "or.b32": "{0} | {1}", "shl.b32": "{0} << {1}", "shr.b32": "{0} >> {1}",
                  "mov.u32": "{0}", "mul.rn.bf16x2": "mul_pair({0}, {1})"}
-_IGNORED = ("prefetch.global.L2",)
+_PREFETCH = "prefetch.global.L2"  # does nothing, but must lie inside of the kernel's tensors where that is checked
 MULTIPLY = """
 #ifndef PTX
 #define PTX
@@ -59,10 +59,12 @@ def ptx_body(name: str, rest: str, sources: list[str], results: list[str], pack:
             lines.append(f"uint32_t {line.split(None, 1)[1].removeprefix('.b32 ')};")
             continue
         instruction, operands = line.split(None, 1)
-        if instruction in _IGNORED:
+        if instruction == _PREFETCH:
+            source = int(re.search(r"\$(\d+)", operands)[1]) - len(results)
+            lines.append(f"prefetched(*(const void *const *)s{source});")
             continue
         if instruction not in _INSTRUCTIONS:
-            raise ValueError(f"PTX {instruction} in {line!r}: expected one of {', '.join((*_INSTRUCTIONS, *_IGNORED))}")
+            raise ValueError(f"PTX {instruction} in {line!r}: expected one of {', '.join((*_INSTRUCTIONS, _PREFETCH))}")
         target, *inputs = (re.sub(r"\$(\d+)", r"r[\1]", operand.strip()) for operand in operands.split(","))
         lines.append(f"{target} = {_INSTRUCTIONS[instruction].format(*inputs)};")
     at = 0

@@ -227,6 +227,14 @@ def test_the_plan_counts_the_target_that_the_job_loads(draft_recipe, loaded, dty
     assert plan.memory[f"target, whole ({dtype})"] == parameters * getattr(torch, dtype).itemsize
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_plan_tells_of_layers_that_vllm_cannot_group(draft_recipe, layers):
+    from dflash_train.plan import make_plan
+
+    notes = make_plan(load_recipe(draft_recipe, [f"drafter.num_hidden_layers={layers}"])).notes
+    assert any("vLLM does not start" in note and "at most 1 layers" in note for note in notes) == (layers == 2)
+
+
 def test_the_plan_takes_a_dense_target_as_training_does(draft_recipe, tmp_path):
     from transformers import Qwen3Config
 

@@ -116,7 +116,7 @@ def test_ranks_without_experts_are_counted_and_the_nearest_sizes_named():
     assert any("1 of 32 experts of a layer on each rank, none on 16 ranks" in note for note in found.notes)
     assert any("32 experts are not divided evenly by 48 ranks" in note and "16 or 32 ranks divide them" in note
                for note in found.notes)
-    assert "all-gather of expert weights (uneven shards)" in found.communication
+    assert "all-gather of expert weights (bfloat16)" in found.communication
 
 
 def test_groups_that_do_not_divide_the_experts_are_refused():
@@ -137,3 +137,16 @@ def test_the_cheapest_layout_of_so_many_gpus_is_proposed_with_hours_price_and_th
     assert "GPU-hours" in said and "assumed, not measured: 8% of 989 TFLOP/s" in said
     said = run_job("qat/train.py", "recipes/qwen3-235b.yaml", "--plan", "--gpus", 8, expect=2)
     assert "no layout fits: 8 ranks" in said and "GiB of 73.6 usable" in said
+
+
+def test_zero3_holds_flat_runs_and_sends_values_and_what_it_cannot_divide_is_refused_with_the_numbers():
+    options = ("cluster.sharding=zero3", "qat.warm_start.method=none", "qat.optimizer.name=adamw", "cluster.expert_parallel=1")
+    fsdp, zero = plan("qwen3-moe.yaml", "cluster.expert_parallel=1"), plan("qwen3-moe.yaml", *options)
+    assert zero.memory["masters (float32)"] == fsdp.memory["masters (float32)"] == 4 * zero.groups["experts"] // zero.ranks
+    codes = fsdp.communication["all-gather of expert codes (4.25 bits)"]
+    assert zero.communication["all-gather of expert weights (bfloat16)"] == pytest.approx(codes * 64 / 17)
+    assert any("61 GB, student and teacher in turn" in line for line in zero.notes)
+    with pytest.raises(ValueError, match="on 7 ranks are runs of .* a block of 32 would be cut; expected fsdp2, or 6 ranks"):
+        plan("qwen3-moe.yaml", *options, "cluster.accelerators_per_node=7")
+    with pytest.raises(ValueError, match="blocks of 32 run along dimension 1"):
+        plan("gpt-oss-20b.yaml", *options)

@@ -110,9 +110,10 @@ def read_tensors(folder: Path, shards: list[LocalShard]) -> dict[str, dict[str, 
         if name not in by_name:
             raise ValueError(f"{folder}: has {kind} of {name}, a parameter that this run does not train")
         shard, shape = by_name[name], entry.size
-        if shape[0] != shard.parameter.shape[0] or kind == "master" and shape != shard.parameter.shape:
+        here = [shard.parameter.shape[0], *shard.local.shape[1:]]
+        if shape[0] != here[0] or kind == "master" and list(shape) != here:
             raise ValueError(f"{folder}: does not fit this recipe's model: {name}: shape {list(shape)} in the checkpoint, "
-                             f"{list(shard.parameter.shape)} here")
+                             f"{here} here")
         tensor = torch.empty((shard.local.shape[0], *shape[1:]), dtype=entry.properties.dtype, device=shard.local.device)
         local.setdefault(kind, {})[name] = tensor
         state[key] = shard.as_global(tensor)

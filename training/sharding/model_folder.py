@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -54,7 +54,8 @@ def folder_of_all_ranks(final: Path, accelerator) -> Iterator[Path]:
     accelerator.wait_for_everyone()
 
 
-def write_model(model: nn.Module, folder: Path, rounded: Callable[[str], torch.Tensor | None], dtype: torch.dtype) -> None:
+def write_model(model: nn.Module, folder: Path, rounded: Callable[[str], torch.Tensor | None], dtype: torch.dtype,
+                whole: Callable[[torch.Tensor], AbstractContextManager] = nullcontext) -> None:
     """Writes config.json, files of tensors and their index; every rank calls it.
 
     Args:
@@ -62,6 +63,7 @@ def write_model(model: nn.Module, folder: Path, rounded: Callable[[str], torch.T
         folder: exists already on every rank.
         rounded: parameter name -> this rank's rows as they are to be published, or None for a parameter to publish as it is.
         dtype: of all parameters in the folder.
+        whole: puts a parameter together on every rank for as long as it lasts, for other shards than FSDP's.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -71,14 +73,15 @@ def write_model(model: nn.Module, folder: Path, rounded: Callable[[str], torch.T
     for number, (name, parameter) in enumerate(model.named_parameters()):
         values = rounded(name)
         if values is None:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            if number % world == rank:
-                files.add(revert_weight_conversion(model, {name: whole.detach().to("cpu", dtype, copy=True)}))
+            with whole(parameter):
+                all_of_it = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                if number % world == rank:
+                    files.add(revert_weight_conversion(model, {name: all_of_it.detach().to("cpu", dtype, copy=True)}))
             continue
         if not _per_expert(model, parameter, name):
-            whole = _gathered(values, parameter)
+            all_of_it = _gathered(values, parameter)
             if number % world == rank:
-                files.add(revert_weight_conversion(model, {name: whole.detach().cpu()}))
+                files.add(revert_weight_conversion(model, {name: all_of_it.detach().cpu()}))
             continue
         first = owned_rows(parameter).start
         if values.shape[0] and _is_first_copy(parameter):

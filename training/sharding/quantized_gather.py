@@ -71,11 +71,28 @@ class QuantizedGather:
         if self.packed is None:
             fake_quantize_(self.values[:self.rows], source, scale_rule=self.scale_rule, axis=self.axis)
             return
-        codes, scales = self._split(self.packed)
         for row in range(self.rows):
-            made = quick_codes(source[row].movedim(self.axis - 1, -1), self.scale_rule)
-            for part, bytes_made in zip((codes, scales), made, strict=True):
-                part[row].movedim(self.axis - 1, -1).copy_(bytes_made)
+            w = source[row].movedim(self.axis - 1, -1)
+            rounded = fake_quantize_(torch.empty_like(w, memory_format=torch.contiguous_format), w, scale_rule=self.scale_rule)
+            self._pack(row, rounded, block_scales(w, scale_rule=self.scale_rule))
+
+    @torch.no_grad()
+    def put(self, values: torch.Tensor, scales: torch.Tensor | None) -> None:
+        """Makes rounded values what the next gathers send.
+
+        Args:
+            values: float32, of the master's shape. scales: E8M0 bytes of the blocks that they are exact on; None: of no grid,
+                which only a gather that is not `even` can send.
+        """
+        if self.packed is None:
+            self.values[:self.rows].copy_(values)
+            return
+        for row in range(self.rows):
+            self._pack(row, *(part[row].movedim(self.axis - 1, -1) for part in (values, scales)))
+
+    def _pack(self, row: int, rounded: torch.Tensor, scales: torch.Tensor) -> None:
+        for part, made in zip(self._split(self.packed), (codes_at_scales(rounded, scales), scales), strict=True):
+            part[row].movedim(self.axis - 1, -1).copy_(made)
 
     def rounded(self, dtype: torch.dtype) -> torch.Tensor:
         """What this rank sends, decoded: [rows, ., .]."""
@@ -115,15 +132,16 @@ class QuantizedGather:
         return None
 
 
-def quick_codes(w: torch.Tensor, scale_rule: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mxfp4.quantize` of float32 [., n], bit for bit, in half its time: values rounded by `mxfp4.fake_quant` are divided by
-    their scales, which is exact, instead of compared with midpoints."""
-    rounded = fake_quantize_(torch.empty_like(w, memory_format=torch.contiguous_format), w, scale_rule=scale_rule)
-    scales = block_scales(w, scale_rule=scale_rule)
+def codes_at_scales(rounded: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Codes [., n / 2] of float32 values [., n] that lie on the grid of their blocks' scales [., n / 32].
+
+    With values rounded by `mxfp4.fake_quant` that is `mxfp4.quantize`, bit for bit, in half its time: a division by the scale,
+    which is exact, instead of comparisons with midpoints.
+    """
     units = (rounded.unflatten(-1, (-1, BLOCK_SIZE)) / scale_values(scales)[..., None]).flatten(-2)
     halves = units.abs().mul_(2).to(torch.int32)
-    codes = _codes_of_halves(w.device)[halves] | units.signbit().to(torch.uint8) << 3
-    return codes[..., 0::2] | codes[..., 1::2] << 4, scales
+    codes = _codes_of_halves(rounded.device)[halves] | units.signbit().to(torch.uint8) << 3
+    return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
 @functools.cache

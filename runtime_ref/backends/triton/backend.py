@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -35,13 +36,17 @@ from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.batch import SequenceChunk, lay_out
 from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import KvCache
-from runtime_ref.core.launch_report import LaunchReport, WaitGivenUp
+from runtime_ref.core.launch_report import LaunchReport
 from runtime_ref.core.program import Op, run_ops
 from runtime_ref.core.tensor_parallel import SINGLE_RANK, Ranks
 from runtime_ref.kernels import launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.experts import MAX_TOKENS, Launch, Workspace, run_experts
 from runtime_ref.kernels.launches import Tiling
+
+# How the experts' work is handed out in calls of up to so many tokens: changes of `experts.Launch` ("tickets", "packed",
+# "ahead"). Nothing is changed until the GPU suite has measured it (its table of tokens).
+DISPATCH: dict[int, dict] = {BLOCK: {}, MAX_TOKENS: {}}
 
 
 class TritonBackend(Backend):
@@ -145,11 +150,9 @@ class TritonBackend(Backend):
 
         return choose_launch(asked, self, program, drafter, cache, running, context)
 
-    def check_waits(self, drafter: Drafter | None) -> None:
+    def wait_flags(self, drafter: Drafter | None) -> list[torch.Tensor]:
         flags = [t for runner in (self.runner, drafter) if isinstance(runner, StepRunner) for t in runner.flags()]
-        flags += [space.control[2:] for space in self._spaces.values()]
-        if flags and bool(torch.cat(flags).any()):
-            raise WaitGivenUp(f"rank {self.ranks.rank}: a program gave up waiting inside a launch; the step is not used")
+        return flags + [space.control[2:] for space in self._spaces.values()]
 
     def _layer(self, index: int):
         return self.kernel_weights.layers[index]
@@ -262,9 +265,10 @@ class TritonBackend(Backend):
 
     def space(self, pages, tokens: int) -> Workspace:
         """Scratch of the experts for so many tokens, shared by all layers."""
-        size = next(n for n in (BLOCK, MAX_TOKENS) if n >= tokens)
+        size = next(n for n in DISPATCH if n >= tokens)
         if size not in self._spaces:
-            self._spaces[size] = Workspace(pages, size, self.config.num_experts_per_tok, self.launch)
+            launch = replace(self.launch, **DISPATCH[size])
+            self._spaces[size] = Workspace(pages, size, self.config.num_experts_per_tok, launch)
         return self._spaces[size]
 
     def op_target_hidden(self, step, layer, x):

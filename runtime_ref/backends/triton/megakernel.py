@@ -29,7 +29,15 @@ from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE
 from runtime_ref.core.program import Op
 from runtime_ref.kernels.attention import CHUNK_PAGES, attention_constants
-from runtime_ref.kernels.experimental.megakernel import STAGES, SUMS, Instruction, launch_options, step_kernel
+from runtime_ref.kernels.experimental.megakernel import (
+    BARRIER,
+    STAGES,
+    SUMS,
+    Instruction,
+    Tuning,
+    launch_options,
+    step_kernel,
+)
 from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
 from runtime_ref.kernels.experts import MAX_TOKENS, POLLS, Workspace
 from runtime_ref.kernels.launches import Heads, Matrix
@@ -55,8 +63,45 @@ def encode_program(program: list[Op], layers: list[KernelLayer], arena: Arena, p
             instruction = replace(instruction, place=stored.index(op.layer))
         elif op.name in SUMS:
             instruction = replace(instruction, count=sum(other.name == op.name for other in program), ordinal=seen[op.name])
+        rows.append(instruction)
+    matrices = [_matrix_of(op.name, layers[op.layer]) if op.layer >= 0 else None for op in program]
+    return torch.tensor(with_next(rows, matrices), dtype=torch.int32)
+
+
+def _matrix_of(op: str, layer: KernelLayer) -> torch.Tensor | None:
+    """The matrix that an op reads whatever its input is."""
+    match op:
+        case "enter_full" | "enter_window":
+            return layer.qkv.w
+        case "merge_add":
+            return layer.o.w
+        case "norm_gate_up":
+            return layer.gate_up.w
+        case "down_add":
+            return layer.down.w
+        case "norm_route":
+            return layer.router.w
+    return None
+
+
+def with_next(instructions: list[Instruction], matrices: list[torch.Tensor | None]) -> list[list[int]]:
+    """The encoded instructions, each with the matrix that comes next.
+
+    Attention has none of its own, so that of the op behind it comes next; behind the router the experts do, which are not known
+    yet.
+
+    Args:
+        matrices: of each instruction.
+    """
+    rows = []
+    for i, instruction in enumerate(instructions):
+        at = i + 2 if i + 1 < len(instructions) and instructions[i + 1].op.startswith("attend") else i + 1
+        w = matrices[at] if at < len(matrices) else None
+        if w is not None:
+            instruction = replace(instruction, next_weight=instructions[at].weight, next_rows=w.shape[0],
+                                  next_width=w.shape[1] * w.element_size())
         rows.append(instruction.encode())
-    return torch.tensor(rows, dtype=torch.int32)
+    return rows
 
 
 def _weights_of(op: str, layer: KernelLayer | None, arena: Arena) -> Instruction:
@@ -119,8 +164,9 @@ class Megakernel(StepRunner):
         ValueError: layers of one kind that differ in what is compiled in; ranks without memory that they share.
     """
 
-    def __init__(self, backend: TritonBackend, program: list[Op], programs: int = 1, polls: int = POLLS):
-        self.backend, self.programs, self.polls = backend, programs, polls
+    def __init__(self, backend: TritonBackend, program: list[Op], programs: int = 1, polls: int = POLLS,
+                 tuning: Tuning = Tuning()):  # noqa: B008 (frozen)
+        self.backend, self.programs, self.polls, self.tuning = backend, programs, polls, tuning
         self.source, self.program = program, fused(program)
         self.target_layers = [op.layer for op in self.program if op.name == "target_hidden"]
         weights, device = backend.kernel_weights, backend.device
@@ -129,7 +175,7 @@ class Megakernel(StepRunner):
         self.spaces = {}
         if any(layer.pages is not None for layer in weights.layers):
             pages = next(layer.pages for layer in weights.layers if layer.pages is not None)
-            launch = replace(backend.launch, tickets=False, programs=programs, polls=polls, stages=STAGES)
+            launch = replace(backend.launch, tickets=False, programs=programs, polls=polls, stages=STAGES, packed=tuning.packed)
             self.spaces = {n: Workspace(pages, n, backend.config.num_experts_per_tok, launch) for n in (BLOCK, MAX_TOKENS)}
         self.scratch = self._scratch()
         self.symmetric = self._symmetric()
@@ -147,7 +193,8 @@ class Megakernel(StepRunner):
                  "MLP_FP8": used_once([a.gate_up.scales is not None for a in layers if a.gate_up], "FP8 dense layers"),
                  "DENSE": any(a.gate_up for a in layers), "MOE": any(a.router for a in layers), "BN": tiling.columns,
                  "BK": tiling.depth, "ROUTE_BN": tiling.experts, "ROUTE_BK": tiling.router_depth, "COPY": tiling.block,
-                 "POLLS": self.polls, "FLOAT_DOT": tiling.float_dot}
+                 "POLLS": self.polls, "FLOAT_DOT": tiling.float_dot, "PTX": backend.launch.ptx,
+                 "AHEAD": self.tuning.ahead, "FLAG": self.tuning.release_flag}
         for kind, prefix in _KINDS.items():
             own = [layer for layer in layers if layer.kind == kind]
             found[kind.upper()] = bool(own)
@@ -173,7 +220,7 @@ class Megakernel(StepRunner):
                  "inner": (R * config.intermediate_size, torch.bfloat16), "index": (R * A, torch.int32),
                  "weight": (R * A, torch.float32), "scores": (R * E, torch.float32)}
         found = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in sizes.items()}
-        counters = {"route_arrived": R // BLOCK, "barrier": 2, "failed": 1, "attend_arrived": R * most["queries"]}
+        counters = {"route_arrived": R // BLOCK, "barrier": BARRIER, "failed": 1, "attend_arrived": R * most["queries"]}
         return found | {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in counters.items()}
 
     def _symmetric(self) -> Symmetric:
@@ -227,7 +274,7 @@ class Megakernel(StepRunner):
             factor=float(router.factor) if router else 1.0, v_scale=value_scale(config.attention_value_scale),
             scratch=self.scratch, partial=scratch["partial"], stats=scratch["stats"], full=full, window=window,
         experts=experts, symmetric=self.symmetric)
-        return found.arguments(), self.constants | sizes
+        return found.arguments(), sizes | self.constants
 
     def _attention_scratch(self, kinds: dict[str, KindGlobals]) -> dict[str, torch.Tensor]:
         """Partial results of attention, grown to the largest step seen."""

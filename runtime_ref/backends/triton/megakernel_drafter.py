@@ -14,13 +14,13 @@ import triton
 
 from runtime_ref.backends.base import Drafter
 from runtime_ref.backends.triton.drafter import CONTEXT_ROWS, TritonDrafter
-from runtime_ref.backends.triton.megakernel import kind_constants
+from runtime_ref.backends.triton.megakernel import kind_constants, with_next
 from runtime_ref.backends.triton.megakernel_globals import NO_EXPERTS, ExpertGlobals, Globals, KindGlobals, value_scale
 from runtime_ref.backends.triton.steps import BLOCK, StepRunner
 from runtime_ref.core.batch import KIND, DraftRequest
 from runtime_ref.core.kv_cache import PAGE
 from runtime_ref.kernels.attention import CHUNK_PAGES
-from runtime_ref.kernels.experimental.megakernel import Instruction, launch_options, step_kernel
+from runtime_ref.kernels.experimental.megakernel import BARRIER, Instruction, Tuning, launch_options, step_kernel
 from runtime_ref.kernels.experimental.symmetric_memory import Symmetric
 from runtime_ref.kernels.experts import MAX_TOKENS, POLLS
 from runtime_ref.kernels.launches import Matrix
@@ -30,9 +30,12 @@ def encode_drafter(drafter: TritonDrafter) -> torch.Tensor:
     """int32 [1 + layers + 2 + 5 layers, FIELDS]; the first 1 + layers rows are for pending features only."""
     layers = len(drafter.layers)
 
-    def row(op: str, w: Matrix | None = None, gamma=None, extra=None, **more: int) -> list[int]:
+    matrices = []
+
+    def row(op: str, w: Matrix | None = None, gamma=None, extra=None, **more: int) -> Instruction:
+        matrices.append(w and w.w)
         weight, gamma, extra = (0 if t is None else drafter.arena.offset(t) for t in (w and w.w, gamma, extra))
-        return Instruction(op, weight=weight, gamma=gamma, extra=extra, **more).encode()
+        return Instruction(op, weight=weight, gamma=gamma, extra=extra, **more)
 
     rows = [row("fuse_hidden", drafter.fc, count=1, ordinal=1)]
     rows += [row("context", layer["context"], drafter.hidden_norm, layer["context_norm"], place=i)
@@ -44,7 +47,8 @@ def encode_drafter(drafter: TritonDrafter) -> torch.Tensor:
                  row("merge_add", layer["o"], count=layers, ordinal=i + 1),
                  row("norm_gate_up", layer["gate_up"], layer["post_norm"]),
                  row("down_add", layer["down"], count=layers, ordinal=i + 1)]
-    return torch.tensor([*rows, row("pick_norm_head")], dtype=torch.int32)
+    rows.append(row("pick_norm_head"))
+    return torch.tensor(with_next(rows, matrices), dtype=torch.int32)
 
 
 class MegakernelDrafter(StepRunner, Drafter):
@@ -53,7 +57,8 @@ class MegakernelDrafter(StepRunner, Drafter):
     Every rank runs its share of the drafter and of the head, whose logits are gathered afterwards.
     """
 
-    def __init__(self, drafter: TritonDrafter, programs: int = 1, polls: int = POLLS):
+    def __init__(self, drafter: TritonDrafter, programs: int = 1, polls: int = POLLS,
+                 tuning: Tuning = Tuning()):  # noqa: B008 (frozen)
         backend = drafter.backend
         self.drafter, self.backend, self.programs, self.polls = drafter, backend, programs, polls
         self.block, self.target_layers, self.pool = drafter.block, drafter.target_layers, drafter.pool
@@ -71,7 +76,8 @@ class MegakernelDrafter(StepRunner, Drafter):
             "GROUPS": 1, "TOP_GROUPS": 1, "NORMED": False, "BN": tiling.columns, "BK": tiling.depth,
             "ROUTE_BN": tiling.experts, "ROUTE_BK": tiling.router_depth, "COPY": tiling.block, "POLLS": polls,
             "RANKS": drafter.share.ranks.count, "F_PARTS": drafter.share.parts_o, "W_PARTS": 1,
-            "D_PARTS": drafter.share.parts_down, "FLOAT_DOT": tiling.float_dot}
+            "D_PARTS": drafter.share.parts_down, "FLOAT_DOT": tiling.float_dot, "PTX": backend.launch.ptx,
+            "AHEAD": tuning.ahead, "FLAG": tuning.release_flag}
         if drafter.causal:
             raise ValueError("dflash/config.json: a causal block; the megakernel wants one that is drafted at once")
         self.scratch = self._scratch()
@@ -88,7 +94,7 @@ class MegakernelDrafter(StepRunner, Drafter):
                  "heads": (heads.queries * R * heads.v, torch.bfloat16), "inner": (R * I, torch.bfloat16),
                  "features": (CONTEXT_ROWS * H, torch.float32)}
         found = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in sizes.items()}
-        counters = {"barrier": 2, "failed": 1, "attend_arrived": R * heads.queries, "route_arrived": 1, "index": 1}
+        counters = {"barrier": BARRIER, "failed": 1, "attend_arrived": R * heads.queries, "route_arrived": 1, "index": 1}
         found |= {name: torch.zeros(size, dtype=torch.int32, device=device) for name, size in counters.items()}
         return found | {"y": found["x"], "weight": found["features"], "scores": found["features"]}
 

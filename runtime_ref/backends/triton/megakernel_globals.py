@@ -18,7 +18,7 @@ from runtime_ref.kernels.repack import ExpertPages
 
 # Compile-time sizes of the experts, and what stands in their place in a program without them.
 NO_EXPERTS = {"M": 16, "UP": 1, "DOWN": 1, "TILES": 1, "K_DOWN": 1, "PARTS": 1, "UP_ROWS": 16, "UP_DEPTH": 64, "DOWN_ROWS": 16,
-              "DOWN_DEPTH": 64, "EVEN": True, "STAGES": 1, "PREFETCH": 0, "PTX": False}
+              "DOWN_DEPTH": 64, "EVEN": True, "STAGES": 1, "PREFETCH": 0, "PACKED": True}
 
 
 @dataclass

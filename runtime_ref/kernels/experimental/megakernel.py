@@ -40,10 +40,11 @@ import triton.language as tl
 
 from runtime_ref.kernels.attention import attend_tile
 from runtime_ref.kernels.dense import gather_tile, product_tile, project_tile, swiglu_tile
+from runtime_ref.kernels.expert_tiles import prefetch
 from runtime_ref.kernels.experts import experts_work
 from runtime_ref.kernels.mxfp4_decode import narrow
 from runtime_ref.kernels.routing import route_tile
-from runtime_ref.kernels.sync import grid_barrier, signal_ranks, sum_ranks, wait_ranks
+from runtime_ref.kernels.sync import RELEASE_FLAG, grid_barrier, signal_ranks, sum_ranks, wait_ranks
 
 OPS = ("embed", "enter_full", "enter_window", "attend_full", "attend_window", "merge_add", "norm_gate_up", "down_add",
        "norm_route", "experts_add", "target_hidden", "pick_norm_head", "fuse_hidden", "context")
@@ -63,6 +64,8 @@ class Instruction:
         count, ordinal: of an op that sums over ranks, how many of its kind the program has, and which of them this is, from 1
             on: with the number of launches they make the epoch of its flags. (`count` lies where gamma would: such an op has
             no norm before it.)
+        next_weight, next_rows, next_width: the matrix that programs read next, where it is known before this op ends: its
+            place, rows, and bytes of a row; no rows where it is not.
     """
 
     op: str
@@ -74,9 +77,12 @@ class Instruction:
     window: bool = False
     count: int = 0
     ordinal: int = 0
+    next_weight: int = 0
+    next_rows: int = 0
+    next_width: int = 0
 
     def encode(self) -> list[int]:
-        """FIELDS numbers: op, weight, scales, gamma or count, extra, place, geometry, ordinal.
+        """FIELDS numbers: op, weight, scales, gamma or count, extra, place, geometry, ordinal, and the three of what is next.
 
         Raises:
             ValueError: an op that the kernel does not know, or a norm before a sum.
@@ -86,13 +92,33 @@ class Instruction:
         if self.op in SUMS and (self.gamma or not 1 <= self.ordinal <= self.count):
             raise ValueError(f"{self}: an op that sums over ranks has no gamma, and an ordinal of 1 to count")
         return [OPS.index(self.op), self.weight, self.scales, self.count if self.op in SUMS else self.gamma, self.extra,
-                self.place, int(self.window), self.ordinal]
+                self.place, int(self.window), self.ordinal, self.next_weight, self.next_rows, self.next_width]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What changes the speed of a launch, and never a bit: which is best only a GPU can say (`measure.gpu_suite.steps`).
+
+    Attributes:
+        release_flag: programs wait for a barrier at a flag, not at the counter on which they arrive (`sync.grid_barrier`).
+        ahead: bytes that a program asks for before it needs them, 0 or a power of two from 128 on: of the experts' next entry
+            before it computes this one, and of its first tile of the next matrix before the barrier.
+        packed: see `experts.Launch`.
+    """
+
+    release_flag: bool = False
+    ahead: int = 0
+    packed: bool = True
 
 
 # Where `Instruction.encode` puts things.
-FIELDS = 8
-_OP, _WEIGHT, _SCALES, _GAMMA, _EXTRA, _PLACE, _GEOMETRY, _ORDINAL = (tl.constexpr(i) for i in range(FIELDS))
+FIELDS = 11
+_OP, _WEIGHT, _SCALES, _GAMMA, _EXTRA, _PLACE, _GEOMETRY, _ORDINAL, _NEXT, _NEXT_ROWS, _NEXT_WIDTH = (
+    tl.constexpr(i) for i in range(FIELDS))
 _COUNT = _GAMMA
+# int32 of a launch's barrier: arrivals, programs that left, and from `RELEASE_FLAG` on the line of the flag.
+BARRIER = 2 * RELEASE_FLAG
+_FLAG = tl.constexpr(RELEASE_FLAG)
 # Of a launch: warps of a program, registers of a thread. Pages of expert weights in flight: a multiprocessor holds one program
 # here, where the expert kernel alone has four with three pages each; memory is as far away.
 WARPS = 8
@@ -266,6 +292,20 @@ def _fuse_hidden(entry, arena, target_hidden, gamma, rows, x, features, buffers,
             t += tl.num_programs(0)
 
 
+@triton.jit
+def _ask_for_next(entry, arena, groups, BN: tl.constexpr, AHEAD: tl.constexpr):
+    """Asks for AHEAD bytes of this program's first tile of the matrix that comes next: the beginnings of BN rows. While others
+    still work on this op, or wait at its barrier, memory is idle otherwise."""
+    LINES: tl.constexpr = AHEAD // (128 * BN) if AHEAD > 128 * BN else 1
+    rows = tl.load(entry + _NEXT_ROWS)
+    first = tl.program_id(0) // groups * BN
+    if first < rows:
+        width = tl.load(entry + _NEXT_WIDTH)
+        i = tl.arange(0, AHEAD // 128)
+        row = tl.minimum(first + i // LINES, rows - 1)
+        prefetch(_bytes_at(arena, entry, _NEXT) + row.to(tl.int64) * width + tl.minimum(i % LINES * 128, width - 1))
+
+
 # What changes from step to step, or from rank to rank: a compilation for each of its values or divisors would cost seconds in
 # the middle of an answer. What is left are sizes of the model, whose divisors widths of accesses depend on.
 @triton.jit(do_not_specialize=["ops", "R", "wanted", "context", "full_width", "window_width", "full_chunks", "window_chunks",
@@ -292,7 +332,8 @@ def step_kernel(
         UP_DEPTH: tl.constexpr, DOWN_ROWS: tl.constexpr, DOWN_DEPTH: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
         PREFETCH: tl.constexpr, PTX: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ROUTE_BN: tl.constexpr,
         ROUTE_BK: tl.constexpr, RANKS: tl.constexpr, F_PARTS: tl.constexpr, W_PARTS: tl.constexpr, D_PARTS: tl.constexpr,
-        PARTS: tl.constexpr, COPY: tl.constexpr, POLLS: tl.constexpr, FLOAT_DOT: tl.constexpr):
+        PARTS: tl.constexpr, COPY: tl.constexpr, POLLS: tl.constexpr, FLOAT_DOT: tl.constexpr, PACKED: tl.constexpr,
+        AHEAD: tl.constexpr, FLAG: tl.constexpr):
     """Runs the instructions of `table`. `backends.triton.megakernel.Globals` documents and fills the arguments; lower-case ones
     change from step to step."""
     pid = tl.program_id(0)
@@ -362,7 +403,7 @@ def step_kernel(
                                  plan, expert_inner, expert_partial, x, x, ready, arrived, control, R, H, E, up_entries,
                                  down_entries, K_UP, 0, signals, rank, 0, 0, A, M, UP, DOWN, TILES, K_DOWN, PARTS, False,
                                  UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, False, True, POLLS, PTX,
-                                 FLOAT_DOT, 0, True, 1, False)
+                                 FLOAT_DOT, 0, True, 1, False, PACKED, AHEAD)
                 else:
                     COLUMNS: tl.constexpr = TILES * DOWN_ROWS
                     BLOCK: tl.constexpr = COLUMNS if COLUMNS < 128 else 128
@@ -372,7 +413,7 @@ def step_kernel(
                                  plan, expert_inner, expert_partial, x, own, ready, arrived, control, R, H, E, up_entries,
                                  down_entries, K_UP, R * H, signals, rank, 2 * places, epoch, A, M, UP, DOWN, TILES, K_DOWN,
                                  PARTS, True, UP_ROWS, UP_DEPTH, DOWN_ROWS, DOWN_DEPTH, EVEN, STAGES, PREFETCH, False, True,
-                                 POLLS, PTX, FLOAT_DOT, 0, False, RANKS, False)
+                                 POLLS, PTX, FLOAT_DOT, 0, False, RANKS, False, PACKED, AHEAD)
                     # Blocks of 128 columns, so that more programs add up than there are chunks.
                     t = pid
                     while t < tl.cdiv(H, BLOCK) * groups:
@@ -402,11 +443,14 @@ def step_kernel(
                 product_tile(t // head_groups, t % head_groups, x, head, final_norm, final_norm, head_rows, x, logits, wanted,
                              vocabulary, H, epsilon, 0, BN, BK, 0, True, True, False, 1, False, FLOAT_DOT)
                 t += tl.num_programs(0)
-        grid_barrier(barrier, i + 1, failed, POLLS)
-    # After the last barrier nobody polls the counter for a higher value: the last one to come here clears both.
+        if PTX and AHEAD > 0:
+            _ask_for_next(entry, arena, groups, BN, AHEAD)
+        grid_barrier(barrier, i + 1, failed, POLLS, FLAG)
+    # After the last barrier nobody polls for a higher value: the last one to come here clears everything.
     if tl.atomic_add(barrier + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(barrier, 0)
         tl.store(barrier + 1, 0)
+        tl.store(barrier + _FLAG, 0)
         tl.store(launches, tl.load(launches) + 1)
 
 

@@ -42,7 +42,16 @@ def launches(count: int, page_rows: int) -> list[Launch]:
     wide = [replace(plain, warps=8, programs=2 * count)] if page_rows >= 128 else []
     return [plain, replace(plain, programs=3 * count), replace(plain, programs=2 * count), replace(plain, stages=4),
             replace(plain, stages=2), replace(plain, chunk_tiles=2), replace(plain, chunk_tiles=8), replace(plain, prefetch=0),
-            replace(plain, tickets=False, programs=3 * count), *wide]
+            replace(plain, ahead=4096), replace(plain, packed=False), replace(plain, tickets=False, programs=3 * count), *wide]
+
+
+def dispatches(launch: Launch, count: int) -> dict[str, Launch]:
+    """Ways to hand out the work of a call, of which the best depends on the number of tokens: tickets or a static order of
+    slots that tokens share, and a slot for every choice."""
+    resident = min(launch.programs, 3 * count)  # of a cooperative launch
+    return {"tickets": replace(launch, tickets=True, packed=True),
+            "static": replace(launch, tickets=False, packed=True, programs=resident),
+            "a slot a choice": replace(launch, tickets=True, packed=False)}
 
 
 def variants(count: int) -> list[tuple[Tile, Launch]]:

@@ -122,13 +122,17 @@ def _sweep(report: dict) -> list[str]:
     peers = {name: {row["tokens"]: row for row in peer["sweep"]} for name, peer in report.get("peers", {}).items()
              if peer.get("sweep")}
     lines = ["## Tokens", "",
-             "| tokens | distinct experts | us | of pure read |"
+             "| tokens | distinct experts | us | of pure read | work handed out by |"
              + "".join(f" {name}, us (with its routing) |" for name in peers),
-             "|---|---|---|---|" + "---|" * len(peers)]
+             "|---|---|---|---|---|" + "---|" * len(peers)]
+    ways: dict[int, list[str]] = {}
+    for row in sorted(report.get("dispatch", []), key=lambda row: row["seconds"]):
+        ways.setdefault(row["tokens"], []).append(f"{row['dispatch']} {1e6 * row['seconds']:.1f}")
     for row in report["sweep"]:
         cells = [_peer_cell(times.get(row["tokens"])) for times in peers.values()]
         lines.append(f"| {row['tokens']} | {row['distinct']:.1f} | {1e6 * row['seconds']:.1f} | "
-                     f"{percent(row['share_of_read'])} |" + "".join(f" {cell} |" for cell in cells))
+                     f"{percent(row['share_of_read'])} | {', '.join(ways.get(row['tokens'], ['-']))} |"
+                     + "".join(f" {cell} |" for cell in cells))
     lines.append("")
     for name, peer in report.get("peers", {}).items():
         said = peer.get("missing") or peer["refused"] or f"{peer['version']}; timed: {peer['timed']}"
@@ -161,6 +165,7 @@ def _steps(report: dict) -> list[str]:
             ("drafter's round, megakernel", step["draft"], draft.get("launches")),
             ("verdict", step["verify"], (step["verify"] or {}).get("launches"))]
     lines += ["", "| | ms | launches |", "|---|---|---|", *(_step_row(*row) for row in rows), ""]
+    lines += _tuning(step)
     if "bytes_beyond_a_rank" in draft:
         lines += [f"The drafter's round reads {draft['bytes_beyond_a_rank'] / 1e6:.0f} MB more here than on one of eight.", ""]
     if "projected" not in step:
@@ -171,6 +176,20 @@ def _steps(report: dict) -> list[str]:
             "| " + " | ".join(step["projected"]["tokens_per_second"]) + " |",
             "|" + "---|" * len(step["projected"]["tokens_per_second"]),
             "| " + " | ".join(f"{rate:.0f}" for rate in step["projected"]["tokens_per_second"].values()) + " |", ""]
+
+
+def _tuning(step: dict) -> list[str]:
+    """Grid barriers of both kinds, and the megakernel's switches one by one."""
+    lines = []
+    barriers = {name: seconds for name, seconds in (step.get("barriers") or {}).items() if seconds is not None}
+    if barriers:
+        lines += ["Grid barrier: " + ", ".join(f"{name} {1e6 * s:.2f} us" for name, s in barriers.items()) + ".", ""]
+    if step.get("tuning"):
+        lines += ["| the megakernel's switches, each beside those that were faster before | ms | bits |", "|---|---|---|",
+                  f"| none | {1e3 * step['untuned_seconds']:.3f} | |",
+                  *(f"| {', '.join(f'{k} {v}' for k, v in row['tuning'].items())} | {1e3 * row['seconds']:.3f} | "
+                    f"{'equal' if row['equal'] else '**DIFFERENT**'} |" for row in step["tuning"]), ""]
+    return lines
 
 
 def _step_row(what: str, timed: dict | None, count: int | None) -> str:

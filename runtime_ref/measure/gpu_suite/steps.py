@@ -10,7 +10,7 @@ Every function also runs in Triton's interpreter at toy size (`device` "cpu"), w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 import triton
@@ -33,7 +33,7 @@ from runtime_ref.core.fusion import fused
 from runtime_ref.core.kv_cache import PAGE, KvCache
 from runtime_ref.core.program import run_op, target_program
 from runtime_ref.core.tensor_parallel import SHARES, SINGLE_RANK
-from runtime_ref.kernels.experimental.megakernel import WARPS
+from runtime_ref.kernels.experimental.megakernel import BARRIER, WARPS, Tuning
 from runtime_ref.kernels.launches import Tiling
 from runtime_ref.kernels.sampling import verify
 from runtime_ref.kernels.sync import grid_barrier
@@ -59,10 +59,10 @@ TOY = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 3, "hybrid_la
 
 
 @triton.jit
-def barrier_kernel(counter, failed, COUNT: tl.constexpr, POLLS: tl.constexpr):
+def barrier_kernel(counter, failed, COUNT: tl.constexpr, POLLS: tl.constexpr, FLAG: tl.constexpr):
     """COUNT grid barriers and nothing else."""
     for i in range(0, COUNT):
-        grid_barrier(counter, i + 1, failed, POLLS)
+        grid_barrier(counter, i + 1, failed, POLLS, FLAG)
 
 
 def rank_config(config: dict, ranks: int) -> MiMoV2Config:
@@ -245,14 +245,15 @@ def count_launches(call: Callable[[], object]) -> int | None:
     return kept(counted, "launches", []) or None
 
 
-def measure_steps(config: MiMoV2Config, time_graph, problems: list[str], *, position: int = 8192,
-                  reductions: int = 140) -> dict:
+def measure_steps(config: MiMoV2Config, time_graph, problems: list[str], *, position: int = 8192, reductions: int = 140,
+                  enough: Callable[[], bool] = lambda: True) -> dict:
     """G2 and G3 on this GPU; a megakernel that is wrong has no speed ("refused" says why).
 
     Args:
         config: of one rank (`rank_config`). time_graph: seconds of a list of calls (`gpu_suite`).
         problems: is told what failed; its place in the report is None.
         reductions: all-reduces of a step, for the projection.
+        enough: whether there is time for another variant of the megakernel.
     """
     def part(what: str, call: Callable[[], object]):
         return kept(call, f"a rank's step, {what}", problems)
@@ -266,10 +267,18 @@ def measure_steps(config: MiMoV2Config, time_graph, problems: list[str], *, posi
               "op_by_op": part("op by op", lambda: time_graph([lambda: backend.run(program, step, host=False)])),
               "walk": {"refused": wrong} if wrong else part(
                   "megakernel", lambda: _measure_megakernel(ready, programs, time_graph)),
-              "barrier_seconds": part("barriers", lambda: measure_barrier(programs, time_graph)),
+              "barriers": {name: part(f"barriers, {name}", lambda f=flag: measure_barrier(programs, time_graph, f))
+                           for name, flag in (("counter", False), ("release flag", True))},
               "verify": part("verdict", lambda: measure_verify(config, time_graph)),
               "draft": part("draft", lambda: measure_draft(ready, programs, time_graph)),
               "launches_op_by_op": count_launches(lambda: backend.run(program, step, host=False))}
+    report["barrier_seconds"] = min((s for s in report["barriers"].values() if s is not None), default=None)
+    if report["walk"] and "seconds" in report["walk"]:
+        plain = report["walk"]["seconds"]
+        report["untuned_seconds"] = plain
+        report["tuning"] = part("tuning", lambda: tune_megakernel(ready, programs, time_graph, plain, problems, enough)) or []
+        faster = [row for row in report["tuning"] if row["equal"] and row["seconds"] < plain]
+        report["walk"] |= min(faster, key=lambda row: row["seconds"], default={})
     steps = [row["seconds"] for row in (report["op_by_op"], report["walk"]) if row and "seconds" in row]
     draft = report["draft"]
     if steps and draft and "seconds" in draft:
@@ -287,17 +296,59 @@ def _measure_megakernel(ready: Prepared, programs: int, time_graph) -> dict:
     return timed | {"launches": launches, "barriers": len(megakernel.program), "refused": None}
 
 
-def measure_barrier(programs: int, time_graph) -> float:
-    """Seconds of a grid barrier among so many programs.
+# One switch of the megakernel after the other, each on top of what was found faster before.
+SWITCHES = ({"release_flag": True}, {"ahead": 4096}, {"ahead": 16384}, {"packed": False})
+
+
+def tune_megakernel(ready: Prepared, programs: int, time_graph, plain: float, problems: list[str],
+                    enough: Callable[[], bool] = lambda: True) -> list[dict]:
+    """The megakernel's switches (`Tuning`), one by one: a switch stays on if it makes the step faster, and the bits are those
+    of the untuned one.
+
+    Args:
+        plain: seconds of the untuned step. problems: is told what failed. enough: whether there is time for another.
+
+    Returns:
+        Rows of tuning, seconds, runs, equal; those that failed are left out.
+    """
+    step, best, least, rows = ready.step(8), Tuning(), plain, []
+    expected = Megakernel(ready.backend, ready.program, programs).run(step)
+    for switch in SWITCHES:
+        tuning = replace(best, **switch)
+        if not enough():
+            problems.append(f"a rank's step, {asdict(tuning)}: no time")
+            continue
+        row = kept(lambda t=tuning: _measure_tuned(ready, programs, time_graph, step, expected, t),
+                   f"a rank's step, {asdict(tuning)}", problems)
+        if row is None:
+            continue
+        rows.append(row)
+        if not row["equal"]:
+            problems.append(f"a rank's step, {asdict(tuning)}: other bits than untuned, or a wait was given up")
+        elif row["seconds"] < least:
+            best, least = tuning, row["seconds"]
+    return rows
+
+
+def _measure_tuned(ready: Prepared, programs: int, time_graph, step, expected: dict, tuning: Tuning) -> dict:
+    megakernel = Megakernel(ready.backend, ready.program, programs, tuning=tuning)
+    found = megakernel.run(step)
+    equal = all(torch.equal(found[name], t) for name, t in expected.items())
+    timed = time_graph([lambda: megakernel.run(step)])
+    return timed | {"tuning": asdict(tuning), "equal": equal and not megakernel.failed()}
+
+
+def measure_barrier(programs: int, time_graph, flag: bool = False) -> float:
+    """Seconds of a grid barrier among so many programs. flag: of its form with a release flag.
 
     Raises:
         RuntimeError: one was given up.
     """
-    counter, failed = (torch.zeros(1, dtype=torch.int32, device="cuda") for _ in range(2))
+    counter, failed = (torch.zeros(n, dtype=torch.int32, device="cuda") for n in (BARRIER, 1))
 
     def barriers():
         counter.zero_()
-        barrier_kernel[(programs,)](counter, failed, COUNT=BARRIERS, POLLS=1 << 22, num_warps=WARPS,
+        barrier_kernel[(programs,)](counter, failed, COUNT=BARRIERS, POLLS=1 << 22, FLAG=flag, num_warps=WARPS,
                                     launch_cooperative_grid=True)
 
     seconds = time_graph([barriers])["seconds"] / BARRIERS

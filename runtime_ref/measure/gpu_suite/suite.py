@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -50,6 +50,7 @@ TOKENS = 8
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
 CALLS, REPLAYS = 32, 7
 BANDWIDTH_BYTES = 4 << 30
+TUNING_SECONDS = 15  # of a variant of the megakernel, which is mostly its compilation
 
 
 @triton.jit
@@ -131,8 +132,9 @@ def _parts(plan: Plan, report: dict, checkpoint: Path | None, unfit: dict[str, s
     if plan.begins("training", "a training step"):
         yield kept(lambda: {"qat_step": measure_training(plan)}, "a training step", plan.refused)
     if plan.begins("steps", "a rank's step at full geometry"):
-        yield kept(lambda: {"step": gpu_steps.measure_steps(gpu_steps.rank_config(released_config("MiMo-V2.5-Pro"), RANKS),
-                                                            _time_graph, plan.refused)},
+        config = gpu_steps.rank_config(released_config("MiMo-V2.5-Pro"), RANKS)
+        yield kept(lambda: {"step": gpu_steps.measure_steps(
+            config, _time_graph, plan.refused, enough=lambda: plan.seconds_left("steps") >= TUNING_SECONDS)},
                    "a rank's step at full geometry", plan.refused)
     if plan.begins("engine", "the engine end to end"):
         if checkpoint is None:
@@ -180,14 +182,15 @@ def measure_training(plan: Plan) -> dict:
 
 
 def measure(plan: Plan, count: int, read: float | None, unfit: dict[str, str]) -> dict:
-    """Launch variants of the experts at 8 tokens, the first in any case, then the sweep with the best.
+    """Launch variants of the experts at 8 tokens, the first in any case, then the best one for every number of tokens, in each
+    way to hand out its work; the fastest of them is the sweep's.
 
     Args:
         read: bytes per second of a pure read, if that is known. unfit: why a variant is not to be measured, by its words.
     """
     config = released_config("MiMo-V2.5-Pro")
     hidden, inner, experts = config["hidden_size"], config["moe_intermediate_size"] // RANKS, config["n_routed_experts"]
-    report = {"experts": [], "sweep": []}
+    report = {"experts": [], "dispatch": [], "sweep": []}
     best, late = None, min(0.0, plan.seconds_left("experts") - PARTS["experts"])
     def pages_of(tile: Tile) -> ExpertPages | None:
         return kept(lambda: _random_pages(experts, hidden, inner, tile), f"pages of {tile.rows} rows", plan.refused)
@@ -213,10 +216,34 @@ def measure(plan: Plan, count: int, read: float | None, unfit: dict[str, str]) -
         if plan.seconds_left("experts") < late:
             plan.skipped.append(f"sweep, {tokens} tokens: no time")
             continue
-        row = kept(lambda n=tokens: _measure_experts(pages, launch, n, read), f"sweep, {tokens} tokens", plan.refused)
-        report["sweep"] += [] if row is None else [row]
+        rows = [kept(lambda n=name, l=own, t=tokens: _measure_dispatch(pages, n, l, t, read), f"sweep, {tokens} tokens, {name}",
+                     plan.refused) for name, own in gpu_checks.dispatches(launch, count).items()]
+        rows = [row for row in rows if row is not None]
+        report["dispatch"] += rows
+        right = [row for row in rows if not row["failed"]]
+        report["sweep"] += [min(right, key=lambda row: row["seconds"])] if right else []
     report["torch_bf16"] = kept(lambda: _measure_torch(hidden, inner), "torch in bf16", plan.refused)
     return report
+
+
+def _measure_dispatch(pages: ExpertPages, name: str, launch: Launch, tokens: int, read: float | None) -> dict:
+    """A row of the sweep.
+
+    Raises:
+        ArithmeticError: other bits than with tickets.
+    """
+    if not _same_bits(pages, launch, tokens):
+        raise ArithmeticError("other bits than with tickets")
+    return _measure_experts(pages, launch, tokens, read) | {"dispatch": name}
+
+
+def _same_bits(pages: ExpertPages, launch: Launch, tokens: int) -> bool:
+    """Whether a call has the bits of one by tickets."""
+    choices = released_config("MiMo-V2.5-Pro")["num_experts_per_tok"]
+    x, index, weight = gpu_checks.random_tokens(tokens, pages.hidden, pages.experts, choices, 0, "cuda")
+    return torch.equal(*(run_experts(x, index, weight, pages, Workspace(pages, tokens, choices, own),
+                                     torch.empty((tokens, pages.hidden), device="cuda"))
+                         for own in (launch, replace(launch, tickets=True, packed=True))))
 
 
 def _random_pages(experts: int, hidden: int, inner: int, tile: Tile) -> ExpertPages:

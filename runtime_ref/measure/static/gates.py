@@ -77,7 +77,7 @@ class Row:
 
 
 def experts_constants(tokens: int, tile: Tile, *, tickets: bool, ptx: bool, config: dict | None = None, ranks: int = 8,
-                      chunk_tiles: int = 4) -> dict:
+                      chunk_tiles: int = 4, packed: bool = True, ahead: int = 0) -> dict:
     """Compile-time arguments of the expert kernel for one rank's shard."""
     config = config or released_config("MiMo-V2.5-Pro")
     inner, choices = config["moe_intermediate_size"] // ranks, config["num_experts_per_tok"]
@@ -87,7 +87,7 @@ def experts_constants(tokens: int, tile: Tile, *, tickets: bool, ptx: bool, conf
             "UP_DEPTH": tile.depth, "DOWN_ROWS": tile.rows,
             "DOWN_DEPTH": tile.depth, "EVEN": config["hidden_size"] % tile.depth == 0, "STAGES": 3, "PREFETCH": 16384,
             "TICKETS": tickets, "WAIT": True, "POLL_LIMIT": 1 << 22, "PTX": ptx, "FLOAT_DOT": False, "PHASE": 0,
-            "RESIDUAL": False, "HW_FP4": tile.hw_fp4}
+            "RESIDUAL": False, "HW_FP4": tile.hw_fp4, "PACKED": packed, "AHEAD": ahead}
 
 
 def compile_kernel(kernel, constants: dict, target, changed: dict[str, str] | None = None, **options):
@@ -152,6 +152,7 @@ def rows() -> list[Row]:
     from runtime_ref.kernels import mxfp4_decode as decode
     from runtime_ref.kernels.experimental import blackwell_mxfp4 as blackwell_mxfp4
     from runtime_ref.kernels.experimental import megakernel as step
+    from runtime_ref.kernels.experimental.megakernel import Tuning
     from runtime_ref.measure.gpu_suite import suite as gpu_suite
     from runtime_ref.measure.static.kernel_arguments import draft_constants, small_kernels, step_constants
 
@@ -169,6 +170,10 @@ def rows() -> list[Row]:
                 constants = experts_constants(tokens, tile, tickets=tickets, ptx=True)
                 found.append(_nvidia_row(name, target, experts.experts_kernel, constants, tile,
                                          launch_cooperative_grid=not tickets))
+        for name, switch in {"a slot a choice": {"packed": False}, "4 KB ahead": {"ahead": 4096}}.items():
+            constants = experts_constants(8, tile, tickets=True, ptx=True, **switch)
+            found.append(_nvidia_row(f"experts_kernel, 8 tokens, tickets, {name}", target, experts.experts_kernel, constants,
+                                     tile))
         plain = {"all_reduce_rows, 8 ranks": (sync.all_reduce_rows, {"RANKS": 8, "BLOCK": 512, "POLLS": 1 << 22}),
                  "decode_kernel": (decode.decode_kernel, {"ROWS": 64, "DEPTH": 256, "PTX": True}),
                  "read_kernel": (gpu_suite.read_kernel, {"BLOCK": 16384})}
@@ -184,8 +189,10 @@ def rows() -> list[Row]:
                                  num_warps=8))
         shapes = experts_constants(8, tile, tickets=False, ptx=True)
         deep = shapes | {"STAGES": step.STAGES}
+        tuned = Tuning(release_flag=True, ahead=4096, packed=False)
         megakernels = {"8 tokens, sums over 8 ranks": step_constants(deep, 8),
-                 "drafter, block of 8, sums over 8 ranks": draft_constants(shapes, 8)}
+                       "drafter, block of 8, sums over 8 ranks": draft_constants(shapes, 8),
+                       "8 tokens, sums over 8 ranks, all switches": step_constants(deep, 8, tuned)}
         if target == "sm_90a":  # what one Hopper GPU runs of a rank
             megakernels["8 tokens"] = step_constants(deep, 1)
         for name, constants in megakernels.items():
@@ -262,6 +269,8 @@ multiprocessor), at most {LANE_INSTRUCTIONS} lane-instructions per weight in bot
 most {HW_FP4_LANE_INSTRUCTIONS:g} lane-instruction per weight. Its weights are copied 64 bits at a time, 16 values, which those
 tensor cores want padded to 16 bytes; the 128-bit loads are of activations. It changes numbers, so it is taken only where it is
 asked for.
+"A slot a choice", "4 KB ahead" and "all switches" (those two, and barriers with a release flag) are switches for a GPU to
+choose among (`Launch`, `Tuning`); they are held to the same gates.
 {verdict}
 
 {table}

@@ -5,7 +5,12 @@ Types of run-time arguments by name (`POINTERS`, `FLOATS`; everything else is in
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from runtime_ref.kernels.attention import CHUNK_PAGES, PAGE, attention_constants
+
+if TYPE_CHECKING:
+    from runtime_ref.kernels.experimental.megakernel import Tuning
 
 POINTERS = {"x": "bf16", "up": "u8", "down": "u8", "index": "i32", "weight": "fp32", "order": "i32", "plan": "i32",
             "inner": "bf16", "partial": "fp32", "residual": "bf16", "out": "bf16", "ready": "i32", "arrived": "i32",
@@ -73,13 +78,16 @@ def _megakernel(experts: dict) -> dict:
     return {"PAGE_": PAGE, "CHUNK": CHUNK_PAGES, "ROUTE_BN": 16, "ROUTE_BK": 32, "COPY": 1024,
             "POLLS": experts["POLL_LIMIT"], "F_PARTS": 1, "W_PARTS": 1, "D_PARTS": 1} | ROUTER | TILE | {
                 name: experts[name] for name in ("M", "UP", "DOWN", "TILES", "K_DOWN", "PARTS", "UP_ROWS", "UP_DEPTH",
-                                                 "DOWN_ROWS", "DOWN_DEPTH", "EVEN", "STAGES", "PREFETCH", "PTX")}
+                                                 "DOWN_ROWS", "DOWN_DEPTH", "EVEN", "STAGES", "PREFETCH", "PTX", "PACKED",
+                                                 "AHEAD")} | {"FLAG": False}
 
 
-def step_constants(experts: dict, ranks: int) -> dict:
+def step_constants(experts: dict, ranks: int, tuning: Tuning | None = None) -> dict:
     """Of the megakernel; `experts`: compile-time arguments of the expert kernel, static order."""
     found = {"FULL": True, "WINDOW": True, "DENSE": True, "MOE": True, "DRAFT": False, "HEAD_NORM": False, "QKV_FP8": True,
              "O_FP8": False, "MLP_FP8": True, "HAS_TARGET_HIDDEN": True, "RANKS": ranks} | _megakernel(experts)
+    if tuning is not None:
+        found |= {"FLAG": tuning.release_flag, "AHEAD": tuning.ahead, "PACKED": tuning.packed}
     return found | _kind("F", HEADS, None, TILE["BN"], False) | _kind("W", HEADS, 128, TILE["BN"], True)
 
 

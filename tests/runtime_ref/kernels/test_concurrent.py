@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install -e '.
 import triton
 import triton.language as tl
 
+from runtime_ref.kernels.experimental.megakernel import BARRIER
 from runtime_ref.kernels.experts import experts_kernel, kernel_arguments, run_experts
 from runtime_ref.kernels.sync import all_reduce_rows, grid_barrier, signal_ranks, sum_ranks, wait_ranks
 from tests.runtime_ref.kernels import expert_cases as cases
@@ -22,7 +23,7 @@ PROGRAMS = 3
 
 @triton.jit
 def ring_sums(values, sums, counter, failed, EPOCHS: tl.constexpr, LATE: tl.constexpr, WAIT: tl.constexpr,
-              POLLS: tl.constexpr):
+              POLLS: tl.constexpr, FLAG: tl.constexpr):
     """Each epoch: program p writes p + epoch, waits for all, sums what all wrote. A late program 0 tempts the others."""
     p = tl.program_id(0)
     count = tl.num_programs(0)
@@ -32,20 +33,20 @@ def ring_sums(values, sums, counter, failed, EPOCHS: tl.constexpr, LATE: tl.cons
                 tl.load(values)
         tl.store(values + (epoch % 2) * count + p, p + epoch)
         if WAIT:
-            grid_barrier(counter, epoch, failed, POLLS)
+            grid_barrier(counter, epoch, failed, POLLS, FLAG)
         total = 0
         for other in range(0, count):
             total += tl.load(values + (epoch % 2) * count + other)
         tl.store(sums + p * EPOCHS + epoch - 1, total)
 
 
-def run_ring(wait, late=0, missing=False):
+def run_ring(wait, late=0, missing=False, flag=False):
     epochs = 4
     values = shared(torch.full((2 * PROGRAMS,), -100, dtype=torch.int32))
-    sums, counter, failed = (shared(torch.zeros(shape, dtype=torch.int32)) for shape in ((PROGRAMS, epochs), 1, 1))
+    sums, counter, failed = (shared(torch.zeros(shape, dtype=torch.int32)) for shape in ((PROGRAMS, epochs), BARRIER, 1))
 
     def launch():
-        ring_sums[(1,)](values, sums, counter, failed, EPOCHS=epochs, LATE=late, WAIT=wait, POLLS=MANY)
+        ring_sums[(1,)](values, sums, counter, failed, EPOCHS=epochs, LATE=late, WAIT=wait, POLLS=MANY, FLAG=flag)
 
     if missing:
         def job(program):
@@ -59,16 +60,18 @@ def run_ring(wait, late=0, missing=False):
     return bool((sums == expected).all())
 
 
-def test_grid_barrier_joins_every_epoch():
-    assert run_ring(wait=True, late=300)
+@pytest.mark.parametrize("flag", [False, True])
+def test_grid_barrier_joins_every_epoch(flag):
+    assert run_ring(wait=True, late=300, flag=flag)
 
 
 def test_a_missing_barrier_is_found():
     assert not run_ring(wait=False, late=300)
 
 
-def test_a_program_that_never_arrives_is_a_found_deadlock():
-    codes = run_ring(wait=True, missing=True)
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_program_that_never_arrives_is_a_found_deadlock(flag):
+    codes = run_ring(wait=True, missing=True, flag=flag)
     assert codes[0] == 0 and codes[1:] == [None] * (PROGRAMS - 1)
 
 
@@ -106,9 +109,10 @@ def experts_at_once(**options):
     return codes, out, alone, space
 
 
-@pytest.mark.parametrize("tickets", [True, False])
-def test_several_programs_make_the_bits_of_one(tickets):
-    codes, out, alone, space = experts_at_once(tickets=tickets)
+@pytest.mark.parametrize("options", [{"tickets": True}, {"tickets": False}, {"tickets": False, "packed": False},
+                                     {"packed": False, "ahead": 256}], ids=str)
+def test_several_programs_make_the_bits_of_one(options):
+    codes, out, alone, space = experts_at_once(**options)
     assert codes == [0] * PROGRAMS
     assert torch.equal(out.view(torch.int32), alone.view(torch.int32))
     assert not space.ready.any() and not space.arrived.any() and not space.control.any()

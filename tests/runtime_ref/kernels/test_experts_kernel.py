@@ -93,10 +93,19 @@ def test_a_row_alone_has_the_bits_it_has_among_eight(pages):
         assert same_bits(alone, together[i:i + 1])
 
 
-@pytest.mark.parametrize("options", [{"tickets": False}, {"chunk_tiles": 1}, {"stages": 1}], ids=str)
+@pytest.mark.parametrize("options", [{"tickets": False}, {"chunk_tiles": 1}, {"stages": 1}, {"ahead": 1024}, {"packed": False},
+                                     {"packed": False, "tickets": False, "ahead": 128}], ids=str)
 def test_bits_do_not_depend_on_the_launch(pages, options):
     x, index, weight = cases.make_tokens(5)
+    index[1, 0], index[3] = -1, E
     assert same_bits(call(x, index, weight, pages, **options), call(x, index, weight, pages))
+
+
+def test_a_slot_for_every_choice_has_room_where_experts_are_few(pages):
+    """Eighteen choices of three experts: packed, they are at most eight slots."""
+    x, index, weight = cases.make_tokens(9)
+    assert cases.poisoned(pages, 9).slots == 8 and cases.poisoned(pages, 9, packed=False).slots == 18
+    assert same_bits(call(x, index, weight, pages, packed=False), call(x, index, weight, pages))
 
 
 def test_bits_do_not_depend_on_the_order_of_the_work_list(pages):

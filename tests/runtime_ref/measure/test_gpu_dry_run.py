@@ -23,6 +23,7 @@ from runtime_ref.engine.engine import Engine, EngineOptions
 from runtime_ref.kernels.repack import repack_experts
 from runtime_ref.measure.gpu_suite import checks as gpu_checks
 from runtime_ref.measure.gpu_suite import engine as gpu_engine
+from runtime_ref.measure.gpu_suite import plan as gpu_plan
 from runtime_ref.measure.gpu_suite import steps as gpu_steps
 from runtime_ref.measure.gpu_suite import suite as gpu_suite
 from runtime_ref.triton_cpu.backend import HostLauncher
@@ -34,14 +35,16 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted her
 class OnTheCpu(TorchFunctionMode):
     """Tensors for "cuda" lie on the CPU and bear a mark, which what is computed of them inherits. `mixed` are the calls that a
     card would refuse: marked and unmarked tensors together, outside copies and indices; single numbers of the host may meet the
-    card's tensors, but in STRICT."""
+    card's tensors, but in STRICT. `reads`: calls that wait for the card to have computed something."""
 
     FREE = {"copy_", "__getitem__", "__setitem__", "index_copy_", "__get__", "__set__", "cpu", "to", "cuda"}
     STRICT = {"searchsorted", "bucketize"}
+    READS = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero", "unique"}
 
     def __init__(self):
         super().__init__()
         self.mixed: list[str] = []
+        self.reads: list[str] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -57,6 +60,9 @@ class OnTheCpu(TorchFunctionMode):
             caller = next(frame for frame in traceback.extract_stack()[::-1] if "/tests/" not in frame.filename
                           and "/runtime_ref/" in frame.filename)
             self.mixed.append(f"{name} in {Path(caller.filename).name}:{caller.lineno}")
+        of_card = any(getattr(t, "of_card", False) for t in tensors)
+        if of_card and (name in self.READS or gone):
+            self.reads.append(name)
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
         if name == "cuda":
@@ -69,6 +75,8 @@ class OnTheCpu(TorchFunctionMode):
         for t in flattened((found,)):
             if isinstance(t, torch.Tensor) and t.dim() and (here or any(marked) and not gone):
                 t.on_card = True
+            if isinstance(t, torch.Tensor) and (here or of_card and not gone):
+                t.of_card = True
         return found
 
 
@@ -172,7 +180,7 @@ def mocked(monkeypatch, request):
     place = property(lambda t: torch.device("cuda" if on_card(t) else "cpu"))
     monkeypatch.setattr(torch.Tensor, "device", place, raising=False)
     with OnTheCpu() as mode:
-        yield
+        yield mode
     assert not strangers, f"kernels were given tensors of the host: {strangers}"
     assert not mode.mixed, f"tensors of the host and of the card in one call: {sorted(set(mode.mixed))}"
 
@@ -191,13 +199,14 @@ def test_the_whole_suite_runs_to_its_json(mocked, folder, tmp_path, monkeypatch)
     for module, name, value in ((gpu_suite, "BANDWIDTH_BYTES", 1 << 20), (gpu_suite, "CALLS", 2), (gpu_suite, "SWEEP", (1, 16)),
                                 (gpu_suite, "REPLAYS", 2), (gpu_steps, "QUANTIZED", 1 << 16), (gpu_steps, "BARRIERS", 3)):
         monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(gpu_plan, "SECONDS", 100_000)  # nothing is measured here, however slow this machine is
     variants, check = gpu_checks.launches, gpu_checks.check_experts
     monkeypatch.setattr(gpu_checks, "launches", lambda *args: [v for v in variants(*args)[:1] + variants(*args)[-2:]
                                                                if v.warps == 4])
     monkeypatch.setattr(gpu_checks, "check_experts", lambda *args: check(*args[:3], args[3][:1]))
     engine, steps = gpu_engine.measure_engine, gpu_steps.measure_steps
     monkeypatch.setattr(gpu_engine, "measure_engine", lambda *args: engine(*args, tokens=8))
-    monkeypatch.setattr(gpu_steps, "measure_steps", lambda *args: steps(*args, position=200))
+    monkeypatch.setattr(gpu_steps, "measure_steps", lambda *args, **options: steps(*args, position=200, **options))
     monkeypatch.setattr(gpu_suite.peers, "available", lambda: [("reference", ReferencePeer()),
                                                              ("absent", "not importable: no such module")])
     monkeypatch.setattr(gpu_suite, "measure_training", lambda *_: {"ratio": {"ours": 1.2}})
@@ -209,6 +218,10 @@ def test_the_whole_suite_runs_to_its_json(mocked, folder, tmp_path, monkeypatch)
     step = report["step"]
     assert step["compared"]["wrong"] is None and step["compared"]["repeated"] and not step["compared"]["failed"]
     assert 1 < step["compared"]["distinct_experts"] <= 8 and step["walk"]["barriers"] > 3
+    assert len(step["tuning"]) == len(gpu_steps.SWITCHES) and all(row["equal"] for row in step["tuning"])
+    assert set(step["barriers"]) == {"counter", "release flag"} and all(step["barriers"].values())
+    assert [(row["tokens"], row["dispatch"]) for row in report["dispatch"]] == [
+        (tokens, way) for tokens in (1, 16) for way in ("tickets", "static", "a slot a choice")]
     assert [step[name]["launches"] for name in ("walk", "draft", "verify")] == [1, 1, 1] and step["launches_op_by_op"] > 10
     assert report["engine"]["greedy_equal"] == {"op by op": True, "walked": True} and report["engine"]["failed"] == []
     assert report["engine"]["walked_as_op_by_op"] == [8, 8] and len(report["engine"]["tokens_per_second"]) == 4
@@ -219,6 +232,7 @@ def test_the_whole_suite_runs_to_its_json(mocked, folder, tmp_path, monkeypatch)
     assert report["step"]["projected"]["reductions"] == 150
     assert report["step"]["step_and_draft_seconds"] > draft["seconds"] > 0
     words = page.read_text()
+    assert "| release_flag True, ahead 0, packed True |" in words and "static " in words
     assert "# The kernels on NVIDIA H200 (mocked)" in words and "DIFFER" not in words and "given up" not in words
     goals = [line for line in words.splitlines() if line.startswith("| G")]
     assert len(goals) == 13 and sum("not measured" in line for line in goals) == 1  # no peer at 8 tokens in this sweep
@@ -239,6 +253,31 @@ def test_an_engine_keeps_to_the_card(mocked, folder):
     found = engine.generate(prompts, params)
     gpu_steps.use_megakernel(engine, 2)
     assert engine.generate(prompts, params) == found and all(len(answer) == 6 for answer in found)
+
+
+KINDS = ({}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01}, {"repetition_penalty": 1.2},
+         {"temperature": 0.8, "rule": "rejection"},
+         {"temperature": 0.8, "rule": "rejection", "top_p": 0.9, "presence_penalty": 0.5, "logit_bias": ((4, 1.0),),
+          "min_tokens": 9})
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_the_host_reads_once_in_a_round_of_any_kind(mocked, folder, together):
+    """Drafts, step, verdict and whether a wait was given up; launched op by op and as megakernels."""
+    engine = Engine.from_folder(folder, backend="triton", launch="ops", options=EngineOptions(max_context=256, max_running=6))
+    for persistent in (False, True):
+        if persistent:
+            gpu_steps.use_megakernel(engine, 1)
+        for kinds in [KINDS] if together else [[own] for own in KINDS]:
+            for i, own in enumerate(kinds):
+                engine.add([5, 6, 7, 8 + i], SamplingParams(max_tokens=24, ignore_eos=True, seed=i, **own))
+            engine.step()  # the prompts
+            rounds = engine.stats()["rounds"]
+            mocked.reads.clear()
+            engine.step()
+            assert engine.stats()["rounds"] == rounds + len(kinds) and mocked.reads == ["tolist"]
+            while engine.busy:
+                engine.step()
 
 
 def test_validate_judges_what_lies_on_the_card(mocked, exported, tmp_path, capsys):

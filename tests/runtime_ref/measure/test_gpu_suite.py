@@ -67,7 +67,7 @@ def card(monkeypatch):
             (gpu_steps, "measure_fake_quantize", {"share_of_copy": 0.9}), (gpu_suite, "measure_training", {}),
             (gpu_steps, "measure_steps", STEP), (gpu_engine, "measure_engine", ENGINE),
             (gpu_engine, "check_folder", None), (gpu_suite, "measure_peers", {"peers": {}, "against": []})):
-        monkeypatch.setattr(module, name, lambda *_, found=found: found)
+        monkeypatch.setattr(module, name, lambda *_, found=found, **__: found)
 
 
 STEP = {"weights_bytes": 1, "position": 8, "compared": None, "op_by_op": None,
@@ -130,7 +130,7 @@ def test_memory_of_a_part_is_free_before_the_next(card, monkeypatch, tmp_path):
     class Backend:
         """An object that can be watched."""
 
-    def steps(*_):
+    def steps(*_, **__):
         backend = Backend()
         backend.itself = backend
         held.append(weakref.ref(backend))
@@ -220,12 +220,15 @@ def test_a_variant_that_is_unfit_is_not_measured(monkeypatch):
         return {"seconds": launch.programs, "failed": False, "tokens": tokens}
 
     monkeypatch.setattr(gpu_suite, "_measure_experts", measured)
+    monkeypatch.setattr(gpu_suite, "_same_bits", lambda pages, launch, tokens: tokens != 2 or launch.packed)
     plan, name = gpu_plan.Plan(), gpu_checks.words(Tile(), Launch(programs=4, stages=3))
     report = gpu_suite.measure(plan, 2, None, {name: "why"})
     assert len(report["experts"]) == len(gpu_checks.variants(2)) - 1
     assert [row["tokens"] for row in report["sweep"]] == [n for n in gpu_suite.SWEEP if n != 16]
-    assert plan.refused == [f"8 tokens, {name}: why", "sweep, 16 tokens: RuntimeError: no",
-                            "torch in bf16: OutOfMemoryError: full"]
+    assert plan.refused == [f"8 tokens, {name}: why", "sweep, 2 tokens, a slot a choice: ArithmeticError: other bits than with "
+                            "tickets", *(f"sweep, 16 tokens, {way}: RuntimeError: no" for way in gpu_checks.dispatches(
+                                Launch(programs=4), 1)), "torch in bf16: OutOfMemoryError: full"]
+    assert len(report["dispatch"]) == 3 * (len(gpu_suite.SWEEP) - 1) - 1
 
 
 @pytest.fixture
@@ -286,7 +289,34 @@ def test_a_wrong_megakernel_has_no_speed(small_toy, monkeypatch):
     problems = []
     report = gpu_steps.measure_steps(None, lambda calls: {"seconds": 1e-3}, problems)
     assert report["walk"] == {"refused": "two megakernel launches differ"} and report["step_and_draft_seconds"] == 3e-3
-    assert problems == ["a rank's step, barriers: RuntimeError: a wait was given up"] and report["barrier_seconds"] is None
+    assert problems == [f"a rank's step, barriers, {way}: RuntimeError: a wait was given up"
+                        for way in ("counter", "release flag")] and report["barrier_seconds"] is None
+
+
+def test_a_switch_of_the_megakernel_stays_on_if_it_is_faster_and_makes_the_same_bits(monkeypatch):
+    class Kernel:
+        """A megakernel whose bits are spoiled by one switch."""
+
+        def __init__(self, backend, program, programs, tuning=gpu_steps.Tuning()):  # noqa: B008 (frozen)
+            self.tuning = tuning
+
+        def run(self, step):
+            return {"logits": torch.full((1,), float(self.tuning.ahead == 16384))}
+
+        def failed(self):
+            return False
+
+    monkeypatch.setattr(gpu_steps, "Megakernel", Kernel)
+    ready = SimpleNamespace(backend=None, program=None, step=lambda rows: None)
+    seconds = iter([4.0, 3.0, 1.0, 2.0])
+    problems, spare = [], iter([True, True, True, True])
+    rows = gpu_steps.tune_megakernel(ready, 1, lambda _: {"seconds": next(seconds), "runs": []}, 3.5, problems,
+                                     lambda: next(spare))
+    assert [row["tuning"] for row in rows] == [
+        {"release_flag": True, "ahead": 0, "packed": True}, {"release_flag": False, "ahead": 4096, "packed": True},
+        {"release_flag": False, "ahead": 16384, "packed": True}, {"release_flag": False, "ahead": 4096, "packed": False}]
+    assert [row["equal"] for row in rows] == [True, True, False, True] and len(problems) == 1 and "other bits" in problems[0]
+    assert gpu_steps.tune_megakernel(ready, 1, None, 3.5, problems, lambda: False) == [] and "no time" in problems[-1]
 
 
 def test_its_check_of_fake_quantization_is_green_and_red_on_another_rule(monkeypatch):
@@ -337,6 +367,7 @@ def test_late_experts_measure_what_the_backends_launch_and_the_sweep(monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_suite, "_random_pages", lambda *_: "pages")
     monkeypatch.setattr(gpu_suite, "_measure_torch", lambda *_: {})
+    monkeypatch.setattr(gpu_suite, "_same_bits", lambda *_: True)
     monkeypatch.setattr(gpu_suite, "_measure_experts", lambda _, launch, tokens, read: {"seconds": 1.0, "failed": False})
     plan = gpu_plan.Plan()
     plan.end -= gpu_plan.SECONDS - 200

@@ -73,16 +73,6 @@ def test_goals_of_the_expert_kernel():
     assert "goal 70% 44.4 us, moonshot 80% 38.9 us" in text
 
 
-def test_users_share_what_a_step_reads():
-    """By hand: 64 users touch all 384 experts of a layer, 532 GB of them; one step, 64 blocks."""
-    read = roofline.step_bytes(PRO, 64 * 8)
-    assert round(read.distinct) == 384 and round(read.experts / 1e9) == 531
-    lines = roofline.users_table(PRO, tokens=8, acceptance=6.3, gpus=8, distinct_share=1.0)
-    h200 = next(line for line in lines if "H200" in line)
-    seconds = read.total / (8 * 0.7 * 4.8e12) + 140 * 5e-6
-    assert f"64: {6.3 / seconds:.0f}, {64 * 6.3 / seconds:.0f}, ${24 / 3600 / (64 * 6.3 / seconds) * 1e6:.2f}" in h200
-
-
 def test_bench_prints_the_model_without_torch_or_triton():
     code = ("import sys, runpy; sys.argv = ['runtime_ref/bench.py', '--roofline']\n"
             "try: runpy.run_path('runtime_ref/bench.py', run_name='__main__')\n"

@@ -294,6 +294,6 @@ def test_drafts_are_told_step_by_step_also_when_steps_share_an_event(serving):
 def test_outputs_wait_until_the_engine_has_computed_enough_to_pay_for_an_event_but_never_long():
     from runtime_ref.server.engine_thread import due
 
-    assert not due(0.09, 0.0199, 1) and due(0.0, 0.02, 1)
-    assert not due(0.09, 0.0399, 16) and due(0.0, 0.04, 16)  # sixteen streams share what sixteen events cost
-    assert all(due(0.1, 0.0, requests) for requests in (1, 16, 1000))  # a machine that is busy with something else
+    assert not due(0.24, 0.0199, 1) and due(0.0, 0.02, 1)
+    assert not due(0.24, 0.0399, 16) and due(0.0, 0.04, 16)  # sixteen streams share what sixteen events cost
+    assert all(due(0.25, 0.0, requests) for requests in (1, 16, 1000))  # a machine that is busy with something else

@@ -1,10 +1,7 @@
 """Layouts: what divides is described, what does not is one line that names a size that would."""
 
-from types import SimpleNamespace
-
 import pytest
 
-from recipes.load import load_recipe
 from recipes.schema import Cluster
 from training.sharding.layout import Layout, layout_of, require_divisible
 
@@ -42,13 +39,3 @@ def test_a_launch_that_does_not_fit_is_one_line(settings, ranks, words):
 def test_experts_that_groups_cannot_share_are_named():
     with pytest.raises(ValueError, match="expert_parallel: 4 does not divide the 6 experts of layers.0"):
         require_divisible(Layout(4, expert_parallel=4), {"layers.0": 6})
-
-
-@pytest.mark.parametrize("method", ["qat.scales.method=searched", "qat.soft_rounding.method=annealed"])
-def test_roundings_that_sharded_checkpoints_do_not_hold_are_refused_on_one_process_too(method, tiny_recipe):
-    from qat.sharded import ShardedTrainer
-
-    recipe = load_recipe(tiny_recipe, [method, "cluster.memory_gib=8", "cluster.sharding=fsdp2"])
-    alone = SimpleNamespace(recipe=recipe, accelerator=SimpleNamespace(num_processes=1))
-    with pytest.raises(ValueError, match="expected qat.scales.method: rule and qat.soft_rounding.method: none"):
-        ShardedTrainer.load_model(alone)

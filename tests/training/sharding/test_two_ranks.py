@@ -24,8 +24,11 @@ EXACT = {
     "freeze": ("qat.oscillation.method=freeze", "qat.oscillation.start=0.0", "qat.oscillation.freeze_flips=1"),
     "muon": ("qat.optimizer.name=muon",), "clip": ("quantization.ste=clip", "qat.average_last=0.5"),
     "gptq": ("qat.warm_start.method=gptq", "qat.warm_start.sequences=8"),
+    "learned": ("qat.scales.method=learned", "qat.warm_start.method=gptq", "qat.warm_start.sequences=8"),
+    "soft": ("qat.soft_rounding.method=annealed", "qat.soft_rounding.until=0.5"),
     "all": ("qat.train=all", "model.dtype=float32", "qat.freeze_router=false", "qat.heldout_every=1"),
 }
+FINISHED = ("plain", "learned")  # evaluated and written as well
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +47,28 @@ def recipe(tiny_checkpoint, text_files, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(recipe, tmp_path_factory):
     cases = {f"one-{name}": (*COMMON, "qat.gradient_accumulation=2", *extra) for name, extra in EXACT.items()}
-    cases["one-plain"] += ("finish",)
+    for case in FINISHED:
+        cases[f"one-{case}"] += ("finish",)
     cases["one-f32"] = (*COMMON, "qat.gradient_accumulation=2", "model.dtype=float32")
-    return on_ranks(1, tmp_path_factory.mktemp("one"), train, recipe, cases)[0]
+    return on_ranks(1, tmp_path_factory.mktemp("one"), train, recipe, cases, timeout=1800)[0]
 
 
 @pytest.fixture(scope="module")
 def two(recipe, one, tmp_path_factory):
     """On both ranks. The names end with what comes after `two-`."""
     cases = {f"two-{name}": (*TWO, *extra) for name, extra in EXACT.items()}
-    cases["two-plain"] += ("finish",)
+    for case in FINISHED:
+        cases[f"two-{case}"] += ("finish",)
     cases |= {"stopped": (*TWO, "stop=2"), "stopped/resumed": (*TWO, "--resume"),
+              "learned": (*TWO, *EXACT["learned"], "stop=2"), "learned/resumed": (*TWO, *EXACT["learned"], "--resume"),
+              "soft": (*TWO, *EXACT["soft"], "qat.soft_rounding.until=0.9", "stop=2"),
+              "soft/resumed": (*TWO, *EXACT["soft"], "qat.soft_rounding.until=0.9", "--resume"),
+              "soft-whole": (*TWO, *EXACT["soft"], "qat.soft_rounding.until=0.9"),
               "ep-f32": (*TWO, "cluster.expert_parallel=2", "model.dtype=float32", "stop=2"),
               "ep-f32/resumed": (*TWO, "cluster.expert_parallel=2", "model.dtype=float32", "--resume", "finish"),
               "ep-f32/shards": (*TWO, "model.dtype=float32", "--resume", "load"),
               "copies": (*TWO, "cluster.replicas=2")}
-    return on_ranks(2, tmp_path_factory.mktemp("two"), train, recipe, cases)
+    return on_ranks(2, tmp_path_factory.mktemp("two"), train, recipe, cases, timeout=1800)
 
 
 def assert_equal(a: dict, b: dict) -> None:
@@ -91,9 +100,10 @@ def test_expert_parallelism_agrees_within_rounding_and_in_every_code(one, two):
         assert torch.equal(a["rounded"][name], b["rounded"][name])
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(two):
-    assert two[0]["stopped/resumed"]["step"] == 4
-    assert_equal(two[0]["two-plain"], two[0]["stopped/resumed"])
+@pytest.mark.parametrize("whole, stopped", [("two-plain", "stopped"), ("two-learned", "learned"), ("soft-whole", "soft")])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(two, whole, stopped):
+    assert two[0][f"{stopped}/resumed"]["step"] == 4
+    assert_equal(two[0][whole], two[0][f"{stopped}/resumed"])
 
 
 def test_another_split_of_the_ranks_reads_the_same_masters(two):
@@ -101,13 +111,16 @@ def test_another_split_of_the_ranks_reads_the_same_masters(two):
 
 
 def test_one_process_reads_what_two_ranks_wrote(recipe, two, tmp_path):
-    loaded = on_ranks(1, tmp_path, train, recipe, {"two-plain/alone": (*COMMON, *SHARDED, "--resume", "load")})[0]
-    assert_equal(two[0]["two-plain"], loaded["two-plain/alone"])
+    loaded = on_ranks(1, tmp_path, train, recipe, {
+        f"two-{case}/alone": (*COMMON, *SHARDED, *EXACT[case], "--resume", "load") for case in FINISHED})[0]
+    for case in FINISHED:
+        assert_equal(two[0][f"two-{case}"], loaded[f"two-{case}/alone"])
 
 
-def test_a_gather_carries_codes(two):
+@pytest.mark.parametrize("case", FINISHED)
+def test_a_gather_carries_codes(two, case):
     """4.25 bits a weight; teacher's gathers are not counted. One gather in the forward and one in the backward pass."""
-    for (sent, gathers), master in zip(two[0]["two-plain"]["sent"], two[0]["two-plain"]["masters"].values(), strict=True):
+    for (sent, gathers), master in zip(two[0][f"two-{case}"]["sent"], two[0][f"two-{case}"]["masters"].values(), strict=True):
         assert gathers >= 2 * 4 and sent == gathers * master.numel() // 2 * 17 // 32
 
 
@@ -122,10 +135,11 @@ def test_the_model_folder_holds_the_tensors_of_one_process(recipe, two):
     assert len(list((runs / "two-plain/qat/model").glob("*.safetensors"))) == 2
 
 
-def test_evaluation_and_reports_are_those_of_one_process(recipe, two):
-    first, second = (json.loads((recipe.parent / "runs" / f"{n}-plain/qat/summary.json").read_text()) for n in ("one", "two"))
+@pytest.mark.parametrize("case", FINISHED)
+def test_evaluation_and_reports_are_those_of_one_process(recipe, two, case):
+    first, second = (json.loads((recipe.parent / "runs" / f"{n}-{case}/qat/summary.json").read_text()) for n in ("one", "two"))
     for variant in ("bf16", "ptq", "qat"):
         for key in ("loss", "kl", "top1_agreement"):
             assert first[variant][key] == pytest.approx(second[variant][key], rel=1e-9)
-    a, b = (read_metrics(recipe.parent / "runs" / f"{n}-plain/qat/metrics.jsonl") for n in ("one", "two"))
+    a, b = (read_metrics(recipe.parent / "runs" / f"{n}-{case}/qat/metrics.jsonl") for n in ("one", "two"))
     assert [r for r in a if r["kind"] == "health"] == [r for r in b if r["kind"] == "health"]

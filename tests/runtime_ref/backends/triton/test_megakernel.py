@@ -62,8 +62,12 @@ def poison(megakernel):
         space.partial.fill_(float("nan"))
 
 
-def test_a_megakernel_makes_the_bits_of_the_launches_and_can_be_repeated(prepared):
-    megakernel = Megakernel(prepared.backend, prepared.program)
+TUNED = kernel.Tuning(release_flag=True, ahead=4096, packed=False)
+
+
+@pytest.mark.parametrize("tuning", [kernel.Tuning(), TUNED], ids=str)
+def test_a_megakernel_makes_the_bits_of_the_launches_and_can_be_repeated(prepared, tuning):
+    megakernel = Megakernel(prepared.backend, prepared.program, tuning=tuning)
     poison(megakernel)
     for _ in range(2):
         assert same(megakernel.run(prepared.step), prepared.expected)
@@ -71,15 +75,15 @@ def test_a_megakernel_makes_the_bits_of_the_launches_and_can_be_repeated(prepare
 
 
 @triton.jit
-def no_barrier(counter, epoch, failed, POLLS: tl.constexpr):
+def no_barrier(counter, epoch, failed, POLLS: tl.constexpr, FLAG: tl.constexpr):
     """What a megakernel that forgets to wait would call."""
     tl.debug_barrier()
 
 
-def launched_at_once(prepared, seconds=SECONDS):
+def launched_at_once(prepared, seconds=SECONDS, tuning=TUNED):
     """Whether PROGRAMS processes, each a program of one launch over shared memory, end and make the expected bits."""
     backend = prepared.backend
-    megakernel = Megakernel(backend, prepared.program, programs=PROGRAMS, polls=MANY)
+    megakernel = Megakernel(backend, prepared.program, programs=PROGRAMS, polls=MANY, tuning=tuning)
     poison(megakernel)
     logits, target_hidden = torch.full(prepared.expected["logits"].shape, float("nan")), torch.zeros(2, 9, 64,
                                                                                                      dtype=torch.bfloat16)
@@ -95,8 +99,9 @@ def launched_at_once(prepared, seconds=SECONDS):
     return codes == [0] * PROGRAMS and same(found, prepared.expected)
 
 
-def test_three_programs_at_once_make_the_bits_of_one(prepared):
-    assert launched_at_once(prepared)
+@pytest.mark.parametrize("tuning", [kernel.Tuning(), TUNED], ids=str)
+def test_three_programs_at_once_make_the_bits_of_one(prepared, tuning):
+    assert launched_at_once(prepared, tuning=tuning)
 
 
 def test_a_megakernel_without_barriers_is_found(prepared, monkeypatch):
@@ -105,10 +110,11 @@ def test_a_megakernel_without_barriers_is_found(prepared, monkeypatch):
     assert not launched_at_once(prepared, seconds=10)
 
 
-def test_the_drafters_megakernel_makes_the_bits_of_its_launches(small_engine):
+@pytest.mark.parametrize("tuning", [kernel.Tuning(), TUNED], ids=str)
+def test_the_drafters_megakernel_makes_the_bits_of_its_launches(small_engine, tuning):
     """With pending features and without, blocks of two sequences."""
     drafter = small_engine().drafter
-    megakernel = MegakernelDrafter(drafter)
+    megakernel = MegakernelDrafter(drafter, tuning=tuning)
     target_hidden = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     found = []
     for proposer in (drafter, megakernel):
@@ -149,5 +155,29 @@ def test_the_table_names_every_weight_in_the_arena(prepared):
             w = layers[op.layer].o.w
             piece = arena.data[row[1] * 128:][:w.numel() * 2].view(torch.bfloat16)
             assert torch.equal(piece, w.flatten()) and row[6] == int(layers[op.layer].kind == "window")
+
+
+def test_the_table_names_the_matrix_that_comes_next_where_it_is_known(prepared):
+    megakernel = Megakernel(prepared.backend, prepared.program)
+    layers, rows = prepared.backend.kernel_weights.layers, megakernel.table.tolist()
+    names = [kernel.OPS[row[0]] for row in rows]
+    found = {}
+    for i, row in enumerate(rows):
+        if row[9]:
+            at = i + 1 + names[i + 1].startswith("attend")
+            found.setdefault((names[i], names[at]), []).append(row)
+            assert row[8] == rows[at][1]
+    # The output projection is asked for before and behind attention; nothing behind a router, whose experts are not known.
+    assert {pair[1] for pair in found if pair[0].startswith("enter")} == {"merge_add"}
+    assert {pair[1] for pair in found if pair[0].startswith("attend")} == {"merge_add"}
+    assert {"enter_full", "enter_window"} & {pair[1] for pair in found if pair[0] in ("experts_add", "target_hidden")}
+    assert not any(pair[0] == "norm_route" for pair in found)
+    o, sizes = layers[0].o.w, {tuple(row[9:]) for pair, own in found.items() if pair[1] == "merge_add" for row in own}
+    assert (o.shape[0], 2 * o.shape[1]) in sizes
+
+
+def test_the_table_of_an_op_that_is_not_known_is_refused(prepared):
+    backend = prepared.backend
+    arena, layers = backend.kernel_weights.arena, backend.kernel_weights.layers
     with pytest.raises(ValueError, match="no op 'experts'"):
         encode_program([Op("experts", 1, (), ())], layers, arena, backend.pools)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tolerance import TRITON_LOGITS
 from modeling.names import qkv_rows
 from mxfp4 import dequantize
 from runtime_ref.backends.torch.backend import TorchBackend
+from runtime_ref.backends.triton import backend as triton_backend
 from runtime_ref.checkpoints.device_weights import load_kernel_weights, random_weights
 from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.batch import DraftRequest, SequenceChunk
@@ -123,21 +125,35 @@ def test_sampled_tokens_of_equality_are_those_of_plain_decoding(small_engine, sm
 
 
 def test_what_the_device_judges_the_host_judges_alike(small_engine, small_prompts, monkeypatch):
-    """Greedy, drawn and filtered sequences side by side, with drafts; only the last one's logits reach the host."""
+    """Sequences of every kind side by side, with drafts, and each kind by the host alone."""
     params = [SamplingParams(max_tokens=6, ignore_eos=True, **own) for own in (
-        {}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 4, "top_p": 0.9})]
-    engine, judged = small_engine(prefix_cache=False), []
-    verify = accept_on_device.verify
+        {}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 4, "top_p": 0.9},
+        {"temperature": 1.2, "seed": 5, "rule": "rejection", "top_k": 20},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logit_bias": ((7, 2.0),), "min_tokens": 3})]
+    prompts = [*small_prompts, *small_prompts[1:]]
+    engine, judged = small_engine(prefix_cache=False, max_running=5), Counter()
+    for name in ("verify", "choose"):
+        real = getattr(accept_on_device, name)
 
-    def watched(logits, drafts, first, count, **options):
-        judged.append(len(first))
-        return verify(logits, drafts, first, count, **options)
+        def watched(*args, real=real, name=name, **options):
+            judged[name] += 1
+            return real(*args, **options)
 
-    monkeypatch.setattr(accept_on_device, "verify", watched)
-    together = engine.generate(small_prompts, params)
-    assert judged and max(judged) == 2
-    monkeypatch.setattr(accept_on_device, "can_verify", lambda params: False)
-    assert engine.generate(small_prompts, params) == together
+        monkeypatch.setattr(accept_on_device, name, watched)
+    together = engine.generate(prompts, params)
+    assert judged["verify"] and judged["choose"] and engine.stats()["rounds"] > 0
+    monkeypatch.setattr(accept_on_device, "stays_on_device", lambda params: False)
+    judged.clear()
+    assert engine.generate(prompts, params) == together and not judged
+
+
+def test_how_experts_are_handed_out_by_the_number_of_tokens_changes_none(small_engine, small_prompts, monkeypatch):
+    expected = small_engine(drafter=False).generate(small_prompts[:2], GREEDY)
+    monkeypatch.setattr(triton_backend, "DISPATCH", {8: {"packed": False, "ahead": 256}, 64: {"tickets": False, "programs": 1}})
+    engine = small_engine(drafter=False)
+    assert engine.generate(small_prompts[:2], GREEDY) == expected
+    assert {n: (space.launch.packed, space.launch.tickets) for n, space in engine.backend._spaces.items()} == {
+        8: (False, True), 64: (True, False)}
 
 
 def test_drafts_are_those_of_the_torch_drafter(small_engine, ids):
