@@ -204,7 +204,7 @@ def test_a_run_is_not_resumed_on_another_target(draft_recipe, tiny_checkpoint, t
 
 
 def test_the_plan_of_the_published_drafter_needs_no_weights():
-    output = run_job(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan")
+    output = run_job(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan", expect=3)
     for words in ("5,536,632,576", "[0, 15, 31, 47, 69]", "5,505,024", "not causal in the block",
                   "target, divided (bfloat16)"):
         assert words in output.replace("\n", " ").replace("block  8", "block 8"), words
