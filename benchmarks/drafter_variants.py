@@ -103,7 +103,7 @@ def run(variant: str, seed: int, bench: Bench) -> dict:
     if variant not in bench.args.have:
         save_drafter(drafter, bench.args.out / f"{variant}-{seed}")
     drafter = drafter.eval().to(bench.target.head.weight.dtype)
-    measured = acceptance.measure(bench.served, bench.target, drafter, say=lambda text: None, answered=bench.answered)
+    measured = acceptance.measure(bench.served, bench.target, drafter, answered=bench.answered)
     record = {"variant": variant, "seed": seed, "overrides": settings, "seconds": seconds, "steps": steps,
               "acceptance": measured["acceptance"], "detail": measured["detail"], "environment": environment()}
     write_text(result, json.dumps(record))
@@ -212,16 +212,18 @@ def draw_details(table: dict[str, list[dict]], picture: Path) -> None:
                 left.plot(range(1, len(reached) + 1), reached, line, color=f"C{number}", marker=".",
                           label=f"{variant}, T={kind[-1]}")
         lengths = sorted(int(d.split()[1]) for d in record["detail"] if d.startswith("context "))
-        for who in ("drafter", "lookup")[:1 if number else 2]:
+        for who in ("drafter", "lookup")[:1 if number else 2] if lengths else ():
             rows = [record["detail"][f"context {n}"]["task_t0"][who] for n in lengths]
             spread = [[abs(r["interval"][side] - r["length"]) for r in rows] for side in (0, 1)]
             right.errorbar(lengths, [r["length"] for r in rows], spread, marker=".", capsize=3,
                            color=f"C{number}" if who == "drafter" else "grey", label=variant if who == "drafter" else who)
     left.set(title=f"{domain}: P(drafts 1..k all accepted)", xlabel="k", ylim=(0, 1))
     right.set(title="acceptance length, T=0 (95 % over texts)", xlabel="tokens of the prompt", ylim=(1, None))
-    right.set_xscale("log", base=2)
     for axis in (left, right):
-        axis.legend(fontsize=8)
+        if axis.has_data():
+            axis.legend(fontsize=8)
+    if right.has_data():
+        right.set_xscale("log", base=2)
     figure.savefig(picture, dpi=110)
 
 

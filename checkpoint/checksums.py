@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from storage.digests import combined
 from storage.files import write_bytes, write_json
 from storage.reading import read_json, sha256
 
@@ -35,6 +36,12 @@ def write_checksums(folder: Path, sums: dict[str, str], *, skip: Callable[[Path]
         digests = threads.map(sha256, (folder / path for path in paths))
         text = "".join(f"{digest}  {path.as_posix()}\n" for digest, path in zip(digests, paths, strict=True))
     write_bytes(folder / CHECKSUMS, text.encode())
+
+
+def declared_digest(folder: Path) -> str | None:
+    """Digest (16 hex digits) of the sums that a checkpoint declares of its files (no weight is read); None: it has no sums."""
+    files, _ = read_checksums(folder)
+    return combined(files) if files else None
 
 
 def read_checksums(folder: Path) -> tuple[dict[str, str], dict[str, str]]:

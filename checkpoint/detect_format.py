@@ -8,22 +8,33 @@ from pathlib import Path
 from checkpoint.sources import Source, TorchSource
 from checkpoint.tensor_files import INDEX, SINGLE, TensorFiles, weight_map
 
+WRAPPERS = {"a model under torch.compile": "_orig_mod.", "a model under DistributedDataParallel": "module."}
+
 
 def open_source(folder: str | Path) -> Source:
     """The weights in a folder.
 
     Raises:
-        ValueError: no folder, no weights in it, weights of a kind that cannot be read tensor by tensor, or a missing or
-            damaged file.
+        ValueError: no folder, no weights in it, weights of a kind that cannot be read tensor by tensor, a missing or damaged
+            file, or the state of a model that something else was wrapped around.
     """
-    folder = Path(folder)
+    source = _opened(Path(folder))
+    for wrapper, prefix in WRAPPERS.items():
+        if any(name.startswith(prefix) for name in source.infos):
+            raise ValueError(f"{folder}: names begin with {prefix}: the state of {wrapper}; save the model inside it "
+                             f"(names without {prefix})")
+    return source
+
+
+def _opened(folder: Path) -> Source:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
     if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
         return TensorFiles(folder)
     index, single = folder / "pytorch_model.bin.index.json", folder / "pytorch_model.bin"
     if index.is_file():
-        return TorchSource(folder, sorted(set(weight_map(index).values())))
+        listed = weight_map(index)
+        return TorchSource(folder, sorted(set(listed.values())), listed)
     if single.is_file():
         return TorchSource(folder, [single.name])
     for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):

@@ -107,22 +107,44 @@ def mask_faults(special: dict, mask: dict, hidden_size: int) -> Iterator[Fault]:
 def grouping_note(config: dict, target) -> str | None:
     """What vLLM says of the drafter's depth beside a target; None: nothing.
 
-    It keeps layers of one kind (full, windowed, the drafter's) in cache groups of one size: the smallest number of layers of a
-    kind, or the largest, if that is less than half as much again. A drafter's layers must lie in one group
-    (v1/core/kv_cache_utils.py and v1/spec_decode/llm_base_proposer.py of 0.32).
+    It keeps layers of one kind in cache groups of one size: the smallest number of layers of a kind, or the largest, if that is
+    less than half as much again. A drafter's layers must lie in one group (v1/core/kv_cache_utils.py and
+    v1/spec_decode/llm_base_proposer.py of 0.32). Layers are of one kind if their windows, key heads and head sizes are.
     """
-    kinds = getattr(target, "hybrid_layer_pattern", None) or getattr(target, "layer_types", None)
-    counts, own = Counter(kinds or [0] * target.num_hidden_layers).values(), config["num_hidden_layers"]
+    counts, mine = Counter(layer_kinds(target)), drafter_kind(config)
+    own = config["num_hidden_layers"]
 
     def fits(n: int) -> bool:
-        smallest, largest = min(n, *counts), max(n, *counts)
-        return n <= (largest if largest < 1.5 * smallest else smallest)
+        sizes = (counts + Counter({mine: n})).values()
+        size = max(sizes) if max(sizes) < 1.5 * min(sizes) else min(sizes)
+        return n == 1 or counts[mine] + n <= size
 
-    if window_of(config, special_of(config)) is None or fits(own):
+    if len({window for window, *_ in (*counts, mine)}) == 1 or fits(own):  # of one window: one group
         return None
-    return (f"{own} layers beside {' and '.join(map(str, counts))} of the target's kinds of attention: vLLM does not start "
-            '("All drafting layers should belong to the same kv cache group"); one of at most '
+    return (f"{own} layers beside {' and '.join(map(str, counts.values()))} of the target's kinds of attention: vLLM does not "
+            'start ("All drafting layers should belong to the same kv cache group"); one of at most '
             f"{max(filter(fits, range(1, own)))} layers runs there")
+
+
+def layer_kinds(target) -> list[tuple]:
+    """(window or None, key heads, sizes of a key and a value) of each layer of a target."""
+    def kind(windowed: bool, prefix: str = "") -> tuple:
+        names = ("num_key_value_heads", "head_dim", "v_head_dim")
+        heads, key, value = (getattr(target, f"{prefix}{name}", None) for name in names)
+        key = key or target.hidden_size // target.num_attention_heads
+        return (target.sliding_window if windowed else None, heads, key, value or key)
+
+    if pattern := getattr(target, "hybrid_layer_pattern", None):  # MiMo's: windowed layers have a geometry of their own
+        return [kind(bool(windowed), "swa_" * bool(windowed)) for windowed in pattern]
+    if types := getattr(target, "layer_types", None):
+        return [kind(one == "sliding_attention") for one in types]
+    return [kind(getattr(target, "sliding_window", None) is not None)] * target.num_hidden_layers
+
+
+def drafter_kind(config: dict) -> tuple:
+    """The same of a drafter's layers, which are alike; Qwen3Config says what is left out."""
+    key = config.get("head_dim", 128)
+    return window_of(config, special_of(config)), config.get("num_key_value_heads", 32), key, config.get("v_head_dim") or key
 
 
 def window_of(config: dict, special: dict) -> int | None:

@@ -25,8 +25,8 @@ def one_line(folder: Path, what: str = "cannot be read", passed: tuple = ()) -> 
     except (ValueError, ImportError, *passed):
         raise
     except DAMAGE as error:
-        raise ValueError(f"{folder}: {what}: {type(error).__name__}: {first_line(error)[:300]} (python export/verify.py "
-                         f"{folder} looks for the reason)") from error
+        raise ValueError(f"{folder}: {what}: {type(error).__name__}: {' '.join(str(error).split())[:300]} "
+                         f"(python export/verify.py {folder} looks for the reason)") from error
 
 
 MANY = 10_000  # tensors too many that are still named one by one

@@ -16,6 +16,7 @@ The same way is taken where the index and the shards differ, because transformer
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from pathlib import Path
@@ -62,6 +63,19 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False):
             raise ValueError(f"{path}: no usable tokenizer: {first_line(error)}") from None
 
 
+def require_known_activation(config, where: str | Path) -> None:
+    """Raises ValueError for a transformers configuration whose experts have a gate that transformers does not know."""
+    from transformers.activations import ACT2FN
+
+    text = config.get_text_config()
+    for key in ("hidden_act", "hidden_activation"):
+        name = getattr(text, key, None)
+        if isinstance(name, str) and name not in ACT2FN:
+            near = difflib.get_close_matches(name, ACT2FN, n=1)
+            raise ValueError(f"{where}: config.json: {key} {name!r}: no activation that transformers knows"
+                             + (f", did you mean {near[0]}?" if near else ", expected one such as silu"))
+
+
 def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False, distributed_config=None):
     """A causal language model with fused 3-D experts, on the CPU, in `dtype` (routers' correction bias stays float32).
 
@@ -75,7 +89,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
         ValueError: no such folder or config; a missing shard or tensor; a tensor of another shape; unreadable files.
     """
     _require_folder(path)
-    config = _read_config(path)
+    config = _read_config(path, trust_remote_code)
     if not is_mimo(config):
         return _load_by_transformers(path, dtype, trust_remote_code, distributed_config)
     if not Path(path).is_dir():
@@ -102,20 +116,23 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
 
 def _load_by_transformers(path: str | Path, dtype: torch.dtype, trust_remote_code: bool, distributed_config=None):
     """As AutoModelForCausalLM loads it, except that what it would initialise at random with a warning is an error."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if distributed_config is not None:
         path = local_folder(str(path))
     tensors = _decoded_tensors(Path(path), always=distributed_config is not None) if Path(path).is_dir() else None
-    try:
-        if tensors is None:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
-                ignore_mismatched_sizes=True)
-        else:
-            model, info = _load_tensors(path, tensors, dtype, trust_remote_code, distributed_config)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    with one_line(Path(path), "cannot be loaded"):
+        if not trust_remote_code:
+            require_known_activation(AutoConfig.from_pretrained(str(path)), path)
+        try:
+            if tensors is None:
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    str(path), dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True,
+                    ignore_mismatched_sizes=True)
+            else:
+                model, info = _load_tensors(path, tensors, dtype, trust_remote_code, distributed_config)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{path}: cannot be loaded: {first_line(error)}") from None
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise ValueError(f"{path}: {name}: shape {list(found)}, expected {list(expected)}")
@@ -132,6 +149,7 @@ def _decoded_tensors(folder: Path, *, always: bool = False) -> dict[str, Decoded
     packed = any(kind != "plain" for _, kind in kinds.values())
     shards = set(source.where.values()) if isinstance(source, TensorFiles) else set()
     agreed = sum(len(read_header(folder / file)) for file in shards) == len(source.infos) * bool(shards)
+    agreed = agreed and not getattr(source, "left_out", 0)
     if agreed and not packed and not always:
         return None
     if packed and (method := (_read_config(folder).get("quantization_config") or {}).get("quant_method")) not in (
@@ -269,13 +287,13 @@ def _require_folder(path: str | Path) -> None:
             raise ValueError(f"model.path: {path}: no such checkpoint folder (looked from {Path.cwd()})")
 
 
-def _read_config(path: str | Path) -> dict:
+def _read_config(path: str | Path, trust_remote_code: bool = False) -> dict:
     file = Path(path) / "config.json"
     if not Path(path).is_dir():
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(str(path)).to_dict()  # a hub name
+            return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code).to_dict()  # a hub name
         except OSError as error:
             raise ValueError(f"model.path: {path}: neither a folder nor reachable on the hub: "
                              f"{str(error).splitlines()[0]}") from None

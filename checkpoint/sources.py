@@ -105,15 +105,25 @@ class Source:
 
 
 class TorchSource(Source):
-    """pytorch_model*.bin, mapped from disk."""
+    """pytorch_model*.bin, mapped from disk.
 
-    def __init__(self, folder: Path, files: list[str]):
+    Attributes:
+        left_out: tensors in the files that the index says are in another, or nowhere.
+    """
+
+    def __init__(self, folder: Path, files: list[str], listed: dict[str, str] | None = None):
         self._tensors: dict[str, torch.Tensor] = {}
+        self.left_out = 0
         for file in files:
             state = load_torch_file(folder / file, mmap=True)
             if not isinstance(state, dict):
                 raise ValueError(f"{folder / file}: holds a {type(state).__name__}, expected tensors by name")
-            self._tensors |= {str(name): t for name, t in state.items() if isinstance(t, torch.Tensor)}
+            held = {str(name): t for name, t in state.items() if isinstance(t, torch.Tensor)}
+            own = {n: t for n, t in held.items() if listed is None or listed.get(n) == file}
+            self._tensors |= own
+            self.left_out += len(held) - len(own)
+        if lost := sorted((listed or {}).keys() - self._tensors.keys()):
+            raise ValueError(f"{folder}: the index says that tensor {lost[0]} is in {listed[lost[0]]}, and it is not")
         for name, tensor in self._tensors.items():
             if tensor.dtype not in DTYPE_NAMES:
                 raise ValueError(f"{folder}: {name}: dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}")

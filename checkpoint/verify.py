@@ -171,6 +171,8 @@ class _Verifier(DrafterChecks):
             else:
                 self.unchecked("checksum", "whether a file changed since it was written", f"there is no {CHECKSUMS}")
             return
+        if not (self.folder / CHECKSUMS).read_bytes().endswith(b"\n"):
+            self.promised("checksum", f"{CHECKSUMS}: cut: its last line has no end")
         present = {p.as_posix() for p in checkpoint_files(self.folder) if not self.skip(p)}
         for name in sorted(self.file_sums.keys() - present):
             self.wrong("file", f"{name}: missing, but listed in {CHECKSUMS}")

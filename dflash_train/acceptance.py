@@ -126,7 +126,8 @@ def judge(target: Target, drafter: DFlashDraftModel, texts: list[Text], temperat
             ids[b, count - n:] = torch.tensor(text.answer[:n])
         device = target.device
         starts = torch.zeros(B, S, dtype=torch.long, device=device)
-        hidden = drafter(target_hidden, ids.to(device), anchors.to(device), starts, target.embed_tokens)[:, :, 1:]
+        hidden = drafter(target_hidden, ids.to(device), anchors.to(device), starts, target.embed_tokens)
+        hidden = hidden[:, :, 1:].contiguous()  # of a slice the head's product is one per anchor, each with a copy of the head
         for b, text in enumerate(chosen):
             n = len(text.answer) - 1
             _judge_one(target, drafter, text, hidden[b, count - n:], last[b, len(text.prompt):], temperature)

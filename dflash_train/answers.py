@@ -16,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +27,11 @@ import torch
 from dflash_train.dialogues import Dialogue, read_jsonl, row_prompt
 from dflash_train.endpoint import Endpoint
 from dflash_train.reference_decoding import by_length, generate, in_batches
-from dflash_train.target import Target, TargetFiles, describe_target, identity
+from dflash_train.target import TargetFiles, describe_target, identity
 from modeling.dialogue_tokens import Rendering
 from recipes.schema import Recipe
 from storage.files import write_text
-from storage.reading import json_lines
+from storage.reading import json_lines, require_file
 from storage.revision import git_revision
 from storage.terminal import counted
 from training.data_files import expand
@@ -133,16 +134,16 @@ def generate_answers(recipe: Recipe, target: TargetFiles, path: Path, *, acceler
     endpoint = Endpoint(settings, target, say) if settings.endpoint and mine else None
     bar = ProgressBar(len(mine), len(done & {b.number for b in mine}), enabled=rank == 0, every=10, label="answers",
                       unit="answers: batch")
+    missing = [b for b in mine if b.number not in done]
     with partial.open("a", encoding="utf-8") as out:
-        for position, batch in enumerate(mine, 1):
-            if batch.number not in done:
-                temperature = settings.passes[batch.pass_index].temperature
-                responses = _answer(recipe, target, batch, [ids[i] for i in batch.prompts], temperature, endpoint)
-                lines = [_line(rows[i], ids[i], response, temperature, target) | {"batch": batch.number}
-                         for i, response in zip(batch.prompts, responses, strict=True)]
-                tokens += sum(map(len, responses))
-                out.write("".join(json.dumps(line) + "\n" for line in [*lines, {"finished": batch.number}]))
-                out.flush()
+        for position, (batch, responses) in enumerate(_answered(recipe, target, missing, ids, endpoint),
+                                                      1 + len(mine) - len(missing)):
+            temperature = settings.passes[batch.pass_index].temperature
+            lines = [_line(rows[i], ids[i], response, temperature, target) | {"batch": batch.number}
+                     for i, response in zip(batch.prompts, responses, strict=True)]
+            tokens += sum(map(len, responses))
+            out.write("".join(json.dumps(line) + "\n" for line in [*lines, {"finished": batch.number}]))
+            out.flush()
             bar.update(position, f"{tokens / max(1e-9, time.monotonic() - began):,.0f} tok/s")
     bar.close()
     target.rest()
@@ -185,6 +186,7 @@ def _partials(path: Path) -> list[Path]:
 def _whole_batches(partial: Path) -> Iterator[tuple[int, list[dict]]]:
     """(number, lines) of the batches that are whole in a partial file, up to the place where its writer was killed."""
     pending: list[dict] = []
+    require_file(partial)
     for line in partial.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
@@ -199,7 +201,7 @@ def _whole_batches(partial: Path) -> Iterator[tuple[int, list[dict]]]:
 
 def _cut(partial: Path) -> None:
     """Cuts a partial file after its last whole batch, so that it can be written on."""
-    if partial.is_file():
+    if partial.exists():
         kept = [line for number, lines in _whole_batches(partial) for line in [*lines, {"finished": number}]]
         write_text(partial, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -225,14 +227,31 @@ def _line(row: dict, prompt: list[int], response: list[int], temperature: float,
                    "ended": response[-1] in target.end_ids, "text": target.tokenizer.decode(response)}
 
 
-def _answer(recipe: Recipe, target: Target, batch: Batch, prompts: list[list[int]], temperature: float,
-            endpoint: Endpoint | None) -> list[list[int]]:
-    settings = recipe.dflash.regenerate
-    # No answer is longer than its row has room for.
-    limits = [min(settings.max_new_tokens, recipe.dflash.sequence_length - len(prompt)) for prompt in prompts]
-    if endpoint is not None:
-        seeds = [recipe.seed * 1_000_003 + batch.number * 4096 + i for i in range(len(prompts))]
-        with ThreadPoolExecutor(settings.batch_size) as pool:
-            return list(pool.map(lambda p, limit, s: endpoint.answer(p, temperature, limit, s), prompts, limits, seeds))
-    generator = torch.Generator(target.device).manual_seed((recipe.seed << 32) + batch.number)
-    return generate(target, prompts, max_new_tokens=limits, temperature=temperature, generator=generator)
+def _answered(recipe: Recipe, target: TargetFiles, batches: list[Batch], ids: list[list[int]],
+              endpoint: Endpoint | None) -> Iterator[tuple[Batch, list[list[int]]]]:
+    """Each batch with its answers, in order. A server gets the next batch's prompts while the last answers of one are written:
+    it always has `batch_size` to write."""
+    settings, asked = recipe.dflash.regenerate, deque()
+    pool = ThreadPoolExecutor(settings.batch_size)
+    try:
+        for batch in batches:
+            temperature, prompts = settings.passes[batch.pass_index].temperature, [ids[i] for i in batch.prompts]
+            # No answer is longer than its row has room for.
+            limits = [min(settings.max_new_tokens, recipe.dflash.sequence_length - len(prompt)) for prompt in prompts]
+            if endpoint is None:
+                generator = torch.Generator(target.device).manual_seed((recipe.seed << 32) + batch.number)
+                yield batch, generate(target, prompts, max_new_tokens=limits, temperature=temperature, generator=generator)
+                continue
+            seeds = [recipe.seed * 1_000_003 + batch.number * 4096 + i for i in range(len(prompts))]
+            asked.append((batch, [pool.submit(endpoint.answer, prompt, temperature, limit, seed)
+                                  for prompt, limit, seed in zip(prompts, limits, seeds, strict=True)]))
+            if len(asked) > 1:
+                yield _finished(*asked.popleft())
+        for one in asked:
+            yield _finished(*one)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished(batch: Batch, answers: list[Future]) -> tuple[Batch, list[list[int]]]:
+    return batch, [answer.result() for answer in answers]

@@ -67,8 +67,9 @@ class DiskFeatures:
 
 
 def cached_features(target: Target, dialogues: list[Dialogue], rows: PackedRows, folder: Path, *, limit_gib: float,
-                    batch_size: int, accelerator=None, say: Callable[[str], None] = print) -> DiskFeatures:
-    """The cache in `folder`, written first if it is not there; all ranks call it.
+                    batch_size: int, beside: int = 0, accelerator=None,
+                    say: Callable[[str], None] = print) -> DiskFeatures:
+    """The cache in `folder`, written first if it is not there; all ranks call it. beside: as of `write_states`.
 
     Raises:
         ValueError: it would be larger than `limit_gib` GiB (before anything is written); a damaged cache.
@@ -88,5 +89,5 @@ def cached_features(target: Target, dialogues: list[Dialogue], rows: PackedRows,
         widths = {"taps": len(target.target_layers) * target.hidden_size, "last": target.hidden_size}
         write_states(folder, items=by_length(dialogues, lambda d: len(d.tokens)), lengths=lengths, widths=widths,
                      dtype=torch.bfloat16, compute=compute, key="dflash.features_gib", limit_gib=limit_gib,
-                     accelerator=accelerator, rest=target.rest, say=say, label="features")
+                     accelerator=accelerator, rest=target.rest, say=say, beside=beside, label="features")
     return DiskFeatures(target, rows, folder, accelerator)

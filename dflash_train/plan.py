@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dflash_train.target import choose_target_layers, configure_drafter, target_folder
-from dflash_train.trainer import require_sections, require_understood
+from checkpoint.drafter_folder import grouping_note
+from dflash_train.foresight import foresee, matrix_parameters, meta_drafter, moment_bytes, writes
+from dflash_train.target import choose_target_layers
+from dflash_train.trainer import require_sections
+from modeling.drafter import config_json
 from modeling.fused_experts import fused_experts
 from qat.expert_quantizer import find_expert_tensors
 from qat.meta_model import meta_model
 from recipes.schema import Recipe
-from training.preflight import print_readiness
+from training.preflight import NOT_READY, print_readiness
 from training.sharding.layout import layout_of, require_divisible
 
 GIB = 2**30
@@ -37,13 +40,14 @@ class Plan:
     signals_per_step: int
     tokens_per_step: int
     memory: dict[str, int]
+    disk: dict[str, int]
     feature_bytes_per_token: int
     available: int | None = None
     notes: list[str] = field(default_factory=list)
 
 
 def run(recipe: Recipe) -> int:
-    """Prints the plan; returns the exit code.
+    """Prints the plan; returns the exit code: 0, or that of a run that would be refused.
 
     Raises:
         ValueError: a recipe without a drafter, or one that cannot fit the cluster it names.
@@ -51,7 +55,7 @@ def run(recipe: Recipe) -> int:
     require_sections(recipe)
     plan = make_plan(recipe)
     render(plan, recipe)
-    print_readiness(recipe, "dflash", _misunderstood(recipe))
+    ready = print_readiness(recipe, "dflash", foresee(recipe, planned=True))
     total = sum(plan.memory.values())
     if plan.available is not None and total > plan.available:
         largest = max(plan.memory, key=plan.memory.get)
@@ -60,42 +64,18 @@ def run(recipe: Recipe) -> int:
                   "use smaller dflash.batch_size, dflash.anchors or dflash.loss.chunk_anchors")
         raise ValueError(f"cluster.memory_gib: a rank needs {total / GIB:.1f} GiB and has {plan.available / GIB:.1f} usable; "
                          f"the largest part is {largest} ({plan.memory[largest] / GIB:.1f} GiB): {advice}")
-    return 0
-
-
-def _misunderstood(recipe: Recipe) -> list[str]:
-    """What the job would say before it reads a weight, of a target whose files are there already."""
-    try:
-        target_folder(recipe)
-    except ValueError:
-        return []
-    try:
-        require_understood(recipe)
-    except ValueError as error:
-        return [str(error)]
-    return []
+    return 0 if ready else NOT_READY
 
 
 def make_plan(recipe: Recipe) -> Plan:
     """Adds everything up, on the meta device."""
-    import torch
-
-    from dflash_train.optimizer import is_matrix
-    from modeling.drafter import DFlashDraftModel
-
     model, name, _ = meta_model(recipe)
     config = model.config.get_text_config()
     target_layers = choose_target_layers(recipe.drafter.target_layer_ids, config.num_hidden_layers)
     mask_id = recipe.drafter.mask_token if isinstance(recipe.drafter.mask_token, int) else 0
-    try:
-        drafter_config = configure_drafter(recipe.drafter, recipe.dflash, config=config, target_layers=target_layers,
-                                           mask_id=mask_id)
-    except ValueError as error:
-        raise ValueError(f"drafter: {error}") from None
-    with torch.device("meta"):
-        drafter = DFlashDraftModel(drafter_config)
+    drafter = meta_drafter(recipe, config, target_layers, mask_id)
     sizes = {n: p.numel() for n, p in drafter.named_parameters()}
-    muon = sum(p.numel() for n, p in drafter.named_parameters() if is_matrix(n, p))
+    muon = matrix_parameters(drafter)
     cluster, job = recipe.cluster, recipe.dflash
     ranks = cluster.nodes * cluster.accelerators_per_node if cluster else 1
     parameters = sum(sizes.values())
@@ -104,18 +84,20 @@ def make_plan(recipe: Recipe) -> Plan:
     return Plan(
         target=name, target_layers=target_layers, ranks=ranks, tensors=len(sizes) - 1, parameters=parameters,
         muon_parameters=muon,
-        drafter_bytes=2 * (parameters - sizes["mask_embedding"]), memory=_memory(recipe, model, drafter, muon, ranks),
+        drafter_bytes=2 * (parameters - sizes["mask_embedding"]), memory=_memory(recipe, model, drafter, ranks),
+        disk=writes(recipe, drafter),
         signals_per_step=job.batch_size * job.anchors * (recipe.drafter.block_size - 1) * ranks,
         tokens_per_step=job.batch_size * job.sequence_length * ranks,
         feature_bytes_per_token=2 * config.hidden_size * (len(target_layers) + 1),
-        available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None, notes=_notes(recipe))
+        available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None,
+        notes=_notes(recipe, grouping_note(config_json(drafter.config), config)))
 
 
-def _memory(recipe: Recipe, model, drafter, muon: int, ranks: int) -> dict[str, int]:
-    """Bytes of one rank. muon: parameters that Muon updates, which keep one moment."""
+def _memory(recipe: Recipe, model, drafter, ranks: int) -> dict[str, int]:
+    """Bytes of one rank."""
     cluster, job, config = recipe.cluster, recipe.dflash, model.config.get_text_config()
     parameters = sum(p.numel() for p in drafter.parameters())
-    moments = 4 * muon + 8 * (parameters - muon) if job.optimizer.name == "muon" else 8 * parameters
+    moments = moment_bytes(recipe, drafter)
     divided = cluster is not None and cluster.sharding != "ddp" and ranks > 1
     memory = _target_memory(recipe, model, ranks if divided else 1)
     share = ranks if divided and job.shard_drafter else 1
@@ -164,8 +146,9 @@ def _activation_bytes(recipe: Recipe, config, features: int) -> int:
     return 2 * (blocks * (per_block + scores * on_cpu) + context * ((features + 3) * H + drafter.num_hidden_layers * pairs))
 
 
-def _notes(recipe: Recipe) -> list[str]:
-    notes = []
+def _notes(recipe: Recipe, ungrouped: str | None) -> list[str]:
+    """ungrouped: why vLLM would not start with the drafter, if it would not."""
+    notes = [f"drafter.num_hidden_layers: {ungrouped}"] if ungrouped else []
     if isinstance(recipe.drafter.mask_token, str) or recipe.drafter.mask_token is None:
         notes.append("drafter.mask_token is looked up in the tokenizer when the job starts")
     if recipe.dflash.features == "disk":
@@ -206,5 +189,6 @@ def render(plan: Plan, recipe: Recipe) -> None:
     if plan.available is not None:
         memory.add_row("usable", f"{plan.available / GIB:.1f}")
     console.print(memory)
+    console.print("disk, at most: " + ", ".join(f"{what} {size / 1e9:.2g} GB" for what, size in plan.disk.items()))
     for note in plan.notes:
         console.print(f"note: {note}")

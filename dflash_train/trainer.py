@@ -26,9 +26,10 @@ from dflash_train.anchors import block_labels, sample_anchors, teacher_index
 from dflash_train.answers import regenerated
 from dflash_train.dialogues import dialogues_digest, own_dialogues, pack
 from dflash_train.features import OnlineFeatures, cached_features
+from dflash_train.foresight import foresee
 from dflash_train.losses import draft_loss
 from dflash_train.optimizer import make_optimizer
-from dflash_train.target import describe_target, identity, load_target, mask_token_id, new_drafter, target_files
+from dflash_train.target import describe_target, identity, load_target, new_drafter
 from modeling.dialogue_tokens import Rendering
 from modeling.drafter import load_drafter, save_drafter
 from recipes.load import published
@@ -54,14 +55,6 @@ def require_sections(recipe: Recipe) -> None:
     for name in ("drafter", "dflash"):
         if getattr(recipe, name) is None:
             raise ValueError(f"{name}: the recipe has no such section, which drafter training needs (see recipes/tiny.yaml)")
-
-
-def require_understood(recipe: Recipe) -> None:
-    """Raises ValueError for what can be known before a weight is read: the mask token, and the prompts that are measured at the
-    end."""
-    files = target_files(recipe)
-    mask_token_id(recipe.drafter.mask_token, files.tokenizer, files.vocabulary, files.end_ids)
-    acceptance.groups(recipe, files)
 
 
 def run(recipe: Recipe, *, resume: bool, max_steps: int | None, other_processes: bool = False) -> int:
@@ -106,10 +99,9 @@ class Trainer(TrainingRun):
         self.accelerator = make_accelerator()
         self.main = self.accelerator.is_main_process
         self.folder = run_folder(recipe)
-        require_ready(recipe, "dflash")
+        self.writes = require_ready(recipe, "dflash", foresee(recipe), self.folder if resume else None)
         self.lock()
         newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say, self.accelerator) if resume else None
-        require_understood(recipe)
         self.target = load_target(recipe, self.accelerator.device, self.accelerator.num_processes)
         self.target.agree_on_fingerprint(self.accelerator)
         self.identity = identity(self.target, recipe)
@@ -156,7 +148,7 @@ class Trainer(TrainingRun):
             return
         self.features = cached_features(target, self.dialogues, self.rows, self.folder / "features" / self._features_key(),
                                         limit_gib=settings.features_gib, batch_size=settings.regenerate.batch_size,
-                                        accelerator=self.accelerator, say=self.say)
+                                        beside=self.writes, accelerator=self.accelerator, say=self.say)
 
     def _require_unused_mask(self) -> None:
         """Raises ValueError if the mask token occurs in own data: the export overwrites its embedding in the target."""

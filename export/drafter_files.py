@@ -34,6 +34,7 @@ from checkpoint.drafter_folder import (
     special_of,
     speculators_config,
 )
+from checkpoint.findings import one_line
 from checkpoint.sources import Source
 from checkpoint.tensor_files import REFERENCE
 from export.layouts import Unit
@@ -72,6 +73,11 @@ def open_drafter(folder: Path, target_config) -> TrainedDrafter | None:
     """
     if not folder.is_dir():
         return None
+    with one_line(folder, "no usable drafter"):
+        return _opened(folder, target_config)
+
+
+def _opened(folder: Path, target_config) -> TrainedDrafter:
     config = read_json(folder / "config.json")
     if not (folder / MASK).is_file():
         raise ValueError(f"{folder}: {MASK} is missing: without it nearly every draft is rejected")

@@ -34,7 +34,7 @@ from checkpoint.trained import Weights, packed_codes_stored
 from checkpoint.verify import verify
 from export import config_files, drafter_files, model_card
 from export.layouts import units_of
-from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, tensor_bytes, write_shard
+from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, require_room, tensor_bytes, write_shard
 from modeling.names import plain_dtype
 from recipes.load import dump_published, published
 from recipes.schema import Recipe
@@ -43,7 +43,7 @@ from storage.files import begin_folder, bound_earlier, finish_folder, next_free,
 from storage.locks import Lock
 from storage.reading import read_json
 from storage.terminal import counted, printable, printable_line
-from training.checkpoint import complete_checkpoints, disk_errors, require_newest_result
+from training.checkpoint import complete_checkpoints, disk_errors, require_newest_result, require_whole
 
 WAIT_SECONDS = 0.2
 
@@ -113,6 +113,8 @@ class Export:
         recipe, request = self.recipe, self.request
         rounded = local_folder(str(request.base)) if request.base else None
         self.trained_folder = rounded or request.weights or trained_weights(self.run_folder / "qat")
+        if not request.rank:
+            require_whole(self.trained_folder)
         trained = open_source(self.trained_folder)
         base_folder = rounded or (local_folder(recipe.model.path) if recipe.model.path else self.trained_folder)
         base = trained if base_folder == self.trained_folder else open_source(base_folder)
@@ -180,6 +182,7 @@ class Export:
                 time.sleep(WAIT_SECONDS)
             return mark
         kept = plan.is_file() and read_json(plan).get("fingerprint") == mark
+        require_room(self.out, self.bytes, self.partial if kept else None)
         if kept:
             done = sum((self.partial / s.name).is_file() for s in self.shards)
             print(f"continuing {self.partial}: {done} of {len(self.shards)} files are there", flush=True)

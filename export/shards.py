@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,8 @@ import torch
 from checkpoint.sources import DTYPE_NAMES, DTYPES
 from export.layouts import Unit
 from modeling.names import PublishedTensor
-from storage.files import write_bytes
+from storage.files import tree_bytes, write_bytes
+from storage.reading import read_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -97,6 +99,17 @@ def index_json(shards: list[Shard]) -> str:
     return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(tensors.items()))}, indent=1) + "\n"
 
 
+def require_room(out: Path, need: int, kept: Path | None) -> None:
+    """Raises ValueError if `need` bytes of weights do not fit beside `out`. kept: the unfinished export that is continued."""
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    need -= tree_bytes(kept) if kept else 0
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise ValueError(f"--out {out}: {free / 1e9:,.3f} GB free there, but the export takes {need / 1e9:,.3f} GB more")
+
+
 def write_shard(shard: Shard, folder: Path, progress: Callable[[int], None] = lambda done: None) -> dict[str, str]:
     """Writes one file, unless it is there; returns the CRC-32 (hex) of each tensor.
 
@@ -105,11 +118,12 @@ def write_shard(shard: Shard, folder: Path, progress: Callable[[int], None] = la
         OSError: the disk is full or not writable; what was there stays.
     """
     final, sums_path = folder / shard.name, folder / f"{shard.name}.sums"
-    if final.is_file() and final.stat().st_size == shard.bytes and sums_path.is_file():
+    if final.is_file() and final.stat().st_size == shard.bytes and (kept := _kept_sums(sums_path, shard)):
         progress(shard.bytes)
-        return json.loads(sums_path.read_text(encoding="utf-8"))
+        return kept
     partial = final.with_name(final.name + ".partial")
     try:
+        partial.unlink(missing_ok=True)  # a pipe of that name would be waited on
         sums = _fill(shard, partial, progress)
         write_bytes(sums_path, json.dumps(sums).encode())
         os.replace(partial, final)
@@ -118,6 +132,15 @@ def write_shard(shard: Shard, folder: Path, progress: Callable[[int], None] = la
         raise OSError(f"{final}: could not be written: {error.strerror or error}; complete files stay, the same command "
                       "continues") from error
     return sums
+
+
+def _kept_sums(path: Path, shard: Shard) -> dict[str, str] | None:
+    """The sums beside a file that is there already; None where they are missing or damaged: then it is written anew."""
+    try:
+        found = read_json(path)
+    except ValueError:
+        return None
+    return found if found.keys() == shard.offsets.keys() and all(isinstance(s, str) for s in found.values()) else None
 
 
 def _fill(shard: Shard, path: Path, progress: Callable[[int], None]) -> dict[str, str]:

@@ -21,6 +21,14 @@ ROUNDINGS = 4  # in units of the dtype's epsilon, relative to the largest logit:
 _CAUSES = re.compile(r"^(?!attn).*(logits?_(scal|soft|cap|mult)|softcap|lm_head_mult|output_mult|dim_model_base|mup)")
 
 
+def require_decoder(model: nn.Module) -> None:
+    """Raises ValueError for a class whose own decoder cannot be asked for (Llama 4: it stands under another name than the class
+    promises), also on the meta device."""
+    if model.base_model is model:
+        raise ValueError(f"model type {model.config.model_type}: {type(model).__name__} gives no decoder without its head, "
+                         "whose hidden states losses and answers here are made of, so it cannot be trained")
+
+
 @torch.no_grad()
 def require_plain_head(model: nn.Module) -> None:
     """Runs a few tokens through the model, in evaluation mode, and compares its logits with those of its head alone.
@@ -31,6 +39,7 @@ def require_plain_head(model: nn.Module) -> None:
     Raises:
         ValueError: they differ by more than rounding; names the model type and the settings that look like the cause.
     """
+    require_decoder(model)
     head, seen = model.get_output_embeddings(), []
 
     def enlarge(module, inputs, output) -> None:

@@ -16,10 +16,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import DataLoader
 
@@ -32,13 +33,14 @@ from storage.terminal import counted
 from training.data_files import expand, format_of, json_rows
 from training.epoch_order import EpochOrder
 
+COUNTS = ("documents", "long", "empty")  # of the packer, beside the rows that they became
 WHERE = "_where"  # in a dialogue on its way to the packer: key, file and line, for messages
 # What a dialogue is made of (`modeling.dialogue_tokens`).
 DIALOGUE_FIELDS = ("messages", "conversations", "prompt", "response", "completion", "tools")
 
 
 def packed_dataset(sources: list[str | Source], tokenizer, data: Data, *, key: str = "data.train",
-                   rendering: Rendering = AUTO, seed: int = 0):
+                   rendering: Rendering = AUTO, seed: int = 0, say: Callable[[str], None] | None = None):
     """A `datasets.Dataset` with column input_ids: lists of exactly `sequence_length` token ids.
 
     Args:
@@ -47,6 +49,7 @@ def packed_dataset(sources: list[str | Source], tokenizer, data: Data, *, key: s
         key: recipe key for error messages.
         rendering: how dialogues become tokens.
         seed: of the order in which weighted sources are mixed.
+        say: called with a line for documents that are longer than a row, and one for rows of a table that hold none.
 
     Raises:
         ValueError: no such file, an unreadable one (with file and line), no such column or one that is not text, an empty
@@ -75,7 +78,18 @@ def packed_dataset(sources: list[str | Source], tokenizer, data: Data, *, key: s
     if len(packed) == 0:
         raise ValueError(f"{key}: fewer than sequence_length={data.sequence_length} tokens in all"
                          + (", or no answer in them (data.loss_on: answers)" if data.loss_on == "answers" else ""))
-    return packed.with_format("torch")
+    if say is not None:
+        _say_counts(packed, data.sequence_length, key, say)
+    return packed.remove_columns(list(COUNTS)).with_format("torch")
+
+
+def _say_counts(packed, length: int, key: str, say: Callable[[str], None]) -> None:
+    documents, long, empty = (int(pc.sum(packed.data.column(name)).as_py() or 0) for name in COUNTS)
+    if long:
+        say(f"{key}: {long:,} of {counted(documents, 'document')} longer than data.sequence_length={length} tokens: they go on "
+            "in the next rows, which do not see how they begin")
+    if empty:
+        say(f"{key}: {counted(empty, 'row')} left out, without text or dialogue (null)")
 
 
 def split_rows(rows_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -264,6 +278,7 @@ class Packer:
         self.tokenizer, self.length, self.rendering, self.answers_only = tokenizer, length, rendering, answers_only
         self.begin, self.end = begin_ids(tokenizer), tokenizer.eos_token_id
         self.rest: list[int] = []
+        self.counts = dict.fromkeys(COUNTS, 0)  # since the last row
 
     def __call__(self, batch: dict[str, list[str | None]]) -> dict[str, list[list[int]]]:
         ids, length = self.rest, self.length
@@ -271,14 +286,21 @@ class Packer:
         # verbose=False: rows are cut below, so a text may be longer than what the model takes.
         tokenized = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
         for text, dialogue in zip(batch["text"], batch.get("dialogue", [None] * len(batch["text"])), strict=True):
-            if text is not None:
-                ids += [*self.begin, *next(tokenized), self.end]
-            elif dialogue is not None:
-                ids += self._dialogue(json.loads(dialogue))
+            if text is None and dialogue is None:
+                self.counts["empty"] += 1
+                continue
+            own = self._dialogue(json.loads(dialogue)) if text is None else [*self.begin, *next(tokenized), self.end]
+            self.counts["documents"] += 1
+            self.counts["long"] += len(own) > length
+            ids += own
         whole = len(ids) // length * length
         self.rest = ids[whole:]
         rows = [ids[i:i + length] for i in range(0, whole, length)]
-        return {"input_ids": [row for row in rows if max(row[1:]) >= 0] if self.answers_only else rows}
+        rows = [row for row in rows if max(row[1:]) >= 0] if self.answers_only else rows
+        counts = {name: [count, *[0] * (len(rows) - 1)] if rows else [] for name, count in self.counts.items()}
+        if rows:
+            self.counts = dict.fromkeys(COUNTS, 0)
+        return {"input_ids": rows} | counts
 
     def _dialogue(self, row: dict) -> list[int]:
         where = row.pop(WHERE, None)

@@ -112,6 +112,13 @@ def find_expert_tensors(model: nn.Module) -> list[ExpertTensor]:
     return found
 
 
+def require_number(model: nn.Module, tensors: list[ExpertTensor], expected: int | None) -> None:
+    """Raises ValueError unless the model has as many expert tensors as the recipe promises (None: it does not)."""
+    if expected is not None and len(tensors) != expected:
+        raise ValueError(f"quantization.expected_tensors: {expected}, but {type(model).__name__} has "
+                         f"{counted(len(tensors), 'expert tensor')}")
+
+
 def _protected_by(name: str) -> str | None:
     for part in name.split(".")[:-1]:
         for kind, pattern in _PROTECTED.items():
@@ -149,9 +156,7 @@ class ExpertQuantizer:
             ValueError: see `find_expert_tensors`; a non-finite weight (tensor, expert and index are named).
         """
         self.tensors = find_expert_tensors(model)
-        if expected_tensors is not None and len(self.tensors) != expected_tensors:
-            raise ValueError(f"quantization.expected_tensors: {expected_tensors}, but {type(model).__name__} has "
-                             f"{counted(len(self.tensors), 'expert tensor')}")
+        require_number(model, self.tensors, expected_tensors)
         self.scale_rule, self.ste = scale_rule, ste
         self._take_masters()
         self.requantize()

@@ -7,11 +7,13 @@ where there is no network).
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from checkpoint.findings import one_line
+from checkpoint.load import require_known_activation
 from recipes.schema import Recipe
+from storage.reading import read_json
 
 
 def meta_model(recipe: Recipe):
@@ -67,26 +69,30 @@ def _model_at(path: str, trust_remote_code: bool):
     from modeling.configuration_mimo_v2 import MiMoV2Config
     from modeling.modeling_mimo_v2 import MiMoV2ForCausalLM
 
-    folder = Path(path)
+    folder, impossible = Path(path), "config.json describes no model that can be built"
     if folder.is_dir() and (folder / "config.json").is_file():
-        try:
-            keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{folder / 'config.json'}:{error.lineno}: not valid JSON: {error.msg}") from None
+        keys = read_json(folder / "config.json")
         # The test that `checkpoint.load` makes: V2-Flash as released is read by this project's class.
         if keys.get("model_type") == "mimo_v2" or keys.get("model_type") == "mimo_v2_flash" and "hybrid_layer_pattern" in keys:
             fp8 = (keys.get("quantization_config") or {}).get("quant_method") == "fp8"
             geometry = {k: v for k, v in keys.items() if k not in ("quantization_config", "model_type", "dtype", "torch_dtype")}
-            return MiMoV2ForCausalLM(MiMoV2Config.from_dict(geometry)), _mtp_layers(folder), fp8
+            with one_line(folder, impossible):
+                return MiMoV2ForCausalLM(MiMoV2Config.from_dict(geometry)), _mtp_layers(folder), fp8
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
+        with one_line(folder, impossible, passed=(OSError,)):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if impossible in str(error):
+            raise
         raise ValueError(f"model.path: {path}: no config.json to plan with (not a checkpoint folder, and no hub model that "
                          "can be reached from here); a published geometry can be planned with model.released") from None
     # A packed base is decoded before training; its declaration would make transformers look for kernels.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), 0, False
+    if not trust_remote_code:
+        require_known_activation(config, path)
+    with one_line(folder, impossible):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), 0, False
 
 
 def model_at(path: str, trust_remote_code: bool):

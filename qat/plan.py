@@ -27,11 +27,12 @@ from dataclasses import dataclass, field
 from checkpoint.families.registry import refuse_layout, resolve_layout
 from qat import sharded_plan
 from qat.expert_quantizer import describe, find_expert_tensors
+from qat.foresight import Sizes, checkpoint_bytes, foresee, sizes_of, teacher_states, writes
 from qat.meta_model import meta_model
 from qat.sharded_plan import CODE_BYTES, GIB, Placement
 from recipes.schema import Recipe
 from storage.terminal import counted
-from training.preflight import print_readiness
+from training.preflight import NOT_READY, print_readiness
 from training.sharding.layout import layout_of, require_divisible
 from training.sharding.preview import place
 
@@ -56,6 +57,7 @@ class Plan:
     memory: dict[str, int]
     host_memory: dict[str, int]
     disk: dict[str, int]
+    checkpoint: int
     export: dict[str, int]
     communication: dict[str, int]
     mtp_parameters: int = 0
@@ -65,32 +67,17 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Weights by what happens to them, and how they are divided; see the module's text for the letters."""
-
-    experts: int
-    others: int
-    trained: int
-    width: int
-    ranks: int
-
-    @property
-    def total(self) -> int:
-        return self.experts + self.others
-
-
 def run(recipe: Recipe) -> int:
-    """Prints the plan; returns the exit code.
+    """Prints the plan; returns the exit code: 0, or that of a run that would be refused.
 
     Raises:
         ValueError: the run cannot fit the cluster it names: resource, need, have, remedy.
     """
     plan = make_plan(recipe)
     render(plan)
-    print_readiness(recipe, "qat")
+    ready = print_readiness(recipe, "qat", foresee(recipe))
     refuse_if_too_large(plan, recipe)
-    return 0
+    return 0 if ready else NOT_READY
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -103,7 +90,7 @@ def make_plan(recipe: Recipe) -> Plan:
     refuse_layout(resolve_layout(recipe.export.layout, model.config), model.config, recipe.export.dense)
     tensors = find_expert_tensors(model)
     groups = _groups(model, {t.name for t in tensors})
-    sizes = _sizes(recipe, groups)
+    sizes = sizes_of(recipe, groups[EXPERTS], sum(groups.values()))
     cluster, qat = recipe.cluster, recipe.qat
     offload = bool(cluster and cluster.offload_optimizer)
     notes = _notes(recipe)
@@ -119,14 +106,13 @@ def make_plan(recipe: Recipe) -> Plan:
         working = sharded_plan.working_bytes(recipe, held, layout, shape) | _passing_bytes(recipe, model, sizes.width)
         shards = layout.ranks // layout.replicas
         communication, over_link = sharded_plan.communication(recipe, held, layout, shape)
-        checkpoint = sharded_plan.checkpoint_bytes(recipe, shape)
         notes = about + notes
     else:
         state = _state_bytes(recipe, sizes)
         working = _working_bytes(recipe, sizes) | _passing_bytes(recipe, model, sizes.width)
         shards = 1
         communication, over_link = _communication(recipe, sizes), set()
-        checkpoint = sizes.total * sizes.width + int(sizes.experts * CODE_BYTES) + sum(state.values())
+    checkpoint = checkpoint_bytes(recipe, model, sizes)
     working |= _evaluation_bytes(recipe, model, sizes, shards)
     return Plan(
         model=name, ranks=sizes.ranks, steps=qat.steps,
@@ -135,8 +121,7 @@ def make_plan(recipe: Recipe) -> Plan:
         precision=_precision(groups, inventory, recipe.model.dtype),
         mtp_parameters=sum(t.elements for t in inventory or () if _kind(t.name) == MTP and "scale" not in t.name),
         memory=working | ({} if offload else state), host_memory=state if offload else {},
-        disk={"training checkpoint": checkpoint, f"checkpoints kept ({qat.keep_last})": checkpoint * qat.keep_last}
-        | _teacher_states(recipe, model, sizes),
+        disk=writes(recipe, checkpoint, sizes) | teacher_states(recipe, model, sizes), checkpoint=checkpoint,
         export=_export_bytes(inventory, sizes),
         communication=communication, seconds=_seconds(recipe, communication, over_link),
         available=int(cluster.memory_gib * GIB * (1 - RESERVED_SHARE)) if cluster else None,
@@ -204,15 +189,6 @@ def _groups(model, experts: set[str]) -> dict[str, int]:
     return groups
 
 
-def _teacher_states(recipe: Recipe, model, sizes: _Sizes) -> dict[str, int]:
-    """Last hidden states of all rows that the run trains on, at most; texts that are trained on again need no more."""
-    qat = recipe.qat
-    if qat.teacher != "disk":
-        return {}
-    tokens = qat.steps * qat.gradient_accumulation * qat.batch_size * recipe.data.sequence_length * sizes.ranks
-    return {"the teacher's last states, at most": tokens * model.config.get_text_config().hidden_size * sizes.width}
-
-
 def _precision(groups: dict[str, int], inventory, dtype: str) -> dict[str, tuple[str, str]]:
     """(in training, in the exported files) of each group."""
     exported: dict[str, list[str]] = {}
@@ -227,24 +203,17 @@ def _precision(groups: dict[str, int], inventory, dtype: str) -> dict[str, tuple
     return rows
 
 
-def _sizes(recipe: Recipe, groups: dict[str, int]) -> _Sizes:
-    cluster, experts, total = recipe.cluster, groups[EXPERTS], sum(groups.values())
-    ranks = cluster.nodes * cluster.accelerators_per_node if cluster else 1
-    return _Sizes(experts=experts, others=total - experts, trained=total if recipe.qat.train == "all" else experts,
-                  width=4 if recipe.model.dtype == "float32" else 2, ranks=ranks)
-
-
 def _matrices(tensors) -> int:
     """Matrices in the sense of a published checkpoint: gate, up and down of every expert."""
     return sum(t.num_experts * (2 if "gate_up" in t.name else 1) for t in tensors)
 
 
-def _state_bytes(recipe: Recipe, sizes: _Sizes) -> dict[str, int]:
+def _state_bytes(recipe: Recipe, sizes: Sizes) -> dict[str, int]:
     """What the optimizer's side of one process holds."""
     return sharded_plan.state_bytes(recipe, Placement(sizes.experts, sizes.others, 0, 0, True))
 
 
-def _working_bytes(recipe: Recipe, sizes: _Sizes) -> dict[str, int]:
+def _working_bytes(recipe: Recipe, sizes: Sizes) -> dict[str, int]:
     """What lies on the accelerator of one process beside the optimizer's side and what passes through."""
     return {
         f"compute weights ({recipe.model.dtype})": sizes.total * sizes.width,
@@ -265,7 +234,7 @@ def _passing_bytes(recipe: Recipe, model, width: int) -> dict[str, int]:
     }
 
 
-def _evaluation_bytes(recipe: Recipe, model, sizes: _Sizes, shards: int) -> dict[str, int]:
+def _evaluation_bytes(recipe: Recipe, model, sizes: Sizes, shards: int) -> dict[str, int]:
     """What held-out text takes beyond training: states of the teacher; float32 copies at the end, when gradients are gone."""
     qat, found = recipe.qat, {}
     if qat.heldout_every:
@@ -297,7 +266,7 @@ def activation_bytes(config, tokens: int, width: int, *, recomputed: bool, hidde
     return captured + (layers * tokens * hidden * width + one if recomputed else layers * one)
 
 
-def _export_bytes(inventory, sizes: _Sizes) -> dict[str, int]:
+def _export_bytes(inventory, sizes: Sizes) -> dict[str, int]:
     """Bytes of the exported FP4 checkpoint by dtype: from the published inventory, or everything but experts in BF16."""
     if inventory is None:
         return {"U8": sizes.experts * 17 // 32, "BF16": sizes.others * 2}
@@ -307,7 +276,7 @@ def _export_bytes(inventory, sizes: _Sizes) -> dict[str, int]:
     return by_dtype
 
 
-def _communication(recipe: Recipe, sizes: _Sizes) -> dict[str, int]:
+def _communication(recipe: Recipe, sizes: Sizes) -> dict[str, int]:
     """Bytes that one process receives per step under data parallelism."""
     R = sizes.ranks
     return {} if R == 1 else {"all-reduce of gradients (float32)": 2 * sizes.trained * 4 * (R - 1) // R}
@@ -373,8 +342,9 @@ def render(plan: Plan) -> None:
     _bytes_table(console, "memory per rank", plan.memory, plan.available)
     if plan.host_memory:
         _bytes_table(console, "host memory per rank", plan.host_memory, plan.host_available)
-    _bytes_table(console, "disk", plan.disk, None, total=False)
-    _bytes_table(console, "exported FP4 checkpoint", plan.export, None)
+    console.print(f"one training checkpoint: {_figure(plan.checkpoint / 1e9)} GB", highlight=False)
+    _bytes_table(console, "disk: what the run writes below output, at most", plan.disk, None)
+    _bytes_table(console, "disk: the exported FP4 checkpoint, beside it", plan.export, None)
     least = -(-sum(plan.export.values()) // SHARD_BYTES)
     console.print(f"shards of 5 GB: at least {least} (export/to_hf.py --plan deals the tensors to files)")
     if plan.communication:
@@ -394,7 +364,7 @@ def _figure(value: float) -> str:
     return f"{value:,.2f}" if value >= 0.1 or not value else f"{value:.2g}"
 
 
-def _bytes_table(console, title: str, rows: dict[str, int], available: int | None, *, total: bool = True,
+def _bytes_table(console, title: str, rows: dict[str, int], available: int | None, *,
                  seconds: dict[str, float] | None = None) -> None:
     from rich.table import Table
 
@@ -403,9 +373,8 @@ def _bytes_table(console, title: str, rows: dict[str, int], available: int | Non
     for name, size in rows.items():
         cells = [f"{seconds[name]:.1f}" if name in seconds else "?"] if seconds else []
         table.add_row(name, _figure(size / GIB), _figure(size / 1e9), *cells)
-    if total:
-        size = sum(rows.values())
-        table.add_row("[bold]total[/]", _figure(size / GIB), _figure(size / 1e9), *last)
+    size = sum(rows.values())
+    table.add_row("[bold]total[/]", _figure(size / GIB), _figure(size / 1e9), *last)
     if available is not None:
         table.add_row("available", f"{available / GIB:,.2f}", f"{available / 1e9:,.2f}")
     console.print(table)

@@ -77,7 +77,7 @@ class TeacherStates:
         write_states(self.folder, items=self.rows, lengths=[length] * len(dataset), widths={KIND: config.hidden_size},
                      dtype=dtype, compute=compute, key="qat.teacher_gib", limit_gib=job.settings.teacher_gib,
                      accelerator=job.accelerator, rest=lockstep.rest if lockstep else lambda: None, say=job.say,
-                     label="the teacher's states")
+                     beside=job.writes, label="the teacher's states")
 
     def of_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """States [B, T, H] of the dataset's rows [B], where the rows lie."""

@@ -42,6 +42,7 @@ from qat.data import (
     split_rows,
 )
 from qat.expert_quantizer import ExpertQuantizer, describe, find_expert_tensors, require_finite, without_noise
+from qat.foresight import foresee, require_trainable
 from qat.kept_start import keep_start, start_file, take_start
 from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, output_head, run_hidden
 from qat.methods import MethodQuantizer, pull_strength, pull_to_grid
@@ -102,7 +103,9 @@ class Trainer(TrainingRun):
         self.main = self.accelerator.is_main_process
         torch.manual_seed(recipe.seed)
         self.folder = Path(recipe.output) / recipe.name / "qat"
-        require_ready(recipe, "qat")
+        foreseen = foresee(recipe)
+        self.writes = require_ready(recipe, "qat", foreseen, self.folder if resume else None)
+        require_trainable(recipe)
         self.lock()
         newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say, self.accelerator) if resume else None
         if not recipe.model.trust_remote_code:
@@ -116,9 +119,6 @@ class Trainer(TrainingRun):
         self.states = TeacherStates(self) if settings.teacher == "disk" else None
         self.needs_teacher = (self.states is None or not self.states.written or settings.heldout_every > 0
                               or newest is None and settings.warm_start.method != "none")
-        if settings.train == "all" and recipe.model.dtype != "float32":
-            raise ValueError("qat.train: all needs model.dtype: float32 (only experts have float32 masters; small updates of "
-                             "other bf16 weights would be rounded away)")
         self.attach(model)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -181,7 +181,8 @@ class Trainer(TrainingRun):
         recipe = self.recipe
         rendering = Rendering(recipe.chat.prompts, recipe.chat.template_options)
         with self.accelerator.main_process_first():
-            rows = packed_dataset(recipe.data.train, self.tokenizer, recipe.data, rendering=rendering, seed=recipe.seed)
+            rows = packed_dataset(recipe.data.train, self.tokenizer, recipe.data, rendering=rendering, seed=recipe.seed,
+                                  say=self.say)
             self.domains = heldout_domains(recipe.data.heldout, self.tokenizer, recipe.data, rendering)
         if recipe.data.loss_on == "answers":
             learned, all_tokens = learned_tokens(rows), len(rows) * recipe.data.sequence_length

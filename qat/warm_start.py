@@ -67,6 +67,7 @@ def choose_first_codes(teacher: nn.Module, quantizer: ExpertQuantizer, rows: tor
     Raises:
         ValueError: an experts class whose intermediate activations cannot be computed here.
     """
+    require_known_gates(teacher, quantizer.tensors, settings)
     by_name = {tensor.name: (tensor, master) for tensor, master in quantizer}
     left, said = dict(by_name), time.monotonic()
     for tensors in sweeps(quantizer.tensors, settings):
@@ -138,6 +139,15 @@ def sweeps(tensors: list[ExpertTensor], settings: WarmStart) -> Iterator[list[Ex
     yield group
 
 
+def require_known_gates(model: nn.Module, tensors: list[ExpertTensor], settings: WarmStart) -> None:
+    """Raises ValueError for experts whose gate cannot be computed here (also on the meta device)."""
+    for name in {tensor.module for tensor in tensors} if settings.method != "none" else ():
+        module = model.get_submodule(name)
+        if not hasattr(module, "_apply_gate"):
+            raise ValueError(f"qat.warm_start.method: gptq and fisher do not support {type(module).__name__} "
+                             "(experts of an unknown gate); use none")
+
+
 class _Measured(Exception):
     """Ends a forward pass early."""
 
@@ -150,9 +160,6 @@ class _Gate:
 
     def __init__(self, teacher: nn.Module, tensors: list[ExpertTensor]):
         self.module = module = teacher.get_submodule(tensors[0].module)
-        if not hasattr(module, "_apply_gate"):
-            raise ValueError(f"qat.warm_start.method: gptq and fisher do not support {type(module).__name__} "
-                             "(experts of an unknown gate); use none")
         self.owned = tensors[0].owned
         self.gated = getattr(module, "has_gate", True)
         self.first = "gate_up_proj" if self.gated else "up_proj"

@@ -1,6 +1,7 @@
 """The command line that the training jobs share: recipe, overrides, --resume, --plan, --max-steps; errors in one line.
 
-Exit code: 0 done; 2 a mistake in arguments, recipe or input files; 1 the job broke; 128 + signal when stopped by one.
+Exit code: 0 done; 2 a mistake in arguments, recipe or input files; 1 the job broke; 3 a plan was printed, of a run that would
+be refused; 128 + signal when stopped by one.
 Imports no torch: arguments and recipe are judged before anything heavy is loaded.
 """
 
@@ -19,7 +20,7 @@ from storage.terminal import printable
 
 # What a disk, its owner or a path refuses: no defect of ours, wherever in a library it is raised.
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
-            errno.ENAMETOOLONG, errno.ELOOP}
+            errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO}
 
 _PACKAGES = ("storage", "mxfp4", "modeling", "recipes", "checkpoint", "training", "qat", "dflash_train", "export",
              "runtime_ref")
@@ -34,7 +35,8 @@ def job_parser(program: str, description: str, example: str) -> argparse.Argumen
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint, bit for bit")
     parser.add_argument("--other-processes", action="store_true", help="with --resume: also from a checkpoint of another "
                         "number of processes, from the same weights and moments but not bit for bit")
-    parser.add_argument("--plan", action="store_true", help="print what would be trained, memory, bytes; run nothing")
+    parser.add_argument("--plan", action="store_true", help="print what would be trained, memory, bytes; run nothing "
+                        "(exit code 3: the run would be refused)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop (with a checkpoint) after optimizer step N")
     return parser
 

@@ -161,6 +161,7 @@ def serve(options: argparse.Namespace, ranks, rules) -> int:
 
     import uvicorn
 
+    from checkpoint.checksums import declared_digest
     from checkpoint.load import load_tokenizer
     from runtime_ref.server.app import application
     from runtime_ref.server.connections import Server, limited, possible_connections
@@ -172,7 +173,7 @@ def serve(options: argparse.Namespace, ranks, rules) -> int:
     settings = Settings(names, rules, body_bytes=int(options.max_body_mib * 2**20),
                         bodies_bytes=int(options.max_bodies_mib * 2**20), adaptive=not options.fixed_drafts,
                         defaults={} if options.ignore_generation_config else sampling_defaults(options.folder),
-                        unknown_fields=options.ignore_unknown_fields)
+                        unknown_fields=options.ignore_unknown_fields, checksums=declared_digest(options.folder))
     connections = limited(possible_connections(options.max_connections))
     listening = listen(options.host, options.port)
     tokenizer = load_tokenizer(options.folder)

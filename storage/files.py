@@ -33,11 +33,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     A symbolic link stays one: what it names is replaced. A pipe or device (`/dev/stdout`) is written to as it is.
 
     Raises:
-        OSError: it cannot be written; what was there stays.
+        OSError: it cannot be written, or is a pipe that nobody reads; what was there stays.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if not stat.S_ISREG(kind := path.stat().st_mode) and not stat.S_ISDIR(kind):
-            path.write_bytes(data)
+            _write_through(path, data)
             return
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +56,19 @@ def write_bytes(path: Path, data: bytes) -> None:
         error.filename = str(path)  # the name that the caller knows
         raise
     sync_folder(path.parent)
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    """Into a pipe or device. A pipe that nobody reads refuses to be opened like this; else it would be waited on for ever."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "a pipe that nobody reads", str(path)) from None
+        raise
+    os.set_blocking(descriptor, True)
+    with open(descriptor, "wb") as file:
+        file.write(data)
 
 
 def write_text(path: Path, text: str) -> None:

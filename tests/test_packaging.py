@@ -79,7 +79,7 @@ def test_an_installed_copy_finds_the_shipped_recipes_plans_and_tells_mistakes_in
     assert done.returncode == 0, done.stderr
     where, plan, without_weights, seed, unknown, revision = json.loads(done.stdout.split("RESULT", 1)[1])
     assert Path(where).is_relative_to(site)
-    assert plan[0] == 0 and "79,488 expert matrices" in plan[1]
+    assert plan[0] == 3 and "79,488 expert matrices" in plan[1]
     assert without_weights[0] == 2 and "model.path: required to train" in without_weights[1]
     assert seed[0] == 2 and "model.path: recipes/seed/model: no such checkpoint folder, neither from" in seed[1]
     assert unknown[0] == 2 and "nimo.yaml: no such recipe file" in unknown[1]

@@ -121,6 +121,8 @@ def _shared_out(ranks, names: list[str], work: Callable[[list[str]], dict]) -> d
     """What `work` returns for all names; each process does its share."""
     from accelerate.utils import gather_object
 
+    if ranks is None:
+        return work(names)
     found = work(names[ranks.process_index::ranks.num_processes])
     gathered = ranks.gather_objects(found) if hasattr(ranks, "gather_objects") else gather_object([found])
     return {name: value for part in gathered for name, value in part.items()}
@@ -156,12 +158,16 @@ def folder_aside(final: Path) -> Iterator[Path]:
 def damage(accelerator, path: Path) -> str | None:
     """Why a finished checkpoint is no longer what was written, in one line, or None; all processes call it.
 
-    Every file is read once. Checkpoints of versions that wrote no sums are taken as they are.
+    Every file is read once. Versions that wrote no sums wrote pickled states, which are refused where they are read.
+
+    Args:
+        accelerator: whose processes share the reading; None: this process alone.
     """
     try:
         facts = read_json(path / COMPLETE)
         sums = facts.get("sha256", {})
-        if not isinstance(sums, dict) or sums and facts.pop("sum", None) != json_digest(facts):
+        written_with_sums = sums != {} or (path / STATE).is_file() or (path / SHARDS).is_dir()
+        if written_with_sums and (not isinstance(sums, dict) or facts.pop("sum", None) != json_digest(facts)):
             return f"{path / COMPLETE}: not what was written (its own sum differs)"
     except ValueError as error:
         return str(error)
@@ -171,6 +177,12 @@ def damage(accelerator, path: Path) -> str | None:
     found = _shared_out(accelerator, sorted(sums), lambda names: file_digests(path, names))
     changed = next((name for name in sorted(sums) if found[name] != sums[name]), None)
     return None if changed is None else f"{path / changed}: not the bytes that were written (SHA-256 differs)"
+
+
+def require_whole(folder: Path) -> None:
+    """Raises ValueError for a checkpoint's folder whose files are not what was written; other folders are not looked at."""
+    if (folder / COMPLETE).is_file() and (fault := damage(None, folder)):
+        raise ValueError(f"{fault}; expected a whole checkpoint")
 
 
 def newest_whole(accelerator, folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -241,7 +253,7 @@ def read_states(accelerator, path: Path, *, model, states: dict, other_processes
 
     from training.state_files import load_state, set_random_state
 
-    processes = read_json(path / COMPLETE)["processes"]
+    processes = read_json(path / COMPLETE).get("processes")
     if (path / SHARDS).is_dir():
         raise ValueError(f"{path}: written by a run that divides what it trains; resume it as it was trained "
                          "(cluster.sharding=fsdp2, or dflash.shard_drafter=true), or start a new run without --resume")

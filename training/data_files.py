@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from modeling.prompt_files import open_data, read_rows
+from storage.reading import require_file
 
 FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv",
            ".arrow": "arrow"}
@@ -38,7 +39,8 @@ def expand(patterns: list[str], key: str) -> list[str]:
     """Files that the patterns name, sorted.
 
     Raises:
-        ValueError: a pattern that matches no file, or a file type that cannot be read; names the recipe key.
+        ValueError: a pattern that matches no file, what is neither a file nor a folder, a file type that cannot be read; names
+            the recipe key.
     """
     files: list[str] = []
     for pattern in patterns:
@@ -48,6 +50,11 @@ def expand(patterns: list[str], key: str) -> list[str]:
             raise ValueError(f"{key}: {pattern!r} matches no file{looked_from(pattern)}")
         files += matches
     for file in files:
+        if not Path(file).is_dir():
+            try:
+                require_file(Path(file))  # a link to nothing, a pipe that would be waited on
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
         if format_of(file) is None:
             raise ValueError(f"{key}: {file}: unknown file type, expected one of {', '.join(FORMATS)}, the same with .gz, or a "
                              "folder of datasets.save_to_disk")

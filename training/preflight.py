@@ -11,39 +11,51 @@ import shutil
 from pathlib import Path
 
 from recipes.schema import Recipe, Source
+from storage.files import tree_bytes
 from training import report
 from training.data_files import expand, looked_from
 
 JOBS = ("qat", "dflash")
+NOT_READY = 3  # exit code of a plan that was printed, of a run that would be refused
 
 
-def problems(recipe: Recipe, job: str) -> list[str]:
-    """What keeps `job` ("qat" or "dflash") from running to its end, one line each; empty if nothing is known to."""
+Foreseen = tuple[list[str], dict[str, int]]  # what else would stop the job, and the bytes that it writes, by what they are
+
+
+def problems(recipe: Recipe, job: str, foreseen: Foreseen = ([], {}), resumed: Path | None = None) -> list[str]:
+    """What keeps `job` ("qat" or "dflash") from running to its end, one line each; empty if nothing is known to.
+
+    Args:
+        foreseen: what the job itself knows of its model. resumed: the folder of the run that goes on: bytes there are not new.
+    """
     found: list[str] = []
-    for check in (_tracking, _base, _files, _positions, _drafter_target, _space):
+    for check in (_tracking, _base, _files, _positions, _drafter_target):
         try:
             found += check(recipe, job)
         except ValueError as error:
             found.append(str(error))
+    found += [*foreseen[0], *_space(recipe, left_to_write(foreseen[1], resumed), job)]
     return list(dict.fromkeys(found))
 
 
-def require_ready(recipe: Recipe, job: str) -> None:
-    """Raises ValueError naming every problem, a line each."""
-    found = problems(recipe, job)
+def require_ready(recipe: Recipe, job: str, foreseen: Foreseen = ([], {}), resumed: Path | None = None) -> int:
+    """Bytes that the job will write. Raises ValueError naming every problem, a line each."""
+    found = problems(recipe, job, foreseen, resumed)
     if found:
         raise ValueError("\n".join([found[0], *(f"error: {text}" for text in found[1:])]))
+    return left_to_write(foreseen[1], resumed)
 
 
-def print_readiness(recipe: Recipe, job: str, more: list[str] | None = None) -> None:
-    """For --plan: what would stop the run, or that nothing is known to. more: problems that the job alone can find."""
-    found = list(dict.fromkeys([*problems(recipe, job), *(more or [])]))
+def print_readiness(recipe: Recipe, job: str, foreseen: Foreseen = ([], {})) -> bool:
+    """For --plan: says what would stop the run, or that nothing is known to; whether that is so."""
+    found = problems(recipe, job, foreseen)
     if recipe.model.path is None:
         found = ["model.path: required to train", *found]
     for text in found:
         print(f"not ready: {text}")
     if not found:
-        print("ready to run: files, positions, disk and packages were looked at")
+        print("ready to run: files, positions, model, disk and packages were looked at")
+    return not found
 
 
 def _tracking(recipe: Recipe, job: str) -> list[str]:
@@ -122,15 +134,23 @@ def _drafter_target(recipe: Recipe, job: str) -> list[str]:
             "rejected drafts cannot be taken back; no drafter can be trained for it here"] if other else []
 
 
-def _space(recipe: Recipe, job: str) -> list[str]:
-    """Room for one checkpoint's worth of the base: a run that has less dies at its first checkpoint."""
-    folder = Path(recipe.model.path) if recipe.model.path else None
-    if folder is None or not folder.is_dir() or job != "qat":
-        return []
-    need = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+def checkpoints_at_once(steps: int, every: int, keep_last: int) -> int:
+    """How many checkpoints lie on the disk at once: the oldest goes when the newest is whole."""
+    return min(-(-steps // every), keep_last + 1)
+
+
+def left_to_write(writes: dict[str, int], resumed: Path | None) -> int:
+    """Bytes that come to those which a resumed run's folder holds already."""
+    there = sum(tree_bytes(resumed / name) for name in ("checkpoints", "model")) if resumed else 0
+    return max(0, sum(writes.values()) - there)
+
+
+def _space(recipe: Recipe, need: int, job: str) -> list[str]:
+    """Room for what the job writes: a run that has less dies at one of its checkpoints."""
     place = Path(recipe.output).resolve()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    return [] if free >= need else [f"output: {recipe.output}: {free / 1e9:,.1f} GB free, but the model alone has "
-                                    f"{need / 1e9:,.1f} GB; --plan prints the size of checkpoints"]
+    return [] if free >= need else [f"output: {recipe.output}: {free / 1e9:,.1f} GB free, but checkpoints and result take "
+                                    f"{need / 1e9:,.1f} GB; another disk, or fewer checkpoints at once ({job}.keep_last, "
+                                    f"{job}.checkpoint_every)"]

@@ -83,7 +83,7 @@ def is_written(folder: Path) -> bool:
 def write_states(folder: Path, *, items: list[int], lengths: list[int], widths: dict[str, int], dtype: torch.dtype,
                  compute: Callable[[list[int]], dict[str, list[torch.Tensor]]], key: str, limit_gib: float,
                  accelerator=None, rest: Callable[[], None] = lambda: None, say: Callable[[str], None] = print,
-                 label: str = "states") -> None:
+                 beside: int = 0, label: str = "states") -> None:
     """Fills `folder`; all ranks call it.
 
     Args:
@@ -91,6 +91,7 @@ def write_states(folder: Path, *, items: list[int], lengths: list[int], widths: 
         widths: of a token's state, by kind. dtype: bfloat16 or float32.
         compute: items -> for each kind their states [tokens, width].
         key: recipe key of the limit, for the message. limit_gib: GiB that this cache and the folder's neighbours may take.
+        beside: bytes that the job writes to the same disk later.
         rest: called when this rank has no more to compute (`training.sharding.lockstep`).
 
     Raises:
@@ -106,9 +107,10 @@ def write_states(folder: Path, *, items: list[int], lengths: list[int], widths: 
         _make_room(folder, int(limit_gib * 2**30) - need, say)
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free + tree_bytes(folder)
-        if free < need:
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {label} take {need / 1e9:.3g} GB, {free / 1e9:.3g} GB "
-                          "are free", str(folder))
+        if free < need + beside:
+            later = f", checkpoints and result {beside / 1e9:.3g} GB" if beside else ""
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {label} take {need / 1e9:.3g} GB{later}, "
+                          f"{free / 1e9:.3g} GB are free", str(folder))
         say(f"{label} of {tokens:,} tokens: {need / 2**30:.2f} GiB in {folder}")
     _wait(accelerator)
     pieces = list(_pieces(items, lengths))

@@ -62,6 +62,7 @@ class Settings:
     defaults: dict[str, float] = field(default_factory=dict)
     adaptive: bool = True
     unknown_fields: bool = False
+    checksums: str | None = None
 
 
 class Gone(Exception):
@@ -189,8 +190,9 @@ class Api:
         return JSONResponse(self.card(name))
 
     def card(self, name: str) -> dict:
+        known = {"checksums": self.settings.checksums} if self.settings.checksums else {}
         return {"id": name, "object": "model", "created": self.created, "owned_by": "fp4-dflash",
-                "root": self.settings.names[0], "parent": None, "max_model_len": self.context}
+                "root": self.settings.names[0], "parent": None, "max_model_len": self.context} | known
 
     async def health(self, request: Request) -> Response:
         self.worker.check()

@@ -47,7 +47,9 @@ class Endpoint:
             raise ValueError(f"--endpoint: {url!r}, expected http://host:port")
         self.root = url.rstrip("/").removesuffix("/v1")
         self.key = os.environ.get("OPENAI_API_KEY")
-        self.models = [m.get("id") for m in self.get("/v1/models").get("data", [])]
+        cards = self.get("/v1/models").get("data")
+        self.cards = {m.get("id"): m for m in cards if isinstance(m, dict)} if isinstance(cards, list) else {}
+        self.models = list(self.cards)
         if model is not None and model not in self.models:
             raise ValueError(f"--model: {model!r}, the server has {', '.join(map(str, self.models)) or 'none'}")
         if not self.models:

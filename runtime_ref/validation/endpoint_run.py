@@ -20,6 +20,7 @@ from runtime_ref.validation.provenance import environment, model_facts
 from runtime_ref.validation.result import Check, ValidationReport
 
 TITLES = {
+    "identity": "the server's checkpoint is this folder",
     "counts": "prompts become the checkpoint's tokens",
     "greedy": "greedy tokens and log-probabilities against the reference (float32)",
     "sampling": "sampled tokens have the reference's distribution",
@@ -41,7 +42,8 @@ def validate_endpoint(options: argparse.Namespace, trained: dict | None) -> Vali
     folder = options.folder or options.original
     served = _served(options, server, folder)
     found: list[Check] = []
-    runs = {"counts": lambda c: checks.check_counts(c, served), "greedy": lambda c: checks.check_greedy(c, served),
+    runs = {"identity": lambda c: checks.check_identity(c, server, options.folder),
+            "counts": lambda c: checks.check_counts(c, served), "greedy": lambda c: checks.check_greedy(c, served),
             "sampling": lambda c: checks.check_samples(c, served),
             "acceptance": lambda c: checks.check_acceptance_of(c, served, trained),
             "ends": lambda c: checks.check_ends(c, served), "tools": lambda c: checks.check_tools(c, served),

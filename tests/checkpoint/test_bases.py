@@ -80,8 +80,31 @@ def to_dtype(dtype):
 
 
 def to_bin(folder, tensors):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    torch.save(tensors, folder / "pytorch_model.bin")
+    return tensors
+
+
+def to_bins_with_stale_copies(folder, tensors):
+    """Two pickles that both hold some tensors, and an index."""
+    parts, where = halves_with_stale_copies(folder, "pytorch_model-0000{}-of-00002.bin")
+    for name, part in parts.items():
+        torch.save(part, folder / name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return tensors
+
+
+def with_a_stale_bin(folder, tensors):
+    """Both forms, as older hub repositories have them: clients take the safetensors."""
+    torch.save({n: torch.zeros_like(t) for n, t in tensors.items()}, folder / "pytorch_model.bin")
+    return tensors
+
+
+def with_the_tied_head(folder, tensors):
+    """The head stored beside the embedding that it is."""
+    file = folder / "model.safetensors"
+    assert "lm_head.weight" not in load_file(file)
+    save_file(load_file(file) | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, file, {"format": "pt"})
     return tensors
 
 
@@ -95,24 +118,48 @@ def to_snapshot(folder, tensors):
 
 def to_shards_with_stale_copies(folder, tensors):
     """Two shards that both hold some tensors; the index names the right one, which comes first."""
-    names = sorted(tensors)
-    first, second = names[:len(names) // 2], names[len(names) // 2:]
-    stale = {n: torch.zeros_like(tensors[n]) for n in first[::3]}
-    (folder / "model.safetensors").unlink()
-    save_file({n: tensors[n] for n in first}, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
-    save_file({n: tensors[n] for n in second} | stale, folder / "model-00002-of-00002.safetensors", {"format": "pt"})
-    where = {n: f"model-0000{1 + (n in second)}-of-00002.safetensors" for n in names}
+    parts, where = halves_with_stale_copies(folder, "model-0000{}-of-00002.safetensors")
+    for name, part in parts.items():
+        save_file(part, folder / name, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return tensors
 
 
+def halves_with_stale_copies(folder, pattern):
+    """Takes model.safetensors apart: (file -> its tensors, tensor -> the file that is right)."""
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(stored)
+    first, second = names[:len(names) // 2], names[len(names) // 2:]
+    stale = {n: torch.zeros_like(stored[n]) for n in first[::3]}
+    parts = {pattern.format(1): {n: stored[n] for n in first}, pattern.format(2): {n: stored[n] for n in second} | stale}
+    return parts, {n: pattern.format(1 + (n in second)) for n in names}
+
+
+def one_after_another(*changes):
+    def change(folder, tensors):
+        for one in changes:
+            tensors = one(folder, tensors)
+        return tensors
+
+    return change
+
+
 FORMS = {"fp8 blocks": to_fp8, "compressed-tensors": to_compressed, "float16": to_dtype(torch.float16),
          "float32": to_dtype(torch.float32), "bin": to_bin, "snapshot of links": to_snapshot,
-         "stale copies in another shard": to_shards_with_stale_copies}
+         "stale copies in another shard": to_shards_with_stale_copies,
+         "tied, float16 in bin": one_after_another(to_dtype(torch.float16), to_bin),
+         "tied, float32 in bins with stale copies": one_after_another(to_dtype(torch.float32), to_bins_with_stale_copies),
+         "tied, the head is stored too": with_the_tied_head, "a stale bin beside": with_a_stale_bin,
+         "tied, fp8 blocks in links to shards with stale copies":
+             one_after_another(to_fp8, to_shards_with_stale_copies, to_snapshot),
+         "compressed-tensors in links to shards with stale copies":
+             one_after_another(to_compressed, to_shards_with_stale_copies, to_snapshot)}
 
 
 def based(tmp_path, form, **changes):
     """(folder, the model that it means in bf16)."""
+    changes |= {"tie_word_embeddings": True} if "tied" in form else {}
     model = random_model("qwen3_moe", hidden_size=192, moe_intermediate_size=96, head_dim=48, **changes)
     folder = tmp_path / "base"
     model.save_pretrained(folder)
@@ -147,7 +194,7 @@ def test_a_base_is_exported_without_training_and_packed_experts_are_copied(form,
         expected = meant.state_dict()[name]
         assert torch.equal(value, fake_quantize(expected, axis=axes[name]) if name in axes else expected), name
     manifest = json.loads((tmp_path / "out/export.json").read_text())
-    assert manifest["experts"] == ("copied" if form == "compressed-tensors" else "rounded")
+    assert manifest["experts"] == ("copied" if form.startswith("compressed-tensors") else "rounded")
 
 
 @pytest.mark.parametrize("form", ["fp8 blocks", "compressed-tensors"])
@@ -225,6 +272,16 @@ def test_a_mimo_base_in_bin_form_is_loaded(tmp_path):
     torch.save(load_file(tmp_path / "base/model.safetensors"), tmp_path / "base/pytorch_model.bin")
     (tmp_path / "base/model.safetensors").unlink()
     equal_weights(load_model(tmp_path / "base", dtype=torch.bfloat16), before)
+
+
+def test_the_packed_release_of_gpt_oss_is_read_through_links_to_shards_with_stale_copies(tmp_path):
+    recipe, model = gpt_oss_run(tmp_path)
+    release = export(recipe, "export.layout=gpt-oss", out=tmp_path / "release")
+    (release / "model.safetensors.index.json").unlink()
+    (release / "model-00001-of-00001.safetensors").rename(release / "model.safetensors")
+    one_after_another(to_shards_with_stale_copies, to_snapshot)(release, {})
+    equal_weights(load_model(release, dtype=torch.bfloat16), model)
+    equal_weights(stock(export(recipe, "export.layout=bf16", out=tmp_path / "plain", base=release)), model)
 
 
 def test_codes_of_another_format_are_refused_before_training(tmp_path):

@@ -158,6 +158,8 @@ def test_other_models_load_exactly_through_transformers(foreign):
     (lambda t: t.pop("model.norm.weight"), "1 tensor missing, the first model.norm.weight"),
     (lambda t: t.update({"model.norm.weight": torch.ones(63)}), r"model\.norm\.weight: shape \[63\], expected \[64\]"),
     (lambda t: t.pop("model.layers.0.mlp.experts.1.up_proj.weight"), "cannot be loaded"),
+    *((lambda t, prefix=prefix: [t.update({prefix + name: t.pop(name)}) for name in sorted(t)],
+       f"names begin with {prefix}: the state of a model under") for prefix in ("_orig_mod.", "module.")),
 ])
 def test_other_models_never_start_from_random_weights(foreign, change, message):
     file = foreign[1] / "model.safetensors"
@@ -165,6 +167,14 @@ def test_other_models_never_start_from_random_weights(foreign, change, message):
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message) as error:
+        load_model(foreign[1], dtype=torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_a_gate_that_transformers_does_not_know_is_one_line_before_weights(foreign):
+    file = foreign[1] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_act": "swooshing"}))
+    with pytest.raises(ValueError, match="hidden_act 'swooshing': no activation that transformers knows") as error:
         load_model(foreign[1], dtype=torch.float32)
     assert "\n" not in str(error.value)
 

@@ -144,7 +144,11 @@ def test_predicted_length_is_the_loops_count_and_text_is_unchanged(draft_recipe,
     rows = read_jsonl(recipe.dflash.regenerate.prompts, "k")[:12]  # what it was trained on: often right
     prompts = [row_prompt(row, "prompt", target.tokenizer, "k") for row in rows]
     texts = [t for t in answer_all(target, prompts, 40, 0.0, seed=0) if len(t.answer) > 1]
+    in_one_piece = []  # what is not becomes a product per anchor, each with a copy of the head
+    watch = target.head.register_forward_pre_hook(lambda head, given: in_one_piece.append(given[0].is_contiguous()))
     judge(target, drafter, texts, 0.0)
+    watch.remove()
+    assert in_one_piece and all(in_one_piece)
     lengths = []
     for text in texts:
         told = plain(target, text.prompt, max_new_tokens=40, temperature=0.0)

@@ -257,6 +257,21 @@ def test_a_serving_engine_gives_the_same_answers(draft_recipe, loaded, server, t
     assert here == there and Endpoint.count > len(here)
 
 
+def test_a_server_gets_the_next_batchs_prompts_while_one_answer_of_a_batch_is_still_written(draft_recipe, loaded):
+    recipe, later = load_recipe(draft_recipe, [GREEDY, "dflash.regenerate.batch_size=2"]), threading.Event()
+
+    def answer(prompt, temperature, limit, seed):
+        if prompt == [0] and not later.wait(20):
+            raise TimeoutError("the second batch was not asked for")
+        if prompt == [2]:
+            later.set()
+        return [*prompt, limit]
+
+    batches, ids = [answers.Batch(0, 0, [0, 1]), answers.Batch(1, 0, [2, 3])], [[0], [1], [2], [3]]
+    found = list(answers._answered(recipe, loaded[1], batches, ids, SimpleNamespace(answer=answer)))
+    assert found == [(batches[0], [[0, 40], [1, 40]]), (batches[1], [[2, 40], [3, 40]])]
+
+
 @pytest.mark.slow
 def test_a_serving_engine_spares_regenerate_the_weights(draft_recipe, loaded, server, tmp_path):
     _, target, _ = loaded

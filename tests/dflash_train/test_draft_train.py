@@ -204,7 +204,7 @@ def test_a_run_is_not_resumed_on_another_target(draft_recipe, tiny_checkpoint, t
 
 
 def test_the_plan_of_the_published_drafter_needs_no_weights():
-    output = run_job(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan")
+    output = run_job(SCRIPT, ROOT / "recipes/mimo.yaml", "--plan", expect=3)
     for words in ("5,536,632,576", "[0, 15, 31, 47, 69]", "5,505,024", "not causal in the block",
                   "target, divided (bfloat16)"):
         assert words in output.replace("\n", " ").replace("block  8", "block 8"), words
@@ -225,6 +225,14 @@ def test_the_plan_counts_the_target_that_the_job_loads(draft_recipe, loaded, dty
     plan = make_plan(load_recipe(draft_recipe, [f"model.dtype={dtype}", cluster]))
     parameters = sum(p.numel() for p in loaded[1].model.parameters())
     assert plan.memory[f"target, whole ({dtype})"] == parameters * getattr(torch, dtype).itemsize
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_plan_tells_of_layers_that_vllm_cannot_group(draft_recipe, layers):
+    from dflash_train.plan import make_plan
+
+    notes = make_plan(load_recipe(draft_recipe, [f"drafter.num_hidden_layers={layers}"])).notes
+    assert any("vLLM does not start" in note and "at most 1 layers" in note for note in notes) == (layers == 2)
 
 
 def test_the_plan_takes_a_dense_target_as_training_does(draft_recipe, tmp_path):

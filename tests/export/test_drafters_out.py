@@ -54,13 +54,16 @@ def test_a_tied_target_keeps_its_row_and_the_mask_has_its_file(tmp_path):
     assert found.findings == [] and any("tied" in f.text and f.kind == "mask" for f in found.notes)
 
 
-@pytest.mark.parametrize("pattern, layers, runs", [
-    ([0, 1, 1, 1, 0], 2, True), ([0, 1, 1, 1, 0], 3, False),  # as run: tests/export/test_vllm_client.py
-    ([0] * 10 + [1] * 60, 5, True), ([0] * 10 + [1] * 60, 11, False), ([0, 1, 0, 1, 0, 1], 4, True),
-    ([0, 0], 3, False), ([0, 0], 2, True)])
-def test_a_drafter_that_vllm_cannot_group_is_told_with_the_depth_that_it_can(pattern, layers, runs):
-    target = SimpleNamespace(hybrid_layer_pattern=pattern, num_hidden_layers=len(pattern))
-    config = config_json(plain_drafter(96, len(pattern), num_hidden_layers=layers).config)
+@pytest.mark.parametrize("pattern, layers, window, runs", [
+    ([0, 1, 1, 1, 0], 2, 16, True), ([0, 1, 1, 1, 0], 3, 16, False),  # as run: tests/export/test_vllm_client.py
+    ([0] * 10 + [1] * 60, 5, 16, True), ([0] * 10 + [1] * 60, 11, 16, False), ([0, 1, 0, 1, 0, 1], 4, 16, True),
+    ([0, 0], 3, 16, False), ([0, 0], 2, 16, True), ([0, 0], 3, None, True),
+    # Its layers are as the target's full ones are.
+    ([0] * 10 + [1] * 60, 5, None, True), ([0] * 10 + [1] * 4, 5, None, False), ([0, 1] * 12, 5, None, True)])
+def test_a_drafter_that_vllm_cannot_group_is_told_with_the_depth_that_it_can(pattern, layers, window, runs):
+    target = SimpleNamespace(hybrid_layer_pattern=pattern, num_hidden_layers=len(pattern), hidden_size=96,
+                             num_attention_heads=4, num_key_value_heads=2, swa_num_key_value_heads=4, sliding_window=8)
+    config = config_json(plain_drafter(96, len(pattern), num_hidden_layers=layers, window=window).config)
     note = grouping_note(config, target)
     assert (note is None) == runs
     if not runs:

@@ -19,11 +19,27 @@ from toy_export import export, make_run, qwen3_run
 
 from checkpoint.verify import verify
 from export.drafter_files import MASK, REFERENCE
+from export.job import Export, Request
 from recipes.load import load_recipe
-from storage.digests import combined, model_digests
+from storage.digests import combined, file_digests, model_digests
+from training.checkpoint import seal
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "export" / "to_hf.py")]
+
+
+def test_an_export_without_room_on_the_disk_is_refused_before_it_begins(toy_run, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from export import shards
+
+    need = Export(load_recipe(toy_run), Request(out=tmp_path / "out")).bytes
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda place: SimpleNamespace(free=need - 1))
+    with pytest.raises(ValueError, match=r"--out [^\n]*GB free there, but the export takes [^\n]* GB more$"):
+        export(toy_run, out=tmp_path / "new" / "out")
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.partial"))
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda place: SimpleNamespace(free=need))
+    assert export(toy_run, out=tmp_path / "out").is_dir()
 
 
 def test_a_full_disk_is_one_line_with_the_file_and_the_same_command_continues(toy_run, exported, tmp_path):
@@ -224,6 +240,26 @@ def test_a_result_that_is_older_than_a_checkpoint_is_not_exported(job, tmp_path)
         export(recipe)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_checkpoint_that_was_damaged_is_not_exported(named, tmp_path):
+    """Its bits are nobody's weights, and nothing but its sums can tell."""
+    recipe = make_run(tmp_path, drafter=False)
+    run = tmp_path / "runs/toy/qat"
+    step = run / "checkpoints" / "step-00000004"
+    step.parent.mkdir()
+    (run / "model").rename(step)
+    seal(step, {"step": 4, "processes": 1}, file_digests(step, [p.name for p in step.iterdir()]))
+    assert export(recipe, out=tmp_path / "whole").is_dir()
+    with (step / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(ValueError, match="step-00000004/model.safetensors: not the bytes that were written"):
+        export(recipe, out=tmp_path / "out", **({"weights": step} if named else {}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_source_that_is_written_to_during_the_export_is_found(tmp_path, monkeypatch, capsys):
     from export import job
 
@@ -233,6 +269,20 @@ def test_a_source_that_is_written_to_during_the_export_is_found(tmp_path, monkey
         tmp_path / "runs/toy/dflash/model/model.safetensors")))
     assert job.run(load_recipe(recipe), job.Request(out=tmp_path / "out")) == 1
     assert "was written to during the export" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sums", [b"", b"{", b'{"a": "00000000"}', b"[1]", b"\xf1", b"[" * 100_000, None])
+def test_damaged_sums_beside_a_finished_file_let_it_be_written_anew(sums, toy_run, exported, tmp_path):
+    parts = Export(load_recipe(toy_run), Request(out=tmp_path / "out"))
+    parts.prepare()
+    parts.write()
+    files = sorted(parts.partial.glob("*.sums"))
+    files[0].unlink()
+    os.mkfifo(parts.partial / (files[0].name.removesuffix(".sums") + ".partial"))
+    if sums is not None:
+        files[0].write_bytes(sums)
+    out = export(toy_run, out=tmp_path / "out")
+    assert (out / "checksums.json").read_bytes() == (exported / "checksums.json").read_bytes()
 
 
 def test_a_partial_folder_of_somebody_else_is_refused(tmp_path):

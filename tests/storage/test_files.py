@@ -40,6 +40,25 @@ def test_a_link_stays_and_a_pipe_is_written_to(tmp_path):
     assert done.stdout == "said"
 
 
+def test_a_pipe_that_nobody_reads_is_an_error_and_no_wait(tmp_path):
+    os.mkfifo(tmp_path / "environment.json")
+    with pytest.raises(OSError, match="a pipe that nobody reads"):
+        write_text(tmp_path / "environment.json", "x")
+
+
+def test_a_pipe_takes_more_than_it_holds_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "read").open("wb") as out:
+        reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=out)
+    for _ in range(500):  # until it has opened its end
+        try:
+            write_text(tmp_path / "pipe", "x" * 300_000)
+            break
+        except OSError:
+            time.sleep(0.01)
+    assert reader.wait(60) == 0 and (tmp_path / "read").read_text() == "x" * 300_000
+
+
 def test_a_failed_write_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
     write_text(tmp_path / "a", "old")
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from storage.files import write_text
 from training import checkpoint
-from training.checkpoint import complete_checkpoints, newest_whole, read_states, save_checkpoint, state_writer
+from training.checkpoint import complete_checkpoints, newest_whole, read_states, require_whole, save_checkpoint, state_writer
 from training.state_files import load_state, save_state
 
 
@@ -131,6 +131,21 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(name, damage
         assert (tmp_path / "step-00000002.damaged").is_dir()
     save(job, tmp_path, 3)
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-00000001", "step-00000003"]
+
+
+OTHERS = [{}, {"step": 2}, {"step": 2, "processes": 1, "sha256": {}}, {"sha256": None}, {"sha256": [1]}]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_mark_without_its_sums_is_a_damaged_one(other, job, tmp_path):
+    """Another JSON file's content in its place: the sums of nothing would let any damage pass."""
+    for step in (1, 2):
+        save(job, tmp_path, step)
+    (tmp_path / "step-00000002" / "complete.json").write_text(json.dumps(other))
+    assert newest_whole(job[0], tmp_path, print) == tmp_path / "step-00000001"
+    require_whole(tmp_path / "step-00000001"), require_whole(tmp_path)
+    with pytest.raises(ValueError, match=r"complete.json: not what was written[^\n]*expected a whole checkpoint$"):
+        require_whole(tmp_path / "step-00000002.damaged")
 
 
 def test_without_a_whole_checkpoint_nothing_is_taken_and_nothing_removed(job, tmp_path):

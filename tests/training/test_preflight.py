@@ -1,11 +1,18 @@
 """What would stop a run later is said before anything is loaded."""
 
 import json
+import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+import toy_families
 
+from dflash_train import foresight as draft_foresight
+from modeling.output_head import require_plain_head
+from qat import foresight
 from recipes.load import load_recipe
 from training import preflight
 from training.preflight import problems, require_ready
@@ -30,6 +37,17 @@ def test_what_is_wrong_is_one_line_with_its_key(override, words, tiny_recipe):
     assert len(found) == 1 and re.search(words, found[0])
 
 
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda path: path.symlink_to("nowhere"), "no such file"), (lambda path: path.symlink_to(path.name), "symbolic links"),
+    (os.mkfifo, "not an ordinary file"), (Path.mkdir, "unknown file type")])
+@pytest.mark.parametrize("key", ["data.train", "data.heldout", "dflash.regenerate.prompts", "dflash.acceptance.prompts"])
+def test_what_is_no_ordinary_file_is_one_line(key, make, words, tiny_recipe, draft_recipe, tmp_path):
+    make(tmp_path / "x.jsonl")
+    job = key.split(".")[0].replace("data", "qat")
+    found = problems(load_recipe({"qat": tiny_recipe, "dflash": draft_recipe}[job], [f"{key}=[{tmp_path}/x.js*]"]), job)
+    assert len(found) == 1 and found[0].startswith(f"{key}: {tmp_path}/x.jsonl: ") and words in found[0]
+
+
 def test_several_problems_are_all_said(tiny_recipe):
     recipe = load_recipe(tiny_recipe, ["data.train=[a.jsonl]", "data.heldout=[b.jsonl]", "data.sequence_length=300"])
     with pytest.raises(ValueError) as caught:
@@ -52,7 +70,77 @@ def test_a_hybrid_target_is_told_by_its_configuration(draft_recipe, tmp_path):
     assert len(found) == 1 and "layers of linear_attention" in found[0]
 
 
-def test_a_disk_without_room_for_the_model_is_said(tiny_recipe, monkeypatch):
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: SimpleNamespace(free=10))
-    found, = changed(tiny_recipe)
-    assert found.startswith("output: ") and "GB free, but the model alone has" in found
+@pytest.mark.parametrize(("job", "foresee"), [("qat", foresight.foresee), ("dflash", draft_foresight.foresee)])
+def test_a_disk_without_room_for_what_the_job_writes_is_said(job, foresee, tiny_recipe, draft_recipe, monkeypatch, tmp_path):
+    recipe = load_recipe({"qat": tiny_recipe, "dflash": draft_recipe}[job], [f"{job}.keep_last=1"])
+    problem, writes = foresee(recipe)
+    assert problem == [] and list(writes)[0] == "checkpoints (2 at once)" and list(writes)[1].startswith("model/")
+    need = sum(writes.values())
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: SimpleNamespace(free=need - 1))
+    found, = problems(recipe, job, (problem, writes))
+    assert found.startswith("output: ") and f"{job}.keep_last" in found
+    there = tmp_path / "run"
+    (there / "checkpoints" / "step-4").mkdir(parents=True)
+    (there / "checkpoints" / "step-4" / "model.safetensors").write_bytes(b"x")
+    assert problems(recipe, job, (problem, writes), there) == []  # that byte is written already
+
+
+def test_checkpoints_at_once_are_those_kept_and_the_one_on_its_way():
+    assert [preflight.checkpoints_at_once(12, 4, keep) for keep in (1, 2, 3, 9)] == [2, 3, 3, 3]
+    assert preflight.checkpoints_at_once(5, 1000, 2) == 1
+
+
+def with_config(folder, base, **changes):
+    """A base's folder without its weights: nothing here may look for them."""
+    folder.mkdir()
+    for file in base.iterdir():
+        if file.suffix == ".json":
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("family", "changes", "words"), [
+    ("qwen3", {"hidden_act": "swish_glu"}, "hidden_act 'swish_glu': no activation that transformers knows, did you mean sw"),
+    ("mixtral", {"hidden_act": "7"}, "hidden_act '7': no activation that transformers knows, expected one such as silu"),
+    ("mimo", {"hidden_act": "swoosh"}, "hidden_act='swoosh': expected an activation that transformers knows"),
+    ("qwen3", {"hidden_size": "many"}, ""), ("qwen3", {"num_attention_heads": 0}, ""),
+    ("mixtral", {"intermediate_size": -4}, ""),
+    ("qwen3", {"moe_intermediate_size": 40}, "is not a multiple of the MXFP4 block size 32"),
+])
+def test_a_configuration_that_cannot_be_is_told_without_weights(family, changes, words, tiny_recipe, tmp_path):
+    base = with_config(tmp_path / "base", toy_families.write_base(tmp_path / "whole", family, 4), **changes)
+    found, writes = foresight.foresee(load_recipe(tiny_recipe, [f"model.path={base}"]))
+    assert writes == {} and len(found) == 1 and words in found[0] and "\n" not in found[0]
+
+
+def test_gates_numbers_and_dtypes_that_do_not_fit_are_told_without_weights(tiny_recipe, tmp_path, monkeypatch):
+    base = with_config(tmp_path / "base", toy_families.write_base(tmp_path / "whole", "qwen3", 4))
+    asked = [f"model.path={base}", "quantization.expected_tensors=5", "qat.train=all", "qat.warm_start.method=gptq"]
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+    monkeypatch.delattr(modeling_qwen3_moe.Qwen3MoeExperts, "_apply_gate")
+    found, _ = foresight.foresee(load_recipe(tiny_recipe, asked))
+    assert [text.split(":")[0] for text in found] == ["quantization.expected_tensors", "qat.warm_start.method", "qat.train"]
+
+
+def test_a_class_without_a_decoder_of_its_own_is_told_without_weights(tiny_recipe, tmp_path):
+    from transformers import AutoModelForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(vocab_size=264, hidden_size=64, intermediate_size=64, intermediate_size_mlp=64, head_dim=16,
+                              num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+                              max_position_embeddings=256)
+    config.save_pretrained(tmp_path / "base")
+    found, _ = foresight.foresee(load_recipe(tiny_recipe, [f"model.path={tmp_path}/base"]))
+    assert len(found) == 1 and "gives no decoder without its head" in found[0]
+    with torch.device("meta"), pytest.raises(ValueError, match="gives no decoder without its head"):
+        require_plain_head(AutoModelForCausalLM.from_config(config))
+
+
+def test_the_drafters_job_tells_an_unknown_activation_and_a_geometry_that_cannot_be(draft_recipe, tmp_path):
+    base = with_config(tmp_path / "base", toy_families.write_base(tmp_path / "whole", "qwen3", 4), hidden_act="swoosh")
+    found, _ = draft_foresight.foresee(load_recipe(draft_recipe, [f"model.path={base}"]))
+    assert len(found) == 1 and "hidden_act 'swoosh'" in found[0]
+    found, _ = draft_foresight.foresee(load_recipe(draft_recipe, ["drafter.head_dim=15"]))
+    assert len(found) == 1 and found[0].startswith("drafter: ")

@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -42,6 +43,10 @@ from runtime_ref.kernels import launches
 from runtime_ref.kernels.attention import attend
 from runtime_ref.kernels.experts import MAX_TOKENS, Launch, Workspace, run_experts
 from runtime_ref.kernels.launches import Tiling
+
+# How the experts' work is handed out in calls of up to so many tokens: changes of `experts.Launch` ("tickets", "packed",
+# "ahead"). Nothing is changed until the GPU suite has measured it (its table of tokens).
+DISPATCH: dict[int, dict] = {BLOCK: {}, MAX_TOKENS: {}}
 
 
 class TritonBackend(Backend):
@@ -260,9 +265,10 @@ class TritonBackend(Backend):
 
     def space(self, pages, tokens: int) -> Workspace:
         """Scratch of the experts for so many tokens, shared by all layers."""
-        size = next(n for n in (BLOCK, MAX_TOKENS) if n >= tokens)
+        size = next(n for n in DISPATCH if n >= tokens)
         if size not in self._spaces:
-            self._spaces[size] = Workspace(pages, size, self.config.num_experts_per_tok, self.launch)
+            launch = replace(self.launch, **DISPATCH[size])
+            self._spaces[size] = Workspace(pages, size, self.config.num_experts_per_tok, launch)
         return self._spaces[size]
 
     def op_target_hidden(self, step, layer, x):

@@ -1,4 +1,4 @@
-"""Peers of the expert kernel, measured beside it where they are installed: OpenAI's triton_kernels and humming-kernels.
+"""Peers of the expert kernel, measured where they are installed: OpenAI's triton_kernels, humming-kernels, FlashInfer.
 
 A peer gets what our kernel gets: one layer of MXFP4 experts in checkpoint form, bf16 tokens, and the router's choices. It
 gives what our kernel gives: gate and up, silu(gate) * up, down, the weighted sum. Weights are brought into the peer's own
@@ -83,9 +83,11 @@ class Peer(ABC):
 
 def available() -> list[tuple[str, Peer | str]]:
     """Every variant of every peer by its name, or the reason why there is none."""
+    from runtime_ref.measure.gpu_suite.peer_flashinfer import FlashInfer
+
     found = []
     for names, make in ((tuple(f"triton_kernels, {n} warps" for n in TritonKernels.WARPS), TritonKernels.variants),
-                        (("humming",), Humming.variants)):
+                        (("humming",), Humming.variants), ((FlashInfer.name,), FlashInfer.variants)):
         try:
             found += [(peer.name, peer) for peer in make()]
         except ImportError as error:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from checkpoint.checksums import declared_digest
 from runtime_ref.validation.checks.chat_template import DIALOGUE, THINKING_CAUSE
 from runtime_ref.validation.checks.decoding import ACCEPTANCE_SHARE, OTHER_TARGET_CAUSE, Prompts, prices
 from runtime_ref.validation.checks.files import STOP_CAUSE
@@ -26,6 +28,7 @@ SURE = 0.5
 LOGPROB_ERROR = 0.1
 BINS, SAMPLED_TOKENS, SIDE_BY_SIDE = 20, 16, 8
 COUNT_CAUSE = "the server's tokenizer or chat template is not the checkpoint's: prompts become other tokens"
+IDENTITY_CAUSE = "the server serves another checkpoint than this folder, or an earlier export of it"
 SERVER_CAUSE = "the server computes something else than this checkpoint"
 WEATHER = {"type": "function", "function": {
     "name": "get_weather", "description": "Current weather of a city", "parameters": {
@@ -58,6 +61,18 @@ class Served:
         """The reference's logits [n, vocabulary] at the positions of an answer's tokens."""
         ids = torch.tensor([prompt + answer])
         return self.reference(input_ids=ids).logits[0, len(prompt) - 1:-1].float()
+
+
+def check_identity(check: Check, server: Endpoint, folder: Path | None) -> None:
+    """Whose files the server says that it loaded: the digest of its checksums, which this project's server tells."""
+    theirs = server.cards[server.model].get("checksums")
+    ours = declared_digest(folder) if folder is not None else None
+    if theirs is None:
+        check.leave_out("the server does not tell it (the checks below compare what it computes)")
+    elif ours is None:
+        check.leave_out("there are no checksums to compare with (give the exported folder)")
+    elif theirs != ours:
+        check.fail(f"the server's checkpoint has the checksums {str(theirs)[:40]}, this folder {ours}", IDENTITY_CAUSE)
 
 
 def check_counts(check: Check, served: Served) -> None:

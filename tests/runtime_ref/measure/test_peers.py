@@ -20,6 +20,7 @@ from mxfp4 import dequantize
 from runtime_ref.kernels.repack import Tile
 from runtime_ref.measure.gpu_suite import checks as gpu_checks
 from runtime_ref.measure.gpu_suite import peers
+from runtime_ref.measure.gpu_suite.peer_flashinfer import FlashInfer
 from tests.runtime_ref.kernels import expert_cases as cases
 from tests.runtime_ref.kernels.at_once import INTERPRETED
 
@@ -154,10 +155,10 @@ def test_the_reference_is_not_asked_where_no_peer_is(weights):
 
 
 def test_peers_that_are_not_installed_are_named_with_the_reason(monkeypatch):
-    for name in ("triton_kernels", "triton_kernels.matmul", "humming"):
+    for name in ("triton_kernels", "triton_kernels.matmul", "humming", "flashinfer"):
         monkeypatch.setitem(sys.modules, name, None)
     found = dict(peers.available())
-    assert found.keys() == {"triton_kernels, 4 warps", "triton_kernels, 8 warps", "humming"}
+    assert found.keys() == {"triton_kernels, 4 warps", "triton_kernels, 8 warps", "humming", "flashinfer, SM90 CUTLASS"}
     assert all(reason.startswith("not importable: ") for reason in found.values()), found
 
 
@@ -265,9 +266,33 @@ def stand_in_for_humming(tall=(8, 16)) -> SimpleNamespace:
                            dtypes=SimpleNamespace(float4e2m1="e2m1", float8e8m0="e8m0"))
 
 
+def stand_in_for_flashinfer() -> SimpleNamespace:
+    """Its fused call: up rows first; a layout keeps bytes and forgets shapes."""
+    def scales(raw, group_size):
+        assert group_size == 32 and raw.dtype is torch.uint8
+        return raw.flatten(1)
+
+    def experts(input, token_selected_experts, token_final_scales, fc1_expert_weights, fc2_expert_weights, output_dtype,
+                quant_scales, use_w4_group_scaling, output):
+        assert use_w4_group_scaling and output.dtype is output_dtype is torch.bfloat16
+        assert token_selected_experts.dtype is torch.int32 and all(s.dtype is torch.int32 for s in quant_scales)
+        up_gate, down = (dequantize(w, s.view(torch.uint8).view(*w.shape[:2], -1), dtype=torch.float32)
+                         for w, s in zip((fc1_expert_weights, fc2_expert_weights), quant_scales, strict=True))
+        for t, (own, share) in enumerate(zip(token_selected_experts.tolist(), token_final_scales, strict=True)):
+            total = torch.zeros(input.shape[1])
+            for expert, part in zip(own, share, strict=True):
+                up, gate = (up_gate[expert] @ input[t].float()).chunk(2)
+                total += part * (down[expert] @ (torch.nn.functional.silu(gate) * up))
+            output[t] = total
+
+    return SimpleNamespace(experts=experts, scales=scales, weights=lambda raw, kind: raw if kind == "fp4" else None)
+
+
 @pytest.mark.parametrize("tokens", [1, 9, 63])
 @pytest.mark.parametrize("make", [lambda: peers.TritonKernels(4, stand_in_for_triton_kernels()),
-                                  lambda: peers.Humming(stand_in_for_humming())], ids=["triton_kernels", "humming"])
+                                  lambda: peers.Humming(stand_in_for_humming()),
+                                  lambda: FlashInfer(stand_in_for_flashinfer())],
+                         ids=["triton_kernels", "humming", "flashinfer"])
 def test_an_adapter_computes_the_layer(weights, truth, make, tokens):
     peer = make()
     peer.prepare(*weights, "cpu")

@@ -5,7 +5,9 @@ import itertools
 import json
 import shutil
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +15,13 @@ from live_server import live_server
 from pace import KERNELS
 from released_folders import write_release
 
+from checkpoint.checksums import declared_digest
 from checkpoint.load import load_tokenizer
 from runtime_ref import validate
 from runtime_ref.server.request_workers import RequestWorkers
-from runtime_ref.validation.checks.endpoint import tool_call_fault
+from runtime_ref.validation.checks.endpoint import IDENTITY_CAUSE, check_identity, tool_call_fault
 from runtime_ref.validation.endpoint_client import Endpoint, _values
+from runtime_ref.validation.result import Check
 
 pytestmark = pytest.mark.skipif(KERNELS, reason="of the judgement, not of a backend")
 
@@ -67,6 +71,29 @@ def test_a_server_of_the_checkpoint_is_right(folder, preparing, tmp_path, capsys
     assert speeds["price per million tokens as served, one sequence"] == pytest.approx(
         10 / 3600 / speeds["tokens/s as served, one sequence"] * 1e6)
     assert verdict["model"]["served as"] == "small" and "endpoint" in (tmp_path / "v.html").read_text()
+
+
+@pytest.mark.parametrize(("told", "sums", "status"), [
+    (None, True, "unchecked"), ("other", True, "failed"), ("same", True, "passed"), ("same", False, "unchecked")])
+def test_whose_files_the_server_has_is_compared_where_it_tells(told, sums, status, tmp_path):
+    if sums:
+        (tmp_path / "checksums.sha256").write_text("0123  model.safetensors\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checksums.sha256").write_text("4567  model.safetensors\n")
+    (tmp_path / "same").mkdir()
+    (tmp_path / "same" / "checksums.sha256").write_text("0123  model.safetensors\n")
+    server = SimpleNamespace(model="m", cards={"m": {"checksums": declared_digest(tmp_path / told)} if told else {}})
+    check = Check("identity", "")
+    check_identity(check, server, tmp_path)
+    assert check.status == status
+    assert (check.causes == [IDENTITY_CAUSE]) == (status == "failed")
+
+
+def test_this_projects_server_tells_whose_files_it_has(folder, preparing):
+    with serving(folder, preparing) as live:
+        assert "checksums" not in Endpoint(live.url).cards["small"]
+        live.api.settings = replace(live.api.settings, checksums="0123456789abcdef")
+        assert Endpoint(live.url).cards["small"]["checksums"] == "0123456789abcdef"
 
 
 def test_without_a_reference_the_rest_is_still_judged(folder, preparing, tmp_path, capsys):

@@ -17,6 +17,7 @@ from tolerance import TRITON_LOGITS
 from modeling.names import qkv_rows
 from mxfp4 import dequantize
 from runtime_ref.backends.torch.backend import TorchBackend
+from runtime_ref.backends.triton import backend as triton_backend
 from runtime_ref.checkpoints.device_weights import load_kernel_weights, random_weights
 from runtime_ref.checkpoints.load import load_target
 from runtime_ref.core.batch import DraftRequest, SequenceChunk
@@ -144,6 +145,15 @@ def test_what_the_device_judges_the_host_judges_alike(small_engine, small_prompt
     monkeypatch.setattr(accept_on_device, "stays_on_device", lambda params: False)
     judged.clear()
     assert engine.generate(prompts, params) == together and not judged
+
+
+def test_how_experts_are_handed_out_by_the_number_of_tokens_changes_none(small_engine, small_prompts, monkeypatch):
+    expected = small_engine(drafter=False).generate(small_prompts[:2], GREEDY)
+    monkeypatch.setattr(triton_backend, "DISPATCH", {8: {"packed": False, "ahead": 256}, 64: {"tickets": False, "programs": 1}})
+    engine = small_engine(drafter=False)
+    assert engine.generate(small_prompts[:2], GREEDY) == expected
+    assert {n: (space.launch.packed, space.launch.tickets) for n, space in engine.backend._spaces.items()} == {
+        8: (False, True), 64: (True, False)}
 
 
 def test_drafts_are_those_of_the_torch_drafter(small_engine, ids):
