@@ -241,7 +241,9 @@ def _assemble(name: str, empty: torch.Tensor, files: Source, config, dtype: torc
     value = torch.empty((len(rows), *empty.shape[1:]), dtype=dtype)
     for part in parts:
         if part.expert not in rows:
-            files.leave(part.name)
+            for name in (part.name, part.name + "_scale", part.name + "_scale_inv"):
+                if name in files.infos:
+                    files.leave(name)
             continue
         here = value[part.expert - rows.start, part.rows]
         here.copy_(_checked(part.name, _decoded(part.name, files, config, dtype), here.shape, files.folder))

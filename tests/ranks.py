@@ -27,12 +27,8 @@ def _rank(rank: int, world: int, port: int, out: Path, function, arguments) -> N
     os._exit(0)  # process groups are not torn down in order
 
 
-def on_ranks(world: int, out: Path, function, *arguments, timeout: float = 600) -> list:
-    """What `function(rank, *arguments)` returns on each of `world` ranks.
-
-    Raises:
-        AssertionError: a rank raised (with its traceback), died, or was not done in `timeout` seconds.
-    """
+def begin(world: int, out: Path, function, *arguments) -> list:
+    """Processes that run `function(rank, *arguments)`; what it returns, or its traceback, goes to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     port = free_port()
     with mock.patch.dict(os.environ, ENVIRONMENT):
@@ -40,6 +36,16 @@ def on_ranks(world: int, out: Path, function, *arguments, timeout: float = 600) 
                      for r in range(world)]
         for process in processes:
             process.start()
+    return processes
+
+
+def on_ranks(world: int, out: Path, function, *arguments, timeout: float = 600) -> list:
+    """What `function(rank, *arguments)` returns on each of `world` ranks.
+
+    Raises:
+        AssertionError: a rank raised (with its traceback), died, or was not done in `timeout` seconds.
+    """
+    processes = begin(world, out, function, *arguments)
     waiting = dict(enumerate(processes))
     while waiting:
         for rank, process in list(waiting.items()):

@@ -6,17 +6,13 @@ and for four ranks: experts divided by expert-parallel groups and by FSDP at onc
 
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from jobs import ENVIRONMENT, ROOT
-from ranks import free_port, on_ranks
+from ranks import begin, on_ranks
 from sharded_cases import SHARDED, train
 from tolerance import EXPERT_PARALLEL_MASTERS
 from toy_families import FAMILIES, write_base
@@ -116,32 +112,35 @@ def test_ranks_with_fewer_experts_or_none_train_what_one_process_does(recipe_of,
 KILLS = int(os.environ.get("FP4_TEST_KILLS", "6"))
 
 
+def run_job(rank: int, recipe: Path, options: list[str]) -> int:
+    from qat.trainer import run
+    from recipes.load import load_recipe
+
+    return run(load_recipe(recipe, options), resume=True, max_steps=None)
+
+
 def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(recipe_of, tmp_path):
-    """SIGKILL of one rank, the other is ended by torchrun; every launch goes on from the newest whole checkpoint."""
+    """SIGKILL of one rank, the other follows, as launchers do; every launch goes on from the newest whole checkpoint. (What
+    torchrun itself does about a killed rank: `test_operations`.)"""
     recipe = recipe_of("mimo")
-    options = ["qat.steps=40", "qat.checkpoint_every=2", *SHARDED, "cluster.accelerators_per_node=2"]
-
-    def launch(name: str, *more) -> subprocess.Popen:
-        command = [Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()),
-                   "qat/train.py", str(recipe), f"name={name}", *options, *more]
-        return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-    whole = launch("whole")
-    said, _ = whole.communicate(timeout=600)
-    assert whole.returncode == 0, said
-    rng = random.Random()
-    for _ in range(KILLS):
-        process = launch("killed", "--resume")
-        for line in process.stdout:
-            if line.startswith("step "):
-                time.sleep(rng.random())
-                children = subprocess.run(["pgrep", "-P", str(process.pid)], text=True, capture_output=True).stdout.split()
-                if children:
-                    os.kill(int(rng.choice(children)), signal.SIGKILL)
-                break
-        process.communicate(timeout=600)
-    last = launch("killed", "--resume")
-    said, _ = last.communicate(timeout=600)
-    assert last.returncode == 0, said
+    options = ["qat.steps=60", "qat.checkpoint_every=1", *SHARDED, "cluster.accelerators_per_node=2"]
+    on_ranks(2, tmp_path / "whole", run_job, recipe, ["name=whole", *options])
+    rng, steps = random.Random(), recipe.parent / "runs/killed/qat/metrics.jsonl"
+    for kill in range(KILLS):
+        processes = begin(2, tmp_path / f"{kill}", run_job, recipe, ["name=killed", *options])
+        seen, to_see, changed = 0, rng.randint(1, 3), None
+        while seen < to_see and all(p.is_alive() for p in processes):  # a resumed run trims its metrics; then a line a step
+            now = steps.stat().st_mtime_ns if steps.exists() else None
+            seen, changed = seen + (now != changed and changed is not None), now
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.3)
+        rng.shuffle(processes)
+        for process in processes:
+            process.kill()
+            time.sleep(0.05)
+        for process in processes:
+            process.join()
+        assert not list((tmp_path / f"{kill}").glob("*.pt")), "the run ended before it was killed"
+    on_ranks(2, tmp_path / "last", run_job, recipe, ["name=killed", *options])
     a, b = (open_source(recipe.parent / f"runs/{name}/qat/model") for name in ("whole", "killed"))
     assert all(torch.equal(a.read(name), b.read(name)) for name in a.infos)

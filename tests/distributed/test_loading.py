@@ -8,7 +8,8 @@ import torch
 from ranks import on_ranks
 from toy_families import pack, write_base
 
-FORMS = [("qwen3", "fp8"), ("qwen3", "compressed-tensors"), ("gpt_oss", "mxfp4"), ("mixtral", "bf16"), ("mimo", "bf16")]
+FORMS = [("qwen3", "fp8"), ("mimo", "fp8"), ("qwen3", "compressed-tensors"), ("gpt_oss", "mxfp4"), ("mixtral", "bf16"),
+         ("mimo", "bf16")]
 
 
 def read_rows(rank: int, folder, layout: dict, dtype: torch.dtype) -> dict:
@@ -85,7 +86,7 @@ def peak_of_loading(rank: int, folder, layout: dict) -> dict:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measured as Linux tells it")
-@pytest.mark.parametrize("family, form", [("qwen3", "fp8"), ("gpt_oss", "mxfp4"), ("mimo", "bf16")])
+@pytest.mark.parametrize("family, form", [("qwen3", "fp8"), ("mimo", "fp8"), ("gpt_oss", "mxfp4"), ("mimo", "bf16")])
 def test_the_peak_of_loading_is_the_shards_and_a_few_tensors(tmp_path, family, form):
     """Loading threads (two on two cores) each hold a tensor as read, decoded in float32 and as it stays."""
     sizes = {"hidden_size": 512, "num_hidden_layers": 6}

@@ -58,7 +58,8 @@ def test_a_tied_target_keeps_its_row_and_the_mask_has_its_file(tmp_path):
     ([0, 1, 1, 1, 0], 2, 16, True), ([0, 1, 1, 1, 0], 3, 16, False),  # as run: tests/export/test_vllm_client.py
     ([0] * 10 + [1] * 60, 5, 16, True), ([0] * 10 + [1] * 60, 11, 16, False), ([0, 1, 0, 1, 0, 1], 4, 16, True),
     ([0, 0], 3, 16, False), ([0, 0], 2, 16, True), ([0, 0], 3, None, True),
-    ([0] * 10 + [1] * 60, 5, None, False), ([0, 1] * 12, 5, None, True)])  # its layers are as the target's full ones are
+    # Its layers are as the target's full ones are.
+    ([0] * 10 + [1] * 60, 5, None, True), ([0] * 10 + [1] * 4, 5, None, False), ([0, 1] * 12, 5, None, True)])
 def test_a_drafter_that_vllm_cannot_group_is_told_with_the_depth_that_it_can(pattern, layers, window, runs):
     target = SimpleNamespace(hybrid_layer_pattern=pattern, num_hidden_layers=len(pattern), hidden_size=96,
                              num_attention_heads=4, num_key_value_heads=2, swa_num_key_value_heads=4, sliding_window=8)
