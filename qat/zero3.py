@@ -95,6 +95,7 @@ class Zero3Quantizer(ExpertQuantizer):
     @torch.no_grad()
     def requantize(self, sources: Iterable[torch.Tensor] | None = None) -> None:
         for tensor, run, source in zip(self.tensors, self.runs, sources or self.masters, strict=True):
+            run.let_go()
             try:
                 fake_quantize_(run.rounded(), source.data, scale_rule=self.scale_rule)
             except ValueError as error:

@@ -122,6 +122,12 @@ class Runs:
         """What gathers send, [1, blocks, 32], to be written to."""
         return self.blocks(self.parameter.ds_tensor)
 
+    def let_go(self) -> None:
+        """Drops a whole copy that a pass without gradients has left behind: it would hide what is written to the run."""
+        if self.parameter.ds_status.name == "AVAILABLE":
+            self.parameter.ds_active_sub_modules.clear()
+            self.parameter.partition()
+
     def master(self) -> torch.Tensor:
         from deepspeed.utils import safe_get_local_fp32_param
 
