@@ -34,7 +34,7 @@ class Endpoint:
         """
         self.url, self.target, self.say = settings.endpoint.rstrip("/"), target, say
         self.model = settings.endpoint_model or self._only_model()
-        say(f"{NAME}: {self.url} answers as {self.model}; that its weights are the target's is not checked here "
+        say(f"{NAME}: {self.url} serves {self.model}; that its weights are the target's is not checked here "
             "(runtime_ref/validate.py --endpoint does)")
         self._warned = False
 

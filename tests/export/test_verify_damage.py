@@ -40,7 +40,7 @@ DAMAGE = {
     "scales shifted by one block": (tensor(EXPERT + "_scale", lambda t: t.roll(1, 1)), f"{EXPERT}: ", True),
     "scales one too high": (tensor(EXPERT + "_scale", lambda t: t + 1), "differ from training", True),
     "block below the rule's maximum": (tensor(EXPERT, lambda t: put(t, 0, slice(0, 16)).bitwise_or(
-        torch.zeros_like(t).index_fill_(0, torch.tensor([0]), 0x11))), "blocks", True),
+        torch.zeros_like(t).index_fill_(0, torch.tensor([0]), 0x11))), "largest magnitude is below 4 units", True),
     "codes as int8": (tensor(EXPERT, lambda t: t.view(torch.int8)), f"{EXPERT}: dtype I8, expected U8", True),
     "scales as floats": (tensor(EXPERT + "_scale", lambda t: t.float()), f"{EXPERT}_scale: dtype F32, expected U8", True),
     "bf16 stored as float32": (tensor(FLOAT, lambda t: t.float()), f"{FLOAT}: dtype F32, expected BF16", True),
