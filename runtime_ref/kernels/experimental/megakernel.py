@@ -82,7 +82,7 @@ class Instruction:
     next_width: int = 0
 
     def encode(self) -> list[int]:
-        """FIELDS numbers: op, weight, scales, gamma or count, extra, place, geometry, ordinal, and the three of what is next.
+        """FIELDS numbers: op, weight, scales, gamma or count, extra, place, geometry, ordinal, three of what is next, a spare.
 
         Raises:
             ValueError: an op that the kernel does not know, or a norm before a sum.
@@ -92,7 +92,7 @@ class Instruction:
         if self.op in SUMS and (self.gamma or not 1 <= self.ordinal <= self.count):
             raise ValueError(f"{self}: an op that sums over ranks has no gamma, and an ordinal of 1 to count")
         return [OPS.index(self.op), self.weight, self.scales, self.count if self.op in SUMS else self.gamma, self.extra,
-                self.place, int(self.window), self.ordinal, self.next_weight, self.next_rows, self.next_width]
+                self.place, int(self.window), self.ordinal, self.next_weight, self.next_rows, self.next_width, 0]
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,11 @@ class Tuning:
     packed: bool = True
 
 
-# Where `Instruction.encode` puts things.
-FIELDS = 11
+# Where `Instruction.encode` puts things; the last one is spare. Rows of whole 16 bytes: a launch whose table begins further on
+# is the same compilation.
+FIELDS = 12
 _OP, _WEIGHT, _SCALES, _GAMMA, _EXTRA, _PLACE, _GEOMETRY, _ORDINAL, _NEXT, _NEXT_ROWS, _NEXT_WIDTH = (
-    tl.constexpr(i) for i in range(FIELDS))
+    tl.constexpr(i) for i in range(FIELDS - 1))
 _COUNT = _GAMMA
 # int32 of a launch's barrier: arrivals, programs that left, and from `RELEASE_FLAG` on the line of the flag.
 BARRIER = 2 * RELEASE_FLAG
