@@ -56,7 +56,7 @@ test-slow: $(VENV)/.ready
 # Training on several gloo ranks: every family and layout, signals and hangs through real launchers, killed ranks (FP4_TEST_KILLS
 # of them, 6 unless set). Half an hour by the times of its parts, never timed as one; what `make test` has of it takes half a minute.
 test-distributed: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/distributed
+	FP4_TEST_SHARDING=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/distributed tests/training/sharding/test_two_ranks.py
 
 # The kernels' tests and the runtime's own, on the embedded model, with the Triton kernels compiled for the CPU: a choice of them
 # that is part of `make test`, and all of them.
