@@ -119,7 +119,7 @@ def bounded(check, seconds=60, gib=3.0):
     return found
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("300,000") else n for n in HOSTILE])
 def test_a_hostile_folder_ends_in_findings(name, exported, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)

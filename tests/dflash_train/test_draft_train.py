@@ -97,6 +97,7 @@ def test_sigterm_saves_and_says_how_to_go_on(draft_recipe):
     assert list((folder(draft_recipe) / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_drafter(draft_recipe):
     run_alone("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, draft_recipe,
               "dflash.features=online", "dflash.steps=3", "dflash.batch_size=1", "dflash.acceptance.timed_prompts=0")

@@ -185,6 +185,7 @@ def test_two_processes_train_together(tiny_recipe):
     assert {r["step"] for r in health} == routed.keys() and all(sum(r["tokens"]) == routed[r["step"]] for r in health)
 
 
+@pytest.mark.slow
 def test_processes_that_chose_other_first_codes_begin_with_those_of_the_first(tiny_recipe, tmp_path):
     script = tmp_path / "first_codes.py"
     script.write_text(f"""

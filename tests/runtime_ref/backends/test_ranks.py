@@ -65,6 +65,7 @@ def test_ranks_wait_for_a_slow_one_until_all_have_loaded_and_no_longer(folder):
 
 
 @not_the_backends
+@pytest.mark.slow
 def test_an_engine_that_fails_on_rank_0_ends_the_others_although_its_process_lives(folder):
     done = run_worker(folder, "fail", 4)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
