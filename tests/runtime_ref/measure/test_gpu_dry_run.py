@@ -185,8 +185,8 @@ def mocked(monkeypatch, request):
     assert not mode.mixed, f"tensors of the host and of the card in one call: {sorted(set(mode.mixed))}"
 
 
-@pytest.mark.parametrize("mocked", [pytest.param((9, 0), id="Hopper"),
-                                    pytest.param((10, 0), id="Blackwell", marks=pytest.mark.long)], indirect=True)
+@pytest.mark.long
+@pytest.mark.parametrize("mocked", [pytest.param((9, 0), id="Hopper"), pytest.param((10, 0), id="Blackwell")], indirect=True)
 def test_the_whole_suite_runs_to_its_json(mocked, folder, tmp_path, monkeypatch):
     small = released_config("MiMo-V2.5-Pro") | gpu_steps.TOY | {
         "hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 8, "swa_num_attention_heads": 16,

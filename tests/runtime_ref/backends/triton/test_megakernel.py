@@ -172,7 +172,7 @@ def test_the_table_names_the_matrix_that_comes_next_where_it_is_known(prepared):
     assert {pair[1] for pair in found if pair[0].startswith("attend")} == {"merge_add"}
     assert {"enter_full", "enter_window"} & {pair[1] for pair in found if pair[0] in ("experts_add", "target_hidden")}
     assert not any(pair[0] == "norm_route" for pair in found)
-    o, sizes = layers[0].o.w, {tuple(row[9:]) for pair, own in found.items() if pair[1] == "merge_add" for row in own}
+    o, sizes = layers[0].o.w, {tuple(row[9:11]) for pair, own in found.items() if pair[1] == "merge_add" for row in own}
     assert (o.shape[0], 2 * o.shape[1]) in sizes
 
 
