@@ -4,8 +4,20 @@ import gc
 from pathlib import Path
 
 import torch
+import yaml
 
 SHARDED = ("cluster.memory_gib=1.0", "cluster.sharding=fsdp2")
+
+
+def recipe_beside(base: Path, text_files: dict) -> Path:
+    """A recipe of three short updates of `base`, beside it; the runs go there, too."""
+    path = base.parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump({
+        "name": "t", "seed": 3, "output": str(base.parent / "runs"), "model": {"path": str(base)},
+        "data": {"train": [str(text_files["train"])], "sequence_length": 64, "eval_sequences": 5,
+                 "heldout": [str(text_files["alpha.heldout"])]},
+        "qat": {"steps": 3, "batch_size": 2, "log_every": 1, "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2}}}))
+    return path
 
 
 def made(recipe: Path, overrides, *, resume: bool = False):

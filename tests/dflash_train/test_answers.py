@@ -64,23 +64,27 @@ def test_answers_come_with_provenance_and_are_the_targets_own(loaded, tmp_path):
     assert facts["tokens"] == sum(len(r["response_ids"]) for r in rows)
 
 
-def batch_number(recipe, generator) -> int:
-    return generator.initial_seed() - (recipe.seed << 32)
+def counting(recipe, numbers: list[int]):
+    """`generate`, which notes the number of each batch."""
+    real = answers.generate
+
+    def noted(*args, generator, **settings):
+        numbers.append(generator.initial_seed() - (recipe.seed << 32))
+        return real(*args, generator=generator, **settings)
+
+    return noted
 
 
 def test_an_interrupted_run_continues_and_writes_the_same(loaded, tmp_path, monkeypatch):
     recipe, target, _ = loaded
     generate_answers(recipe, target, tmp_path / "whole.jsonl", say=quiet)
-    real, calls = answers.generate, []
-
-    def counting(*args, generator, **settings):
-        calls.append(batch_number(recipe, generator))
-        return real(*args, generator=generator, **settings)
+    calls = []
+    noted = counting(recipe, calls)
 
     def dies_at_the_fourth_batch(*args, **settings):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return counting(*args, **settings)
+        return noted(*args, **settings)
 
     monkeypatch.setattr(answers, "generate", dies_at_the_fourth_batch)
     with pytest.raises(KeyboardInterrupt):
@@ -89,7 +93,7 @@ def test_an_interrupted_run_continues_and_writes_the_same(loaded, tmp_path, monk
     with partial.open("a") as file:
         file.write('{"prompt_ids": [1, 2')  # killed while writing
     calls.clear()
-    monkeypatch.setattr(answers, "generate", counting)
+    monkeypatch.setattr(answers, "generate", noted)
     generate_answers(recipe, target, tmp_path / "parts.jsonl", say=quiet)
     assert calls == [3, 4, 5, 6, 7]
     assert (tmp_path / "parts.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
@@ -108,13 +112,8 @@ def test_two_processes_write_what_one_does(loaded, tmp_path):
 def test_another_number_of_processes_continues_and_answers_nothing_twice(loaded, tmp_path, monkeypatch):
     recipe, target, _ = loaded
     generate_answers(recipe, target, tmp_path / "one.jsonl", say=quiet)
-    real, answered = answers.generate, []
-
-    def counting(*args, generator, **settings):
-        answered.append(batch_number(recipe, generator))
-        return real(*args, generator=generator, **settings)
-
-    monkeypatch.setattr(answers, "generate", counting)
+    answered = []
+    monkeypatch.setattr(answers, "generate", counting(recipe, answered))
     for rank in (2, 1):  # three processes, of which the main one was killed at once
         generate_answers(recipe, target, tmp_path / "more.jsonl", accelerator=Rank(rank, 3), say=quiet)
     with (tmp_path / "more.rank2.partial").open("a") as file:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from ranks import begin, on_ranks
-from sharded_cases import SHARDED, train
+from sharded_cases import SHARDED, recipe_beside, train
 from tolerance import EXPERT_PARALLEL_MASTERS
 from toy_families import FAMILIES, write_base
 
@@ -30,12 +29,7 @@ def recipe_of(text_files, tmp_path_factory):
     def make(family: str, experts: int = 4) -> Path:
         folder = tmp_path_factory.mktemp(f"{family}-{experts}")
         write_base(folder / "base", family, experts)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump({
-            "name": "t", "seed": 3, "output": str(folder / "runs"), "model": {"path": str(folder / "base")},
-            "data": {"train": [str(text_files["train"])], "sequence_length": 64, "eval_sequences": 5,
-                     "heldout": [str(text_files["alpha.heldout"])]},
-            "qat": {"steps": 3, "batch_size": 2, "log_every": 1, "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2}}}))
-        return folder / "recipe.yaml"
+        return recipe_beside(folder / "base", text_files)
     return make
 
 

@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-import yaml
 from ranks import on_ranks
-from sharded_cases import SHARDED, train
+from sharded_cases import SHARDED, recipe_beside, train
 from toy_families import pack, write_base
 
 TWO = ("qat.steps=3", "qat.health_every=3", *SHARDED, "cluster.accelerators_per_node=2")
@@ -20,12 +19,7 @@ def recipe(request, text_files, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     write_base(folder / "base", request.param, 4)
     pack(folder / "base", "fp8")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({
-        "name": "t", "seed": 3, "output": str(folder / "runs"), "model": {"path": str(folder / "base")},
-        "data": {"train": [str(text_files["train"])], "sequence_length": 64, "eval_sequences": 5,
-                 "heldout": [str(text_files["alpha.heldout"])]},
-        "qat": {"steps": 3, "batch_size": 2, "log_every": 1, "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2}}}))
-    return folder / "recipe.yaml"
+    return recipe_beside(folder / "base", text_files)
 
 
 def teach(rank: int, recipe, cases: dict) -> tuple[dict, dict]:
@@ -77,9 +71,6 @@ def said(rank: int, recipe, options) -> list[str]:
 
 def test_a_base_that_is_not_fp8_is_said_and_taught_by_as_it_is(text_files, tmp_path):
     write_base(tmp_path / "base", "mixtral", 4)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({
-        "name": "t", "output": str(tmp_path / "runs"), "model": {"path": str(tmp_path / "base")},
-        "data": {"train": [str(text_files["train"])], "sequence_length": 64, "heldout": [str(text_files["alpha.heldout"])]},
-        "qat": {"steps": 1, "batch_size": 2, "teacher": "packed"}}))
-    lines = on_ranks(2, tmp_path / "ranks", said, tmp_path / "recipe.yaml", (*SHARDED, "cluster.accelerators_per_node=2"))[0]
+    overrides = (*SHARDED, "cluster.accelerators_per_node=2", "qat.teacher=packed")
+    lines = on_ranks(2, tmp_path / "ranks", said, recipe_beside(tmp_path / "base", text_files), overrides)[0]
     assert any("of the base is not FP8 with scales: its experts stay in bfloat16" in line for line in lines)

@@ -5,9 +5,8 @@ import json
 
 import pytest
 import torch
-import yaml
 from ranks import on_ranks
-from sharded_cases import SHARDED, train
+from sharded_cases import SHARDED, recipe_beside, train
 from tolerance import EXPERT_PARALLEL_MASTERS
 from toy_families import write_base
 
@@ -33,12 +32,7 @@ def assert_close(a: dict, b: dict) -> None:
 def recipe(text_files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero3")
     write_base(folder / "base", "qwen3", 4)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({
-        "name": "t", "seed": 3, "output": str(folder / "runs"), "model": {"path": str(folder / "base")},
-        "data": {"train": [str(text_files["train"])], "sequence_length": 64, "eval_sequences": 5,
-                 "heldout": [str(text_files["alpha.heldout"])]},
-        "qat": {"steps": 4, "batch_size": 2, "log_every": 1, "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2}}}))
-    return folder / "recipe.yaml"
+    return recipe_beside(folder / "base", text_files)
 
 
 @pytest.fixture(scope="module")
