@@ -7,9 +7,12 @@ the start's settings, the kind of scales, the seed.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from qat.expert_quantizer import ExpertQuantizer
 from recipes.schema import Recipe
@@ -39,14 +42,15 @@ def take_start(path: Path, quantizer: ExpertQuantizer) -> None:
     Raises:
         ValueError: a damaged file; it says what to remove.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    tensors = _tensors(quantizer)
     try:
-        kept = load_file(path)
-        for name, tensor in _tensors(quantizer).items():
+        with safe_open(str(path), framework="pt") as file:
+            kept = {name: file.get_tensor(name) for name in tensors}
+            if (file.metadata() or {}).get("crc32") != _sum(kept):
+                raise ValueError("its CRC-32 differs from what was written")
+        for name, tensor in tensors.items():
             tensor.copy_(kept[name])
-    except (SafetensorError, KeyError, RuntimeError) as error:
+    except (SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not the initial codes of this model ({first_line(error)}); remove it, and they are chosen "
                          "anew") from None
     quantizer.requantize()
@@ -54,9 +58,16 @@ def take_start(path: Path, quantizer: ExpertQuantizer) -> None:
 
 def keep_start(path: Path, quantizer: ExpertQuantizer) -> None:
     """Writes masters and shifts. Raises OSError: it cannot be written."""
-    from safetensors.torch import save
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in _tensors(quantizer).items()}
+    write_bytes(path, save(tensors, metadata={"crc32": _sum(tensors)}))
 
-    write_bytes(path, save({name: tensor.contiguous() for name, tensor in _tensors(quantizer).items()}))
+
+def _sum(tensors: dict[str, torch.Tensor]) -> str:
+    """CRC-32 over the bytes of all tensors."""
+    value = 0
+    for tensor in tensors.values():
+        value = zlib.crc32(tensor.numpy(), value)
+    return str(value)
 
 
 def _tensors(quantizer: ExpertQuantizer) -> dict[str, torch.Tensor]:

@@ -301,9 +301,11 @@ def test_a_kept_start_is_taken_by_the_next_run_and_a_damaged_file_is_named(model
     for (tensor, master), before in zip(quantizer, chosen, strict=True):
         assert torch.equal(master, before)
         assert torch.equal(tensor.parameter, fake_quantize(before))
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="start.safetensors: not the initial codes of this model.*remove it"):
-        take_start(file, quantizer)
+    whole = file.read_bytes()
+    for damaged in (whole[:-100], whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="start.safetensors: not the initial codes of this model.*remove it"):
+            take_start(file, quantizer)
 
 
 def test_a_kept_start_is_one_of_the_same_weights_text_and_settings(tmp_path):
