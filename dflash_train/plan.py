@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from checkpoint.drafter_folder import grouping_note
-from dflash_train.foresight import foresee, matrix_parameters, meta_drafter, moment_bytes, writes
+from dflash_train.preflight import foresee, matrix_parameters, meta_drafter, moment_bytes, writes
 from dflash_train.target import choose_target_layers
 from dflash_train.trainer import require_sections
 from modeling.drafter import config_json

@@ -26,9 +26,9 @@ from dflash_train.anchors import block_labels, sample_anchors, teacher_index
 from dflash_train.answers import regenerated
 from dflash_train.dialogues import dialogues_digest, own_dialogues, pack
 from dflash_train.features import OnlineFeatures, cached_features
-from dflash_train.foresight import foresee
 from dflash_train.losses import draft_loss
 from dflash_train.optimizer import make_optimizer
+from dflash_train.preflight import foresee
 from dflash_train.target import describe_target, identity, load_target, new_drafter
 from modeling.dialogue_tokens import Rendering
 from modeling.drafter import load_drafter, save_drafter

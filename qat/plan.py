@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from checkpoint.families.registry import refuse_layout, resolve_layout
 from qat import sharded_plan
 from qat.expert_quantizer import describe, find_expert_tensors
-from qat.foresight import Sizes, checkpoint_bytes, foresee, sizes_of, teacher_states, writes
 from qat.meta_model import meta_model
+from qat.preflight import Sizes, checkpoint_bytes, foresee, sizes_of, teacher_states, writes
 from qat.sharded_plan import CODE_BYTES, GIB, Placement
 from recipes.schema import Recipe
 from storage.terminal import counted

@@ -42,13 +42,13 @@ from qat.data import (
     split_rows,
 )
 from qat.expert_quantizer import ExpertQuantizer, describe, find_expert_tensors, require_finite, without_noise
-from qat.foresight import foresee, require_trainable
 from qat.kept_start import keep_start, start_file, take_start
 from qat.losses import chunked_statistics, hidden_kl, hidden_loss, immediate_statistics, output_head, run_hidden
 from qat.methods import MethodQuantizer, pull_strength, pull_to_grid
 from qat.methods import needed as methods_needed
 from qat.optimizer import make_optimizer
 from qat.oscillation import OscillationControl
+from qat.preflight import foresee, require_trainable
 from qat.quant_stats import Health
 from qat.state import TrainingState
 from qat.teacher_states import STATES, TeacherStates

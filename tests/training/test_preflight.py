@@ -10,9 +10,9 @@ import pytest
 import torch
 import toy_families
 
-from dflash_train import foresight as draft_foresight
+from dflash_train import preflight as draft_preflight
 from modeling.output_head import require_plain_head
-from qat import foresight
+from qat import preflight as qat_preflight
 from recipes.load import load_recipe
 from training import preflight
 from training.preflight import problems, require_ready
@@ -70,7 +70,7 @@ def test_a_hybrid_target_is_told_by_its_configuration(draft_recipe, tmp_path):
     assert len(found) == 1 and "layers of linear_attention" in found[0]
 
 
-@pytest.mark.parametrize(("job", "foresee"), [("qat", foresight.foresee), ("dflash", draft_foresight.foresee)])
+@pytest.mark.parametrize(("job", "foresee"), [("qat", qat_preflight.foresee), ("dflash", draft_preflight.foresee)])
 def test_a_disk_without_room_for_what_the_job_writes_is_said(job, foresee, tiny_recipe, draft_recipe, monkeypatch, tmp_path):
     recipe = load_recipe({"qat": tiny_recipe, "dflash": draft_recipe}[job], [f"{job}.keep_last=1"])
     problem, writes = foresee(recipe)
@@ -111,7 +111,7 @@ def with_config(folder, base, **changes):
 ])
 def test_a_configuration_that_cannot_be_is_told_without_weights(family, changes, words, tiny_recipe, tmp_path):
     base = with_config(tmp_path / "base", toy_families.write_base(tmp_path / "whole", family, 4), **changes)
-    found, writes = foresight.foresee(load_recipe(tiny_recipe, [f"model.path={base}"]))
+    found, writes = qat_preflight.foresee(load_recipe(tiny_recipe, [f"model.path={base}"]))
     assert writes == {} and len(found) == 1 and words in found[0] and "\n" not in found[0]
 
 
@@ -121,7 +121,7 @@ def test_gates_numbers_and_dtypes_that_do_not_fit_are_told_without_weights(tiny_
     from transformers.models.qwen3_moe import modeling_qwen3_moe
 
     monkeypatch.delattr(modeling_qwen3_moe.Qwen3MoeExperts, "_apply_gate")
-    found, _ = foresight.foresee(load_recipe(tiny_recipe, asked))
+    found, _ = qat_preflight.foresee(load_recipe(tiny_recipe, asked))
     assert [text.split(":")[0] for text in found] == ["quantization.expected_tensors", "qat.warm_start.method", "qat.train"]
 
 
@@ -132,7 +132,7 @@ def test_a_class_without_a_decoder_of_its_own_is_told_without_weights(tiny_recip
                               num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
                               max_position_embeddings=256)
     config.save_pretrained(tmp_path / "base")
-    found, _ = foresight.foresee(load_recipe(tiny_recipe, [f"model.path={tmp_path}/base"]))
+    found, _ = qat_preflight.foresee(load_recipe(tiny_recipe, [f"model.path={tmp_path}/base"]))
     assert len(found) == 1 and "gives no decoder without its head" in found[0]
     with torch.device("meta"), pytest.raises(ValueError, match="gives no decoder without its head"):
         require_plain_head(AutoModelForCausalLM.from_config(config))
@@ -140,7 +140,7 @@ def test_a_class_without_a_decoder_of_its_own_is_told_without_weights(tiny_recip
 
 def test_the_drafters_job_tells_an_unknown_activation_and_a_geometry_that_cannot_be(draft_recipe, tmp_path):
     base = with_config(tmp_path / "base", toy_families.write_base(tmp_path / "whole", "qwen3", 4), hidden_act="swoosh")
-    found, _ = draft_foresight.foresee(load_recipe(draft_recipe, [f"model.path={base}"]))
+    found, _ = draft_preflight.foresee(load_recipe(draft_recipe, [f"model.path={base}"]))
     assert len(found) == 1 and "hidden_act 'swoosh'" in found[0]
-    found, _ = draft_foresight.foresee(load_recipe(draft_recipe, ["drafter.head_dim=15"]))
+    found, _ = draft_preflight.foresee(load_recipe(draft_recipe, ["drafter.head_dim=15"]))
     assert len(found) == 1 and found[0].startswith("drafter: ")
