@@ -129,6 +129,7 @@ def test_exported_experts_decode_to_the_trained_weights_and_the_rest_is_the_base
             assert torch.equal(value[part.expert, part.rows], trained[part.name])
 
 
+@pytest.mark.slow
 def test_two_processes_and_repeated_runs_write_the_same_bytes(toy_run, exported, tmp_path):
     for i, processes in enumerate(("1", "2")):
         out = tmp_path / str(i)

@@ -242,6 +242,7 @@ def test_the_whole_suite_runs_to_its_json(mocked, folder, tmp_path, monkeypatch)
     assert picture.count("<title>") > 20 and "product_kernel" in picture and "step_kernel" in picture
 
 
+@pytest.mark.long
 def test_an_engine_keeps_to_the_card(mocked, folder):
     """Adaptive, drawn on the card, verified on the host, with log-probabilities: together, and in megakernels."""
     engine = Engine.from_folder(folder, backend="triton", launch="ops", options=EngineOptions(max_context=256, max_running=5))
