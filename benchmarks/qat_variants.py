@@ -49,6 +49,8 @@ VARIANTS: dict[str, list[str]] = {
     "soft": ["qat.soft_rounding.method=annealed"],
     "hidden-kl": ["qat.loss.hidden_kl=0.3"],
     "muon": ["qat.optimizer.name=muon", "qat.optimizer.learning_rate=3e-4"],
+    "relative": ["qat.optimizer.relative=true", "qat.optimizer.learning_rate=5e-4"],
+    "all": ["qat.train=all"],
     "long": ["qat.steps=450"],
 }
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
