@@ -132,6 +132,9 @@ static void byte_product(const Step *s, const Mat *m, const float *x, int64_t xs
 typedef short vs __attribute__((vector_size(64)));
 static const vs E2M1_TABLE = {E2M1_HALVES, E2M1_HALVES};
 
+/* 16 bytes as integers. */
+INLINE vu widened(const uint8_t *from) { return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from)); }
+
 /* The scales of 16 rows: 2^(byte - 127), NaN for 255. */
 INLINE vf scales_of(const uint8_t *bytes) {
     const vu wide = widened(bytes), edge = (vu)(wide - 1 > 253u);

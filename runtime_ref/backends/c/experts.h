@@ -2,8 +2,6 @@
 
    Rejected: decoded copies in memory (four to eight times the bytes of a step that waits for bytes). */
 
-static const vf E2M1 = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
-
 static float powers[256]; /* of each scale byte; set by prepare() */
 
 /* Call once before anything else. */
@@ -14,45 +12,73 @@ void prepare(void) {
     }
 }
 
-/* 32 weights of a block: those of even and of odd positions. A table look-up minds the last four bits of an index only. */
-INLINE void decode(const uint8_t *codes, uint8_t scale, vf *even, vf *odd) {
-    const vu wide = widened(codes);
-    *even = __builtin_shuffle(E2M1, (vi)wide) * powers[scale];
-    *odd = __builtin_shuffle(E2M1, (vi)(wide >> 4)) * powers[scale];
+/* The 32 weights of a block before their scale, in registers; `place(i)` is where weight i is. A sum over a block is one chain in
+   each lane, times the scale, and blocks are added in their order. */
+#define PARTS (32 / NL)
+#if defined(__AVX512F__) /* even positions, odd positions: a look-up minds the last four bits of an index only */
+static const vf E2M1 = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+INLINE int place(int i) { return i % 2 * L + i / 2; }
+INLINE void decode(const uint8_t *codes, nf *out) {
+    const vi wide = (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)codes));
+    out[0] = __builtin_shuffle(E2M1, wide);
+    out[1] = __builtin_shuffle(E2M1, wide >> 4);
 }
+#elif defined(__AVX2__) /* even positions in the lower half of each register, odd ones in the upper; values are looked up as bf16 */
+#define UPPER 0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, -0x80, -0x41, -0x41, -0x41, -0x40, -0x40, -0x40, -0x40
+#define LOWER 0x00, 0x00, -0x80, -0x40, 0x00, 0x40, -0x80, -0x40, 0x00, 0x00, -0x80, -0x40, 0x00, 0x40, -0x80, -0x40
+INLINE int place(int i) { return i / 8 * 8 + i % 2 * 4 + i % 8 / 2; }
+INLINE void decode(const uint8_t *codes, nf *out) {
+    const __m128i pairs = _mm_loadu_si128((const void *)codes);
+    const __m256i index = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(pairs, 4), pairs), _mm256_set1_epi8(15));
+    const __m256i upper = _mm256_shuffle_epi8(_mm256_setr_epi8(UPPER, UPPER), index);
+    const __m256i lower = _mm256_shuffle_epi8(_mm256_setr_epi8(LOWER, LOWER), index), zero = _mm256_setzero_si256();
+    const __m256i first = _mm256_unpacklo_epi8(lower, upper), second = _mm256_unpackhi_epi8(lower, upper);
+    out[0] = (nf)_mm256_unpacklo_epi16(zero, first), out[1] = (nf)_mm256_unpackhi_epi16(zero, first);
+    out[2] = (nf)_mm256_unpacklo_epi16(zero, second), out[3] = (nf)_mm256_unpackhi_epi16(zero, second);
+}
+#else
+static const float E2M1[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+INLINE int place(int i) { return i; }
+INLINE void decode(const uint8_t *codes, nf *out) {
+    for (int i = 0; i < 32; i++) out[i / NL][i % NL] = E2M1[codes[i / 2] >> i % 2 * 4 & 15];
+}
+#endif
 
 /* Weights [n, k] as the products see them: what the contract of bit-exact decoding is tested on. */
 void decode_rows(const Packed *w, int64_t n, int64_t k, float *out) {
     for (int64_t i = 0; i < n; i++)
         for (int64_t b = 0; b < k / 32; b++) {
-            vf even, odd;
-            decode(w->codes + i * w->code_stride + b * L, w->scales[i * w->scale_stride + b], &even, &odd);
-            for (int j = 0; j < L; j++) out[i * k + b * 32 + 2 * j] = even[j], out[i * k + b * 32 + 2 * j + 1] = odd[j];
+            nf part[PARTS];
+            decode(w->codes + i * w->code_stride + b * L, part);
+            for (int j = 0; j < 32; j++)
+                out[i * k + b * 32 + j] = part[place(j) / NL][place(j) % NL] * powers[w->scales[i * w->scale_stride + b]];
         }
 }
 
-/* x [n] with each block of 32 as 16 even then 16 odd positions. */
-static void split_pairs(const float *x, float *out, int64_t n) {
+/* x [n], each block in the places of its weights. */
+static void as_decoded(const float *x, float *out, int64_t n) {
     for (int64_t b = 0; b < n; b += 32)
-        for (int64_t i = 0; i < L; i++) out[b + i] = x[b + 2 * i], out[b + L + i] = x[b + 2 * i + 1];
+        for (int i = 0; i < 32; i++) out[b + place(i)] = x[b + i];
 }
 
-/* out[r][0 .. n - 1] gets, or is added, the products of rows of blocks `from` .. `from` + `blocks` with R rows of pairs. */
+/* out[r][0 .. n - 1] gets, or is added, the products of rows of blocks `from` .. `from` + `blocks` with R vectors that `as_decoded` ordered. */
 INLINE void packed_rows(const int R, const Packed *w, int64_t n, int64_t from, int64_t blocks, const float *const *pairs,
                         float *const *out, int add) {
     for (int64_t i = 0; i < n; i += L) {
-        vf acc[8][L];
+        nf acc[8][L];
         for (int j = 0; j < L; j++) {
             const uint8_t *codes = w->codes + (i + j) * w->code_stride + from * L;
             const uint8_t *scales = w->scales + (i + j) * w->scale_stride + from;
-            vf sum[8];
-            for (int r = 0; r < R; r++) sum[r] = splat(0);
+            nf sum[8];
+            for (int r = 0; r < R; r++) sum[r] = (nf){};
             for (int64_t b = 0; b < blocks; b++) {
-                vf even, odd;
-                decode(codes + b * L, scales[b], &even, &odd);
+                nf part[PARTS];
+                decode(codes + b * L, part);
                 for (int r = 0; r < R; r++) {
-                    sum[r] = sum[r] + even * load(pairs[r] + b * 32);
-                    sum[r] = sum[r] + odd * load(pairs[r] + b * 32 + L);
+                    const float *own = pairs[r] + b * 32;
+                    nf block = part[0] * load_some(own);
+                    for (int c = 1; c < PARTS; c++) block = block + part[c] * load_some(own + c * NL);
+                    sum[r] = sum[r] + block * powers[scales[b]];
                 }
             }
             for (int r = 0; r < R; r++) acc[r][j] = sum[r];
@@ -93,7 +119,7 @@ static void experts(Step *s, const Layer *l) {
             const float *pairs[8], *mids[8];
             float *gates[8], *ups[8], *outs[8];
             for (int64_t r = 0; r < R; r++) {
-                split_pairs(s->y + s->list[begin + r] / l->top * H, x_pairs + r * H, H);
+                as_decoded(s->y + s->list[begin + r] / l->top * H, x_pairs + r * H, H);
                 round_all(s, x_pairs + r * H, x_pairs + r * H, H);
                 pairs[r] = x_pairs + r * H, gates[r] = gate + r * I, ups[r] = up + r * I;
             }
@@ -108,7 +134,7 @@ static void experts(Step *s, const Layer *l) {
                 for (int64_t r = 0; r < R; r++) { /* whole blocks, with zeros for the neighbours' columns */
                     memset(share, 0, sizeof(float) * room);
                     memcpy(share + at % 32, gates[r] + p * width, sizeof(float) * width);
-                    split_pairs(share, mid + r * room, 32 * blocks);
+                    as_decoded(share, mid + r * room, 32 * blocks);
                     mids[r] = mid + r * room;
                     outs[r] = s->partial + (p * s->R + s->list[begin + r] / l->top) * H;
                 }

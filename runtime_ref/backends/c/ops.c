@@ -4,18 +4,18 @@
    bf16 are held so, experts are read packed and decoded in registers, and a whole program is one call.
 
    Row-invariant by construction: every output element is one chain of fused multiply-adds in the order of K (or, for packed
-   experts and scores, 16 such chains added by one fixed tree); how many rows run beside it only changes how many chains run
+   experts and scores, a chain in each lane of a register, added by one fixed tree); how many rows run beside it only changes how many chains run
    side by side. Accumulation is float32 throughout. With a bf16 stream, activations are rounded to bf16 where they meet bf16
    weights, codes or the cache in a product: here by `rounded`, with bf16 dot products (bf16_dots.h) by the instruction, so
    that processors with and without it compute the same but for the order of sums. In float32 nothing is rounded.
 
-   GCC's vector types rather than intrinsics: the same source compiles for AVX-512, AVX2 and NEON. (Two widening loads are
-   intrinsics where there are any: GCC 12 makes 40 instructions of one.) One thread: more cores are used by more ranks. */
+   GCC's vector types rather than intrinsics, but for what GCC 12 makes many instructions of (widening loads, look-ups of 16
+   bytes): the same source compiles for AVX-512, AVX2 and NEON. One thread: more cores are used by more ranks. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
@@ -30,6 +30,18 @@ typedef uint8_t vb __attribute__((vector_size(16)));
 #define L 16
 #define PAGE 64
 #define INLINE static inline __attribute__((always_inline))
+
+/* What a register holds. Sums of products are kept in these: GCC keeps wider vectors in memory, which costs ten times the time. */
+#ifdef __AVX512F__
+#define NL 16
+#else
+#define NL 8
+#endif
+#define PIECES (L / NL)
+typedef float nf __attribute__((vector_size(4 * NL)));
+typedef uint32_t nu __attribute__((vector_size(4 * NL)));
+typedef int32_t ni __attribute__((vector_size(4 * NL)));
+typedef uint16_t nh __attribute__((vector_size(2 * NL)));
 
 /* Mirrored field by field in native.py. */
 /* Panels of w [n, k]: form 0 float32 [n / 16][k][16], 1 bf16, 2 bf16 in pairs, 3 bytes in fours (scales [n], then 128 x the sums). */
@@ -70,27 +82,25 @@ INLINE vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 INLINE vf splat(float a) { vf v = {}; return v + a; }
 
-INLINE vf load_panel(const Mat *m, int64_t at) {
-    if (!m->form) return load((const float *)m->data + at);
-    const uint16_t *from = (const uint16_t *)m->data + at;
-#ifdef __AVX512F__
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16);
+INLINE nf load_some(const float *p) { nf v; memcpy(&v, p, sizeof v); return v; }
+INLINE void store_some(float *p, nf v) { memcpy(p, &v, sizeof v); }
+
+/* Halves of floats, as integers. */
+INLINE nu widened_halves(const uint16_t *from) {
+#if defined(__AVX512F__)
+    return (nu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from));
+#elif defined(__AVX2__)
+    return (nu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)from));
 #else
-    vh half;
+    nh half;
     memcpy(&half, from, sizeof half);
-    return (vf)(__builtin_convertvector(half, vu) << 16);
+    return __builtin_convertvector(half, nu);
 #endif
 }
 
-/* 16 bytes as integers. */
-INLINE vu widened(const uint8_t *from) {
-#ifdef __AVX512F__
-    return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from));
-#else
-    vb bytes;
-    memcpy(&bytes, from, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, vh), vu);
-#endif
+INLINE nf load_panel(const Mat *m, int64_t at) {
+    if (!m->form) return load_some((const float *)m->data + at);
+    return (nf)(widened_halves((const uint16_t *)m->data + at) << 16);
 }
 
 static vf round_bf16(vf x) {
@@ -120,9 +130,10 @@ static vf vexp(vf x) {
     return (vf)((vi)(p * (vf)e) & ~tiny);
 }
 
+/* Lane i of the result is the sum of a[i]'s lanes, always by the same tree: neighbours, neighbours of those, and so on. */
+#ifdef __AVX512F__
 #define SHUF(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
-/* Lane i of the result is the sum of a[i]'s lanes, always by the same tree. */
-INLINE vf reduce16(const vf *a) {
+INLINE vf reduce16(const nf *a) {
     vf b[8], c[4], d[2];
     for (int i = 0; i < 8; i++)
         b[i] = SHUF(a[2 * i], a[2 * i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
@@ -136,25 +147,48 @@ INLINE vf reduce16(const vf *a) {
     return SHUF(d[0], d[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
          + SHUF(d[0], d[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
-INLINE float lanes(vf a) { vf all[L] = {a}; return reduce16(all)[0]; }
+#else
+#define PAIRS(a, b) (__builtin_shuffle(a, b, (ni){0, 2, 8, 10, 4, 6, 12, 14}) + __builtin_shuffle(a, b, (ni){1, 3, 9, 11, 5, 7, 13, 15}))
+INLINE vf reduce16(const nf *a) {
+    float out[L];
+    for (int i = 0; i < L; i += 4) {
+        const nf fours = PAIRS(PAIRS(a[i], a[i + 1]), PAIRS(a[i + 2], a[i + 3]));
+        for (int j = 0; j < 4; j++) out[i + j] = fours[j] + fours[j + 4];
+    }
+    return load(out);
+}
+#endif
+INLINE float lanes(vf a) {
+    nf piece[PIECES], all[L] = {};
+    memcpy(piece, &a, sizeof a);
+    all[0] = piece[0];
+    for (int c = 1; c < PIECES; c++) all[0] = all[0] + piece[c];
+    return reduce16(all)[0];
+}
 
-/* out[r][16 (p .. p + N - 1)] = w x[r] for R rows and N panels; R and N are constants at each call. */
+/* out[r][NL (p .. p + N - 1)] = w x[r] for R rows and N registers of a column's weights; R and N are constants at each call. */
 INLINE void tile(const int R, const int N, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t p) {
-    vf acc[8][4];
-    for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) acc[r][n] = splat(0);
+    nf acc[8][8];
+    for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) acc[r][n] = (nf){};
     const int64_t K = m->k, panel = K * L;
     for (int64_t k = 0; k < K; k++) {
-        vf w[4];
-        for (int n = 0; n < N; n++) w[n] = load_panel(m, (p + n) * panel + k * L);
+        nf w[8];
+        for (int n = 0; n < N; n++) w[n] = load_panel(m, (p + n) / PIECES * panel + k * L + (p + n) % PIECES * NL);
         for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) acc[r][n] = acc[r][n] + w[n] * x[r * xs + k];
     }
-    for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) store(out + r * os + (p + n) * L, acc[r][n]);
+    for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) store_some(out + r * os + (p + n) * NL, acc[r][n]);
 }
 #define TILES(R, N) do { for (; p + N <= P; p += N) tile(R, N, &w, x, xs, out, os, p); \
                          for (; p < P; p++) tile(R, 1, &w, x, xs, out, os, p); } while (0)
-#define CASES switch (left < 8 ? left : 8) { case 1: TILES(1, 4); break; case 2: TILES(2, 4); break; case 3: TILES(3, 4); break; \
+#ifdef __AVX512F__
+#define CASES switch (rows) { case 1: TILES(1, 4); break; case 2: TILES(2, 4); break; case 3: TILES(3, 4); break; \
         case 4: TILES(4, 4); break; case 5: TILES(5, 2); break; case 6: TILES(6, 2); break; case 7: TILES(7, 2); break; \
         default: TILES(8, 2); }
+#define ROWS 8
+#else /* sixteen registers */
+#define CASES switch (rows) { case 1: TILES(1, 8); break; case 2: TILES(2, 4); break; case 3: TILES(3, 3); break; default: TILES(4, 3); }
+#define ROWS 4
+#endif
 #ifdef DOTS
 static void dot_product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R);
 static void byte_product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R);
@@ -164,13 +198,14 @@ static void product(const Step *s, const Mat *m, const float *x, int64_t xs, flo
     if (m->form == 2) { dot_product(s, m, x, xs, out, os, R); return; }
     if (m->form == 3) { byte_product(s, m, x, xs, out, os, R); return; }
 #endif
-    const int64_t P = m->n / L, width = xs;
+    const int64_t P = m->n / NL, width = xs;
     const int rounds = s->bf16 && m->form == 1 && m->k % L == 0; /* as dot_product does */
     const float *from = x;
     if (rounds) x = (const float *)s->halves, xs = m->k;
-    for (int64_t left = R; left > 0; left -= 8, from += 8 * width, out += 8 * os) {
+    for (int64_t left = R; left > 0; left -= ROWS, from += ROWS * width, out += ROWS * os) {
+        const int64_t rows = left < ROWS ? left : ROWS;
         int64_t p = 0;
-        if (rounds) for (int64_t r = 0; r < (left < 8 ? left : 8); r++) round_all(s, from + r * width, (float *)s->halves + r * m->k, m->k);
+        if (rounds) for (int64_t r = 0; r < rows; r++) round_all(s, from + r * width, (float *)s->halves + r * m->k, m->k);
         else x = from;
         if (m->form) { const Mat w = {m->data, NULL, 1, m->n, m->k}; CASES }
         else { const Mat w = {m->data, NULL, 0, m->n, m->k}; CASES }
@@ -259,11 +294,11 @@ static void attend_head(Step *s, const Layer *l, int64_t r, int64_t h) {
         for (int64_t j = 0; j < L; j++) key[j] = keys + slot(table, first, i + j < n ? low + i + j : high) * l->Dp;
         for (int64_t g = 0; g < G; g++) {
             const float *q = queries + g * l->Dp;
-            vf acc[L];
-            for (int j = 0; j < L; j++) acc[j] = load(key[j]) * load(q);
-            for (int64_t d = L; d < l->Dp; d += L) {
-                const vf part = load(q + d);
-                for (int j = 0; j < L; j++) acc[j] = acc[j] + load(key[j] + d) * part;
+            nf acc[L];
+            for (int j = 0; j < L; j++) acc[j] = load_some(key[j]) * load_some(q);
+            for (int64_t d = NL; d < l->Dp; d += NL) {
+                const nf part = load_some(q + d);
+                for (int j = 0; j < L; j++) acc[j] = acc[j] + load_some(key[j] + d) * part;
             }
             vf sums = reduce16(acc);
             for (int64_t j = n - i; j < L; j++) sums[j] = -INFINITY;
@@ -281,14 +316,15 @@ static void attend_head(Step *s, const Layer *l, int64_t r, int64_t h) {
         }
         float total = lanes(sum);
         if (l->sink) total += vexp(splat(l->sink[h * G + g] - top))[0];
-        for (int64_t d = 0; d < l->Vp; d += 4 * L) {
-            const int64_t pieces = (l->Vp - d) / L < 4 ? (l->Vp - d) / L : 4;
-            vf acc[4] = {};
+        for (int64_t d = 0; d < l->Vp; d += 4 * NL) {
+            const int64_t pieces = (l->Vp - d) / NL < 4 ? (l->Vp - d) / NL : 4;
+            nf acc[4] = {};
             for (int64_t i = 0; i < n; i++) {
                 const float *value = values + slot(table, first, low + i) * l->Vp + d;
-                for (int64_t c = 0; c < pieces; c++) acc[c] = acc[c] + load(value + c * L) * own[i];
+                if (pieces == 4) for (int c = 0; c < 4; c++) acc[c] = acc[c] + load_some(value + c * NL) * own[i];
+                else for (int64_t c = 0; c < pieces; c++) acc[c] = acc[c] + load_some(value + c * NL) * own[i];
             }
-            for (int64_t c = 0; c < pieces; c++) store(out + d + c * L, acc[c] / total);
+            for (int64_t c = 0; c < pieces; c++) store_some(out + d + c * NL, acc[c] / total);
         }
     }
 }

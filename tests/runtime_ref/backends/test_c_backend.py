@@ -1,7 +1,9 @@
 """The compiled ops: the codec's bits, the torch backend's numbers, a row's own bits beside any others."""
 
+import platform
 from array import array
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +36,24 @@ def computed(backend, ids, pieces):
     return torch.cat(found)
 
 
-def test_decoding_equals_the_codec_for_every_code_and_scale_byte():
+# Registers of 16 lanes, of 8 with the look-up of AVX2, and what every processor has: a machine tests its own, and those below it.
+WIDTHS = {"native": "-march=native", "avx512": "-mno-avx512bf16", "avx2": "-march=haswell", "plain": "-march=x86-64-v2"}
+
+
+@pytest.fixture(params=WIDTHS)
+def width(request, monkeypatch):
+    """The compiled ops for processors that have less than this one."""
+    needed = {"avx2": "avx2", "avx512": "avx512f"}.get(request.param)
+    found = Path("/proc/cpuinfo").read_text().split() if platform.machine() == "x86_64" else []
+    if request.param != "native" and (not found or needed is not None and needed not in found):
+        pytest.skip(f"this processor has no {request.param}")
+    built = structs.compiled_ops((*(f for f in structs.FLAGS if f not in ("-O3",)), "-O2", WIDTHS[request.param]))
+    assert built[0] is not None, built[1]
+    monkeypatch.setattr(structs, "compiled_ops", lambda: built)
+    monkeypatch.setattr("runtime_ref.backends.c.backend.compiled_ops", lambda: built)
+
+
+def test_decoding_equals_the_codec_for_every_code_and_scale_byte(width):
     codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1).contiguous()  # all pairs of codes under every scale byte
     scales = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16).contiguous()
     found = torch.empty(256, 512)
@@ -46,7 +65,7 @@ def test_decoding_equals_the_codec_for_every_code_and_scale_byte():
 
 
 @pytest.mark.parametrize("text", ["ids", "one token"])
-def test_logits_are_the_torch_backends(weights, ids, text):
+def test_logits_are_the_torch_backends(weights, ids, text, width):
     ids = ids if text == "ids" else ids[:1]
     ours, theirs = (kind(weights, dtype=torch.float32, pages=PAGES) for kind in (CBackend, TorchBackend))
     torch.testing.assert_close(computed(ours, ids, [len(ids)]), computed(theirs, ids, [len(ids)]), **MODEL_FP32)
@@ -57,6 +76,12 @@ def test_logits_are_the_torch_backends(weights, ids, text):
 def test_logits_do_not_depend_on_how_the_text_is_cut(weights, ids, dtype, pieces):
     backend = CBackend(weights, dtype=dtype, pages=PAGES)
     assert torch.equal(computed(backend, ids, pieces), computed(backend, ids, [200]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_any_registers_a_rows_bits_are_its_own(weights, ids, dtype, width):
+    backend = CBackend(weights, dtype=dtype, pages=PAGES)
+    assert torch.equal(computed(backend, ids, [2, 61, 1, 6, 3, 7, 4, 5, 8, 103]), computed(backend, ids, [200]))
 
 
 def test_every_task_leaves_the_buffers_of_the_torch_backend(weights, ids):
