@@ -32,6 +32,7 @@ from checkpoint.findings import one_line
 from checkpoint.inventory import is_mimo
 from checkpoint.sources import Source
 from checkpoint.tensor_files import TensorFiles, read_header
+from modeling.cpu_products import speed_up_bf16_products
 from modeling.names import expert_parts
 from storage.reading import first_line
 from storage.terminal import counted
@@ -90,6 +91,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
     """
     _require_folder(path)
     config = _read_config(path, trust_remote_code)
+    speed_up_bf16_products()
     if not is_mimo(config):
         return _load_by_transformers(path, dtype, trust_remote_code, distributed_config)
     if not Path(path).is_dir():

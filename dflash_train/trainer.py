@@ -100,7 +100,6 @@ class Trainer(TrainingRun):
         self.main = self.accelerator.is_main_process
         self.folder = run_folder(recipe)
         self.writes = require_ready(recipe, "dflash", foresee(recipe), self.folder if resume else None)
-        self.say_if_emulated()
         self.lock()
         newest = checkpoint_to_resume(self.folder, recipe, "dflash", self.say, self.accelerator) if resume else None
         self.target = load_target(recipe, self.accelerator.device, self.accelerator.num_processes)

@@ -105,7 +105,6 @@ class Trainer(TrainingRun):
         self.folder = Path(recipe.output) / recipe.name / "qat"
         foreseen = foresee(recipe)
         self.writes = require_ready(recipe, "qat", foreseen, self.folder if resume else None)
-        self.say_if_emulated()
         require_trainable(recipe)
         self.lock()
         newest = checkpoint_to_resume(self.folder, recipe, "qat", self.say, self.accelerator) if resume else None

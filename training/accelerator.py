@@ -100,17 +100,6 @@ def end_with_launcher() -> None:
                 signal.raise_signal(signal.SIGTERM)
 
 
-def emulated(device: torch.device, dtype: str) -> str | None:
-    """What to know of a job whose products this processor has no instructions for, or None.
-
-    torch computes bf16 products through oneDNN where a CPU has AVX-512, and element by element elsewhere.
-    """
-    if device.type != "cpu" or dtype != "bfloat16" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    return ("model.dtype: bfloat16 on a processor without AVX-512: its products take about eight times as long here as in "
-            "float32 (model.dtype=float32, which needs twice the memory for weights)")
-
-
 def from_first(accelerator, make: Callable[[], T]) -> T:
     """What `make` returns on the first process, on all of them; its ValueError or OSError is raised on all of them."""
     if accelerator.num_processes == 1:

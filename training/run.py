@@ -14,7 +14,7 @@ from storage.locks import Lock
 from storage.revision import git_revision
 from storage.terminal import counted
 from training import checkpoint, report
-from training.accelerator import PATIENCE, StopRequest, emulated, from_first
+from training.accelerator import PATIENCE, StopRequest, from_first
 from training.background import BackgroundSave
 from training.hangs import Watch
 from training.resume import require_same_inputs
@@ -235,11 +235,6 @@ class TrainingRun:
     def say(self, text: str) -> None:
         if self.main:
             print(text, flush=True)
-
-    def say_if_emulated(self) -> None:
-        note = emulated(self.accelerator.device, self.recipe.model.dtype)
-        if note is not None:
-            self.say(note)
 
     def close(self) -> None:
         if self.metrics is not None:

@@ -4,11 +4,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from accelerate.state import AcceleratorState
 
-from training.accelerator import emulated, make_accelerator
+from training.accelerator import make_accelerator
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 
@@ -51,10 +50,3 @@ def test_autocast_around_one_of_the_models_is_refused(precision, monkeypatch):
 
 def test_processes_wait_longer_than_a_corpus_takes_to_tokenize():
     assert make_accelerator().init_handler.timeout >= timedelta(hours=12)
-
-
-def test_bf16_without_instructions_for_it_is_told(monkeypatch):
-    for has, device, dtype, told in [(False, "cpu", "bfloat16", True), (True, "cpu", "bfloat16", False),
-                                     (False, "cpu", "float32", False), (False, "cuda", "bfloat16", False)]:
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
-        assert (emulated(torch.device(device), dtype) is not None) == told

@@ -36,7 +36,7 @@ def computed(backend, ids, pieces):
     return torch.cat(found)
 
 
-# Registers of 16 lanes, of 8 with the look-up of AVX2, and what every processor has: a machine tests its own, and those below it.
+# Registers of 16 lanes, of 8 with the look-up of AVX2, what every processor has: a machine tests its own and those below it.
 WIDTHS = {"native": "-march=native", "avx512": "-mno-avx512bf16", "avx2": "-march=haswell", "plain": "-march=x86-64-v2"}
 
 
