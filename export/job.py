@@ -73,6 +73,8 @@ class Export:
         if request.base is None and recipe.export.drafter != "none":
             require_newest_result(self.run_folder / "dflash")
             self.drafter = drafter_files.open_drafter(self.run_folder / "dflash" / "model", self.text_config)
+            if self.drafter is not None:
+                require_summary(self.run_folder / "dflash", "dflash_train/train.py --resume ends it")
             if self.drafter is not None and recipe.export.drafter == "matching" and not request.rank:
                 self._require_matching_drafter()
         units = units_of(self.layout, self.weights, recipe.export.dense)
@@ -185,6 +187,9 @@ class Export:
         require_room(self.out, self.bytes, self.partial if kept else None)
         if kept:
             done = sum((self.partial / s.name).is_file() for s in self.shards)
+            for path in self.partial.rglob("*"):  # what would be written through, or waited on
+                if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                    path.unlink()
             print(f"continuing {self.partial}: {done} of {len(self.shards)} files are there", flush=True)
             return mark
         try:
@@ -357,19 +362,29 @@ def other_pair(summary: dict, target: str, drafter: str) -> str | None:
 
 
 def trained_weights(folder: Path) -> Path:
-    """The trained weights of a run: its result, or its newest complete checkpoint.
+    """The trained weights of a run: its result, or, with a line, its newest complete checkpoint.
 
     Raises:
-        ValueError: neither is there, or the result is older than the newest checkpoint.
+        ValueError: neither is there; the result is older than the newest checkpoint, or its summary.json is missing.
     """
     if (folder / "model").is_dir():
         require_newest_result(folder)
+        require_summary(folder, "qat/train.py --resume ends it")
         return folder / "model"
     checkpoints = complete_checkpoints(folder / "checkpoints")
     if not checkpoints:
         raise ValueError(f"{folder}: neither model/ nor a complete checkpoint; run qat/train.py first, or round a base "
                          "checkpoint with --from FOLDER")
+    print(printable(f"note: {folder}: the run has not ended, so its newest checkpoint is exported ({checkpoints[-1].name})"),
+          file=sys.stderr, flush=True)
     return checkpoints[-1]
+
+
+def require_summary(folder: Path, remedy: str) -> None:
+    """Raises ValueError for a job's folder that has a result, but not what was measured and of which weights."""
+    if (folder / "resolved.yaml").is_file() and not (folder / "summary.json").is_file():
+        raise ValueError(f"{folder / 'summary.json'}: missing, though model/ is there: the run was stopped before it was "
+                         f"written, or it was deleted; {remedy}")
 
 
 def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:

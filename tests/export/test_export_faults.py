@@ -19,7 +19,7 @@ from toy_export import export, make_run, qwen3_run
 
 from checkpoint.verify import verify
 from export.drafter_files import MASK, REFERENCE
-from export.job import Export, Request
+from export.job import Export, Request, trained_weights
 from recipes.load import load_recipe
 from storage.digests import combined, file_digests, model_digests
 from training.checkpoint import seal
@@ -230,6 +230,31 @@ def test_a_drafters_figures_are_told_with_the_weights_they_were_measured_with_on
 
 
 @pytest.mark.parametrize("job", ["qat", "dflash"])
+def test_a_result_without_its_summary_is_not_exported_unless_it_is_named(job, tmp_path):
+    """Its numbers, and which weights a drafter is for, would be left out without a word."""
+    recipe = make_run(tmp_path)
+    write_summaries(tmp_path)
+    folder = tmp_path / "runs/toy" / job
+    (folder / "resolved.yaml").write_text("name: toy\n")
+    export(recipe, out=tmp_path / "whole")
+    (folder / "summary.json").unlink()
+    with pytest.raises(ValueError, match=rf"{job}/summary.json: missing, though model/ is there: .* --resume ends it"):
+        export(recipe, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    named = {"weights": tmp_path / "runs/toy/qat/model"} if job == "qat" else {}
+    assert export(recipe, *(["export.drafter=none"] if job == "dflash" else []), out=tmp_path / "out", **named).is_dir()
+
+
+def test_a_run_that_has_not_ended_is_said_to_be_exported_from_its_newest_checkpoint(tmp_path, capsys):
+    newest = tmp_path / "qat/checkpoints/step-00000008"
+    newest.mkdir(parents=True)
+    seal(newest, {}, {})
+    assert trained_weights(tmp_path / "qat") == newest
+    assert capsys.readouterr().err == (f"note: {tmp_path / 'qat'}: the run has not ended, so its newest checkpoint is exported "
+                                       "(step-00000008)\n")
+
+
+@pytest.mark.parametrize("job", ["qat", "dflash"])
 def test_a_result_that_is_older_than_a_checkpoint_is_not_exported(job, tmp_path):
     recipe = make_run(tmp_path)
     newest = tmp_path / "runs/toy" / job / "checkpoints/step-00000008"
@@ -283,6 +308,24 @@ def test_damaged_sums_beside_a_finished_file_let_it_be_written_anew(sums, toy_ru
         files[0].write_bytes(sums)
     out = export(toy_run, out=tmp_path / "out")
     assert (out / "checksums.json").read_bytes() == (exported / "checksums.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_what_is_no_file_in_an_unfinished_export_is_replaced_or_named(kind, toy_run, exported, tmp_path):
+    parts = Export(load_recipe(toy_run), Request(out=tmp_path / "out"))
+    parts.prepare(), parts.write(), parts.finish()
+    kept = (".safetensors", ".sums", "plan.json", ".unfinished")
+    (tmp_path / "elsewhere").write_text("not to be written to")
+    for path in [p for p in parts.partial.rglob("*") if p.is_file() and not p.name.endswith(kept)]:
+        path.unlink()
+        {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda p: os.symlink(tmp_path / "elsewhere", p)}[kind](path)
+    try:
+        out = export(toy_run, out=tmp_path / "out")
+    except OSError as error:
+        assert kind == "folder" and str(parts.partial) in str(error)
+    else:
+        assert kind != "folder" and (out / "checksums.json").read_bytes() == (exported / "checksums.json").read_bytes()
+    assert (tmp_path / "elsewhere").read_text() == "not to be written to"
 
 
 def test_a_partial_folder_of_somebody_else_is_refused(tmp_path):
