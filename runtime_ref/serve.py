@@ -189,6 +189,7 @@ def serve(options: argparse.Namespace, ranks, rules) -> int:
         warn(options, rules)
         where = f"http://{f'[{options.host}]' if ':' in options.host else options.host}:{listening.getsockname()[1]}"
         print(f"serving {names[0]} on {where} (OpenAI API at {where}/v1, chat page at {where}/)", flush=True)
+        print(cache_line(worker.engine), flush=True)
         if worker.engine.drafter is not None and settings.adaptive:
             print("drafts: as many as pay here, none where they do not (--fixed-drafts: always whole blocks)", flush=True)
         Server(config, drain_seconds=options.drain_seconds,
@@ -259,6 +260,15 @@ def warn(options: argparse.Namespace, rules) -> None:
         print(f"{NAME}: {options.host} can be reached by others and no --api-key is set", file=sys.stderr)
     if "*" in rules.origins:
         print(f"{NAME}: --allow-origin '*' without --api-key: every page in a browser of this network may ask", file=sys.stderr)
+
+
+def cache_line(engine) -> str:
+    """What keys and values take once the server is as busy as it may be; memory of a CPU is taken when it is written to."""
+    full, options = sum(pool.cache_bytes for pool in engine.cache.pools.values()), engine.options
+    line = f"cache: {options.max_running} sequences of {engine.context:,} tokens, {full / 2**30:.1f} GiB when all are full"
+    if engine.backend.device == "cpu" and full > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        line += f": more than this machine has ({memory / 2**30:.1f} GiB); --max-running or --max-context lower it"
+    return line
 
 
 def default_name(folder: Path) -> str:

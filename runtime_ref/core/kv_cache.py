@@ -21,6 +21,8 @@ sequence, which cannot grow.
 from __future__ import annotations
 
 import hashlib
+import math
+import mmap
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -28,6 +30,14 @@ from dataclasses import dataclass, field
 import torch
 
 PAGE = 64
+
+
+def untouched_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Zeros that take no memory before they are written to: a server reserves for its worst day, which may not come."""
+    count = math.prod(shape)
+    if count == 0:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE), dtype=dtype).view(shape)
 
 
 class OutOfPages(Exception):
@@ -45,10 +55,15 @@ class Pool:
 
     def __init__(self, layers: dict[int, tuple[int, int, int]], pages: int, dtype: torch.dtype, window: int | None):
         self.window, self.pages, self.dtype = window, pages, dtype
-        self.keys = {i: torch.zeros(K, (pages + 1) * PAGE, D) for i, (K, D, _) in layers.items()}
-        self.values = {i: torch.zeros(K, (pages + 1) * PAGE, V) for i, (K, _, V) in layers.items()}
+        self.keys = {i: untouched_zeros(K, (pages + 1) * PAGE, D) for i, (K, D, _) in layers.items()}
+        self.values = {i: untouched_zeros(K, (pages + 1) * PAGE, V) for i, (K, _, V) in layers.items()}
         self.free = list(range(pages, 0, -1))
         self.references = [0] * (pages + 1)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the storage takes once every page was written to."""
+        return sum(t.nbytes for store in (self.keys, self.values) for t in store.values())
 
     def take(self) -> int:
         page = self.free.pop()

@@ -29,7 +29,7 @@ from runtime_ref.backends.c.structs import Layer, Memory, Workspace, compiled_op
 from runtime_ref.backends.torch.rotary import rotary_tables
 from runtime_ref.checkpoints.host_weights import Dense, TargetWeights
 from runtime_ref.core.batch import DraftRequest, SequenceChunk
-from runtime_ref.core.kv_cache import PAGE, Pool, Table
+from runtime_ref.core.kv_cache import PAGE, Pool, Table, untouched_zeros
 from runtime_ref.core.program import Op
 
 KINDS = ("full", "window")
@@ -376,7 +376,7 @@ def in_halves(pool: Pool, bf16_dot: bool) -> Pool:
     """The pool, with storage in bf16 for dot products: a page's bytes are then the ops' own affair."""
     if bf16_dot:
         for store in (pool.keys, pool.values):
-            store.update({layer: torch.zeros(t.shape, dtype=torch.bfloat16) for layer, t in store.items()})
+            store.update({layer: untouched_zeros(*t.shape, dtype=torch.bfloat16) for layer, t in store.items()})
     return pool
 
 
