@@ -11,8 +11,9 @@
 Each argument is NAME=ENGINE:MODEL[@PYTHON]: an engine (runtime, runtime-drafts, runtime-torch, transformers, vllm, llama.cpp),
 the folder or file that it loads, and the interpreter of the environment that has it (this one unless given). Every prompt goes
 to every engine as the same token ids (the first MODEL's tokenizer and chat template) before the next prompt does, for a fixed
-number of tokens, and all is repeated: whatever else the machine does hits all alike. A figure is the median over prompts and
-repeats of tokens per second of wall time, the prompt's pass included; memory is the process's own after the last answer.
+number of tokens, and all is repeated: whatever else the machine does hits all alike. Figures are medians over prompts and
+repeats, the prompt's pass included: tokens per second of wall time, and processor time per token, which knows little of
+other jobs; memory is the process's own after the last answer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -91,12 +91,13 @@ ENGINES = {"runtime": runtime, "runtime-drafts": lambda model: runtime(model, dr
            "llama.cpp": llama_cpp}
 
 
-def resident_bytes() -> int:
-    """Of this process and its children (vLLM's engine is one)."""
+def used() -> tuple[int, float]:
+    """(resident bytes, processor seconds) of this process and its children (vLLM's engine is one)."""
     import psutil
 
     me = psutil.Process()
-    return sum(p.memory_info().rss for p in [me, *me.children(recursive=True)])
+    own = [me, *me.children(recursive=True)]
+    return sum(p.memory_info().rss for p in own), sum(p.cpu_times().user + p.cpu_times().system for p in own)
 
 
 def serve(kind: str, model: str) -> None:
@@ -108,10 +109,11 @@ def serve(kind: str, model: str) -> None:
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         ask = json.loads(line)
-        began = time.perf_counter()
+        (_, before), began = used(), time.perf_counter()
         found = decode(ask["ids"], ask["tokens"])
-        taken = time.perf_counter() - began
-        print(json.dumps({"ids": found, "seconds": taken, "resident": resident_bytes()}), file=answers, flush=True)
+        taken, (resident, after) = time.perf_counter() - began, used()
+        said = {"ids": found, "seconds": taken, "cpu_seconds": after - before, "resident": resident}
+        print(json.dumps(said), file=answers, flush=True)
 
 
 class Way:
@@ -145,12 +147,13 @@ class Way:
             raise RuntimeError(f"{self.name}: its process ended with {self.process.wait()} (--log has what it printed)")
         return json.loads(line)
 
-    def decode(self, ids: list[int], tokens: int) -> tuple[list[int], float]:
+    def decode(self, ids: list[int], tokens: int) -> tuple[list[int], float, float]:
+        """(tokens, wall seconds, processor seconds)."""
         self.process.stdin.write(json.dumps({"ids": ids, "tokens": tokens}) + "\n")
         self.process.stdin.flush()
         said = self._read()
         self.resident = said["resident"]
-        return said["ids"], said["seconds"]
+        return said["ids"], said["seconds"], said["cpu_seconds"]
 
 
 def prompts(files: list[Path], folder: str, count: int) -> dict[str, list[list[int]]]:
@@ -175,21 +178,23 @@ def prompts(files: list[Path], folder: str, count: int) -> dict[str, list[list[i
 
 
 def measure(ways: list[Way], asked: dict[str, list[list[int]]], tokens: int, repeats: int) -> dict:
-    """{domain: {name: {"tokens_per_second", "equal"}}}; equal: answers that are the first way's."""
+    """{domain: {name: {"tokens_per_second", "cpu_ms_per_token", "equal"}}}; equal: answers that are the first way's."""
     table = {}
     for domain, rows in asked.items():
         rates: dict[str, list[float]] = {w.name: [] for w in ways}
+        costs: dict[str, list[float]] = {w.name: [] for w in ways}
         equal = dict.fromkeys(rates, 0)
         for repeat in range(repeats):
             for ids in rows:
                 first = None
                 for way in ways:
-                    answer, seconds = way.decode(ids, tokens)
+                    answer, seconds, processor = way.decode(ids, tokens)
                     first = first or answer
                     rates[way.name].append(len(answer) / seconds)
+                    costs[way.name].append(1e3 * processor / len(answer))
                     equal[way.name] += repeat == 0 and answer == first
-        table[domain] = {n: {"tokens_per_second": statistics.median(r), "equal": equal[n], "of": len(rows)}
-                         for n, r in rates.items()}
+        table[domain] = {n: {"tokens_per_second": statistics.median(r), "cpu_ms_per_token": statistics.median(costs[n]),
+                             "equal": equal[n], "of": len(rows)} for n, r in rates.items()}
         print_table(domain, table[domain])
     return table
 
@@ -198,6 +203,7 @@ def print_table(domain: str, rows: dict) -> None:
     first = next(iter(rows.values()))["tokens_per_second"]
     for name, row in rows.items():
         print(f"{domain:12} {name:14} {row['tokens_per_second']:8.1f} tokens/s  {row['tokens_per_second'] / first:5.2f}x  "
+              f"{row['cpu_ms_per_token']:7.2f} ms of CPU a token  "
               f"answers equal to the first's: {row['equal']} of {row['of']}", flush=True)
 
 
@@ -212,6 +218,8 @@ def main(argv: list[str] | None = None) -> int:
     parse.add_argument("--log", type=Path, default=Path(os.devnull), help="what the engines print")
     parse.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     options = parse.parse_args(argv)
+    from training.report import environment
+
     ways: list[Way] = []
     try:
         ways = [Way(text, options.threads) for text in options.ways]
@@ -234,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         options.json.write_text(json.dumps({
             "ways": {w.name: {"engine": w.kind, "model": Path(w.model).name, "resident_bytes": w.resident} for w in ways},
             "table": table, "tokens": options.tokens, "count": options.count, "repeats": options.repeats,
-            "threads": options.threads, "machine": platform.platform()}, indent=1) + "\n", encoding="utf-8")
+            "threads": options.threads, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
