@@ -6,10 +6,10 @@
 The tables of docs/results/drafter.md and real-language.md. Needs the recipe's target (`qat/train.py RECIPE`).
 Every variant is a set of recipe overrides, trained from fresh weights for the same number of steps and measured on the
 same held-out prompts with the quantized target, whatever it was trained with. Finished runs are read, not repeated, so
-an interrupted table goes on. All seeds share the target's answers: a seed changes first weights, order of rows and
-anchors. With --same-text variants with another target learn from the quantized target's answers, too: what differs is then
-the states and distributions that they are shown. Differences to the first variant are paired: the same texts, bootstrap over
-texts.
+an interrupted table goes on. All seeds share the target's answers (those of `dflash_train/regenerate.py RECIPE`, if it
+ran): a seed changes first weights, order of rows and anchors. With --same-text variants with another target learn from the
+quantized target's answers, too: what differs is then the states and distributions that they are shown. Differences to the
+first variant are paired: the same texts, bootstrap over texts.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def run(variant: str, seed: int, bench: Bench) -> dict:
 def VariantTrainer(recipe, bench: Bench):
     """A trainer that keeps no records of its own and whose answers and features lie in the bench's folder."""
     from dflash_train.answers import answer_file
-    from dflash_train.trainer import Trainer
+    from dflash_train.trainer import Trainer, run_folder
     from training.run import BackgroundSave
 
     class Quiet(Trainer):
@@ -123,11 +123,15 @@ def VariantTrainer(recipe, bench: Bench):
         def _load_data(self):
             own, self.folder = self.recipe, bench.args.out / "shared"
             self.recipe = own.model_copy(update={"seed": 0})
-            if bench.args.same_text and not own.dflash.data:
-                given = answer_file(bench.served.model_copy(update={"seed": 0}), bench.target, self.folder)
+            if not own.dflash.data:
                 mine = answer_file(self.recipe, self.target, self.folder)
-                if given.is_file() and not mine.is_file():
-                    mine.write_bytes(given.read_bytes())
+                given = [answer_file(self.recipe, self.target, run_folder(own))]  # of dflash_train/regenerate.py
+                if bench.args.same_text:
+                    given.append(answer_file(bench.served.model_copy(update={"seed": 0}), bench.target, self.folder))
+                for file in given:
+                    if file.is_file() and not mine.is_file():
+                        mine.parent.mkdir(parents=True, exist_ok=True)
+                        mine.write_bytes(file.read_bytes())
             super()._load_data()
             self.recipe = own
 

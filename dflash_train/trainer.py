@@ -34,7 +34,7 @@ from modeling.dialogue_tokens import Rendering
 from modeling.drafter import load_drafter, save_drafter
 from recipes.load import published
 from recipes.schema import Recipe
-from storage.digests import combined, json_digest, model_digests
+from storage.digests import combined, json_digest, model_digests, with_sum
 from storage.files import write_json
 from storage.terminal import counted
 from training import checkpoint, report
@@ -287,7 +287,7 @@ class Trainer(TrainingRun):
             "seconds": self.training_seconds(self.settings.steps),
             "measuring_seconds": time.perf_counter() - began, "environment": report.environment(),
         }
-        write_json(self.folder / "summary.json", acceptance.without_nan(summary))
+        write_json(self.folder / "summary.json", with_sum(acceptance.without_nan(summary)))
         self.draw()
         figures.draw_acceptance(summary, self.folder / "acceptance.png", self.recipe.name)
         Console().print(acceptance.table(summary))

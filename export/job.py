@@ -38,7 +38,7 @@ from export.shards import INDEX, ByteProgress, Shard, index_json, plan_shards, r
 from modeling.names import plain_dtype
 from recipes.load import dump_published, published
 from recipes.schema import Recipe
-from storage.digests import combined, json_digest, model_digests, stamps
+from storage.digests import combined, json_digest, model_digests, require_sum, stamps
 from storage.files import begin_folder, bound_earlier, finish_folder, next_free, write_bytes, write_json, write_text
 from storage.locks import Lock
 from storage.reading import read_json
@@ -69,6 +69,7 @@ class Export:
         self.run_folder = Path(recipe.output) / recipe.name
         self.rounded = request.base is not None and not request.decode
         self._open_weights()
+        self.measured("qat"), self.measured("dflash")  # what is damaged is told before hours of writing
         self.drafter = None
         if request.base is None and recipe.export.drafter != "none":
             require_newest_result(self.run_folder / "dflash")
@@ -284,7 +285,7 @@ class Export:
         """summary.json of a job of this run, if it is the run's own result that is exported: nothing else was measured."""
         own = self.trained_folder.resolve() == (self.run_folder / "qat" / "model").resolve()
         path = self.run_folder / job / "summary.json"
-        return read_json(path) if own and path.is_file() else None
+        return require_sum(read_json(path), path) if own and path.is_file() else None
 
     @functools.cached_property
     def qat_summary(self) -> dict | None:

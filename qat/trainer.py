@@ -55,7 +55,7 @@ from qat.teacher_states import STATES, TeacherStates
 from qat.warm_start import choose_first_codes
 from recipes.load import published
 from recipes.schema import Recipe
-from storage.digests import combined, model_digests
+from storage.digests import combined, model_digests, with_sum
 from storage.files import write_json
 from storage.terminal import counted
 from training import checkpoint, report
@@ -478,7 +478,7 @@ class Trainer(TrainingRun):
         line = evaluate.doubt(summary)
         summary["helped"] = line is None
         summary["weights"] = combined(model_digests(self.folder / "model"))
-        write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / "summary.json", with_sum(summary))
         self.draw()
         Console().print(evaluate.comparison_table(summary))
         if line is not None:

@@ -113,3 +113,17 @@ def _known(cache: Path | None) -> dict[str, list]:
 def json_digest(value: object) -> str:
     """SHA-256 (hex) of a JSON value, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def with_sum(content: dict) -> dict:
+    """A JSON object with the digest of everything else in it, by which `require_sum` knows that it is as it was written."""
+    content = json.loads(json.dumps(content))
+    return content | {"sum": json_digest(content)}
+
+
+def require_sum(content: dict, path: Path) -> dict:
+    """What was read of `path`, without its sum. Raises ValueError for another content; one without a sum is an older one."""
+    rest = {key: value for key, value in content.items() if key != "sum"}
+    if "sum" in content and content["sum"] != json_digest(rest):
+        raise ValueError(f"{path}: not as it was written (its sum differs); expected the file of the run")
+    return rest

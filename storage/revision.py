@@ -20,6 +20,7 @@ def git_revision() -> str:
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie inside a repository that is not its own
-        return git("describe", "--always", "--dirty", "--abbrev=12")
+        changed = git("status", "--porcelain", "--untracked-files=no")  # `describe --dirty` locks it all the same (git 2.39)
+        return git("describe", "--always", "--abbrev=12") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

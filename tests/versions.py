@@ -154,11 +154,12 @@ def main() -> int:
 def write(path: Path, pythons: list[Path], names: dict, table: dict) -> None:
     import torch
 
+    from storage.revision import git_revision
+
     order = sorted(pythons, key=lambda p: [int(part) for part in names[p].split(".")[:3]])
-    revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = ["# Exports in other versions of transformers", "",
              f"Written by `make test-versions` (tests/versions.py), {datetime.date.today():%d %B %Y}, revision "
-             f"`{revision.strip()}`, Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()} CPU.",
+             f"`{git_revision()}`, Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()} CPU.",
              "",
              "Each version loads each folder by AutoModelForCausalLM in an environment of its own. Equal: experts bit for bit,",
              "and the token ids of a text; the number is the largest difference of a logit from our own loader's, in float32.",

@@ -21,7 +21,7 @@ from checkpoint.verify import verify
 from export.drafter_files import MASK, REFERENCE
 from export.job import Export, Request, trained_weights
 from recipes.load import load_recipe
-from storage.digests import combined, file_digests, model_digests
+from storage.digests import combined, file_digests, model_digests, with_sum
 from training.checkpoint import seal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,6 +243,22 @@ def test_a_result_without_its_summary_is_not_exported_unless_it_is_named(job, tm
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     named = {"weights": tmp_path / "runs/toy/qat/model"} if job == "qat" else {}
     assert export(recipe, *(["export.drafter=none"] if job == "dflash" else []), out=tmp_path / "out", **named).is_dir()
+
+
+@pytest.mark.parametrize("job", ["qat", "dflash"])
+def test_a_changed_number_in_a_summary_is_told_before_anything_is_written(job, tmp_path):
+    recipe = make_run(tmp_path)
+    write_summaries(tmp_path)
+    path = tmp_path / "runs/toy" / job / "summary.json"
+    summary = with_sum(json.loads(path.read_text()) | {"by": {1: 0.1, 10: float("1e-9"), 2: (1, None)}})
+    path.write_text(json.dumps(summary, indent=1))
+    export(recipe, out=tmp_path / "whole")
+    without = {k: v for k, v in summary.items() if k != "by"}
+    for changed in (summary | {"by": {}}, summary | {"more": 1}, without, summary | {"sum": 1}):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=rf"{job}/summary.json: not as it was written"):
+            export(recipe, out=tmp_path / "out")
+        assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_run_that_has_not_ended_is_said_to_be_exported_from_its_newest_checkpoint(tmp_path, capsys):
