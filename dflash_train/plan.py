@@ -69,7 +69,7 @@ def run(recipe: Recipe) -> int:
 
 def make_plan(recipe: Recipe) -> Plan:
     """Adds everything up, on the meta device."""
-    model, name, _ = meta_model(recipe)
+    model, name = meta_model(recipe)
     config = model.config.get_text_config()
     target_layers = choose_target_layers(recipe.drafter.target_layer_ids, config.num_hidden_layers)
     mask_id = recipe.drafter.mask_token if isinstance(recipe.drafter.mask_token, int) else 0

@@ -17,25 +17,37 @@ from storage.reading import read_json
 
 
 def meta_model(recipe: Recipe):
-    """The recipe's model without weights.
+    """(the recipe's model on the meta device, where its geometry comes from).
+
+    Raises:
+        ValueError: no configuration at `model.path`, or `model.released` is not a known release.
+    """
+    model, _, _, name = _found(recipe)
+    return model, name
+
+
+def _found(recipe: Recipe):
+    """(model, MTP layers of its files, whether its dense weights are FP8, where its geometry comes from)."""
+    import torch
+
+    path, released = recipe.model.path, recipe.model.released
+    with torch.device("meta"):
+        if path is not None and (released is None or Path(path).is_dir()):
+            return *_model_at(path, recipe.model.trust_remote_code), path
+        return *_released_model(released), released
+
+
+def model_and_release(recipe: Recipe):
+    """As `meta_model`, with what it is published as.
 
     Returns:
         model: on the meta device. name: where its geometry comes from. inventory: every tensor of its FP4 release
         (list of `modeling.names.PublishedTensor`), or None for other families than MiMo-V2.
 
     Raises:
-        ValueError: no configuration at `model.path`, or `model.released` is not a known release.
+        ValueError: as `meta_model`.
     """
-    import torch
-
-    path, released = recipe.model.path, recipe.model.released
-    with torch.device("meta"):
-        if path is not None and (released is None or Path(path).is_dir()):
-            model, mtp_layers, fp8 = _model_at(path, recipe.model.trust_remote_code)
-            name = path
-        else:
-            model, mtp_layers, fp8 = _released_model(released)
-            name = released
+    model, mtp_layers, fp8, name = _found(recipe)
     if model.config.model_type != "mimo_v2":
         return model, name, None
     from modeling.names import published_tensors

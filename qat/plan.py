@@ -21,13 +21,14 @@ Memory of one rank under plain data parallelism, in bytes, for P_e expert weight
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 
 from checkpoint.families.registry import refuse_layout, resolve_layout
 from qat import sharded_plan
 from qat.expert_quantizer import describe, find_expert_tensors
-from qat.meta_model import meta_model
+from qat.meta_model import meta_model, model_and_release
 from qat.preflight import Sizes, checkpoint_bytes, foresee, sizes_of, teacher_states, writes
 from qat.sharded_plan import CODE_BYTES, GIB, Placement
 from recipes.schema import Recipe
@@ -86,7 +87,7 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         ValueError: no geometry to plan with; nothing to quantize; experts that the ranks cannot divide.
     """
-    model, name, inventory = meta_model(recipe)
+    model, name, inventory = model_and_release(recipe)
     refuse_layout(resolve_layout(recipe.export.layout, model.config), model.config, recipe.export.dense)
     tensors = find_expert_tensors(model)
     groups = _groups(model, {t.name for t in tensors})
@@ -138,7 +139,7 @@ def propose(recipe: Recipe, *, gpus: int, gpu_memory: float, price: float, mfu: 
     from rich.console import Console
     from rich.table import Table
 
-    model, name, _ = meta_model(recipe)
+    model, name = meta_model(recipe)
     width = 4 if recipe.model.dtype == "float32" else 2
     passing = sum(_passing_bytes(recipe, model, width).values())
     available = int(gpu_memory * GIB * (1 - RESERVED_SHARE))
@@ -174,6 +175,11 @@ def propose(recipe: Recipe, *, gpus: int, gpu_memory: float, price: float, mfu: 
 
 def _kind(name: str) -> str:
     """The group that a tensor is counted in, by its (training or published) name."""
+    return _kind_of_words(".".join(word for word in name.split(".") if not word.isdigit()))
+
+
+@functools.cache
+def _kind_of_words(name: str) -> str:
     kinds = ((MTP, r"\.mtp\."), ("expert biases", r"experts\..*bias"), (EXPERTS, r"\.experts\."), ("embedding", r"embed"),
              ("output head", r"lm_head"), ("router", r"\.(gate|router)\."), ("norms", r"norm"), ("attention", r"attn"),
              ("dense MLP", r"mlp"))

@@ -73,7 +73,7 @@ def foresee(recipe: Recipe) -> tuple[list[str], dict[str, int]]:
     if path is None or not Path(path).is_dir() or recipe.model.trust_remote_code:
         return [], {}
     try:
-        model, *_ = meta_model(recipe)
+        model, _ = meta_model(recipe)
         tensors = find_expert_tensors(model)
     except ValueError as error:
         return [str(error)], {}

@@ -130,7 +130,7 @@ class ShardedTrainer(Trainer):
             raise ValueError("qat.warm_start.folder keeps the initial codes of a whole model; expected null with "
                              f"cluster.sharding: {recipe.cluster.sharding}")
         self.compute_dtype = getattr(torch, recipe.model.dtype)
-        model = meta_model(recipe)[0]
+        model, _ = meta_model(recipe)
         tensors = find_expert_tensors(model)
         require_divisible(self.layout, {t.name: t.num_experts for t in tensors})
         self.expert_names = [t.name for t in tensors]
