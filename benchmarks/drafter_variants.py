@@ -27,6 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+from recipes.command import run_command
+
 ADAMW_RATES = ("3e-4", "1e-3", "2e-3", "4e-3", "8e-3")
 # The tiny recipe goes on from the seed's drafter; these runs begin at the beginning, at a beginner's rate.
 FRESH = ["dflash.start_from=null", "dflash.optimizer.learning_rate=1e-2", "dflash.optimizer.adamw_learning_rate=1e-2",
@@ -248,6 +250,11 @@ def main(argv: list[str]) -> int:
         parser.error(f"unknown variants {sorted(unknown)}; known: {', '.join(VARIANTS)}")
     os.chdir(ROOT)
     args.out.mkdir(parents=True, exist_ok=True)
+    return run_command(args.recipe, args.overrides, lambda _: compare(args, argv))
+
+
+def compare(args: argparse.Namespace, argv: list[str]) -> int:
+    """Trains and measures what is not there yet; prints the table and writes it."""
     table: dict[str, list[dict]] = {}
     against: dict[str, dict] = {}
     bench = Bench(args)
