@@ -33,8 +33,8 @@ def test_a_difference_that_every_text_shares_is_certain_however_much_texts_diffe
 
 
 def test_a_mistake_is_one_line_before_anything_is_trained(tmp_path):
-    done = subprocess.run([sys.executable, "benchmarks/drafter_variants.py", "--recipe", "recipes/smol.yaml", "--out", tmp_path],
-                          cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True)
+    command = [sys.executable, "benchmarks/drafter_variants.py", "--recipe", "recipes/smol.yaml", "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True)
     assert done.returncode == 2
     assert done.stderr == "error: recipes/smol.yaml: no such recipe file, did you mean recipes/smollm2.yaml?\n"
 
