@@ -127,10 +127,10 @@ def VariantTrainer(recipe, bench: Bench):
             self.recipe = own.model_copy(update={"seed": 0})
             if not own.dflash.data:
                 mine = answer_file(self.recipe, self.target, self.folder)
-                given = [answer_file(self.recipe, self.target, run_folder(own))]  # of dflash_train/regenerate.py
+                given = self.recipe, self.target
                 if bench.args.same_text:
-                    given.append(answer_file(bench.served.model_copy(update={"seed": 0}), bench.target, self.folder))
-                for file in given:
+                    given = bench.served.model_copy(update={"seed": 0}), bench.target
+                for file in (answer_file(*given, self.folder), answer_file(*given, run_folder(own))):  # or of regenerate.py
                     if file.is_file() and not mine.is_file():
                         mine.parent.mkdir(parents=True, exist_ok=True)
                         mine.write_bytes(file.read_bytes())
@@ -250,7 +250,8 @@ def main(argv: list[str]) -> int:
         parser.error(f"unknown variants {sorted(unknown)}; known: {', '.join(VARIANTS)}")
     os.chdir(ROOT)
     args.out.mkdir(parents=True, exist_ok=True)
-    return run_command(args.recipe, args.overrides, lambda _: compare(args, argv))
+    return run_command(args.recipe, args.overrides, lambda _: compare(args, argv),
+                       interrupted="finished variants are read the next time")
 
 
 def compare(args: argparse.Namespace, argv: list[str]) -> int:

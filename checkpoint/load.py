@@ -91,7 +91,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool 
     """
     _require_folder(path)
     config = _read_config(path, trust_remote_code)
-    speed_up_bf16_products()
+    if dtype is torch.bfloat16:
+        speed_up_bf16_products()
     if not is_mimo(config):
         return _load_by_transformers(path, dtype, trust_remote_code, distributed_config)
     if not Path(path).is_dir():

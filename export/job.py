@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 from dataclasses import dataclass
@@ -39,7 +40,16 @@ from modeling.names import plain_dtype
 from recipes.load import dump_published, published
 from recipes.schema import Recipe
 from storage.digests import combined, json_digest, model_digests, require_sum, stamps
-from storage.files import begin_folder, bound_earlier, finish_folder, next_free, write_bytes, write_json, write_text
+from storage.files import (
+    begin_folder,
+    bound_earlier,
+    finish_folder,
+    is_unfinished,
+    next_free,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from storage.locks import Lock
 from storage.reading import read_json
 from storage.terminal import counted, printable, printable_line
@@ -69,13 +79,14 @@ class Export:
         self.run_folder = Path(recipe.output) / recipe.name
         self.rounded = request.base is not None and not request.decode
         self._open_weights()
-        self.measured("qat"), self.measured("dflash")  # what is damaged is told before hours of writing
+        self.measured("qat")  # a damaged one is told before hours of writing
         self.drafter = None
         if request.base is None and recipe.export.drafter != "none":
             require_newest_result(self.run_folder / "dflash")
             self.drafter = drafter_files.open_drafter(self.run_folder / "dflash" / "model", self.text_config)
             if self.drafter is not None:
                 require_summary(self.run_folder / "dflash", "dflash_train/train.py --resume ends it")
+                self.measured("dflash")
             if self.drafter is not None and recipe.export.drafter == "matching" and not request.rank:
                 self._require_matching_drafter()
         units = units_of(self.layout, self.weights, recipe.export.dense)
@@ -184,13 +195,12 @@ class Export:
                 alive()
                 time.sleep(WAIT_SECONDS)
             return mark
+        if is_unfinished(self.partial):
+            _remove_what_is_no_file(self.partial)
         kept = plan.is_file() and read_json(plan).get("fingerprint") == mark
         require_room(self.out, self.bytes, self.partial if kept else None)
         if kept:
             done = sum((self.partial / s.name).is_file() for s in self.shards)
-            for path in self.partial.rglob("*"):  # what would be written through, or waited on
-                if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                    path.unlink()
             print(f"continuing {self.partial}: {done} of {len(self.shards)} files are there", flush=True)
             return mark
         try:
@@ -341,6 +351,15 @@ class Export:
         if aside is not None:
             print(f"an earlier export was set aside as {aside}")
             bound_earlier(self.out, "export.json", self.recipe.keep_earlier)
+
+
+def _remove_what_is_no_file(folder: Path) -> None:
+    """Links and pipes of an unfinished export: they would be written through, or waited on. Other writers may be at work."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                path.unlink()
 
 
 def _same_file(one: Path, other: Path) -> bool:

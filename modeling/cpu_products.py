@@ -3,7 +3,8 @@
 torch multiplies bf16 matrices through oneDNN where a CPU has AVX-512, and by plain loops elsewhere: about eight times as slow
 as float32. What oneDNN computes is a float32 sum of the operands' products, rounded to bf16 once; the same comes of converting
 the operands, multiplying in float32 and rounding, at nearly the speed of float32. Only kernels of the CPU are replaced, in this
-process alone, and float32 products stay torch's own, bit for bit.
+process alone; other dtypes stay torch's own, bit for bit (each product of any dtype costs some 30 microseconds more). While a
+product runs, its operands are held in float32 too. Of few rows torch's loops are the faster way, and stay.
 
 Rejected: a dispatch mode (Python at every operation, and none in a backward pass on another thread); float32 models (other
 numbers than are served, twice the memory).
@@ -22,7 +23,7 @@ _aten = torch.ops.aten
 @functools.cache
 def speed_up_bf16_products() -> bool:
     """Replaces torch's bf16 products where this processor has none of its own; whether it did. Once per process."""
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     library = torch.library.Library("aten", "IMPL")  # noqa: TOR901 (kept below: its kernels last as long as it does)
     with warnings.catch_warnings():
@@ -36,36 +37,42 @@ def speed_up_bf16_products() -> bool:
 _kept: list[torch.library.Library] = []
 
 
+FEW = 6  # rows, from which on converting the other operand pays
+
+
 def _shape(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
     return (*a.shape[:-1], b.shape[-1])
 
 
-def _run(out_variant, dtype: torch.dtype, shape: tuple[int, ...], *operands: torch.Tensor, **options) -> torch.Tensor:
-    """The product by torch's own kernel, which its variant with `out` still is: bf16 by way of float32."""
-    via = torch.float32 if all(t.dtype is torch.bfloat16 for t in operands) else dtype
-    out = torch.empty(shape, dtype=via)
-    operands = tuple(t.to(via) for t in operands) if via is not dtype else operands  # of mixed dtypes torch says what is wrong
-    return out_variant(*operands, **options, out=out).to(dtype)
+def _run(out_variant, a: torch.Tensor, b: torch.Tensor, *first: torch.Tensor, **options) -> torch.Tensor:
+    """first, a x b by torch's own kernel, which its variant with `out` still is: bf16 of many rows by way of float32."""
+    operands, via = (*first, a, b), a.dtype
+    if a.ndim < 2 or b.ndim < 2:
+        return out_variant(*operands, **options, out=a.new_empty(0))  # raises, in torch's words
+    if all(t.dtype is torch.bfloat16 for t in operands) and a.shape[-2] >= FEW:
+        via, operands = torch.float32, tuple(t.float() for t in operands)
+    return out_variant(*operands, **options, out=torch.empty(_shape(a, b), dtype=via)).to(a.dtype)
 
 
 def _mm(a, b):
     # Not mm.out, which is replaced too (grouped products of experts call it): with beta = 0 the first operand is not read.
-    return _run(_aten.addmm.out, a.dtype, _shape(a, b), a.new_empty(()), a, b, beta=0)
+    return _run(_aten.addmm.out, a, b, a.new_empty(()), beta=0)
 
 
 def _mm_into(a, b, *, out):
-    if a.dtype is b.dtype is out.dtype is torch.bfloat16:
+    ours = a.ndim == b.ndim == 2 and out.shape == _shape(a, b) and a.dtype is b.dtype is out.dtype is torch.bfloat16
+    if ours and out.untyped_storage().data_ptr() not in [t.untyped_storage().data_ptr() for t in (a, b)]:
         return out.copy_(_mm(a, b))
     return _aten.addmm.out(a.new_empty(()), a, b, beta=0, out=out)
 
 
 def _bmm(a, b):
-    return _run(_aten.bmm.out, a.dtype, _shape(a, b), a, b)
+    return _run(_aten.bmm.out, a, b)
 
 
 def _addmm(bias, a, b, *, beta=1, alpha=1):
-    return _run(_aten.addmm.out, a.dtype, _shape(a, b), bias, a, b, beta=beta, alpha=alpha)
+    return _run(_aten.addmm.out, a, b, bias, beta=beta, alpha=alpha)
 
 
 def _baddbmm(bias, a, b, *, beta=1, alpha=1):
-    return _run(_aten.baddbmm.out, a.dtype, _shape(a, b), bias, a, b, beta=beta, alpha=alpha)
+    return _run(_aten.baddbmm.out, a, b, bias, beta=beta, alpha=alpha)

@@ -118,6 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         return report(error, 2) if ranks.rank == 0 else 2
     except RankLost as error:
         return report(error, 1)
+    except MemoryError as error:
+        return report(f"not enough memory ({error}); --max-running or --max-context lower what is reserved", 1)
     leave(ranks)
     return code
 
@@ -265,7 +267,8 @@ def warn(options: argparse.Namespace, rules) -> None:
 def cache_line(engine) -> str:
     """What keys and values take once the server is as busy as it may be; memory of a CPU is taken when it is written to."""
     full, options = sum(pool.cache_bytes for pool in engine.cache.pools.values()), engine.options
-    line = f"cache: {options.max_running} sequences of {engine.context:,} tokens, {full / 2**30:.1f} GiB when all are full"
+    line = (f"cache: {options.max_running} sequences of {engine.context:,} tokens, {full / 2**30:.1f} GiB "
+            f"{'of this rank ' if engine.backend.ranks.count > 1 else ''}when all are full")
     if engine.backend.device == "cpu" and full > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
         line += f": more than this machine has ({memory / 2**30:.1f} GiB); --max-running or --max-context lower it"
     return line

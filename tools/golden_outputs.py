@@ -20,7 +20,7 @@ CHANGING = ("seconds", "minutes", "date", "time", "path", "revision", "command",
 def steady(value, key: str = ""):
     """JSON without what differs from run to run."""
     if isinstance(value, dict):
-        return {k: steady(v, k) for k, v in value.items() if not any(word in k for word in CHANGING)}
+        return {k: steady(v, k) for k, v in value.items() if k != "sum" and not any(word in k for word in CHANGING)}
     return [steady(v) for v in value] if isinstance(value, list) else value
 
 

@@ -37,7 +37,12 @@ def untouched_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Te
     count = math.prod(shape)
     if count == 0:
         return torch.zeros(shape, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE), dtype=dtype).view(shape)
+    size = count * dtype.itemsize
+    try:
+        room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"no room for {size / 2**30:,.1f} GiB of keys or values of one layer ({error})") from None
+    return torch.frombuffer(room, dtype=dtype).view(shape)
 
 
 class OutOfPages(Exception):

@@ -46,7 +46,14 @@ for (a, b), floats, halves in zip(pairs + strided, before, slow, strict=True):
         assert ours.dtype is torch.bfloat16
         assert ours.numel() == 0 or (ours.double() - right).abs().max() <= right.abs().max() * 2 ** -8
 assert torch.equal(torch.arange(6).view(2, 3) @ torch.arange(3).view(3, 1), torch.tensor([[5], [14]]))
+x, w = torch.randn(8, 6).bfloat16(), torch.randn(6, 7).bfloat16()
+for out in (torch.empty(0, dtype=torch.bfloat16), torch.empty(7, 8, dtype=torch.bfloat16).T):
+    assert torch.equal(torch.mm(x, w, out=out), x @ w) and out.shape == (8, 7)
 x, w = torch.randn(2, 3), torch.randn(3, 5)
+try:
+    torch.mm(x, torch.tensor(1.0))
+except RuntimeError as error:
+    assert "2-D" in str(error) or "2D" in str(error) or "matri" in str(error), error
 for a, b, word in [(x.bfloat16(), w[:2].bfloat16(), "shape"), (x.bfloat16(), w, "dtype"), (x, w.bfloat16(), "dtype")]:
     for product in (torch.mm, lambda x, y: torch.addmm(torch.zeros(5, dtype=x.dtype), x, y)):
         try:

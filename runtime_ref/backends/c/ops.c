@@ -31,7 +31,8 @@ typedef uint8_t vb __attribute__((vector_size(16)));
 #define PAGE 64
 #define INLINE static inline __attribute__((always_inline))
 
-/* What a register holds. Sums of products are kept in these: GCC keeps wider vectors in memory, which costs ten times the time. */
+/* Lanes of a register with AVX-512 and with AVX. Sums of products are kept in these: GCC keeps wider vectors in memory, which costs
+   ten times the time. (Elsewhere, NEON included, it still does: the same numbers, slowly.) */
 #ifdef __AVX512F__
 #define NL 16
 #else

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from runtime_ref.core.kv_cache import PAGE, Pool, untouched_zeros
@@ -55,3 +56,8 @@ def test_the_server_says_what_its_cache_takes_when_full(make_engine, monkeypatch
 
 def test_bytes_of_a_pool_without_layers_are_none():
     assert Pool({}, 3, torch.float32, None).cache_bytes == 0 and PAGE == 64
+
+
+def test_a_cache_that_no_machine_holds_is_told_with_its_size():
+    with pytest.raises(MemoryError, match=r"no room for [\d,]+\.\d GiB of keys or values of one layer"):
+        Pool({0: (8, 128, 128)}, 10**10, torch.bfloat16, None)
