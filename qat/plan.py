@@ -34,6 +34,7 @@ from qat.sharded_plan import CODE_BYTES, GIB, Placement
 from recipes.schema import Recipe
 from storage.terminal import counted
 from training.preflight import NOT_READY, print_readiness
+from training.schedule import peak
 from training.sharding.layout import layout_of, require_divisible
 from training.sharding.preview import place
 
@@ -304,6 +305,10 @@ def _notes(recipe: Recipe) -> list[str]:
         notes.append("the recipe names no cluster: figures are for one process and are not checked against memory")
     elif recipe.cluster.offload_optimizer and recipe.cluster.sharding != "zero3":
         notes.append("cluster.offload_optimizer is planned here; qat/train.py offloads with cluster.sharding: zero3 alone")
+    steps, optimizer = recipe.qat.steps, recipe.qat.optimizer
+    if (reached := peak(steps, optimizer)) < 1:
+        notes.append(f"qat.optimizer.warmup_steps: {optimizer.warmup_steps} of {steps} steps: the rate ends at {reached:.0%} "
+                     "of qat.optimizer.learning_rate")
     if recipe.qat.warm_start.method != "none":
         notes.append("second moments of the initial codes (before training; qat.warm_start.moments_gib) are not counted")
     return notes

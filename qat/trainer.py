@@ -63,7 +63,7 @@ from training.accelerator import make_accelerator
 from training.preflight import require_ready
 from training.resume import checkpoint_to_resume
 from training.run import TrainingRun
-from training.schedule import make_schedule, present_rate
+from training.schedule import make_schedule, peak, present_rate
 
 
 def run(recipe: Recipe, *, resume: bool, max_steps: int | None, other_processes: bool = False) -> int:
@@ -505,11 +505,12 @@ class Trainer(TrainingRun):
 def describe_training(recipe: Recipe) -> dict:
     """What a card says about how the weights were made."""
     settings = recipe.qat
+    rate = settings.optimizer.learning_rate * peak(settings.steps, settings.optimizer)
     sources = [s if isinstance(s, str) else s.path or f"hub:{s.hub}" for s in recipe.data.train]
     return {"data": [published(source) for source in sources], "loss_on": recipe.data.loss_on, "train": settings.train,
             "sequence_length": recipe.data.sequence_length, "batch_size": settings.batch_size,
             "gradient_accumulation": settings.gradient_accumulation, "optimizer": settings.optimizer.name,
-            "learning_rate": settings.optimizer.learning_rate, "warm_start": settings.warm_start.method,
+            "learning_rate": rate, "warm_start": settings.warm_start.method,
             "loss": {name: weight for name in ("kl", "cross_entropy", "hidden", "hidden_kl")
                      if (weight := getattr(settings.loss, name))}}
 

@@ -139,7 +139,7 @@ def _composed(path: Path, homes: list[Path], above: tuple[Path, ...] = ()) -> tu
     chain = [*above, path.resolve()]
     if not base.is_file():
         known = sorted({p.name for folder in (path.parent, Path(__file__).parent) for p in folder.glob("*.yaml")})
-        near = difflib.get_close_matches(base.name, known, n=1, cutoff=0.4)
+        near = _near_files(base.name, known)
         raise RecipeError(f"{where}: base: {name}: no such recipe file" + (f", did you mean {near[0]}?" if near else ""))
     if base.resolve() in chain:
         circle = " -> ".join(p.name for p in (*chain[chain.index(base.resolve()):], base))
@@ -194,10 +194,16 @@ def valid_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[st
                 yield from valid_keys(candidate, f"{prefix}{name}.")
 
 
+def _near_files(name: str, known: list[str]) -> list[str]:
+    """The file that was probably meant, by what stands before its ending."""
+    stems = {Path(file).stem: file for file in known}
+    return [stems[stem] for stem in difflib.get_close_matches(Path(name).stem, stems, n=1, cutoff=0.4)]
+
+
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple, str]]:
     """The document and, for each dotted key, where it stands ("file:line")."""
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
+        near = _near_files(path.name, [p.name for p in path.parent.glob("*.yaml")])
         hint = f", did you mean {path.parent / near[0]}?" if near else ""
         raise RecipeError(f"{path}: no such recipe file{hint}")
     try:

@@ -183,6 +183,7 @@ def serve(options: argparse.Namespace, ranks, rules) -> int:
         preparing.start()
         worker = EngineWorker(load(options, ranks, tokenizer), ranks, max_requests=options.max_requests)
         api = Api(worker, tokenizer, settings, preparing)
+        preparing.wait(api.limits)  # whoever finds the server healthy is answered at once
         config = uvicorn.Config(application(api), http=connections, log_level="warning" if options.quiet else "info",
                                 access_log=not options.quiet, timeout_keep_alive=30, ws="none", lifespan="on")
         # uvicorn raises the signals that ended it once more; by then everything is done and the exit code is ours.

@@ -140,6 +140,8 @@ class StopRequest:
 
     def _receive(self, number, frame) -> None:
         self.signal = number
+        if os.environ.get("RANK", "0") == "0":  # by the system call: a print could be in the middle of another
+            os.write(2, b"\nstopping after this step, with a checkpoint (the same signal again: at once, without one)\n")
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def agreed(self, accelerator) -> int | None:

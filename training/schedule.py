@@ -33,3 +33,8 @@ def learning_rate_factor(step: int, total: int, settings: Optimizer) -> float:
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     remaining = min(1.0, (1 - progress) / max(settings.decay_fraction, 1e-9))
     return floor + (1 - floor) * remaining
+
+
+def peak(total: int, settings: Optimizer) -> float:
+    """The largest share of the peak learning rate that a run of `total` steps reaches: 1 unless its warm-up is as long."""
+    return min(1.0, total / (settings.warmup_steps + 1))

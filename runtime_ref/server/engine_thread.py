@@ -123,8 +123,8 @@ class RequestTable:
 class RequestHandle:
     """One request's sequences, as the event loop sees them."""
 
-    def __init__(self, worker: EngineWorker, number: int, count: int):
-        self.worker, self.number, self.born = worker, number, time.monotonic()
+    def __init__(self, worker: EngineWorker, number: int, count: int, born: float):
+        self.worker, self.number, self.born = worker, number, born
         self.count, self.open = count, set(range(count))
         self._events: asyncio.Queue = asyncio.Queue()
 
@@ -253,8 +253,11 @@ class EngineWorker:
         """Whether the thread has ended."""
         return self._thread is None or not self._thread.is_alive()
 
-    def submit(self, prompts: list[list[int]], params: list[SamplingParams]) -> RequestHandle:
+    def submit(self, prompts: list[list[int]], params: list[SamplingParams], born: float | None = None) -> RequestHandle:
         """Queues the sequences of one request.
+
+        Args:
+            born: when it arrived (`time.monotonic`), from which its times are counted; None: now.
 
         Raises:
             EngineDown, Busy; Refused if it asks for more sequences than ever fit.
@@ -265,7 +268,8 @@ class EngineWorker:
             raise Refused(f"{count} answers in one request, expected at most {self.max_requests} (prompts x n)")
         if self.in_flight + count > self.max_requests:
             raise Busy(f"{counted(self.in_flight, 'request')} running or waiting, expected at most {self.max_requests}")
-        handle = self._handles[self._numbers] = RequestHandle(self, self._numbers, count)
+        handle = self._handles[self._numbers] = RequestHandle(
+            self, self._numbers, count, time.monotonic() if born is None else born)
         self._numbers += 1
         self.in_flight += count
         self._send(Command("add", handle.number, tuple(map(tuple, prompts)), tuple(params)))

@@ -89,6 +89,7 @@ class Api:
         Raises:
             BadRequest, Gone.
         """
+        request.state.arrived = time.monotonic()
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media != "application/json":
             raise BadRequest(f"content-type: {short(media) or 'none'}, expected application/json", status=415,
@@ -144,7 +145,7 @@ class Api:
         if asked.echo is not None:
             options.echo = [text for text in asked.echo for _ in range(asked.n)]
         each = [prompt for prompt in asked.prompts for _ in range(asked.n)]
-        handle = self.worker.submit(each, self._params(asked, tokens) * len(asked.prompts))
+        handle = self.worker.submit(each, self._params(asked, tokens) * len(asked.prompts), born=request.state.arrived)
         answer = openai_responses.Response(handle, options, each, asked.n, self.vocabulary, self.metrics)
         streaming = None
         try:

@@ -101,9 +101,13 @@ class RequestWorkers:
         return found
 
     def start(self) -> None:
-        """Loads the tokenizer now and not with the first request."""
+        """Begins to load the tokenizer now and not with the first request."""
         with self._lock:
             self._alive()
+
+    def wait(self, limits: Limits) -> None:
+        """Until a first request would be prepared at once."""
+        self.submit("tokenize", b"{}", limits).exception()
 
     def close(self) -> None:
         """Ends all of it; requests on the way fail."""

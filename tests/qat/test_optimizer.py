@@ -5,7 +5,7 @@ import torch
 
 from qat.optimizer import make_optimizer, matched_rate
 from recipes.schema import Optimizer
-from training.schedule import learning_rate_factor, make_schedule, present_rate
+from training.schedule import learning_rate_factor, make_schedule, peak, present_rate
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
@@ -110,3 +110,9 @@ def test_the_rate_that_is_recorded_is_the_recipes_whatever_units_the_optimizer_h
         optimizer.step()
         schedule.step()
     assert present_rate(3, 10, settings) == 1e-3 and units == (1.0 if name == "adamw" else pytest.approx(0.2 * 512**0.5))
+
+
+@pytest.mark.parametrize("steps, warmup", [(6, 10), (10, 10), (11, 10), (12, 10), (1, 0), (200, 10)])
+def test_the_peak_is_what_the_run_reaches(steps, warmup):
+    settings = Optimizer(warmup_steps=warmup)
+    assert peak(steps, settings) == max(learning_rate_factor(s, steps, settings) for s in range(steps))

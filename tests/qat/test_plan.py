@@ -92,6 +92,11 @@ def test_memory_of_one_process_is_the_documented_sum():
     assert small.available is None and small.communication == {} and GIB == 2**30
 
 
+def test_a_warm_up_as_long_as_the_run_is_said_in_the_plan():
+    assert any("10 of 6 steps: the rate ends at 55% of" in note for note in plan("tiny.yaml", "qat.steps=6").notes)
+    assert not any("warmup_steps" in note for note in plan("tiny.yaml").notes)
+
+
 def test_what_methods_keep_is_counted():
     """Per expert weight: three floats where movements are summed; per block of 32, a shift and its two moments."""
     tiny = plan("tiny.yaml", "cluster.memory_gib=1.0", "qat.oscillation.method=reset", "qat.scales.method=learned")

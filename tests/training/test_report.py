@@ -1,11 +1,9 @@
 """metrics.jsonl survives kills and resumes; provenance is complete; a missing wandb is one line."""
 
-import subprocess
 import sys
 
 import pytest
 
-from storage.revision import git_revision
 from training.report import Metrics, draw_curves, environment, read_metrics, start_wandb
 
 
@@ -60,22 +58,6 @@ def test_wandb_is_off_without_being_asked_and_refused_clearly_when_missing(tmp_p
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"tracking\.wandb: the wandb package is not installed"):
         start_wandb("offline", "p", "n", tmp_path, {})
-
-
-def test_asking_for_the_revision_never_locks_the_repository(monkeypatch):
-    """A lock would be in the way of a commit, and stay behind where git is killed (a full disk, a stopped job)."""
-    seen = []
-
-    def run(command, **options):
-        seen.append(options["env"].get("GIT_OPTIONAL_LOCKS"))
-        return subprocess.CompletedProcess(command, 0, stdout="abc\n")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    git_revision.cache_clear()
-    try:
-        assert git_revision() == "abc" and seen == ["0", "0"]
-    finally:
-        git_revision.cache_clear()
 
 
 def test_damaged_lines_of_the_metrics_are_left_out_and_said(tmp_path, capsys):

@@ -194,3 +194,18 @@ def test_a_body_of_the_largest_size_is_refused_while_everybody_else_is_served(na
     assert time.clock_gettime(clock) - began < 2
     assert own.memory_info().rss - memory < 128 * MIB
     assert server.worker.in_flight == 0
+
+
+def test_times_count_from_a_requests_arrival(serving, preparing, monkeypatch):
+    live, right = serving(), preparing.prepare
+    monkeypatch.setattr(preparing, "prepare", lambda *given: (time.sleep(0.4), right(*given))[1])
+    answer = httpx.post(f"{live.url}/v1/chat/completions", headers={"content-type": "application/json"},
+                        content=CHAT[:-1] + b',"max_tokens":2}', timeout=seconds(60)).json()
+    assert answer["metrics"]["time_to_first_token_ms"] >= 400
+
+
+def test_who_waited_for_the_workers_finds_one_with_its_tokenizer(chat_folder):
+    with contextlib.closing(RequestWorkers(chat_folder, 1)) as fresh:
+        fresh.wait(LIMITS)
+        assert len(processes(fresh)) == 2
+        assert fresh.prepare("chat", CHAT, LIMITS)["prompts"] and fresh.restarts == 0
