@@ -224,12 +224,13 @@ def draw_details(table: dict[str, list[dict]], picture: Path) -> None:
             right.errorbar(lengths, [r["length"] for r in rows], spread, marker=".", capsize=3,
                            color=f"C{number}" if who == "drafter" else "grey", label=variant if who == "drafter" else who)
     left.set(title=f"{domain}: P(drafts 1..k all accepted)", xlabel="k", ylim=(0, 1))
-    right.set(title="acceptance length, T=0 (95 % over texts)", xlabel="tokens of the prompt", ylim=(1, None))
-    for axis in (left, right):
-        if axis.has_data():
-            axis.legend(fontsize=8)
+    left.legend(fontsize=8)
     if right.has_data():
+        right.set(title="acceptance length, T=0 (95 % over texts)", xlabel="tokens of the prompt", ylim=(1, None))
+        right.legend(fontsize=8)
         right.set_xscale("log", base=2)
+    else:
+        right.remove()
     figure.savefig(picture, dpi=110)
 
 
