@@ -209,7 +209,9 @@ def draw_details(table: dict[str, list[dict]], picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    panels = 2 if any(d.startswith("context ") for records in table.values() for d in records[0]["detail"]) else 1
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4), layout="constrained", squeeze=False)
+    left, right = axes[0][0], axes[0][-1]
     for number, (variant, (record, *_)) in enumerate(table.items()):
         domain, kinds = next(iter(record["detail"].items()))
         for kind, line in (("task_t0", "-"), ("open_t1", "--")):
@@ -225,12 +227,10 @@ def draw_details(table: dict[str, list[dict]], picture: Path) -> None:
                            color=f"C{number}" if who == "drafter" else "grey", label=variant if who == "drafter" else who)
     left.set(title=f"{domain}: P(drafts 1..k all accepted)", xlabel="k", ylim=(0, 1))
     left.legend(fontsize=8)
-    if right.has_data():
+    if panels == 2:
         right.set(title="acceptance length, T=0 (95 % over texts)", xlabel="tokens of the prompt", ylim=(1, None))
         right.legend(fontsize=8)
         right.set_xscale("log", base=2)
-    else:
-        right.remove()
     figure.savefig(picture, dpi=110)
 
 
