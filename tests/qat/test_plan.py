@@ -79,7 +79,7 @@ def test_the_command_prints_the_plan_and_writes_nothing(tmp_path):
 
 
 def test_a_cluster_too_small_is_exit_code_2_with_one_line():
-    said = run_job("qat/train.py", "recipes/mimo.yaml", "--plan", "cluster.nodes=1", expect=2)
+    said = run_job("qat/train.py", "recipes/qwen3-moe.yaml", "--plan", "cluster.memory_gib=20", expect=2)
     assert [line for line in said.splitlines() if line.startswith("error: does not fit")]
 
 
