@@ -16,8 +16,12 @@ import functools
 import warnings
 
 import torch
+from torch.library import Library
+
+FEW = 6  # rows, from which on converting the other operand pays
 
 _aten = torch.ops.aten
+_REPLACED = Library("aten", "IMPL")  # what is registered through it holds as long as it does
 
 
 @functools.cache
@@ -25,19 +29,11 @@ def speed_up_bf16_products() -> bool:
     """Replaces torch's bf16 products where this processor has none of its own; whether it did. Once per process."""
     if not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    library = torch.library.Library("aten", "IMPL")  # noqa: TOR901 (kept below: its kernels last as long as it does)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there was a kernel before
         for name, product in {"mm": _mm, "mm.out": _mm_into, "bmm": _bmm, "addmm": _addmm, "baddbmm": _baddbmm}.items():
-            library.impl(name, product, "CPU", allow_override=True)
-    _kept.append(library)
+            _REPLACED.impl(name, product, "CPU", allow_override=True)
     return True
-
-
-_kept: list[torch.library.Library] = []
-
-
-FEW = 6  # rows, from which on converting the other operand pays
 
 
 def _shape(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
