@@ -18,7 +18,6 @@ import hashlib
 import os
 import re
 import shutil
-import stat
 import sys
 import time
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from storage.files import (
     finish_folder,
     is_unfinished,
     next_free,
+    remove_special_files,
     write_bytes,
     write_json,
     write_text,
@@ -53,7 +53,7 @@ from storage.files import (
 from storage.locks import Lock
 from storage.reading import read_json
 from storage.terminal import counted, printable, printable_line
-from training.checkpoint import complete_checkpoints, disk_errors, require_newest_result, require_whole
+from training.checkpoint import complete_checkpoints, disk_errors, require_newest_result, require_summary, require_whole
 
 WAIT_SECONDS = 0.2
 
@@ -196,7 +196,7 @@ class Export:
                 time.sleep(WAIT_SECONDS)
             return mark
         if is_unfinished(self.partial):
-            _remove_what_is_no_file(self.partial)
+            remove_special_files(self.partial)
         kept = plan.is_file() and read_json(plan).get("fingerprint") == mark
         require_room(self.out, self.bytes, self.partial if kept else None)
         if kept:
@@ -353,15 +353,6 @@ class Export:
             bound_earlier(self.out, "export.json", self.recipe.keep_earlier)
 
 
-def _remove_what_is_no_file(folder: Path) -> None:
-    """Links and pipes of an unfinished export: they would be written through, or waited on. Other writers may be at work."""
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            mode = path.lstat().st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                path.unlink()
-
-
 def _same_file(one: Path, other: Path) -> bool:
     return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
 
@@ -398,13 +389,6 @@ def trained_weights(folder: Path) -> Path:
     print(printable(f"note: {folder}: the run has not ended, so its newest checkpoint is exported ({checkpoints[-1].name})"),
           file=sys.stderr, flush=True)
     return checkpoints[-1]
-
-
-def require_summary(folder: Path, remedy: str) -> None:
-    """Raises ValueError for a job's folder that has a result, but not what was measured and of which weights."""
-    if (folder / "resolved.yaml").is_file() and not (folder / "summary.json").is_file():
-        raise ValueError(f"{folder / 'summary.json'}: missing, though model/ is there: the run was stopped before it was "
-                         f"written, or it was deleted; {remedy}")
 
 
 def run(recipe: Recipe, request: Request, alive=lambda: None) -> int:

@@ -224,6 +224,15 @@ def bound_earlier(path: Path, mark: str, keep: int | None) -> None:
         shutil.rmtree(folder)
 
 
+def remove_special_files(folder: Path) -> None:
+    """Takes away links and pipes below `folder`: they would be written through, or waited on. Other writers may be at work."""
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                path.unlink()
+
+
 def tree_bytes(folder: Path) -> int:
     """Bytes of all files below `folder`."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())

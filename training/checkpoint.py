@@ -64,6 +64,13 @@ def require_newest_result(folder: Path) -> None:
                          "--resume, or name the weights that are meant (export/to_hf.py --weights DIR)")
 
 
+def require_summary(folder: Path, remedy: str) -> None:
+    """Raises ValueError for a job's folder that has a result, but not what was measured and of which weights."""
+    if (folder / RECIPE).is_file() and not (folder / "summary.json").is_file():
+        raise ValueError(f"{folder / 'summary.json'}: missing, though model/ is there: the run was stopped before it was "
+                         f"written, or it was deleted; {remedy}")
+
+
 def save_checkpoint(ranks, folder: Path, step: int, *, recipe_yaml: str, facts: dict, keep_last: int,
                     write: Callable[[Path], None], keep: int | None = None) -> Path:
     """Saves what `write` writes into a folder as the checkpoint of `step`; all processes call it.
