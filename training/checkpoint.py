@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from storage import files
-from storage.digests import file_digests, json_digest
+from storage.digests import file_digests, json_digest, with_sum
 from storage.files import MARK, begin_folder, finish_folder, next_free, write_json, write_text
 from storage.reading import first_line, read_json
 from storage.terminal import counted
@@ -116,8 +116,7 @@ def save_checkpoint(ranks, folder: Path, step: int, *, recipe_yaml: str, facts: 
 
 def seal(folder: Path, facts: dict, sums: dict[str, str]) -> None:
     """Writes complete.json: facts, the sums of all other files, and its own."""
-    content = facts | {"sha256": sums}
-    write_json(folder / COMPLETE, content | {"sum": json_digest(content)})
+    write_json(folder / COMPLETE, with_sum(facts | {"sha256": sums}))
 
 
 def _files(folder: Path) -> list[str]:
