@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 import numpy
 import torch
 
-from mxfp4 import dequantize
+from mxfp4 import compiled, dequantize
 from mxfp4.format import BLOCK_SIZE, E2M1_MAX_EXPONENT, E8M0_BIAS
 
 CHUNK_BLOCKS = 16384
@@ -90,6 +90,10 @@ def pack_on_grid(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
     rows, columns = w.shape
     blocks = w.contiguous().view(-1, BLOCK_SIZE)
+    shapes = (rows, columns // 2), (rows, columns // BLOCK_SIZE)
+    if compiled.blocks():
+        codes, scales = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
+        return (codes, scales) if compiled.pack_blocks(blocks, codes, scales) else None
     largest = _largest(blocks)
     low, high = (int(bound) for bound in torch.aminmax(largest))
     if high >= LARGEST_END or low < SMALLEST and bool(((largest > 0) & (largest < SMALLEST)).any()):
@@ -105,7 +109,7 @@ def pack_on_grid(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         decoded = _look_up(codes[part], UNIT if high < EXACT_END else E8M0_BIAS, _scratch.decoded)
         if not (same_bits(decoded, units) if high < EXACT_END else same_bits(decoded.mul_(down[part]), values)):
             return None
-    return codes.view(rows, columns // 2), scales.view(rows, columns // BLOCK_SIZE)
+    return codes.view(shapes[0]), scales.view(shapes[1])
 
 
 def unpack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -115,6 +119,8 @@ def unpack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         codes: uint8 [rows, columns / 2]; scales: uint8 [rows, columns / 32].
     """
     out = torch.empty((scales.numel(), BLOCK_SIZE), dtype=torch.bfloat16)
+    if compiled.blocks() and compiled.unpack_blocks(*_flat(codes, scales), out) == out.shape[0]:
+        return out.view(codes.shape[0], -1)
     for part, decode in _decoders(codes, scales):
         decode(out[part])
     return out.view(codes.shape[0], -1)
@@ -127,6 +133,11 @@ def decodes_to(codes: torch.Tensor, scales: torch.Tensor, expected: torch.Tensor
         codes: uint8 [rows, columns / 2]; scales: uint8 [rows, columns / 32]; expected: bfloat16 [rows, columns].
     """
     values = expected.contiguous().view(-1, BLOCK_SIZE)
+    if compiled.blocks():
+        blocks, flat = _flat(codes, scales)
+        equal = compiled.unpack_blocks(blocks, flat, values, compare=True)
+        if equal == flat.numel() or _safe(flat[equal]):
+            return equal == flat.numel()
     return all(same_bits(decode(_scratch.decoded), values[part]) for part, decode in _decoders(codes, scales))
 
 
@@ -180,9 +191,14 @@ def _look_up(codes: torch.Tensor, unit: int, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _flat(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As blocks: codes [n, 16] and scales [n, 1], contiguous."""
+    return codes.contiguous().view(-1, BLOCK_SIZE // 2), scales.contiguous().view(-1, 1)
+
+
 def _decoders(codes: torch.Tensor, scales: torch.Tensor) -> Iterator[tuple[slice, Callable]]:
     """For each chunk its place, and a function that decodes it into the memory it is given; for any scale bytes."""
-    blocks, flat = codes.contiguous().view(-1, BLOCK_SIZE // 2), scales.contiguous().view(-1, 1)
+    blocks, flat = _flat(codes, scales)
     powers, safe = _powers(flat), _safe(flat)
     for part in _chunks(blocks.shape[0]):
         if safe or _safe(flat[part]):

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What a room may import, besides itself.
 ALLOWED = {
     "storage": set(),
-    "mxfp4": set(),
+    "mxfp4": {"storage"},
     "recipes": {"storage", "mxfp4"},
     "modeling": {"storage", "mxfp4"},
     "checkpoint": {"storage", "mxfp4", "modeling", "recipes"},

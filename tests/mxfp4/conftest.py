@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from mxfp4 import compiled
+from storage.compiled import FLAGS
+
 
 def _edge_blocks(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Name -> block [32]. Every value is finite and exact in `dtype`."""
@@ -74,3 +77,16 @@ def same_bits():
         )
 
     return compare
+
+
+@pytest.fixture(scope="module", params=["compiled", "compiled plainly", "torch"])
+def way(request):
+    """How a CPU computes: by blocks.c, for this processor or for any, or by torch where there is no compiler."""
+    plainly = ("-O1", *(flag for flag in FLAGS if not flag.startswith(("-O", "-march"))))
+    found = {"compiled": compiled.blocks, "compiled plainly": lambda: compiled.blocks(plainly), "torch": lambda: None}
+    blocks = found[request.param]()
+    if blocks is None and request.param != "torch":
+        pytest.skip("no C compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "blocks", lambda: blocks)
+        yield request.param

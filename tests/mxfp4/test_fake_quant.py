@@ -5,11 +5,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mxfp4 import dequantize, fake_quantize, fake_quantize_, quantize
+from mxfp4 import compiled, dequantize, fake_quantize, fake_quantize_, quantize
 from mxfp4 import fake_quant as implementation
 from mxfp4.codec import scale_values
 from mxfp4.fake_quant import saturated
 
+pytestmark = pytest.mark.usefixtures("way")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -19,8 +20,14 @@ def reference(w, rule="even", axis=-1, dtype=None):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks that end in the middle of rows, so that a small tensor has many of them, the last one partial."""
+    """Chunks that end in the middle of rows, so that a small tensor has many, the last one partial; three threads."""
     monkeypatch.setattr(implementation, "_CHUNK", 544)
+    monkeypatch.setattr(compiled, "BLOCKS_PER_THREAD", 17)
+    monkeypatch.setattr(compiled, "OTHER_BLOCKS", 5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
 
 
 SHAPES = [(32,), (63, 64), (100, 96), (3, 5, 7, 32), (8, 63, 160), (1000, 256), (0, 32), (4, 0)]

@@ -1,33 +1,20 @@
-"""The compiled ops (`ops.c`): how they are built, and the structures that they read.
+"""The compiled ops (`ops.c`): their functions and the structures that they read.
 
-The source is compiled once per machine with the system's C compiler (GCC; `CC` overrides it) and kept in the user's cache
-folder, under a name that says which source, compiler, flags and processor made it. Where that is not possible, the torch
-backend serves, and `compiled_ops` says why. Rejected: a wheel with binaries (the kernels are for the CPU at hand); torch's
-extension loader (it takes half a minute to include headers that these ops do not need).
+Where they cannot be compiled (`storage.compiled`), the torch backend serves, and `compiled_ops` says why.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import mmap
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
-from storage.cache import is_own_file, user_cache
-from storage.files import write_text
-from storage.reading import first_line, sha256
+from storage.compiled import FLAGS, load_compiled
 
-SOURCE = Path(__file__).with_name("ops.c")
-SOURCES = (SOURCE, SOURCE.with_name("experts.h"), SOURCE.with_name("bf16_dots.h"))
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("ops.c", "experts.h", "bf16_dots.h"))
 LANES = 16
 ALIGNED, LARGE_PAGE = 64, 1 << 21
 BLOCK_BYTES = 1 << 24  # of what holds matrices one behind the other
@@ -84,25 +71,8 @@ class Drafted(ctypes.Structure):
 @functools.cache
 def compiled_ops(flags: tuple[str, ...] = FLAGS) -> tuple[ctypes.CDLL | None, str]:
     """(the compiled ops, "") or (None, why there are none, in one line)."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        return None, f"no C compiler ({os.environ.get('CC', 'cc')}) on this machine"
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    made_of = "\n".join((*(file.read_text(encoding="utf-8") for file in SOURCES), " ".join(flags), version, _processor()))
-    name = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:20]}.so"
-    try:
-        home, temporary = user_cache(), False
-    except OSError:  # nothing can be kept, or what is kept could be another user's
-        home, temporary = Path(tempfile.mkdtemp(prefix="fp4-dflash-")), True
-    try:
-        file = home / name
-        reason = None if _is_whole(file) else _compile(compiler, flags, file)
-        return (_declared(ctypes.CDLL(str(file))), "") if reason is None else (None, reason)
-    except (OSError, AttributeError) as error:  # for example a folder that programs may not be loaded from
-        return None, f"{file}: cannot be loaded: {first_line(error)}"
-    finally:
-        if temporary:  # what is loaded stays loaded
-            shutil.rmtree(home, ignore_errors=True)
+    found, reason = load_compiled(SOURCES, flags)
+    return (None if found is None else _declared(found)), reason
 
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
@@ -121,45 +91,9 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     return found
 
 
-def _sum_file(file: Path) -> Path:
-    return file.with_suffix(".sha256")
-
-
-def _is_whole(file: Path) -> bool:
-    """Whether `file` is what was compiled, by this user: to load half a library ends the process (SIGBUS)."""
-    known = _sum_file(file)
-    return is_own_file(file) and is_own_file(known) and known.read_bytes().decode("ascii", "replace") == sha256(file)
-
-
 def has_bf16_dot(dtype: torch.dtype) -> bool:
     """Whether an engine in this dtype multiplies by bf16 dot products here."""
     return dtype is torch.bfloat16 and bool(compiled_ops()[0].has_dots())
-
-
-def _processor() -> str:
-    """What `-march=native` depends on."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor()
-    lines = info.read_text(encoding="utf-8").split("\n\n", 1)[0].splitlines()
-    return "\n".join(line for line in lines if line.startswith(("model", "flags", "Features", "CPU ")))
-
-
-def _compile(compiler: str, flags: tuple[str, ...], file: Path) -> str | None:
-    """Builds `file`; what went wrong, or None. Several processes may do so at once: each renames its own."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        done = subprocess.run([compiler, *flags, "-o", str(aside), str(SOURCE), "-lm"], capture_output=True, text=True)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
-            return f"{compiler} cannot compile {SOURCE.name}: {lines[0].strip()}"
-        aside.chmod(0o700)
-        write_text(_sum_file(file), sha256(aside))
-        _sum_file(file).chmod(0o600)
-        aside.replace(file)
-    except OSError as error:
-        return f"{file.parent}: {error.strerror}"
-    return None
 
 
 def up(n: int) -> int:

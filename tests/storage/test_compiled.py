@@ -1,0 +1,79 @@
+"""Compiled code is loaded only if this user compiled it and it is whole."""
+
+import os
+
+import pytest
+
+from storage import compiled as implementation
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    (tmp_path / "three.h").write_text("enum { THREE = 3 };\n")
+    (tmp_path / "three.c").write_text('#include "three.h"\nint three(void) { return THREE; }\n')
+    if implementation.shutil.which(os.environ.get("CC", "cc")) is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    temporary = tmp_path / "temporary"
+    monkeypatch.setattr(implementation.tempfile, "mkdtemp", lambda **options: os.mkdir(temporary) or temporary)
+    return tmp_path / "fp4-dflash"
+
+
+def compiled(cache, monkeypatch) -> int:
+    """How often the compiler ran until the code was there."""
+    runs, compile_ = [], implementation._compile
+    with monkeypatch.context() as patch:
+        patch.setattr(implementation, "_compile", lambda *args: runs.append(1) or compile_(*args))
+        found, reason = implementation.load_compiled([cache.parent / "three.c", cache.parent / "three.h"])
+    assert found is not None and found.three() == 3, reason
+    return len(runs)
+
+
+def test_a_broken_or_foreign_library_is_compiled_anew_and_never_loaded(cache, monkeypatch):
+    os.umask(old := os.umask(0))
+    try:
+        os.umask(0)
+        assert compiled(cache, monkeypatch) == 1
+    finally:
+        os.umask(old)
+    (library,) = cache.glob("*.so")
+    assert cache.stat().st_mode & 0o777 == 0o700 and library.stat().st_mode & 0o077 == 0
+    assert compiled(cache, monkeypatch) == 0
+    for damage in (lambda: library.write_bytes(library.read_bytes()[:4096]), lambda: library.write_bytes(b""),
+                   lambda: library.chmod(0o777), lambda: library.with_suffix(".sha256").unlink()):
+        content = library.read_bytes()
+        library.unlink()  # what is loaded must not change under the process
+        library.write_bytes(content)
+        library.chmod(0o700)
+        damage()
+        assert compiled(cache, monkeypatch) == 1
+        assert compiled(cache, monkeypatch) == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+def test_a_folder_of_another_user_is_not_used_and_nothing_stays_behind(cache, monkeypatch):
+    cache.mkdir()
+    os.chown(cache, 65534, 65534)
+    assert compiled(cache, monkeypatch) == 1
+    assert not list(cache.iterdir()) and not (cache.parent / "temporary").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+def test_a_library_of_another_user_is_compiled_anew(cache, monkeypatch):
+    assert compiled(cache, monkeypatch) == 1
+    (library,) = cache.glob("*.so")
+    os.chown(library, 65534, 65534)
+    assert compiled(cache, monkeypatch) == 1
+    assert library.stat().st_uid == os.geteuid()
+
+
+def test_a_change_of_any_source_is_compiled_and_a_mistake_in_it_is_one_line(cache, monkeypatch):
+    assert compiled(cache, monkeypatch) == 1
+    source = cache.parent / "three.c"
+    (cache.parent / "three.h").write_text("enum { THREE = 3 }; /* again */\n")
+    assert compiled(cache, monkeypatch) == 1
+    source.write_text("int three(void) { return nothing; }\n")
+    found, reason = implementation.load_compiled([source])
+    assert found is None and "cannot compile three.c: " in reason and "nothing" in reason and "\n" not in reason
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert implementation.load_compiled([source]) == (None, "no C compiler (no-such-compiler) on this machine")
