@@ -21,6 +21,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 from torch import nn
 
+from modeling.cpu_products import speed_up_bf16_products
+
 # hidden, intermediate, tokens
 SIZES = {"cpu": (512, 256, 1024), "cuda": (2048, 768, 8192)}
 
@@ -107,6 +109,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", choices=list(SIZES), default="cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
+    speed_up_bf16_products()  # as a run's model has them
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda: torch sees no GPU on this machine", file=sys.stderr)
         return 2
