@@ -1,9 +1,9 @@
 """Fake quantization for training: the values of `dequantize(quantize(w))`, bit for bit, with a gradient.
 
-On a CPU with a C compiler blocks along the last axis are rounded in one pass (`mxfp4.compiled`), on a GPU with triton in one
-launch (`fake_quant_triton`), except for `mse`, NaN scales and rounding in place. Everything else takes the chunks below: weights
-pass through in chunks that fit the cache (on a device one after the other), and each chunk costs about ten vectorized operations
-on a float32 scratch. All three compute
+On a CPU with a C compiler blocks along the last axis are rounded in one pass (`mxfp4.compiled`), on a GPU with triton in
+one launch (`fake_quant_triton`), except for `mse`, NaN scales and rounding in place. Everything else takes the chunks
+below: weights pass through in chunks that fit the cache (on a device one after the other), and each chunk costs about ten
+vectorized operations on a float32 scratch. All three compute
 
     magnitude        a = |w|, and the bits of the block maximum
     scale            S = exponent bits of 2^s: one integer addition on the maximum (see `MANTISSA_BUMP`), one mask
