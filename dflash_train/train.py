@@ -14,6 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from recipes.command import first_rank, job_parser, parse_job, run_command
 from recipes.own_lines import own_lines_only
 from recipes.schema import Recipe
+from training.preflight import require_ready
 
 
 def main(argv: list[str]) -> int:
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
             from dflash_train import plan
 
             return plan.run(recipe)
+        require_ready(recipe, "dflash")  # names of files, before seconds of imports; the rest when the model is known
         from dflash_train import trainer
 
         return trainer.run(recipe, resume=args.resume, max_steps=args.max_steps,

@@ -52,7 +52,7 @@ from storage.files import (
 )
 from storage.locks import Lock
 from storage.reading import read_json
-from storage.terminal import counted, printable, printable_line
+from storage.terminal import counted, printable, printable_line, readable_size
 from training.checkpoint import complete_checkpoints, disk_errors, require_newest_result, require_summary, require_whole
 
 WAIT_SECONDS = 0.2
@@ -430,7 +430,7 @@ def _run(export: Export, alive, began: float) -> int:
         return 1
     export.rename()
     drafter = "with a drafter" if export.drafter is not None else "no drafter"
-    print(f"written and verified: {export.out} ({export.layout}, {export.bytes / 1e9:.3f} GB in "
+    print(f"written and verified: {export.out} ({export.layout}, {readable_size(export.bytes)} in "
           f"{counted(len(export.shards), 'file')}, "
           f"{drafter}; {written:.1f} s writing, {time.monotonic() - began:.1f} s in all)")
     return 0

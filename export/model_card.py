@@ -14,9 +14,8 @@ import yaml
 
 from checkpoint.families.registry import FAMILIES
 from storage.reading import read_text
-from storage.terminal import counted
+from storage.terminal import counted, readable_size
 
-GB = 1e9
 CARD_BYTES = 1 << 20
 
 
@@ -94,7 +93,7 @@ def _hub_name(base: str) -> bool:
 
 
 def _what(facts: Facts) -> str:
-    sizes = ", ".join(f"{dtype} {size / GB:.3f} GB" for dtype, size in sorted(facts.bytes_by_dtype.items()))
+    sizes = ", ".join(f"{dtype} {readable_size(size)}" for dtype, size in sorted(facts.bytes_by_dtype.items()))
     if facts.experts == "copied":
         how = "They are the base's own codes; nothing was rounded."
     elif facts.experts == "rounded":
@@ -182,9 +181,10 @@ def _drafter_training(summary: dict) -> list[str]:
 
 def _acceptance_table(facts: Facts) -> str:
     tables = facts.drafter.get("acceptance") or {}
-    kinds = {"task_t0": "tasks, greedy", "open_t0": "open text, greedy", "open_t1": "open text, temperature 1"}
+    kinds = {"task_t0": "tasks, greedy", "open_t0": "open text, greedy", "open_t1": "open text, temperature 1, rejection"}
     rows = ["## Drafter", "", *_drafter_training(facts.drafter),
-            f"Mean number of tokens committed per target pass (block of {facts.block_size}):", "",
+            f"Mean number of tokens committed per target pass (block of {facts.block_size}; drawn text under the "
+            "acceptance rule `rejection`):", "",
             "| domain | prompts | drafter | prompt lookup |", "|---|---|---|---|"]
     for domain, values in tables.items():
         rows += [f"| {domain} | {label} | {values[key]:.2f} | {values[f'lookup_{key}']:.2f} |"

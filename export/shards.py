@@ -34,6 +34,7 @@ from export.layouts import Unit
 from modeling.names import PublishedTensor
 from storage.files import tree_bytes, write_bytes
 from storage.reading import read_json
+from storage.terminal import readable_size
 
 INDEX = "model.safetensors.index.json"
 
@@ -107,7 +108,7 @@ def require_room(out: Path, need: int, kept: Path | None) -> None:
     need -= tree_bytes(kept) if kept else 0
     free = shutil.disk_usage(place).free
     if free < need:
-        raise ValueError(f"--out {out}: {free / 1e9:,.3f} GB free there, but the export takes {need / 1e9:,.3f} GB more")
+        raise ValueError(f"--out {out}: {readable_size(free)} free there, but the export takes {readable_size(need)} more")
 
 
 def write_shard(shard: Shard, folder: Path, progress: Callable[[int], None] = lambda done: None) -> dict[str, str]:
@@ -207,7 +208,7 @@ class ByteProgress:
         elif self.enabled and self.total and 10 * self.done // self.total > self._shown:
             self._shown = 10 * self.done // self.total
             rate = self.done / max(self._clock() - self._began, 1e-9)
-            print(f"{self.label}: {self.done / 1e9:.3f} of {self.total / 1e9:.3f} GB  {rate / 1e6:,.0f} MB/s  "
+            print(f"{self.label}: {readable_size(self.done)} of {readable_size(self.total)}  {rate / 1e6:,.0f} MB/s  "
                   f"ETA {(self.total - self.done) / rate:.0f} s", flush=True)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from recipes.own_lines import own_lines_only
-from storage.terminal import counted, printable, printable_line
+from storage.terminal import counted, printable, printable_line, readable_size
 
 
 def main(argv: list[str]) -> int:
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     verdict = counted(len(found.wrong), "finding") if found.wrong else f"whole{compared}"
     counts = {"not checked": len(found.unchecked), "notes": len(found.notes)}
     more = "".join(f", {count} {label}" for label, count in counts.items() if count)
-    print(printable(f"{args.checkpoint}: {counted(found.tensors, 'tensor')}, {found.bytes / 1e9:.3f} GB: {verdict}{more}"))
+    print(printable(f"{args.checkpoint}: {counted(found.tensors, 'tensor')}, {readable_size(found.bytes)}: {verdict}{more}"))
     return 1 if found.wrong else 0
 
 

@@ -22,6 +22,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from storage.terminal import readable_size
+
 MARK = ".unfinished"  # a file within a folder that is being written
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
@@ -216,11 +218,11 @@ def bound_earlier(path: Path, mark: str, keep: int | None) -> None:
     with None it says what all of them hold."""
     earlier = [folder for _, folder in sorted(_set_aside(path).items()) if (folder / mark).is_file()]
     if keep is None:
-        print(f"results set aside of {path}: {len(earlier)}, {sum(map(tree_bytes, earlier)) / 1e9:.3f} GB in all, which "
+        print(f"results set aside of {path}: {len(earlier)}, {readable_size(sum(map(tree_bytes, earlier)))} in all, which "
               "removing them gives back (keep_earlier: N in the recipe keeps the newest N)")
         return
     for folder in earlier[:len(earlier) - keep]:
-        print(f"removed by keep_earlier: {keep}: {folder} ({tree_bytes(folder) / 1e9:.3f} GB)")
+        print(f"removed by keep_earlier: {keep}: {folder} ({readable_size(tree_bytes(folder))})")
         shutil.rmtree(folder)
 
 

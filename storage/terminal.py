@@ -20,6 +20,16 @@ def printable_line(text: object) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def readable_size(count: float) -> str:
+    """Bytes as "564 GB", "4.98 MB", "780 bytes": powers of ten, three digits."""
+    unit, factor = next(((unit, factor) for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= factor),
+                        ("bytes", 1))
+    value = count / factor
+    if factor == 1:
+        return f"{value:.0f} {unit}"
+    return f"{value:,.0f} {unit}" if value >= 99.95 else f"{value:#.3g} {unit}"
+
+
 def counted(count: int, noun: str, many: str | None = None) -> str:
     """"1 file", "1,200 files". many: the plural, where it is not the noun and an s."""
     return f"{count:,} {noun if count == 1 else many or noun + 's'}"

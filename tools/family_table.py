@@ -32,7 +32,8 @@ Each is trained a step, exported in the layouts of its row and loaded again bit 
 - **layouts**: the first is what `export.layout: auto` writes. `bf16` holds the experts decoded exactly, for any engine.
 - **drafter**: whether `dflash_train/train.py` trains a drafter for it, or why it refuses to before it starts. A drafter is
   exported beside every layout; an engine must be able to hand it the outputs of this family's layers.
-- **runtime**: this project's engine, server and `validate` run the first layout (c: on the processor; kernels: also on a GPU).
+- **runtime**: this project's engine, server and `validate` run the first layout on a CPU, or also on a GPU by Triton
+  kernels; attention biases (gpt-oss) run on the slower torch backend alone.
 
 What is not in the table is refused before training, with the reason: a type without a causal language model, experts of another
 form, a layout that its client cannot load. `checkpoint/families/` has one object per family that has something of its own.
@@ -66,7 +67,7 @@ def page() -> str:
         rows.append((model_type, form, layouts, _drafter(config), family))
     text = HEAD.format(version=transformers.__version__)
     for model_type, form, layouts, drafter, family in rows:
-        runs = "" if not family.runtime_layout else "c, kernels" if family.kernels else "c"
+        runs = "" if not family.runtime_layout else "CPU, GPU" if family.kernels else "CPU"
         text += f"| {model_type} | {form} | {', '.join(layouts)} | {drafter} | {runs} |\n"
     return text + "\n".join(refused) + "\n"
 

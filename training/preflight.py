@@ -12,6 +12,7 @@ from pathlib import Path
 
 from recipes.schema import Recipe, Source
 from storage.files import tree_bytes
+from storage.terminal import readable_size
 from training import report
 from training.data_files import expand, looked_from
 
@@ -151,6 +152,6 @@ def _space(recipe: Recipe, need: int, job: str) -> list[str]:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    return [] if free >= need else [f"output: {recipe.output}: {free / 1e9:,.1f} GB free, but checkpoints and result take "
-                                    f"{need / 1e9:,.1f} GB; another disk, or fewer checkpoints at once ({job}.keep_last, "
+    return [] if free >= need else [f"output: {recipe.output}: {readable_size(free)} free, but checkpoints and result take "
+                                    f"{readable_size(need)}; another disk, or fewer checkpoints at once ({job}.keep_last, "
                                     f"{job}.checkpoint_every)"]

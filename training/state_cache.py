@@ -24,6 +24,7 @@ import torch
 
 from storage.files import tree_bytes, write_bytes, write_json
 from storage.reading import read_json
+from storage.terminal import readable_size
 from training.report import ProgressBar
 
 PIECE_TOKENS = 16_384
@@ -108,9 +109,9 @@ def write_states(folder: Path, *, items: list[int], lengths: list[int], widths: 
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free + tree_bytes(folder)
         if free < need + beside:
-            later = f", checkpoints and result {beside / 1e9:.3g} GB" if beside else ""
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {label} take {need / 1e9:.3g} GB{later}, "
-                          f"{free / 1e9:.3g} GB are free", str(folder))
+            later = f", checkpoints and result {readable_size(beside)}" if beside else ""
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {label} take {readable_size(need)}{later}, "
+                          f"{readable_size(free)} are free", str(folder))
         say(f"{label} of {tokens:,} tokens: {need / 2**30:.2f} GiB in {folder}")
     _wait(accelerator)
     pieces = list(_pieces(items, lengths))

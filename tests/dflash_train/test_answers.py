@@ -422,7 +422,7 @@ def test_a_disk_without_room_is_told_before_the_target_runs(packed, tmp_path, mo
     target, dialogues, rows = packed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr(features, "run_dialogues", None)
-    with pytest.raises(OSError, match="No space left on device: features take .* GB") as caught:
+    with pytest.raises(OSError, match="No space left on device: features take .* [kMG]B") as caught:
         cached_features(target, dialogues, rows, tmp_path / "f", limit_gib=1, batch_size=7, say=quiet)
     assert own_message(caught.value, "").startswith(f"{tmp_path}/f: cannot be read or written: No space left on device")
 

@@ -430,7 +430,7 @@ def test_other_weights_or_text_under_the_same_path_are_named_and_refused(tiny_re
     content[-1] ^= 1
     overwrite(file, content)
     said = run_job(SCRIPT, tiny_recipe, *own, "--resume", expect=2)
-    assert f"another base weights than is there now ({file.name} changed)" in said and said.count("error:") == 1
+    assert f"this run began with different base weights ({file.name} changed)" in said and said.count("error:") == 1
     content[-1] ^= 1
     overwrite(file, content)
     assert "resuming" in run_job(SCRIPT, tiny_recipe, *own, "--resume", "--max-steps", 2)

@@ -286,7 +286,7 @@ def test_only_results_that_were_set_aside_are_removed_and_the_newest_stay(tmp_pa
     (tmp_path / "qat.12" / "resolved.yaml").unlink()  # somebody else's
     assert next_free(run).name == "qat.13"
     bound_earlier(run, "resolved.yaml", None)
-    assert "3, 0.000 GB in all" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 7
+    assert "3, 0 bytes in all" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 7
     bound_earlier(run, "resolved.yaml", 1)
     assert {p.name for p in tmp_path.iterdir()} == {"qat", "qat.10", "qat.11.old", "qat.12", "qat.best"}
     bound_earlier(run, "resolved.yaml", 0)

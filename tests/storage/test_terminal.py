@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.terminal import counted
+from storage.terminal import counted, readable_size
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("checkpoint", "training", "qat", "dflash_train", "export", "runtime_ref/server", "runtime_ref/validation")
@@ -14,6 +14,13 @@ ROOMS = ("checkpoint", "training", "qat", "dflash_train", "export", "runtime_ref
 NOUNS = re.compile(r"^ (files|findings|things|answers|prompts|dialogues|updates|processes|batches|requests)\b"
                    r"(?![\w ]*, expected)")
 OF_A_WHOLE = re.compile(r"(\bof (the )?|at most |at least |expected |/)$")
+
+
+@pytest.mark.parametrize(("count", "said"), [
+    (0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (99_949, "99.9 kB"), (99_951, "100 kB"), (4_980_000, "4.98 MB"),
+    (564_300_000_000, "564 GB"), (1_020_000_000_000, "1,020 GB")])
+def test_sizes_have_three_digits_and_a_unit(count, said):
+    assert readable_size(count) == said
 
 
 @pytest.mark.parametrize(("count", "words", "said"), [
