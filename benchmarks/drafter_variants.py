@@ -18,7 +18,6 @@ import argparse
 import functools
 import json
 import os
-import random
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from recipes.command import run_command
+from training.intervals import ratio_interval
 
 ADAMW_RATES = ("3e-4", "1e-3", "2e-3", "4e-3", "8e-3")
 # The tiny recipe goes on from the seed's drafter; these runs begin at the beginning, at a beginner's rate.
@@ -163,19 +163,13 @@ def row(records: list[dict]) -> dict[tuple[str, str], tuple[float, float]]:
     return found
 
 
-def paired(first: dict, other: dict, draws: int = 2000) -> dict[str, list[float]]:
+def paired(first: dict, other: dict) -> dict[str, list[float]]:
     """Per column (ratio of acceptance lengths other / first, 2.5 % and 97.5 % of its bootstrap over texts) of two runs."""
-    rng, found = random.Random(0), {}
+    found = {}
     for domain, kind in kinds_of([first]):
         texts = [r["detail"][domain][kind]["drafter"]["of_texts"] for r in (first, other)]
-
-        def ratio(chosen, texts=texts):
-            rounds = [sum(of[i][1] for i in chosen) for of in texts]
-            return rounds[0] / rounds[1]
-
-        n = range(len(texts[0]))
-        sample = sorted(ratio(rng.choices(n, k=len(n))) for _ in range(draws))
-        found[f"{domain} {kind}"] = [ratio(n), sample[int(0.025 * draws)], sample[int(0.975 * draws) - 1]]
+        rounds = [(a[1], b[1]) for a, b in zip(*texts, strict=True)]
+        found[f"{domain} {kind}"] = [sum(a for a, _ in rounds) / sum(b for _, b in rounds), *ratio_interval([rounds])]
     return found
 
 

@@ -6,7 +6,9 @@
 Each variant is a set of recipe overrides, run through `qat/train.py` like any user's run, one after the other. Finished runs
 are read, not repeated, and an interrupted one is resumed, so an interrupted table goes on. Writes the runs as JSON, and if
 asked a page with a table and a chart of held-out KL against tokens (of runs with qat.heldout_every).
-Intervals are Student's at 95 % over seeds; with one seed there is none.
+Intervals are Student's at 95 % over seeds; with one seed, of the gap, over held-out rows. Each variant's KL beside the first
+variant's is paired: the same held-out rows at the last measurement while training (qat.heldout_every), means over the seeds,
+bootstrap over rows.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from recipes.command import run_command
+from training.intervals import ratio_interval
 from training.report import mean, read_metrics
 
 # The recipe without what it adds to plain quantization-aware distillation.
@@ -73,8 +76,9 @@ def run(recipe: str, variant: str, seed: int, out: Path, extra: list[str]) -> di
             if subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode:
                 raise SystemExit(f"error: {variant}, seed {seed}: {last_line(Path(log.name))} (see {log.name})")
     metrics = read_metrics(folder / "metrics.jsonl")
+    found = held_out(metrics)
     return json.loads((folder / "summary.json").read_text()) | health(metrics) | {
-        "curve": [(r["tokens"], r["kl"]) for r in held_out(metrics)]}
+        "curve": [(r["tokens"], r["kl"]) for r in found], "row_kl": found[-1].get("row_kl") if found else None}
 
 
 def last_line(log: Path) -> str:
@@ -113,12 +117,30 @@ def show(values: list[float], digits: int = 3, factor: float = 1.0) -> str:
     return f"{middle:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
-COLUMNS = ("variant", "KL gap closed", "KL", "top-1 agreement, %", "perplexity", "codes flipped, % (largest expert)",
-           "dead zone, % (largest)", "tokens", "minutes")
+def beside(runs: list[dict], first: list[dict]) -> str:
+    """KL over that of the runs of `first`, by rows of the same held-out text, with its interval; "" if they were not kept."""
+    sides = [[run.get("row_kl") for run in of] for of in (runs, first)]
+    if runs is first or not all(rows for side in sides for rows in side):
+        return ""
+    own, others = ([[mean(values) for values in zip(*(rows[name] for rows in side), strict=True)] for name in side[0]]
+                   for side in (sides[0], sides[1]))
+    groups = [list(zip(a, b, strict=True)) for a, b in zip(own, others, strict=True)]
+    low, high = ratio_interval(groups)
+    return f"{sum(map(sum, own)) / sum(map(sum, others)):.3f} ({low:.3f} to {high:.3f})"
 
 
-def row(variant: str, runs: list[dict]) -> list[str]:
-    return [variant, show([r["kl_gap_closed"] for r in runs]), show([r["qat"]["kl"] for r in runs], 5),
+COLUMNS = ("variant", "KL gap closed", "KL", "KL / first's (95 %)", "top-1 agreement, %", "perplexity",
+           "codes flipped, % (largest expert)", "dead zone, % (largest)", "tokens", "minutes")
+
+
+def gap(runs: list[dict]) -> str:
+    if len(runs) == 1 and "kl_gap_closed_interval" in runs[0]:
+        return "{:.3f} ({:.3f} to {:.3f})".format(runs[0]["kl_gap_closed"], *runs[0]["kl_gap_closed_interval"])
+    return show([r["kl_gap_closed"] for r in runs])
+
+
+def row(variant: str, runs: list[dict], first: list[dict]) -> list[str]:
+    return [variant, gap(runs), show([r["qat"]["kl"] for r in runs], 5), beside(runs, first),
             show([r["qat"]["top1_agreement"] for r in runs], 1, 100), show([math.exp(r["qat"]["loss"]) for r in runs], 3),
             f"{100 * mean(r['flipped_mean'] for r in runs):.2f} ({100 * max(r['flipped_max'] for r in runs):.2f})",
             f"{100 * mean(r['dead_zone_mean'] for r in runs):.1f} ({100 * max(r['dead_zone_max'] for r in runs):.1f})",
@@ -128,10 +150,11 @@ def row(variant: str, runs: list[dict]) -> list[str]:
 def table(variants: dict) -> str:
     """The variants as a Markdown table, after the rows of the original and of plain rounding."""
     first = next(iter(variants.values()))["runs"][0]
-    rows = [[name, gap, f"{first[key]['kl']:.5f}", f"{100 * first[key]['top1_agreement']:.1f}",
+    rows = [[name, gap, f"{first[key]['kl']:.5f}", "", f"{100 * first[key]['top1_agreement']:.1f}",
              f"{math.exp(first[key]['loss']):.3f}", "", "", "", ""]
             for name, key, gap in (("original (bf16)", "bf16", "1"), ("plain rounding", "ptq", "0"))]
-    rows += [row(name, entry["runs"]) for name, entry in variants.items()]
+    runs = [entry["runs"] for entry in variants.values()]
+    rows += [row(name, of, runs[0]) for name, of in zip(variants, runs, strict=True)]
     return "\n".join("| " + " | ".join(r) + " |" for r in ([*COLUMNS], ["---"] * len(COLUMNS), *rows))
 
 
@@ -176,7 +199,7 @@ def main(argv: list[str]) -> int:
         for variant in args.variants.split(","):
             runs = [run(args.recipe, variant, int(seed), args.out, args.overrides) for seed in args.seeds.split(",")]
             variants[variant] = {"overrides": [*VARIANTS[variant], *args.overrides], "runs": runs}
-            print(" | ".join(row(variant, runs)), flush=True)
+            print(" | ".join(row(variant, runs, next(iter(variants.values()))["runs"])), flush=True)
             record = {"command": " ".join(["python benchmarks/qat_variants.py", *argv]), "variants": variants}
             args.json.write_text(json.dumps(record, indent=1))  # after each variant: an interrupted table is one too
         if args.page:

@@ -22,7 +22,6 @@ Greedy text of a small model loops and flatters everybody: `distinct_8gram` says
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -46,11 +45,11 @@ from dflash_train.target import Target, TargetFiles
 from modeling.dialogue_tokens import Rendering
 from modeling.drafter import DFlashDraftModel
 from recipes.schema import Recipe
+from training.intervals import ratio_interval
 
 TEXT_BATCH, TEXT_TOKENS = 64, 16384  # texts judged side by side, and their tokens, padded to the longest
 ANCHOR_CHUNK = 512  # anchors whose [B - 1, V] logits are held at once
 LOOKUP_GRAMS = (3, 2, 1)
-BOOTSTRAP_DRAWS = 1000
 
 
 @dataclass
@@ -169,25 +168,15 @@ def _judge_anchors(target, drafter, answer_X, hidden_CTH, last_XH, begin: int, t
     return torch.where(inside, ratio.clamp_max(1), 0), torch.where(inside, overlap, 0)
 
 
-def ratio_interval(tokens: list[float], rounds: list[float], seed: int = 0) -> list[float]:
-    """95 % bootstrap interval over texts of sum(tokens) / sum(rounds)."""
-    rng, n = random.Random(seed), len(tokens)
-    draws = []
-    for _ in range(BOOTSTRAP_DRAWS):
-        picked = rng.choices(range(n), k=n)
-        draws.append(sum(tokens[i] for i in picked) / sum(rounds[i] for i in picked))
-    draws.sort()
-    return [draws[int(0.025 * BOOTSTRAP_DRAWS)], draws[int(0.975 * BOOTSTRAP_DRAWS) - 1]]
-
-
 def summarize(betas: list[list[list[float]]], counts: list[int], seed: int = 0) -> dict:
     """Acceptance length over texts with its interval; counts = tokens after the first of each text.
 
     `of_texts` has [tokens, rounds] of each, so that two drafters can be compared text by text.
     """
     rounds = [expected_rounds(b, n) for b, n in zip(betas, counts, strict=True)]
-    return {"length": sum(counts) / sum(rounds), "interval": ratio_interval(counts, rounds, seed), "rounds": sum(rounds),
-            "tokens": sum(counts), "texts": len(counts), "of_texts": [[n, r] for n, r in zip(counts, rounds, strict=True)]}
+    texts = list(zip(counts, rounds, strict=True))
+    return {"length": sum(counts) / sum(rounds), "interval": ratio_interval([texts], seed), "rounds": sum(rounds),
+            "tokens": sum(counts), "texts": len(counts), "of_texts": [[n, r] for n, r in texts]}
 
 
 def per_position(betas: list[list[list[float]]]) -> list[float]:

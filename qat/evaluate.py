@@ -18,12 +18,16 @@ from mxfp4.fake_quant import fake_quantize_
 from qat.data import split_rows
 from qat.expert_quantizer import ExpertQuantizer
 from qat.losses import chunked_statistics, output_head, run_hidden
+from training.intervals import ratio_interval
+
+FEWEST_ROWS = 8  # for an interval
 
 
 @torch.no_grad()
 def evaluate_domains(model: nn.Module, teacher: nn.Module, domains: dict[str, torch.Tensor], *, batch_size: int,
-                     accelerator=None, chunk_tokens: int = 2048, together: bool = False) -> dict[str, dict[str, float]]:
-    """Loss, KL to the teacher and top-1 agreement of `model`, for each domain and (token-weighted) over all.
+                     accelerator=None, chunk_tokens: int = 2048, together: bool = False) -> dict[str, dict]:
+    """Loss, KL to the teacher and top-1 agreement of `model`, for each domain and (token-weighted) over all; of each domain
+    `row_kl` too, the KL of each row.
 
     Args:
         model, teacher: causal language models in eval mode, on one device.
@@ -34,20 +38,21 @@ def evaluate_domains(model: nn.Module, teacher: nn.Module, domains: dict[str, to
     """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = next(model.parameters()).device
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict] = {}
     total = torch.zeros(4, dtype=torch.float64, device=device)
     for domain, rows in domains.items():
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        sums = torch.zeros((rows.shape[0], 4), dtype=torch.float64, device=device)
         for first in range(0 if together else rank * batch_size, rows.shape[0], world * batch_size):
             start = first + rank * batch_size if together else first
             counted = start < rows.shape[0]
             batch = rows[start:start + batch_size] if counted else rows[:1]
-            found = _row_sums(model, teacher, batch.to(device), chunk_tokens).sum(0)
-            sums += found if counted else 0
+            found = _row_sums(model, teacher, batch.to(device), chunk_tokens)
+            if counted:
+                sums[start:start + batch_size] = found
         if accelerator is not None:
             sums = accelerator.reduce(sums, reduction="sum")
-        results[domain] = _means(sums)
-        total += sums
+        results[domain] = _means(sums.sum(0)) | {"row_kl": _row_kl(sums)}
+        total += sums.sum(0)
     results["all"] = _means(total)
     return results
 
@@ -76,7 +81,7 @@ class HeldOut:
         sums = {name: of.sum(0) for name, of in rows.items()}
         return _means(sum(sums.values())) | {
             "domains": {name: _means(of) for name, of in sums.items()},
-            "row_kl": {name: (of[:, 1] / of[:, 3].clamp_min(1)).tolist() for name, of in rows.items()}}
+            "row_kl": {name: _row_kl(of) for name, of in rows.items()}}
 
 
 @contextlib.contextmanager
@@ -113,6 +118,11 @@ def _row_sums(model, teacher, rows_BT, chunk_tokens, teacher_h=None) -> torch.Te
     return torch.stack(found).to(rows_BT.device)
 
 
+def _row_kl(sums: torch.Tensor) -> list[float]:
+    """Nats per token, of sums [rows, 4]."""
+    return (sums[:, 1] / sums[:, 3].clamp_min(1)).tolist()
+
+
 def _means(sums: torch.Tensor) -> dict[str, float]:
     loss, kl, agree, tokens = sums.tolist()
     return {"loss": loss / tokens, "kl": kl / tokens, "top1_agreement": agree / tokens, "eval_tokens": int(tokens)}
@@ -134,7 +144,7 @@ def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, or
         options: passed to `evaluate_domains`.
 
     Returns:
-        {"bf16": ..., "ptq": ..., "qat": ...} (each with loss, kl, top1_agreement, domains) and kl_gap_closed.
+        {"bf16": ..., "ptq": ..., "qat": ...} (each with loss, kl, top1_agreement, domains), kl_gap_closed and its interval.
     """
     judge = copy.deepcopy(teacher).float() if dtype == "float32" else teacher
     variants = {"bf16": evaluate_domains(judge, judge, domains, **options)}
@@ -149,7 +159,11 @@ def compare(model: nn.Module, teacher: nn.Module, quantizer: ExpertQuantizer, or
 def summarized(variants: dict[str, dict]) -> dict:
     """The results of `evaluate_domains` for bf16, ptq and qat -> what `compare` returns."""
     summary = {name: {**result.pop("all"), "domains": result} for name, result in variants.items()}
-    summary["kl_gap_closed"] = 1 - summary["qat"]["kl"] / summary["ptq"]["kl"] if summary["ptq"]["kl"] > 0 else 0.0
+    trained, plain = summary["qat"], summary["ptq"]
+    summary["kl_gap_closed"] = 1 - trained["kl"] / plain["kl"] if plain["kl"] > 0 else 0.0
+    rows = [list(zip(of["row_kl"], plain["domains"][name]["row_kl"], strict=True)) for name, of in trained["domains"].items()]
+    if sum(map(len, rows)) >= FEWEST_ROWS and plain["kl"] > 0:
+        summary["kl_gap_closed_interval"] = [1 - share for share in reversed(ratio_interval(rows))]
     return summary
 
 
@@ -161,8 +175,12 @@ def shown(kl: float) -> str:
 def doubt(summary: dict) -> str | None:
     """A line about a run that did not help, or None."""
     plain, trained = summary["ptq"]["kl"], summary["qat"]["kl"]
-    if trained < plain or plain == 0:
+    if plain == 0:
         return None
+    if trained < plain:
+        low, high = summary.get("kl_gap_closed_interval", (1, 1))
+        return None if low > 0 else (f"whether training helped cannot be told: between {low:.3f} and {high:.3f} of the KL gap "
+                                     "is closed (95 % over held-out rows); more rows (data.eval_sequences) or more steps")
     return (f"training did not help: KL to the original is {shown(trained)}, and {shown(plain)} with plain rounding; a lower "
             "qat.optimizer.learning_rate, more steps or a start (qat.warm_start) are what helps usually")
 
@@ -182,7 +200,10 @@ def comparison_table(summary: dict):
     """The three variants, for all held-out text and by domain, as a rich table."""
     from rich.table import Table
 
-    table = Table(title=f"held-out text: KL gap closed {summary['kl_gap_closed']:.3f}")
+    title = f"held-out text: KL gap closed {summary['kl_gap_closed']:.3f}"
+    if "kl_gap_closed_interval" in summary:
+        title += " (95 % over rows: {:.3f} to {:.3f})".format(*summary["kl_gap_closed_interval"])
+    table = Table(title=title)
     for column in ("weights", "domain", "loss (nats/token)", "KL to original", "top-1 agreement"):
         table.add_column(column, justify="left" if column in ("weights", "domain") else "right")
     for name in ("bf16", "ptq", "qat"):

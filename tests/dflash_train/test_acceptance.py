@@ -18,7 +18,6 @@ from dflash_train.acceptance import (
     judge,
     lookup_beta,
     per_position,
-    ratio_interval,
     summarize,
     table,
     wall_clock,
@@ -29,6 +28,7 @@ from dflash_train.reference_decoding import DraftContext, best_path, draft, gene
 from dflash_train.target import load_target
 from recipes.load import load_recipe
 from recipes.schema import DraftOptimizer
+from training.intervals import ratio_interval
 
 
 def rounds_by_enumeration(beta, tokens, anchor=0):
@@ -82,7 +82,7 @@ def test_intervals_hold_the_ratio_and_shrink_with_more_texts():
     rng = random.Random(0)
     tokens = [rng.randint(20, 60) for _ in range(200)]
     rounds = [t / rng.uniform(2, 6) for t in tokens]
-    few, many = ratio_interval(tokens[:20], rounds[:20]), ratio_interval(tokens, rounds)
+    few, many = (ratio_interval([list(zip(tokens[:n], rounds[:n], strict=True))]) for n in (20, len(tokens)))
     assert many[0] < sum(tokens) / sum(rounds) < many[1]
     assert many[1] - many[0] < few[1] - few[0]
 

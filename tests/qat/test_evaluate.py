@@ -5,7 +5,7 @@ import torch
 from tolerance import EVALUATION_KL
 
 from mxfp4 import fake_quantize
-from qat.evaluate import HeldOut, compare, comparison_table, doubt, evaluate_domains
+from qat.evaluate import HeldOut, compare, comparison_table, doubt, evaluate_domains, summarized
 from qat.expert_quantizer import ExpertQuantizer
 from qat.trainer import make_teacher
 
@@ -62,6 +62,18 @@ def test_original_weights_close_the_whole_gap(attached, domains):
     summary = compare(model, teacher, quantizer, originals, domains, batch_size=2)
     assert summary["qat"]["kl"] == pytest.approx(0, abs=EVALUATION_KL)
     assert summary["kl_gap_closed"] == pytest.approx(1, abs=1e-3)
+    assert summary["kl_gap_closed_interval"] == pytest.approx([1, 1], abs=1e-3)
+    assert "(95 % over rows: 1.000 to 1.000)" in comparison_table(summary).title
+
+
+def test_the_interval_of_the_gap_is_that_of_rows_and_a_run_that_may_be_noise_is_said_to_be():
+    rows = {"ptq": [0.1, 0.2, 0.1, 0.2], "qat": [0.05, 0.3, 0.02, 0.1]}
+    summary = summarized({name: {"all": {"kl": sum(kl) / 4}, "text": {"row_kl": kl * 2}}
+                          for name, kl in (rows | {"bf16": [0.0] * 4}).items()})
+    low, high = summary["kl_gap_closed_interval"]
+    assert low < 0 < summary["kl_gap_closed"] < high and "cannot be told" in doubt(summary)
+    few = summarized({name: {"all": {"kl": 1.0}, "text": {"row_kl": [1.0]}} for name in ("bf16", "ptq", "qat")})
+    assert "kl_gap_closed_interval" not in few
 
 
 @pytest.mark.parametrize("dtype", ["model", "float32"])
@@ -86,6 +98,7 @@ def test_sums_do_not_depend_on_the_batch_size(attached, domains, batch_size):
     reference = evaluate_domains(model, teacher, domains, batch_size=3)
     other = evaluate_domains(model, teacher, domains, batch_size=batch_size, chunk_tokens=17)
     for domain, row in reference.items():
+        assert other[domain].pop("row_kl", []) == pytest.approx(row.pop("row_kl", []), rel=1e-4, abs=EVALUATION_KL)
         assert other[domain] == pytest.approx(row, rel=1e-4, abs=EVALUATION_KL)
     assert reference["all"]["eval_tokens"] == 8 * 23
 

@@ -29,6 +29,15 @@ def test_flips_add_up_over_reports_and_the_dead_zone_is_the_last_one():
     assert found == pytest.approx({"flipped_mean": 0.3, "flipped_max": 0.4, "dead_zone_mean": 0.35, "dead_zone_max": 0.4})
 
 
+def test_a_variant_is_compared_with_the_first_row_by_row():
+    rows = [0.1, 0.4, 0.2, 0.3, 0.9, 0.5]
+    first = [{"row_kl": {"a": rows[:3], "b": rows[3:]}}] * 2
+    other = [{"row_kl": {"a": [0.9 * kl for kl in rows[:3]], "b": [0.5 * kl for kl in rows[3:]]}},
+             {"row_kl": {"a": [0.7 * kl for kl in rows[:3]], "b": [1.1 * kl for kl in rows[3:]]}}]
+    assert variants.beside(other, first) == "0.800 (0.800 to 0.800)"
+    assert variants.beside(first, first) == "" and variants.beside([{"row_kl": None}], first) == ""
+
+
 @pytest.mark.slow
 def test_a_table_is_made_once_and_read_afterwards(tiny_recipe, tmp_path):
     settings = yaml.safe_load(tiny_recipe.read_text())
