@@ -31,7 +31,7 @@ from training.report import mean, read_metrics
 
 # The recipe without what it adds to plain quantization-aware distillation.
 PLAIN = ["qat.warm_start.method=none", "qat.oscillation.method=none", "qat.average_last=0.0", "qat.loss.hidden=0.0",
-         "qat.optimizer.name=adamw", "qat.optimizer.learning_rate=2e-4"]
+         "qat.scales.method=rule", "qat.optimizer.name=adamw", "qat.optimizer.relative=false", "qat.optimizer.learning_rate=2e-4"]
 START = ["qat.steps=1", "qat.optimizer.learning_rate=1e-9"]
 VARIANTS: dict[str, list[str]] = {
     "demo": [],
@@ -53,6 +53,7 @@ VARIANTS: dict[str, list[str]] = {
     "hidden-kl": ["qat.loss.hidden_kl=0.3"],
     "muon": ["qat.optimizer.name=muon", "qat.optimizer.learning_rate=3e-4"],
     "relative": ["qat.optimizer.relative=true", "qat.optimizer.learning_rate=5e-4"],
+    "one-rate": ["qat.optimizer.relative=false", "qat.optimizer.learning_rate=1e-4"],
     "all": ["qat.train=all"],
     "long": ["qat.steps=450"],
 }

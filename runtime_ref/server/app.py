@@ -98,7 +98,7 @@ def _routes(app: FastAPI, api: Api) -> None:
 
 
 def _errors(app: FastAPI, api: Api) -> None:
-    offered = sorted({route.path.replace(":path", "") for route in app.routes if getattr(route, "include_in_schema", False)})
+    offered = sorted({route.path.replace(":path", "") for route in app.routes})
 
     async def error_response(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):
