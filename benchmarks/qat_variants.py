@@ -31,7 +31,8 @@ from training.report import mean, read_metrics
 
 # The recipe without what it adds to plain quantization-aware distillation.
 PLAIN = ["qat.warm_start.method=none", "qat.oscillation.method=none", "qat.average_last=0.0", "qat.loss.hidden=0.0",
-         "qat.scales.method=rule", "qat.optimizer.name=adamw", "qat.optimizer.relative=false", "qat.optimizer.learning_rate=2e-4"]
+         "qat.scales.method=rule", "qat.optimizer.name=adamw", "qat.optimizer.relative=false",
+         "qat.optimizer.learning_rate=2e-4"]
 START = ["qat.steps=1", "qat.optimizer.learning_rate=1e-9"]
 VARIANTS: dict[str, list[str]] = {
     "demo": [],
