@@ -31,12 +31,14 @@ typedef uint8_t vb __attribute__((vector_size(16)));
 #define PAGE 64
 #define INLINE static inline __attribute__((always_inline))
 
-/* Lanes of a register with AVX-512 and with AVX. Sums of products are kept in these: GCC keeps wider vectors in memory, which costs
-   ten times the time. (Elsewhere, NEON included, it still does: the same numbers, slowly.) */
+/* Lanes of a register with AVX-512, with AVX2, and with SSE or NEON. Sums of products are kept in these: GCC keeps wider vectors in
+   memory, which costs ten times the time. */
 #ifdef __AVX512F__
 #define NL 16
-#else
+#elif defined(__AVX2__)
 #define NL 8
+#else
+#define NL 4
 #endif
 #define PIECES (L / NL)
 typedef float nf __attribute__((vector_size(4 * NL)));
@@ -149,12 +151,19 @@ INLINE vf reduce16(const nf *a) {
          + SHUF(d[0], d[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 #else
-#define PAIRS(a, b) (__builtin_shuffle(a, b, (ni){0, 2, 8, 10, 4, 6, 12, 14}) + __builtin_shuffle(a, b, (ni){1, 3, 9, 11, 5, 7, 13, 15}))
+#if NL == 8
+#define EVEN 0, 2, 8, 10, 4, 6, 12, 14
+#define ODD 1, 3, 9, 11, 5, 7, 13, 15
+#else
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#endif
+#define PAIRS(a, b) (__builtin_shuffle(a, b, (ni){EVEN}) + __builtin_shuffle(a, b, (ni){ODD}))
 INLINE vf reduce16(const nf *a) {
     float out[L];
     for (int i = 0; i < L; i += 4) {
         const nf fours = PAIRS(PAIRS(a[i], a[i + 1]), PAIRS(a[i + 2], a[i + 3]));
-        for (int j = 0; j < 4; j++) out[i + j] = fours[j] + fours[j + 4];
+        for (int j = 0; j < 4; j++) out[i + j] = NL == 8 ? fours[j] + fours[(j + 4) % NL] : fours[j];
     }
     return load(out);
 }
