@@ -27,6 +27,7 @@ typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 typedef uint8_t vb __attribute__((vector_size(16)));
+typedef float four __attribute__((vector_size(16)));
 #define L 16
 #define PAGE 64
 #define INLINE static inline __attribute__((always_inline))
@@ -163,7 +164,14 @@ INLINE vf reduce16(const nf *a) {
     float out[L];
     for (int i = 0; i < L; i += 4) {
         const nf fours = PAIRS(PAIRS(a[i], a[i + 1]), PAIRS(a[i + 2], a[i + 3]));
-        for (int j = 0; j < 4; j++) out[i + j] = NL == 8 ? fours[j] + fours[(j + 4) % NL] : fours[j];
+        four sums;
+        memcpy(&sums, &fours, sizeof sums);
+#if NL == 8
+        four upper;
+        memcpy(&upper, (const char *)&fours + sizeof sums, sizeof upper);
+        sums = sums + upper;
+#endif
+        memcpy(out + i, &sums, sizeof sums);
     }
     return load(out);
 }
@@ -188,8 +196,8 @@ INLINE void tile(const int R, const int N, const Mat *m, const float *x, int64_t
     }
     for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) store_some(out + r * os + (p + n) * NL, acc[r][n]);
 }
-#define TILES(R, N) do { for (; p + N <= P; p += N) tile(R, N, &w, x, xs, out, os, p); \
-                         for (; p < P; p++) tile(R, 1, &w, x, xs, out, os, p); } while (0)
+#define TILES(R, N) do { int64_t p = begin; for (; p + N <= end; p += N) tile(R, N, w, x, xs, out, os, p); \
+                         for (; p < end; p++) tile(R, 1, w, x, xs, out, os, p); } while (0)
 #ifdef __AVX512F__
 #define CASES switch (rows) { case 1: TILES(1, 4); break; case 2: TILES(2, 4); break; case 3: TILES(3, 4); break; \
         case 4: TILES(4, 4); break; case 5: TILES(5, 2); break; case 6: TILES(6, 2); break; case 7: TILES(7, 2); break; \
@@ -199,6 +207,14 @@ INLINE void tile(const int R, const int N, const Mat *m, const float *x, int64_t
 #define CASES switch (rows) { case 1: TILES(1, 8); break; case 2: TILES(2, 4); break; case 3: TILES(3, 3); break; default: TILES(4, 3); }
 #define ROWS 4
 #endif
+/* Panels `begin` to `end` of `rows` rows; in an engine's form, which is a constant for the loops. */
+static void stripe(int64_t rows, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t begin, int64_t end) {
+    const Mat floats = {m->data, NULL, 0, m->n, m->k}, halves = {m->data, NULL, 1, m->n, m->k};
+    if (m->form) { const Mat *w = &halves; CASES }
+    else { const Mat *w = &floats; CASES }
+}
+#define TOGETHER 32 /* rows for which a stripe of weights is read once */
+#define STRIPE 12 /* panels, for the second-level cache */
 #ifdef DOTS
 static void dot_product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R);
 static void byte_product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R);
@@ -212,13 +228,14 @@ static void product(const Step *s, const Mat *m, const float *x, int64_t xs, flo
     const int rounds = s->bf16 && m->form == 1 && m->k % L == 0; /* as dot_product does */
     const float *from = x;
     if (rounds) x = (const float *)s->halves, xs = m->k;
-    for (int64_t left = R; left > 0; left -= ROWS, from += ROWS * width, out += ROWS * os) {
-        const int64_t rows = left < ROWS ? left : ROWS;
-        int64_t p = 0;
-        if (rounds) for (int64_t r = 0; r < rows; r++) round_all(s, from + r * width, (float *)s->halves + r * m->k, m->k);
+    for (int64_t left = R; left > 0; left -= TOGETHER, from += TOGETHER * width, out += TOGETHER * os) {
+        const int64_t group = left < TOGETHER ? left : TOGETHER, part = group > ROWS ? STRIPE : P;
+        if (rounds) for (int64_t r = 0; r < group; r++) round_all(s, from + r * width, (float *)s->halves + r * m->k, m->k);
         else x = from;
-        if (m->form) { const Mat w = {m->data, NULL, 1, m->n, m->k}; CASES }
-        else { const Mat w = {m->data, NULL, 0, m->n, m->k}; CASES }
+        for (int64_t begin = 0; begin < P; begin += part)
+            for (int64_t r = 0; r < group; r += ROWS)
+                stripe(group - r < ROWS ? group - r : ROWS, m, x + r * xs, xs, out + r * os, os, begin,
+                       begin + part < P ? begin + part : P);
     }
 }
 

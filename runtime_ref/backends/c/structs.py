@@ -16,6 +16,7 @@ from storage.compiled import FLAGS, load_compiled
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("ops.c", "experts.h", "bf16_dots.h"))
 LANES = 16
+TOGETHER = 32  # rows whose rounded copies lie side by side, as in ops.c
 ALIGNED, LARGE_PAGE = 64, 1 << 21
 BLOCK_BYTES = 1 << 24  # of what holds matrices one behind the other
 OPS = ("embed", "input_norm", "post_norm", "final_norm", "project", "write", "attend", "merge_heads", "add_attention",
@@ -242,7 +243,7 @@ class Workspace:
                  "partial": self.parts * self.rows * self.H, "inner": self.inner, "weight": self.rows * self.top,
                  "scratch": max(max(self.group, 8) * (up(self.context) + 2 * LANES), 4 * up(self.H) + 1024),
                  "index": self.rows * self.top, "list": self.rows * self.top,
-                 "halves": self.rows * self.H + 16 * max(self.width, step.fc.k, self.group * self.head)}
+                 "halves": self.rows * self.H + 2 * TOGETHER * max(self.width, step.fc.k, self.group * self.head)}
         kinds = {"index": torch.int32, "list": torch.int32, "halves": torch.int16}
         for name in self.NAMES:
             self.tensors[name] = torch.zeros(sizes[name], dtype=kinds.get(name, torch.float32))
