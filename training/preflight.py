@@ -84,14 +84,17 @@ def _named(recipe: Recipe, job: str) -> dict[str, list[str]]:
 
 
 def _files(recipe: Recipe, job: str) -> list[str]:
-    """Files that are not there, and files that are both learned from and measured on."""
+    """Files that are not there, and files that are both learned from and measured on, by the drafter's job too."""
     found, seen = [], {}
-    for key, patterns in _named(recipe, job).items():
+    needed = _named(recipe, job)
+    judged = {"dflash.acceptance.prompts": recipe.dflash.acceptance.prompts} if recipe.dflash else {}
+    for key, patterns in (needed | judged).items():
         try:
             for file in expand(patterns, key) if patterns else []:
                 seen.setdefault(Path(file).resolve(), []).append((key, file))
         except ValueError as error:
-            found.append(str(error))
+            if key in needed:
+                found.append(str(error))
     for uses in seen.values():
         keys = list(dict.fromkeys(key for key, _ in uses))
         if len(keys) > 1:

@@ -55,9 +55,13 @@ def test_several_problems_are_all_said(tiny_recipe):
     assert len(str(caught.value).splitlines()) == 3
 
 
-def test_learning_from_what_is_measured_is_refused(tiny_recipe, text_files):
+def test_learning_from_what_is_measured_is_refused(tiny_recipe, draft_recipe, text_files):
     found = changed(tiny_recipe, f"data.train=[{text_files['alpha.heldout'].parent}/./alpha.heldout.jsonl]")
     assert len(found) == 1 and "is in data.train too" in found[0]
+    prompts = text_files["alpha.heldout"].parent / "prompts.jsonl"
+    prompts.write_text('{"prompt": "what a drafter is judged by"}\n')
+    found = changed(draft_recipe, f"data.train=[{prompts}]", f"dflash.acceptance.prompts=[{prompts}]")
+    assert len(found) == 1 and found[0].startswith(f"dflash.acceptance.prompts: {prompts} is in data.train too; ")
 
 
 def test_a_hub_dataset_is_not_looked_for_on_the_disk(tiny_recipe):
