@@ -50,6 +50,7 @@ VARIANTS: dict[str, list[str]] = {
     "markov": ["drafter.markov_rank=64"],
     "markov-selector": ["drafter.markov_rank=64", "drafter.selector_top_k=8"],
     "dflash2": ["drafter.convolution_rank=32", "drafter.markov_rank=64", "drafter.selector_top_k=8"],
+    "mxfp4": [],  # the first variant's drafter, its matrices rounded by the codec and not trained again
 }
 TINY = "recipes/tiny.yaml"
 
@@ -76,10 +77,17 @@ class Bench:
         from recipes.load import load_recipe
 
         recipe = load_recipe(ROOT / self.args.recipe, [*self.always, f"seed={seed}", *VARIANTS[variant]])
-        if variant in self.args.have:
+        first = self.args.variants.split(",")[0]
+        given = self.args.have.get(variant)
+        if variant == "mxfp4" and given is None:
+            given = self.args.have.get(first, self.args.out / f"{first}-{seed}")
+        if given is not None:
             import torch
 
-            return load_drafter(self.args.have[variant], torch.float32), None, recipe.dflash.steps
+            drafter = load_drafter(given, torch.float32)
+            if variant == "mxfp4":
+                round_matrices(drafter)
+            return drafter, None, recipe.dflash.steps
         job = VariantTrainer(recipe, self)
         began = time.perf_counter()
         try:
@@ -88,6 +96,21 @@ class Bench:
         finally:
             job.close()
         return job.drafter, time.perf_counter() - began, recipe.dflash.steps
+
+
+def round_matrices(drafter) -> None:
+    """Every matrix to its nearest MXFP4 values, in place; says how many bytes that saves."""
+    from mxfp4 import fake_quantize_
+    from mxfp4.format import BLOCK_SIZE
+    from storage.terminal import readable_size
+
+    weights = {name: p.data for name, p in drafter.named_parameters()}
+    matrices = [w for w in weights.values() if w.ndim == 2 and w.shape[1] % BLOCK_SIZE == 0]
+    for w in matrices:
+        fake_quantize_(w, w)
+    whole, rounded = sum(w.numel() for w in weights.values()), sum(w.numel() for w in matrices)
+    packed = 2 * (whole - rounded) + rounded * (4 + 8 / BLOCK_SIZE) / 8
+    print(f"{len(matrices)} matrices rounded: {readable_size(2 * whole)} in bf16 would be {readable_size(packed)}", flush=True)
 
 
 def run(variant: str, seed: int, bench: Bench) -> dict:
@@ -102,7 +125,7 @@ def run(variant: str, seed: int, bench: Bench) -> dict:
     if result.is_file() and json.loads(result.read_text())["overrides"] == settings:
         return json.loads(result.read_text())
     drafter, seconds, steps = bench.trained(variant, seed)
-    if variant not in bench.args.have:
+    if seconds is not None:
         save_drafter(drafter, bench.args.out / f"{variant}-{seed}")
     drafter = drafter.eval().to(bench.target.head.weight.dtype)
     measured = acceptance.measure(bench.served, bench.target, drafter, answered=bench.answered)

@@ -42,8 +42,8 @@ def test_a_mistake_is_one_line_before_anything_is_trained(tmp_path):
 @pytest.mark.slow
 def test_variants_share_the_served_targets_text_and_are_read_the_second_time(draft_recipe, tmp_path):
     def call():
-        command = [sys.executable, "benchmarks/drafter_variants.py", "--recipe", draft_recipe, "--variants", "demo,bf16-target",
-                   "--seeds", "0", "--same-text", "--out", tmp_path / "out", "--json", tmp_path / "t.json", "dflash.steps=2"]
+        command = [sys.executable, "benchmarks/drafter_variants.py", "--recipe", draft_recipe, "--variants",
+                   "demo,bf16-target,mxfp4", "--seeds", "0", "--same-text", "--out", tmp_path / "out", "--json", tmp_path / "t.json", "dflash.steps=2"]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -56,3 +56,6 @@ def test_variants_share_the_served_targets_text_and_are_read_the_second_time(dra
     columns = json.loads((tmp_path / "t.json").read_text())["against_the_first"]["bf16-target"]
     assert columns and all(low <= ratio <= high for ratio, low, high in columns.values())
     assert "answers" in first and "answers" not in call()
+    # The first variant's drafter, rounded: judged, and not trained or written anew.
+    assert "matrices rounded: " in first and not (tmp_path / "out/mxfp4-0").exists()
+    assert json.loads((tmp_path / "out/mxfp4-0.json").read_text())["seconds"] is None
