@@ -43,7 +43,8 @@ def test_a_mistake_is_one_line_before_anything_is_trained(tmp_path):
 def test_variants_share_the_served_targets_text_and_are_read_the_second_time(draft_recipe, tmp_path):
     def call():
         command = [sys.executable, "benchmarks/drafter_variants.py", "--recipe", draft_recipe, "--variants",
-                   "demo,bf16-target,mxfp4", "--seeds", "0", "--same-text", "--out", tmp_path / "out", "--json", tmp_path / "t.json", "dflash.steps=2"]
+                   "demo,bf16-target,mxfp4", "--seeds", "0", "--same-text", "--out", tmp_path / "out",
+                   "--json", tmp_path / "t.json", "dflash.steps=2"]
         done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
