@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Greedy decoding on a CPU, one sequence at a time: the runtime beside other engines, one process each, as ratios.
+"""Greedy decoding on a CPU, one sequence at a time or a batch: the runtime beside other engines, one process each, as ratios.
 
-    python benchmarks/decode_peers.py --prompts FILE.jsonl [--json FILE] \\
+    python benchmarks/decode_peers.py --prompts FILE.jsonl [--batch 1,8] [--json FILE] \\
         fp4=runtime:runs/smollm2/export/model \\
         drafts=runtime-drafts:runs/smollm2/export/model \\
         bf16=transformers:runs/smollm2-moe \\
@@ -13,14 +13,17 @@ the folder or file that it loads, and the interpreter of the environment that ha
 to every engine as the same token ids (the first MODEL's tokenizer and chat template) before the next prompt does, for a fixed
 number of tokens, and all is repeated: whatever else the machine does hits all alike. Figures are medians over prompts and
 repeats, the prompt's pass included: tokens per second of wall time, and processor time per token, which knows little of
-other jobs; memory is the process's own after the last answer.
+other jobs; memory is the process's own after the last answer. --batch 1,8 decodes 1 prompt, then 8 together (consecutive ones;
+a file that has fewer gives some again): tokens per second, and processor time per token, are then over all of the batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -32,63 +35,64 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 
-def runtime(model: str, *, backend: str = "c", drafts: bool = False):
+def runtime(model: str, batch: int, *, backend: str = "c", drafts: bool = False):
     from runtime_ref.core.sampling_params import SamplingParams
     from runtime_ref.engine.engine import Engine, EngineOptions
 
     engine = Engine.from_folder(model, backend=backend, drafter=drafts,
-                                options=EngineOptions(max_context=4096, prefix_cache=False))
+                                options=EngineOptions(max_running=max(8, batch), rows=max(256, batch), max_context=4096,
+                                                      prefix_cache=False))
 
-    def decode(ids: list[int], count: int) -> list[int]:
-        return engine.generate([ids], SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, speculate=drafts))[0]
+    def decode(rows: list[list[int]], count: int) -> list[list[int]]:
+        return engine.generate(rows, SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, speculate=drafts))
     return decode
 
 
-def transformers(model: str):
+def transformers(model: str, batch: int):
     import torch
     from transformers import AutoModelForCausalLM
 
     held = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
 
-    def decode(ids: list[int], count: int) -> list[int]:
-        given = torch.tensor([ids])
+    def decode(rows: list[list[int]], count: int) -> list[list[int]]:
+        width = max(map(len, rows))
+        given = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        there = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         with torch.no_grad():
-            found = held.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=count, min_new_tokens=count,
+            found = held.generate(given, attention_mask=there, max_new_tokens=count, min_new_tokens=count,
                                   do_sample=False, eos_token_id=None, pad_token_id=0)
-        return found[0, len(ids):].tolist()
+        return found[:, width:].tolist()
     return decode
 
 
-def vllm(model: str):
+def vllm(model: str, batch: int):
     from vllm import LLM, SamplingParams
 
-    engine = LLM(model=model, dtype="bfloat16", max_model_len=4096, enable_prefix_caching=False, max_num_seqs=8)
+    engine = LLM(model=model, dtype="bfloat16", max_model_len=4096, enable_prefix_caching=False, max_num_seqs=max(8, batch),
+                 trust_remote_code=True)
 
-    def decode(ids: list[int], count: int) -> list[int]:
+    def decode(rows: list[list[int]], count: int) -> list[list[int]]:
         params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
-        return list(engine.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0].outputs[0].token_ids)
+        found = engine.generate([{"prompt_token_ids": row} for row in rows], params, use_tqdm=False)
+        return [list(one.outputs[0].token_ids) for one in found]
     return decode
 
 
-def llama_cpp(model: str):
+def llama_cpp(model: str, batch: int):
     from llama_cpp import Llama
 
     engine = Llama(model, n_ctx=4096, n_threads=int(os.environ["OMP_NUM_THREADS"]), verbose=False)
 
-    def decode(ids: list[int], count: int) -> list[int]:
+    def decode(rows: list[list[int]], count: int) -> list[list[int]]:
         engine.reset()
-        found: list[int] = []
-        for token in engine.generate(ids, temp=0.0, reset=False):
-            found.append(token)
-            if len(found) == count:
-                return found
-        return found
+        return [list(itertools.islice(engine.generate(rows[0], temp=0.0, reset=False), count))]
     return decode
 
 
-ENGINES = {"runtime": runtime, "runtime-drafts": lambda model: runtime(model, drafts=True),
-           "runtime-torch": lambda model: runtime(model, backend="torch"), "transformers": transformers, "vllm": vllm,
+ENGINES = {"runtime": runtime, "runtime-drafts": lambda *a: runtime(*a, drafts=True),
+           "runtime-torch": lambda *a: runtime(*a, backend="torch"), "transformers": transformers, "vllm": vllm,
            "llama.cpp": llama_cpp}
+ALONE = {"llama.cpp"}  # its Python binding decodes one sequence at a time
 
 
 def used() -> tuple[int, float]:
@@ -100,12 +104,12 @@ def used() -> tuple[int, float]:
     return sum(p.memory_info().rss for p in own), sum(p.cpu_times().user + p.cpu_times().system for p in own)
 
 
-def serve(kind: str, model: str) -> None:
+def serve(kind: str, model: str, batch: str) -> None:
     """Answers requests of standard input, a line of JSON each, until it closes."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an engine prints is none of the answers
-    decode = ENGINES[kind](model)
-    decode([1, 2, 3], 4)
+    decode = ENGINES[kind](model, int(batch))
+    decode([[1, 2, 3]], 4)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         ask = json.loads(line)
@@ -124,7 +128,7 @@ class Way:
         RuntimeError: the process ended.
     """
 
-    def __init__(self, text: str, threads: int):
+    def __init__(self, text: str, threads: int, batch: int = 1):
         self.name, _, rest = text.partition("=")
         self.kind, _, rest = rest.partition(":")
         self.model, _, python = rest.partition("@")
@@ -132,7 +136,7 @@ class Way:
             raise ValueError(f"{text!r}: expected NAME=ENGINE:MODEL[@PYTHON] with an engine of {', '.join(ENGINES)}")
         if not Path(self.model).exists():
             raise ValueError(f"{self.name}: {self.model}: no such file or folder")
-        self.command = [python or sys.executable, str(Path(__file__).resolve()), "--serve", self.kind, self.model]
+        self.command = [python or sys.executable, str(Path(__file__).resolve()), "--serve", self.kind, self.model, str(batch)]
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self.resident = 0
 
@@ -147,9 +151,9 @@ class Way:
             raise RuntimeError(f"{self.name}: its process ended with {self.process.wait()} (--log has what it printed)")
         return json.loads(line)
 
-    def decode(self, ids: list[int], tokens: int) -> tuple[list[int], float, float]:
-        """(tokens, wall seconds, processor seconds)."""
-        self.process.stdin.write(json.dumps({"ids": ids, "tokens": tokens}) + "\n")
+    def decode(self, rows: list[list[int]], tokens: int) -> tuple[list[list[int]], float, float]:
+        """(tokens of each, wall seconds, processor seconds)."""
+        self.process.stdin.write(json.dumps({"ids": rows, "tokens": tokens}) + "\n")
         self.process.stdin.flush()
         said = self._read()
         self.resident = said["resident"]
@@ -177,32 +181,47 @@ def prompts(files: list[Path], folder: str, count: int) -> dict[str, list[list[i
     return found
 
 
-def measure(ways: list[Way], asked: dict[str, list[list[int]]], tokens: int, repeats: int) -> dict:
+def batched(asked: dict[str, list[list[int]]], sizes: list[int], count: int) -> dict[str, list[list[list[int]]]]:
+    """{"file" or "file xN": `count` batches of N consecutive prompts, from the beginning again after the last}."""
+    return {domain if n == 1 else f"{domain} x{n}": [[rows[(i * n + j) % len(rows)] for j in range(n)] for i in range(count)]
+            for domain, rows in asked.items() for n in sizes}
+
+
+def sizes(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected positive numbers, as in 1,8")
+    return [int(n) for n in text.split(",")]
+
+
+def measure(ways: list[Way], asked: dict[str, list[list[list[int]]]], tokens: int, repeats: int) -> dict:
     """{domain: {name: {"tokens_per_second", "cpu_ms_per_token", "equal"}}}; equal: answers that are the first way's."""
     table = {}
-    for domain, rows in asked.items():
-        rates: dict[str, list[float]] = {w.name: [] for w in ways}
-        costs: dict[str, list[float]] = {w.name: [] for w in ways}
+    for domain, batches in asked.items():
+        able = [w for w in ways if len(batches[0]) == 1 or w.kind not in ALONE]
+        rates: dict[str, list[float]] = {w.name: [] for w in able}
+        costs: dict[str, list[float]] = {w.name: [] for w in able}
         equal = dict.fromkeys(rates, 0)
         for repeat in range(repeats):
-            for ids in rows:
+            for rows in batches:
                 first = None
-                for way in ways:
-                    answer, seconds, processor = way.decode(ids, tokens)
-                    first = first or answer
-                    rates[way.name].append(len(answer) / seconds)
-                    costs[way.name].append(1e3 * processor / len(answer))
-                    equal[way.name] += repeat == 0 and answer == first
+                for way in able:
+                    answers, seconds, processor = way.decode(rows, tokens)
+                    first, count = first or answers, sum(map(len, answers))
+                    rates[way.name].append(count / seconds)
+                    costs[way.name].append(1e3 * processor / count)
+                    equal[way.name] += (repeat == 0) * sum(map(list.__eq__, answers, first))
         table[domain] = {n: {"tokens_per_second": statistics.median(r), "cpu_ms_per_token": statistics.median(costs[n]),
-                             "equal": equal[n], "of": len(rows)} for n, r in rates.items()}
+                             "equal": equal[n], "of": len(batches) * len(batches[0])} for n, r in rates.items()}
         print_table(domain, table[domain])
+        for way in (w for w in ways if w not in able):
+            print(f"{domain:14} {way.name:14} not run: {way.kind} decodes one sequence at a time", flush=True)
     return table
 
 
 def print_table(domain: str, rows: dict) -> None:
     first = next(iter(rows.values()))["tokens_per_second"]
     for name, row in rows.items():
-        print(f"{domain:12} {name:14} {row['tokens_per_second']:8.1f} tokens/s  {row['tokens_per_second'] / first:5.2f}x  "
+        print(f"{domain:14} {name:14} {row['tokens_per_second']:8.1f} tokens/s  {row['tokens_per_second'] / first:5.2f}x  "
               f"{row['cpu_ms_per_token']:7.2f} ms of CPU a token  "
               f"answers equal to the first's: {row['equal']} of {row['of']}", flush=True)
 
@@ -211,7 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     parse = argparse.ArgumentParser(prog="benchmarks/decode_peers.py", description=__doc__.splitlines()[0])
     parse.add_argument("ways", nargs="+", metavar="NAME=ENGINE:MODEL[@PYTHON]")
     parse.add_argument("--prompts", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL, a row of the table each")
-    parse.add_argument("--count", type=int, default=4, help="prompts of each file (default 4)")
+    parse.add_argument("--count", type=int, default=4, help="prompts, or batches, of each file (default 4)")
+    parse.add_argument("--batch", type=sizes, default=[1], metavar="N[,N]", help="prompts decoded together (default 1)")
     parse.add_argument("--tokens", type=int, default=96, help="per answer (default 96)")
     parse.add_argument("--repeats", type=int, default=3, help="default 3")
     parse.add_argument("--threads", type=int, default=1, help="of each engine (default 1)")
@@ -222,12 +242,12 @@ def main(argv: list[str] | None = None) -> int:
 
     ways: list[Way] = []
     try:
-        ways = [Way(text, options.threads) for text in options.ways]
-        asked = prompts(options.prompts, ways[0].model, options.count)
+        ways = [Way(text, options.threads, max(options.batch)) for text in options.ways]
+        given = prompts(options.prompts, ways[0].model, options.count * max(options.batch))
         with options.log.open("a") as log:
             for way in ways:
                 way.start(log)
-            table = measure(ways, asked, options.tokens, options.repeats)
+            table = measure(ways, batched(given, options.batch, options.count), options.tokens, options.repeats)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"benchmarks/decode_peers.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2
@@ -248,5 +268,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        sys.exit(serve(*sys.argv[2:4]))
+        sys.exit(serve(*sys.argv[2:5]))
     sys.exit(main())
