@@ -120,9 +120,10 @@ def show(values: list[float], digits: int = 3, factor: float = 1.0) -> str:
 
 
 def beside(runs: list[dict], first: list[dict]) -> str:
-    """KL over that of the runs of `first`, by rows of the same held-out text, with its interval; "" if they were not kept."""
+    """KL over that of the runs of `first`, by rows of held-out text, with its interval; "" if that is not the same."""
     sides = [[run.get("row_kl") for run in of] for of in (runs, first)]
-    if runs is first or not all(rows for side in sides for rows in side):
+    text = [(run.get("heldout"), {name: len(of) for name, of in (run.get("row_kl") or {}).items()}) for run in (*runs, *first)]
+    if runs is first or not text[0][1] or any(of != text[0] for of in text):
         return ""
     own, others = ([[mean(values) for values in zip(*(rows[name] for rows in side), strict=True)] for name in side[0]]
                    for side in (sides[0], sides[1]))

@@ -40,7 +40,7 @@ from storage.terminal import counted
 from training import checkpoint, report
 from training.accelerator import make_accelerator
 from training.epoch_order import EpochOrder
-from training.preflight import require_ready
+from training.preflight import missing_sections, require_ready
 from training.resume import checkpoint_to_resume, require_same_inputs
 from training.run import TrainingRun
 from training.schedule import make_schedule, present_rate
@@ -52,9 +52,8 @@ def run_folder(recipe: Recipe) -> Path:
 
 def require_sections(recipe: Recipe) -> None:
     """Raises ValueError if the recipe says nothing about a drafter."""
-    for name in ("drafter", "dflash"):
-        if getattr(recipe, name) is None:
-            raise ValueError(f"{name}: the recipe has no such section, which drafter training needs (see recipes/tiny.yaml)")
+    for text in missing_sections(recipe):
+        raise ValueError(text)
 
 
 def run(recipe: Recipe, *, resume: bool, max_steps: int | None, other_processes: bool = False) -> int:

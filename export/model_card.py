@@ -181,7 +181,7 @@ def _drafter_training(summary: dict) -> list[str]:
 
 def _acceptance_table(facts: Facts) -> str:
     tables = facts.drafter.get("acceptance") or {}
-    kinds = {"task_t0": "tasks, greedy", "open_t0": "open text, greedy", "open_t1": "open text, temperature 1, rejection"}
+    kinds = {"task_t0": "tasks, greedy", "open_t0": "open text, greedy", "open_t1": "open text, temperature 1"}
     rows = ["## Drafter", "", *_drafter_training(facts.drafter),
             f"Mean number of tokens committed per target pass (block of {facts.block_size}; drawn text under the "
             "acceptance rule `rejection`):", "",

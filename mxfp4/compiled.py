@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from mxfp4.format import BLOCK_SIZE
 from storage.compiled import FLAGS, load_compiled
 
 SOURCE = Path(__file__).with_name("blocks.c")
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 BLOCKS_PER_THREAD = 1 << 14  # a second thread starts in about 50 us, as long as 2^17 values take
 OTHER_BLOCKS = 1024
+_lock = threading.Lock()
+
+
+def blocks(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | None:
+    """The compiled functions, or None where they cannot be compiled."""
+    with _lock:
+        return _blocks(flags)
 
 
 @functools.cache
-def blocks(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | None:
-    """The compiled functions, or None where they cannot be compiled."""
+def _blocks(flags: tuple[str, ...]) -> ctypes.CDLL | None:
     found, _ = load_compiled((SOURCE,), flags)
     if found is not None:
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -55,27 +63,33 @@ def round_blocks(w: torch.Tensor, out: torch.Tensor, *, bump: int, finer: bool, 
         otherwise: rounds a piece that begins with a block of numbers that are not for it.
     """
     function = getattr(blocks(), f"round_{NAMES[w.dtype]}_{NAMES[out.dtype]}")
+    addresses, sizes = (w.data_ptr(), out.data_ptr()), (BLOCK_SIZE * w.element_size(), BLOCK_SIZE * out.element_size())
     count = w.shape[0]
     each = max(-(-count // torch.get_num_threads()), BLOCKS_PER_THREAD)
 
-    def work(start: int) -> None:
-        end = min(start + each, count)
-        while start < end:
-            start += function(w[start:].data_ptr(), out[start:].data_ptr(), end - start, bump, finer, saturates)
-            if start < end:
-                otherwise(slice(start, min(start + OTHER_BLOCKS, end)))
-                start += OTHER_BLOCKS
+    def work(start: int, end: int) -> int:
+        """The first block from `start` on that is not for the function, or `end`."""
+        source, target = (address + start * size for address, size in zip(addresses, sizes, strict=True))
+        return start + function(source, target, end - start, bump, finer, saturates)
 
-    if each >= count:
-        return work(0)
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(work, range(0, count, each)))
+    parts = [(start, min(start + each, count)) for start in range(0, count, each)]
+    if len(parts) == 1:
+        reached = [work(*parts[0])]
+    else:
+        with ThreadPoolExecutor(len(parts)) as threads:
+            reached = list(threads.map(work, *zip(*parts, strict=True)))
+    # Here and not in the threads: whether gradients are recorded is a matter of each thread's own.
+    for done, (_, end) in zip(reached, parts, strict=True):
+        while done < end:
+            otherwise(slice(done, min(done + OTHER_BLOCKS, end)))
+            done = work(done + OTHER_BLOCKS, end) if done + OTHER_BLOCKS < end else end
 
 
 def pack_blocks(w: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> bool:
     """Codes uint8 [n, 16] and scales uint8 [n] of bfloat16 [n, 32], all contiguous. False where a value is not on the grid, or
     a block's maximum is below 2^-118 without being zero, or too large for its scale byte."""
-    return blocks().pack_bf16(w.data_ptr(), codes.data_ptr(), scales.data_ptr(), w.shape[0]) == w.shape[0]
+    count = _blocks_of(codes, scales, w)
+    return blocks().pack_bf16(w.data_ptr(), codes.data_ptr(), scales.data_ptr(), count) == count
 
 
 def unpack_blocks(codes: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, *, compare: bool = False) -> int:
@@ -85,4 +99,14 @@ def unpack_blocks(codes: torch.Tensor, scales: torch.Tensor, values: torch.Tenso
         How many blocks were done, fewer than n where the next one has a scale byte below 2 or above 252, or differs.
     """
     function = blocks().compare_bf16 if compare else blocks().unpack_bf16
-    return function(codes.data_ptr(), scales.data_ptr(), values.data_ptr(), scales.shape[0])
+    return function(codes.data_ptr(), scales.data_ptr(), values.data_ptr(), _blocks_of(codes, scales, values))
+
+
+def _blocks_of(codes: torch.Tensor, scales: torch.Tensor, values: torch.Tensor) -> int:
+    """n. Raises ValueError for tensors that the functions would read beyond, or that are on another device."""
+    count, given = scales.numel(), (codes, scales, values)
+    if (codes.numel() * 2, values.numel()) != (count * BLOCK_SIZE,) * 2 or values.dtype is not torch.bfloat16 or any(
+            t.device.type != "cpu" or not t.is_contiguous() for t in given) or any(t.element_size() != 1 for t in given[:2]):
+        raise ValueError("codes, scales and values do not belong together: " + ", ".join(
+            f"{t.dtype} {list(t.shape)} on {t.device}" for t in given))
+    return count

@@ -121,10 +121,10 @@ def unpack(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """
     out = torch.empty((scales.numel(), BLOCK_SIZE), dtype=torch.bfloat16)
     if compiled.blocks() and compiled.unpack_blocks(*_flat(codes, scales), out) == out.shape[0]:
-        return out.view(codes.shape[0], -1)
+        return out.view(codes.shape[0], 2 * codes.shape[1])
     for part, decode in _decoders(codes, scales):
         decode(out[part])
-    return out.view(codes.shape[0], -1)
+    return out.view(codes.shape[0], 2 * codes.shape[1])
 
 
 def decodes_to(codes: torch.Tensor, scales: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -210,5 +210,7 @@ def _decoders(codes: torch.Tensor, scales: torch.Tensor) -> Iterator[tuple[slice
 
 
 def _safe(scales: torch.Tensor) -> bool:
+    if not scales.numel():
+        return True
     low, high = torch.aminmax(scales)
     return int(low) >= SAFE_SCALES[0] and int(high) <= SAFE_SCALES[1]

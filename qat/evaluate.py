@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterable
 
 import torch
@@ -20,14 +21,14 @@ from qat.expert_quantizer import ExpertQuantizer
 from qat.losses import chunked_statistics, output_head, run_hidden
 from training.intervals import ratio_interval
 
-FEWEST_ROWS = 8  # for an interval
+FEWEST_ROWS = 4  # of each domain, for an interval
 
 
 @torch.no_grad()
 def evaluate_domains(model: nn.Module, teacher: nn.Module, domains: dict[str, torch.Tensor], *, batch_size: int,
                      accelerator=None, chunk_tokens: int = 2048, together: bool = False) -> dict[str, dict]:
     """Loss, KL to the teacher and top-1 agreement of `model`, for each domain and (token-weighted) over all; of each domain
-    `row_kl` too, the KL of each row.
+    `row_kl` and `row_tokens` too, the KL of each row and how many of its tokens count.
 
     Args:
         model, teacher: causal language models in eval mode, on one device.
@@ -51,7 +52,7 @@ def evaluate_domains(model: nn.Module, teacher: nn.Module, domains: dict[str, to
                 sums[start:start + batch_size] = found
         if accelerator is not None:
             sums = accelerator.reduce(sums, reduction="sum")
-        results[domain] = _means(sums.sum(0)) | {"row_kl": _row_kl(sums)}
+        results[domain] = _means(sums.sum(0)) | {"row_kl": _row_kl(sums), "row_tokens": sums[:, 3].tolist()}
         total += sums.sum(0)
     results["all"] = _means(total)
     return results
@@ -161,8 +162,10 @@ def summarized(variants: dict[str, dict]) -> dict:
     summary = {name: {**result.pop("all"), "domains": result} for name, result in variants.items()}
     trained, plain = summary["qat"], summary["ptq"]
     summary["kl_gap_closed"] = 1 - trained["kl"] / plain["kl"] if plain["kl"] > 0 else 0.0
-    rows = [list(zip(of["row_kl"], plain["domains"][name]["row_kl"], strict=True)) for name, of in trained["domains"].items()]
-    if sum(map(len, rows)) >= FEWEST_ROWS and plain["kl"] > 0:
+    rows = [[(tokens * own, tokens * others) for tokens, own, others in zip(of["row_tokens"], of["row_kl"],
+                                                                            plain["domains"][name]["row_kl"], strict=True)]
+            for name, of in trained["domains"].items()]
+    if min(map(len, rows)) >= FEWEST_ROWS and plain["kl"] > 0 and math.isfinite(trained["kl"]):
         summary["kl_gap_closed_interval"] = [1 - share for share in reversed(ratio_interval(rows))]
     return summary
 
@@ -172,12 +175,15 @@ def shown(kl: float) -> str:
     return f"{kl:.5f}" if kl >= 0.001 or kl == 0 else f"{kl:.2e}"
 
 
+def helped(summary: dict) -> bool:
+    """Whether training left less KL than plain rounding, as far as the held-out text says."""
+    return summary["qat"]["kl"] < summary["ptq"]["kl"] or summary["ptq"]["kl"] == 0
+
+
 def doubt(summary: dict) -> str | None:
-    """A line about a run that did not help, or None."""
+    """A line about a run that did not help, or of which that cannot be told, or None."""
     plain, trained = summary["ptq"]["kl"], summary["qat"]["kl"]
-    if plain == 0:
-        return None
-    if trained < plain:
+    if helped(summary):
         low, high = summary.get("kl_gap_closed_interval", (1, 1))
         return None if low > 0 else (f"whether training helped cannot be told: between {low:.3f} and {high:.3f} of the KL gap "
                                      "is closed (95 % over held-out rows); more rows (data.eval_sequences) or more steps")

@@ -97,8 +97,6 @@ class Trainer(TrainingRun):
     def __init__(self, recipe: Recipe, *, resume: bool, other_processes: bool = False):
         self.recipe, self.settings, self.other_processes = recipe, recipe.qat, other_processes
         settings = self.settings
-        if recipe.model.path is None:
-            raise ValueError("model.path: required to train (model.released serves --plan only)")
         self.accelerator = make_accelerator(settings.gradient_accumulation)
         self.main = self.accelerator.is_main_process
         torch.manual_seed(recipe.seed)
@@ -475,8 +473,7 @@ class Trainer(TrainingRun):
         }
         if measured is not None:
             summary["best_heldout"] = measured
-        line = evaluate.doubt(summary)
-        summary["helped"] = line is None
+        summary["helped"], line = evaluate.helped(summary), evaluate.doubt(summary)
         summary["weights"] = combined(model_digests(self.folder / "model"))
         write_json(self.folder / "summary.json", with_sum(summary))
         self.draw()

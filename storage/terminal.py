@@ -24,6 +24,8 @@ def readable_size(count: float) -> str:
     """Bytes as "564 GB", "4.98 MB", "780 bytes": powers of ten, three digits."""
     unit, factor = next(((unit, factor) for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= factor),
                         ("bytes", 1))
+    if unit != "GB" and round(count / factor) >= 1000:
+        unit, factor = {"bytes": ("kB", 1e3), "kB": ("MB", 1e6), "MB": ("GB", 1e9)}[unit]
     value = count / factor
     if factor == 1:
         return f"{value:.0f} {unit}"

@@ -29,7 +29,11 @@ def problems(recipe: Recipe, job: str, foreseen: Foreseen = ([], {}), resumed: P
     Args:
         foreseen: what the job itself knows of its model. resumed: the folder of the run that goes on: bytes there are not new.
     """
-    found: list[str] = []
+    found = missing_sections(recipe) if job == "dflash" else []
+    if found:
+        return found
+    if recipe.model.path is None:
+        found = ["model.path: required to train (model.released serves --plan only)"]
     for check in (_tracking, _base, _files, _positions, _drafter_target):
         try:
             found += check(recipe, job)
@@ -37,6 +41,12 @@ def problems(recipe: Recipe, job: str, foreseen: Foreseen = ([], {}), resumed: P
             found.append(str(error))
     found += [*foreseen[0], *_space(recipe, left_to_write(foreseen[1], resumed), job)]
     return list(dict.fromkeys(found))
+
+
+def missing_sections(recipe: Recipe) -> list[str]:
+    """Those of drafter training that a recipe does not have, one line each."""
+    return [f"{name}: the recipe has no such section, which drafter training needs (see recipes/tiny.yaml)"
+            for name in ("drafter", "dflash") if getattr(recipe, name) is None]
 
 
 def require_ready(recipe: Recipe, job: str, foreseen: Foreseen = ([], {}), resumed: Path | None = None) -> int:
@@ -50,8 +60,6 @@ def require_ready(recipe: Recipe, job: str, foreseen: Foreseen = ([], {}), resum
 def print_readiness(recipe: Recipe, job: str, foreseen: Foreseen = ([], {})) -> bool:
     """For --plan: says what would stop the run, or that nothing is known to; whether that is so."""
     found = problems(recipe, job, foreseen)
-    if recipe.model.path is None:
-        found = ["model.path: required to train", *found]
     for text in found:
         print(f"not ready: {text}")
     if not found:

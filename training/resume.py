@@ -80,8 +80,8 @@ def require_same_inputs(newest: Path, now: dict) -> None:
         if isinstance(was[name], dict) and isinstance(now[name], dict):
             found = differences(was[name], now[name])
             what = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-        raise ValueError(f"{newest}: this run began with different {name} ({what}); restore what it began with, or start a "
-                         "new run without --resume")
+        raise ValueError(f"{newest}: trained on other {name} than now ({what}); restore what the run began with, or start a "
+                         "new one without --resume")
 
 
 def _saved_recipe(path: Path) -> dict:

@@ -199,7 +199,7 @@ def test_a_run_is_not_resumed_on_another_target(draft_recipe, tiny_checkpoint, t
     train(2, True)
     weights = tmp_path / "target" / "model.safetensors"
     save_file({n: t + 1 for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"step-00000002: trained with another target than is there now [^\n]*$"):
+    with pytest.raises(ValueError, match=r"step-00000002: trained on other target than now [^\n]*$"):
         train(3, True)
     train(1, False)
 

@@ -71,3 +71,15 @@ def test_decoding_of_the_verifier_equals_the_codec_for_every_code_and_scale():
         ours, expected = unpack(codes, scales), dequantize(codes, scales, dtype=torch.bfloat16)
         assert torch.equal(ours.isnan(), expected.isnan())
         assert torch.equal(ours.nan_to_num(0).view(torch.int16), expected.nan_to_num(0).view(torch.int16)), scale
+
+
+def test_tensors_that_do_not_belong_together_or_lie_elsewhere_are_refused_and_none_are_decoded(way):
+    codes, scales = pack_on_grid(fake_quantize(torch.randn(4, 64).bfloat16()))
+    assert unpack(codes[:0], scales[:0]).shape == (0, 64)
+    if way == "torch":
+        return
+    for wrong in ((codes[:2], scales), (codes, scales.int()), (codes.to("meta"), scales)):
+        with pytest.raises(ValueError, match="do not belong together"):
+            unpack(*wrong)
+    with pytest.raises(ValueError, match="do not belong together"):
+        pack_on_grid(torch.empty(4, 64, dtype=torch.bfloat16, device="meta"))

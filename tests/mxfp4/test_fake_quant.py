@@ -1,5 +1,6 @@
 """Fake quantization equals the codec bit for bit, on every path, and its gradient is straight through."""
 
+import contextlib
 from contextlib import contextmanager
 
 import pytest
@@ -97,6 +98,17 @@ def test_writing_into_the_weights_themselves_and_into_strided_memory(dtype, rule
     strided = torch.empty(96, 63, dtype=dtype).t()
     assert same_bits(fake_quantize_(strided, w, scale_rule=rule), expected)
     assert same_bits(fake_quantize_(w, w, scale_rule=rule), expected)
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
+def test_unusual_blocks_on_several_threads_are_rounded_whatever_records_gradients(mode, rule, weights, same_bits, small_chunks):
+    w = weights(torch.float32, 63, 96)
+    w[50, 32:64] *= 2.0**-110
+    expected = reference(w, rule)
+    with mode():
+        parameter = torch.nn.Parameter(w.clone())
+        assert same_bits(fake_quantize(w, scale_rule=rule), expected)
+        assert same_bits(fake_quantize_(parameter, parameter, scale_rule=rule).data, expected)
 
 
 def test_writing_into_a_parameter_leaves_no_graph(weights):

@@ -423,14 +423,14 @@ def test_other_weights_or_text_under_the_same_path_are_named_and_refused(tiny_re
     lines = (tmp_path / "mine.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "mine.jsonl").write_bytes(b"".join(reversed(lines)))
     said = run_job(SCRIPT, tiny_recipe, *own, "--resume", expect=2)
-    assert "trained with another training data than is there now" in said and said.count("error:") == 1
+    assert "trained on other training data than now" in said and said.count("error:") == 1
     (tmp_path / "mine.jsonl").write_bytes(b"".join(lines))
     file = next((tmp_path / "base").glob("*.safetensors"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     overwrite(file, content)
     said = run_job(SCRIPT, tiny_recipe, *own, "--resume", expect=2)
-    assert f"this run began with different base weights ({file.name} changed)" in said and said.count("error:") == 1
+    assert f"trained on other base weights than now ({file.name} changed)" in said and said.count("error:") == 1
     content[-1] ^= 1
     overwrite(file, content)
     assert "resuming" in run_job(SCRIPT, tiny_recipe, *own, "--resume", "--max-steps", 2)

@@ -1,6 +1,7 @@
 """Compiled code is loaded only if this user compiled it and it is whole."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -77,3 +78,31 @@ def test_a_change_of_any_source_is_compiled_and_a_mistake_in_it_is_one_line(cach
     assert found is None and "cannot compile three.c: " in reason and "nothing" in reason and "\n" not in reason
     monkeypatch.setenv("CC", "no-such-compiler")
     assert implementation.load_compiled([source]) == (None, "no C compiler (no-such-compiler) on this machine")
+
+
+def test_threads_that_ask_at_once_all_get_the_code(cache):
+    sources = [cache.parent / "three.c", cache.parent / "three.h"]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: implementation.load_compiled(sources), range(8)))
+    assert all(code is not None and code.three() == 3 for code, _ in found), found
+
+
+@pytest.mark.parametrize("script", ["exit 3", "exit 0", "echo '\xff'; echo '\xff' >&2; exit 1", None])
+def test_a_compiler_that_is_none_is_a_reason_and_no_error(cache, monkeypatch, script):
+    compiler = cache.parent / "cc"
+    compiler.write_bytes(b"\x7fELF nothing" if script is None else f"#!/bin/sh\n{script}\n".encode("latin-1"))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    found, reason = implementation.load_compiled([cache.parent / "three.c"])
+    assert found is None and "three.c: " in reason and "\n" not in reason and not reason.endswith(": ")
+
+
+def test_no_home_and_no_temporary_folder_is_a_reason_and_no_error(cache, monkeypatch):
+    def nowhere(*args, **options):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(implementation, "user_cache", nowhere)
+    assert implementation.load_compiled([cache.parent / "three.c"])[0].three() == 3  # in a temporary folder
+    monkeypatch.setattr(implementation.tempfile, "mkdtemp", nowhere)
+    found, reason = implementation.load_compiled([cache.parent / "three.c"])
+    assert found is None and "Could not determine home directory" in reason

@@ -17,7 +17,8 @@ OF_A_WHOLE = re.compile(r"(\bof (the )?|at most |at least |expected |/)$")
 
 
 @pytest.mark.parametrize(("count", "said"), [
-    (0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (99_949, "99.9 kB"), (99_951, "100 kB"), (4_980_000, "4.98 MB"),
+    (0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (99_949, "99.9 kB"), (99_951, "100 kB"), (999_600, "1.00 MB"),
+    (4_980_000, "4.98 MB"),
     (564_300_000_000, "564 GB"), (1_020_000_000_000, "1,020 GB")])
 def test_sizes_have_three_digits_and_a_unit(count, said):
     assert readable_size(count) == said

@@ -47,7 +47,7 @@ typedef uint32_t nu __attribute__((vector_size(4 * NL)));
 typedef int32_t ni __attribute__((vector_size(4 * NL)));
 typedef uint16_t nh __attribute__((vector_size(2 * NL)));
 
-/* Mirrored field by field in native.py. */
+/* Mirrored field by field in structs.py. */
 /* Panels of w [n, k]: form 0 float32 [n / 16][k][16], 1 bf16, 2 bf16 in pairs, 3 bytes in fours (scales [n], then 128 x the sums). */
 typedef struct { const void *data; const float *scales; int64_t form, n, k; } Mat;
 typedef struct { const uint8_t *codes, *scales; int64_t code_stride, scale_stride; } Packed; /* rows [n, k / 2], [n, k / 32], or panels */
@@ -207,14 +207,14 @@ INLINE void tile(const int R, const int N, const Mat *m, const float *x, int64_t
 #define CASES switch (rows) { case 1: TILES(1, 8); break; case 2: TILES(2, 4); break; case 3: TILES(3, 3); break; default: TILES(4, 3); }
 #define ROWS 4
 #endif
-/* Panels `begin` to `end` of `rows` rows; in an engine's form, which is a constant for the loops. */
+/* Columns `begin` to `end`, in registers, of `rows` rows; in an engine's form, which is a constant for the loops. */
 static void stripe(int64_t rows, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t begin, int64_t end) {
     const Mat floats = {m->data, NULL, 0, m->n, m->k}, halves = {m->data, NULL, 1, m->n, m->k};
     if (m->form) { const Mat *w = &halves; CASES }
     else { const Mat *w = &floats; CASES }
 }
 #define TOGETHER 32 /* rows for which a stripe of weights is read once */
-#define STRIPE 12 /* panels, for the second-level cache */
+#define STRIPE 12 /* registers of columns, for the second-level cache */
 #ifdef DOTS
 static void dot_product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R);
 static void byte_product(const Step *s, const Mat *m, const float *x, int64_t xs, float *out, int64_t os, int64_t R);
