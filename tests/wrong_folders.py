@@ -16,9 +16,12 @@ ON_BACKEND = ["--backend", "triton", "--launch", "ops"] if KERNELS else []
 
 
 def faults(wrong: dict, some: set[str]) -> list:
-    """Names of faults to parametrize with; all but some are marked `long`: each takes ten seconds on the kernels."""
+    """Names of faults to parametrize with. All but some are marked `long`: each takes ten seconds on the kernels; of these all
+    but every third are marked `slow`: each takes two to five seconds on the compiled ops."""
     assert some <= set(wrong)
-    return [pytest.param(name, marks=() if name in some else pytest.mark.long) for name in wrong]
+    marks = {name: () if name in some else (pytest.mark.long,) if i % 3 == 0 else (pytest.mark.long, pytest.mark.slow)
+             for i, name in enumerate(wrong)}
+    return [pytest.param(name, marks=marks[name]) for name in wrong]
 
 
 def write_reference(folder: Path) -> None:

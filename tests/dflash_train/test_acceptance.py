@@ -136,7 +136,8 @@ def trained(loaded, steps=150):
 @pytest.mark.parametrize("options", [
     [], pytest.param(["drafter.markov_rank=8", "drafter.convolution_rank=4"], marks=pytest.mark.slow),
     ["drafter.markov_rank=8", "drafter.selector_top_k=4"],
-    ["drafter.causal=true", "drafter.window=null", "drafter.block_size=5"]], ids=lambda o: "-".join(o) or "plain")
+    pytest.param(["drafter.causal=true", "drafter.window=null", "drafter.block_size=5"], marks=pytest.mark.slow)],
+                         ids=lambda o: "-".join(o) or "plain")
 def test_predicted_length_is_the_loops_count_and_text_is_unchanged(draft_recipe, options):
     """Contract C7, in float32 at temperature 0, where both are exact."""
     recipe = load_recipe(draft_recipe, options)

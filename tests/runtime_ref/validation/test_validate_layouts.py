@@ -34,8 +34,9 @@ def layouts(tmp_path_factory):
 
 
 def of_held(faults):
-    """Those of the families that the backend runs."""
-    return [name for name, (family, *_) in faults.items() if family in FAMILIES]
+    """Those of the families that the backend runs; all but every third are `slow`."""
+    held = [name for name, (family, *_) in faults.items() if family in FAMILIES]
+    return [pytest.param(name, marks=pytest.mark.slow if i % 3 else ()) for i, name in enumerate(held)]
 
 
 def shard(folder):
