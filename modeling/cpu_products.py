@@ -16,12 +16,11 @@ import functools
 import warnings
 
 import torch
-from torch.library import Library
 
 FEW = 6  # rows, from which on converting the other operand pays
 
 _aten = torch.ops.aten
-_REPLACED = Library("aten", "IMPL")  # what is registered through it holds as long as it does
+_REPLACED = torch.library.Library("aten", "IMPL")  # what is registered through it holds as long as it does
 
 
 @functools.cache
