@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,17 +22,11 @@ SOURCE = Path(__file__).with_name("blocks.c")
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 BLOCKS_PER_THREAD = 1 << 14  # a second thread starts in about 50 us, as long as 2^17 values take
 OTHER_BLOCKS = 1024
-_lock = threading.Lock()
-
-
-def blocks(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | None:
-    """The compiled functions, or None where they cannot be compiled."""
-    with _lock:
-        return _blocks(flags)
 
 
 @functools.cache
-def _blocks(flags: tuple[str, ...]) -> ctypes.CDLL | None:
+def blocks(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | None:
+    """The compiled functions, or None where they cannot be compiled."""
     found, _ = load_compiled((SOURCE,), flags)
     if found is not None:
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
